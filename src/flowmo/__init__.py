@@ -1,0 +1,19 @@
+"""FlowMo: pictures to a short string of bits and back (Flow to the Mode, arXiv 2503.11056)."""
+
+from flowmo.checkpoint import CheckpointError, load, save
+from flowmo.config import Config, ConfigError, preset
+from flowmo.pictures import PictureError
+from flowmo.tokenizer import Codes, FlowMo
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "Codes",
+    "Config",
+    "ConfigError",
+    "FlowMo",
+    "PictureError",
+    "load",
+    "preset",
+    "save",
+]

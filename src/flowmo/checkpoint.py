@@ -1,0 +1,210 @@
+"""Files of weights: the project's ``.safetensors`` (settings inside), training checkpoints, the authors' ``.pth``.
+
+Nothing that is loaded can run code: ``.safetensors`` holds tensors only, and ``.pth`` is read with
+``weights_only=True``. Whatever is written appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from flowmo.config import PRESETS, Config, ConfigError
+from flowmo.errors import FlowMoError
+from flowmo.release import CheckpointMismatchError, convert_release, is_release, release_config
+from flowmo.tokenizer import FlowMo
+
+BUNDLED = Path(__file__).parent / "pretrained"
+FILE_NAME = "model.safetensors"
+FORMAT = "flowmo-1"
+
+
+class CheckpointError(FlowMoError, ValueError):
+    """A file of weights that is missing, damaged, unsafe or of another architecture; the message is one line."""
+
+
+def load(
+    source: str | Path,
+    *overrides: str,
+    device: str | torch.device = "cpu",
+    ema: bool = True,
+) -> FlowMo:
+    """A tokenizer with trained weights, ready for inference.
+
+    Args:
+        source: a bundled preset (``nano``), a ``.safetensors`` file, a folder that holds ``model.safetensors``, a
+            training checkpoint or authors' checkpoint (``.pth``), or the Hub id ``owner/name`` of such a folder.
+        overrides: ``section.name=value`` settings to change, for what an authors' file does not tell (its
+            ``model.code_length``) or how it samples (``eval.sampling.sample_steps``).
+        ema: of a training or authors' checkpoint, the averaged weights rather than the last ones.
+
+    Raises:
+        CheckpointError: no such file, or one that cannot be used; the message says why.
+        ConfigError: an override that does not work.
+    """
+    path = find(source)
+    config, state = read(path, overrides, ema)
+    return build(config, state, path).to(device)
+
+
+def find(source: str | Path) -> Path:
+    """The file of weights that ``source`` names."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if path.is_file():
+        return path
+    name = str(source)
+    if name in PRESETS:
+        bundled = BUNDLED / f"{name}.safetensors"
+        if bundled.is_file():
+            return bundled
+        have = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.safetensors"))) or "none"
+        raise CheckpointError(
+            f"preset {name!r} comes without weights (bundled: {have}); load a file of its weights, or start from "
+            f"random ones with flowmo.FlowMo(flowmo.preset({name!r}))"
+        )
+    if name.count("/") == 1 and not path.suffix and not name.startswith((".", "/", "~")):
+        return download(name)
+    raise CheckpointError(f"{source}: no such file, and no preset of that name ({', '.join(PRESETS)})")
+
+
+def download(repository: str) -> Path:
+    """``model.safetensors`` of a Hub repository, from its cache where that has it."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(
+            f"{repository}: no such folder here, and fetching it from the Hub needs: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(hf_hub_download(repository, FILE_NAME))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{repository}: no such folder here, and not to be had from the Hub ({first})") from None
+
+
+def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple[Config, dict[str, Tensor]]:
+    """Settings and weights of any accepted file, the weights under this project's names."""
+    if path.suffix == ".safetensors":
+        config, state = read_safetensors(path)
+        return config.override(*overrides), state
+    content = read_pth(path)
+    if "flowmo" in content:
+        config = Config.from_dict(content["config"]).override(*overrides)
+        return config, content["ema" if ema else "model"]
+    key = "model_ema_state_dict" if ema else "model_state_dict"
+    state = content.get(key, content)
+    if not isinstance(state, dict) or not is_release(state):
+        raise CheckpointError(f"{path}: neither a training checkpoint of flowmo nor one of the authors' release")
+    try:
+        config = release_config(state).override(*overrides)
+        return config, convert_release(state, config)
+    except CheckpointMismatchError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Settings of a file of weights; of a ``.safetensors`` file, without reading the weights."""
+    if path.suffix == ".safetensors":
+        with open_safetensors(path) as (config, _):
+            return config.override(*overrides)
+    return read(path, overrides)[0]
+
+
+def read_safetensors(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    with open_safetensors(path) as (config, file):
+        return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[tuple[Config, Any]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path}: not written by flowmo (its metadata has no format {FORMAT!r})")
+            yield Config.from_dict(json.loads(metadata["config"])), file
+    except (safetensors.SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: holds settings that do not work: {error}") from None
+
+
+def read_pth(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path}: refused, it is damaged or holds something other than tensors and plain values, "
+            "which could run code when loaded"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint ({reason[:150]})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def build(config: Config, state: Mapping[str, Tensor], name: str | Path = "checkpoint") -> FlowMo:
+    """A tokenizer of ``config`` with the weights of ``state``, in float32 and evaluation mode.
+
+    Raises:
+        CheckpointError: keys or shapes are not those of ``config``'s architecture.
+    """
+    with torch.device("meta"):
+        tokenizer = FlowMo(config)
+    wanted = tokenizer.state_dict()
+    wrong = [
+        *(f"{key} is missing" for key in wanted if key not in state),
+        *(f"{key} is unexpected" for key in state if key not in wanted),
+        *(
+            f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in state and state[key].shape != value.shape
+        ),
+    ]
+    if wrong:
+        raise CheckpointError(f"{name}: weights of another architecture: {'; '.join(wrong[:3])} ({len(wrong)} such)")
+    bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"{name}: {bad[0]} holds NaN or infinite values ({len(bad)} such)")
+    tokenizer.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights and settings as one ``.safetensors`` file; float16 halves it, at about 3 decimal digits."""
+    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in tokenizer.state_dict().items()}
+    # Machine paths of the training run are nobody else's business, and would make equal models unequal files.
+    config = tokenizer.config.override("data.train=", "data.val=", "opt.perceptual_weights=")
+    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
+    write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
+
+
+def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
+    """Have ``write`` fill a temporary file beside ``path``, then put it in place in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

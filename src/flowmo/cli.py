@@ -1,0 +1,336 @@
+"""The command line: thin, every command is a few calls of the library.
+
+Errors that a user can mend are one line on standard error and exit status 2; an interrupt exits with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import flowmo
+from flowmo import checkpoint, codec, sample
+from flowmo.codec import CodecError
+from flowmo.config import FIELDS, PRESETS, Config
+from flowmo.errors import FlowMoError
+from flowmo.evaluate.figures import grid, psnr
+from flowmo.perceptual import LPIPS
+from flowmo.pictures import read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
+from flowmo.tokenizer import FlowMo
+
+SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*", re.DOTALL)
+SUFFIX = ".flowmo"
+
+
+class UsageError(FlowMoError):
+    """Arguments that make no sense together."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else list(argv)
+    settings = [word for word in words if SETTING.fullmatch(word)]
+    parser = build_parser()
+    arguments = parser.parse_args([word for word in words if word not in settings])
+    arguments.settings = settings
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("flowmo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (FlowMoError, OSError) as error:
+        print(f"flowmo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# Commands
+
+
+def reconstruct(arguments: argparse.Namespace) -> None:
+    """Encode and decode pictures; write each beside its original and print what it cost."""
+    tokenizer = load(arguments)
+    outputs = [arguments.out / f"{path.stem}.png" for path in arguments.pictures]
+    clash = next((path for path in outputs if outputs.count(path) > 1), None)
+    if clash:
+        raise UsageError(f"two pictures would both be written to {clash}; give them other names")
+    originals = [read_picture(path) for path in arguments.pictures]  # refuse before anything is written
+    print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
+    for path, original, output in zip(arguments.pictures, originals, outputs, strict=True):
+        codes = tokenizer.encode_image(original, arguments.fit)
+        if arguments.fit == "crop":
+            original = resize_and_crop(to_rgb(original), tokenizer.config.data.image_size)
+        decoded = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
+        pair = torch.stack((to_tensor(original), to_tensor(decoded)))
+        checkpoint.write_whole(output, lambda name, pair=pair: to_picture(grid([pair])).save(name, "PNG"))
+        quality = float(psnr(pair[:1], pair[1:]))
+        size = f"{original.width}×{original.height}"
+        print(f"{path.name[:28]:28} {size:>11} {codes.nbytes:>7} {codes.bits_per_pixel:>10.4f} {quality:>8.2f}")
+    print(f"original | reconstruction in {arguments.out}/")
+
+
+def encode(arguments: argparse.Namespace) -> None:
+    """Write the ids of a picture to a .flowmo file."""
+    if arguments.output is not None and len(arguments.pictures) > 1:
+        raise UsageError("--output names one file, for one picture; --out-dir takes many")
+    tokenizer = load(arguments)
+    for path in arguments.pictures:
+        output = arguments.output or (arguments.out_dir or path.parent) / f"{path.stem}{SUFFIX}"
+        codes = tokenizer.encode_image(read_picture(path), arguments.fit)
+        content = codec.pack(codes, tokenizer)
+        checkpoint.write_whole(output, lambda name, content=content: Path(name).write_bytes(content))
+        print(f"{output}: {codes.nbytes} bytes of ids, {len(content)} with the header")
+
+
+def decode(arguments: argparse.Namespace) -> None:
+    """Draw the picture of a .flowmo file."""
+    tokenizer = load(arguments)
+    size = arguments.file.stat().st_size
+    if size > codec.MAX_BYTES:
+        raise CodecError(f"{arguments.file}: {size} bytes are more than a .flowmo file can have")
+    try:
+        codes = codec.unpack(arguments.file.read_bytes(), tokenizer)
+    except CodecError as error:
+        raise CodecError(f"{arguments.file}: {error}") from None
+    output = arguments.output or arguments.file.with_suffix(".png")
+    if arguments.ids:
+        print(json.dumps(codes.ids.tolist()))
+        return
+    picture = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(arguments.file.name))
+    checkpoint.write_whole(output, lambda name: picture.save(name, "PNG"))
+    print(f"{output}: {picture.width}×{picture.height} from {codes.nbytes} bytes of ids")
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """What a preset, checkpoint or settings make, without allocating weights."""
+    config = described_config(arguments)
+    with torch.device("meta"):
+        tokenizer = FlowMo(config)
+    facts = describe(tokenizer)
+    if arguments.json:
+        print(json.dumps(facts, indent=1))
+        return
+    for name, value in facts.items():
+        if name != "settings":
+            print(f"{name.replace('_', ' '):24} {value}")
+    if arguments.settings_too:
+        for name, field in FIELDS.items():
+            section, value = config, None
+            for part in name.split("."):
+                section = value = getattr(section, part)
+            print(f"{name}={value}".ljust(42) + f" {field.metadata['doc']}")
+
+
+def described_config(arguments: argparse.Namespace) -> Config:
+    source = str(arguments.source)
+    if source.endswith((".yaml", ".yml")):
+        return Config.from_yaml(source).override(*arguments.settings)
+    if source in PRESETS:
+        return flowmo.preset(source).override(*arguments.settings)
+    return checkpoint.read_config(checkpoint.find(source), tuple(arguments.settings))
+
+
+def describe(tokenizer: FlowMo) -> dict:
+    """Parameters, rate and passes of a tokenizer, which may be on the meta device."""
+    config, s = tokenizer.config, tokenizer.config.eval.sampling
+    times = sample.shifted_times(s.sample_steps, s.rho)
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    bits = config.bits_per_picture
+    return {
+        "parameters": count(tokenizer),
+        "encoder_parameters": count(tokenizer.encoder),
+        "decoder_parameters": count(tokenizer.decoder),
+        "picture_size": f"{config.data.image_size}×{config.data.image_size}",
+        "code_tokens": config.model.code_length,
+        "channels_per_token": config.model.context_dim,
+        "ids_per_token": tokenizer.quantizer.sub_tokens,
+        "id_count": tokenizer.quantizer.id_count,
+        "bytes_per_picture": None if bits is None else math.ceil(bits / 8),
+        "bits_per_pixel": None if bits is None else round(config.bits_per_pixel, 4),
+        "sampling_steps": s.sample_steps,
+        "passes_per_picture": sample.network_passes(times, s.guidance, s.guidance_low, s.guidance_high),
+        "settings": config.to_dict(),
+    }
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Rewrite any checkpoint as one .safetensors file with its settings inside."""
+    if arguments.output.suffix != ".safetensors":
+        raise UsageError(f"{arguments.output}: the output is a .safetensors file")
+    tokenizer = flowmo.load(arguments.source, *arguments.settings, ema=not arguments.last_weights)
+    flowmo.save(tokenizer, arguments.output, {"float32": torch.float32, "float16": torch.float16}[arguments.dtype])
+    print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB, tokenizer {tokenizer.identity()}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Stage 1A on a folder of pictures."""
+    from flowmo.train.loop import Run
+
+    config = flowmo.preset(arguments.preset)
+    if arguments.config:
+        config = Config.from_yaml(arguments.config, config)
+    config = config.override(*arguments.settings)
+    if not config.data.train:
+        raise UsageError("data.train is not set; name a folder of pictures, data.train=PATH")
+    folder = arguments.results_dir / arguments.experiment_name
+    Run(config, folder, arguments.device, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """PSNR and LPIPS over a folder of pictures."""
+    from flowmo.evaluate.reconstruction import evaluate
+
+    tokenizer = load(arguments)
+    lpips = None if arguments.no_lpips else LPIPS("alex").to(tokenizer.device)
+    report = evaluate(
+        tokenizer,
+        arguments.folder,
+        limit=arguments.limit,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        lpips=lpips,
+        progress=progress_bar("evaluating"),
+    )
+    if arguments.json:
+        print(json.dumps(report.as_dict(), indent=1))
+        return
+    print(f"{report.pictures} pictures, short side resized to {tokenizer.config.data.image_size}, central square")
+    print(f"{report.bits_per_pixel:.4f} bits per pixel, {report.steps} steps, seed {report.seed}")
+    print(f"PSNR   {report.psnr:.2f} dB  (standard deviation over pictures {report.psnr_spread:.2f})")
+    if report.lpips_alex is not None:
+        print(
+            f"LPIPS  {report.lpips_alex:.4f}  AlexNet (standard deviation over pictures {report.lpips_alex_spread:.4f})"
+        )
+
+
+# Shared by commands
+
+
+def load(arguments: argparse.Namespace) -> FlowMo:
+    return flowmo.load(arguments.model, *arguments.settings, device=arguments.device)
+
+
+def sampling(arguments: argparse.Namespace) -> dict:
+    return {"steps": arguments.steps, "seed": arguments.seed, "guidance": arguments.guidance}
+
+
+def progress_bar(name: str) -> Callable[[int, int], None] | None:
+    """A counter on a terminal's standard error; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        sys.stderr.write(f"\r{name[:40]} {done}/{total}" + ("\r\033[K" if done == total else ""))
+        sys.stderr.flush()
+
+    return show
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 − 1")
+    return value
+
+
+def device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"no device {text!r} on this machine") from None
+    return text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flowmo", description="Pictures to a short string of bits and back.")
+    parser.add_argument("--version", action="version", version=f"flowmo {flowmo.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(run: Callable, text: str) -> argparse.ArgumentParser:
+        note = "Settings are changed by section.name=value, e.g. eval.sampling.rho=1; see flowmo info --settings."
+        sub = commands.add_parser(run.__name__, help=text, description=run.__doc__, epilog=note)
+        sub.set_defaults(run=run)
+        return sub
+
+    def with_model(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", default="nano", help="preset, file, folder or Hub id of the weights (nano)")
+        sub.add_argument("--device", type=device, default="cpu", help="cpu, cuda, mps … (cpu)")
+
+    def with_sampling(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--steps", type=positive, help="Euler steps from noise to picture (the preset's: 25)")
+        sub.add_argument("--seed", type=seed, default=0, help="seed of the noise (0)")
+        sub.add_argument("--guidance", type=float, help="classifier-free guidance (the preset's: 1.5); 1 is none")
+
+    def with_fit(sub: argparse.ArgumentParser) -> None:
+        help_text = "tile: the whole picture, in blended tiles; crop: the central square at the trained size"
+        sub.add_argument("--fit", choices=("tile", "crop"), default="tile", help=help_text)
+
+    sub = command(reconstruct, "pictures beside what their bits decode to")
+    sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    sub.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder to write to (reconstructions)")
+    with_model(sub), with_sampling(sub), with_fit(sub)
+
+    sub = command(encode, "picture to .flowmo file")
+    sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    sub.add_argument("--output", "-o", type=Path, help="file to write (PICTURE with .flowmo)")
+    sub.add_argument("--out-dir", type=Path, help="folder to write many to (beside each picture)")
+    with_model(sub), with_fit(sub)
+
+    sub = command(decode, ".flowmo file to picture")
+    sub.add_argument("file", type=Path, metavar="FILE")
+    sub.add_argument("--output", "-o", type=Path, help="picture to write (FILE with .png)")
+    sub.add_argument("--ids", action="store_true", help="print the ids as JSON instead of drawing the picture")
+    with_model(sub), with_sampling(sub)
+
+    sub = command(info, "parameters, bits per pixel and passes of a preset or checkpoint")
+    sub.add_argument("source", nargs="?", default="nano", help="preset, settings file, or weights (nano)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--settings", dest="settings_too", action="store_true", help="also list every setting")
+
+    sub = command(convert, "any checkpoint to .safetensors")
+    sub.add_argument("source", help="authors' or training checkpoint (.pth), or any other weights")
+    sub.add_argument("output", type=Path, help="file to write, .safetensors")
+    sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="precision on disk (float32)")
+    sub.add_argument("--last-weights", action="store_true", help="the last weights rather than their average")
+
+    sub = command(train, "stage 1A on a folder of pictures")
+    sub.add_argument("--preset", choices=tuple(PRESETS), default="lo", help="settings to start from (lo)")
+    sub.add_argument("--config", type=Path, help="YAML file of settings over the preset's")
+    sub.add_argument("--experiment-name", default="my_experiment", help="folder of the run (my_experiment)")
+    sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where runs are kept (results)")
+    sub.add_argument("--resume-from-ckpt", type=Path, help="training checkpoint to start from")
+    sub.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+
+    sub = command(evaluate, "PSNR and LPIPS over a folder of pictures")
+    sub.add_argument("folder", type=Path, help="folder of pictures")
+    sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
+    sub.add_argument("--steps", type=positive, help="Euler steps (the preset's: 25)")
+    sub.add_argument("--seed", type=seed, default=0, help="seed of the noise (0)")
+    sub.add_argument("--no-lpips", action="store_true", help="PSNR only, which needs no trained network")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    with_model(sub)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,476 @@
+"""Every setting: typed, with one documented default each, named presets, YAML files and ``section.name=value``.
+
+A ``Config`` is immutable and always valid: building one with an unknown name, a wrong type or an impossible value
+raises ``ConfigError`` with a sentence that says what to write instead. The names are those of the authors' release
+where it has one; its other spellings (``model.mup_width``, ``eval.sampling.cfg`` …) are translated by ``ALIASES``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flowmo.errors import FlowMoError
+from flowmo.transformer import Shape, rotary_axes
+
+QUANTIZATION_TYPES = ("lfq", "kl", "noop")
+TIMESTEP_DISTRIBUTIONS = ("fat_lognormal", "lognormal", "uniform")
+LPIPS_MODES = ("vgg", "alex")
+PREDICTIONS = ("velocity", "picture")
+CODE_LAYOUTS = ("diagonal", "lattice")
+MAX_YAML_BYTES = 1 << 20
+
+
+class ConfigError(FlowMoError, ValueError):
+    """A setting that does not exist, has the wrong type or cannot work; the message says what to write instead."""
+
+
+def setting(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str = setting("", "folder of training pictures, searched through its sub-folders")
+    val: str = setting("", "folder of held-out pictures")
+    image_size: int = setting(256, "side of the square training pictures, in pixels")
+    batch_size: int = setting(16, "pictures a step and process")
+    num_workers: int = setting(2, "processes that decode pictures; 0 decodes in the training process")
+    random_crop: bool = setting(True, "crop training pictures at a random place rather than at their centre")
+    random_flip: bool = setting(False, "mirror half of the training pictures; the paper does not")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    patch_size: int = setting(4, "side of a picture token, in pixels, in encoder and decoder")
+    hidden_size: int = setting(1152, "width of the decoder")
+    num_heads: int = setting(12, "attention heads of the decoder")
+    dec_depth: int = setting(16, "blocks of the decoder")
+    enc_hidden_size: int = setting(768, "width of the encoder")
+    enc_num_heads: int = setting(12, "attention heads of the encoder")
+    enc_depth: int = setting(8, "blocks of the encoder")
+    mlp_ratio: float = setting(4.0, "hidden width of an MLP over the width of its stream")
+    code_length: int = setting(256, "code tokens a picture")
+    context_dim: int = setting(18, "channels of a code token; with lfq, its bits")
+    quantization_type: str = setting("lfq", "bottleneck: " + ", ".join(QUANTIZATION_TYPES))
+    codebook_size_for_entropy: int = setting(9, "bits of a sub-token, the group over which lfq's entropies are taken")
+    entropy_loss_weight: float = setting(0.0025, "weight of lfq's entropy loss (the release's; the paper prints 0.1)")
+    commit_loss_weight: float = setting(0.000625, "weight of lfq's commitment loss (the paper prints 0.0025)")
+    enable_cfg: bool = setting(True, "train the null code of classifier-free guidance on a tenth of the pictures")
+    code_layout: str = setting("diagonal", "rotary positions of code tokens: " + ", ".join(CODE_LAYOUTS))
+    prediction: str = setting("velocity", "what the decoder's last layer estimates: " + ", ".join(PREDICTIONS))
+    enable_mup: bool = setting(True, "attention logits scaled by 8 / head size; otherwise 1 / sqrt(head size)")
+    fix_initial_norms: bool = setting(True, "reset the norm of every block's weight matrices after each step")
+    ema_decay: float = setting(0.9999, "decay a step of the averaged weights that are evaluated and shipped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptConfig:
+    lr: float = setting(1e-4, "learning rate")
+    beta1: float = setting(0.9, "Adam's decay of the mean gradient")
+    beta2: float = setting(0.95, "Adam's decay of the mean squared gradient")
+    weight_decay: float = setting(0.0, "decoupled weight decay")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
+    cooldown: float = setting(0.0, "last share of the run over which the learning rate falls to 0; 0 keeps it")
+    max_grad_norm: float = setting(0.0, "longest gradient, longer ones are scaled down to it; 0 leaves them")
+    schedule: str = setting("fat_lognormal", "training timesteps: " + ", ".join(TIMESTEP_DISTRIBUTIONS))
+    lpips_weight: float = setting(0.1, "weight of the perceptual loss on the one-step estimate; 0 switches it off")
+    lpips_mode: str = setting("vgg", "network of the perceptual loss: " + ", ".join(LPIPS_MODES))
+    perceptual_weights: str = setting("", "folder to look for its weights in, before FLOWMO_WEIGHTS")
+    freeze_encoder_after: int = setting(200_000, "steps after which the encoder no longer learns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    max_steps: int = setting(1_300_000, "optimizer steps of the whole run")
+    enable_bfloat16: bool = setting(True, "matrix products in bfloat16; sums, norms and losses stay float32")
+    compile: bool = setting(False, "torch.compile the loss; pays off on a GPU, and on a CPU that has a C++ compiler")
+    log_every: int = setting(100, "steps between progress lines")
+    sample_every: int = setting(5_000, "steps between sample grids and held-out figures; 0 makes none")
+    checkpoint_every: int = setting(5_000, "steps between checkpoints")
+    seed: int = setting(0, "seed of the weights, the order of the pictures and the noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    sample_steps: int = setting(25, "Euler steps from noise to picture")
+    rho: float = setting(4.0, "shift of the sampler, equation 14: t = (i/n)^rho; 1 is linear")
+    guidance: float = setting(1.5, "classifier-free guidance; 1 is none")
+    guidance_low: float = setting(0.17 / 1.17, "lowest timestep with guidance")
+    guidance_high: float = setting(1.02 / 2.02, "highest timestep with guidance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+def _width(prefix: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda w: {f"model.{prefix}hidden_size": 192 * int(w), f"model.{prefix}num_heads": 12}
+
+
+def _schedule(value: Any) -> dict[str, Any]:
+    if value == "linear":
+        return {"eval.sampling.rho": 1.0}
+    return {"eval.sampling.rho": 1 / float(str(value).removeprefix("pow_"))}
+
+
+def _interval(value: Any) -> dict[str, Any]:
+    """The release gives EDM noise levels σ, (low, high); timesteps are t = σ / (1 + σ)."""
+    low, high = (0.0, math.inf) if value is None else ast.literal_eval(str(value))
+    return {
+        "eval.sampling.guidance_low": low / (1 + low),
+        "eval.sampling.guidance_high": 1.0 if math.isinf(high) else high / (1 + high),
+    }
+
+
+ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "model.mup_width": _width(""),
+    "model.enc_mup_width": _width("enc_"),
+    "eval.sampling.cfg": lambda value: {"eval.sampling.guidance": value},
+    "eval.sampling.schedule": _schedule,
+    "eval.sampling.cfg_interval": _interval,
+}
+"""The release's spellings of settings that have another name or form here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a tokenizer and its training.
+
+    Raises:
+        ConfigError: on construction, where a value cannot work.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    opt: OptConfig = field(default_factory=OptConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def encoder_shape(self) -> Shape:
+        m = self.model
+        return Shape(
+            m.enc_hidden_size, m.enc_num_heads, m.enc_depth, m.patch_size, m.mlp_ratio, m.code_layout, m.enable_mup
+        )
+
+    @property
+    def decoder_shape(self) -> Shape:
+        m = self.model
+        return Shape(
+            m.hidden_size,
+            m.num_heads,
+            m.dec_depth,
+            m.patch_size,
+            m.mlp_ratio,
+            m.code_layout,
+            m.enable_mup,
+            m.prediction,
+        )
+
+    @property
+    def bits_per_picture(self) -> float | None:
+        """Bits of one picture's ids, or ``None`` for a continuous bottleneck."""
+        return float(self.model.code_length * self.model.context_dim) if self.model.quantization_type == "lfq" else None
+
+    @property
+    def bits_per_pixel(self) -> float | None:
+        bits = self.bits_per_picture
+        return None if bits is None else bits / self.data.image_size**2
+
+    def override(self, *assignments: str, **_: Any) -> Config:
+        """A copy with ``section.name=value`` assignments applied, e.g. ``config.override("opt.lr=3e-4")``."""
+        values = {}
+        for assignment in assignments:
+            name, equals, value = assignment.partition("=")
+            if not equals:
+                raise ConfigError(f"{assignment!r} is not a setting; write it as section.name=value, e.g. opt.lr=1e-4")
+            values[name] = parse_value(name, value)
+        return self.updated(values)
+
+    def updated(self, values: Mapping[str, Any]) -> Config:
+        """A copy with the settings of a flat mapping ``{"section.name": value}`` replaced."""
+        flat = flatten(self)
+        for name, value in values.items():
+            for real, translated in translate(name, value).items():
+                flat[real] = convert(real, translated, FIELDS[real].type)
+        return build(flat)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Config:
+        """From nested sections, as in a YAML file; what is not named keeps its default."""
+        return cls().updated(dict(leaves(tree)))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, base: Config | None = None) -> Config:
+        """From a YAML file over ``base``; a top-level ``preset: NAME`` starts from that preset instead.
+
+        Raises:
+            ConfigError: the file cannot be read, is no mapping, or holds a setting that does not work.
+        """
+        try:
+            raw = Path(path).read_bytes()
+            if len(raw) > MAX_YAML_BYTES:
+                raise ConfigError(f"{path} has {len(raw)} bytes; a settings file has at most {MAX_YAML_BYTES}")
+            tree = yaml.safe_load(raw) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} holds no settings; write sections such as 'model:' with 'name: value' below")
+        name = tree.pop("preset", None)
+        start = preset(name) if name is not None else base or cls()
+        return start.updated(dict(leaves(tree)))
+
+
+def preset(name: str) -> Config:
+    """A named configuration: ``nano``, ``small``, ``lo`` or ``hi``.
+
+    Raises:
+        ConfigError: no preset of that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return Config.from_dict(PRESETS[name])
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {
+        "data": {"image_size": 128},
+        "model": {
+            "patch_size": 16,
+            "hidden_size": 192,
+            "num_heads": 3,
+            "dec_depth": 6,
+            "enc_hidden_size": 192,
+            "enc_num_heads": 3,
+            "enc_depth": 4,
+            "code_length": 64,
+            "context_dim": 36,
+            "code_layout": "lattice",
+            "prediction": "picture",
+        },
+    },
+    "small": {"model": {"patch_size": 8, "hidden_size": 768}},
+    "lo": {},
+    "hi": {"model": {"context_dim": 56, "codebook_size_for_entropy": 14}},
+}
+"""``small``, ``lo`` and ``hi`` are the paper's (table 6); ``nano`` is sized to train and decode on a CPU: 288 bytes a
+128 × 128 picture. Its 16 pixel patches hold more channels than it is wide, so its decoder predicts the picture."""
+
+
+def _fields(section: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
+    hints = typing.get_type_hints(section)
+    for f in dataclasses.fields(section):
+        f.type = hints[f.name]
+        if dataclasses.is_dataclass(f.type):
+            yield from _fields(f.type, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", f
+
+
+FIELDS: dict[str, dataclasses.Field] = dict(_fields(Config))
+"""Every setting by its full name; ``metadata["doc"]`` says what it does."""
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in tree.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            if not any(known.startswith(f"{full}.") for known in (*FIELDS, *ALIASES)):
+                raise ConfigError(f"there is no section {full!r}{nearest(full, sections())}")
+            yield from leaves(value, f"{full}.")
+        else:
+            yield full, value
+
+
+def sections() -> list[str]:
+    return sorted({name.rpartition(".")[0] for name in FIELDS})
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    return dict(leaves(dataclasses.asdict(config)))
+
+
+def build(flat: Mapping[str, Any]) -> Config:
+    def make(section: type, prefix: str) -> Any:
+        values = {}
+        for f in dataclasses.fields(section):
+            nested = dataclasses.is_dataclass(f.type)
+            values[f.name] = make(f.type, f"{prefix}{f.name}.") if nested else flat[f"{prefix}{f.name}"]
+        return section(**values)
+
+    return make(Config, "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def translate(name: str, value: Any) -> dict[str, Any]:
+    """Real name and value of a setting that may be spelt as in the release."""
+    if name in FIELDS:
+        return {name: value}
+    if name in ALIASES:
+        try:
+            return ALIASES[name](value)
+        except (ValueError, TypeError, SyntaxError, ZeroDivisionError):
+            raise ConfigError(f"{name}={value!r} is not a value that {name} takes") from None
+    section, _, last = name.rpartition(".")
+    if section in sections():
+        siblings = [known for known in (*FIELDS, *ALIASES) if known.rpartition(".")[0] == section]
+    else:  # a bare name, or a wrong section: look for the same last part anywhere first
+        siblings = [known for known in FIELDS if known.endswith(f".{last}")] or list(FIELDS)
+        if len(siblings) < 4:
+            raise ConfigError(f"there is no setting {name!r}; did you mean {' or '.join(map(repr, siblings))}?")
+    raise ConfigError(f"there is no setting {name!r}{nearest(name, siblings)}")
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of an assignment on the command line; text fields take it as it stands."""
+    known = FIELDS.get(name)
+    if known is not None and known.type is str:
+        return text.strip("'\"")
+    try:
+        return yaml.safe_load(text) if len(text) < 1000 else text
+    except yaml.YAMLError:
+        return text
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as the setting's type, where that loses nothing.
+
+    Raises:
+        ConfigError: the value is of another type.
+    """
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is int and not isinstance(value, bool):
+        if isinstance(value, int):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-4 as text
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[kind]
+    raise ConfigError(f"{name}={value!r} does not work; write {wanted}, for example {name}={FIELDS[name].default}")
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, naming what would."""
+    m, d, o, t, s = config.model, config.data, config.opt, config.trainer, config.eval.sampling
+
+    def require(condition: bool, sentence: str) -> None:
+        if not condition:
+            raise ConfigError(sentence)
+
+    positive = {
+        "data": ("image_size", "batch_size"),
+        "model": ("patch_size", "hidden_size", "num_heads", "dec_depth", "enc_hidden_size", "enc_num_heads"),
+        "trainer": ("max_steps", "log_every", "checkpoint_every"),
+        "opt": ("lr",),
+    }
+    for section, names in positive.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            require(
+                value > 0, f"{section}.{name}={value} must be at least 1" if section != "opt" else "opt.lr must be > 0"
+            )
+    for name in ("enc_depth", "code_length", "context_dim", "codebook_size_for_entropy"):
+        require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be at least 1")
+    for prefix in ("", "enc_"):
+        check_width(prefix, getattr(m, f"{prefix}hidden_size"), getattr(m, f"{prefix}num_heads"))
+    require(m.mlp_ratio > 0, f"model.mlp_ratio={m.mlp_ratio} must be above 0; the paper uses 4")
+    lower = max(d.image_size // m.patch_size, 1) * m.patch_size
+    require(
+        d.image_size % m.patch_size == 0,
+        f"data.image_size={d.image_size} is not a multiple of model.patch_size={m.patch_size}; "
+        f"write data.image_size={lower} or data.image_size={lower + m.patch_size}",
+    )
+    choose("model.quantization_type", m.quantization_type, QUANTIZATION_TYPES)
+    choose("model.code_layout", m.code_layout, CODE_LAYOUTS)
+    choose("model.prediction", m.prediction, PREDICTIONS)
+    choose("opt.schedule", o.schedule, TIMESTEP_DISTRIBUTIONS)
+    choose("opt.lpips_mode", o.lpips_mode, LPIPS_MODES)
+    if m.quantization_type == "lfq":
+        group = m.codebook_size_for_entropy
+        fits = [g for g in range(min(m.context_dim, 16), 0, -1) if m.context_dim % g == 0]
+        require(
+            m.context_dim % group == 0 and group <= 16,
+            f"model.context_dim={m.context_dim} does not split into groups of at most 16 bits with "
+            f"model.codebook_size_for_entropy={group}; write model.codebook_size_for_entropy={fits[0]}",
+        )
+    for name, value in (("ema_decay", m.ema_decay), ("beta1", o.beta1), ("beta2", o.beta2), ("cooldown", o.cooldown)):
+        require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
+    for name in ("weight_decay", "warmup_steps", "max_grad_norm", "lpips_weight", "freeze_encoder_after"):
+        require(getattr(o, name) >= 0, f"opt.{name}={getattr(o, name)} must not be negative")
+    for name, value in (("data.num_workers", d.num_workers), ("trainer.sample_every", t.sample_every)):
+        require(value >= 0, f"{name}={value} must not be negative; 0 switches it off")
+    require(0 <= t.seed < 2**63, f"trainer.seed={t.seed} must be a whole number from 0 to 2^63 − 1")
+    require(s.sample_steps > 0, f"eval.sampling.sample_steps={s.sample_steps} must be at least 1; the paper uses 25")
+    require(s.rho > 0, f"eval.sampling.rho={s.rho} must be above 0; the paper uses 4, linear steps are 1")
+    require(
+        0 <= s.guidance_low <= s.guidance_high <= 1,
+        f"guidance from t = {s.guidance_low} to {s.guidance_high} is no interval; "
+        "write 0 <= eval.sampling.guidance_low <= eval.sampling.guidance_high <= 1",
+    )
+
+
+def check_width(prefix: str, width: int, heads: int) -> None:
+    """A head needs an even number of channels on each rotary axis (1/8, 7/16 and 7/16 of it)."""
+    below = max(width // (16 * heads), 1) * 16 * heads
+    good = [
+        w for w in (below - 16 * heads, below, below + 16 * heads, below + 32 * heads) if w > 0 and _even_axes(w, heads)
+    ]
+    name = f"model.{prefix}hidden_size"
+    advice = f"write {' or '.join(f'{name}={w}' for w in good)}"
+    if width % heads:
+        raise ConfigError(f"{name}={width} is not divisible by model.{prefix}num_heads={heads}; {advice}")
+    if not _even_axes(width, heads):
+        axes = rotary_axes(width // heads)
+        raise ConfigError(
+            f"{name}={width} over {heads} heads of {width // heads} channels gives rotary axes of {axes} channels, "
+            f"which must be even and add up to a head; {advice}"
+        )
+
+
+def _even_axes(width: int, heads: int) -> bool:
+    axes = rotary_axes(width // heads)
+    return width % heads == 0 and sum(axes) == width // heads and all(axis > 0 and axis % 2 == 0 for axis in axes)
+
+
+def choose(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not known; write {' or '.join(known)}")

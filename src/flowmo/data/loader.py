@@ -1,0 +1,45 @@
+"""Batches in an order that is a function of the seed and the position alone, so that a run resumes where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from flowmo.data.folder import PictureFolder
+from flowmo.sample import picture_seed
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of ``count`` pictures: every picture once an epoch, in another order each time."""
+    generator = torch.Generator().manual_seed(picture_seed(seed, f"epoch {epoch}"))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+class EndlessOrder(Sampler):
+    """(index, seed) of every picture from ``position`` on, counted in pictures since the run's start."""
+
+    def __init__(self, count: int, seed: int, position: int):
+        self.count, self.seed, self.position = count, seed, position
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position = self.position
+        while True:
+            epoch, start = divmod(position, self.count)
+            for index in epoch_order(self.count, self.seed, epoch)[start:]:
+                yield index, picture_seed(self.seed, position)
+                position += 1
+
+
+def batches(source: PictureFolder, batch_size: int, seed: int, position: int, workers: int) -> Iterator[Tensor]:
+    """Endless batches b × 3 × side × side, starting with picture number ``position`` of the run."""
+    loader = DataLoader(
+        source,
+        batch_size=batch_size,
+        sampler=EndlessOrder(len(source), seed, position),
+        num_workers=workers,
+        persistent_workers=False,
+    )
+    return iter(loader)

@@ -1,0 +1,158 @@
+"""LPIPS, the perceptual distance of stage 1A's loss and of the report, and where its trained weights come from.
+
+The network parts are those of the ``lpips`` package (v0.1 heads), defined here because that package needs
+torchvision, which the base install does without. Weights are looked for, in this order, in
+
+1. the folder given by the caller (``opt.perceptual_weights``),
+2. the folder named by the environment variable ``FLOWMO_WEIGHTS``,
+3. the torch hub cache, where they are downloaded to unless ``download=False``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowmo.errors import FlowMoError
+
+# (name, accepted file names, download address)
+BACKBONES = {
+    "vgg": (
+        ("vgg16-397923af.pth", "vgg16_torchvision_features.pth"),
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+    ),
+    "alex": (
+        ("alexnet-owt-7be5be79.pth", "alexnet_torchvision_features.pth"),
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    ),
+}
+HEADS = {
+    net: (
+        (f"lpips_{net}_heads.pth", f"{net}.pth"),
+        f"https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/{net}.pth",
+    )
+    for net in BACKBONES
+}
+
+# Convolution layers as (index in torchvision's ``features``, in, out, kernel, stride, padding); a new tap (a feature
+# map that the distance compares) follows the last layer of each row, and max-pooling lies between the rows marked so.
+VGG_ROWS = (
+    ((0, 3, 64, 3, 1, 1), (2, 64, 64, 3, 1, 1)),
+    ((5, 64, 128, 3, 1, 1), (7, 128, 128, 3, 1, 1)),
+    ((10, 128, 256, 3, 1, 1), (12, 256, 256, 3, 1, 1), (14, 256, 256, 3, 1, 1)),
+    ((17, 256, 512, 3, 1, 1), (19, 512, 512, 3, 1, 1), (21, 512, 512, 3, 1, 1)),
+    ((24, 512, 512, 3, 1, 1), (26, 512, 512, 3, 1, 1), (28, 512, 512, 3, 1, 1)),
+)
+ALEX_ROWS = (
+    ((0, 3, 64, 11, 4, 2),),
+    ((3, 64, 192, 5, 1, 2),),
+    ((6, 192, 384, 3, 1, 1),),
+    ((8, 384, 256, 3, 1, 1),),
+    ((10, 256, 256, 3, 1, 1),),
+)
+ARCHITECTURES = {  # rows, max-pool kernel, rows that a max-pool of stride 2 precedes
+    "vgg": (VGG_ROWS, 2, (1, 2, 3, 4)),
+    "alex": (ALEX_ROWS, 3, (1, 2)),
+}
+MEAN = (-0.030, -0.088, -0.188)  # LPIPS' own normalisation of pictures in [−1, 1]
+STD = (0.458, 0.448, 0.450)
+
+
+class WeightsNotFoundError(FlowMoError, FileNotFoundError):
+    """Trained weights are in none of the places where they are looked for; the message says which file to put where."""
+
+
+def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:
+    """The first of ``names`` found in the places that the module's docstring lists.
+
+    Raises:
+        WeightsNotFoundError: it is in none of them and could not be downloaded.
+    """
+    places = [Path(place) for place in (folder, os.environ.get("FLOWMO_WEIGHTS")) if place]
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    for place in (*places, cache):
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+    reason = "downloads are switched off"
+    if download:
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(cache / names[0]), progress=False)
+            return cache / names[0]
+        except OSError as error:
+            reason = f"the download failed ({error})"
+    raise WeightsNotFoundError(
+        f"no {' or '.join(names)} in {', '.join(map(str, (*places, cache)))}, and {reason}: "
+        f"fetch {url} and put it into a folder named by FLOWMO_WEIGHTS"
+    )
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance between pictures (Zhang et al. 2018, version 0.1): ``distance(x, y) -> b``.
+
+    Frozen: its parameters take no gradient, and a reference that needs none saves no activations. It runs in the
+    precision of the autocast around it; the distances themselves are formed in float32.
+
+    Args:
+        net: ``vgg`` (the paper's training loss) or ``alex`` (the usual one to report, and a fiftieth of the cost).
+        weights: folder to look in first.
+        download: whether files found nowhere may be downloaded.
+
+    Raises:
+        WeightsNotFoundError: see ``find_weights``.
+        ValueError: an unknown ``net``.
+    """
+
+    def __init__(self, net: str = "vgg", weights: str | Path | None = None, download: bool = True):
+        super().__init__()
+        if net not in ARCHITECTURES:
+            raise ValueError(f"unknown LPIPS network {net!r}; use vgg or alex")
+        self.net = net
+        rows, self.pool, self.pooled_rows = ARCHITECTURES[net]
+        self.rows = nn.ModuleList(
+            nn.ModuleDict(
+                {str(index): nn.Conv2d(i, o, kernel, stride, padding) for index, i, o, kernel, stride, padding in row}
+            )
+            for row in rows
+        )
+        self.heads = nn.ModuleList(nn.Conv2d(row[-1][2], 1, 1, bias=False) for row in rows)
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+        self._load(find_weights(*BACKBONES[net], weights, download), find_weights(*HEADS[net], weights, download))
+        self.eval().requires_grad_(False)
+
+    def _load(self, backbone: Path, heads: Path) -> None:
+        state = torch.load(backbone, map_location="cpu", weights_only=True)
+        state = {key.removeprefix("features."): value for key, value in state.items()}
+        for row in self.rows:
+            for index, conv in row.items():
+                conv.load_state_dict({"weight": state[f"{index}.weight"], "bias": state[f"{index}.bias"]})
+        state = torch.load(heads, map_location="cpu", weights_only=True)
+        for i, head in enumerate(self.heads):
+            head.load_state_dict({"weight": state[f"lin{i}.model.1.weight"]})
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Unit-length feature maps of pictures b 3 h w in [−1, 1], one per row of the network, float32."""
+        x = (x - self.mean) / self.std
+        maps = []
+        for i, row in enumerate(self.rows):
+            if i in self.pooled_rows:
+                x = F.max_pool2d(x, self.pool, 2)
+            for conv in row.values():
+                x = F.relu(conv(x))
+            # Where every channel is zero the length has no gradient; the floor makes that gradient 0, not NaN.
+            length = x.float().square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
+            maps.append(x.float() / (length + 1e-10))
+        return maps
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of each pair of pictures, b 3 h w in [−1, 1] -> float32 b."""
+        total = 0
+        for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
+            total = total + torch.einsum("bchw,c->bhw", (a - b).square(), head.weight.flatten().float()).mean((1, 2))
+        return total

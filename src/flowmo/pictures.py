@@ -1,0 +1,145 @@
+"""Pictures in and out: files to PIL to tensors and back, and the tiling that keeps a picture of any size whole."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from flowmo.errors import FlowMoError
+
+MAX_PIXELS = 100_000_000
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+class PictureError(FlowMoError, ValueError):
+    """A file that is no picture, is damaged, or is too large; the message is one line that names the file."""
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """The picture in a file as RGB, turned as its EXIF says, transparency over white.
+
+    Raises:
+        PictureError: the file is missing, not a picture, truncated, without pixels, or above ``MAX_PIXELS``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                check_size(picture, path)
+                return to_rgb(picture)
+    except Image.DecompressionBombError:
+        raise PictureError(f"{path}: more than {MAX_PIXELS:,} pixels") from None
+    except FileNotFoundError:
+        raise PictureError(f"{path}: no such file") from None
+    except PictureError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise PictureError(f"{path}: not a picture that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        raise PictureError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def check_size(picture: Image.Image, name: str | Path = "picture") -> None:
+    width, height = picture.size
+    if width < 1 or height < 1:
+        raise PictureError(f"{name}: {width}×{height} has no pixels")
+    if width * height > MAX_PIXELS:
+        raise PictureError(f"{name}: {width}×{height} is more than {MAX_PIXELS:,} pixels")
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """RGB as a viewer shows it: EXIF rotation applied, 16 bits scaled to 8, transparency over white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        values = np.asarray(picture, dtype=np.float64)
+        top = 65535 if picture.mode != "F" else max(float(values.max(initial=1.0)), 1.0)
+        picture = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """RGB picture -> float32 3 × h × w in [−1, 1]."""
+    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Pictures in [−1, 1] -> uint8 0…255, rounded to the nearest and clipped."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """3 × h × w in [−1, 1] -> RGB picture."""
+    return Image.fromarray(to_bytes(image).permute(1, 2, 0).cpu().numpy())
+
+
+def resize_and_crop(picture: Image.Image, side: int) -> Image.Image:
+    """The paper's protocol: short side resized to ``side`` (bilinear, antialiased), then the central square."""
+    scale = side / min(picture.size)
+    width, height = (max(side, int(length * scale)) for length in picture.size)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return picture.crop((left, top, left + side, top + side))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How square tiles of ``tile`` pixels cover a picture of ``height`` × ``width``, row by row.
+
+    Neighbours overlap by at least an eighth of a tile and are blended there by linear ramps. A side shorter than a
+    tile is padded by repeating its last line, and cut off again.
+    """
+
+    height: int
+    width: int
+    tile: int
+
+    def starts(self, length: int) -> list[int]:
+        if length <= self.tile:
+            return [0]
+        overlap = self.tile // 8
+        count = math.ceil((length - overlap) / (self.tile - overlap))
+        return [round(i * (length - self.tile) / (count - 1)) for i in range(count)]
+
+    @property
+    def corners(self) -> list[tuple[int, int]]:
+        """Top and left of every tile."""
+        return [(top, left) for top in self.starts(self.height) for left in self.starts(self.width)]
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Height and width of the padded picture."""
+        return max(self.height, self.tile), max(self.width, self.tile)
+
+    def split(self, image: Tensor) -> Tensor:
+        """c × height × width -> tiles × c × tile × tile."""
+        rows = torch.arange(self.canvas[0], device=image.device).clamp(max=self.height - 1)
+        columns = torch.arange(self.canvas[1], device=image.device).clamp(max=self.width - 1)
+        return self.crop(image[:, rows][:, :, columns])
+
+    def crop(self, canvas: Tensor) -> Tensor:
+        """Tiles of something that has the padded picture's size already."""
+        return torch.stack([canvas[:, y : y + self.tile, x : x + self.tile] for y, x in self.corners])
+
+    def merge(self, tiles: Tensor) -> Tensor:
+        """tiles × c × tile × tile -> c × height × width."""
+        position = torch.arange(1, self.tile + 1, dtype=tiles.dtype, device=tiles.device)
+        ramp = torch.minimum(position, position.flip(0)).clamp(max=max(self.tile // 8, 1))
+        weight = ramp[:, None] * ramp
+        total = tiles.new_zeros(tiles.shape[1], *self.canvas)
+        weights = tiles.new_zeros(self.canvas)
+        for (y, x), tile in zip(self.corners, tiles, strict=True):
+            total[:, y : y + self.tile, x : x + self.tile] += weight * tile
+            weights[y : y + self.tile, x : x + self.tile] += weight
+        return (total / weights)[:, : self.height, : self.width]

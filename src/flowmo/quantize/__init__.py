@@ -1,0 +1,30 @@
+"""Bottlenecks, one a file, behind one contract (``contract.Quantizer``). A new one is a file and a line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flowmo.quantize.contract import Quantized, Quantizer, check_ids
+from flowmo.quantize.identity import Identity
+from flowmo.quantize.kl import KL
+from flowmo.quantize.lfq import LFQ
+
+if TYPE_CHECKING:
+    from flowmo.config import ModelConfig
+
+__all__ = ["KL", "LFQ", "Identity", "Quantized", "Quantizer", "build_quantizer", "check_ids"]
+
+
+def build_quantizer(model: ModelConfig) -> Quantizer:
+    """The bottleneck that ``model.quantization_type`` names, with that section's settings."""
+    builders = {
+        "lfq": lambda: LFQ(
+            model.context_dim,
+            model.codebook_size_for_entropy,
+            model.entropy_loss_weight,
+            model.commit_loss_weight,
+        ),
+        "kl": lambda: KL(model.context_dim),
+        "noop": lambda: Identity(model.context_dim),
+    }
+    return builders[model.quantization_type]()

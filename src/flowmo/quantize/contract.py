@@ -1,0 +1,66 @@
+"""What every bottleneck promises: ``quantizer(code) -> Quantized``, and ids <-> code without a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a bottleneck makes of the encoder's output.
+
+    Attributes:
+        code: b × tokens × channels, what the decoder is conditioned on; gradients flow to the encoder.
+        ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
+        losses: named scalar terms, already weighted, to be added to the training loss.
+        statistics: named scalars for the log, without gradient.
+    """
+
+    code: Tensor
+    ids: Tensor | None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Quantizer(Protocol):
+    """A bottleneck. ``channels`` is the width of ``Quantized.code``, ``encoder_channels`` what the encoder emits."""
+
+    channels: int
+    encoder_channels: int
+    sub_tokens: int | None
+    """Ids a token, or ``None`` where the bottleneck is continuous."""
+    id_count: int | None
+    """Ids run from 0 to ``id_count`` − 1."""
+    bits_per_token: float | None
+
+    def __call__(self, code: Tensor) -> Quantized:
+        """Training: code b × tokens × encoder_channels, with losses."""
+
+    def quantize(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Inference: the code that the decoder sees, without losses or randomness, and its ids."""
+
+    def code_from_ids(self, ids: Tensor) -> Tensor:
+        """int64 b × tokens × sub_tokens -> float32 b × tokens × channels."""
+
+
+def check_ids(ids: Tensor, code_length: int, sub_tokens: int, id_count: int) -> Tensor:
+    """``ids`` as int64 b × tokens × sub_tokens.
+
+    Raises:
+        TypeError: not an integer tensor.
+        ValueError: another count of tokens or sub-tokens, or an id outside 0 … id_count − 1.
+    """
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = f"{ids.dtype} tensor" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be an integer tensor, not a {kind}")
+    if ids.ndim != 3 or tuple(ids.shape[1:]) != (code_length, sub_tokens):
+        raise ValueError(
+            f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {code_length}, {sub_tokens})"
+        )
+    if ids.numel() and (ids.min() < 0 or ids.max() >= id_count):
+        raise ValueError(f"ids run from {ids.min()} to {ids.max()}; this tokenizer's run from 0 to {id_count - 1}")
+    return ids.long()

@@ -1,0 +1,284 @@
+"""``FlowMo``: pictures to ``Codes`` and back. What users import.
+
+Notable: inference always runs the networks on batches of one fixed size, ``chunk_size`` (1 on a CPU, 16 elsewhere,
+the last batch padded). The rounding of a matrix product depends on its shape, and a code channel close to zero turns
+such rounding into another bit; with one shape for every call the same picture has the same ids, and the same sample,
+alone and in any batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from flowmo import pictures, sample
+from flowmo.config import Config
+from flowmo.pictures import Tiling
+from flowmo.quantize import build_quantizer, check_ids
+from flowmo.transformer import Decoder, Encoder
+
+RANGE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What ``FlowMo.encode`` makes of pictures: all that ``decode`` needs.
+
+    Attributes:
+        ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
+        size: height and width of the picture that each row decodes to.
+        id_count: ids run from 0 to ``id_count`` − 1.
+        tiling: how the rows tile one picture of any size; ``None`` where each row is a picture of its own.
+        code: float32 b × tokens × channels where there are no ids, else ``None``.
+    """
+
+    ids: Tensor | None
+    size: tuple[int, int]
+    id_count: int | None = None
+    tiling: Tiling | None = None
+    code: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.code if self.ids is None else self.ids)
+
+    def __getitem__(self, rows: slice | Tensor | list[int]) -> Codes:
+        """The codes of some rows, as a batch of their own."""
+        if isinstance(rows, int):
+            rows = [rows]
+        pick = lambda x: None if x is None else x[rows]  # noqa: E731
+        return replace(self, ids=pick(self.ids), code=pick(self.code), tiling=None)
+
+    @property
+    def bits(self) -> int:
+        """Bits of all ids together; of a continuous code as stored, in float32."""
+        if self.ids is None:
+            return self.code.numel() * 32
+        return self.ids.numel() * (self.id_count - 1).bit_length()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ids, packed."""
+        return (self.bits + 7) // 8
+
+    @property
+    def bits_per_pixel(self) -> float:
+        height, width = (self.tiling.height, self.tiling.width) if self.tiling else self.size
+        pixels = height * width * (1 if self.tiling else len(self))
+        return self.bits / pixels
+
+
+class FlowMo(nn.Module):
+    """The tokenizer: an encoder, a bottleneck and a rectified-flow decoder built from a ``Config``.
+
+    Fresh weights are random; ``flowmo.load`` gives trained ones. Device, precision and compilation are the caller's
+    choice: ``.to(device)``, ``torch.autocast``, ``torch.compile``.
+    """
+
+    def __init__(self, config: Config | None = None):
+        super().__init__()
+        self.config = config or Config()
+        model = self.config.model
+        self.quantizer = build_quantizer(model)
+        self.encoder = Encoder(self.config.encoder_shape, model.code_length, self.quantizer.encoder_channels)
+        self.decoder = Decoder(self.config.decoder_shape, model.context_dim)
+        self.chunk_size: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.code_embedding.device
+
+    @property
+    def code_length(self) -> int:
+        return self.config.model.code_length
+
+    def identity(self) -> str:
+        """16 hex digits that name these weights and this architecture: codes of one tokenizer are noise to another."""
+        digest = hashlib.blake2b(repr(self.config.model).encode(), digest_size=8)
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().float().numpy())
+        return digest.hexdigest()
+
+    # Batches of pictures
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Codes:
+        """Pictures to codes.
+
+        Args:
+            images: float b × 3 × h × w in [−1, 1]; h and w are multiples of the patch size. The tokenizer was trained
+                at one size, ``config.data.image_size``; ``encode_image`` brings any picture to it.
+
+        Raises:
+            TypeError: not a floating-point tensor.
+            ValueError: another shape, values outside [−1, 1], or not finite.
+        """
+        self._check_images(images)
+        codes, ids = [], []
+        for chunk in self._chunks(images.to(self.device, torch.float32)):
+            code, chunk_ids = self.quantizer.quantize(self.encoder(chunk).float())
+            codes.append(code)
+            ids.append(chunk_ids)
+        size = (images.shape[-2], images.shape[-1])
+        if self.quantizer.id_count is None:
+            return Codes(None, size, code=torch.cat(codes)[: len(images)])
+        return Codes(torch.cat(ids)[: len(images)], size, self.quantizer.id_count)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        codes: Codes | Tensor,
+        steps: int | None = None,
+        seed: int | Sequence[int] = 0,
+        *,
+        guidance: float | None = None,
+        rho: float | None = None,
+        size: tuple[int, int] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Codes, or bare ids, to pictures: solves the flow from seeded noise (section 3.4). Needs no picture.
+
+        Args:
+            codes: ``Codes``, or int64 ids b × tokens × sub-tokens.
+            steps: Euler steps; the preset's (25) where ``None``. With guidance in its interval that is 31 passes.
+            seed: one seed for every picture, or one a picture. A picture is a function of its ids and its seed alone.
+            guidance: classifier-free guidance inside the preset's interval; 1 switches it off. Preset: 1.5.
+            rho: shift of the sampler, equation 14. Preset: 4.
+            size: height and width, where ``codes`` are bare ids and the size is not the trained one.
+            progress: called with (pictures done, pictures in all).
+
+        Returns:
+            float32 b × 3 × h × w, clipped to [−1, 1].
+
+        Raises:
+            TypeError, ValueError: ids of the wrong kind, shape or range; a seed count other than b.
+        """
+        code, height, width = self._code_and_size(codes, size)
+        seeds = [seed] * len(code) if isinstance(seed, int) else [int(s) for s in seed]
+        if len(seeds) != len(code):
+            raise ValueError(f"{len(seeds)} seeds for {len(code)} pictures; give one, or one a picture")
+        noise = sample.seeded_noise(seeds, height, width)
+        return self._decode_from(noise, code, steps, guidance, rho, progress)
+
+    def _code_and_size(self, codes: Codes | Tensor, size: tuple[int, int] | None) -> tuple[Tensor, int, int]:
+        """Code as the decoder sees it, and the size of the pictures to make."""
+        if not isinstance(codes, Codes):
+            codes = Codes(codes, size or (self.config.data.image_size,) * 2, self.quantizer.id_count)
+        if self.quantizer.id_count is None:
+            if codes.code is None:
+                raise TypeError("this tokenizer is continuous and has no ids; decode the Codes that encode returned")
+            code = codes.code.to(self.device, torch.float32)
+        else:
+            ids = check_ids(codes.ids, self.code_length, self.quantizer.sub_tokens, self.quantizer.id_count)
+            code = self.quantizer.code_from_ids(ids.to(self.device))
+        height, width = size or codes.size
+        self._check_size(height, width)
+        return code, height, width
+
+    def _decode_from(
+        self,
+        noise: Tensor,
+        code: Tensor,
+        steps: int | None,
+        guidance: float | None,
+        rho: float | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        preset = self.config.eval.sampling
+        times = sample.shifted_times(
+            preset.sample_steps if steps is None else steps, preset.rho if rho is None else rho
+        )
+        guided = partial(
+            sample.guided_velocity,
+            self.decoder,
+            times=times,
+            guidance=preset.guidance if guidance is None else guidance,
+            low=preset.guidance_low,
+            high=preset.guidance_high,
+        )
+        out, done = [], 0
+        for z, c in zip(self._chunks(noise.to(self.device)), self._chunks(code), strict=True):
+            out.append(sample.euler(guided(c), z, times).float().clamp(-1, 1))
+            done = min(done + len(z), len(noise))
+            if progress:
+                progress(done, len(noise))
+        return torch.cat(out)[: len(noise)] if out else noise.to(self.device)
+
+    def _chunks(self, x: Tensor) -> Iterator[Tensor]:
+        """Rows of ``x`` in batches of one size; the last is padded with zeros."""
+        size = self.chunk_size or (1 if self.device.type == "cpu" else 16)
+        for start in range(0, len(x), size):
+            chunk = x[start : start + size]
+            yield F.pad(chunk, (0, 0) * (chunk.ndim - 1) + (0, size - len(chunk)))
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = f"{images.dtype} tensor" if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating-point tensor in [−1, 1], not a {kind}; uint8 x: x / 127.5 − 1")
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+            raise ValueError(f"images have shape {tuple(images.shape)}; give at least one as (batch, 3, height, width)")
+        self._check_size(*images.shape[-2:])
+        low, high = images.aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise ValueError("images hold NaN or infinite values")
+        if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+            raise ValueError(f"images run from {low:.4g} to {high:.4g}; scale them to [−1, 1]")
+
+    def _check_size(self, height: int, width: int) -> None:
+        patch = self.config.model.patch_size
+        if height < patch or width < patch or height % patch or width % patch:
+            raise ValueError(
+                f"pictures of {height}×{width} do not divide into patches of {patch}×{patch}; "
+                "use encode_image, or resize them"
+            )
+
+    # Single pictures of any size
+
+    def encode_image(self, picture: Image.Image, fit: str = "tile") -> Codes:
+        """One PIL picture of any size and mode to codes.
+
+        Args:
+            fit: ``tile`` keeps the whole picture, as overlapping tiles of the trained size; ``crop`` follows the
+                paper's protocol: short side resized to the trained size, central square.
+
+        Raises:
+            ValueError: another ``fit``, or a picture without pixels or above ``pictures.MAX_PIXELS``.
+        """
+        if fit not in ("tile", "crop"):
+            raise ValueError(f"unknown fit {fit!r}; use 'tile' or 'crop'")
+        pictures.check_size(picture)
+        side = self.config.data.image_size
+        picture = pictures.to_rgb(picture)
+        if fit == "crop":
+            picture = pictures.resize_and_crop(picture, side)
+        tiling = Tiling(picture.height, picture.width, side)
+        return replace(self.encode(tiling.split(pictures.to_tensor(picture))), tiling=tiling)
+
+    def decode_image(
+        self,
+        codes: Codes,
+        steps: int | None = None,
+        seed: int = 0,
+        *,
+        guidance: float | None = None,
+        rho: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Image.Image:
+        """The picture of codes from ``encode_image``; arguments as in ``decode``.
+
+        All tiles are cut from one canvas of noise, so that neighbours agree where they overlap before they are blended.
+        """
+        tiling = codes.tiling or Tiling(*codes.size, self.config.data.image_size)
+        code, *_ = self._code_and_size(codes, None)
+        if len(code) != len(tiling.corners):
+            raise ValueError(f"{len(code)} codes for a picture of {len(tiling.corners)} tiles")
+        noise = tiling.crop(sample.seeded_noise([seed], *tiling.canvas)[0])
+        tiles = self._decode_from(noise, code, steps, guidance, rho, progress)
+        return pictures.to_picture(tiling.merge(tiles))

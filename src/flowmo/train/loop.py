@@ -1,0 +1,200 @@
+"""Stage 1A on one process: pictures in, checkpoints, a log and sample grids out.
+
+A run lives in ``results/<experiment>/``: ``config.json``, ``metrics.jsonl`` (one line a report), ``samples/`` and
+``checkpoints/``. Started again with the same name it goes on from its last checkpoint, and ends with the weights that
+an unbroken run would have: the order of the pictures and every random number are functions of the seed and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowmo import checkpoint
+from flowmo.config import Config
+from flowmo.data import PictureFolder, batches
+from flowmo.errors import FlowMoError
+from flowmo.evaluate.figures import grid, psnr
+from flowmo.perceptual import LPIPS
+from flowmo.pictures import to_picture
+from flowmo.tokenizer import FlowMo
+from flowmo.train.optimizer import Average, NormControl, build_optimizer, learning_rate
+from flowmo.train.stages import Draws, pretrain_loss
+
+KEEP_CHECKPOINTS = 2
+GRID_PICTURES = 8
+
+
+class TrainingError(FlowMoError, RuntimeError):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+class Run:
+    """One training run: its models, its folder and where it is.
+
+    Raises:
+        TrainingError: the folder holds a run of other settings, or its checkpoint is damaged.
+        DataError, WeightsNotFound: the pictures or the perceptual network are not there.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        device: str = "cpu",
+        resume_from: Path | None = None,
+        report: Callable[[str], None] = print,
+    ):
+        self.config, self.folder, self.report = config, folder, report
+        self.device = torch.device(device)
+        data = config.data
+        self.source = PictureFolder(data.train, data.image_size, data.random_crop, data.random_flip)
+        self.held_out = self._held_out()
+        self.perceptual = None
+        if config.opt.lpips_weight:
+            self.perceptual = LPIPS(config.opt.lpips_mode, config.opt.perceptual_weights or None).to(self.device)
+        torch.manual_seed(config.trainer.seed)
+        self.tokenizer = FlowMo(config).to(self.device)
+        self.optimizer = build_optimizer(self.tokenizer, config.opt)
+        self.norm_control = NormControl(self.tokenizer)
+        self.average = Average(self.tokenizer, config.model.ema_decay)
+        self.step = 0
+        found = self.checkpoints()
+        if found or resume_from:
+            self._restore(found[-1] if found else resume_from)
+
+    def _held_out(self) -> Tensor:
+        """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
+        source = PictureFolder(self.config.data.val or self.config.data.train, self.config.data.image_size)
+        count = min(GRID_PICTURES, len(source))
+        return torch.stack([source[i * len(source) // count, 0] for i in range(count)]).to(self.device)
+
+    # The loop
+
+    def train(self) -> None:
+        config, t = self.config, self.config.trainer
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(config.to_json())
+        parameters = sum(p.numel() for p in self.tokenizer.parameters())
+        self.report(f"{len(self.source)} pictures, {parameters / 1e6:.1f} M parameters, from step {self.step}")
+        loss = torch.compile(pretrain_loss) if t.compile else pretrain_loss
+        size = config.data.batch_size
+        stream = batches(self.source, size, t.seed, self.step * size, config.data.num_workers)
+        sums: dict[str, Tensor] = {}
+        since = time.perf_counter()
+        try:
+            while self.step < t.max_steps:
+                parts = self._step(next(stream).to(self.device), loss)
+                sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
+                if self.step % t.log_every == 0:
+                    now = time.perf_counter()
+                    self._log({name: float(v) / t.log_every for name, v in sums.items()}, now - since)
+                    sums, since = {}, now
+                if t.sample_every and self.step % t.sample_every == 0:
+                    self._sample()
+                    since = time.perf_counter()
+                if self.step % t.checkpoint_every == 0 or self.step == t.max_steps:
+                    self.save()
+        except KeyboardInterrupt:
+            self.save()
+            self.report(f"stopped at step {self.step}; the same command goes on from here")
+            raise
+
+    def _step(self, images: Tensor, loss: Callable) -> dict[str, Tensor]:
+        config = self.config
+        if self.step >= config.opt.freeze_encoder_after:
+            self.tokenizer.encoder.requires_grad_(False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        draws = Draws.for_step(config, images, self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16):
+            total, parts = loss(self.tokenizer, images, draws, self.perceptual, config.opt.lpips_weight)
+        total.backward()
+        if not torch.isfinite(total):
+            raise TrainingError(
+                f"the loss is {float(total)} at step {self.step}; the last checkpoint is sound, "
+                "start again from it with a lower opt.lr"
+            )
+        if config.opt.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), config.opt.max_grad_norm)
+        self.optimizer.step()
+        if config.model.fix_initial_norms:
+            self.norm_control.apply()
+        self.average.update(self.tokenizer, self.step)
+        self.step += 1
+        return parts
+
+    def _log(self, means: dict[str, float], seconds: float) -> None:
+        t, size = self.config.trainer, self.config.data.batch_size
+        rate = t.log_every * size / seconds
+        left = (t.max_steps - self.step) * size / rate
+        shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
+        clock = f"{int(left // 3600)}h{int(left % 3600 // 60):02d}"
+        self.report(f"step {self.step}/{t.max_steps}  {shown}  {rate:.1f} images/s  {clock} left")
+        self._record({"images": self.step * size, "images_per_second": rate, **means})
+
+    def _record(self, values: dict[str, float]) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    @torch.no_grad()
+    def _sample(self) -> None:
+        """Held-out pictures through the averaged weights: a grid (originals above) and their figures."""
+        tokenizer = checkpoint.build(self.config, self.average.state).to(self.device)
+        x = self.held_out
+        tokenizer.chunk_size = len(x)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.trainer.enable_bfloat16):
+            y = tokenizer.decode(tokenizer.encode(x))
+        figures = {"held_out_psnr": float(psnr(x, y).mean())}
+        if self.perceptual is not None:
+            figures["held_out_lpips"] = float(self.perceptual(x, y).mean())
+        path = self.folder / "samples" / f"{self.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        to_picture(grid([x, y])).save(path)
+        self._record(figures)
+        self.report(f"step {self.step}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()) + f"  {path}")
+
+    # Checkpoints
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints of this run, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("[0-9]*.pth"))
+
+    def save(self) -> None:
+        path = self.folder / "checkpoints" / f"{self.step:08d}.pth"
+        content = {
+            "flowmo": 1,
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "model": self.tokenizer.state_dict(),
+            "ema": self.average.state,
+            "optimizer": self.optimizer.state_dict(),
+            "norms": self.norm_control.state,
+        }
+        checkpoint.write_whole(path, lambda temporary: torch.save(content, temporary))
+        for old in self.checkpoints()[:-KEEP_CHECKPOINTS]:
+            old.unlink()
+
+    def _restore(self, path: Path) -> None:
+        content = checkpoint.read_pth(path)
+        if "flowmo" not in content:
+            raise TrainingError(f"{path}: not a training checkpoint of flowmo, it has no optimizer state")
+        before, now = content["config"]["model"], self.config.to_dict()["model"]
+        changed = [f"model.{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+        if changed:
+            raise TrainingError(
+                f"{path} is of a model with other settings: {', '.join(changed)}; use another --experiment-name, "
+                "or the settings it was started with"
+            )
+        self.tokenizer.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.average.load(content["ema"])
+        self.norm_control.state = {name: norm.to(self.device) for name, norm in content["norms"].items()}
+        self.step = content["step"]
+        self.report(f"going on from {path}")
