@@ -70,6 +70,7 @@ class ModelConfig:
     enable_cfg: bool = setting(True, "train the null code of classifier-free guidance on a tenth of the pictures")
     code_layout: str = setting("diagonal", "rotary positions of code tokens: " + ", ".join(CODE_LAYOUTS))
     prediction: str = setting("velocity", "what the decoder's last layer estimates: " + ", ".join(PREDICTIONS))
+    initial_gate: float = setting(0.0, "residual gates of a fresh decoder; at 0 its blocks start as the identity")
     enable_mup: bool = setting(True, "attention logits scaled by 8 / head size; otherwise 1 / sqrt(head size)")
     fix_initial_norms: bool = setting(True, "reset the norm of every block's weight matrices after each step")
     ema_decay: float = setting(0.9999, "decay a step of the averaged weights that are evaluated and shipped")
@@ -85,6 +86,7 @@ class OptConfig:
     cooldown: float = setting(0.0, "last share of the run over which the learning rate falls to 0; 0 keeps it")
     max_grad_norm: float = setting(0.0, "longest gradient, longer ones are scaled down to it; 0 leaves them")
     schedule: str = setting("fat_lognormal", "training timesteps: " + ", ".join(TIMESTEP_DISTRIBUTIONS))
+    loss_space: str = setting("velocity", "error that the flow loss squares: " + ", ".join(PREDICTIONS))
     lpips_weight: float = setting(0.1, "weight of the perceptual loss on the one-step estimate; 0 switches it off")
     lpips_mode: str = setting("vgg", "network of the perceptual loss: " + ", ".join(LPIPS_MODES))
     perceptual_weights: str = setting("", "folder to look for its weights in, before FLOWMO_WEIGHTS")
@@ -269,6 +271,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "context_dim": 36,
             "code_layout": "lattice",
             "prediction": "picture",
+            "initial_gate": 1.0,
         },
     },
     "small": {"model": {"patch_size": 8, "hidden_size": 768}},
@@ -325,7 +328,7 @@ def build(flat: Mapping[str, Any]) -> Config:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
 
 
 def translate(name: str, value: Any) -> dict[str, Any]:
@@ -338,13 +341,11 @@ def translate(name: str, value: Any) -> dict[str, Any]:
         except (ValueError, TypeError, SyntaxError, ZeroDivisionError):
             raise ConfigError(f"{name}={value!r} is not a value that {name} takes") from None
     section, _, last = name.rpartition(".")
-    if section in sections():
-        siblings = [known for known in (*FIELDS, *ALIASES) if known.rpartition(".")[0] == section]
-    else:  # a bare name, or a wrong section: look for the same last part anywhere first
-        siblings = [known for known in FIELDS if known.endswith(f".{last}")] or list(FIELDS)
-        if len(siblings) < 4:
-            raise ConfigError(f"there is no setting {name!r}; did you mean {' or '.join(map(repr, siblings))}?")
-    raise ConfigError(f"there is no setting {name!r}{nearest(name, siblings)}")
+    elsewhere = [known for known in FIELDS if known.rpartition(".")[2] == last]
+    if elsewhere:
+        raise ConfigError(f"there is no setting {name!r}; did you mean {' or '.join(map(repr, elsewhere))}?")
+    siblings = [known for known in (*FIELDS, *ALIASES) if known.rpartition(".")[0] == section]
+    raise ConfigError(f"there is no setting {name!r}{nearest(name, siblings or sections())}")
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -372,18 +373,15 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         return value
     if kind is str and isinstance(value, str):
         return value
-    if kind is int and not isinstance(value, bool):
-        if isinstance(value, int):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4 as text
-            number = float(value)
+            number = value if isinstance(value, int) else float(value)
         except ValueError:
             number = math.nan
-        if math.isfinite(number):
-            return number
+        if kind is float and math.isfinite(number):
+            return float(number)
+        if kind is int and math.isfinite(number) and number == int(number):
+            return int(number)
     wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[kind]
     raise ConfigError(f"{name}={value!r} does not work; write {wanted}, for example {name}={FIELDS[name].default}")
 
@@ -422,6 +420,7 @@ def check(config: Config) -> None:
     choose("model.quantization_type", m.quantization_type, QUANTIZATION_TYPES)
     choose("model.code_layout", m.code_layout, CODE_LAYOUTS)
     choose("model.prediction", m.prediction, PREDICTIONS)
+    choose("opt.loss_space", o.loss_space, PREDICTIONS)
     choose("opt.schedule", o.schedule, TIMESTEP_DISTRIBUTIONS)
     choose("opt.lpips_mode", o.lpips_mode, LPIPS_MODES)
     if m.quantization_type == "lfq":

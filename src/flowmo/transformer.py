@@ -114,6 +114,7 @@ class Shape:
         code_layout: rotary positions of the code tokens, see ``code_positions``.
         mup: attention logits scaled as µP asks, see ``attention_scale``.
         prediction: what the decoder's last layer estimates, ``velocity`` or ``picture``, see ``Decoder``.
+        initial_gate: residual gates of a fresh decoder; at 0, the release's, its blocks start as the identity.
     """
 
     width: int
@@ -124,6 +125,7 @@ class Shape:
     code_layout: str = "diagonal"
     mup: bool = True
     prediction: str = "velocity"
+    initial_gate: float = 0.0
 
     @property
     def head_dim(self) -> int:
@@ -206,11 +208,12 @@ class Stream(nn.Module):
         self.proj = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
-        if modulated:  # gates start closed, so that a fresh decoder block is the identity
+        if modulated:
             with torch.no_grad():
                 for gate in (2, 5):
-                    self.modulation.weight[gate * width : (gate + 1) * width] = 0
-                    self.modulation.bias[gate * width : (gate + 1) * width] = 0
+                    rows = slice(gate * width, (gate + 1) * width)
+                    self.modulation.weight[rows] = 0
+                    self.modulation.bias[rows] = shape.initial_gate
 
     def modulate(self, activated: Tensor) -> tuple[Modulation, ...] | None:
         """Modulations for the attention and the MLP from SiLU(time embedding), n × width."""

@@ -87,7 +87,7 @@ class LFQ:
 
 def code_probabilities(p: Tensor) -> Tensor:
     """Probability of each of the 2^k codes of k independent bits: n k -> n 2^k, bit 0 fastest."""
-    table = torch.ones_like(p[:, :1])
+    table = p.new_ones(len(p), 1)
     for bit in p.unbind(dim=-1):
         table = torch.cat((table * (1 - bit[:, None]), table * bit[:, None]), dim=-1)
     return table

@@ -114,7 +114,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         draws = Draws.for_step(config, images, self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16):
-            total, parts = loss(self.tokenizer, images, draws, self.perceptual, config.opt.lpips_weight)
+            total, parts = loss(self.tokenizer, images, draws, self.perceptual)
         total.backward()
         if not torch.isfinite(total):
             raise TrainingError(

@@ -41,7 +41,6 @@ def pretrain_loss(
     images: Tensor,
     draws: Draws,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None,
-    perceptual_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Stage 1A, equation 9: flow, perceptual and bottleneck losses of pictures b 3 h w in [−1, 1].
 
@@ -51,15 +50,18 @@ def pretrain_loss(
     Returns:
         The loss to minimise, and its parts and the bottleneck's statistics for the log, detached.
     """
-    x, t, noise = images, draws.t, draws.noise
+    x, t, noise, opt = images, draws.t, draws.noise, tokenizer.config.opt
     quantized = tokenizer.quantizer(tokenizer.encoder(x))
     x_t = flow.interpolate(x, noise, t)
     decoder = tokenizer.decoder
     velocity = decoder(x_t, decoder.embed_code(quantized.code, draws.keep), decoder.modulate(t)).float()
-    parts = {"flow": flow.flow_loss(velocity, x, noise), **quantized.losses}
+    parts = {
+        "flow": flow.flow_loss(velocity, x, noise, t if opt.loss_space == "picture" else None),
+        **quantized.losses,
+    }
     total = sum(parts.values())
     if perceptual is not None:
         parts["lpips"] = perceptual(x, flow.denoise(x_t, velocity, t)).mean()
-        total = total + perceptual_weight * parts["lpips"]
+        total = total + opt.lpips_weight * parts["lpips"]
     parts["loss"] = total
     return total, {name: value.detach() for name, value in {**parts, **quantized.statistics}.items()}

@@ -1,0 +1,80 @@
+"""Small real models and real pictures that many tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from flowmo import Config, FlowMo
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+PICTURES = ROOT / "examples" / "pictures"
+
+TINY = {
+    "data": {"image_size": 32},
+    "model": {
+        "patch_size": 8,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "dec_depth": 3,
+        "enc_hidden_size": 32,
+        "enc_num_heads": 1,
+        "enc_depth": 2,
+        "code_length": 6,
+        "context_dim": 8,
+        "codebook_size_for_entropy": 4,
+    },
+}
+
+
+def open_gates(tokenizer: FlowMo) -> FlowMo:
+    """A fresh decoder's gates are closed, which would hide most of it from a test; give them small random values."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in tokenizer.named_parameters():
+            if "modulation" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return tokenizer
+
+
+@pytest.fixture
+def tiny_config() -> Config:
+    return Config.from_dict(TINY)
+
+
+@pytest.fixture
+def tiny(tiny_config) -> FlowMo:
+    torch.manual_seed(0)
+    return open_gates(FlowMo(tiny_config)).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Five noise pictures b 3 32 32 in [−1, 1]."""
+    return torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+@pytest.fixture
+def picture_files() -> list[Path]:
+    files = sorted(PICTURES.glob("*.jpg"))
+    assert len(files) >= 4
+    return files
+
+
+@pytest.fixture
+def picture(picture_files) -> Image.Image:
+    return Image.open(picture_files[0]).convert("RGB")
+
+
+@pytest.fixture
+def trained_weights() -> Path:
+    """The folder of trained perceptual networks; a test that needs it is skipped without."""
+    folder = Path(os.environ.get("FLOWMO_WEIGHTS") or SHARED / "weights")
+    if not (folder / "lpips_alex_heads.pth").is_file():
+        pytest.skip("needs trained networks: name their folder by FLOWMO_WEIGHTS")
+    return folder

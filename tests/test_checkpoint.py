@@ -1,0 +1,187 @@
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import flowmo
+from flowmo import CheckpointError, FlowMo, checkpoint, preset
+from flowmo.release import expected_shapes
+
+
+class Trap:
+    """A pickle that writes a file when it is loaded, as a malicious checkpoint would."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    path = tmp_path / "model.safetensors"
+    flowmo.save(tiny, path)
+    return path
+
+
+def test_round_trip(tiny, saved, images):
+    again = flowmo.load(saved)
+    assert again.config == tiny.config
+    assert again.identity() == tiny.identity()
+    assert torch.equal(again.encode(images).ids, tiny.encode(images).ids)
+    assert torch.equal(again.decode(again.encode(images), steps=2), tiny.decode(tiny.encode(images), steps=2))
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(flowmo.load(saved.parent).encode(images).ids, tiny.encode(images).ids), "a folder"
+
+
+def test_float16_halves_the_file(tiny, saved, tmp_path):
+    small = tmp_path / "half.safetensors"
+    flowmo.save(tiny, small, torch.float16)
+    assert small.stat().st_size < 0.6 * saved.stat().st_size
+    assert next(flowmo.load(small).parameters()).dtype == torch.float32
+
+
+def test_no_machine_paths_are_shipped(tiny_config, tmp_path):
+    config = tiny_config.override("data.train=/home/me/pictures")
+    flowmo.save(FlowMo(config), tmp_path / "m.safetensors")
+    assert b"/home/me" not in (tmp_path / "m.safetensors").read_bytes()
+
+
+def test_identity_tells_weights_and_settings_apart(tiny):
+    before = tiny.identity()
+    with torch.no_grad():
+        tiny.encoder.code_out.bias[0] += 1e-3
+    assert tiny.identity() != before
+
+
+def test_overrides(saved):
+    assert flowmo.load(saved, "eval.sampling.sample_steps=3").config.eval.sampling.sample_steps == 3
+    with pytest.raises(flowmo.ConfigError):
+        flowmo.load(saved, "model.nothing=3")
+    with pytest.raises(CheckpointError, match="another architecture"):
+        flowmo.load(saved, "model.dec_depth=2")
+
+
+def release_file(path, config, **extra):
+    state = {key: torch.randn(shape) for key, shape in expected_shapes(config).items()}
+    ema = {key: value + 1 for key, value in state.items()}
+    torch.save({"total_steps": 5, "model_ema_state_dict": ema, "model_state_dict": state, **extra}, path)
+    return state
+
+
+def test_authors_checkpoint_loads_and_converts(tmp_path):
+    config = preset("lo").override(
+        "model.mup_width=2", "model.enc_mup_width=2", "model.enc_depth=1", "model.dec_depth=2"
+    )
+    path = tmp_path / "flowmo_lo.pth"
+    state = release_file(path, config)
+    tokenizer = flowmo.load(path)
+    assert tokenizer.config.model == config.model
+    assert torch.equal(tokenizer.decoder.time_in.weight, state["decoder.time_in.in_layer.weight"] + 1), "EMA by default"
+    raw = flowmo.load(path, ema=False)
+    assert torch.equal(raw.decoder.time_in.weight, state["decoder.time_in.in_layer.weight"])
+    assert flowmo.load(path, "model.code_length=64").code_length == 64
+    flowmo.save(tokenizer, tmp_path / "lo.safetensors")
+    assert flowmo.load(tmp_path / "lo.safetensors").identity() == tokenizer.identity()
+
+
+def test_malicious_pickles_are_refused_and_never_run(tmp_path):
+    loot = tmp_path / "loot"
+    for name, content in (
+        ("trap.pth", {"model_state_dict": Trap(loot)}),
+        ("trap2.pth", Trap(loot)),
+    ):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(CheckpointError, match="could run code"):
+            flowmo.load(tmp_path / name)
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Trap(loot)))
+    with pytest.raises(CheckpointError):
+        flowmo.load(tmp_path / "raw.pth")
+    (tmp_path / "raw.safetensors").write_bytes(pickle.dumps(Trap(loot)))
+    with pytest.raises(CheckpointError):
+        flowmo.load(tmp_path / "raw.safetensors")
+    assert not loot.exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_truncated_at_many_lengths(tiny, tmp_path, suffix):
+    whole = tmp_path / f"whole{suffix}"
+    if suffix == ".pth":
+        torch.save({"flowmo": 1, "config": tiny.config.to_dict(), "ema": tiny.state_dict()}, whole)
+    else:
+        flowmo.save(tiny, whole)
+    flowmo.load(whole)
+    content = whole.read_bytes()
+    for length in (0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1):
+        cut = tmp_path / f"cut{suffix}"
+        cut.write_bytes(content[:length])
+        with pytest.raises(CheckpointError) as error:
+            flowmo.load(cut)
+        assert "\n" not in str(error.value)
+
+
+def test_files_of_something_else(tiny, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="not written by flowmo"):
+        flowmo.load(tmp_path / "foreign.safetensors")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        flowmo.load(tmp_path / "list.pth")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="neither"):
+        flowmo.load(tmp_path / "other.pth")
+    metadata = {"format": "flowmo-1", "config": json.dumps({"model": {"patch_size": 7}})}
+    save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="settings that do not work"):
+        flowmo.load(tmp_path / "odd.safetensors")
+
+
+def test_another_architecture_or_nan_weights(tiny, tiny_config, tmp_path):
+    state = tiny.state_dict()
+    with pytest.raises(CheckpointError, match="another architecture"):
+        checkpoint.build(tiny_config.override("model.dec_depth=2"), state)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        checkpoint.build(tiny_config.override("model.context_dim=12"), state)
+    state["encoder.code_out.bias"][0] = torch.nan
+    with pytest.raises(CheckpointError, match="NaN"):
+        checkpoint.build(tiny_config, state)
+
+
+def test_names_that_are_nothing(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        flowmo.load(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="no such file"):
+        flowmo.load("nanno")
+    with pytest.raises(CheckpointError, match="comes without weights"):
+        flowmo.load("lo")
+
+
+def test_hub_id(saved, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "hf_hub_download", lambda repository, name: str(saved))
+    assert flowmo.load("someone/flowmo").config.model.code_length == 6
+
+
+def test_hub_id_without_the_library(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
+        flowmo.load("someone/flowmo")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def fail(name):
+        with open(name, "w") as file:
+            file.write("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_whole(target, fail)
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

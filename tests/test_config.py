@@ -1,0 +1,126 @@
+import math
+
+import pytest
+
+from flowmo import Config, ConfigError, preset
+from flowmo.config import FIELDS, PRESETS
+
+
+def test_every_setting_is_documented():
+    assert all(field.metadata.get("doc") for field in FIELDS.values())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_survives_a_round_trip(name):
+    config = preset(name)
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_the_papers_rates():
+    assert preset("lo").bits_per_pixel == pytest.approx(0.0703, abs=1e-4)
+    assert preset("hi").bits_per_pixel == pytest.approx(0.2188, abs=1e-4)
+    assert preset("nano").bits_per_picture == 288 * 8
+
+
+def test_overrides_convert_where_nothing_is_lost():
+    config = preset("lo").override("opt.lr=0.00005", "opt.beta1=.8", "trainer.max_steps=1e3", "opt.lpips_mode='alex'")
+    assert (config.opt.lr, config.opt.beta1, config.trainer.max_steps) == (5e-5, 0.8, 1000)
+    assert config.opt.lpips_mode == "alex"
+    assert config.override("opt.lr=1e-4").opt.lr == 1e-4
+    assert preset("lo").opt.lr == 1e-4, "the original must not change"
+
+
+def test_the_authors_spellings():
+    config = Config().override(
+        "model.mup_width=4",
+        "model.enc_mup_width=2",
+        "eval.sampling.schedule=pow_0.25",
+        "eval.sampling.cfg=1.5",
+        "eval.sampling.cfg_interval=(.17,1.02)",
+    )
+    assert (config.model.hidden_size, config.model.enc_hidden_size, config.model.num_heads) == (768, 384, 12)
+    assert config.eval.sampling.rho == 4.0
+    assert (config.eval.sampling.guidance_low, config.eval.sampling.guidance_high) == pytest.approx(
+        (0.1453, 0.505), abs=1e-4
+    )
+    assert config.eval == Config().eval, "the defaults are the paper's"
+    assert Config().override("eval.sampling.schedule=linear").eval.sampling.rho == 1.0
+    everywhere = Config().override("eval.sampling.cfg_interval=null").eval.sampling
+    assert (everywhere.guidance_low, everywhere.guidance_high) == (0, 1)
+
+
+def test_yaml(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: small\nopt:\n  lr: 3e-4\nmodel:\n  mup_width: 2\n")
+    config = Config.from_yaml(file)
+    assert (config.opt.lr, config.model.patch_size, config.model.hidden_size) == (3e-4, 8, 384)
+
+
+REFUSED = {
+    "model.paths_size=7": "did you mean 'model.patch_size'",
+    "lr=1": "did you mean 'opt.lr'",
+    "opt.patch_size=4": "did you mean 'model.patch_size'",
+    "opt.lr": "section.name=value",
+    "opt.lr=fast": "a finite number",
+    "opt.lr=nan": "a finite number",
+    "opt.lr=0": "> 0",
+    "opt.beta1=1.5": "between 0 and 1",
+    "model.dec_depth=2.5": "a whole number",
+    "model.dec_depth=true": "a whole number",
+    "model.dec_depth=0": "at least 1",
+    "model.enable_cfg=3": "true or false",
+    "model.hidden_size=1000": "model.hidden_size=1152",
+    "model.hidden_size=576": "model.hidden_size=768",
+    "model.patch_size=7": "data.image_size=252",
+    "model.context_dim=19": "model.codebook_size_for_entropy=1",
+    "model.quantization_type=vq": "lfq or kl or noop",
+    "model.mup_width=wide": "model.mup_width='wide'",
+    "opt.schedule=cosine": "fat_lognormal",
+    "eval.sampling.rho=0": "above 0",
+    "eval.sampling.guidance_low=0.9": "no interval",
+    "eval.sampling.cfg_interval=(a": "cfg_interval",
+    "trainer.seed=-1": "from 0",
+}
+
+
+@pytest.mark.parametrize("assignment", REFUSED)
+def test_refused_with_advice(assignment):
+    with pytest.raises(ConfigError, match=REFUSED[assignment].replace("(", r"\(").replace("^", r"\^")):
+        preset("lo").override(assignment)
+
+
+def test_advice_for_widths_works():
+    for width in (100, 576, 1000, 300):
+        with pytest.raises(ConfigError) as error:
+            preset("lo").override(f"model.hidden_size={width}")
+        for advice in str(error.value).partition("write ")[2].split(" or "):
+            preset("lo").override(advice)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("- a\n- b\n", "holds no settings"),
+        ("model: [1", "cannot read"),
+        ("!!python/object/apply:os.system ['true']", "cannot read"),
+        ("model:\n  paths: 1\n", "no setting 'model.paths'"),
+        ("modle:\n  patch_size: 4\n", "no section 'modle'"),
+        ("preset: huge\n", "no preset 'huge'"),
+        ("[" * 5000, "cannot read"),
+        ("x: " + "a" * (1 << 20), "bytes"),
+    ],
+)
+def test_yaml_refused(tmp_path, text, sentence):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        Config.from_yaml(file)
+
+
+def test_yaml_missing(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        Config.from_yaml(tmp_path / "none.yaml")
+
+
+def test_no_value_is_lost_to_infinity():
+    assert all(math.isfinite(v) for v in vars(Config().eval.sampling).values())

@@ -1,0 +1,103 @@
+import math
+
+import pytest
+import torch
+
+from flowmo import flow
+from flowmo.sample import euler, guided_velocity, network_passes, picture_seed, seeded_noise, shifted_times
+
+
+def test_path_and_estimate_are_inverse():
+    x, noise, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0.0, 0.3, 0.7, 1.0])
+    x_t = flow.interpolate(x, noise, t)
+    assert torch.equal(x_t[0], x[0])
+    assert torch.equal(x_t[3], noise[3])
+    torch.testing.assert_close(flow.denoise(x_t, noise - x, t), x)
+    assert flow.flow_loss(noise - x, x, noise) == 0
+
+
+def cdf_distance(sample, cdf):
+    """Kolmogorov-Smirnov statistic."""
+    ordered = sample.sort().values.double()
+    return (cdf(ordered) - (torch.arange(len(ordered)) + 0.5) / len(ordered)).abs().max().item()
+
+
+def logit_normal_cdf(t):
+    return 0.5 * (1 + torch.erf(torch.logit(t.clamp(1e-9, 1 - 1e-9)) / math.sqrt(2)))
+
+
+CDFS = {
+    "uniform": lambda t: t,
+    "lognormal": logit_normal_cdf,
+    "fat_lognormal": lambda t: 0.9 * logit_normal_cdf(t) + 0.1 * t,
+}
+
+
+@pytest.mark.parametrize("name", CDFS)
+def test_timestep_distributions(name):
+    t = flow.sample_timesteps(100_000, name, torch.Generator().manual_seed(0))
+    limit = 1.95 / math.sqrt(len(t))  # exceeded by chance in one of 1000 seeds
+    assert cdf_distance(t, CDFS[name]) < limit
+    assert all(cdf_distance(t, other) > limit for key, other in CDFS.items() if key != name)
+
+
+def test_unknown_distribution():
+    with pytest.raises(ValueError, match="fat_lognormal"):
+        flow.sample_timesteps(1, "cosine")
+
+
+def test_times():
+    times = shifted_times(25, 4)
+    assert (times[0], times[-1], len(times)) == (1.0, 0.0, 26)
+    assert times[5] == (20 / 25) ** 4
+    assert shifted_times(4, 1) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    for bad in ((0, 4), (5, 0)):
+        with pytest.raises(ValueError, match="at least 1 step"):
+            shifted_times(*bad)
+
+
+def test_the_papers_sampler_takes_31_passes():
+    low, high = 0.17 / 1.17, 1.02 / 2.02
+    assert network_passes(shifted_times(25, 4), 1.5, low, high) == 31
+    assert network_passes(shifted_times(25, 4), 1.0, low, high) == 25
+
+
+def test_euler_is_exact_on_a_straight_path_and_first_order_on_a_curved_one():
+    noise, x = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(euler(lambda _, t: noise - x, noise, shifted_times(7, 4)), x)
+    start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    errors = [
+        abs(euler(lambda z, t: z, start, shifted_times(n, 1)).item() - math.exp(-1)) for n in (50, 100, 200)
+    ]  # dz/dt = z from t = 1 to 0 gives 1/e
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.02)
+
+
+def test_guidance_acts_only_in_its_interval_and_extrapolates(tiny, images):
+    code = tiny.quantizer.quantize(tiny.encoder(images))[0]
+    times = shifted_times(4, 1)
+    plain = guided_velocity(tiny.decoder, code, times)
+    guided = guided_velocity(tiny.decoder, code, times, 3.0, low=0.4, high=0.6)
+    assert torch.equal(guided(images, 0.75), plain(images, 0.75))
+    null = tiny.decoder(
+        images,
+        tiny.decoder.embed_code(code, torch.zeros(5, dtype=torch.bool)),
+        tiny.decoder.modulate(torch.tensor([0.5])),
+    )
+    expected = null + 3 * (plain(images, 0.5) - null)
+    torch.testing.assert_close(guided(images, 0.5), expected, atol=1e-4, rtol=1e-4)
+    assert (guided(images, 0.5) - plain(images, 0.5)).abs().max() > 1e-3
+
+
+def test_noise_is_normal_and_belongs_to_its_seed():
+    noise = seeded_noise([3, 4], 64, 64)
+    assert torch.equal(noise[1:], seeded_noise([4], 64, 64))
+    assert noise.mean().abs() < 0.02
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert (noise[0] - noise[1]).abs().max() > 1
+    torch.testing.assert_close(seeded_noise([3], 8, 8, scale=0.5), 0.5 * seeded_noise([3], 8, 8))
+
+
+def test_picture_seeds_differ():
+    assert len({picture_seed(s, i) for s in range(30) for i in range(30)}) == 900
+    assert all(0 <= picture_seed(0, i) < 2**63 for i in range(100))

@@ -1,0 +1,120 @@
+import itertools
+
+import pytest
+import torch
+
+from flowmo.config import Config
+from flowmo.quantize import KL, LFQ, Identity, build_quantizer, check_ids
+
+
+def reference_entropies(code, group, temperature=0.1, eps=1e-5):
+    """The authors' way: a softmax over the whole codebook for every sub-token."""
+    sub_tokens = code.shape[-1] // group
+    codebook = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=group)), dtype=code.dtype)
+    x = code.unflatten(-1, (group, sub_tokens)).movedim(-2, -1)
+    probabilities = (2 * x @ codebook.T / temperature).softmax(dim=-1).flatten(0, -2)
+    sample = -(probabilities * probabilities.clamp_min(1e-300).log()).sum(dim=-1).mean()
+    mean = probabilities.mean(dim=0)
+    return sample, -(mean * (mean + eps).log()).sum()
+
+
+@pytest.mark.parametrize(("channels", "group"), [(18, 9), (8, 4), (6, 1), (56, 14)])
+@pytest.mark.parametrize("scale", [0.01, 0.3, 5.0])
+def test_factorised_entropies_equal_the_full_softmax(channels, group, scale):
+    code = scale * torch.randn(2, 3, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    actual = LFQ(channels, group).entropies(code)
+    for a, b in zip(actual, reference_entropies(code, group), strict=True):
+        assert a.item() == pytest.approx(b.item(), rel=1e-9, abs=1e-9)
+
+
+def test_bit_layout():
+    """Sub-token s takes channels s, s + f/G, …, and bit g is set where channel g·(f/G) + s is positive."""
+    quantizer = LFQ(channels=6, group=3)  # 2 sub-tokens
+    code = torch.tensor([[[1.0, -1, -1, -1, 1, 1]]])
+    signs, ids = quantizer.quantize(code)
+    assert ids.tolist() == [[[0b101, 0b100]]]
+    assert torch.equal(quantizer.code_from_ids(ids), signs)
+
+
+def test_ids_and_codes_are_one_to_one():
+    quantizer = LFQ(channels=12, group=4)
+    ids = torch.randint(0, 16, (3, 7, 3), generator=torch.Generator().manual_seed(0))
+    code = quantizer.code_from_ids(ids)
+    assert code.abs().eq(1).all()
+    assert torch.equal(quantizer.quantize(code)[1], ids)
+
+
+def test_zero_is_an_unset_bit():
+    signs, ids = LFQ(4, 4).quantize(torch.zeros(1, 1, 4))
+    assert signs.eq(-1).all()
+    assert ids.item() == 0
+
+
+def test_straight_through_gradient():
+    code = torch.randn(2, 3, 4, requires_grad=True)
+    quantized = LFQ(4, 4, entropy_weight=0, commitment_weight=0)(code)
+    assert torch.equal(quantized.code.abs(), torch.ones_like(code)), "exactly ±1 in the forward pass"
+    quantized.code.sum().backward()
+    assert torch.equal(code.grad, torch.ones_like(code))
+
+
+def test_losses_reach_the_code():
+    for name in ("entropy", "commitment"):
+        code = torch.randn(2, 3, 4, requires_grad=True)
+        LFQ(4, 4)(code).losses[name].backward()
+        assert code.grad.abs().sum() > 0
+
+
+def test_entropy_statistics_keep_their_precision_under_autocast():
+    code = torch.randn(4, 16, 18, generator=torch.Generator().manual_seed(0))
+    plain = LFQ(18, 9)(code).statistics["codebook_entropy"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(LFQ(18, 9)(code).statistics["codebook_entropy"], plain)
+
+
+def test_kl_of_a_standard_normal_is_zero_and_samples_follow_the_moments():
+    quantizer = KL(channels=3)
+    assert quantizer(torch.zeros(4, 5, 6)).losses["kl"].item() == 0
+    code = torch.cat((torch.full((1, 2000, 3), 2.0), torch.full((1, 2000, 3), -2.0)), dim=-1)
+    sample = quantizer(code).code
+    assert sample.mean().item() == pytest.approx(2.0, abs=0.05)
+    assert sample.std().item() == pytest.approx(torch.tensor(-1.0).exp().item(), rel=0.05)
+
+
+def test_identity_passes_on():
+    code = torch.randn(1, 2, 3)
+    assert torch.equal(Identity(3)(code).code, code)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("lfq", 18), ("kl", 36), ("noop", 18)])
+def test_registry(kind, channels):
+    quantizer = build_quantizer(Config().override(f"model.quantization_type={kind}").model)
+    assert quantizer.encoder_channels == channels
+    assert quantizer.channels == 18
+
+
+def test_group_that_does_not_divide():
+    with pytest.raises(ValueError, match="do not split"):
+        LFQ(18, 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "sentence"),
+    [
+        (torch.zeros(1, 2, 3), TypeError, "float32"),
+        (torch.zeros(1, 2, 3, dtype=torch.bool), TypeError, "bool"),
+        ([[0]], TypeError, "list"),
+        (torch.zeros(1, 3, 3, dtype=torch.long), ValueError, r"\(batch, 2, 3\)"),
+        (torch.zeros(2, 3, dtype=torch.long), ValueError, r"\(batch, 2, 3\)"),
+        (torch.full((1, 2, 3), 16), ValueError, "from 0 to 15"),
+        (torch.full((1, 2, 3), -1), ValueError, "from 0 to 15"),
+    ],
+)
+def test_bad_ids(ids, error, sentence):
+    with pytest.raises(error, match=sentence):
+        check_ids(ids, code_length=2, sub_tokens=3, id_count=16)
+
+
+def test_any_integer_type_is_taken():
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert check_ids(torch.ones(1, 2, 3, dtype=dtype), 2, 3, 16).dtype == torch.int64

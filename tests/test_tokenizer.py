@@ -1,0 +1,236 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowmo import Codes, FlowMo
+from flowmo.evaluate.figures import psnr
+from flowmo.pictures import Tiling, resize_and_crop, to_picture, to_tensor
+
+
+def test_ids_decode_to_the_same_bits_as_codes(tiny, images):
+    codes = tiny.encode(images)
+    assert codes.ids.shape == (5, 6, 2)
+    assert codes.ids.dtype == torch.int64
+    from_codes, from_ids = tiny.decode(codes, steps=3), tiny.decode(codes.ids, steps=3)
+    assert torch.equal(from_codes, from_ids)
+    assert from_ids.shape == images.shape
+    assert from_ids.abs().max() <= 1
+
+
+def test_ids_are_what_the_encoder_says(tiny, images):
+    expected = tiny.quantizer.quantize(tiny.encoder(images[:1]))[1]
+    assert torch.equal(tiny.encode(images[:1]).ids, expected)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_batch_size_changes_neither_ids_nor_samples(tiny, images, chunk_size):
+    tiny.chunk_size = chunk_size
+    together = tiny.encode(images)
+    samples = tiny.decode(together, steps=4, seed=7)
+    for i in range(5):
+        alone = tiny.encode(images[i : i + 1])
+        assert torch.equal(alone.ids, together.ids[i : i + 1])
+        assert torch.equal(tiny.decode(alone, steps=4, seed=7), samples[i : i + 1])
+    order = [3, 0, 4]
+    assert torch.equal(tiny.encode(images[order]).ids, together.ids[order])
+    assert torch.equal(tiny.decode(together[order], steps=4, seed=7), samples[order])
+
+
+def test_a_picture_is_a_function_of_its_ids_and_seed(tiny, images):
+    codes = tiny.encode(images[:2])
+    same = codes[[0, 0, 1]]
+    samples = tiny.decode(same, steps=3, seed=[1, 2, 1])
+    assert not torch.equal(samples[0], samples[1]), "another seed, another sample"
+    assert torch.equal(samples[0], tiny.decode(codes[[0]], steps=3, seed=1)[0])
+    assert torch.equal(samples[2], tiny.decode(codes[[1]], steps=3, seed=1)[0])
+
+
+def test_samples_follow_the_settings(tiny, images):
+    codes = tiny.encode(images[:1])
+    default = tiny.decode(codes)
+    assert torch.equal(default, tiny.decode(codes, steps=25, guidance=1.5, rho=4.0))
+    for other in ({"steps": 24}, {"guidance": 1.0}, {"rho": 1.0}, {"seed": 1}):
+        assert not torch.equal(default, tiny.decode(codes, **other))
+
+
+def test_rectangular_pictures(tiny):
+    images = torch.rand(2, 3, 16, 48) * 2 - 1
+    codes = tiny.encode(images)
+    assert codes.size == (16, 48)
+    out = tiny.decode(codes, steps=2)
+    assert out.shape == images.shape
+    assert torch.equal(out, tiny.decode(codes.ids, steps=2, size=(16, 48)))
+
+
+def test_progress_counts_pictures(tiny, images):
+    seen = []
+    tiny.chunk_size = 2
+    tiny.decode(tiny.encode(images), steps=1, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_codes_know_their_rate(tiny, images):
+    codes = tiny.encode(images)
+    assert codes.bits == 5 * 6 * 8
+    assert codes.nbytes == 30
+    assert codes.bits_per_pixel == 48 / 1024
+    assert len(codes) == 5
+    assert len(codes[1:3]) == 2
+    assert len(codes[2]) == 1
+
+
+@pytest.mark.parametrize("kind", ["kl", "noop"])
+def test_continuous_bottlenecks(tiny_config, images, kind):
+    tokenizer = FlowMo(tiny_config.override(f"model.quantization_type={kind}"))
+    codes = tokenizer.encode(images)
+    assert codes.ids is None
+    assert codes.code.shape == (5, 6, 8)
+    assert tokenizer.decode(codes, steps=2).shape == images.shape
+    with pytest.raises(TypeError, match="no ids"):
+        tokenizer.decode(torch.zeros(5, 6, 2, dtype=torch.long))
+
+
+BAD_IMAGES = {
+    "integers": (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, "uint8"),
+    "a list": ([1.0], TypeError, "list"),
+    "no batch": (torch.zeros(3, 32, 32), ValueError, "shape"),
+    "one channel": (torch.zeros(1, 1, 32, 32), ValueError, "shape"),
+    "empty": (torch.zeros(0, 3, 32, 32), ValueError, "at least one"),
+    "odd size": (torch.zeros(1, 3, 30, 32), ValueError, "patches of 8"),
+    "no pixels": (torch.zeros(1, 3, 0, 32), ValueError, "patches of 8"),
+    "nan": (torch.full((1, 3, 32, 32), torch.nan), ValueError, "NaN"),
+    "infinite": (torch.full((1, 3, 32, 32), torch.inf), ValueError, "infinite"),
+    "0 to 255": (torch.full((1, 3, 32, 32), 255.0), ValueError, r"scale them to \[−1, 1\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images(tiny, name):
+    value, error, sentence = BAD_IMAGES[name]
+    with pytest.raises(error, match=sentence):
+        tiny.encode(value)
+
+
+def test_one_nan_among_many(tiny, images):
+    images[3, 1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        tiny.encode(images)
+
+
+def test_bad_ids_and_seeds(tiny):
+    good = torch.zeros(2, 6, 2, dtype=torch.long)
+    for bad, sentence in (
+        (good + 16, "from 0 to 15"),
+        (good - 1, "from 0 to 15"),
+        (good[:, :5], r"needs \(batch, 6, 2\)"),
+        (good[0], r"needs \(batch, 6, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            tiny.decode(bad, steps=1)
+    with pytest.raises(TypeError, match="integer"):
+        tiny.decode(good.float(), steps=1)
+    with pytest.raises(ValueError, match="3 seeds for 2"):
+        tiny.decode(good, steps=1, seed=[1, 2, 3])
+    with pytest.raises(ValueError, match="at least 1 step"):
+        tiny.decode(good, steps=0)
+    with pytest.raises(ValueError, match="patches"):
+        tiny.decode(good, steps=1, size=(30, 32))
+
+
+# Single pictures
+
+
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (5, 90), (33, 32), (100, 70), (31, 200)])
+def test_any_size_is_kept_whole(tiny, size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    codes = tiny.encode_image(picture)
+    assert tiny.decode_image(codes, steps=1).size == size
+    assert codes.bits_per_pixel == pytest.approx(len(codes) * 48 / (size[0] * size[1]))
+
+
+def test_crop_follows_the_papers_protocol(tiny, picture):
+    codes = tiny.encode_image(picture, fit="crop")
+    assert len(codes) == 1
+    cropped = to_tensor(resize_and_crop(picture, 32))
+    assert torch.equal(codes.ids, tiny.encode(cropped[None]).ids)
+    assert tiny.decode_image(codes, steps=1).size == (32, 32)
+
+
+def test_one_tile_equals_decode(tiny, picture):
+    codes = tiny.encode_image(picture, fit="crop")
+    assert tiny.decode_image(codes, steps=2, seed=3) == to_picture(tiny.decode(codes, steps=2, seed=3)[0])
+
+
+def test_modes_of_pictures(tiny):
+    base = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "LA", "I;16", "F"):
+        source = base.convert("L") if mode in ("I;16", "F", "LA") else base
+        if mode == "I;16":
+            picture = Image.fromarray(np.asarray(source).astype(np.uint16) * 257)
+        else:
+            picture = source.convert(mode)
+        assert tiny.encode_image(picture).ids.shape == (1, 6, 2), mode
+
+
+def test_sixteen_bits_scale_to_eight():
+    from flowmo.pictures import to_rgb
+
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert np.array_equal(np.asarray(to_rgb(deep))[..., 0], grey)
+
+
+def test_transparency_is_white():
+    from flowmo.pictures import to_rgb
+
+    assert to_rgb(Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_unknown_fit_and_huge_pictures(tiny, picture):
+    with pytest.raises(ValueError, match="'tile' or 'crop'"):
+        tiny.encode_image(picture, fit="stretch")
+    with pytest.raises(ValueError, match="more than"):
+        tiny.encode_image(Image.new("1", (20_000, 20_000)))
+
+
+def test_codes_of_the_wrong_number_of_tiles(tiny, picture):
+    codes = tiny.encode_image(picture.resize((60, 40)))
+    with pytest.raises(ValueError, match="tiles"):
+        tiny.decode_image(dataclasses.replace(codes, ids=codes.ids[:1]))
+    with pytest.raises(ValueError, match="tiles"):
+        tiny.decode_image(Codes(codes.ids, (32, 32), codes.id_count))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (7, 50), (100, 61), (129, 33)])
+def test_tiling_covers_and_merges_back(size):
+    tiling = Tiling(*size, tile=32)
+    image = torch.randn(3, *size)
+    tiles = tiling.split(image)
+    assert tiles.shape == (len(tiling.corners), 3, 32, 32)
+    torch.testing.assert_close(tiling.merge(tiles), image)
+    for starts, length in ((tiling.starts(size[0]), size[0]), (tiling.starts(size[1]), size[1])):
+        assert all(b - a <= 28 for a, b in itertools.pairwise(starts)), "neighbours overlap by an eighth"
+        assert starts[-1] + 32 == max(length, 32)
+
+
+def test_seams_are_blended():
+    """Tiles of different brightness must join without a step larger than a ramp's."""
+    tiling = Tiling(32, 60, tile=32)
+    assert len(tiling.corners) == 2
+    merged = tiling.merge(torch.stack((torch.zeros(1, 32, 32), torch.ones(1, 32, 32))))
+    steps = merged[0].diff(dim=1)
+    assert steps.min() >= 0
+    assert steps.max() < 0.5
+
+
+def test_psnr():
+    x = torch.zeros(2, 3, 4, 4)
+    y = x.clone()
+    y[1] += 2 / 255 * 10
+    values = psnr(x, y)
+    assert values[0] == float("inf")
+    assert values[1].item() == pytest.approx(20 * np.log10(255 / 10), abs=1e-4)
