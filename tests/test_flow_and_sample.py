@@ -41,6 +41,13 @@ def test_timestep_distributions(name):
     assert all(cdf_distance(t, other) > limit for key, other in CDFS.items() if key != name)
 
 
+def test_anchored_share_lies_at_one():
+    t = flow.sample_timesteps(100_000, "uniform", torch.Generator().manual_seed(0), anchor=0.2)
+    at_one = t == 1
+    assert at_one.float().mean().item() == pytest.approx(0.2, abs=0.005)
+    assert cdf_distance(t[~at_one], CDFS["uniform"]) < 1.95 / math.sqrt(80_000)
+
+
 def test_unknown_distribution():
     with pytest.raises(ValueError, match="fat_lognormal"):
         flow.sample_timesteps(1, "cosine")

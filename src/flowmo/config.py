@@ -22,10 +22,10 @@ from typing import Any
 import yaml
 
 from flowmo.errors import FlowMoError
+from flowmo.flow import DISTRIBUTIONS
 from flowmo.transformer import Shape, rotary_axes
 
 QUANTIZATION_TYPES = ("lfq", "kl", "noop")
-TIMESTEP_DISTRIBUTIONS = ("fat_lognormal", "lognormal", "uniform")
 LPIPS_MODES = ("vgg", "alex")
 PREDICTIONS = ("velocity", "picture")
 CODE_LAYOUTS = ("diagonal", "lattice")
@@ -85,7 +85,8 @@ class OptConfig:
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
     cooldown: float = setting(0.0, "last share of the run over which the learning rate falls to 0; 0 keeps it")
     max_grad_norm: float = setting(0.0, "longest gradient, longer ones are scaled down to it; 0 leaves them")
-    schedule: str = setting("fat_lognormal", "training timesteps: " + ", ".join(TIMESTEP_DISTRIBUTIONS))
+    schedule: str = setting("fat_lognormal", "training timesteps: " + ", ".join(DISTRIBUTIONS))
+    anchor: float = setting(0.0, "share of the training timesteps at exactly t = 1")
     loss_space: str = setting("velocity", "error that the flow loss squares: " + ", ".join(PREDICTIONS))
     lpips_weight: float = setting(0.1, "weight of the perceptual loss on the one-step estimate; 0 switches it off")
     lpips_mode: str = setting("vgg", "network of the perceptual loss: " + ", ".join(LPIPS_MODES))
@@ -421,7 +422,7 @@ def check(config: Config) -> None:
     choose("model.code_layout", m.code_layout, CODE_LAYOUTS)
     choose("model.prediction", m.prediction, PREDICTIONS)
     choose("opt.loss_space", o.loss_space, PREDICTIONS)
-    choose("opt.schedule", o.schedule, TIMESTEP_DISTRIBUTIONS)
+    choose("opt.schedule", o.schedule, DISTRIBUTIONS)
     choose("opt.lpips_mode", o.lpips_mode, LPIPS_MODES)
     if m.quantization_type == "lfq":
         group = m.codebook_size_for_entropy
@@ -431,7 +432,13 @@ def check(config: Config) -> None:
             f"model.context_dim={m.context_dim} does not split into groups of at most 16 bits with "
             f"model.codebook_size_for_entropy={group}; write model.codebook_size_for_entropy={fits[0]}",
         )
-    for name, value in (("ema_decay", m.ema_decay), ("beta1", o.beta1), ("beta2", o.beta2), ("cooldown", o.cooldown)):
+    for name, value in (
+        ("ema_decay", m.ema_decay),
+        ("beta1", o.beta1),
+        ("beta2", o.beta2),
+        ("cooldown", o.cooldown),
+        ("anchor", o.anchor),
+    ):
         require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
     for name in ("weight_decay", "warmup_steps", "max_grad_norm", "lpips_weight", "freeze_encoder_after"):
         require(getattr(o, name) >= 0, f"opt.{name}={getattr(o, name)} must not be negative")

@@ -8,6 +8,7 @@ an unbroken run would have: the order of the pictures and every random number ar
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,9 +117,10 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16):
             total, parts = loss(self.tokenizer, images, draws, self.perceptual)
         total.backward()
-        if not torch.isfinite(total):
+        value = float(total.detach())
+        if not math.isfinite(value):
             raise TrainingError(
-                f"the loss is {float(total)} at step {self.step}; the last checkpoint is sound, "
+                f"the loss is {value} at step {self.step}; the last checkpoint is sound, "
                 "start again from it with a lower opt.lr"
             )
         if config.opt.max_grad_norm:

@@ -30,7 +30,7 @@ class Draws:
         """A function of the seed and the step alone, so that a resumed run draws what an unbroken one would."""
         generator = torch.Generator().manual_seed(picture_seed(config.trainer.seed, f"step {step}"))
         b = len(images)
-        t = flow.sample_timesteps(b, config.opt.schedule, generator)
+        t = flow.sample_timesteps(b, config.opt.schedule, generator, config.opt.anchor)
         noise = torch.randn(images.shape, generator=generator)
         keep = torch.rand(b, generator=generator) >= (NULL_CODE_SHARE if config.model.enable_cfg else 0.0)
         return cls(*(draw.to(images.device) for draw in (t, noise, keep)))

@@ -1,0 +1,278 @@
+"""The command line as a person uses it: real processes' exit codes, real files, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+
+import flowmo
+from flowmo.cli import main
+
+
+@pytest.fixture
+def weights(tiny, tmp_path):
+    path = tmp_path / "weights" / "model.safetensors"
+    flowmo.save(tiny, path)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path, picture):
+    path = tmp_path / "photo.jpg"
+    picture.resize((70, 50)).save(path)
+    return path
+
+
+def run(capsys, *words):
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_reconstruct(capsys, tmp_path, weights, photo):
+    status, out, err = run(capsys, "reconstruct", photo, "--model", weights, "--out", tmp_path / "out", "--steps", 2)
+    assert (status, err) == (0, "")
+    with Image.open(tmp_path / "out" / "photo.png") as pair:
+        assert pair.size == (70 + 2 + 70, 50)
+    row = out.splitlines()[1].split()
+    assert row[:3] == ["photo.jpg", "70×50", str(3 * 2 * 6)], "3 × 2 tiles of 6 bytes"
+    assert float(row[3]) == pytest.approx(36 * 8 / 3500, abs=1e-4)
+    assert 3 < float(row[4]) < 50
+
+
+def test_reconstruct_crop(capsys, tmp_path, weights, photo):
+    words = ("reconstruct", photo, "--model", weights, "--out", tmp_path / "out", "--steps", 1, "--fit", "crop")
+    assert run(capsys, *words)[0] == 0
+    with Image.open(tmp_path / "out" / "photo.png") as pair:
+        assert pair.size == (32 + 2 + 32, 32)
+
+
+def test_encode_then_decode(capsys, tmp_path, weights, photo):
+    file = tmp_path / "photo.flowmo"
+    assert run(capsys, "encode", photo, "-o", file, "--model", weights)[0] == 0
+    status, out, _ = run(capsys, "decode", file, "--model", weights, "--steps", 2)
+    assert status == 0
+    assert "70×50 from 36 bytes" in out
+    tokenizer = flowmo.load(weights)
+    codes = tokenizer.encode_image(Image.open(photo))
+    with Image.open(tmp_path / "photo.png") as decoded:
+        assert decoded.tobytes() == tokenizer.decode_image(codes, steps=2).tobytes()
+    status, out, _ = run(capsys, "decode", file, "--model", weights, "--ids")
+    assert json.loads(out) == codes.ids.tolist()
+
+
+def test_encode_many(capsys, tmp_path, weights, picture_files):
+    out = tmp_path / "codes"
+    assert run(capsys, "encode", *picture_files[:2], "--out-dir", out, "--fit", "crop", "--model", weights)[0] == 0
+    assert sorted(p.name for p in out.iterdir()) == sorted(f"{p.stem}.flowmo" for p in picture_files[:2])
+
+
+def test_info(capsys, weights):
+    status, out, _ = run(capsys, "info", "lo")
+    assert status == 0
+    assert "858301858" in out
+    assert "0.0703" in out
+    assert "31" in out
+    facts = json.loads(run(capsys, "info", weights, "--json", "eval.sampling.sample_steps=4")[1])
+    assert facts["bytes_per_picture"] == 6
+    assert facts["sampling_steps"] == 4
+    assert "opt.lr=" in run(capsys, "info", "nano", "--settings")[1]
+
+
+def test_info_allocates_nothing():
+    """Lo's weights take 3.4 GB; describing them must not."""
+    code = (
+        "import resource\n"
+        "from flowmo.cli import main\n"
+        "main(['info', 'small'])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "main(['info', 'lo'])\n"
+        "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
+        "assert grown < 100_000, grown\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_convert(capsys, tmp_path, weights, tiny):
+    target = tmp_path / "half.safetensors"
+    assert run(capsys, "convert", weights, target, "--dtype", "float16")[0] == 0
+    assert flowmo.load(target).config == tiny.config
+
+
+def test_train_then_evaluate(capsys, tmp_path, picture_files, tiny_config):
+    settings = tmp_path / "tiny.yaml"
+    settings.write_text(tiny_config.to_json())  # JSON is YAML
+    folder = picture_files[0].parent
+    words = [
+        *("train", "--config", settings, "--experiment-name", "t", "--results-dir", tmp_path / "results"),
+        *(f"data.train={folder}", "data.num_workers=0", "opt.lpips_weight=0", "trainer.max_steps=2"),
+        *("trainer.log_every=1", "data.batch_size=2", "--device", "cpu"),
+    ]
+    status, out, err = run(capsys, *words)
+    assert (status, err) == (0, "")
+    assert "step 2/2" in out
+    assert "images/s" in out
+    trained = tmp_path / "results" / "t" / "checkpoints" / "00000002.pth"
+    status, out, _ = run(
+        capsys, "evaluate", folder, "--model", trained, "--limit", 3, "--steps", 1, "--no-lpips", "--json"
+    )
+    assert status == 0
+    report = json.loads(out)
+    assert report["pictures"] == 3
+    assert report["bits_per_pixel"] == pytest.approx(48 / 1024)
+    assert 0 < report["psnr"] < 40
+
+
+def test_evaluate_with_lpips(capsys, weights, trained_weights, picture_files, monkeypatch):
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    status, out, _ = run(capsys, "evaluate", picture_files[0].parent, "--model", weights, "--limit", 2, "--steps", 1)
+    assert status == 0
+    assert "LPIPS" in out
+
+
+def png_header(width, height):
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.fixture
+def bad_pictures(tmp_path, photo):
+    whole = photo.read_bytes()
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    contents = {
+        "text.jpg": b"this is no picture",
+        "empty.png": b"",
+        "cut.jpg": whole[: len(whole) // 2],
+        "header.jpg": whole[:100],
+        "bomb.png": png_header(50_000, 50_000),
+        "zero.png": png_header(0, 10),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.png").mkdir()
+    return [folder / name for name in (*contents, "folder.png", "missing.jpg")]
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode"])
+def test_bad_pictures(capsys, tmp_path, weights, photo, bad_pictures, command):
+    out = tmp_path / "out"
+    where = ("--out", out) if command == "reconstruct" else ("--out-dir", out)
+    for bad in bad_pictures:
+        status, _, err = run(capsys, command, bad, "--model", weights, *where)
+        assert status == 2, bad.name
+        assert err.count("\n") == 1, err
+        assert err.startswith("flowmo: "), err
+        assert bad.name in err
+        assert not out.exists(), "nothing half-written"
+
+
+def test_one_bad_picture_among_good_ones_stops_before_anything_is_written(
+    capsys, tmp_path, weights, photo, bad_pictures
+):
+    out = tmp_path / "out"
+    assert run(capsys, "reconstruct", photo, bad_pictures[0], "--model", weights, "--out", out)[0] == 2
+    assert not out.exists()
+
+
+def test_bad_codes(capsys, tmp_path, weights, photo):
+    file = tmp_path / "photo.flowmo"
+    run(capsys, "encode", photo, "-o", file, "--model", weights)
+    content = file.read_bytes()
+    for name, damaged in (("cut", content[:-3]), ("noise", b"FLMO" + bytes(90)), ("text", b"hello"), ("empty", b"")):
+        bad = tmp_path / f"{name}.flowmo"
+        bad.write_bytes(damaged)
+        status, _, err = run(capsys, "decode", bad, "--model", weights)
+        assert status == 2
+        assert err.count("\n") == 1
+        assert not bad.with_suffix(".png").exists()
+    assert run(capsys, "decode", tmp_path / "none.flowmo", "--model", weights)[0] == 2
+
+
+def test_bad_weights(capsys, tmp_path, photo):
+    torch.save({"a": 1}, tmp_path / "other.pth")
+    (tmp_path / "text.safetensors").write_text("no")
+    for source in (tmp_path / "other.pth", tmp_path / "text.safetensors", tmp_path / "none.pth", "lo", "nanno"):
+        status, _, err = run(capsys, "encode", photo, "--model", source)
+        assert status == 2
+        assert err.count("\n") == 1
+        assert not photo.with_suffix(".flowmo").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("info", "nano", "model.patch_size=7"), "data.image_size=126"),
+        (("info", "huge"), "no preset of that name"),
+        (("train", "--preset", "nano"), "data.train=PATH"),
+        (("train", "data.train=/nowhere"), "no such folder"),
+        (("train", "--config", "/nowhere.yaml"), "cannot read settings"),
+        (("convert", "nano", "out.bin"), ".safetensors"),
+    ],
+)
+def test_bad_settings(capsys, words, sentence):
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_two_pictures_of_one_name(capsys, tmp_path, weights, photo):
+    other = tmp_path / "photo.png"
+    Image.open(photo).save(other)
+    status, _, err = run(capsys, "reconstruct", photo, other, "--model", weights)
+    assert status == 2
+    assert "both be written" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("dance",),
+        ("reconstruct",),
+        ("reconstruct", "a.jpg", "--steps", "0"),
+        ("reconstruct", "a.jpg", "--seed", "-1"),
+        ("reconstruct", "a.jpg", "--device", "abacus"),
+    ],
+)
+def test_usage_errors(words, capsys):
+    with pytest.raises(SystemExit) as status:
+        main(list(words))
+    assert status.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "decode", "info", "convert", "train", "evaluate"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as status:
+        main([command, "--help"])
+    assert status.value.code == 0
+    assert len(capsys.readouterr().out) > 300
+
+
+def test_as_a_program(tmp_path):
+    """The installed command, its module and ``python -m flowmo.train``, as processes."""
+    good = subprocess.run([sys.executable, "-m", "flowmo", "info", "hi"], capture_output=True, text=True, check=True)
+    assert "0.2188" in good.stdout
+    bad = subprocess.run(
+        [sys.executable, "-m", "flowmo.train", "model.nothing=1"], capture_output=True, text=True, check=False
+    )
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1
+
+
+def test_base_install_needs_no_torchvision():
+    code = (
+        "import sys\n"
+        "sys.modules['torchvision'] = None\n"
+        "import flowmo, flowmo.cli, flowmo.perceptual, flowmo.train.loop, flowmo.evaluate.reconstruction\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from flowmo.perceptual import LPIPS, WeightsNotFoundError, find_weights
+
+
+@pytest.fixture(params=["alex", "vgg"])
+def distance(request, trained_weights):
+    return LPIPS(request.param, trained_weights, download=False)
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 64, 80, generator=generator) * 2 - 1
+    return x, (x + 0.3 * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
+
+
+def test_distance_of_equals_is_zero_and_grows(distance, pair):
+    x, y = pair
+    assert distance(x, x).abs().max() < 1e-6
+    near = distance(x, x + 0.1 * (y - x))
+    far = distance(x, y)
+    assert far.shape == (2,)
+    assert (far > near).all()
+    assert (near > 0).all()
+
+
+def test_batch_does_not_matter(distance, pair):
+    x, y = pair
+    torch.testing.assert_close(distance(x, y)[1:], distance(x[1:], y[1:]), atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_reaches_the_picture_and_nothing_else(distance, pair):
+    x, y = pair
+    y = y.requires_grad_()
+    distance(x, y).sum().backward()
+    assert y.grad.isfinite().all()
+    assert y.grad.abs().sum() > 0
+    assert all(not p.requires_grad for p in distance.parameters())
+
+
+def test_gradient_is_finite_where_features_are_all_zero(distance):
+    flat = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    distance(torch.zeros(1, 3, 64, 64), flat).sum().backward()
+    assert flat.grad.isfinite().all()
+
+
+def test_equals_the_lpips_package(trained_weights, pair, monkeypatch):
+    """The published implementation on the same weights; it needs torchvision, so this runs only where that imports."""
+    pytest.importorskip("torchvision")
+    lpips = pytest.importorskip("lpips")
+    for net in ("alex", "vgg"):
+        ours = LPIPS(net, trained_weights, download=False)
+        theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        state = {}
+        for row, layers in enumerate(ours.rows):
+            for index, conv in layers.items():
+                state[f"net.slice{row + 1}.{index}.weight"] = conv.weight
+                state[f"net.slice{row + 1}.{index}.bias"] = conv.bias
+        missing = theirs.load_state_dict(state, strict=False)
+        assert not missing.unexpected_keys
+        expected = theirs(*pair).flatten()
+        assert (ours(*pair) - expected).abs().max() < 1e-5
+
+
+def test_unknown_network():
+    with pytest.raises(ValueError, match="vgg or alex"):
+        LPIPS("resnet")
+
+
+def test_missing_weights_say_what_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(tmp_path / "named"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    with pytest.raises(WeightsNotFoundError, match=r"no alexnet.*named.*FLOWMO_WEIGHTS"):
+        LPIPS("alex", tmp_path / "given", download=False)
+
+
+def test_order_of_the_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(tmp_path / "named"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    places = [tmp_path / "hub" / "hub" / "checkpoints", tmp_path / "named", tmp_path / "given"]
+    for place in places:  # each beats those before it
+        place.mkdir(parents=True)
+        (place / "w.pth").write_text("")
+        assert find_weights(("w.pth",), "http://localhost:1/w.pth", tmp_path / "given") == place / "w.pth"
+
+
+def test_a_download_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("FLOWMO_WEIGHTS", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(WeightsNotFoundError, match="the download failed"):
+        find_weights(("w.pth",), "http://127.0.0.1:1/w.pth")
+    assert not list((tmp_path / "hub" / "checkpoints").glob("*.pth"))

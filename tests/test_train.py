@@ -1,0 +1,235 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import open_gates
+
+from flowmo import Config, FlowMo, checkpoint, load
+from flowmo.data import DataError, PictureFolder, batches, epoch_order, list_pictures
+from flowmo.evaluate.figures import psnr
+from flowmo.train.loop import Run, TrainingError
+from flowmo.train.optimizer import Average, NormControl, build_optimizer, learning_rate
+from flowmo.train.stages import Draws, pretrain_loss
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture
+def folder(tmp_path, picture_files):
+    """Four real photographs."""
+    target = tmp_path / "pictures"
+    (target / "sub").mkdir(parents=True)
+    for file in picture_files[:4]:
+        shutil.copy(file, target / "sub")
+    return target
+
+
+@pytest.fixture
+def config(tiny_config, folder):
+    return tiny_config.override(
+        f"data.train={folder}",
+        "data.batch_size=4",
+        "data.num_workers=0",
+        "opt.lpips_weight=0",
+        "trainer.max_steps=6",
+        "trainer.log_every=2",
+        "trainer.sample_every=0",
+        "trainer.checkpoint_every=3",
+        "trainer.enable_bfloat16=false",
+    )
+
+
+@pytest.mark.parametrize("kind", ["lfq", "kl", "noop"])
+def test_every_row_of_every_parameter_gets_a_gradient(tiny_config, images, kind):
+    tokenizer = open_gates(FlowMo(tiny_config.override(f"model.quantization_type={kind}")))
+    draws = Draws.for_step(tokenizer.config, images, 0)
+    draws = Draws(draws.t, draws.noise, torch.ones(5, dtype=torch.bool))
+    loss, _ = pretrain_loss(tokenizer, images, draws, None)
+    loss.backward()
+    for name, parameter in tokenizer.named_parameters():
+        assert parameter.grad is not None, name
+        rows = parameter.grad.flatten(1) if parameter.ndim > 1 else parameter.grad[:, None]
+        assert rows.abs().sum(dim=1).gt(0).all(), f"{name} has rows without a gradient"
+
+
+def test_overfits_four_photographs(tiny_config, folder, tmp_path):
+    """The whole of stage 1A: from files on disk through training to a sample from pure noise above 22 dB."""
+    config = tiny_config.override(
+        f"data.train={folder}",
+        "data.batch_size=16",
+        "data.num_workers=0",
+        "data.random_crop=false",
+        "model.hidden_size=128",
+        "model.num_heads=2",
+        "model.enc_hidden_size=64",
+        "model.dec_depth=2",
+        "model.initial_gate=1",
+        "model.prediction=picture",
+        "model.ema_decay=0.95",
+        "opt.loss_space=picture",
+        "opt.anchor=0.3",
+        "opt.lr=3e-3",
+        "opt.warmup_steps=20",
+        "opt.cooldown=0.5",
+        "opt.lpips_weight=0",
+        "trainer.max_steps=400",
+        "trainer.log_every=100",
+        "trainer.sample_every=0",
+        "trainer.checkpoint_every=400",
+        "trainer.enable_bfloat16=false",
+    )
+    run = Run(config, tmp_path / "run", report=quiet)
+    run.train()
+    tokenizer = load(run.checkpoints()[-1])
+    source = PictureFolder(folder, 32)
+    x = torch.stack([source[i, 0] for i in range(4)])
+    codes = tokenizer.encode(x)
+    quality = psnr(x, tokenizer.decode(codes.ids, seed=5))
+    assert quality.mean() > 22, quality
+    wrong = psnr(x, tokenizer.decode(codes.ids.roll(1, 0), seed=5))
+    assert wrong.mean() < quality.mean() - 5, "the picture must come from the code"
+
+
+def final_weights(run):
+    content = checkpoint.read_pth(run.checkpoints()[-1])
+    return {**content["model"], **{f"ema.{k}": v for k, v in content["ema"].items()}}
+
+
+def test_resumed_run_ends_like_an_unbroken_one(config, tmp_path):
+    whole = Run(config, tmp_path / "whole", report=quiet)
+    whole.train()
+    Run(config.override("trainer.max_steps=3"), tmp_path / "broken", report=quiet).train()
+    rest = Run(config, tmp_path / "broken", report=quiet)
+    assert rest.step == 3
+    rest.train()
+    expected = final_weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in final_weights(rest).items())
+
+
+def test_what_a_run_leaves(config, tmp_path):
+    config = config.override("trainer.sample_every=3", "trainer.max_steps=9")
+    run = Run(config, tmp_path / "run", report=quiet)
+    run.train()
+    names = sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file())
+    assert names == [
+        "checkpoints/00000006.pth",
+        "checkpoints/00000009.pth",
+        "config.json",
+        "metrics.jsonl",
+        "samples/00000003.png",
+        "samples/00000006.png",
+        "samples/00000009.png",
+    ]
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert {"flow", "entropy", "commitment", "images_per_second"} <= lines[0].keys()
+    assert Config.from_dict(json.loads((run.folder / "config.json").read_text())) == config
+
+
+def test_weights_move_and_norms_stay(config, tmp_path):
+    run = Run(config, tmp_path / "run", report=quiet)
+    before = {name: p.detach().clone() for name, p in run.tokenizer.named_parameters()}
+    run.train()
+    after = dict(run.tokenizer.named_parameters())
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > 0.9 * len(before)
+    for name, weight in run.norm_control.weights.items():
+        torch.testing.assert_close(weight.norm(), before[name].norm(), rtol=1e-5, atol=0)
+
+
+def test_frozen_encoder_stays(config, tmp_path):
+    run = Run(config.override("opt.freeze_encoder_after=2"), tmp_path / "run", report=quiet)
+    seen = []
+    loss = pretrain_loss
+    for images in (next(batches(run.source, 4, 0, 0, 0)) for _ in range(4)):
+        run._step(images, loss)
+        seen.append(run.tokenizer.encoder.code_out.weight.detach().clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[3])
+
+
+def test_other_settings_in_the_same_folder_are_refused(config, tmp_path):
+    Run(config, tmp_path / "run", report=quiet).train()
+    with pytest.raises(TrainingError, match=r"model\.code_length 6 -> 7"):
+        Run(config.override("model.code_length=7"), tmp_path / "run", report=quiet)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    run = Run(config, tmp_path / "run", report=quiet)
+    with torch.no_grad():
+        run.tokenizer.decoder.picture_out.bias[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"lower opt\.lr"):
+        run.train()
+    assert not run.checkpoints()
+
+
+def test_learning_rate():
+    config = Config().override(
+        "opt.lr=1", "opt.warmup_steps=10", "opt.cooldown=0.5", "trainer.max_steps=100", "opt.beta1=0"
+    )
+    rates = [learning_rate(config, step) for step in (0, 4, 9, 50, 75, 99)]
+    assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.02])
+    assert learning_rate(Config(), 10**6) == Config().opt.lr
+
+
+def test_average_forgets_the_start(tiny_config):
+    tokenizer = FlowMo(tiny_config)
+    average = Average(tokenizer, decay=0.9)
+    start = average.state["encoder.code_embedding"].clone()
+    with torch.no_grad():
+        tokenizer.encoder.code_embedding.add_(1)
+    average.update(tokenizer, step=0)
+    torch.testing.assert_close(average.state["encoder.code_embedding"], start + 0.9)
+    average.update(tokenizer, step=1000)
+    torch.testing.assert_close(average.state["encoder.code_embedding"], start + 0.91)
+
+
+def test_norm_control_covers_every_matrix_of_the_blocks(tiny_config):
+    tokenizer = FlowMo(tiny_config)
+    matrices = {n for n, p in tokenizer.named_parameters() if ".blocks." in n and p.ndim == 2}
+    assert NormControl(tokenizer).weights.keys() == matrices
+
+
+def test_optimizer_is_the_papers(tiny_config):
+    group = build_optimizer(FlowMo(tiny_config), tiny_config.opt).param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.95), 0)
+
+
+# Data
+
+
+def test_every_picture_once_an_epoch():
+    orders = [epoch_order(50, seed=1, epoch=e) for e in range(3)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[0] != orders[1]
+    assert orders[0] == epoch_order(50, seed=1, epoch=0)
+    assert orders[0] != epoch_order(50, seed=2, epoch=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_continues_anywhere(folder, workers):
+    source = PictureFolder(folder, 32, random_crop=True, random_flip=True)
+    whole = batches(source, 2, seed=0, position=0, workers=workers)
+    first = [next(whole) for _ in range(5)]
+    later = batches(source, 2, seed=0, position=6, workers=0)
+    assert torch.equal(next(later), first[3])
+    assert torch.equal(next(later), first[4])
+
+
+def test_crops_and_flips_follow_the_seed(folder):
+    source = PictureFolder(folder, 32, random_crop=True, random_flip=True)
+    views = torch.stack([source[0, seed] for seed in range(40)])
+    assert torch.equal(views[7], source[0, 7])
+    assert len({view.numpy().tobytes() for view in views}) > 20
+    assert views.shape[1:] == (3, 32, 32)
+    assert views.abs().max() <= 1
+
+
+def test_folders_that_hold_nothing(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        list_pictures(tmp_path / "none")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match="no pictures"):
+        list_pictures(tmp_path)
