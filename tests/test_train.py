@@ -6,7 +6,7 @@ import torch
 from conftest import open_gates
 
 from flowmo import Config, FlowMo, checkpoint, load
-from flowmo.data import DataError, PictureFolder, batches, epoch_order, list_pictures
+from flowmo.data import Views, batches, epoch_order, open_source
 from flowmo.evaluate.figures import psnr
 from flowmo.train.loop import Run, TrainingError
 from flowmo.train.optimizer import Average, NormControl, build_optimizer, learning_rate
@@ -84,7 +84,7 @@ def test_overfits_four_photographs(tiny_config, folder, tmp_path):
     run = Run(config, tmp_path / "run", report=quiet)
     run.train()
     tokenizer = load(run.checkpoints()[-1])
-    source = PictureFolder(folder, 32)
+    source = Views(open_source(folder), 32)
     x = torch.stack([source[i, 0] for i in range(4)])
     codes = tokenizer.encode(x)
     quality = psnr(x, tokenizer.decode(codes.ids, seed=5))
@@ -210,7 +210,7 @@ def test_every_picture_once_an_epoch():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_continues_anywhere(folder, workers):
-    source = PictureFolder(folder, 32, random_crop=True, random_flip=True)
+    source = Views(open_source(folder), 32, random_crop=True, random_flip=True)
     whole = batches(source, 2, seed=0, position=0, workers=workers)
     first = [next(whole) for _ in range(5)]
     later = batches(source, 2, seed=0, position=6, workers=0)
@@ -219,17 +219,9 @@ def test_the_stream_continues_anywhere(folder, workers):
 
 
 def test_crops_and_flips_follow_the_seed(folder):
-    source = PictureFolder(folder, 32, random_crop=True, random_flip=True)
+    source = Views(open_source(folder), 32, random_crop=True, random_flip=True)
     views = torch.stack([source[0, seed] for seed in range(40)])
     assert torch.equal(views[7], source[0, 7])
     assert len({view.numpy().tobytes() for view in views}) > 20
     assert views.shape[1:] == (3, 32, 32)
     assert views.abs().max() <= 1
-
-
-def test_folders_that_hold_nothing(tmp_path):
-    with pytest.raises(DataError, match="no such folder"):
-        list_pictures(tmp_path / "none")
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match="no pictures"):
-        list_pictures(tmp_path)

@@ -20,6 +20,7 @@ import flowmo
 from flowmo import checkpoint, codec, sample
 from flowmo.codec import CodecError
 from flowmo.config import FIELDS, PRESETS, Config
+from flowmo.data import build_index, default_index
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.perceptual import LPIPS
@@ -175,8 +176,16 @@ def convert(arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB, tokenizer {tokenizer.identity()}")
 
 
+def index(arguments: argparse.Namespace) -> None:
+    """Write the index of a tar of pictures, or of a tar of tars, so that training reads it without unpacking."""
+    output = arguments.output or default_index(arguments.tar)
+    entries = build_index(arguments.tar)
+    checkpoint.write_whole(output, lambda name: Path(name).write_text(json.dumps(entries)))
+    print(f"{output}: {len(entries)} pictures")
+
+
 def train(arguments: argparse.Namespace) -> None:
-    """Stage 1A on a folder of pictures."""
+    """Stage 1A on a folder or tar of pictures."""
     from flowmo.train.loop import Run
 
     config = flowmo.preset(arguments.preset)
@@ -184,7 +193,7 @@ def train(arguments: argparse.Namespace) -> None:
         config = Config.from_yaml(arguments.config, config)
     config = config.override(*arguments.settings)
     if not config.data.train:
-        raise UsageError("data.train is not set; name a folder of pictures, data.train=PATH")
+        raise UsageError("data.train is not set; name a folder or a .tar of pictures, data.train=PATH")
     folder = arguments.results_dir / arguments.experiment_name
     Run(config, folder, arguments.device, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
 
@@ -313,6 +322,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="precision on disk (float32)")
     sub.add_argument("--last-weights", action="store_true", help="the last weights rather than their average")
 
+    sub = command(index, "index of a tar of pictures")
+    sub.add_argument("tar", type=Path, metavar="TAR", help="uncompressed; the tars inside it are looked through too")
+    sub.add_argument("--output", "-o", type=Path, help="file to write (TAR with .index.json)")
+
     sub = command(train, "stage 1A on a folder of pictures")
     sub.add_argument("--preset", choices=tuple(PRESETS), default="lo", help="settings to start from (lo)")
     sub.add_argument("--config", type=Path, help="YAML file of settings over the preset's")
@@ -322,7 +335,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
 
     sub = command(evaluate, "PSNR and LPIPS over a folder of pictures")
-    sub.add_argument("folder", type=Path, help="folder of pictures")
+    sub.add_argument("folder", type=Path, help="folder of pictures, or a .tar with its index")
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
     sub.add_argument("--steps", type=positive, help="Euler steps (the preset's: 25)")
     sub.add_argument("--seed", type=seed, default=0, help="seed of the noise (0)")

@@ -42,8 +42,10 @@ def setting(default: Any, doc: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str = setting("", "folder of training pictures, searched through its sub-folders")
-    val: str = setting("", "folder of held-out pictures")
+    train: str = setting("", "training pictures: a folder, searched through its sub-folders, or a .tar with an index")
+    train_index: str = setting("", "index of the training tar; empty is the one beside it")
+    val: str = setting("", "held-out pictures, likewise")
+    val_index: str = setting("", "index of the held-out tar")
     image_size: int = setting(256, "side of the square training pictures, in pixels")
     batch_size: int = setting(16, "pictures a step and process")
     num_workers: int = setting(2, "processes that decode pictures; 0 decodes in the training process")
@@ -141,6 +143,10 @@ def _interval(value: Any) -> dict[str, Any]:
 ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "model.mup_width": _width(""),
     "model.enc_mup_width": _width("enc_"),
+    "data.imagenet_train_tar": lambda value: {"data.train": value},
+    "data.imagenet_train_index": lambda value: {"data.train_index": value},
+    "data.imagenet_val_tar": lambda value: {"data.val": value},
+    "data.imagenet_val_index": lambda value: {"data.val_index": value},
     "eval.sampling.cfg": lambda value: {"eval.sampling.guidance": value},
     "eval.sampling.schedule": _schedule,
     "eval.sampling.cfg_interval": _interval,
@@ -274,13 +280,15 @@ PRESETS: dict[str, dict[str, Any]] = {
             "prediction": "picture",
             "initial_gate": 1.0,
         },
+        "eval": {"sampling": {"sample_steps": 1}},
     },
     "small": {"model": {"patch_size": 8, "hidden_size": 768}},
     "lo": {},
     "hi": {"model": {"context_dim": 56, "codebook_size_for_entropy": 14}},
 }
 """``small``, ``lo`` and ``hi`` are the paper's (table 6); ``nano`` is sized to train and decode on a CPU: 288 bytes a
-128 × 128 picture. Its 16 pixel patches hold more channels than it is wide, so its decoder predicts the picture."""
+128 × 128 picture. Its 16 pixel patches hold more channels than it is wide, so its decoder predicts the picture; it is
+trained mostly at t = 1 and decodes in one pass."""
 
 
 def _fields(section: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:

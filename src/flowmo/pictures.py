@@ -6,6 +6,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,16 +23,20 @@ class PictureError(FlowMoError, ValueError):
     """A file that is no picture, is damaged, or is too large; the message is one line that names the file."""
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_picture(file: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
     """The picture in a file as RGB, turned as its EXIF says, transparency over white.
+
+    Args:
+        file: a path, or an open file, which messages call ``name``.
 
     Raises:
         PictureError: the file is missing, not a picture, truncated, without pixels, or above ``MAX_PIXELS``.
     """
+    path = name or file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(file) as picture:
                 check_size(picture, path)
                 return to_rgb(picture)
     except Image.DecompressionBombError:

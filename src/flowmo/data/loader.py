@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from flowmo.data.folder import PictureFolder
+from flowmo.data.views import Views
 from flowmo.sample import picture_seed
 
 
@@ -33,7 +33,7 @@ class EndlessOrder(Sampler):
                 position += 1
 
 
-def batches(source: PictureFolder, batch_size: int, seed: int, position: int, workers: int) -> Iterator[Tensor]:
+def batches(source: Views, batch_size: int, seed: int, position: int, workers: int) -> Iterator[Tensor]:
     """Endless batches b × 3 × side × side, starting with picture number ``position`` of the run."""
     loader = DataLoader(
         source,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flowmo.data import PictureFolder
+from flowmo.data import Views, open_source
 from flowmo.evaluate.figures import psnr
 from flowmo.perceptual import LPIPS
 from flowmo.sample import picture_seed
@@ -43,9 +43,10 @@ def evaluate(
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Encode and decode the pictures of ``folder`` (short side resized, central square) and compare.
+    """Encode and decode pictures (short side resized, central square) and compare.
 
     Args:
+        folder: pictures, searched through sub-folders, or a ``.tar`` with its index.
         limit: this many pictures only, spread evenly over the sorted folder.
         lpips: AlexNet LPIPS; without it that figure is left out.
         progress: called with (pictures done, pictures in all).
@@ -53,7 +54,7 @@ def evaluate(
     Raises:
         DataError, PictureError: no pictures, or one that cannot be read.
     """
-    source = PictureFolder(folder, tokenizer.config.data.image_size)
+    source = Views(open_source(folder), tokenizer.config.data.image_size)
     count = min(limit or len(source), len(source))
     chosen = [i * len(source) // count for i in range(count)]
     psnrs, distances, bits = [], [], 0.0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowmo import checkpoint
 from flowmo.config import Config
-from flowmo.data import PictureFolder, batches
+from flowmo.data import Views, batches, open_source
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.perceptual import LPIPS
@@ -54,7 +54,8 @@ class Run:
         self.config, self.folder, self.report = config, folder, report
         self.device = torch.device(device)
         data = config.data
-        self.source = PictureFolder(data.train, data.image_size, data.random_crop, data.random_flip)
+        train = open_source(data.train, data.train_index)
+        self.source = Views(train, data.image_size, data.random_crop, data.random_flip)
         self.held_out = self._held_out()
         self.perceptual = None
         if config.opt.lpips_weight:
@@ -71,7 +72,9 @@ class Run:
 
     def _held_out(self) -> Tensor:
         """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
-        source = PictureFolder(self.config.data.val or self.config.data.train, self.config.data.image_size)
+        data = self.config.data
+        held_out = open_source(data.val, data.val_index) if data.val else self.source.source
+        source = Views(held_out, data.image_size)
         count = min(GRID_PICTURES, len(source))
         return torch.stack([source[i * len(source) // count, 0] for i in range(count)]).to(self.device)
 

@@ -1,0 +1,43 @@
+"""A source's pictures as the networks see them: cropped to the training size, in [−1, 1]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flowmo.data.source import Source
+from flowmo.pictures import resize_and_crop, to_tensor
+
+
+class Views(Dataset):
+    """Pictures of a source as float32 3 × side × side in [−1, 1].
+
+    An item is asked for as (index, seed); the seed alone decides the crop and the flip, so that what a run sees does
+    not depend on its workers.
+
+    Args:
+        random_crop: crop at a random place along the longer side; otherwise at the centre.
+        random_flip: mirror half of the pictures.
+    """
+
+    def __init__(self, source: Source, side: int, random_crop: bool = False, random_flip: bool = False):
+        self.source = source
+        self.side = side
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, int]) -> Tensor:
+        index, seed = item
+        picture = self.source.read(index)
+        generator = torch.Generator().manual_seed(seed)
+        place, flip = torch.rand(2, generator=generator).tolist()
+        if self.random_crop and picture.width != picture.height:
+            short = min(picture.size)
+            left, top = (round(place * (length - short)) for length in picture.size)
+            picture = picture.crop((left, top, left + short, top + short))
+        image = to_tensor(resize_and_crop(picture, self.side))
+        return image.flip(-1) if self.random_flip and flip < 0.5 else image
