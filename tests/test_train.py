@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -156,13 +160,73 @@ def test_other_settings_in_the_same_folder_are_refused(config, tmp_path):
         Run(config.override("model.code_length=7"), tmp_path / "run", report=quiet)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
-    run = Run(config, tmp_path / "run", report=quiet)
+def test_losses_that_stay_not_finite_stop_the_run(config, tmp_path):
+    run = Run(config.override("trainer.max_skipped_steps=3"), tmp_path / "run", report=quiet)
     with torch.no_grad():
         run.tokenizer.decoder.picture_out.bias[0] = torch.nan
-    with pytest.raises(TrainingError, match=r"lower opt\.lr"):
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* lower opt\.lr"):
         run.train()
     assert not run.checkpoints()
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part):
+    lines = []
+    run = Run(config, tmp_path / "run", report=lines.append)
+    images = next(batches(run.source, 4, 0, 0, 0))
+
+    def broken(*arguments):
+        total, parts = pretrain_loss(*arguments)
+        if part == "loss":
+            return total * torch.nan, parts
+        run.tokenizer.decoder.picture_out.bias.register_hook(lambda g: g * torch.inf)
+        return total, parts
+
+    run._step(images, pretrain_loss)
+    before = {name: value.clone() for name, value in run.tokenizer.state_dict().items()}
+    average = {name: value.clone() for name, value in run.average.state.items()}
+    assert run._step(images, broken) is None
+    assert (run.step, run.skipped) == (2, 1)
+    assert "skipped" in lines[-1]
+    assert all(torch.equal(value, before[name]) for name, value in run.tokenizer.state_dict().items())
+    assert all(torch.equal(value, average[name]) for name, value in run.average.state.items())
+
+
+def test_checkpoints_that_are_kept(config, tmp_path):
+    config = config.override(
+        "trainer.checkpoint_every=1", "trainer.keep_every=2", "trainer.keep_last=1", "trainer.max_steps=5"
+    )
+    run = Run(config, tmp_path / "run", report=quiet)
+    run.train()
+    assert [int(path.stem) for path in run.checkpoints()] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, folder, tmp_path, number):
+    """A real process with loading workers, its whole group signalled as a scheduler does."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(config.override("data.num_workers=1").to_json())
+    command = [sys.executable, "-u", "-m", "flowmo.train", "--config", settings, "--experiment-name", "run"]
+    command += ["--results-dir", tmp_path, "--device", "cpu", "trainer.log_every=1", "trainer.max_steps=100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                os.killpg(process.pid, number)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 0, rest
+    assert "the same command goes on from here" in rest
+    stopped = int(sorted((tmp_path / "run" / "checkpoints").glob("*.pth"))[-1].stem)
+    assert 2 <= stopped < 100000
+    expected = Run(config.override(f"trainer.max_steps={stopped}"), tmp_path / "expected", report=quiet)
+    expected.train()
+    ours = checkpoint.read_pth(tmp_path / "run" / "checkpoints" / f"{stopped:08d}.pth")
+    theirs = checkpoint.read_pth(expected.checkpoints()[-1])
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
 
 
 def test_learning_rate():

@@ -104,6 +104,9 @@ class TrainerConfig:
     log_every: int = setting(100, "steps between progress lines")
     sample_every: int = setting(5_000, "steps between sample grids and held-out figures; 0 makes none")
     checkpoint_every: int = setting(5_000, "steps between checkpoints")
+    keep_last: int = setting(2, "newest checkpoints that are kept")
+    keep_every: int = setting(0, "checkpoints at multiples of this many steps are kept too; 0 keeps none of them")
+    max_skipped_steps: int = setting(10, "steps in a row without a finite loss and gradient that end the run")
     seed: int = setting(0, "seed of the weights, the order of the pictures and the noise")
 
 
@@ -406,7 +409,7 @@ def check(config: Config) -> None:
     positive = {
         "data": ("image_size", "batch_size"),
         "model": ("patch_size", "hidden_size", "num_heads", "dec_depth", "enc_hidden_size", "enc_num_heads"),
-        "trainer": ("max_steps", "log_every", "checkpoint_every"),
+        "trainer": ("max_steps", "log_every", "checkpoint_every", "keep_last", "max_skipped_steps"),
         "opt": ("lr",),
     }
     for section, names in positive.items():
@@ -450,7 +453,11 @@ def check(config: Config) -> None:
         require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
     for name in ("weight_decay", "warmup_steps", "max_grad_norm", "lpips_weight", "freeze_encoder_after"):
         require(getattr(o, name) >= 0, f"opt.{name}={getattr(o, name)} must not be negative")
-    for name, value in (("data.num_workers", d.num_workers), ("trainer.sample_every", t.sample_every)):
+    for name, value in (
+        ("data.num_workers", d.num_workers),
+        ("trainer.sample_every", t.sample_every),
+        ("trainer.keep_every", t.keep_every),
+    ):
         require(value >= 0, f"{name}={value} must not be negative; 0 switches it off")
     require(0 <= t.seed < 2**63, f"trainer.seed={t.seed} must be a whole number from 0 to 2^63 − 1")
     require(s.sample_steps > 0, f"eval.sampling.sample_steps={s.sample_steps} must be at least 1; the paper uses 25")

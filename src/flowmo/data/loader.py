@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -33,6 +34,12 @@ class EndlessOrder(Sampler):
                 position += 1
 
 
+def _leave_signals_to_the_run(_: int) -> None:
+    """A scheduler signals a whole process group; a worker that ended first would break the run's last step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(source: Views, batch_size: int, seed: int, position: int, workers: int) -> Iterator[Tensor]:
     """Endless batches b × 3 × side × side, starting with picture number ``position`` of the run."""
     loader = DataLoader(
@@ -40,6 +47,7 @@ def batches(source: Views, batch_size: int, seed: int, position: int, workers: i
         batch_size=batch_size,
         sampler=EndlessOrder(len(source), seed, position),
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_run,
         persistent_workers=False,
     )
     return iter(loader)

@@ -3,14 +3,17 @@
 A run lives in ``results/<experiment>/``: ``config.json``, ``metrics.jsonl`` (one line a report), ``samples/`` and
 ``checkpoints/``. Started again with the same name it goes on from its last checkpoint, and ends with the weights that
 an unbroken run would have: the order of the pictures and every random number are functions of the seed and the step.
+SIGTERM, which schedulers send, and Ctrl-C save before the run ends.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +30,6 @@ from flowmo.tokenizer import FlowMo
 from flowmo.train.optimizer import Average, NormControl, build_optimizer, learning_rate
 from flowmo.train.stages import Draws, pretrain_loss
 
-KEEP_CHECKPOINTS = 2
 GRID_PICTURES = 8
 
 
@@ -65,7 +67,8 @@ class Run:
         self.optimizer = build_optimizer(self.tokenizer, config.opt)
         self.norm_control = NormControl(self.tokenizer)
         self.average = Average(self.tokenizer, config.model.ema_decay)
-        self.step = 0
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.stopping = False
         found = self.checkpoints()
         if found or resume_from:
             self._restore(found[-1] if found else resume_from)
@@ -91,25 +94,46 @@ class Run:
         stream = batches(self.source, size, t.seed, self.step * size, config.data.num_workers)
         sums: dict[str, Tensor] = {}
         since = time.perf_counter()
-        try:
-            while self.step < t.max_steps:
+        counted = 0
+        with self._stop_on_signals():
+            while self.step < t.max_steps and not self.stopping:
                 parts = self._step(next(stream).to(self.device), loss)
-                sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
+                if parts is not None:
+                    counted += 1
+                    sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
                 if self.step % t.log_every == 0:
                     now = time.perf_counter()
-                    self._log({name: float(v) / t.log_every for name, v in sums.items()}, now - since)
-                    sums, since = {}, now
+                    self._log({name: float(v) / counted for name, v in sums.items()}, now - since)
+                    sums, counted, since = {}, 0, now
                 if t.sample_every and self.step % t.sample_every == 0:
                     self._sample()
                     since = time.perf_counter()
                 if self.step % t.checkpoint_every == 0 or self.step == t.max_steps:
                     self.save()
-        except KeyboardInterrupt:
+        if self.stopping:
             self.save()
             self.report(f"stopped at step {self.step}; the same command goes on from here")
-            raise
 
-    def _step(self, images: Tensor, loss: Callable) -> dict[str, Tensor]:
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT ends the run after the step at hand; a second SIGINT ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, _: object) -> None:
+            self.stopping = True
+            signal.signal(number, before[number])
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _step(self, images: Tensor, loss: Callable) -> dict[str, Tensor] | None:
+        """One optimizer step, or none where the loss or its gradient is not finite: then ``None``."""
         config = self.config
         if self.step >= config.opt.freeze_encoder_after:
             self.tokenizer.encoder.requires_grad_(False)
@@ -120,20 +144,32 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16):
             total, parts = loss(self.tokenizer, images, draws, self.perceptual)
         total.backward()
-        value = float(total.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at step {self.step}; the last checkpoint is sound, "
-                "start again from it with a lower opt.lr"
-            )
+        gradients = [p.grad for p in self.tokenizer.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.step += 1
+        if not (torch.isfinite(total.detach()) and torch.isfinite(norm)):
+            self._skip(float(total.detach()), float(norm))
+            return None
+        self.skipped_in_a_row = 0
         if config.opt.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), config.opt.max_grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.tokenizer.parameters(), config.opt.max_grad_norm, norm)
         self.optimizer.step()
         if config.model.fix_initial_norms:
             self.norm_control.apply()
-        self.average.update(self.tokenizer, self.step)
-        self.step += 1
-        return parts
+        self.average.update(self.tokenizer, self.step - 1)
+        return {**parts, "gradient_norm": norm}
+
+    def _skip(self, loss: float, norm: float) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.report(f"step {self.step} skipped: loss {loss}, gradient norm {norm}")
+        if self.skipped_in_a_row >= self.config.trainer.max_skipped_steps:
+            sound = self.checkpoints()
+            where = f"the last checkpoint, {sound[-1]}, is sound" if sound else "there is no checkpoint yet"
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row without a finite loss and gradient, up to step {self.step}; "
+                f"{where}: start again with a lower opt.lr"
+            )
 
     def _log(self, means: dict[str, float], seconds: float) -> None:
         t, size = self.config.trainer, self.config.data.batch_size
@@ -142,7 +178,7 @@ class Run:
         shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
         clock = f"{int(left // 3600)}h{int(left % 3600 // 60):02d}"
         self.report(f"step {self.step}/{t.max_steps}  {shown}  {rate:.1f} images/s  {clock} left")
-        self._record({"images": self.step * size, "images_per_second": rate, **means})
+        self._record({"images": self.step * size, "images_per_second": rate, "skipped_steps": self.skipped, **means})
 
     def _record(self, values: dict[str, float]) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
@@ -177,14 +213,17 @@ class Run:
             "flowmo": 1,
             "config": self.config.to_dict(),
             "step": self.step,
+            "skipped": self.skipped,
             "model": self.tokenizer.state_dict(),
             "ema": self.average.state,
             "optimizer": self.optimizer.state_dict(),
             "norms": self.norm_control.state,
         }
         checkpoint.write_whole(path, lambda temporary: torch.save(content, temporary))
-        for old in self.checkpoints()[:-KEEP_CHECKPOINTS]:
-            old.unlink()
+        t = self.config.trainer
+        for old in self.checkpoints()[: -t.keep_last]:
+            if not (t.keep_every and int(old.stem) % t.keep_every == 0):
+                old.unlink()
 
     def _restore(self, path: Path) -> None:
         content = checkpoint.read_pth(path)
@@ -201,5 +240,5 @@ class Run:
         self.optimizer.load_state_dict(content["optimizer"])
         self.average.load(content["ema"])
         self.norm_control.state = {name: norm.to(self.device) for name, norm in content["norms"].items()}
-        self.step = content["step"]
+        self.step, self.skipped = content["step"], content.get("skipped", 0)
         self.report(f"going on from {path}")
