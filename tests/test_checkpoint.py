@@ -185,3 +185,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         checkpoint.write_whole(target, fail)
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_weights_are_saved_under_their_own_suffix_only(tiny, tmp_path):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        flowmo.save(tiny, tmp_path / "model.bin")
+    assert not list(tmp_path.iterdir())

@@ -234,3 +234,26 @@ def test_psnr():
     values = psnr(x, y)
     assert values[0] == float("inf")
     assert values[1].item() == pytest.approx(20 * np.log10(255 / 10), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"seed": 1.5}, TypeError, "integer"),
+        ({"seed": -1}, ValueError, "seed -1"),
+        ({"seed": [0, 2**63]}, ValueError, "seed 9223372036854775808"),
+        ({"seed": [1]}, ValueError, "1 seeds for 2"),
+        ({"guidance": float("nan")}, ValueError, "guidance nan"),
+        ({"steps": 0}, ValueError, "at least 1 step"),
+        ({"steps": 2, "rho": float("inf")}, ValueError, "rho"),
+    ],
+)
+def test_sampling_arguments_that_make_no_sense(tiny, images, arguments, error, sentence):
+    ids = tiny.encode(images[:2]).ids
+    with pytest.raises(error, match=sentence):
+        tiny.decode(ids, **arguments)
+
+
+def test_what_is_not_a_picture_is_refused(tiny, images):
+    with pytest.raises(TypeError, match="PIL picture"):
+        tiny.encode_image(images)

@@ -187,10 +187,19 @@ def build(config: Config, state: Mapping[str, Tensor], name: str | Path = "check
 
 
 def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write weights and settings as one ``.safetensors`` file; float16 halves it, at about 3 decimal digits."""
+    """Write weights and settings as one ``.safetensors`` file; float16 halves it, at about 3 decimal digits.
+
+    Raises:
+        CheckpointError: ``path`` has another suffix, by which ``load`` would take it for another kind of file.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path}: weights are saved as .safetensors; write {Path(path).with_suffix('.safetensors')}"
+        )
     state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in tokenizer.state_dict().items()}
     # Machine paths of the training run are nobody else's business, and would make equal models unequal files.
-    config = tokenizer.config.override("data.train=", "data.val=", "opt.perceptual_weights=")
+    paths = ("data.train", "data.train_index", "data.val", "data.val_index", "opt.perceptual_weights")
+    config = tokenizer.config.override(*(f"{name}=" for name in paths))
     metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
     write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
 

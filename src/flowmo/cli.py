@@ -255,6 +255,13 @@ def positive(text: str) -> int:
     return value
 
 
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
 def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**63:
@@ -286,9 +293,13 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", type=device, default="cpu", help="cpu, cuda, mps … (cpu)")
 
     def with_sampling(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--steps", type=positive, help="Euler steps from noise to picture (the preset's: 25)")
+        sub.add_argument(
+            "--steps",
+            type=positive,
+            help="Euler steps from noise to picture (the model's own: 1 of nano, 25 of the paper's)",
+        )
         sub.add_argument("--seed", type=seed, default=0, help="seed of the noise (0)")
-        sub.add_argument("--guidance", type=float, help="classifier-free guidance (the preset's: 1.5); 1 is none")
+        sub.add_argument("--guidance", type=finite, help="classifier-free guidance (the preset's: 1.5); 1 is none")
 
     def with_fit(sub: argparse.ArgumentParser) -> None:
         help_text = "tile: the whole picture, in blended tiles; crop: the central square at the trained size"
@@ -337,7 +348,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(evaluate, "PSNR and LPIPS over a folder of pictures")
     sub.add_argument("folder", type=Path, help="folder of pictures, or a .tar with its index")
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
-    sub.add_argument("--steps", type=positive, help="Euler steps (the preset's: 25)")
+    sub.add_argument("--steps", type=positive, help="Euler steps from noise to picture (the model's own)")
     sub.add_argument("--seed", type=seed, default=0, help="seed of the noise (0)")
     sub.add_argument("--no-lpips", action="store_true", help="PSNR only, which needs no trained network")
     sub.add_argument("--json", action="store_true", help="print JSON")

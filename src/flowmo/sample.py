@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,7 +27,7 @@ def shifted_times(steps: int, rho: float) -> list[float]:
     Raises:
         ValueError: fewer than one step, or ρ not above 0.
     """
-    if steps < 1 or rho <= 0:
+    if steps < 1 or not 0 < rho < math.inf:
         raise ValueError(f"sampling needs at least 1 step and rho > 0, not {steps} steps and rho = {rho}")
     return [(i / steps) ** rho for i in range(steps, -1, -1)]
 
@@ -54,7 +56,12 @@ def guided_velocity(
     Args:
         code: b × tokens × channels.
         guidance: velocity = null + guidance · (conditional − null); 1 needs no null pass.
+
+    Raises:
+        ValueError: guidance is not finite.
     """
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance {guidance} is not a finite number")
     modulations = decoder.modulate(torch.tensor(times, dtype=torch.float32, device=code.device))
     index = {t: i for i, t in enumerate(times)}
     embedded = decoder.embed_code(code)
@@ -79,7 +86,15 @@ def network_passes(times: Sequence[float], guidance: float, low: float, high: fl
 
 
 def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1.0) -> Tensor:
-    """Standard normal noise, one picture a seed: float32 len(seeds) × 3 × height × width on the CPU."""
+    """Standard normal noise, one picture a seed: float32 len(seeds) × 3 × height × width on the CPU.
+
+    Raises:
+        TypeError, ValueError: a seed that is not a whole number, or not from 0 to 2^63 − 1.
+    """
+    seeds = [operator.index(seed) for seed in seeds]
+    wrong = next((seed for seed in seeds if not 0 <= seed < 2**63), None)
+    if wrong is not None:
+        raise ValueError(f"seed {wrong} is not from 0 to 2^63 − 1")
     noise = torch.empty(len(seeds), 3, height, width)
     for picture, seed in zip(noise, seeds, strict=True):
         picture.normal_(generator=torch.Generator().manual_seed(seed))

@@ -147,7 +147,8 @@ class FlowMo(nn.Module):
 
         Args:
             codes: ``Codes``, or int64 ids b × tokens × sub-tokens.
-            steps: Euler steps; the preset's (25) where ``None``. With guidance in its interval that is 31 passes.
+            steps: Euler steps; the model's own where ``None``: 1 of nano, 25 of the paper's, which with guidance in its
+                interval are 31 passes.
             seed: one seed for every picture, or one a picture. A picture is a function of its ids and its seed alone.
             guidance: classifier-free guidance inside the preset's interval; 1 switches it off. Preset: 1.5.
             rho: shift of the sampler, equation 14. Preset: 4.
@@ -161,7 +162,7 @@ class FlowMo(nn.Module):
             TypeError, ValueError: ids of the wrong kind, shape or range; a seed count other than b.
         """
         code, height, width = self._code_and_size(codes, size)
-        seeds = [seed] * len(code) if isinstance(seed, int) else [int(s) for s in seed]
+        seeds = list(seed) if isinstance(seed, Sequence | Tensor) else [seed] * len(code)
         if len(seeds) != len(code):
             raise ValueError(f"{len(seeds)} seeds for {len(code)} pictures; give one, or one a picture")
         noise = sample.seeded_noise(seeds, height, width)
@@ -249,8 +250,11 @@ class FlowMo(nn.Module):
                 paper's protocol: short side resized to the trained size, central square.
 
         Raises:
+            TypeError: not a PIL picture.
             ValueError: another ``fit``, or a picture without pixels or above ``pictures.MAX_PIXELS``.
         """
+        if not isinstance(picture, Image.Image):
+            raise TypeError(f"encode_image takes a PIL picture, not a {type(picture).__name__}; encode takes tensors")
         if fit not in ("tile", "crop"):
             raise ValueError(f"unknown fit {fit!r}; use 'tile' or 'crop'")
         pictures.check_size(picture)
