@@ -1,0 +1,68 @@
+"""The bundled preset as a user meets it: offline, from bare ids, on photographs it never saw."""
+
+import pytest
+import torch
+from conftest import SHARED
+from PIL import Image
+
+import flowmo
+from flowmo.checkpoint import BUNDLED
+from flowmo.evaluate.figures import psnr
+from flowmo.evaluate.reconstruction import evaluate
+from flowmo.perceptual import LPIPS
+from flowmo.pictures import resize_and_crop, to_tensor
+
+HELD_OUT = SHARED / "data" / "imagenette_128" / "val"
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return flowmo.load("nano")
+
+
+@pytest.fixture
+def photographs(picture_files):
+    return torch.stack([to_tensor(resize_and_crop(Image.open(f).convert("RGB"), 128)) for f in picture_files])
+
+
+def test_is_the_preset_and_fits(nano):
+    assert nano.config.model.code_length * nano.config.model.context_dim == 288 * 8
+    assert nano.config.eval == flowmo.preset("nano").eval
+    assert nano.config.encoder_shape == flowmo.preset("nano").encoder_shape
+    assert nano.config.decoder_shape == flowmo.preset("nano").decoder_shape
+    assert (BUNDLED / "nano.safetensors").stat().st_size <= 48 * 2**20
+    assert nano.config.data.train == nano.config.data.val == "", "no path of whoever trained it"
+
+
+def test_unseen_photographs_are_recognised_by_their_pixels(nano, photographs):
+    """The decoded picture is nearer to its own original than to any other, and nearer than the mean colour is."""
+    codes = nano.encode(photographs)
+    decoded = nano.decode(codes.ids)
+    own = psnr(photographs, decoded)
+    flat = psnr(photographs, photographs.mean(dim=(2, 3), keepdim=True).expand_as(photographs))
+    assert own.mean() > flat.mean() + 2
+    for i, picture in enumerate(decoded):
+        assert psnr(photographs, picture.expand_as(photographs)).argmax() == i
+
+
+def test_whole_pictures_through_tiles(nano, picture):
+    codes = nano.encode_image(picture)
+    decoded = nano.decode_image(codes)
+    assert decoded.size == picture.size
+    assert codes.nbytes == 288 * len(codes)
+    pair = to_tensor(picture), to_tensor(decoded)
+    flat = pair[0].mean(dim=(1, 2), keepdim=True).expand_as(pair[0])
+    assert psnr(pair[0][None], pair[1][None]) > psnr(pair[0][None], flat[None]) + 2
+
+
+def test_figures_of_the_model_card(nano, trained_weights):
+    """A sample of the held-out set lands where the card says the whole of it does."""
+    if not HELD_OUT.is_dir():
+        pytest.skip("needs ../shared/data/imagenette_128/val")
+    report = evaluate(nano, HELD_OUT, limit=100, lpips=LPIPS("alex", trained_weights, download=False))
+    card = (BUNDLED / "nano.md").read_text()
+    stated = {row.split("|")[1].strip(): row.split("|")[2] for row in card.splitlines() if row.startswith("| ")}
+    mean, spread = (float(word) for word in stated["PSNR (dB)"].replace("±", " ").split())
+    assert abs(report.psnr - mean) < 3 * spread / 10, "three standard errors of a hundred pictures"
+    mean, spread = (float(word) for word in stated["LPIPS (AlexNet)"].replace("±", " ").split())
+    assert abs(report.lpips_alex - mean) < 3 * spread / 10
