@@ -10,7 +10,7 @@ import torch
 from conftest import open_gates
 
 from flowmo import Config, FlowMo, checkpoint, load
-from flowmo.data import Views, batches, epoch_order, open_source
+from flowmo.data import DataError, Views, batches, epoch_order, open_source
 from flowmo.evaluate.figures import psnr
 from flowmo.train.loop import Run, TrainingError
 from flowmo.train.optimizer import Average, NormControl, build_optimizer, learning_rate
@@ -289,3 +289,32 @@ def test_crops_and_flips_follow_the_seed(folder):
     assert len({view.numpy().tobytes() for view in views}) > 20
     assert views.shape[1:] == (3, 32, 32)
     assert views.abs().max() <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_is_named_and_left_out(config, folder, tmp_path, workers):
+    (folder / "text.jpg").write_text("this is no picture")
+    lines = []
+    config = config.override(f"data.num_workers={workers}", "trainer.max_steps=4")
+    Run(config, tmp_path / "run", report=lines.append).train()
+    assert sum("left out" in line and "text.jpg" in line for line in lines) == 1
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["bad_pictures"] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_unreadable_pictures_end_the_run(config, folder, tmp_path, workers):
+    for i in range(3):
+        (folder / f"text{i}.jpg").write_text("this is no picture")
+    run = Run(config.override(f"data.num_workers={workers}"), tmp_path / "run", report=quiet)
+    with pytest.raises(TrainingError, match="of 7 pictures cannot be read") as error:
+        run.train()
+    assert "Traceback" not in str(error.value)
+
+
+def test_nothing_readable_at_all(config, tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "text.jpg").write_text("this is no picture")
+    with pytest.raises(DataError, match=r"in a row cannot be read.*text\.jpg"):
+        Run(config.override(f"data.train={folder}"), tmp_path / "run", report=quiet)

@@ -49,6 +49,9 @@ class DataConfig:
     image_size: int = setting(256, "side of the square training pictures, in pixels")
     batch_size: int = setting(16, "pictures a step and process")
     num_workers: int = setting(2, "processes that decode pictures; 0 decodes in the training process")
+    max_bad_share: float = setting(
+        0.01, "share of unreadable pictures, replaced by others, that ends a run if exceeded"
+    )
     random_crop: bool = setting(True, "crop training pictures at a random place rather than at their centre")
     random_flip: bool = setting(False, "mirror half of the training pictures; the paper does not")
 
@@ -449,6 +452,7 @@ def check(config: Config) -> None:
         ("beta2", o.beta2),
         ("cooldown", o.cooldown),
         ("anchor", o.anchor),
+        ("max_bad_share", d.max_bad_share),
     ):
         require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
     for name in ("weight_decay", "warmup_steps", "max_grad_norm", "lpips_weight", "freeze_encoder_after"):

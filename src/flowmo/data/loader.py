@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from flowmo.data.source import DataError
 from flowmo.data.views import Views
 from flowmo.sample import picture_seed
 
@@ -40,14 +41,53 @@ def _leave_signals_to_the_run(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def batches(source: Views, batch_size: int, seed: int, position: int, workers: int) -> Iterator[Tensor]:
-    """Endless batches b × 3 × side × side, starting with picture number ``position`` of the run."""
+class _Readable(Dataset):
+    """Views whose errors come back as values: an exception would leave a worker wrapped in its traceback."""
+
+    def __init__(self, views: Views):
+        self.views = views
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, dict[str, str], str]:
+        try:
+            return *self.views.readable(*item), ""
+        except DataError as error:
+            return None, {}, str(error)
+
+
+def _collate(items: list[tuple[Tensor | None, dict[str, str], str]]) -> tuple[Tensor | None, dict[str, str], str]:
+    failure = next((failure for *_, failure in items if failure), "")
+    bad = {name: message for _, some, _ in items for name, message in some.items()}
+    return None if failure else torch.stack([image for image, *_ in items]), bad, failure
+
+
+def batches(
+    source: Views,
+    batch_size: int,
+    seed: int,
+    position: int,
+    workers: int,
+    on_bad: Callable[[dict[str, str]], None] = lambda bad: None,
+) -> Iterator[Tensor]:
+    """Endless batches b × 3 × side × side, starting with picture number ``position`` of the run.
+
+    Args:
+        on_bad: called with the pictures of a batch that could not be read and were replaced, name to message.
+
+    Raises:
+        DataError: a picture cannot be read, nor can those drawn in its place.
+    """
     loader = DataLoader(
-        source,
+        _Readable(source),
         batch_size=batch_size,
         sampler=EndlessOrder(len(source), seed, position),
         num_workers=workers,
+        collate_fn=_collate,
         worker_init_fn=_leave_signals_to_the_run,
         persistent_workers=False,
     )
-    return iter(loader)
+    for images, bad, failure in loader:
+        if failure:
+            raise DataError(failure)
+        if bad:
+            on_bad(bad)
+        yield images

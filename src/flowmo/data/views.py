@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowmo.data.source import Source
-from flowmo.pictures import resize_and_crop, to_tensor
+from flowmo.data.source import DataError, Source
+from flowmo.pictures import PictureError, resize_and_crop, to_tensor
+from flowmo.sample import picture_seed
+
+ATTEMPTS = 8
 
 
 class Views(Dataset):
@@ -41,3 +44,21 @@ class Views(Dataset):
             picture = picture.crop((left, top, left + short, top + short))
         image = to_tensor(resize_and_crop(picture, self.side))
         return image.flip(-1) if self.random_flip and flip < 0.5 else image
+
+    def readable(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
+        """Item (index, seed), or where that picture cannot be read, one that the seed alone chooses in its place.
+
+        Returns:
+            The image, and the error message of each picture that could not be read, by its name.
+
+        Raises:
+            DataError: nor could ``ATTEMPTS`` others.
+        """
+        bad: dict[str, str] = {}
+        for attempt in range(ATTEMPTS):
+            try:
+                return self[index, seed], bad
+            except PictureError as error:
+                bad[self.source.name(index)] = str(error)
+                index = picture_seed(seed, attempt) % len(self)
+        raise DataError(f"{ATTEMPTS} pictures in a row cannot be read, the first: {next(iter(bad.values()))}")

@@ -69,6 +69,7 @@ class Run:
         self.average = Average(self.tokenizer, config.model.ema_decay)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
+        self.bad: set[str] = set()
         found = self.checkpoints()
         if found or resume_from:
             self._restore(found[-1] if found else resume_from)
@@ -79,7 +80,8 @@ class Run:
         held_out = open_source(data.val, data.val_index) if data.val else self.source.source
         source = Views(held_out, data.image_size)
         count = min(GRID_PICTURES, len(source))
-        return torch.stack([source[i * len(source) // count, 0] for i in range(count)]).to(self.device)
+        chosen = [i * len(source) // count for i in range(count)]
+        return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.device)
 
     # The loop
 
@@ -91,7 +93,7 @@ class Run:
         self.report(f"{len(self.source)} pictures, {parameters / 1e6:.1f} M parameters, from step {self.step}")
         loss = torch.compile(pretrain_loss) if t.compile else pretrain_loss
         size = config.data.batch_size
-        stream = batches(self.source, size, t.seed, self.step * size, config.data.num_workers)
+        stream = batches(self.source, size, t.seed, self.step * size, config.data.num_workers, self._on_bad)
         sums: dict[str, Tensor] = {}
         since = time.perf_counter()
         counted = 0
@@ -131,6 +133,18 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _on_bad(self, bad: dict[str, str]) -> None:
+        """Names each unreadable picture once, and ends the run where they are too many to be accidents."""
+        for name in bad.keys() - self.bad:
+            self.bad.add(name)
+            self.report(f"left out: {bad[name]}")
+        share = self.config.data.max_bad_share
+        if len(self.bad) > max(1, share * len(self.source)):
+            raise TrainingError(
+                f"{len(self.bad)} of {len(self.source)} pictures cannot be read so far, more than data.max_bad_share="
+                f"{share:g} of them; the last: {next(iter(bad.values()))}"
+            )
 
     def _step(self, images: Tensor, loss: Callable) -> dict[str, Tensor] | None:
         """One optimizer step, or none where the loss or its gradient is not finite: then ``None``."""
@@ -178,7 +192,15 @@ class Run:
         shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
         clock = f"{int(left // 3600)}h{int(left % 3600 // 60):02d}"
         self.report(f"step {self.step}/{t.max_steps}  {shown}  {rate:.1f} images/s  {clock} left")
-        self._record({"images": self.step * size, "images_per_second": rate, "skipped_steps": self.skipped, **means})
+        self._record(
+            {
+                "images": self.step * size,
+                "images_per_second": rate,
+                "skipped_steps": self.skipped,
+                "bad_pictures": len(self.bad),
+                **means,
+            }
+        )
 
     def _record(self, values: dict[str, float]) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
