@@ -179,6 +179,7 @@ def test_one_bad_picture_among_good_ones_stops_before_anything_is_written(
 ):
     out = tmp_path / "out"
     assert run(capsys, "reconstruct", photo, bad_pictures[0], "--model", weights, "--out", out)[0] == 2
+    assert run(capsys, "encode", photo, bad_pictures[0], "--model", weights, "--out-dir", out)[0] == 2
     assert not out.exists()
 
 
@@ -227,9 +228,10 @@ def test_bad_settings(capsys, words, sentence):
 def test_two_pictures_of_one_name(capsys, tmp_path, weights, photo):
     other = tmp_path / "photo.png"
     Image.open(photo).save(other)
-    status, _, err = run(capsys, "reconstruct", photo, other, "--model", weights)
-    assert status == 2
-    assert "both be written" in err
+    for command in ("reconstruct", "encode"):
+        status, _, err = run(capsys, command, photo, other, "--model", weights)
+        assert status == 2
+        assert "both be written" in err
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     """Encode and decode pictures; write each beside its original and print what it cost."""
     tokenizer = load(arguments)
     outputs = [arguments.out / f"{path.stem}.png" for path in arguments.pictures]
-    clash = next((path for path in outputs if outputs.count(path) > 1), None)
-    if clash:
-        raise UsageError(f"two pictures would both be written to {clash}; give them other names")
+    refuse_clash(outputs)
     originals = [read_picture(path) for path in arguments.pictures]  # refuse before anything is written
     print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
     for path, original, output in zip(arguments.pictures, originals, outputs, strict=True):
@@ -85,9 +83,13 @@ def encode(arguments: argparse.Namespace) -> None:
     if arguments.output is not None and len(arguments.pictures) > 1:
         raise UsageError("--output names one file, for one picture; --out-dir takes many")
     tokenizer = load(arguments)
-    for path in arguments.pictures:
-        output = arguments.output or (arguments.out_dir or path.parent) / f"{path.stem}{SUFFIX}"
-        codes = tokenizer.encode_image(read_picture(path), arguments.fit)
+    outputs = [
+        arguments.output or (arguments.out_dir or path.parent) / f"{path.stem}{SUFFIX}" for path in arguments.pictures
+    ]
+    refuse_clash(outputs)
+    originals = [read_picture(path) for path in arguments.pictures]  # refuse before anything is written
+    for original, output in zip(originals, outputs, strict=True):
+        codes = tokenizer.encode_image(original, arguments.fit)
         content = codec.pack(codes, tokenizer)
         checkpoint.write_whole(output, lambda name, content=content: Path(name).write_bytes(content))
         print(f"{output}: {codes.nbytes} bytes of ids, {len(content)} with the header")
@@ -230,6 +232,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def load(arguments: argparse.Namespace) -> FlowMo:
     return flowmo.load(arguments.model, *arguments.settings, device=arguments.device)
+
+
+def refuse_clash(outputs: Sequence[Path]) -> None:
+    clash = next((path for path in outputs if outputs.count(path) > 1), None)
+    if clash:
+        raise UsageError(f"two pictures would both be written to {clash}; give them other names")
 
 
 def sampling(arguments: argparse.Namespace) -> dict:
