@@ -117,7 +117,7 @@ def test_train_then_evaluate(capsys, tmp_path, picture_files, tiny_config):
     ]
     status, out, err = run(capsys, *words)
     assert (status, err) == (0, "")
-    assert "step 2/2" in out
+    assert "step 2  4 images (100.0%)" in out
     assert "images/s" in out
     trained = tmp_path / "results" / "t" / "checkpoints" / "00000002.pth"
     status, out, _ = run(

@@ -24,7 +24,7 @@ def test_the_papers_rates():
 
 def test_overrides_convert_where_nothing_is_lost():
     config = preset("lo").override("opt.lr=0.00005", "opt.beta1=.8", "trainer.max_steps=1e3", "opt.lpips_mode='alex'")
-    assert (config.opt.lr, config.opt.beta1, config.trainer.max_steps) == (5e-5, 0.8, 1000)
+    assert (config.opt.lr, config.opt.beta1, config.trainer.duration) == (5e-5, 0.8, "1000 steps")
     assert config.opt.lpips_mode == "alex"
     assert config.override("opt.lr=1e-4").opt.lr == 1e-4
     assert preset("lo").opt.lr == 1e-4, "the original must not change"

@@ -13,7 +13,8 @@ from flowmo import Config, FlowMo, checkpoint, load
 from flowmo.data import DataError, Views, batches, epoch_order, open_source
 from flowmo.evaluate.figures import psnr
 from flowmo.train.loop import Run, TrainingError
-from flowmo.train.optimizer import Average, NormControl, build_optimizer, learning_rate
+from flowmo.train.optimizer import Average, NormControl, build_optimizer
+from flowmo.train.plan import BatchPlan, Position, Timetable
 from flowmo.train.stages import Draws, pretrain_loss
 
 
@@ -35,9 +36,10 @@ def folder(tmp_path, picture_files):
 def config(tiny_config, folder):
     return tiny_config.override(
         f"data.train={folder}",
-        "data.batch_size=4",
+        "data.global_batch_size=4",
         "data.num_workers=0",
         "opt.lpips_weight=0",
+        "opt.mup_base_width=0",
         "trainer.max_steps=6",
         "trainer.log_every=2",
         "trainer.sample_every=0",
@@ -49,10 +51,8 @@ def config(tiny_config, folder):
 @pytest.mark.parametrize("kind", ["lfq", "kl", "noop"])
 def test_every_row_of_every_parameter_gets_a_gradient(tiny_config, images, kind):
     tokenizer = open_gates(FlowMo(tiny_config.override(f"model.quantization_type={kind}")))
-    draws = Draws.for_step(tokenizer.config, images, 0)
-    draws = Draws(draws.t, draws.noise, torch.ones(5, dtype=torch.bool))
-    loss, _ = pretrain_loss(tokenizer, images, draws, None)
-    loss.backward()
+    draws = Draws.of(tokenizer.config, images, range(5))._replace(keep=torch.ones(5, dtype=torch.bool))
+    pretrain_loss(tokenizer, images, draws, None).total.backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
         rows = parameter.grad.flatten(1) if parameter.ndim > 1 else parameter.grad[:, None]
@@ -63,7 +63,7 @@ def test_overfits_four_photographs(tiny_config, folder, tmp_path):
     """The whole of stage 1A: from files on disk through training to a sample from pure noise above 22 dB."""
     config = tiny_config.override(
         f"data.train={folder}",
-        "data.batch_size=16",
+        "data.global_batch_size=16",
         "data.num_workers=0",
         "data.random_crop=false",
         "model.hidden_size=128",
@@ -72,11 +72,12 @@ def test_overfits_four_photographs(tiny_config, folder, tmp_path):
         "model.dec_depth=2",
         "model.initial_gate=1",
         "model.prediction=picture",
-        "model.ema_decay=0.95",
+        "model.ema_decay=0.66",
         "opt.loss_space=picture",
         "opt.anchor=0.3",
         "opt.lr=3e-3",
-        "opt.warmup_steps=20",
+        "opt.mup_base_width=0",
+        "opt.warmup=20 steps",
         "opt.cooldown=0.5",
         "opt.lpips_weight=0",
         "trainer.max_steps=400",
@@ -118,7 +119,7 @@ def test_what_a_run_leaves(config, tmp_path):
     run = Run(config, tmp_path / "run", report=quiet)
     run.train()
     names = sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file())
-    assert names == [
+    assert [name for name in names if not name.startswith("tensorboard/")] == [
         "checkpoints/00000006.pth",
         "checkpoints/00000009.pth",
         "config.json",
@@ -144,11 +145,12 @@ def test_weights_move_and_norms_stay(config, tmp_path):
 
 
 def test_frozen_encoder_stays(config, tmp_path):
-    run = Run(config.override("opt.freeze_encoder_after=2"), tmp_path / "run", report=quiet)
+    run = Run(config.override("opt.freeze_encoder_after=2 steps"), tmp_path / "run", report=quiet)
     seen = []
-    loss = pretrain_loss
     for images in (next(batches(run.source, 4, 0, 0, 0)) for _ in range(4)):
-        run._step(images, loss)
+        if run.images >= run.times.freeze_encoder_after:
+            run.freeze_encoder()
+        run._step(images, run.stage)
         seen.append(run.tokenizer.encoder.code_out.weight.detach().clone())
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[1], seen[3])
@@ -176,13 +178,13 @@ def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part):
     images = next(batches(run.source, 4, 0, 0, 0))
 
     def broken(*arguments):
-        total, parts = pretrain_loss(*arguments)
+        loss = run.stage(*arguments)
         if part == "loss":
-            return total * torch.nan, parts
+            return loss._replace(total=loss.total * torch.nan, parts={**loss.parts, "loss": loss.total.detach() * torch.nan})
         run.tokenizer.decoder.picture_out.bias.register_hook(lambda g: g * torch.inf)
-        return total, parts
+        return loss
 
-    run._step(images, pretrain_loss)
+    run._step(images, run.stage)
     before = {name: value.clone() for name, value in run.tokenizer.state_dict().items()}
     average = {name: value.clone() for name, value in run.average.state.items()}
     assert run._step(images, broken) is None
@@ -213,7 +215,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, folder, tmp_path
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
     ) as process:
         for line in process.stdout:
-            if line.startswith("step 2/"):
+            if line.startswith("step 2 "):
                 os.killpg(process.pid, number)
                 break
         rest = process.stdout.read()
@@ -230,24 +232,38 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, folder, tmp_path
 
 
 def test_learning_rate():
-    config = Config().override(
-        "opt.lr=1", "opt.warmup_steps=10", "opt.cooldown=0.5", "trainer.max_steps=100", "opt.beta1=0"
-    )
-    rates = [learning_rate(config, step) for step in (0, 4, 9, 50, 75, 99)]
+    config = Config().override("opt.lr=1", "opt.warmup=10 steps", "opt.cooldown=0.5", "trainer.max_steps=100")
+    times = Timetable.of(config, batch=3, epoch=7)
+    rates = [times.rate(config.opt, 3 * step) for step in (0, 4, 9, 50, 75, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.02])
-    assert learning_rate(Config(), 10**6) == Config().opt.lr
+    plain = Timetable.of(Config(), 128, 1000)
+    assert plain.rate(Config().opt, 10**8) == Config().opt.lr
 
 
 def test_average_forgets_the_start(tiny_config):
-    tokenizer = FlowMo(tiny_config)
-    average = Average(tokenizer, decay=0.9)
+    tokenizer = FlowMo(tiny_config.override("model.ema_decay=0.9"))
+    average = Average(tokenizer, batch=128)
     start = average.state["encoder.code_embedding"].clone()
     with torch.no_grad():
         tokenizer.encoder.code_embedding.add_(1)
-    average.update(tokenizer, step=0)
+    average.update(step=0)
     torch.testing.assert_close(average.state["encoder.code_embedding"], start + 0.9)
-    average.update(tokenizer, step=1000)
+    average.update(step=1000)
     torch.testing.assert_close(average.state["encoder.code_embedding"], start + 0.91)
+
+
+def test_average_decays_alike_at_every_batch(tiny_config):
+    tokenizer = FlowMo(tiny_config)
+    late = 10**6
+    for batch in (16, 128, 512):
+        kept = 1 - Average(tokenizer, batch).weight(late)
+        assert kept ** (512 / batch) == pytest.approx(0.9999**4)
+
+
+def test_average_of_the_release(tiny_config):
+    average = Average(FlowMo(tiny_config.override("model.ema_update=release")), batch=128)
+    assert [average.weight(step) for step in range(1, 10)] == [0] * 9
+    assert average.weight(0) == average.weight(10) == pytest.approx(1 - 0.9999**10)
 
 
 def test_norm_control_covers_every_matrix_of_the_blocks(tiny_config):
@@ -257,7 +273,7 @@ def test_norm_control_covers_every_matrix_of_the_blocks(tiny_config):
 
 
 def test_optimizer_is_the_papers(tiny_config):
-    group = build_optimizer(FlowMo(tiny_config), tiny_config.opt).param_groups[0]
+    group = build_optimizer(FlowMo(tiny_config)).param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.95), 0)
 
 
@@ -275,11 +291,19 @@ def test_every_picture_once_an_epoch():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_continues_anywhere(folder, workers):
     source = Views(open_source(folder), 32, random_crop=True, random_flip=True)
-    whole = batches(source, 2, seed=0, position=0, workers=workers)
+    whole = batches(source, 2, seed=0, place=0, workers=workers)
     first = [next(whole) for _ in range(5)]
-    later = batches(source, 2, seed=0, position=6, workers=0)
+    later = batches(source, 2, seed=0, place=6, workers=0)
     assert torch.equal(next(later), first[3])
     assert torch.equal(next(later), first[4])
+
+
+def test_processes_share_each_batch_without_overlap(folder):
+    source = Views(open_source(folder), 32, random_crop=True)
+    whole = batches(source, 6, seed=0, place=0, workers=0)
+    parts = [batches(source, 2, seed=0, place=2 * rank, workers=0, stride=6) for rank in range(3)]
+    for _ in range(3):
+        assert torch.equal(next(whole), torch.cat([next(part) for part in parts]))
 
 
 def test_crops_and_flips_follow_the_seed(folder):

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from flowmo import sharded
 from flowmo.config import PRESETS, Config, ConfigError
 from flowmo.errors import FlowMoError
 from flowmo.release import CheckpointMismatchError, convert_release, is_release, release_config
@@ -44,7 +45,8 @@ def load(
 
     Args:
         source: a bundled preset (``nano``), a ``.safetensors`` file, a folder that holds ``model.safetensors``, a
-            training checkpoint or authors' checkpoint (``.pth``), or the Hub id ``owner/name`` of such a folder.
+            training checkpoint (``.pth``, or the folder of a sharded one), an authors' checkpoint (``.pth``), or the
+            Hub id ``owner/name`` of a folder with ``model.safetensors``.
         overrides: ``section.name=value`` settings to change, for what an authors' file does not tell (its
             ``model.code_length``) or how it samples (``eval.sampling.sample_steps``).
         ema: of a training or authors' checkpoint, the averaged weights rather than the last ones.
@@ -61,6 +63,8 @@ def load(
 def find(source: str | Path) -> Path:
     """The file of weights that ``source`` names."""
     path = Path(source)
+    if sharded.is_sharded(path):
+        return path
     if path.is_dir():
         path = path / FILE_NAME
     if path.is_file():
@@ -101,6 +105,8 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
     if path.suffix == ".safetensors":
         config, state = read_safetensors(path)
         return config.override(*overrides), state
+    if path.is_dir():
+        return read_shards(path, overrides, ema)
     content = read_pth(path)
     if "flowmo" in content:
         config = Config.from_dict(content["config"]).override(*overrides)
@@ -114,6 +120,19 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
         return config, convert_release(state, config)
     except CheckpointMismatchError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_shards(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple[Config, dict[str, Tensor]]:
+    """Settings and weights of a sharded training checkpoint."""
+    try:
+        facts = json.loads((path / "run.json").read_text())
+        config = Config.from_dict(facts["config"]).override(*overrides)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a training checkpoint of flowmo ({error})") from None
+    prefix = "ema." if ema else "model."
+    tensors = {name: torch.empty(s) for name, s in sharded.shapes(path).items() if name.startswith(prefix)}
+    sharded.read_into(path, tensors)
+    return config, {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -205,7 +224,7 @@ def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32
 
 
 def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
-    """Have ``write`` fill a temporary file beside ``path``, then put it in place in one step."""
+    """Have ``write`` fill a temporary file beside ``path``, then put it in place in one step, on disk for good."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -213,7 +232,20 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
     try:
         write(temporary)
         os.chmod(temporary, 0o644)
+        with open(temporary, "rb") as file:  # or a power cut could leave the name with an empty file
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names in a folder written to disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -27,7 +27,7 @@ from flowmo.perceptual import LPIPS
 from flowmo.pictures import read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
 from flowmo.tokenizer import FlowMo
 
-SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=.*", re.DOTALL)
+SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
 SUFFIX = ".flowmo"
 
 
@@ -188,6 +188,7 @@ def index(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Stage 1A on a folder or tar of pictures."""
+    from flowmo.train.distributed import join
     from flowmo.train.loop import Run
 
     config = flowmo.preset(arguments.preset)
@@ -197,7 +198,8 @@ def train(arguments: argparse.Namespace) -> None:
     if not config.data.train:
         raise UsageError("data.train is not set; name a folder or a .tar of pictures, data.train=PATH")
     folder = arguments.results_dir / arguments.experiment_name
-    Run(config, folder, arguments.device, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
+    with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
+        Run(config, folder, world, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

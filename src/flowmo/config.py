@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,9 @@ QUANTIZATION_TYPES = ("lfq", "kl", "noop")
 LPIPS_MODES = ("vgg", "alex")
 PREDICTIONS = ("velocity", "picture")
 CODE_LAYOUTS = ("diagonal", "lattice")
+STATISTICS = ("batch", "process")
+EMA_UPDATES = ("every_step", "release")
+PARALLEL = ("ddp", "fsdp")
 MAX_YAML_BYTES = 1 << 20
 
 
@@ -36,8 +40,39 @@ class ConfigError(FlowMoError, ValueError):
     """A setting that does not exist, has the wrong type or cannot work; the message says what to write instead."""
 
 
-def setting(default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"doc": doc})
+def setting(default: Any, doc: str, training: bool = False) -> Any:
+    """A field with its line of documentation; ``training`` marks what changes how a model learns, not what it is."""
+    return field(default=default, metadata={"doc": doc, "training": training})
+
+
+class Span(str):
+    """A length or period of training: ``"25.6M images"``, ``"200k steps"``, ``"40 epochs"``; a bare number is steps.
+
+    Training counts in images. Steps, the authors' unit, are converted with the global batch of the run; epochs with
+    the number of its training pictures. ``"0 images"`` switches a period off.
+
+    Raises:
+        ValueError: text of another form.
+    """
+
+    amount: float
+    unit: str
+
+    def __new__(cls, text: str | int | float) -> Span:
+        match = re.fullmatch(r"([\d_.]+(?:e\d+)?) *([kM]?) *(step|image|epoch|)s?", str(text).strip().replace("+", ""))
+        if match is None:
+            raise ValueError(f"{text!r} is no length of training")
+        number, scale, unit = match.groups()
+        amount = float(number) * {"": 1, "k": 1_000, "M": 1_000_000}[scale]
+        shown = int(amount) if amount == int(amount) else amount
+        span = super().__new__(cls, f"{shown} {unit or 'step'}s")
+        span.amount, span.unit = shown, f"{unit or 'step'}s"
+        return span
+
+    def images(self, batch: int, epoch: int) -> int:
+        """Whole images, with ``batch`` images a step and ``epoch`` of them an epoch; at least 1 unless it is 0."""
+        images = round(self.amount * {"images": 1, "steps": batch, "epochs": epoch}[self.unit])
+        return max(images, 1) if self.amount else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +82,13 @@ class DataConfig:
     val: str = setting("", "held-out pictures, likewise")
     val_index: str = setting("", "index of the held-out tar")
     image_size: int = setting(256, "side of the square training pictures, in pixels")
-    batch_size: int = setting(16, "pictures a step and process")
+    global_batch_size: int = setting(0, "pictures a step, over all processes; 0 is 128 unless data.batch_size is set")
+    batch_size: int = setting(
+        0, "pictures a step and process, as the authors count; data.global_batch_size wins over it"
+    )
+    max_microbatch: int = setting(
+        0, "most pictures in one pass of a process, larger batches accumulate gradients; 0 is what the memory holds"
+    )
     num_workers: int = setting(2, "processes that decode pictures; 0 decodes in the training process")
     max_bad_share: float = setting(
         0.01, "share of unreadable pictures, replaced by others, that ends a run if exceeded"
@@ -70,15 +111,31 @@ class ModelConfig:
     context_dim: int = setting(18, "channels of a code token; with lfq, its bits")
     quantization_type: str = setting("lfq", "bottleneck: " + ", ".join(QUANTIZATION_TYPES))
     codebook_size_for_entropy: int = setting(9, "bits of a sub-token, the group over which lfq's entropies are taken")
-    entropy_loss_weight: float = setting(0.0025, "weight of lfq's entropy loss (the release's; the paper prints 0.1)")
-    commit_loss_weight: float = setting(0.000625, "weight of lfq's commitment loss (the paper prints 0.0025)")
-    enable_cfg: bool = setting(True, "train the null code of classifier-free guidance on a tenth of the pictures")
+    entropy_loss_weight: float = setting(
+        0.0025, "weight of lfq's entropy loss (the release's; the paper prints 0.1)", training=True
+    )
+    commit_loss_weight: float = setting(
+        0.000625, "weight of lfq's commitment loss (the paper prints 0.0025)", training=True
+    )
+    entropy_statistics: str = setting(
+        "batch", "pictures over which lfq's mean distribution is taken: " + ", ".join(STATISTICS), training=True
+    )
+    enable_cfg: bool = setting(
+        True, "train the null code of classifier-free guidance on a tenth of the pictures", training=True
+    )
     code_layout: str = setting("diagonal", "rotary positions of code tokens: " + ", ".join(CODE_LAYOUTS))
     prediction: str = setting("velocity", "what the decoder's last layer estimates: " + ", ".join(PREDICTIONS))
-    initial_gate: float = setting(0.0, "residual gates of a fresh decoder; at 0 its blocks start as the identity")
+    initial_gate: float = setting(
+        0.0, "residual gates of a fresh decoder; at 0 its blocks start as the identity", training=True
+    )
     enable_mup: bool = setting(True, "attention logits scaled by 8 / head size; otherwise 1 / sqrt(head size)")
-    fix_initial_norms: bool = setting(True, "reset the norm of every block's weight matrices after each step")
-    ema_decay: float = setting(0.9999, "decay a step of the averaged weights that are evaluated and shipped")
+    fix_initial_norms: bool = setting(
+        True, "reset the norm of every block's weight matrices after each step", training=True
+    )
+    ema_decay: float = setting(
+        0.9999, "decay of the averaged weights over 128 images, a step of the paper", training=True
+    )
+    ema_update: str = setting("every_step", "when they are updated: " + ", ".join(EMA_UPDATES), training=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +144,10 @@ class OptConfig:
     beta1: float = setting(0.9, "Adam's decay of the mean gradient")
     beta2: float = setting(0.95, "Adam's decay of the mean squared gradient")
     weight_decay: float = setting(0.0, "decoupled weight decay")
-    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
+    mup_base_width: int = setting(
+        768, "width at which lr and the initial weights are as set, from which muP scales them; 0 scales nothing"
+    )
+    warmup: Span = setting(Span(0), "length over which the learning rate rises from 0")
     cooldown: float = setting(0.0, "last share of the run over which the learning rate falls to 0; 0 keeps it")
     max_grad_norm: float = setting(0.0, "longest gradient, longer ones are scaled down to it; 0 leaves them")
     schedule: str = setting("fat_lognormal", "training timesteps: " + ", ".join(DISTRIBUTIONS))
@@ -96,19 +156,26 @@ class OptConfig:
     lpips_weight: float = setting(0.1, "weight of the perceptual loss on the one-step estimate; 0 switches it off")
     lpips_mode: str = setting("vgg", "network of the perceptual loss: " + ", ".join(LPIPS_MODES))
     perceptual_weights: str = setting("", "folder to look for its weights in, before FLOWMO_WEIGHTS")
-    freeze_encoder_after: int = setting(200_000, "steps after which the encoder no longer learns")
+    n_grad_acc: int = setting(0, "passes that a process cuts its part of a batch into; 0 is as few as fit")
+    freeze_encoder_after: Span = setting(Span("25.6M images"), "when the encoder stops to learn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    max_steps: int = setting(1_300_000, "optimizer steps of the whole run")
+    duration: Span = setting(Span("166.4M images"), "length of the whole run")
+    parallel: str = setting("ddp", "how several processes share the work: " + ", ".join(PARALLEL))
+    activation_checkpointing: bool = setting(
+        False, "keep only each block's input and compute the block again in the backward pass: less memory, more time"
+    )
     enable_bfloat16: bool = setting(True, "matrix products in bfloat16; sums, norms and losses stay float32")
-    compile: bool = setting(False, "torch.compile the loss; pays off on a GPU, and on a CPU that has a C++ compiler")
-    log_every: int = setting(100, "steps between progress lines")
-    sample_every: int = setting(5_000, "steps between sample grids and held-out figures; 0 makes none")
-    checkpoint_every: int = setting(5_000, "steps between checkpoints")
+    compile: bool = setting(False, "torch.compile the blocks; pays off on a GPU, and on a CPU that has a C++ compiler")
+    log_every: Span = setting(Span("12.8k images"), "period of the lines of the log")
+    sample_every: Span = setting(Span("640k images"), "period of sample grids and held-out figures; 0 makes none")
+    checkpoint_every: Span = setting(Span("640k images"), "period of the checkpoints")
     keep_last: int = setting(2, "newest checkpoints that are kept")
-    keep_every: int = setting(0, "checkpoints at multiples of this many steps are kept too; 0 keeps none of them")
+    keep_every: Span = setting(Span("25.6M images"), "period of checkpoints that are kept for good; 0 keeps none")
+    tensorboard: bool = setting(True, "write TensorBoard's files beside metrics.jsonl, where it is installed")
+    wandb_project: str = setting("", "Weights & Biases project to send the metrics to; empty sends nothing")
     max_skipped_steps: int = setting(10, "steps in a row without a finite loss and gradient that end the run")
     seed: int = setting(0, "seed of the weights, the order of the pictures and the noise")
 
@@ -149,6 +216,10 @@ def _interval(value: Any) -> dict[str, Any]:
 ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "model.mup_width": _width(""),
     "model.enc_mup_width": _width("enc_"),
+    "global_seed": lambda value: {"trainer.seed": value},
+    "trainer.max_steps": lambda value: {"trainer.duration": value},
+    "opt.warmup_steps": lambda value: {"opt.warmup": value},
+    "opt.freeze_encoder": lambda value: {"opt.freeze_encoder_after": 0} if value else {},
     "data.imagenet_train_tar": lambda value: {"data.train": value},
     "data.imagenet_train_index": lambda value: {"data.train_index": value},
     "data.imagenet_val_tar": lambda value: {"data.val": value},
@@ -198,6 +269,12 @@ class Config:
             m.prediction,
         )
 
+    def architecture(self) -> dict[str, Any]:
+        """The model's settings that make it the function that it is; two models of other training can share them."""
+        return {
+            f.name: getattr(self.model, f.name) for f in dataclasses.fields(ModelConfig) if not f.metadata["training"]
+        }
+
     @property
     def bits_per_picture(self) -> float | None:
         """Bits of one picture's ids, or ``None`` for a continuous bottleneck."""
@@ -227,7 +304,15 @@ class Config:
         return build(flat)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Nested sections of plain values, as ``from_dict`` takes them."""
+
+        def plain(tree: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: plain(v) if isinstance(v, dict) else str(v) if isinstance(v, Span) else v
+                for name, v in tree.items()
+            }
+
+        return plain(dataclasses.asdict(self))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -384,6 +469,14 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         if value is None:
             return None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if kind is Span and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return Span(value)
+        except ValueError:
+            raise ConfigError(
+                f"{name}={value!r} does not work; write a length such as {name}='{FIELDS[name].default}', "
+                "in images, steps or epochs"
+            ) from None
     if kind is bool and isinstance(value, bool):
         return value
     if kind is str and isinstance(value, str):
@@ -397,7 +490,9 @@ def convert(name: str, value: Any, kind: Any) -> Any:
             return float(number)
         if kind is int and math.isfinite(number) and number == int(number):
             return int(number)
-    wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[kind]
+    wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Span: "a length"}[
+        kind
+    ]
     raise ConfigError(f"{name}={value!r} does not work; write {wanted}, for example {name}={FIELDS[name].default}")
 
 
@@ -410,9 +505,9 @@ def check(config: Config) -> None:
             raise ConfigError(sentence)
 
     positive = {
-        "data": ("image_size", "batch_size"),
+        "data": ("image_size",),
         "model": ("patch_size", "hidden_size", "num_heads", "dec_depth", "enc_hidden_size", "enc_num_heads"),
-        "trainer": ("max_steps", "log_every", "checkpoint_every", "keep_last", "max_skipped_steps"),
+        "trainer": ("keep_last", "max_skipped_steps"),
         "opt": ("lr",),
     }
     for section, names in positive.items():
@@ -438,6 +533,12 @@ def check(config: Config) -> None:
     choose("opt.loss_space", o.loss_space, PREDICTIONS)
     choose("opt.schedule", o.schedule, DISTRIBUTIONS)
     choose("opt.lpips_mode", o.lpips_mode, LPIPS_MODES)
+    choose("model.entropy_statistics", m.entropy_statistics, STATISTICS)
+    choose("model.ema_update", m.ema_update, EMA_UPDATES)
+    choose("trainer.parallel", t.parallel, PARALLEL)
+    for name in ("duration", "log_every", "checkpoint_every"):
+        span = getattr(t, name)
+        require(span.amount > 0, f"trainer.{name}={span} must be longer than nothing")
     if m.quantization_type == "lfq":
         group = m.codebook_size_for_entropy
         fits = [g for g in range(min(m.context_dim, 16), 0, -1) if m.context_dim % g == 0]
@@ -455,12 +556,13 @@ def check(config: Config) -> None:
         ("max_bad_share", d.max_bad_share),
     ):
         require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
-    for name in ("weight_decay", "warmup_steps", "max_grad_norm", "lpips_weight", "freeze_encoder_after"):
+    for name in ("weight_decay", "max_grad_norm", "lpips_weight", "mup_base_width", "n_grad_acc"):
         require(getattr(o, name) >= 0, f"opt.{name}={getattr(o, name)} must not be negative")
     for name, value in (
         ("data.num_workers", d.num_workers),
-        ("trainer.sample_every", t.sample_every),
-        ("trainer.keep_every", t.keep_every),
+        ("data.global_batch_size", d.global_batch_size),
+        ("data.batch_size", d.batch_size),
+        ("data.max_microbatch", d.max_microbatch),
     ):
         require(value >= 0, f"{name}={value} must not be negative; 0 switches it off")
     require(0 <= t.seed < 2**63, f"trainer.seed={t.seed} must be a whole number from 0 to 2^63 − 1")

@@ -110,6 +110,18 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: str = "vgg", weights: str | Path | None = None, download: bool = True):
         super().__init__()
+        self._build(net)
+        self._load(find_weights(*BACKBONES[net], weights, download), find_weights(*HEADS[net], weights, download))
+
+    @classmethod
+    def blank(cls, net: str) -> LPIPS:
+        """The network with random weights, for accounts of its cost."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._build(net)
+        return self
+
+    def _build(self, net: str) -> None:
         if net not in ARCHITECTURES:
             raise ValueError(f"unknown LPIPS network {net!r}; use vgg or alex")
         self.net = net
@@ -123,7 +135,6 @@ class LPIPS(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(row[-1][2], 1, 1, bias=False) for row in rows)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
-        self._load(find_weights(*BACKBONES[net], weights, download), find_weights(*HEADS[net], weights, download))
         self.eval().requires_grad_(False)
 
     def _load(self, backbone: Path, heads: Path) -> None:

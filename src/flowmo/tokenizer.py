@@ -9,6 +9,7 @@ alone and in any batch.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,7 +101,10 @@ class FlowMo(nn.Module):
 
     def identity(self) -> str:
         """16 hex digits that name these weights and this architecture: codes of one tokenizer are noise to another."""
-        digest = hashlib.blake2b(repr(self.config.model).encode(), digest_size=8)
+        default = Config().architecture()
+        # Only what departs from the default counts, so that a setting which does not exist yet cannot change it.
+        ours = {name: value for name, value in self.config.architecture().items() if value != default[name]}
+        digest = hashlib.blake2b(json.dumps(ours, sort_keys=True).encode(), digest_size=8)
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().float().numpy())

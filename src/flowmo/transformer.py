@@ -178,9 +178,13 @@ def gated_residual(x: Tensor, update: Tensor, modulation: Modulation | None) -> 
     return torch.addcmul(x, modulation.gate, update.to(x.dtype))
 
 
+plain_bfloat16_on_cpu = True
+"""Whether CPUs take the plain path in ``attend``; switched off to account for a GPU on a machine without one."""
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Softmax(scale · q·kᵀ)·v over b h n d."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+    if plain_bfloat16_on_cpu and query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # Processors with bfloat16 matrix units run two plain products faster than the fused CPU kernel:
         # 1.6x forward and backward at 16 x 4 x 384 x 64 (2 cores of an AVX-512 BF16 machine).
         return ((query * scale) @ key.transpose(-2, -1)).softmax(dim=-1) @ value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 
@@ -21,18 +22,23 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 class EndlessOrder(Sampler):
-    """(index, seed) of every picture from ``position`` on, counted in pictures since the run's start."""
+    """(index, seed) of the pictures of one process, whose places are counted since the run's start.
 
-    def __init__(self, count: int, seed: int, position: int):
-        self.count, self.seed, self.position = count, seed, position
+    From ``place`` on it takes the first ``take`` of every ``stride``: with one process all, with several each its own
+    slice of every batch.
+    """
+
+    def __init__(self, count: int, seed: int, place: int, take: int, stride: int):
+        self.count, self.seed, self.place, self.take, self.stride = count, seed, place, take, stride
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        position = self.position
-        while True:
-            epoch, start = divmod(position, self.count)
-            for index in epoch_order(self.count, self.seed, epoch)[start:]:
-                yield index, picture_seed(self.seed, position)
-                position += 1
+        epoch, order = -1, []
+        for start in itertools.count(self.place, self.stride):
+            for place in range(start, start + self.take):
+                if place // self.count != epoch:
+                    epoch = place // self.count
+                    order = epoch_order(self.count, self.seed, epoch)
+                yield order[place % self.count], picture_seed(self.seed, place)
 
 
 def _leave_signals_to_the_run(_: int) -> None:
@@ -64,13 +70,17 @@ def batches(
     source: Views,
     batch_size: int,
     seed: int,
-    position: int,
+    place: int,
     workers: int,
     on_bad: Callable[[dict[str, str]], None] = lambda bad: None,
+    *,
+    stride: int | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[Tensor]:
-    """Endless batches b × 3 × side × side, starting with picture number ``position`` of the run.
+    """Endless batches b × 3 × side × side, starting with the picture at ``place`` of the run.
 
     Args:
+        stride: places from one batch to the next; more than ``batch_size`` where other processes take the rest.
         on_bad: called with the pictures of a batch that could not be read and were replaced, name to message.
 
     Raises:
@@ -79,11 +89,11 @@ def batches(
     loader = DataLoader(
         _Readable(source),
         batch_size=batch_size,
-        sampler=EndlessOrder(len(source), seed, position),
+        sampler=EndlessOrder(len(source), seed, place, batch_size, stride or batch_size),
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_leave_signals_to_the_run,
-        persistent_workers=False,
+        pin_memory=pin_memory,
     )
     for images, bad, failure in loader:
         if failure:

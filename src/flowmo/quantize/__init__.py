@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowmo.quantize.contract import Quantized, Quantizer, check_ids
+from flowmo.quantize.contract import Quantized, Quantizer, WholeBatch, alone, check_ids
 from flowmo.quantize.identity import Identity
 from flowmo.quantize.kl import KL
 from flowmo.quantize.lfq import LFQ
@@ -12,7 +12,7 @@ from flowmo.quantize.lfq import LFQ
 if TYPE_CHECKING:
     from flowmo.config import ModelConfig
 
-__all__ = ["KL", "LFQ", "Identity", "Quantized", "Quantizer", "build_quantizer", "check_ids"]
+__all__ = ["KL", "LFQ", "Identity", "Quantized", "Quantizer", "WholeBatch", "alone", "build_quantizer", "check_ids"]
 
 
 def build_quantizer(model: ModelConfig) -> Quantizer:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+WholeBatch = Callable[[Tensor], Tensor]
+"""From a statistic of some pictures to its mean over the whole batch that they are part of, without gradient."""
+
+
+def alone(statistic: Tensor) -> Tensor:
+    """The ``WholeBatch`` of pictures that are a batch of their own."""
+    return statistic
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,15 @@ class Quantizer(Protocol):
     """Ids run from 0 to ``id_count`` − 1."""
     bits_per_token: float | None
 
-    def __call__(self, code: Tensor) -> Quantized:
-        """Training: code b × tokens × encoder_channels, with losses."""
+    needs_whole_batch: bool
+    """Whether a loss depends on a mean over the batch otherwise than linearly, and so calls ``whole_batch``."""
+
+    def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+        """Training: code b × tokens × encoder_channels, with losses.
+
+        The mean over the parts of a batch of their losses' gradients is the gradient of the whole batch's loss, when
+        ``whole_batch`` gives each part the same means over all of it.
+        """
 
     def quantize(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
         """Inference: the code that the decoder sees, without losses or randomness, and its ids."""

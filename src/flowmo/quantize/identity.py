@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flowmo.quantize.contract import Quantized
+from flowmo.quantize.contract import Quantized, WholeBatch, alone
 
 
 class Identity:
     """Continuous code of ``channels`` channels a token, passed on unchanged and without a loss."""
 
     sub_tokens = id_count = bits_per_token = None
+    needs_whole_batch = False
 
     def __init__(self, channels: int):
         self.channels = self.encoder_channels = channels
 
-    def __call__(self, code: Tensor) -> Quantized:
+    def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         return Quantized(code.float(), None)
 
     def quantize(self, code: Tensor) -> tuple[Tensor, None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowmo.quantize.contract import Quantized
+from flowmo.quantize.contract import Quantized, WholeBatch, alone
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -18,6 +18,7 @@ class KL:
     """
 
     sub_tokens = id_count = bits_per_token = None
+    needs_whole_batch = False
 
     def __init__(self, channels: int):
         self.channels = channels
@@ -29,7 +30,7 @@ class KL:
         mean, log_variance = code.float().chunk(2, dim=-1)
         return mean, log_variance.clamp(*LOG_VARIANCE_RANGE)
 
-    def __call__(self, code: Tensor) -> Quantized:
+    def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         mean, log_variance = self.moments(code)
         sample = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(dim=1).mean()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.quantize.contract import Quantized
+from flowmo.quantize.contract import Quantized, WholeBatch, alone
 
 TEMPERATURE = 0.1
 LOG_EPS = 1e-5  # the authors' guard inside the logarithm of the mean distribution; kept for equal losses
@@ -27,6 +27,8 @@ class LFQ:
         ValueError: ``channels`` is not a multiple of ``group``.
     """
 
+    needs_whole_batch = True
+
     def __init__(self, channels: int, group: int, entropy_weight: float = 0.0025, commitment_weight: float = 0.000625):
         if channels % group:
             raise ValueError(f"{channels} bits a token do not split into groups of {group}")
@@ -38,11 +40,11 @@ class LFQ:
         self.entropy_weight = entropy_weight
         self.commitment_weight = commitment_weight
 
-    def __call__(self, code: Tensor) -> Quantized:
+    def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         code = code.float()
         signs = torch.where(code > 0, 1.0, -1.0)
         with torch.autocast(code.device.type, enabled=False):  # a distribution over 2^G codes needs float32
-            sample_entropy, mean_entropy = self.entropies(code)
+            sample_entropy, mean_entropy = self.entropies(code, whole_batch)
         commitment = F.mse_loss(code, signs)
         return Quantized(
             code=signs + (code - code.detach()),  # straight-through; exactly ±1 in the forward pass
@@ -73,7 +75,7 @@ class LFQ:
         bits = (ids[..., None, :] >> shift[:, None]) & 1  # b t g s
         return bits.flatten(-2).float() * 2 - 1
 
-    def entropies(self, code: Tensor) -> tuple[Tensor, Tensor]:
+    def entropies(self, code: Tensor, whole_batch: WholeBatch = alone) -> tuple[Tensor, Tensor]:
         """Mean entropy of a sub-token over its 2^G codes, and entropy of the mean distribution, in nats."""
         x = code.unflatten(-1, (self.group, self.sub_tokens)).movedim(-2, -1).flatten(0, -2)  # n g
         logit = 4 * x / TEMPERATURE  # of a set bit against an unset one: 2·(x − (−x)) / temperature
@@ -82,6 +84,9 @@ class LFQ:
         sample_entropy = (F.softplus(logit) - logit * p).sum(dim=-1).mean()
         low, high = p[:, : self.group // 2], p[:, self.group // 2 :]
         mean = code_probabilities(high).T @ code_probabilities(low) / len(p)
+        if whole_batch is not alone:
+            # The value of the whole batch with the gradient of this part, whose mean over the parts is the right one.
+            mean = mean + (whole_batch(mean.detach()) - mean.detach())
         return sample_entropy, -(mean * (mean + LOG_EPS).log()).sum()
 
 

@@ -1,15 +1,18 @@
-"""Stage 1A on one process: pictures in, checkpoints, a log and sample grids out.
+"""A training run: pictures in, checkpoints, a log and sample grids out, on one process or many.
 
-A run lives in ``results/<experiment>/``: ``config.json``, ``metrics.jsonl`` (one line a report), ``samples/`` and
-``checkpoints/``. Started again with the same name it goes on from its last checkpoint, and ends with the weights that
-an unbroken run would have: the order of the pictures and every random number are functions of the seed and the step.
-SIGTERM, which schedulers send, and Ctrl-C save before the run ends.
+A run lives in ``results/<experiment>/``: ``config.json``, ``metrics.jsonl`` (one line a report), ``tensorboard/``,
+``samples/`` and ``checkpoints/``. Started again with the same name it goes on from its last checkpoint, and ends with
+the weights that an unbroken run would have: the order of the pictures and every random number are functions of the
+seed and of a picture's place in the run. SIGTERM, which schedulers send, Ctrl-C, and a file named ``stop`` in the
+folder save before the run ends.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from flowmo import checkpoint
 from flowmo.config import Config
@@ -26,9 +30,23 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.perceptual import LPIPS
 from flowmo.pictures import to_picture
+from flowmo.quantize import WholeBatch, alone
 from flowmo.tokenizer import FlowMo
-from flowmo.train.optimizer import Average, NormControl, build_optimizer, learning_rate
-from flowmo.train.stages import Draws, pretrain_loss
+from flowmo.train import state
+from flowmo.train.account import peak_flops, training_cost
+from flowmo.train.distributed import World, accumulating, prepare, synchronise
+from flowmo.train.journal import Journal
+from flowmo.train.optimizer import (
+    Average,
+    NormControl,
+    build_optimizer,
+    clip_gradients,
+    scale_initial_weights,
+    set_learning_rate,
+)
+from flowmo.train.plan import BatchPlan, Position, Timetable
+from flowmo.train.stages import Draws, PretrainStage
+from flowmo.train.usage import CodeUsage
 
 GRID_PICTURES = 8
 
@@ -40,39 +58,64 @@ class TrainingError(FlowMoError, RuntimeError):
 class Run:
     """One training run: its models, its folder and where it is.
 
+    Args:
+        folder: what the run writes, and goes on from.
+        world: this process and the others, see ``flowmo.train.distributed.join``.
+        resume_from: checkpoint to start from while the folder has none.
+        report: takes each line of the log.
+
     Raises:
-        TrainingError: the folder holds a run of other settings, or its checkpoint is damaged.
-        DataError, WeightsNotFound: the pictures or the perceptual network are not there.
+        TrainingError: the folder holds a run of another model.
+        CheckpointError, StateError: its last checkpoint is damaged.
+        DataError, WeightsNotFoundError: the pictures or the perceptual network are not there.
+        ConfigError: the batch cannot be shared by the processes.
     """
 
     def __init__(
         self,
         config: Config,
         folder: Path,
-        device: str = "cpu",
+        world: World = World(),
         resume_from: Path | None = None,
         report: Callable[[str], None] = print,
     ):
-        self.config, self.folder, self.report = config, folder, report
-        self.device = torch.device(device)
-        data = config.data
-        train = open_source(data.train, data.train_index)
-        self.source = Views(train, data.image_size, data.random_crop, data.random_flip)
-        self.held_out = self._held_out()
+        self.config, self.folder, self.world = config, folder, world
+        self.device = world.device
+        trainer, data = config.trainer, config.data
+        self.journal = Journal(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
+        source = open_source(data.train, data.train_index)
+        self.source = Views(source, data.image_size, data.random_crop, data.random_flip)
+        self.held_out = self._held_out() if world.main else None
+        self.plan = BatchPlan.of(config, world.size, self._most_pictures())
         self.perceptual = None
         if config.opt.lpips_weight:
             self.perceptual = LPIPS(config.opt.lpips_mode, config.opt.perceptual_weights or None).to(self.device)
-        torch.manual_seed(config.trainer.seed)
-        self.tokenizer = FlowMo(config).to(self.device)
-        self.optimizer = build_optimizer(self.tokenizer, config.opt)
+        torch.manual_seed(trainer.seed)
+        self.tokenizer = FlowMo(config)
+        scale_initial_weights(self.tokenizer)
+        self.tokenizer.to(self.device)
+        self.stage = prepare(PretrainStage(self.tokenizer, self.perceptual), world, trainer)
+        self.optimizer = build_optimizer(self.tokenizer)
         self.norm_control = NormControl(self.tokenizer)
-        self.average = Average(self.tokenizer, config.model.ema_decay)
-        self.step = self.skipped = self.skipped_in_a_row = 0
-        self.stopping = False
+        self.average = Average(self.tokenizer, self.plan.total)
+        self.usage = CodeUsage(self.tokenizer.quantizer, world)
+        self.step = self.images = self.skipped = self.skipped_in_a_row = 0
+        self.frozen = self.stopping = False
         self.bad: set[str] = set()
-        found = self.checkpoints()
-        if found or resume_from:
-            self._restore(found[-1] if found else resume_from)
+        if world.main and folder.exists():
+            state.tidy(self.checkpoint_folder)
+        found = world.agree(self.checkpoints()[-1:]) or [resume_from]
+        if found[0]:
+            self._restore(found[0])
+        self.times = Timetable.of(config, self.plan.total, len(self.source), Position(self.step, self.images))
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints of this run, oldest first."""
+        return state.listing(self.checkpoint_folder)
 
     def _held_out(self) -> Tensor:
         """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
@@ -83,38 +126,69 @@ class Run:
         chosen = [i * len(source) // count for i in range(count)]
         return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.device)
 
+    def _most_pictures(self) -> int:
+        """Pictures of one pass that the memory of the device, or this process's part of the machine's, holds."""
+        on_gpu = self.device.type == "cuda"
+        cost = training_cost(self.config, fused=on_gpu or not self.config.trainer.enable_bfloat16)
+        shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
+        if on_gpu:
+            return cost.most_pictures(torch.cuda.get_device_properties(self.device).total_memory, shards)
+        return cost.most_pictures(machine_memory() / self.world.local_size, shards)
+
     # The loop
 
     def train(self) -> None:
-        config, t = self.config, self.config.trainer
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(config.to_json())
-        parameters = sum(p.numel() for p in self.tokenizer.parameters())
-        self.report(f"{len(self.source)} pictures, {parameters / 1e6:.1f} M parameters, from step {self.step}")
-        loss = torch.compile(pretrain_loss) if t.compile else pretrain_loss
-        size = config.data.batch_size
-        stream = batches(self.source, size, t.seed, self.step * size, config.data.num_workers, self._on_bad)
-        sums: dict[str, Tensor] = {}
-        since = time.perf_counter()
-        counted = 0
+        config, times, plan = self.config, self.times, self.plan
+        stop_file = self.folder / "stop"
+        if self.world.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stop_file.unlink(missing_ok=True)
+            (self.folder / "config.json").write_text(config.to_json())
+        self.world.wait()
+        self.journal.open(self.step, self.images, config.to_dict())
+        self.journal.report(self._describe())
+        module = synchronise(self.stage, self.world)
+        stream = batches(
+            self.source,
+            plan.per_process,
+            config.trainer.seed,
+            self.images + self.world.rank * plan.per_process,
+            config.data.num_workers,
+            self._on_bad,
+            stride=plan.total,
+            pin_memory=self.device.type == "cuda",
+        )
+        meter = Meter(self.world)
         with self._stop_on_signals():
-            while self.step < t.max_steps and not self.stopping:
-                parts = self._step(next(stream).to(self.device), loss)
-                if parts is not None:
-                    counted += 1
-                    sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
-                if self.step % t.log_every == 0:
-                    now = time.perf_counter()
-                    self._log({name: float(v) / counted for name, v in sums.items()}, now - since)
-                    sums, counted, since = {}, 0, now
-                if t.sample_every and self.step % t.sample_every == 0:
-                    self._sample()
-                    since = time.perf_counter()
-                if self.step % t.checkpoint_every == 0 or self.step == t.max_steps:
-                    self.save()
-        if self.stopping:
-            self.save()
-            self.report(f"stopped at step {self.step}; the same command goes on from here")
+            while self.images < times.duration and not self.stopping:
+                if not self.frozen and self.images >= times.freeze_encoder_after:
+                    self.freeze_encoder()
+                    module = synchronise(self.stage, self.world)
+                meter.add(self._step(next(stream).to(self.device, non_blocking=True), module))
+                self.journal.live(lambda: self._progress(meter.rate(plan.total)))
+                if times.due(times.log, self.images):
+                    self._log(meter)
+                if times.due(times.sample, self.images):
+                    with meter.paused():
+                        self._sample()
+                if times.due(times.checkpoint, self.images) or self.images >= times.duration:
+                    with meter.paused():
+                        self.save()
+                self.stopping = self.world.any(self.stopping or (self.world.main and stop_file.exists()))[0]
+        if self.stopping and self.images < times.duration:
+            if not times.due(times.checkpoint, self.images):
+                self.save()
+            self.journal.report(f"stopped at step {self.step}; the same command goes on from here")
+        self.journal.close()
+
+    def _describe(self) -> str:
+        parameters = sum(p.numel() for p in self.tokenizer.parameters())
+        plan = self.plan
+        shared = f"{plan.processes} process{'es' * (plan.processes > 1)} × {plan.passes} × {plan.microbatch}"
+        return (
+            f"{len(self.source)} pictures, {parameters / 1e6:.1f} M parameters, batch {plan.total} = {shared}, "
+            f"from step {self.step} ({self.images} images)"
+        )
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
@@ -138,7 +212,7 @@ class Run:
         """Names each unreadable picture once, and ends the run where they are too many to be accidents."""
         for name in bad.keys() - self.bad:
             self.bad.add(name)
-            self.report(f"left out: {bad[name]}")
+            self.journal.report(f"left out: {bad[name]}", everywhere=True)
         share = self.config.data.max_bad_share
         if len(self.bad) > max(1, share * len(self.source)):
             raise TrainingError(
@@ -146,37 +220,71 @@ class Run:
                 f"{share:g} of them; the last: {next(iter(bad.values()))}"
             )
 
-    def _step(self, images: Tensor, loss: Callable) -> dict[str, Tensor] | None:
-        """One optimizer step, or none where the loss or its gradient is not finite: then ``None``."""
-        config = self.config
-        if self.step >= config.opt.freeze_encoder_after:
-            self.tokenizer.encoder.requires_grad_(False)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
+    def freeze_encoder(self) -> None:
+        """From now on the encoder only encodes."""
+        self.tokenizer.encoder.requires_grad_(False)
+        self.frozen = True
+
+    def _step(self, images: Tensor, module: torch.nn.Module) -> dict[str, Tensor] | None:
+        """One optimizer step on this process's pictures of a batch; ``None`` where loss or gradient is not finite."""
+        config, plan = self.config, self.plan
+        set_learning_rate(self.optimizer, self.times.rate(config.opt, self.images))
         self.optimizer.zero_grad(set_to_none=True)
-        draws = Draws.for_step(config, images, self.step)
+        first = self.images + self.world.rank * plan.per_process
+        chunks = images.split(plan.microbatch)
+        sums: dict[str, Tensor] = {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16):
-            total, parts = loss(self.tokenizer, images, draws, self.perceptual)
-        total.backward()
-        gradients = [p.grad for p in self.tokenizer.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self.step += 1
-        if not (torch.isfinite(total.detach()) and torch.isfinite(norm)):
-            self._skip(float(total.detach()), float(norm))
+            whole_batch = self._whole_batch(chunks, first)
+        for i, chunk in enumerate(chunks):
+            place = first + i * plan.microbatch
+            draws = Draws.of(config, chunk, range(place, place + len(chunk)))
+            torch.manual_seed(config.trainer.seed + place)  # for a bottleneck that draws noise of its own
+            with accumulating(module, last=i == len(chunks) - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16):
+                    loss = module(chunk, draws, whole_batch, self.frozen)
+                (loss.total / plan.passes).backward()
+            self.usage.add(loss.ids)
+            sums = {name: sums.get(name, 0) + value / plan.passes for name, value in loss.parts.items()}
+        parameters = list(self.tokenizer.parameters())
+        norm = clip_gradients(parameters, config.opt.max_grad_norm)
+        step, self.step, self.images = self.step, self.step + 1, self.images + plan.total
+        if self.world.any(not bool(torch.isfinite(sums["loss"]) & torch.isfinite(norm)))[0]:
+            self._skip(float(sums["loss"]), float(norm))
             return None
         self.skipped_in_a_row = 0
-        if config.opt.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.tokenizer.parameters(), config.opt.max_grad_norm, norm)
         self.optimizer.step()
         if config.model.fix_initial_norms:
             self.norm_control.apply()
-        self.average.update(self.tokenizer, self.step - 1)
-        return {**parts, "gradient_norm": norm}
+        self.average.update(step)
+        return {**sums, "gradient_norm": norm}
+
+    def _whole_batch(self, chunks: tuple[Tensor, ...], first: int) -> WholeBatch:
+        """How a bottleneck that needs it learns a statistic of the whole batch.
+
+        Where a process takes its part in several passes, the pictures of all are encoded once beforehand.
+        """
+        model = self.config.model
+        if not self.tokenizer.quantizer.needs_whole_batch or model.entropy_statistics == "process" or self.frozen:
+            return alone
+        if len(chunks) == 1:
+            return alone if self.world.size == 1 else self.world.mean
+        seen: list[Tensor] = []
+
+        def collect(statistic: Tensor) -> Tensor:
+            seen.append(statistic)
+            return statistic
+
+        with torch.no_grad():
+            for i, chunk in enumerate(chunks):
+                torch.manual_seed(self.config.trainer.seed + first + i * self.plan.microbatch)
+                self.stage(chunk, None, collect)
+        mean = self.world.mean(torch.stack(seen).mean(dim=0))
+        return lambda statistic: mean
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
-        self.report(f"step {self.step} skipped: loss {loss}, gradient norm {norm}")
+        self.journal.report(f"step {self.step} skipped: loss {loss}, gradient norm {norm}")
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_steps:
             sound = self.checkpoints()
             where = f"the last checkpoint, {sound[-1]}, is sound" if sound else "there is no checkpoint yet"
@@ -185,31 +293,45 @@ class Run:
                 f"{where}: start again with a lower opt.lr"
             )
 
-    def _log(self, means: dict[str, float], seconds: float) -> None:
-        t, size = self.config.trainer, self.config.data.batch_size
-        rate = t.log_every * size / seconds
-        left = (t.max_steps - self.step) * size / rate
-        shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
-        clock = f"{int(left // 3600)}h{int(left % 3600 // 60):02d}"
-        self.report(f"step {self.step}/{t.max_steps}  {shown}  {rate:.1f} images/s  {clock} left")
-        self._record(
-            {
-                "images": self.step * size,
-                "images_per_second": rate,
-                "skipped_steps": self.skipped,
-                "bad_pictures": len(self.bad),
-                **means,
-            }
-        )
+    # What it tells
 
-    def _record(self, values: dict[str, float]) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
+    def _progress(self, rate: float) -> str:
+        left = (self.times.duration - self.images) / max(rate, 1e-9)
+        clock = f"{int(left // 3600)}h{int(left % 3600 // 60):02d}"
+        share = self.images / self.times.duration
+        return f"step {self.step}  {self.images} images ({share:.1%})  {rate:.1f} images/s  {clock} left"
+
+    def _utilisation(self, rate: float) -> float:
+        """Model FLOP utilisation: FLOPs of the training step a second over the devices' peak."""
+        peak, _ = peak_flops(self.device, self.config.trainer.enable_bfloat16)
+        return training_cost(self.config, self.frozen).flops * rate / (peak * self.world.size)
+
+    def _log(self, meter: Meter) -> None:
+        rate, means = meter.take(self.plan.total)
+        bad = int(self.world.sum(torch.tensor(float(len(self.bad)), device=self.device)))
+        system = {
+            "images_per_second": rate,
+            "flop_utilisation": self._utilisation(rate),
+            "memory_gib": used_memory(self.device) / 2**30,
+        }
+        usage = self.usage.take()
+        shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
+        state_of_machine = f"MFU {system['flop_utilisation']:.1%}  {system['memory_gib']:.1f} GiB"
+        self.journal.report(f"{self._progress(rate)}  {state_of_machine}  {shown}")
+        counts = {"skipped_steps": self.skipped, "bad_pictures": bad}
+        rates = {"learning_rate": self.times.rate(self.config.opt, self.images)}
+        self.journal.record(self.step, self.images, {**system, **rates, **counts, **means, **usage})
 
     @torch.no_grad()
     def _sample(self) -> None:
         """Held-out pictures through the averaged weights: a grid (originals above) and their figures."""
-        tokenizer = checkpoint.build(self.config, self.average.state).to(self.device)
+        weights = {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in self.average.state.items()
+        }
+        if not self.world.main:
+            return
+        tokenizer = checkpoint.build(self.config, weights).to(self.device)
         x = self.held_out
         tokenizer.chunk_size = len(x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.trainer.enable_bfloat16):
@@ -217,50 +339,99 @@ class Run:
         figures = {"held_out_psnr": float(psnr(x, y).mean())}
         if self.perceptual is not None:
             figures["held_out_lpips"] = float(self.perceptual(x, y).mean())
-        path = self.folder / "samples" / f"{self.step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        to_picture(grid([x, y])).save(path)
-        self._record(figures)
-        self.report(f"step {self.step}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()) + f"  {path}")
+        path = self.journal.picture(self.step, to_picture(grid([x, y])))
+        self.journal.record(self.step, self.images, figures)
+        self.journal.report(f"step {self.step}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()) + f"  {path}")
 
     # Checkpoints
 
-    def checkpoints(self) -> list[Path]:
-        """Checkpoints of this run, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("[0-9]*.pth"))
+    @property
+    def state(self) -> state.State:
+        return state.State(self.tokenizer, self.average, self.optimizer, self.norm_control)
 
-    def save(self) -> None:
-        path = self.folder / "checkpoints" / f"{self.step:08d}.pth"
-        content = {
-            "flowmo": 1,
-            "config": self.config.to_dict(),
-            "step": self.step,
-            "skipped": self.skipped,
-            "model": self.tokenizer.state_dict(),
-            "ema": self.average.state,
-            "optimizer": self.optimizer.state_dict(),
-            "norms": self.norm_control.state,
-        }
-        checkpoint.write_whole(path, lambda temporary: torch.save(content, temporary))
-        t = self.config.trainer
-        for old in self.checkpoints()[: -t.keep_last]:
-            if not (t.keep_every and int(old.stem) % t.keep_every == 0):
-                old.unlink()
+    def save(self) -> Path:
+        """Write a checkpoint and drop the older ones that the settings do not keep; all processes together."""
+        facts = {"config": self.config.to_dict(), "step": self.step, "images": self.images, "skipped": self.skipped}
+        path = state.save(self.checkpoint_folder, self.step, self.state, facts, self.world)
+        if self.world.main:
+            for old in self.checkpoints()[: -self.config.trainer.keep_last]:
+                if not self._kept(int(old.stem)):
+                    state.remove(old)
+        return path
+
+    def _kept(self, step: int) -> bool:
+        """Whether the checkpoint of a step was the first at or past a multiple of ``trainer.keep_every``."""
+        images = self.images - (self.step - step) * self.plan.total
+        every = max(self.times.checkpoint, self.plan.total)
+        return bool(self.times.keep) and images // self.times.keep > (images - every) // self.times.keep
 
     def _restore(self, path: Path) -> None:
-        content = checkpoint.read_pth(path)
-        if "flowmo" not in content:
+        if not path.is_dir() and not path.is_file():
+            raise TrainingError(f"{path}: no such checkpoint")
+        facts = state.read_facts(path)
+        if "flowmo" not in facts:
             raise TrainingError(f"{path}: not a training checkpoint of flowmo, it has no optimizer state")
-        before, now = content["config"]["model"], self.config.to_dict()["model"]
-        changed = [f"model.{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+        before, now = Config.from_dict(facts["config"]).architecture(), self.config.architecture()
+        changed = [f"model.{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         if changed:
             raise TrainingError(
                 f"{path} is of a model with other settings: {', '.join(changed)}; use another --experiment-name, "
                 "or the settings it was started with"
             )
-        self.tokenizer.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.average.load(content["ema"])
-        self.norm_control.state = {name: norm.to(self.device) for name, norm in content["norms"].items()}
-        self.step, self.skipped = content["step"], content.get("skipped", 0)
-        self.report(f"going on from {path}")
+        state.restore(path, self.state)
+        self.step, self.skipped = facts["step"], facts["skipped"]
+        self.images = facts["images"]
+        self.journal.report(f"going on from {path}")
+
+
+class Meter:
+    """Means of the losses and the rate of images since they were last taken."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = self.counted = 0
+        self.since = time.perf_counter()
+
+    def add(self, parts: dict[str, Tensor] | None) -> None:
+        """A step's parts, ``None`` for one that was skipped."""
+        self.steps += 1
+        if parts is not None:
+            self.counted += 1
+            self.sums = {name: self.sums.get(name, 0) + value for name, value in parts.items()}
+
+    def rate(self, batch: int) -> float:
+        return self.steps * batch / max(time.perf_counter() - self.since, 1e-9)
+
+    def take(self, batch: int) -> tuple[float, dict[str, float]]:
+        """Images a second, and the means over steps and processes; starts anew."""
+        means: dict[str, float] = {}
+        if self.sums:
+            values = self.world.mean(torch.stack([value.float() for value in self.sums.values()])) / self.counted
+            means = dict(zip(self.sums, values.tolist(), strict=True))
+        rate = self.rate(batch)
+        self._restart()
+        return rate, means
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def used_memory(device: torch.device) -> int:
+    """Most bytes that this process has held at once, on its GPU if it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,27 +1,113 @@
-"""What turns gradients into weights: Adam and its learning rate, norm control, and the averaged weights."""
+"""What turns gradients into weights: Adam under µP, norm control, and the averaged weights.
+
+Every class here works on plain tensors and on the sharded ones of FSDP2 alike.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from flowmo.config import Config, OptConfig
+from flowmo.config import Config
 from flowmo.tokenizer import FlowMo
+from flowmo.train.plan import PAPER_BATCH
+
+READOUTS = ("picture_out", "code_out")
+INPUTS = ("picture_in", "code_in", "time_in")
+RELEASE_EMA_STEPS = 10
 
 
-def build_optimizer(tokenizer: FlowMo, opt: OptConfig) -> torch.optim.Optimizer:
-    """Adam with the paper's betas (0.9, 0.95), decoupled weight decay where there is one."""
-    return torch.optim.AdamW(
-        tokenizer.parameters(), lr=opt.lr, betas=(opt.beta1, opt.beta2), weight_decay=opt.weight_decay, fused=True
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def width_multipliers(config: Config) -> dict[str, float]:
+    """Width of each network over µP's base width; 1 where nothing is scaled."""
+    base = config.opt.mup_base_width if config.model.enable_mup else 0
+    widths = {"encoder": config.model.enc_hidden_size, "decoder": config.model.hidden_size}
+    return {net: width / base if base else 1.0 for net, width in widths.items()}
+
+
+def is_wide(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix that sums over a network's width: every one but the input layers'."""
+    return parameter.ndim == 2 and name.split(".")[1] not in INPUTS
+
+
+@torch.no_grad()
+def scale_initial_weights(tokenizer: FlowMo) -> None:
+    """Turn PyTorch's fresh weights into µP's (Yang et al. 2022, table 3), which are PyTorch's at the base width.
+
+    A readout's weights shrink by another 1/sqrt(width) and biases stop shrinking with width. With the readout's
+    learning rate over width in ``build_optimizer`` this equals the usual multiplier 1/width on its output under Adam,
+    but leaves the network's function, and so every checkpoint, alone.
+    """
+    multipliers = width_multipliers(tokenizer.config)
+    for name, module in tokenizer.named_modules():
+        net, _, layer = name.partition(".")
+        if not isinstance(module, nn.Linear) or layer in INPUTS:
+            continue
+        if layer in READOUTS:
+            module.weight.mul_(multipliers[net] ** -0.5)
+        if not layer.endswith("modulation"):  # gates start at a value of their own
+            module.bias.mul_(multipliers[net] ** 0.5)
+
+
+def build_optimizer(tokenizer: FlowMo) -> torch.optim.Optimizer:
+    """Adam with the paper's betas (0.9, 0.95), decoupled weight decay where there is one, µP's learning rates.
+
+    Each group's ``scale`` is its share of the learning rate: 1 / multiplier of the width for matrices that sum over
+    the width, 1 for the rest. Its state exists from the start, so that a checkpoint can be read into it.
+    """
+    opt = tokenizer.config.opt
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in tokenizer.named_parameters():
+        multiplier = width_multipliers(tokenizer.config)[name.partition(".")[0]]
+        groups.setdefault(1 / multiplier if is_wide(name, parameter) else 1.0, []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+        lr=opt.lr,
+        betas=(opt.beta1, opt.beta2),
+        weight_decay=opt.weight_decay,
+        fused=True,
     )
+    for parameter in tokenizer.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Rises over ``warmup_steps``, stays at ``lr``, and falls to 0 over the last ``cooldown`` share of the run."""
-    opt, total = config.opt, config.trainer.max_steps
-    rise = min(1.0, (step + 1) / max(opt.warmup_steps, 1))
-    fall = min(1.0, (total - step) / (opt.cooldown * total)) if opt.cooldown else 1.0
-    return opt.lr * rise * max(fall, 0.0)
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def squared_norms(tensors: Iterable[Tensor]) -> Tensor:
+    """Squared Frobenius norms as one vector, of whole tensors where they are sharded."""
+    tensors = list(tensors)
+    squares = torch.stack(torch._foreach_norm([local(t).detach() for t in tensors])).square()
+    sharded = next((t for t in tensors if isinstance(t, DTensor)), None)
+    if sharded is not None:
+        dist.all_reduce(squares, group=sharded.device_mesh.get_group())
+    return squares
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], longest: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most ``longest`` (0: leave them); the norm as it was."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = squared_norms(gradients).sum().sqrt()
+    if longest:
+        torch._foreach_mul_([local(g) for g in gradients], (longest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 class NormControl:
@@ -37,32 +123,46 @@ class NormControl:
             for name, module in getattr(tokenizer, net).blocks.named_modules()
             if isinstance(module, nn.Linear)
         }
-        self.state = {name: weight.detach().norm() for name, weight in self.weights.items()}
+        norms = squared_norms(self.weights.values()).sqrt()
+        self.state = {name: norm.clone() for name, norm in zip(self.weights, norms, strict=True)}
 
     @torch.no_grad()
     def apply(self) -> None:
-        weights = [weight for weight in self.weights.values() if weight.requires_grad]
-        targets = [self.state[name] for name, weight in self.weights.items() if weight.requires_grad]
-        norms = torch._foreach_norm(weights)
-        torch._foreach_mul_(weights, torch._foreach_div(targets, norms))
+        weights = {name: weight for name, weight in self.weights.items() if weight.grad is not None}
+        if weights:
+            targets = torch.stack([self.state[name] for name in weights])
+            factors = targets / squared_norms(weights.values()).sqrt()
+            torch._foreach_mul_([local(weight) for weight in weights.values()], list(factors.unbind()))
 
 
 class Average:
     """Exponential moving average of the weights, the ones that are evaluated and shipped.
 
-    ``decay`` counts from one step to the next; early on it is shorter, so that the random start is soon forgotten.
+    ``model.ema_decay`` counts over 128 images, a step of the paper, and is taken to the power that gives the same
+    decay an image at any batch. ``every_step`` updates after each step and forgets faster early on, so that the random
+    start is soon gone; ``release`` updates after every 10th step with the decay of ten, from the start.
     """
 
-    def __init__(self, tokenizer: FlowMo, decay: float):
-        self.decay = decay
+    def __init__(self, tokenizer: FlowMo, batch: int):
+        model = tokenizer.config.model
+        self.release = model.ema_update == "release"
+        self.decay = model.ema_decay ** (batch / PAPER_BATCH)
+        self.batch = batch
+        self.tokenizer = tokenizer
         self.state = {name: value.detach().clone() for name, value in tokenizer.state_dict().items()}
 
-    @torch.no_grad()
-    def update(self, tokenizer: FlowMo, step: int) -> None:
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        current = tokenizer.state_dict()
-        torch._foreach_lerp_(list(self.state.values()), [current[name] for name in self.state], weight)
+    def weight(self, step: int) -> float:
+        """Share of the current weights in the average after step number ``step``, counted from 0."""
+        if self.release:
+            return 0.0 if step % RELEASE_EMA_STEPS else 1 - self.decay**RELEASE_EMA_STEPS
+        steps = math.floor(step * self.batch / PAPER_BATCH)
+        return 1 - min(self.decay, ((1 + steps) / (10 + steps)) ** (self.batch / PAPER_BATCH))
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        for name, value in self.state.items():
-            value.copy_(state[name])
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        weight = self.weight(step)
+        if weight:
+            current = self.tokenizer.state_dict()
+            torch._foreach_lerp_(
+                [local(value) for value in self.state.values()], [local(current[name]) for name in self.state], weight
+            )

@@ -1,0 +1,146 @@
+"""What a training step costs, by arithmetic: FLOPs and bytes of a picture, counted on tensors without contents."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowmo import transformer
+from flowmo.config import Config, DataConfig, OptConfig, TrainerConfig
+from flowmo.perceptual import LPIPS
+from flowmo.quantize import alone
+from flowmo.tokenizer import FlowMo
+from flowmo.train.distributed import World, prepare
+from flowmo.train.stages import Draws, PretrainStage
+
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bfloat16 FLOPs a second with float32 sums, from the makers' data sheets; the first name that matches counts."""
+
+COUNTED = 2
+"""Pictures of the batch that is counted: with one, a product of tables could look like a product of the batch."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of training.
+
+    Attributes:
+        flops: floating-point operations of matrix products and convolutions a picture, forward and backward.
+        state_bytes: weights, gradients, Adam's two moments and the averaged weights, whole.
+        activation_bytes: what the forward pass keeps for the backward pass, a picture.
+    """
+
+    flops: float
+    state_bytes: int
+    activation_bytes: float
+
+    def most_pictures(self, memory: float, shards: int = 1) -> int:
+        """Pictures of one pass that fit into ``memory`` bytes beside the state cut into ``shards``; at least 1."""
+        free = 0.9 * memory - self.state_bytes / shards  # a tenth for the allocator's gaps and the libraries
+        return max(int(free / self.activation_bytes), 1)
+
+
+def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = True) -> Cost:
+    """Cost of stage 1A. Takes a few seconds and no memory to speak of.
+
+    Args:
+        freeze_encoder: of the time when the encoder no longer learns.
+        fused: with attention in one kernel, as on a GPU; CPUs keep the tables of attention in bfloat16.
+    """
+    relevant = Config(
+        data=DataConfig(image_size=config.data.image_size),
+        model=config.model,
+        opt=OptConfig(lpips_weight=config.opt.lpips_weight, lpips_mode=config.opt.lpips_mode),
+        trainer=TrainerConfig(
+            enable_bfloat16=config.trainer.enable_bfloat16,
+            activation_checkpointing=config.trainer.activation_checkpointing,
+        ),
+    )
+    return _training_cost(relevant, freeze_encoder, fused)
+
+
+@cache
+def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
+    # The counter knows the products of plain attention; the fused one does the same products and keeps less.
+    plain = replace(config, trainer=replace(config.trainer, enable_bfloat16=True))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flops, _ = _forward_backward(plain, freeze_encoder)
+        try:
+            transformer.plain_bfloat16_on_cpu = not fused
+            _, activations = _forward_backward(config, freeze_encoder)
+        finally:
+            transformer.plain_bfloat16_on_cpu = True
+            transformer.rotary_table.cache_clear()  # of tables without contents
+        parameters = sum(p.numel() for p in FlowMo(config).parameters())
+    return Cost(flops / COUNTED, 5 * 4 * parameters, activations / COUNTED)
+
+
+def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]:
+    """FLOPs of a step and the bytes that its forward pass keeps."""
+    perceptual = LPIPS.blank(config.opt.lpips_mode) if config.opt.lpips_weight else None
+    tokenizer = FlowMo(config)
+    stage = prepare(PretrainStage(tokenizer, perceptual), World(), config.trainer)
+    own = {p.untyped_storage()._cdata for module in (tokenizer, perceptual) for p in parameters_of(module)}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    side = config.data.image_size
+    images = torch.empty(COUNTED, 3, side, side)
+    draws = Draws(torch.empty(COUNTED), torch.empty_like(images), torch.ones(COUNTED, dtype=torch.bool))
+    with FlopCounterMode(display=False) as counter:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.enable_bfloat16),
+        ):
+            loss = stage(images, draws, alone, freeze_encoder)
+        size = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+        loss.total.backward()
+    return counter.get_total_flops(), size
+
+
+def parameters_of(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else list(module.parameters())
+
+
+@cache
+def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
+    """FLOPs a second that utilisation is measured against, and where the figure is from.
+
+    The data sheet's for a GPU of ``PEAKS`` in bfloat16; for any other device the best of some matrix products.
+    """
+    if device.type == "cuda" and bfloat16:
+        name = torch.cuda.get_device_name(device)
+        sheet = next((flops for part, flops in PEAKS.items() if part in name), None)
+        if sheet:
+            return sheet, "data sheet"
+    side = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best, "measured"

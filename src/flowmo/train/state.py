@@ -1,0 +1,170 @@
+"""A run's state on disk, whole or not at all: one ``.pth`` file, or a folder of shards where FSDP2 shards the run.
+
+Both hold the same tensors by the same names and either resumes either, on any number of processes. No state of a
+random generator is among them: every random number of a run follows from its seed and the place of a picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from flowmo import checkpoint, sharded
+from flowmo.errors import FlowMoError
+from flowmo.tokenizer import FlowMo
+from flowmo.train.distributed import World
+from flowmo.train.optimizer import Average, NormControl
+
+FORMAT = 2
+FACTS = "run.json"
+PARTS = ("model", "ema", "optimizer", "norms")
+
+
+class StateError(FlowMoError, RuntimeError):
+    """A state that could not be written, or read back; the message says what is sound."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Every tensor of a run, by reference: reading a checkpoint into it changes the run."""
+
+    tokenizer: FlowMo
+    average: Average
+    optimizer: torch.optim.Optimizer
+    norms: NormControl
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat, named ``model.…``, ``ema.…``, ``optimizer.….exp_avg`` and ``norms.…``."""
+        optimizer = {
+            f"optimizer.{name}.{key}": value
+            for name, parameter in self.tokenizer.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        return {
+            **{f"model.{name}": value.detach() for name, value in self.tokenizer.state_dict().items()},
+            **{f"ema.{name}": value for name, value in self.average.state.items()},
+            **optimizer,
+            **{f"norms.{name}": value for name, value in self.norms.state.items()},
+        }
+
+
+def listing(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(
+        (p for p in folder.glob("[0-9]*") if p.suffix == ".pth" or sharded.is_sharded(p)), key=lambda p: p.stem
+    )
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed run left half-written, and half-removed."""
+    for path in folder.glob(".*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def save(folder: Path, step: int, state: State, facts: Mapping[str, Any], world: World) -> Path:
+    """Write a checkpoint and return its path; all processes call this together.
+
+    Raises:
+        StateError: it could not be written. Nothing of it is left, and the older ones are as they were.
+    """
+    tensors = state.tensors()
+    try:
+        if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+            return _save_shards(folder / f"{step:08d}", tensors, facts, world)
+        path = folder / f"{step:08d}.pth"
+        if world.main:
+            content = {"flowmo": FORMAT, **facts, **nest(tensors)}
+            checkpoint.write_whole(path, lambda temporary: _write(content, temporary))
+        return path
+    except (OSError, RuntimeError) as error:
+        if world.main:
+            tidy(folder)
+        reason = " ".join(str(error).split())[:200]
+        good = listing(folder)
+        kept = f"{good[-1]} is sound" if good else "there is none yet"
+        raise StateError(f"checkpoint of step {step} could not be written to {folder} ({reason}); {kept}") from None
+
+
+def _write(content: dict, path: str) -> None:
+    with open(path, "wb") as file:  # through Python's file: its errors say what is wrong, such as a full disk
+        torch.save(content, file)
+
+
+def _save_shards(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any], world: World) -> Path:
+    temporary = path.with_name(f".{path.name}.partial")
+    if world.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.wait()
+    sharded.write(temporary, tensors)
+    if world.main:
+        (temporary / FACTS).write_text(json.dumps({"flowmo": FORMAT, **facts}))
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        checkpoint.flush_folder(path.parent)
+    world.wait()
+    return path
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint so that a kill on the way leaves no half of one under its name."""
+    if path.is_dir():
+        gone = path.with_name(f".{path.name}.removed")
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink()
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a checkpoint tells besides tensors: ``config``, ``step``, ``images``, ….
+
+    Raises:
+        CheckpointError, StateError: damaged, or not a training checkpoint.
+    """
+    if path.is_dir():
+        try:
+            return json.loads((path / FACTS).read_text())
+        except (OSError, ValueError) as error:
+            raise StateError(f"{path}: damaged or not a training checkpoint ({error})") from None
+    content = checkpoint.read_pth(path)
+    return {name: value for name, value in content.items() if name not in PARTS}
+
+
+def restore(path: Path, state: State) -> None:
+    """Read every tensor of a checkpoint into a run; all processes call this together.
+
+    Raises:
+        CheckpointError, ShardedError, StateError: damaged, or of another architecture. The run may be half restored.
+    """
+    targets = state.tensors()
+    if path.is_dir():
+        sharded.read_into(path, targets)
+        return
+    content = checkpoint.read_pth(path)
+    found = {f"{part}.{name}": value for part in PARTS for name, value in content.get(part, {}).items()}
+    for name, target in targets.items():
+        if name not in found or found[name].shape != target.shape:
+            raise StateError(f"{path}: has no {name} of shape {tuple(target.shape)}; it is of another model or version")
+        value = found[name].to(target.device)
+        if isinstance(target, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements)
+        target.copy_(value)
+
+
+def nest(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
+    return parts

@@ -1,0 +1,46 @@
+"""How much of its vocabulary a bottleneck uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowmo.quantize import Quantizer
+from flowmo.train.distributed import World
+
+
+class CodeUsage:
+    """Counts the ids of many batches, over all processes; of a continuous bottleneck, nothing."""
+
+    def __init__(self, quantizer: Quantizer, world: World):
+        self.world = world
+        self.id_count = quantizer.id_count
+        self.counts: Tensor | None = None
+
+    def add(self, ids: Tensor | None) -> None:
+        """ids: int64 b × tokens × sub-tokens."""
+        if ids is not None:
+            counts = torch.bincount(ids.flatten(), minlength=self.id_count)
+            self.counts = counts if self.counts is None else self.counts + counts
+
+    def take(self) -> dict[str, float]:
+        """Figures since the last call: ``ids_used``, share of the ids that occurred; ``id_entropy``, entropy of an id
+        over its bits, 1 where all ids are equally frequent; ``bit_entropy``, mean entropy of a bit alone, at most 1.
+        """
+        if self.counts is None:
+            return {}
+        counts = self.world.sum(self.counts).double()
+        self.counts = None
+        share = counts / counts.sum()
+        bits = (self.id_count - 1).bit_length()
+        is_set = (
+            torch.arange(self.id_count, device=share.device)[:, None] >> torch.arange(bits, device=share.device)
+        ) & 1
+        p = (share[:, None] * is_set).sum(dim=0)
+        entropy = -torch.special.xlogy(share, share).sum() / torch.log(torch.tensor(2.0)) / bits
+        bit_entropy = torch.special.entr(torch.stack((p, 1 - p))).sum(dim=0).mean() / torch.log(torch.tensor(2.0))
+        return {
+            "ids_used": float((counts > 0).double().mean()),
+            "id_entropy": float(entropy),
+            "bit_entropy": float(bit_entropy),
+        }
