@@ -180,7 +180,9 @@ def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part):
     def broken(*arguments):
         loss = run.stage(*arguments)
         if part == "loss":
-            return loss._replace(total=loss.total * torch.nan, parts={**loss.parts, "loss": loss.total.detach() * torch.nan})
+            return loss._replace(
+                total=loss.total * torch.nan, parts={**loss.parts, "loss": loss.total.detach() * torch.nan}
+            )
         run.tokenizer.decoder.picture_out.bias.register_hook(lambda g: g * torch.inf)
         return loss
 

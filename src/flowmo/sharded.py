@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -72,10 +73,17 @@ def is_sharded(path: Path) -> bool:
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, sharded ones among them, to a new folder. All processes of the run call this together."""
+    """Write tensors, sharded ones among them, to a new folder. All processes of the run call this together.
+
+    Raises:
+        ShardedError: a process could not write its part; every process raises.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder))
+        try:
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder))
+        except CheckpointException as error:
+            raise ShardedError(reason(error)) from None
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
@@ -110,8 +118,12 @@ class _errors:  # noqa: N801
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, ShardedError) or not isinstance(error, Exception | dcp.api.CheckpointException):
-            return
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
-        reason = " ".join(str(cause).split())[:150] or type(cause).__name__
-        raise ShardedError(f"{self.folder}: damaged or unsafe checkpoint ({reason})") from None
+        if isinstance(error, Exception | CheckpointException) and not isinstance(error, ShardedError):
+            raise ShardedError(f"{self.folder}: damaged or unsafe checkpoint ({reason(error)})") from None
+
+
+def reason(error: BaseException) -> str:
+    """One line about an error, which ``torch.distributed.checkpoint`` wraps in one of its own for all processes."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:150] or type(error).__name__

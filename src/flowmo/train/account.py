@@ -95,6 +95,7 @@ def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]
     """FLOPs of a step and the bytes that its forward pass keeps."""
     perceptual = LPIPS.blank(config.opt.lpips_mode) if config.opt.lpips_weight else None
     tokenizer = FlowMo(config)
+    tokenizer.encoder.requires_grad_(not freeze_encoder)
     stage = prepare(PretrainStage(tokenizer, perceptual), World(), config.trainer)
     own = {p.untyped_storage()._cdata for module in (tokenizer, perceptual) for p in parameters_of(module)}
     kept: dict[int, Tensor] = {}

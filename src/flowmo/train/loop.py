@@ -9,6 +9,7 @@ folder save before the run ends.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from flowmo import checkpoint
+from flowmo.checkpoint import CheckpointError
 from flowmo.config import Config
 from flowmo.data import Views, batches, open_source
 from flowmo.errors import FlowMoError
@@ -31,6 +33,7 @@ from flowmo.evaluate.figures import grid, psnr
 from flowmo.perceptual import LPIPS
 from flowmo.pictures import to_picture
 from flowmo.quantize import WholeBatch, alone
+from flowmo.sharded import ShardedError
 from flowmo.tokenizer import FlowMo
 from flowmo.train import state
 from flowmo.train.account import peak_flops, training_cost
@@ -82,6 +85,7 @@ class Run:
         self.config, self.folder, self.world = config, folder, world
         self.device = world.device
         trainer, data = config.trainer, config.data
+        self._lock = FolderLock(folder) if world.main else None
         self.journal = Journal(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
         source = open_source(data.train, data.train_index)
         self.source = Views(source, data.image_size, data.random_crop, data.random_flip)
@@ -101,17 +105,24 @@ class Run:
         self.usage = CodeUsage(self.tokenizer.quantizer, world)
         self.step = self.images = self.skipped = self.skipped_in_a_row = 0
         self.frozen = self.stopping = False
+        self.saved_at = -1
         self.bad: set[str] = set()
-        if world.main and folder.exists():
+        if world.main:
             state.tidy(self.checkpoint_folder)
-        found = world.agree(self.checkpoints()[-1:]) or [resume_from]
-        if found[0]:
-            self._restore(found[0])
+        found = world.agree(self.checkpoints())
+        if found:
+            self._go_on_from(found)
+        elif resume_from:
+            self._restore(resume_from)
         self.times = Timetable.of(config, self.plan.total, len(self.source), Position(self.step, self.images))
 
     @property
     def checkpoint_folder(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.folder / "stop"
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints of this run, oldest first."""
@@ -126,8 +137,10 @@ class Run:
         chosen = [i * len(source) // count for i in range(count)]
         return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.device)
 
-    def _most_pictures(self) -> int:
+    def _most_pictures(self) -> int | None:
         """Pictures of one pass that the memory of the device, or this process's part of the machine's, holds."""
+        if self.config.data.max_microbatch:
+            return None
         on_gpu = self.device.type == "cuda"
         cost = training_cost(self.config, fused=on_gpu or not self.config.trainer.enable_bfloat16)
         shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
@@ -138,15 +151,25 @@ class Run:
     # The loop
 
     def train(self) -> None:
-        config, times, plan = self.config, self.times, self.plan
-        stop_file = self.folder / "stop"
+        """Train to the end, or until a signal or the stop file ends the run early; both leave a checkpoint."""
         if self.world.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            stop_file.unlink(missing_ok=True)
-            (self.folder / "config.json").write_text(config.to_json())
+            self.stop_file.unlink(missing_ok=True)
+            (self.folder / "config.json").write_text(self.config.to_json())
         self.world.wait()
-        self.journal.open(self.step, self.images, config.to_dict())
+        self.journal.open(self.step, self.images, self.config.to_dict())
         self.journal.report(self._describe())
+        try:
+            with self._stop_on_signals():
+                self._loop()
+            if self.stopping and self.images < self.times.duration:
+                if self.saved_at != self.step:
+                    self.save()
+                self.journal.report(f"stopped at step {self.step}; the same command goes on from here")
+        finally:
+            self.journal.close()
+
+    def _loop(self) -> None:
+        config, times, plan = self.config, self.times, self.plan
         module = synchronise(self.stage, self.world)
         stream = batches(
             self.source,
@@ -159,27 +182,22 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
         meter = Meter(self.world)
-        with self._stop_on_signals():
-            while self.images < times.duration and not self.stopping:
-                if not self.frozen and self.images >= times.freeze_encoder_after:
-                    self.freeze_encoder()
-                    module = synchronise(self.stage, self.world)
-                meter.add(self._step(next(stream).to(self.device, non_blocking=True), module))
-                self.journal.live(lambda: self._progress(meter.rate(plan.total)))
-                if times.due(times.log, self.images):
-                    self._log(meter)
-                if times.due(times.sample, self.images):
-                    with meter.paused():
-                        self._sample()
-                if times.due(times.checkpoint, self.images) or self.images >= times.duration:
-                    with meter.paused():
-                        self.save()
-                self.stopping = self.world.any(self.stopping or (self.world.main and stop_file.exists()))[0]
-        if self.stopping and self.images < times.duration:
-            if not times.due(times.checkpoint, self.images):
-                self.save()
-            self.journal.report(f"stopped at step {self.step}; the same command goes on from here")
-        self.journal.close()
+        while self.images < times.duration and not self.stopping:
+            if not self.frozen and self.images >= times.freeze_encoder_after:
+                self.freeze_encoder()
+                module = synchronise(self.stage, self.world)
+            meter.add(self._step(next(stream).to(self.device, non_blocking=True), module))
+            self.journal.live(lambda: self._progress(meter.rate(plan.total)))
+            if times.due(times.log, self.images):
+                self._log(meter)
+            if times.due(times.sample, self.images):
+                with meter.paused():
+                    self._sample()
+            if times.due(times.checkpoint, self.images) or self.images >= times.duration:
+                with meter.paused():
+                    self.save()
+            asked = self.stopping or (self.world.main and self.stop_file.exists())
+            self.stopping = self.world.any(asked)[0]
 
     def _describe(self) -> str:
         parameters = sum(p.numel() for p in self.tokenizer.parameters())
@@ -261,7 +279,8 @@ class Run:
     def _whole_batch(self, chunks: tuple[Tensor, ...], first: int) -> WholeBatch:
         """How a bottleneck that needs it learns a statistic of the whole batch.
 
-        Where a process takes its part in several passes, the pictures of all are encoded once beforehand.
+        Where a process takes its part in several passes, the pictures of all are encoded once beforehand. With a
+        frozen encoder the statistic trains nothing, and each pass's own is logged.
         """
         model = self.config.model
         if not self.tokenizer.quantizer.needs_whole_batch or model.entropy_statistics == "process" or self.frozen:
@@ -353,6 +372,7 @@ class Run:
         """Write a checkpoint and drop the older ones that the settings do not keep; all processes together."""
         facts = {"config": self.config.to_dict(), "step": self.step, "images": self.images, "skipped": self.skipped}
         path = state.save(self.checkpoint_folder, self.step, self.state, facts, self.world)
+        self.saved_at = self.step
         if self.world.main:
             for old in self.checkpoints()[: -self.config.trainer.keep_last]:
                 if not self._kept(int(old.stem)):
@@ -364,6 +384,14 @@ class Run:
         images = self.images - (self.step - step) * self.plan.total
         every = max(self.times.checkpoint, self.plan.total)
         return bool(self.times.keep) and images // self.times.keep > (images - every) // self.times.keep
+
+    def _go_on_from(self, found: list[Path]) -> None:
+        """Restore the newest of this run's own checkpoints."""
+        try:
+            self._restore(found[-1])
+        except (CheckpointError, ShardedError, state.StateError) as error:
+            advice = f"remove it to go on from {found[-2]}" if len(found) > 1 else "it is the only one of this run"
+            raise TrainingError(f"{error}; {advice}") from None
 
     def _restore(self, path: Path) -> None:
         if not path.is_dir() and not path.is_file():
@@ -382,6 +410,25 @@ class Run:
         self.step, self.skipped = facts["step"], facts["skipped"]
         self.images = facts["images"]
         self.journal.report(f"going on from {path}")
+
+
+class FolderLock:
+    """Keeps another process's run out of a folder; gone with the process that holds it, however it ends.
+
+    It is a POSIX record lock, which works over NFS and which the data loader's forked processes do not inherit: they
+    may outlive a killed run for some seconds.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainingError(f"{folder}: another run is writing there; end it, or use another name") from None
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
 
 
 class Meter:

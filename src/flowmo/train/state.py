@@ -85,7 +85,7 @@ def save(folder: Path, step: int, state: State, facts: Mapping[str, Any], world:
             content = {"flowmo": FORMAT, **facts, **nest(tensors)}
             checkpoint.write_whole(path, lambda temporary: _write(content, temporary))
         return path
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, sharded.ShardedError) as error:
         if world.main:
             tidy(folder)
         reason = " ".join(str(error).split())[:200]

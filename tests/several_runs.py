@@ -1,0 +1,15 @@
+"""Started by ``torchrun`` in the tests: trains one run after another, as a JSON list of (name, settings) says."""
+
+import json
+import sys
+from pathlib import Path
+
+from flowmo import Config
+from flowmo.train.distributed import join
+from flowmo.train.loop import Run
+
+base, runs, results = (Path(word) for word in sys.argv[1:])
+with join("cpu", group=True) as world:
+    for name, settings in json.loads(runs.read_text()):
+        config = Config.from_yaml(base).override(*settings)
+        Run(config, results / name, world, report=lambda line: None).train()

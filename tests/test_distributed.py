@@ -1,0 +1,362 @@
+"""Real processes under ``torchrun``: equal results on one and two, exact resume, kills, two "nodes"."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowmo
+from flowmo import Config, checkpoint, sharded
+from flowmo.train.distributed import join
+from flowmo.train.loop import Run, TrainingError
+from flowmo.train.state import StateError, listing
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+HERE = Path(__file__).parent
+
+
+def quiet(_):
+    pass
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    target = tmp_path_factory.mktemp("pictures")
+    for file in sorted((HERE.parent / "examples" / "pictures").glob("*.jpg"))[:5]:
+        shutil.copy(file, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def base(photographs):
+    from conftest import TINY
+
+    return Config.from_dict(TINY).override(
+        f"data.train={photographs}",
+        "data.global_batch_size=4",
+        "data.max_microbatch=4",
+        "data.num_workers=0",
+        "opt.lpips_weight=0",
+        "opt.lr=1e-4",
+        "opt.max_grad_norm=1",
+        "opt.freeze_encoder_after=4 steps",
+        "trainer.max_steps=6",
+        "trainer.log_every=1",
+        "trainer.sample_every=5",
+        "trainer.checkpoint_every=3",
+        "trainer.enable_bfloat16=false",
+        "trainer.tensorboard=false",
+    )
+
+
+def same_way(config):
+    """How the runs below differ; name -> settings."""
+    return {
+        "ddp": [],
+        "fsdp": ["trainer.parallel=fsdp"],
+        "ddp-passes": ["data.max_microbatch=1"],
+        "fsdp-passes": ["data.max_microbatch=1", "trainer.parallel=fsdp"],
+        "ddp-recomputed": ["trainer.activation_checkpointing=true"],
+        "fsdp-recomputed": ["trainer.activation_checkpointing=true", "trainer.parallel=fsdp"],
+    }
+
+
+@pytest.fixture(scope="module")
+def two(base, tmp_path_factory):
+    """Folder of the runs of ``same_way`` on two processes, and of some others that tests below name."""
+    results = tmp_path_factory.mktemp("two")
+    (results / "base.yaml").write_text(base.to_json())
+    runs = list(same_way(base).items())
+    runs.append(("statistics", ["model.entropy_statistics=process"]))
+    for name, settings in (("ddp", []), ("fsdp", ["trainer.parallel=fsdp"])):
+        runs.append((f"{name}-broken", [*settings, "trainer.max_steps=3"]))
+        runs.append((f"{name}-broken", settings))
+    runs.append(("half-fsdp", ["trainer.parallel=fsdp", "trainer.max_steps=3"]))
+    runs.append(("half-ddp", ["trainer.max_steps=3"]))
+    (results / "runs.json").write_text(json.dumps(runs))
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", HERE / "several_runs.py"]
+    command += [results / "base.yaml", results / "runs.json", results]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return results
+
+
+@pytest.fixture(scope="module")
+def one(base, tmp_path_factory):
+    """The same run on one process."""
+    run = Run(base, tmp_path_factory.mktemp("one") / "run", report=quiet)
+    run.train()
+    return run
+
+
+def logged(folder, name):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([line[name] for line in lines if name in line], dtype=torch.float64)
+
+
+def last_weights(folder, ema=False):
+    path = listing(folder / "checkpoints")[-1]
+    return checkpoint.read(path, ema=ema)[1]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "ddp-passes", "fsdp-passes", "ddp-recomputed", "fsdp-recomputed"])
+def test_two_processes_train_as_one(one, two, name):
+    for figure in ("loss", "flow", "codebook_entropy", "gradient_norm", "held_out_psnr", "ids_used"):
+        ours, theirs = logged(one.folder, figure), logged(two / name, figure)
+        assert len(ours) == (1 if figure.startswith("held") else 6)
+        if (
+            figure == "codebook_entropy"
+        ):  # with the encoder frozen it is no loss any more, and each process logs its own
+            ours, theirs = ours[:4], theirs[:4]
+        torch.testing.assert_close(theirs, ours, rtol=2e-4, atol=2e-5, msg=lambda m, f=figure: f"{f}: {m}")
+    for ema in (False, True):
+        expected = last_weights(one.folder, ema)
+        for key, value in last_weights(two / name, ema).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_the_encoder_froze_in_all_of_them(one, two):
+    early = checkpoint.read(listing(one.folder / "checkpoints")[0], ema=False)[1]
+    late = last_weights(one.folder)
+    assert not torch.equal(early["decoder.picture_out.weight"], late["decoder.picture_out.weight"])
+    again = checkpoint.read(listing(two / "fsdp" / "checkpoints")[0], ema=False)[1]
+    assert not torch.equal(again["encoder.code_out.weight"], late["encoder.code_out.weight"])
+
+
+def test_entropies_a_process_alone_are_others(one, two):
+    ours, theirs = logged(one.folder, "codebook_entropy"), logged(two / "statistics", "codebook_entropy")
+    assert theirs[0] < ours[0] - 0.05  # half the pictures show less of the codebook
+    torch.testing.assert_close(logged(two / "statistics", "flow")[0], logged(one.folder, "flow")[0])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_resumed_processes_end_like_unbroken_ones(two, name):
+    for ema in (False, True):
+        expected = last_weights(two / name, ema)
+        assert all(torch.equal(v, expected[k]) for k, v in last_weights(two / f"{name}-broken", ema).items())
+
+
+@pytest.mark.parametrize(("name", "settings"), [("half-fsdp", []), ("half-ddp", ["trainer.parallel=fsdp"])])
+def test_one_process_goes_on_from_two(base, one, two, tmp_path, name, settings):
+    """A sharded checkpoint into a whole model, and a whole one into a sharded model."""
+    shutil.copytree(two / name, tmp_path / name)
+    with join("cpu", group=True) as world:
+        run = Run(base.override(*settings), tmp_path / name, world, report=quiet)
+        assert (run.step, run.images) == (3, 12)
+        run.train()
+    torch.testing.assert_close(logged(run.folder, "loss"), logged(one.folder, "loss"), rtol=2e-4, atol=2e-5)
+
+
+def test_sharded_checkpoints_load_as_tokenizers(two, images):
+    path = listing(two / "fsdp" / "checkpoints")[-1]
+    assert path.is_dir()
+    tokenizer = flowmo.load(path)
+    assert torch.isfinite(tokenizer.decode(tokenizer.encode(images[:1]), steps=2)).all()
+    assert flowmo.load(path, ema=False).identity() != tokenizer.identity()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "code", "other"])
+def test_damaged_shards_are_refused(two, tmp_path, damage):
+    path = tmp_path / "00000006"
+    shutil.copytree(listing(two / "fsdp" / "checkpoints")[-1], path)
+    shard = sorted(path.glob("*.distcp"))[0]
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:1000])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "code":
+        witness = tmp_path / "ran"
+        (path / ".metadata").write_bytes(f"cos\nsystem\n(S'touch {witness}'\ntR.".encode())
+    else:
+        (path / ".metadata").write_bytes(b"\x80\x04N.")
+    with pytest.raises(sharded.ShardedError, match="damaged or unsafe") as error:
+        flowmo.load(path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_batch_that_does_not_divide(base, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(base.override("data.global_batch_size=5").to_json())
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "flowmo.train", "--config", settings]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "flowmo: a batch of 5 does not divide among 2 processes; write data.global_batch_size=4 or" in done.stderr
+
+
+def test_two_nodes(base, one, tmp_path):
+    """Two torchrun agents that meet at an address, as two machines would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(base.to_json())
+    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    command = [*TORCHRUN, *meet, "-m", "flowmo.train", "--config", settings, "--results-dir", tmp_path]
+    nodes = [
+        subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    output = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], output
+    torch.testing.assert_close(
+        logged(tmp_path / "my_experiment", "loss"), logged(one.folder, "loss"), rtol=2e-4, atol=2e-5
+    )
+
+
+def start(command):
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
+    )
+
+
+def kill_family(pid):
+    """SIGKILL to torchrun and its workers, which live in sessions of their own."""
+    os.kill(pid, signal.SIGSTOP)  # or it would restart, or report, the workers killed first
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for one_of_them in (*map(int, children), pid):
+        os.kill(one_of_them, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill through Linux' /proc")
+@pytest.mark.parametrize(("parallel", "kills", "steps", "longest"), [("ddp", 20, 240, 0.5), ("fsdp", 8, 30, 2.5)])
+def test_kills_at_random_moments_lose_nothing(base, tmp_path, parallel, kills, steps, longest):
+    """Two processes under torchrun, all killed at random moments, many of them inside a save."""
+    config = base.override(
+        f"trainer.parallel={parallel}",
+        f"trainer.max_steps={steps}",
+        "trainer.checkpoint_every=1",
+        "trainer.sample_every=0",
+        "trainer.log_every=1000",
+        f"opt.freeze_encoder_after={steps // 2} steps",
+    )
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(config.to_json())
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "flowmo.train", "--config", settings]
+    command += ["--results-dir", tmp_path, "--experiment-name"]
+    moments = random.Random(parallel)
+    reached = []
+    for _ in range(kills):
+        with start([*command, "killed"]) as process:
+            for line in process.stdout:
+                if "from step" in line:  # it is about to train
+                    break
+            time.sleep(moments.uniform(0, longest))
+            assert process.poll() is None, "the run ended before its kill: make it longer"
+            kill_family(process.pid)
+        found = listing(tmp_path / "killed" / "checkpoints")
+        reached.append(int(found[-1].stem) if found else 0)
+    assert reached == sorted(reached), "a kill lost a checkpoint"
+    assert len(set(reached)) > kills // 2, reached
+    for name in ("killed", "whole"):
+        done = subprocess.run([*command, name], env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert left == {path.name for path in listing(tmp_path / "killed" / "checkpoints")}, "leftovers of killed saves"
+    for ema in (False, True):
+        expected = last_weights(tmp_path / "whole", ema)
+        assert all(torch.equal(v, expected[k]) for k, v in last_weights(tmp_path / "killed", ema).items())
+
+
+def test_a_signal_to_torchrun_saves(base, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(base.override("trainer.max_steps=100000", "trainer.checkpoint_every=100000").to_json())
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "flowmo.train", "--config", settings]
+    with start([*command, "--results-dir", tmp_path]) as process:
+        for line in process.stdout:
+            if line.startswith("step 2 "):
+                process.send_signal(signal.SIGTERM)  # to the agent alone, which passes it on
+                break
+        rest = process.stdout.read()
+    assert "the same command goes on from here" in rest
+    assert len(listing(tmp_path / "my_experiment" / "checkpoints")) == 1
+
+
+def test_a_stop_file_saves(base, tmp_path):
+    lines = []
+
+    def report(line):
+        lines.append(line)
+        if line.startswith("step 2 "):
+            (tmp_path / "run" / "stop").touch()
+
+    run = Run(base, tmp_path / "run", report=report)
+    run.train()
+    assert run.step == 2
+    assert run.checkpoints()[-1].stem == "00000002"
+    Run(base, tmp_path / "run", report=quiet).train()
+    assert listing(tmp_path / "run" / "checkpoints")[-1].stem == "00000006"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_full_disk_leaves_the_good_checkpoints(base, tmp_path, parallel):
+    """Files may grow to a size that the first checkpoint has and the second, too large by a byte, has not."""
+    config = base.override(f"trainer.parallel={parallel}", "trainer.max_steps=3")
+    with join("cpu", group=True) as world:
+        Run(config, tmp_path / "run", world, report=quiet).train()
+    good = listing(tmp_path / "run" / "checkpoints")[-1]
+    files = [good] if good.is_file() else [p for p in good.rglob("*") if p.is_file()]
+    before = {file: file.read_bytes() for file in files}
+    limit = max(len(content) for content in before.values()) // 2
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(base.override(f"trainer.parallel={parallel}").to_json())
+    code = (
+        f"import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from flowmo.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "train", "--config", settings, "--results-dir", tmp_path]
+    done = subprocess.run(
+        [*command, "--experiment-name", "run"], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "could not be written" in done.stderr
+    assert f"{good} is sound" in done.stderr
+    assert {file: file.read_bytes() for file in files} == before
+    assert listing(tmp_path / "run" / "checkpoints") == [good]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_a_second_run_in_the_folder_is_refused(base, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(base.to_json())
+    command = [sys.executable, "-m", "flowmo.train", "--config", settings, "--results-dir", tmp_path]
+    command += ["--experiment-name", "run"]
+    first = Run(base, tmp_path / "run", report=quiet)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "another run is writing there" in done.stderr
+    first.train()
+    assert Run(base, tmp_path / "run", report=quiet).step == 6
+
+
+def test_an_unreadable_checkpoint_is_named(base, tmp_path):
+    Run(base, tmp_path / "run", report=quiet).train()
+    older, newest = listing(tmp_path / "run" / "checkpoints")
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TrainingError, match=rf"{newest}.*remove it to go on from {older}"):
+        Run(base, tmp_path / "run", report=quiet)
+    newest.unlink()
+    assert Run(base, tmp_path / "run", report=quiet).step == 3
+
+
+def test_a_folder_of_something_else_is_no_checkpoint(base, two, tmp_path):
+    path = tmp_path / "00000003"
+    shutil.copytree(listing(two / "fsdp" / "checkpoints")[0], path)
+    (path / "run.json").unlink()
+    with pytest.raises(StateError, match="not a training checkpoint"):
+        Run(base, tmp_path / "run", resume_from=path, report=quiet)
