@@ -8,9 +8,11 @@ import tarfile
 
 import pytest
 import torch
+from PIL import Image
 
 from flowmo.cli import main
-from flowmo.data import DataError, TarSource, Views, batches, build_index, default_index, open_source
+from flowmo.data import DataError, TarSource, Views, batches, build_index, default_index, epoch_order, open_source
+from flowmo.evaluate.figures import psnr
 from flowmo.pictures import PictureError, read_picture
 
 
@@ -36,7 +38,7 @@ def nested(tmp_path, picture_files):
 
 
 def test_a_tar_of_tars_is_read_in_place(nested, picture_files):
-    assert main(["index", str(nested)]) == 0
+    assert main(["data", "index", str(nested)]) == 0
     source = open_source(nested)
     assert len(source) == 5
     for i, file in enumerate(picture_files[:5]):
@@ -57,7 +59,7 @@ def test_the_same_batches_as_from_a_folder(nested, tmp_path, picture_files):
 
 def test_a_source_travels_to_another_process(nested):
     default_index(nested).write_text(json.dumps(build_index(nested)))
-    source = TarSource(nested)
+    source = TarSource([nested])
     first = source.read(0).tobytes()
     assert pickle.loads(pickle.dumps(source)).read(0).tobytes() == first
 
@@ -95,7 +97,7 @@ def test_bad_indices(nested, index, sentence):
 
 
 def test_a_tar_without_an_index_says_how_to_make_it(nested):
-    with pytest.raises(DataError, match="flowmo index"):
+    with pytest.raises(DataError, match="flowmo data index"):
         open_source(nested)
 
 
@@ -106,7 +108,7 @@ def test_tars_that_cannot_be_indexed(tmp_path, capsys):
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         add(tar, "a.jpg", b"x" * 1000)
     for name in ("empty.tar", "text.tar", "packed.tar", "none.tar"):
-        assert main(["index", str(tmp_path / name)]) == 2
+        assert main(["data", "index", str(tmp_path / name)]) == 2
         assert name in capsys.readouterr().err
         assert not default_index(tmp_path / name).exists()
 
@@ -119,3 +121,162 @@ def test_folders_that_hold_nothing(tmp_path):
         open_source(tmp_path)
     with pytest.raises(DataError, match=r"neither a folder .* nor a \.tar"):
         open_source(tmp_path / "notes.txt")
+
+
+# Classes, WebDataset shards, Hugging Face datasets
+
+
+def test_folders_are_classes(tmp_path, picture_files):
+    for i, file in enumerate(picture_files[:3]):
+        (tmp_path / f"class{i % 2}" / "deeper").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / f"class{i % 2}" / "deeper")
+    source = open_source(tmp_path)
+    assert source.classes == ("class0", "class1")
+    assert sorted(source.label(i) for i in range(3)) == [0, 0, 1]
+    shutil.copy(picture_files[3], tmp_path)
+    assert open_source(tmp_path).classes == ()
+    assert open_source(tmp_path).label(0) is None
+
+
+def test_inner_tars_are_classes(nested):
+    assert main(["data", "index", str(nested)]) == 0
+    source = open_source(nested)
+    assert source.classes == ("n0", "n1")
+    assert [source.label(i) for i in range(5)] == [0, 0, 0, 1, 1]
+
+
+def test_imagenet_names_are_classes(tmp_path, picture_files):
+    """The authors' index names files without their folder."""
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w") as tar:
+        for wordnet in ("n02102040", "n01440764"):
+            add(tar, f"{wordnet}_10.JPEG", picture_files[0].read_bytes())
+    assert main(["data", "index", str(path)]) == 0
+    source = open_source(path)
+    assert source.classes == ("n01440764", "n02102040")
+    assert [source.label(i) for i in range(2)] == [0, 1]
+
+
+@pytest.fixture
+def shards(tmp_path, picture_files):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(3):
+        with tarfile.open(folder / f"train-{shard:03d}.tar", "w") as tar:
+            for i, file in enumerate(picture_files[2 * shard : 2 * shard + 2]):
+                key = f"{shard}{i}.variant"
+                add(tar, f"{shard}{i}.cls", str(shard + 4).encode())
+                add(tar, f"{key}.jpg", file.read_bytes())
+                add(tar, f"{shard}{i}.json", b"{}")
+    return folder
+
+
+@pytest.mark.parametrize("spec", ["", "train-{000..002}.tar", "train-*.tar"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_shards_are_one_source(shards, picture_files, spec, indexed):
+    if indexed:
+        assert main(["data", "index", *map(str, sorted(shards.glob("*.tar")))]) == 0
+    source = open_source(shards / spec if spec else shards)
+    assert len(source) == 6
+    assert [source.label(i) for i in range(6)] == [4, 4, 5, 5, 6, 6]
+    assert len(source.classes) == 7
+    for i, file in enumerate(picture_files[:6]):
+        assert source.read(i).tobytes() == read_picture(file).tobytes()
+    batch = next(batches(Views(pickle.loads(pickle.dumps(source)), 32), 6, 0, 0, workers=2))
+    assert len({image.numpy().tobytes() for image in batch}) == 6
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("train-{000..003}.tar", r"train-003.tar: no such file, of 4"),
+        ("train-{5..2}.tar", "no range"),
+        ("other-*.tar", "no file of that pattern"),
+        ("train-{0..99999999999}.tar", "no range"),
+    ],
+)
+def test_shards_that_are_not_there(shards, spec, message):
+    with pytest.raises(DataError, match=message):
+        open_source(shards / spec)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its files open
+def test_webdataset_reads_the_same_samples(shards):
+    """Beside the reference implementation of the format."""
+    webdataset = pytest.importorskip("webdataset")
+    source = open_source(shards)
+    theirs = webdataset.WebDataset(str(shards / "train-{000..002}.tar"), shardshuffle=False)
+    labels = {sample["__key__"].rpartition("/")[2]: int(sample["cls"]) for sample in theirs}
+    for i in range(len(source)):
+        key = source.entries[i].name.partition(".")[0]
+        assert labels[key] == source.label(i)
+
+
+@pytest.fixture
+def saved(tmp_path, picture_files):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict(
+        {"name": ["a", "b", "c"], "image": [str(file) for file in picture_files[:3]], "label": [1, 0, 1]},
+        features=datasets.Features(
+            name=datasets.Value("string"), image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"])
+        ),
+    )
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_hugging_face_dataset(saved, picture_files):
+    source = open_source(f"hf:{saved}:train")
+    assert (len(source), source.classes) == (3, ("cat", "dog"))
+    assert [source.label(i) for i in range(3)] == [1, 0, 1]
+    for i, file in enumerate(picture_files[:3]):
+        assert source.read(i).tobytes() == read_picture(file).tobytes()
+    batch = next(batches(Views(source, 32), 3, 0, 0, workers=1))
+    assert torch.equal(batch, torch.stack([Views(source, 32)[i, 0] for i in epoch_order(3, 0, 0)]))
+
+
+def test_hugging_face_datasets_that_do_not_work(saved, tmp_path):
+    with pytest.raises(DataError, match="no split 'test'; it has train"):
+        open_source(f"hf:{saved}:test")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        open_source(f"hf:{tmp_path}")
+
+
+# Decoding large JPEGs at a reduced size
+
+
+def test_a_draft_looks_like_the_whole_picture(tmp_path, picture_files):
+    """Twice the needed side or more is decoded; after resampling the difference is that of a good JPEG."""
+    picture = read_picture(picture_files[0]).resize((1024, 768), Image.Resampling.LANCZOS)
+    picture.save(tmp_path / "large.jpg", quality=95)
+    assert read_picture(tmp_path / "large.jpg", side=96).size == (256, 192)
+    assert read_picture(tmp_path / "large.jpg", side=97).size == (512, 384)
+    assert read_picture(tmp_path / "large.jpg").size == (1024, 768)
+    whole, draft = (Views(open_source(tmp_path), 96, draft=draft)[0, 0] for draft in (False, True))
+    assert psnr(whole[None], draft[None]) > 35
+
+
+def test_draft_leaves_other_formats_alone(tmp_path, picture_files):
+    read_picture(picture_files[0]).resize((800, 800)).save(tmp_path / "large.png")
+    assert read_picture(tmp_path / "large.png", side=16).size == (800, 800)
+
+
+def test_training_reads_what_people_have(tmp_path, picture_files):
+    """Odd pictures become what a viewer shows, through the training path: no crash, no black square."""
+    base = read_picture(picture_files[0]).resize((80, 60))
+    base.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    base.convert("L").point(lambda v: v * 257, "I").convert("I;16").save(tmp_path / "sixteen.png")
+    base.convert("P").save(tmp_path / "palette.png", transparency=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    base.save(tmp_path / "rotated.jpg", exif=exif)
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "one.png")
+    base.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", base.size)])
+    source = open_source(tmp_path)
+    views = Views(source, 16, draft=True)
+    for i in range(len(source)):
+        image, bad = views.readable(i, 0)
+        assert not bad, bad
+        assert image.shape == (3, 16, 16)
+        assert image.mean() > -0.95
+    assert source.read([p.name for p in source.files].index("rotated.jpg")).size == (60, 80)

@@ -14,7 +14,7 @@ from flowmo.data import DataError, Views, batches, epoch_order, open_source
 from flowmo.evaluate.figures import psnr
 from flowmo.train.loop import Run, TrainingError
 from flowmo.train.optimizer import Average, NormControl, build_optimizer
-from flowmo.train.plan import BatchPlan, Position, Timetable
+from flowmo.train.plan import Timetable
 from flowmo.train.stages import Draws, pretrain_loss
 
 

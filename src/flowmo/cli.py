@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -179,11 +180,14 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def index(arguments: argparse.Namespace) -> None:
-    """Write the index of a tar of pictures, or of a tar of tars, so that training reads it without unpacking."""
-    output = arguments.output or default_index(arguments.tar)
-    entries = build_index(arguments.tar)
-    checkpoint.write_whole(output, lambda name: Path(name).write_text(json.dumps(entries)))
-    print(f"{output}: {len(entries)} pictures")
+    """Write the index of each tar of pictures, or of tars, so that training reads it without unpacking."""
+    if arguments.output is not None and len(arguments.tars) > 1:
+        raise UsageError("--output names one index, of one tar; many have theirs beside them")
+    for tar in arguments.tars:
+        output = arguments.output or default_index(tar)
+        entries = build_index(tar)
+        checkpoint.write_whole(output, lambda name, entries=entries: Path(name).write_text(json.dumps(entries)))
+        print(f"{output}: {len(entries)} pictures")
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -292,7 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flowmo {flowmo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(run: Callable, text: str) -> argparse.ArgumentParser:
+    def command(run: Callable, text: str, commands: Any = commands) -> argparse.ArgumentParser:
         note = "Settings are changed by section.name=value, e.g. eval.sampling.rho=1; see flowmo info --settings."
         sub = commands.add_parser(run.__name__, help=text, description=run.__doc__, epilog=note)
         sub.set_defaults(run=run)
@@ -343,8 +347,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="precision on disk (float32)")
     sub.add_argument("--last-weights", action="store_true", help="the last weights rather than their average")
 
-    sub = command(index, "index of a tar of pictures")
-    sub.add_argument("tar", type=Path, metavar="TAR", help="uncompressed; the tars inside it are looked through too")
+    group = commands.add_parser("data", help="prepare training pictures", description="Prepare training pictures.")
+    data_commands = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = command(index, "index of tars of pictures", data_commands)
+    sub.add_argument(
+        "tars", nargs="+", type=Path, metavar="TAR", help="uncompressed; the tars inside it are looked through too"
+    )
     sub.add_argument("--output", "-o", type=Path, help="file to write (TAR with .index.json)")
 
     sub = command(train, "stage 1A on a folder of pictures")

@@ -77,7 +77,11 @@ class Span(str):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str = setting("", "training pictures: a folder, searched through its sub-folders, or a .tar with an index")
+    train: str = setting(
+        "",
+        "training pictures: a folder, searched through its sub-folders, a .tar with an index, WebDataset shards "
+        "(shard-{000..099}.tar), or a Hugging Face dataset (hf:OWNER/NAME:SPLIT)",
+    )
     train_index: str = setting("", "index of the training tar; empty is the one beside it")
     val: str = setting("", "held-out pictures, likewise")
     val_index: str = setting("", "index of the held-out tar")
@@ -93,6 +97,7 @@ class DataConfig:
     max_bad_share: float = setting(
         0.01, "share of unreadable pictures, replaced by others, that ends a run if exceeded"
     )
+    draft: bool = setting(True, "decode training JPEGs of more than four times the size at a reduced one, for speed")
     random_crop: bool = setting(True, "crop training pictures at a random place rather than at their centre")
     random_flip: bool = setting(False, "mirror half of the training pictures; the paper does not")
 

@@ -1,7 +1,7 @@
-"""Pictures inside an uncompressed tar, read in place through an index of their offsets.
+"""Pictures inside uncompressed tars, read in place through an index of their offsets.
 
 ImageNet's training set is a tar of one tar a class; the index points through both, so that nothing is unpacked. It is
-the authors' format: a JSON list of ``{"name", "offset", "size"}``.
+the authors' format: a JSON list of ``{"name", "offset", "size"}``, with a ``"label"`` where the tar has one.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from PIL import Image
 
-from flowmo.data.source import DataError
+from flowmo.data.source import DataError, class_labels
 from flowmo.pictures import EXTENSIONS, read_picture
 
 MAX_NESTING = 3
+MAX_LABEL_BYTES = 20
+WORDNET = re.compile(r"n\d{8}(?=_)")
+"""ImageNet's class at the start of a file name, which is all that the authors' index keeps of it."""
 
 
 def default_index(tar: str | Path) -> Path:
@@ -28,7 +32,7 @@ def default_index(tar: str | Path) -> Path:
 
 
 def build_index(tar: str | Path) -> list[dict]:
-    """Name, offset and size of every picture in ``tar`` and in the tars inside it. Reads headers only.
+    """Name, offset and size of every picture in ``tar`` and in the tars inside it. Reads headers and labels only.
 
     Raises:
         DataError: no such file, compressed, damaged, or without pictures.
@@ -46,63 +50,136 @@ def build_index(tar: str | Path) -> list[dict]:
 
 
 def _pictures(file: IO[bytes], start: int, prefix: str, depth: int) -> Iterator[dict]:
+    found, labels = [], {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             name, offset = prefix + member.name, start + member.offset_data
             if not member.isreg():
                 continue
             if name.lower().endswith(EXTENSIONS):
-                yield {"name": name, "offset": offset, "size": member.size}
+                found.append({"name": name, "offset": offset, "size": member.size})
+            elif name.endswith(".cls") and member.size <= MAX_LABEL_BYTES:
+                text = tar.extractfile(member).read().decode("ascii", "replace").strip()
+                if text.isdigit():
+                    labels[_key(name)] = int(text)
             elif name.endswith(".tar") and depth < MAX_NESTING:
                 yield from _pictures(tar.extractfile(member), offset, f"{name.removesuffix('.tar')}/", depth + 1)
+    for entry in found:
+        label = labels.get(_key(entry["name"]))
+        yield entry if label is None else {**entry, "label": label}
+
+
+def _key(name: str) -> str:
+    """What the files of one WebDataset sample share: the name up to the first dot after its folder."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
+
+
+class Entry(NamedTuple):
+    tar: Path
+    name: str
+    offset: int
+    size: int
+    label: int | None
+
+
+def read_index(tar: Path, rows: object, name: str | Path) -> list[Entry]:
+    """Entries of an index of ``tar``, from file ``name``.
+
+    Raises:
+        DataError: it is not an index, or not of this tar.
+    """
+    try:
+        entries = [
+            Entry(
+                tar,
+                str(row["name"]),
+                int(row["offset"]),
+                int(row["size"]),
+                int(row["label"]) if row.get("label") is not None else None,
+            )
+            for row in rows
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{name}: not an index, a list of name, offset and size ({error!r})") from None
+    if not entries:
+        raise DataError(f"{name}: an index of no pictures")
+    total = tar.stat().st_size
+    outside = next((e.name for e in entries if e.offset < 0 or e.size < 0 or e.offset + e.size > total), None)
+    if outside is not None:
+        raise DataError(f"{name}: {outside} lies outside {tar}; the index is of another file")
+    return entries
+
+
+def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
+    """Entries of ``tar`` by its index file, by default the one beside it."""
+    path = Path(index or default_index(tar))
+    if not path.is_file():
+        raise DataError(f"{path}: no such index of {tar}; make it with: flowmo data index {tar}")
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not an index, a list of name, offset and size ({error!r})") from None
+    return read_index(tar, rows, path)
 
 
 class TarSource:
-    """Pictures of a tar in the order of their file names, which is the authors'.
+    """Pictures of one or more tars in the order of their file names, which is the authors'.
+
+    Classes are the folders inside the tar, the inner tars of a tar of tars, the ``n01440764_`` of ImageNet's file
+    names, or the ``.cls`` files of a WebDataset.
+
+    Args:
+        tars: files, each indexed by ``index``, or by the file beside it.
+        entries: the pictures, where they are known already.
 
     Raises:
-        DataError: the tar or its index is missing, the index is damaged, or is not of this tar.
+        DataError: a tar or its index is missing, the index is damaged, or is not of this tar.
     """
 
-    def __init__(self, tar: str | Path, index: str | Path | None = None):
-        self.tar = Path(tar)
-        if not self.tar.is_file():
-            raise DataError(f"{tar}: no such file")
-        path = Path(index or default_index(tar))
-        if not path.is_file():
-            raise DataError(f"{path}: no such index of {tar}; make it with: flowmo index {tar}")
-        try:
-            rows = json.loads(path.read_bytes())
-            entries = [(str(row["name"]), int(row["offset"]), int(row["size"])) for row in rows]
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}: not an index, a list of name, offset and size ({error!r})") from None
-        if not entries:
-            raise DataError(f"{path}: an index of no pictures")
-        total = self.tar.stat().st_size
-        outside = next(
-            (name for name, offset, size in entries if offset < 0 or size < 0 or offset + size > total), None
-        )
-        if outside is not None:
-            raise DataError(f"{path}: {outside} lies outside {tar}; the index is of another file")
-        self.entries = sorted(entries, key=lambda entry: (entry[0].rpartition("/")[2], entry[0]))
-        self._descriptor: int | None = None
+    def __init__(
+        self, tars: Sequence[str | Path], index: str | Path | None = None, entries: Sequence[Entry] | None = None
+    ):
+        missing = next((tar for tar in tars if not Path(tar).is_file()), None)
+        if missing is not None:
+            raise DataError(f"{missing}: no such file")
+        if entries is None:
+            entries = [entry for tar in tars for entry in load_index(Path(tar), index)]
+        self.entries = sorted(entries, key=lambda e: (e.name.rpartition("/")[2], str(e.tar), e.name))
+        self.classes, self.labels = self._classes()
+        self._descriptors: dict[Path, int] = {}
+
+    def _classes(self) -> tuple[tuple[str, ...], list[int]]:
+        given = [entry.label for entry in self.entries]
+        if all(label is not None for label in given):
+            return tuple(str(label) for label in range(max(given) + 1)), given
+        folders = []
+        for entry in self.entries:
+            parts = entry.name.removeprefix("./").split("/")
+            wordnet = WORDNET.match(parts[-1])
+            folders.append(parts[:-1] or ([wordnet.group()] if wordnet else []))
+        return class_labels(folders)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def name(self, index: int) -> str:
-        return f"{self.tar}:{self.entries[index][0]}"
+        return f"{self.entries[index].tar}:{self.entries[index].name}"
 
-    def read(self, index: int) -> Image.Image:
-        _, offset, size = self.entries[index]
-        if self._descriptor is None:
-            self._descriptor = os.open(self.tar, os.O_RDONLY)
+    def label(self, index: int) -> int | None:
+        return self.labels[index] if self.classes else None
+
+    def read(self, index: int, side: int | None = None) -> Image.Image:
+        entry = self.entries[index]
+        if entry.tar not in self._descriptors:
+            self._descriptors[entry.tar] = os.open(entry.tar, os.O_RDONLY)
         # pread has no file position, so that forked workers may share the descriptor
-        return read_picture(io.BytesIO(os.pread(self._descriptor, size, offset)), self.name(index))
+        content = os.pread(self._descriptors[entry.tar], entry.size, entry.offset)
+        return read_picture(io.BytesIO(content), self.name(index), side)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_descriptor": None}
+    def __getstate__(self) -> Mapping:
+        return {**self.__dict__, "_descriptors": {}}
 
     def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)

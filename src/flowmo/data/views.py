@@ -22,20 +22,24 @@ class Views(Dataset):
     Args:
         random_crop: crop at a random place along the longer side; otherwise at the centre.
         random_flip: mirror half of the pictures.
+        draft: decode much larger JPEGs at a reduced size, see ``read_picture``.
     """
 
-    def __init__(self, source: Source, side: int, random_crop: bool = False, random_flip: bool = False):
+    def __init__(
+        self, source: Source, side: int, random_crop: bool = False, random_flip: bool = False, draft: bool = False
+    ):
         self.source = source
         self.side = side
         self.random_crop = random_crop
         self.random_flip = random_flip
+        self.draft = draft
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, item: tuple[int, int]) -> Tensor:
         index, seed = item
-        picture = self.source.read(index)
+        picture = self.source.read(index, self.side if self.draft else None)
         generator = torch.Generator().manual_seed(seed)
         place, flip = torch.rand(2, generator=generator).tolist()
         if self.random_crop and picture.width != picture.height:

@@ -88,7 +88,7 @@ class Run:
         self._lock = FolderLock(folder) if world.main else None
         self.journal = Journal(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
         source = open_source(data.train, data.train_index)
-        self.source = Views(source, data.image_size, data.random_crop, data.random_flip)
+        self.source = Views(source, data.image_size, data.random_crop, data.random_flip, data.draft)
         self.held_out = self._held_out() if world.main else None
         self.plan = BatchPlan.of(config, world.size, self._most_pictures())
         self.perceptual = None

@@ -1,0 +1,76 @@
+"""A Hugging Face dataset with a column of pictures, from the Hub or saved to disk."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from flowmo.data.source import DataError
+from flowmo.pictures import PictureError, read_picture
+
+PREFIX = "hf:"
+
+
+class HuggingFaceSource:
+    """``hf:OWNER/NAME:SPLIT``, or ``hf:FOLDER:SPLIT`` of a dataset that ``save_to_disk`` wrote; SPLIT is ``train``.
+
+    The first column of type ``Image`` holds the pictures, the first of type ``ClassLabel`` their classes.
+
+    Raises:
+        DataError: ``datasets`` is not installed; there is no such dataset or split; it has no pictures.
+    """
+
+    def __init__(self, spec: str):
+        self.spec = spec
+        name, _, split = spec.removeprefix(PREFIX).partition(":")
+        try:
+            import datasets
+        except ImportError:
+            raise DataError(f"{spec}: needs Hugging Face's library: pip install datasets") from None
+        table = _load(datasets, spec, name, split or "train")
+        features = table.features.items()
+        column = next((key for key, kind in features if isinstance(kind, datasets.Image)), None)
+        if column is None:
+            raise DataError(f"{spec}: has no column of pictures, its columns are {', '.join(table.column_names)}")
+        if not len(table):
+            raise DataError(f"{spec}: holds no pictures")
+        self.column = column
+        self.label_column, kind = next(
+            ((key, kind) for key, kind in features if isinstance(kind, datasets.ClassLabel)), (None, None)
+        )
+        self.classes = tuple(kind.names) if kind is not None else ()
+        # The files' bytes, so that pictures are decoded as those of every other source.
+        self.table = table.cast_column(column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def name(self, index: int) -> str:
+        return f"{self.spec}[{index}]"
+
+    def label(self, index: int) -> int | None:
+        return int(self.table[index][self.label_column]) if self.classes else None
+
+    def read(self, index: int, side: int | None = None) -> Image.Image:
+        stored = self.table[index][self.column]
+        if stored is None or not (stored["bytes"] or stored["path"]):
+            raise PictureError(f"{self.name(index)}: is empty")
+        file = io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
+        return read_picture(file, self.name(index), side)
+
+
+def _load(datasets: Any, spec: str, name: str, split: str) -> Any:
+    try:
+        if not Path(name).is_dir():
+            return datasets.load_dataset(name, split=split)
+        loaded = datasets.load_from_disk(name)
+    except Exception as error:  # whatever the library, the network or the file system raises
+        raise DataError(f"{spec}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if split not in loaded:
+        raise DataError(f"{spec}: has no split {split!r}; it has {', '.join(loaded)}")
+    return loaded[split]

@@ -1,0 +1,72 @@
+"""WebDataset shards: many tars of one dataset, seen as one source with random access.
+
+A sample is the files of a tar that share a name up to its first dot; here its picture and its ``.cls`` label are read.
+Shuffling stays exact, every picture once an epoch, because the shards are indexed, not streamed.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowmo.data.source import DataError
+from flowmo.data.tar import TarSource, build_index, default_index, load_index, read_index
+from flowmo.pictures import EXTENSIONS
+
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MAX_SHARDS = 1_000_000
+
+
+def find_shards(path: str | Path) -> list[Path]:
+    """The shards that a range, a pattern or a folder of tars names; empty where ``path`` is something else.
+
+    Raises:
+        DataError: a range or pattern of ``.tar`` files that names none, or lacks one.
+    """
+    text = str(path)
+    if Path(path).is_dir():
+        tars = sorted(Path(path).glob("*.tar"))
+        pictures = any(file.suffix.lower() in EXTENSIONS for file in Path(path).iterdir())
+        return [] if pictures else tars
+    if not text.endswith(".tar") or Path(path).is_file():
+        return []
+    if RANGE.search(text):
+        shards = expand(text)
+        missing = next((shard for shard in shards if not shard.is_file()), None)
+        if missing is not None:
+            raise DataError(f"{missing}: no such file, of {len(shards)} that {text} names")
+        return shards
+    if any(mark in text for mark in "*?["):
+        shards = sorted(map(Path, glob.glob(text)))
+        if not shards:
+            raise DataError(f"{text}: no file of that pattern")
+        return shards
+    return []
+
+
+def expand(pattern: str) -> list[Path]:
+    """``train-{000..002}.tar`` -> its three files; several ranges give every combination."""
+    parts = RANGE.split(pattern)  # text, first, last, text, first, last, …, text
+    choices = []
+    for first, last in zip(parts[1::3], parts[2::3], strict=True):
+        if not int(first) <= int(last) < int(first) + MAX_SHARDS:
+            raise DataError(f"{pattern}: {{{first}..{last}}} is no range of shards")
+        choices.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
+    names = []
+    for numbers in itertools.product(*choices):
+        names.append("".join(itertools.chain.from_iterable(zip(parts[::3], (*numbers, ""), strict=True))))
+    return [Path(name) for name in names]
+
+
+def open_shards(shards: Sequence[Path]) -> TarSource:
+    """One source of all shards. A shard without the index of ``flowmo data index`` beside it is looked through now."""
+    entries = []
+    for shard in shards:
+        if default_index(shard).is_file():
+            entries += load_index(shard, None)
+        else:
+            entries += read_index(shard, build_index(shard), shard)
+    return TarSource(shards, entries=entries)
