@@ -64,6 +64,8 @@ class Span(str):
             raise ValueError(f"{text!r} is no length of training")
         number, scale, unit = match.groups()
         amount = float(number) * {"": 1, "k": 1_000, "M": 1_000_000}[scale]
+        if not math.isfinite(amount):
+            raise ValueError(f"{text!r} is no finite length")
         shown = int(amount) if amount == int(amount) else amount
         span = super().__new__(cls, f"{shown} {unit or 'step'}s")
         span.amount, span.unit = shown, f"{unit or 'step'}s"

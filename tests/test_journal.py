@@ -1,0 +1,82 @@
+"""What a run tells: metrics that plot without a service, TensorBoard, Weights & Biases, code usage."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from flowmo.quantize import LFQ, Identity
+from flowmo.train.distributed import World
+from flowmo.train.journal import Journal, JournalError
+from flowmo.train.usage import CodeUsage
+
+
+def test_an_interrupted_journal_goes_on_at_the_checkpoint(tmp_path):
+    first = Journal(tmp_path, True, tensorboard=False)
+    first.open(0, 0, {})
+    for step in range(1, 6):
+        first.record(step, 10 * step, {"loss": 1 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "ima')  # a kill in the middle of a line
+    second = Journal(tmp_path, True, tensorboard=False)
+    second.open(3, 30, {})
+    second.record(4, 40, {"loss": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["images"]) for line in lines] == [(1, 10), (2, 20), (3, 30), (4, 40)]
+
+
+def test_tensorboard_holds_figures_and_pictures(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    journal = Journal(tmp_path, True)
+    journal.open(0, 0, {})
+    journal.record(1, 4, {"loss": 0.25})
+    journal.picture(1, Image.new("RGB", (4, 2), "red"))
+    journal.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.25)]
+    assert [(image.width, image.height) for image in events.Images("samples")] == [(4, 2)]
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    journal = Journal(tmp_path, True, lambda line: None, tensorboard=False, wandb_project="test")
+    journal.open(0, 0, {"opt": {"lr": 1}})
+    journal.record(1, 4, {"loss": 0.25})
+    journal.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_weights_and_biases_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(JournalError, match="pip install wandb"):
+        Journal(tmp_path, True, wandb_project="test")
+
+
+def test_other_processes_are_silent(tmp_path):
+    lines = []
+    journal = Journal(tmp_path / "run", False, lines.append)
+    journal.open(0, 0, {})
+    journal.record(1, 4, {"loss": 0.25})
+    journal.report("nothing")
+    journal.report("a picture of this process", everywhere=True)
+    assert lines == ["a picture of this process"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_code_usage():
+    quantizer = LFQ(4, 2)
+    usage = CodeUsage(quantizer, World())
+    usage.add(torch.tensor([[[0, 1], [2, 3]]]))
+    usage.add(torch.tensor([[[0, 1], [2, 3]]]))
+    assert usage.take() == pytest.approx({"ids_used": 1, "id_entropy": 1, "bit_entropy": 1})
+    usage.add(torch.tensor([[[1, 1], [1, 1]]]))
+    assert usage.take() == pytest.approx({"ids_used": 0.25, "id_entropy": 0, "bit_entropy": 0})
+    usage.add(torch.tensor([[[0, 1], [1, 0]]]))
+    assert usage.take() == pytest.approx({"ids_used": 0.5, "id_entropy": 0.5, "bit_entropy": 0.5})
+    assert usage.take() == {}
+    continuous = CodeUsage(Identity(4), World())
+    continuous.add(None)
+    assert continuous.take() == {}

@@ -1,0 +1,227 @@
+"""Lengths of training, the cut of a batch, µP, and what a step is said to cost."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowmo import Config, ConfigError, FlowMo, preset
+from flowmo.config import Span
+from flowmo.quantize import LFQ
+from flowmo.train.account import peak_flops, training_cost
+from flowmo.train.coordinates import coordinate_check
+from flowmo.train.optimizer import build_optimizer, clip_gradients, scale_initial_weights
+from flowmo.train.plan import BatchPlan, Position, Timetable
+from flowmo.train.stages import Draws, pretrain_loss
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "images"),
+    [
+        ("25.6M images", "25600000 images", 25_600_000),
+        (1300000, "1300000 steps", 1_300_000 * 128),
+        ("1_300_000", "1300000 steps", 1_300_000 * 128),
+        ("1e3", "1000 steps", 128_000),
+        ("40 epochs", "40 epochs", 40 * 1000),
+        ("0.5 epoch", "0.5 epochs", 500),
+        ("12.8k images", "12800 images", 12_800),
+        (0, "0 steps", 0),
+        ("0.001 steps", "0.001 steps", 1),
+    ],
+)
+def test_lengths_of_training(text, canonical, images):
+    assert Span(text) == canonical
+    assert Span(Span(text)) == canonical
+    assert Span(text).images(batch=128, epoch=1000) == images
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3", "5 pictures", "1e400 steps", "nan", "3 steps images"])
+def test_what_is_no_length(text):
+    with pytest.raises(ConfigError, match=r"trainer\.log_every=.* does not work"):
+        Config.from_dict({"trainer": {"log_every": text}})
+
+
+def test_the_authors_steps_are_converted():
+    config = preset("lo").override("trainer.max_steps=1300000", "opt.freeze_encoder_after=200000", "global_seed=3")
+    times = Timetable.of(config, 128, 1_281_167)
+    assert times.duration == Timetable.of(preset("lo"), 128, 1_281_167).duration == 166_400_000
+    assert times.freeze_encoder_after == Timetable.of(preset("lo"), 128, 1_281_167).freeze_encoder_after
+    assert config.trainer.seed == 3
+
+
+def test_steps_after_a_checkpoint_of_another_batch():
+    """The release's post-training: 25 000 steps of 64 after 1 300 000 of 128."""
+    config = preset("lo").override("trainer.max_steps=1325000")
+    times = Timetable.of(config, 64, 1_281_167, Position(1_300_000, 166_400_000))
+    assert times.duration == 166_400_000 + 25_000 * 64
+
+
+def test_what_is_due():
+    times = Timetable.of(Config().override("trainer.log_every=100 images", "trainer.sample_every=0"), 48, 1000)
+    assert [images for images in range(48, 500, 48) if times.due(times.log, images)] == [144, 240, 336, 432]
+    assert not any(times.due(times.sample, images) for images in range(48, 500, 48))
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "most", "expected"),
+    [
+        ([], 8, None, (8, 1, 16)),
+        ([], 1, None, (1, 1, 128)),
+        ([], 1, 50, (1, 4, 32)),
+        (["data.batch_size=16"], 4, None, (4, 1, 16)),
+        (["data.batch_size=16", "data.global_batch_size=32"], 4, None, (4, 1, 8)),
+        (["data.batch_size=8", "opt.n_grad_acc=2"], 8, None, (8, 2, 4)),
+        (["data.max_microbatch=5"], 4, 100, (4, 8, 4)),
+        ([], 4, 0.1, (4, 32, 1)),
+    ],
+)
+def test_the_cut_of_a_batch(settings, processes, most, expected):
+    plan = BatchPlan.of(Config().override(*settings), processes, most)
+    assert (plan.processes, plan.passes, plan.microbatch) == expected
+    assert plan.total == expected[0] * expected[1] * expected[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["data.global_batch_size=100"], r"100 does not divide among 8 .* data.global_batch_size=96 or .*=104"),
+        (["data.global_batch_size=4"], r"4 does not divide among 8 .* write data.global_batch_size=8$"),
+        (["opt.n_grad_acc=3"], r"opt.n_grad_acc=3 does not divide the 16 .* \[1, 2, 4, 8, 16\]"),
+    ],
+)
+def test_batches_that_cannot_be_cut(settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        BatchPlan.of(Config().override(*settings), 8)
+
+
+def test_draws_belong_to_places(tiny_config, images):
+    whole = Draws.of(tiny_config, images, range(10, 15))
+    parts = [Draws.of(tiny_config, images[i : i + 1], [10 + i]) for i in range(5)]
+    for one, many in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(one, torch.cat(many))
+    other = Draws.of(tiny_config.override("trainer.seed=1"), images, range(10, 15))
+    assert not torch.equal(whole.noise, other.noise)
+    many = Draws.of(tiny_config, images[:1].expand(4000, 3, 32, 32)[:, :, :1, :1], range(4000))
+    assert abs(float(many.keep.float().mean()) - 0.9) < 0.02
+    assert abs(float(many.t.mean()) - 0.5) < 0.02
+    assert abs(float(many.noise.std()) - 1) < 0.02
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient():
+    """LFQ's entropy of the mean distribution is not linear in the batch; ``whole_batch`` makes its gradient so."""
+    quantizer = LFQ(8, 4, entropy_weight=1.0)
+    code = (torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)) * 0.05).requires_grad_()
+
+    def loss(part, whole_batch):
+        return sum(quantizer(part, whole_batch).losses.values())
+
+    seen = []
+    whole = loss(code, lambda mean: seen.append(mean) or mean)
+    expected = torch.autograd.grad(whole, code)[0]
+    parts = [loss(part, lambda mean: seen[0]) for part in code.split(2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    torch.testing.assert_close(torch.autograd.grad(sum(parts) / 3, code)[0], expected)
+    alone = sum(sum(quantizer(part).losses.values()) for part in code.split(2)) / 3
+    assert not torch.allclose(torch.autograd.grad(alone, code)[0], expected, rtol=0.1)
+
+
+def test_gradients_are_clipped_to_a_length():
+    weights = [torch.zeros(3, requires_grad=True), torch.zeros(2, 2, requires_grad=True)]
+    for longest, scale in ((0.0, 1.0), (100.0, 1.0), (1.0, 1 / 5)):
+        weights[0].grad = torch.tensor([3.0, 0, 0])
+        weights[1].grad = torch.tensor([[0.0, 4], [0, 0]])
+        torch.testing.assert_close(clip_gradients(weights, longest), torch.tensor(5.0))
+        torch.testing.assert_close(weights[0].grad[0], torch.tensor(3.0 * scale))
+        torch.testing.assert_close(weights[1].grad[0, 1], torch.tensor(4.0 * scale))
+
+
+# µP
+
+
+@pytest.fixture
+def wide_config(tiny_config):
+    return tiny_config.override(
+        "model.enc_num_heads=2", "model.enc_hidden_size=64", "model.initial_gate=1", "opt.lpips_weight=0", "opt.lr=3e-3"
+    )
+
+
+def test_activations_keep_their_scale_over_widths(wide_config, images):
+    widths = (64, 128, 256, 512)
+    ours = coordinate_check(wide_config.override("opt.mup_base_width=128"), widths, images, seeds=(0, 1))
+    release = coordinate_check(wide_config.override("opt.mup_base_width=0"), widths, images, seeds=(0,))
+    assert set(ours.size) >= {"encoder code_out", "decoder picture_out", "decoder block 3"}
+    assert max(map(abs, ours.slopes(ours.size).values())) < 0.3, ours.slopes(ours.size)
+    # Where nothing scales with the width, the same steps move a wide network much further.
+    assert release.slopes(release.size)["encoder block 2"] > 0.4
+    assert release.slopes(release.size)["encoder code_out"] > 0.4
+
+
+def test_learning_rates_follow_the_width(tiny_config):
+    def scales(*settings):
+        tokenizer = FlowMo(tiny_config.override(*settings))
+        scale = {id(p): group["scale"] for group in build_optimizer(tokenizer).param_groups for p in group["params"]}
+        return {name: scale[id(p)] for name, p in tokenizer.named_parameters()}
+
+    ours = scales()  # decoder 64 wide, encoder 32, base 768
+    assert ours["decoder.blocks.0.picture.qkv.weight"] == ours["decoder.picture_out.weight"] == 12
+    assert ours["encoder.blocks.0.picture.qkv.weight"] == ours["encoder.code_out.weight"] == 24
+    for name in ("decoder.picture_in.weight", "decoder.blocks.0.picture.qkv.bias", "encoder.code_embedding"):
+        assert ours[name] == 1, name
+    for settings in (["opt.mup_base_width=0"], ["model.enable_mup=false"]):
+        assert set(scales(*settings).values()) == {1}
+
+
+def test_initial_weights_at_the_base_width_are_pytorchs(tiny_config):
+    config = tiny_config.override("model.enc_num_heads=2", "model.enc_hidden_size=64")
+    tokenizer = FlowMo(config.override("opt.mup_base_width=64"))
+    before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    scale_initial_weights(tokenizer)
+    assert all(torch.equal(value, before[name]) for name, value in tokenizer.state_dict().items())
+    quarter = FlowMo(config.override("opt.mup_base_width=16"))
+    quarter.load_state_dict(before)
+    scale_initial_weights(quarter)
+    after = quarter.state_dict()
+    torch.testing.assert_close(after["decoder.picture_out.weight"], before["decoder.picture_out.weight"] / 2)
+    torch.testing.assert_close(after["decoder.picture_out.bias"], before["decoder.picture_out.bias"] * 2)
+    torch.testing.assert_close(after["decoder.picture_in.weight"], before["decoder.picture_in.weight"])
+    torch.testing.assert_close(after["decoder.blocks.0.code.qkv.weight"], before["decoder.blocks.0.code.qkv.weight"])
+
+
+# Cost
+
+
+def test_flops_are_those_of_the_real_step(tiny_config, images):
+    config = tiny_config.override("opt.lpips_weight=0")
+    tokenizer = FlowMo(config)
+    draws = Draws.of(config, images, range(5))
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        pretrain_loss(tokenizer, images, draws, None).total.backward()
+    assert training_cost(config).flops == pytest.approx(counter.get_total_flops() / 5, rel=0.02)
+
+
+def test_costs_of_the_papers_presets():
+    """Lo, by hand: 3 × 2 FLOPs a weight and token, and attention over 4352 tokens in 24 blocks."""
+    cost = training_cost(preset("lo"))
+    assert 12e12 < cost.flops < 16e12
+    parameters = sum(p.numel() for p in FlowMo(preset("nano")).parameters())
+    nano = preset("nano").override("opt.lpips_weight=0")
+    assert training_cost(nano).state_bytes == 20 * parameters
+    kept = training_cost(nano).activation_bytes
+    recomputed = training_cost(nano.override("trainer.activation_checkpointing=true")).activation_bytes
+    assert recomputed < kept / 3
+    assert training_cost(nano, freeze_encoder=True).flops < training_cost(nano).flops
+    assert training_cost(preset("nano")).flops > 2 * training_cost(nano).flops  # LPIPS on VGG dwarfs it
+
+
+def test_pictures_that_fit():
+    cost = dataclasses.replace(training_cost(preset("nano")), state_bytes=10 * 2**30, activation_bytes=2**30)
+    assert cost.most_pictures(40 * 2**30) == 26
+    assert cost.most_pictures(20 * 2**30, shards=4) == 15
+    assert cost.most_pictures(2**30) == 1
+
+
+def test_peak_is_measured_where_no_sheet_is():
+    flops, source = peak_flops(torch.device("cpu"), False)
+    assert source == "measured"
+    assert flops > 1e9
