@@ -27,7 +27,7 @@ from flowmo.flow import DISTRIBUTIONS
 from flowmo.transformer import Shape, rotary_axes
 
 QUANTIZATION_TYPES = ("lfq", "kl", "noop")
-LPIPS_MODES = ("vgg", "alex")
+LPIPS_MODES = ("vgg", "alex", "resnet")
 PREDICTIONS = ("velocity", "picture")
 CODE_LAYOUTS = ("diagonal", "lattice")
 STATISTICS = ("batch", "process")
@@ -139,6 +139,13 @@ class ModelConfig:
     fix_initial_norms: bool = setting(
         True, "reset the norm of every block's weight matrices after each step", training=True
     )
+    posttrain_sample: bool = setting(
+        False, "stage 1B: the perceptual loss on samples through the whole chain, the encoder frozen", training=True
+    )
+    posttrain_sample_k: int = setting(8, "random steps of that chain", training=True)
+    posttrain_sample_enable_cfg: bool = setting(
+        False, "drop the code in a tenth of the chain's steps, as the release can", training=True
+    )
     ema_decay: float = setting(
         0.9999, "decay of the averaged weights over 128 images, a step of the paper", training=True
     )
@@ -161,7 +168,9 @@ class OptConfig:
     anchor: float = setting(0.0, "share of the training timesteps at exactly t = 1")
     loss_space: str = setting("velocity", "error that the flow loss squares: " + ", ".join(PREDICTIONS))
     lpips_weight: float = setting(0.1, "weight of the perceptual loss on the one-step estimate; 0 switches it off")
-    lpips_mode: str = setting("vgg", "network of the perceptual loss: " + ", ".join(LPIPS_MODES))
+    lpips_mode: str = setting(
+        "vgg", "perceptual loss, LPIPS on vgg or alex, or resnet's logits: " + ", ".join(LPIPS_MODES)
+    )
     perceptual_weights: str = setting("", "folder to look for its weights in, before FLOWMO_WEIGHTS")
     n_grad_acc: int = setting(0, "passes that a process cuts its part of a batch into; 0 is as few as fit")
     freeze_encoder_after: Span = setting(Span("25.6M images"), "when the encoder stops to learn")
@@ -523,7 +532,7 @@ def check(config: Config) -> None:
             require(
                 value > 0, f"{section}.{name}={value} must be at least 1" if section != "opt" else "opt.lr must be > 0"
             )
-    for name in ("enc_depth", "code_length", "context_dim", "codebook_size_for_entropy"):
+    for name in ("enc_depth", "code_length", "context_dim", "codebook_size_for_entropy", "posttrain_sample_k"):
         require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be at least 1")
     for prefix in ("", "enc_"):
         check_width(prefix, getattr(m, f"{prefix}hidden_size"), getattr(m, f"{prefix}num_heads"))

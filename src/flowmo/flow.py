@@ -36,6 +36,15 @@ def flow_loss(velocity: Tensor, x: Tensor, noise: Tensor, t: Tensor | None = Non
     return (error if t is None else t[:, None, None, None] * error).square().mean()
 
 
+def random_steps(uniform: Tensor) -> Tensor:
+    """Times of a chain of random steps from 1 to 0 (section 3.3): b × n uniform numbers -> b × (n + 1), descending.
+
+    Each step's share of the way is one of the numbers over their sum.
+    """
+    reached = uniform.cumsum(dim=1)
+    return 1 - torch.cat((torch.zeros_like(reached[:, :1]), reached), dim=1) / reached[:, -1:]
+
+
 def sample_timesteps(
     count: int, distribution: str, generator: torch.Generator | None = None, anchor: float = 0.0
 ) -> Tensor:

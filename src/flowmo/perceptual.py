@@ -1,7 +1,8 @@
-"""LPIPS, the perceptual distance of stage 1A's loss and of the report, and where its trained weights come from.
+"""Perceptual distances ``distance(x, y) -> b`` of pictures in [−1, 1], and where their trained weights come from.
 
-The network parts are those of the ``lpips`` package (v0.1 heads), defined here because that package needs
-torchvision, which the base install does without. Weights are looked for, in this order, in
+LPIPS is stage 1A's and the report's; the logits of a ResNet-50 are stage 1B's. LPIPS' network parts are those of the
+``lpips`` package (v0.1 heads), defined here because that package needs torchvision, which the base install does
+without. Weights are looked for, in this order, in
 
 1. the folder given by the caller (``opt.perceptual_weights``),
 2. the folder named by the environment variable ``FLOWMO_WEIGHTS``,
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
+from flowmo.resnet import ResNet50
 
 # (name, accepted file names, download address)
 BACKBONES = {
@@ -37,6 +40,12 @@ HEADS = {
     )
     for net in BACKBONES
 }
+
+RESNET = (
+    ("resnet50-0676ba61.pth", "resnet50_caffe.safetensors"),
+    "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+)
+"""torchvision's ImageNet V1 weights, the paper's; the original's, as Keras ships them, stand in where those are not."""
 
 # Convolution layers as (index in torchvision's ``features``, in, out, kernel, stride, padding); a new tap (a feature
 # map that the distance compares) follows the last layer of each row, and max-pooling lies between the rows marked so.
@@ -64,6 +73,11 @@ STD = (0.458, 0.448, 0.450)
 
 class WeightsNotFoundError(FlowMoError, FileNotFoundError):
     """Trained weights are in none of the places where they are looked for; the message says which file to put where."""
+
+
+def build_distance(mode: str, weights: str | Path | None = None) -> LPIPS | ResNetLogits:
+    """The distance that ``opt.lpips_mode`` names: ``vgg``, ``alex`` or ``resnet``."""
+    return ResNetLogits(weights) if mode == "resnet" else LPIPS(mode, weights)
 
 
 def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:
@@ -121,6 +135,11 @@ class LPIPS(nn.Module):
         self._build(net)
         return self
 
+    @property
+    def name(self) -> str:
+        """Which network this is, to be told with every result."""
+        return f"LPIPS ({self.net})"
+
     def _build(self, net: str) -> None:
         if net not in ARCHITECTURES:
             raise ValueError(f"unknown LPIPS network {net!r}; use vgg or alex")
@@ -167,3 +186,62 @@ class LPIPS(nn.Module):
         for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
             total = total + torch.einsum("bchw,c->bhw", (a - b).square(), head.weight.flatten().float()).mean((1, 2))
         return total
+
+
+class ResNetLogits(nn.Module):
+    """Mean squared difference of a ResNet-50's ImageNet logits, at 224 × 224 (section 3.3): ``distance(x, y) -> b``.
+
+    Frozen, and in the caller's precision, as ``LPIPS``.
+
+    Args:
+        weights: folder to look in first.
+        download: whether weights found nowhere may be downloaded.
+
+    Attributes:
+        name: which weights these are, to be told with every result.
+
+    Raises:
+        WeightsNotFoundError: see ``find_weights``.
+    """
+
+    SIDE = 224
+    IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    CAFFE_MEAN = (123.68, 116.779, 103.939)  # of 0…255; red, green, blue here, the network takes them backwards
+
+    def __init__(self, weights: str | Path | None = None, download: bool = True):
+        super().__init__()
+        path = find_weights(*RESNET, weights, download)
+        self._build(caffe=path.suffix == ".safetensors")
+        state = load_file(path) if self.caffe else torch.load(path, map_location="cpu", weights_only=True)
+        state = {name: value.float() for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        missing, unexpected = self.network.load_state_dict(state, strict=False)
+        if unexpected or [name for name in missing if not name.endswith("num_batches_tracked")]:
+            raise WeightsNotFoundError(f"{path}: not the weights of a ResNet-50")
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def blank(cls) -> ResNetLogits:
+        """The network with random weights, for accounts of its cost."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._build(caffe=False)
+        return self.eval().requires_grad_(False)
+
+    def _build(self, caffe: bool) -> None:
+        self.caffe = caffe
+        self.name = "resnet50 (Keras' weights, in the place of torchvision's)" if caffe else "resnet50 (torchvision)"
+        self.network = ResNet50(caffe)
+        mean = torch.tensor(self.CAFFE_MEAN) / 255 if caffe else torch.tensor(self.IMAGENET_MEAN)
+        std = torch.full((3,), 1 / 255) if caffe else torch.tensor(self.IMAGENET_STD)
+        self.register_buffer("mean", mean[:, None, None], persistent=False)
+        self.register_buffer("std", std[:, None, None], persistent=False)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Pictures b 3 h w in [−1, 1] -> float32 b 1000."""
+        x = F.interpolate(x / 2 + 0.5, (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
+        x = (x - self.mean) / self.std
+        return self.network(x.flip(1) if self.caffe else x).float()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of each pair of pictures, b 3 h w in [−1, 1] -> float32 b."""
+        return (self.logits(x) - self.logits(y)).square().mean(dim=1)

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import transformer
 from flowmo.config import Config, DataConfig, OptConfig, TrainerConfig
-from flowmo.perceptual import LPIPS
+from flowmo.perceptual import LPIPS, ResNetLogits
 from flowmo.quantize import alone
 from flowmo.tokenizer import FlowMo
 from flowmo.train.distributed import World, prepare
-from flowmo.train.stages import Draws, PretrainStage
+from flowmo.train.stages import Chain, Draws, Stage
 
 PEAKS = {
     "H200": 989e12,
@@ -41,7 +41,8 @@ class Cost:
     """Cost of training.
 
     Attributes:
-        flops: floating-point operations of matrix products and convolutions a picture, forward and backward.
+        flops: floating-point operations of matrix products and convolutions a picture, forward and backward. What
+            activation checkpointing computes again is not among them, what stage 1B's chain does is.
         state_bytes: weights, gradients, Adam's two moments and the averaged weights, whole.
         activation_bytes: what the forward pass keeps for the backward pass, a picture.
     """
@@ -57,7 +58,7 @@ class Cost:
 
 
 def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = True) -> Cost:
-    """Cost of stage 1A. Takes a few seconds and no memory to speak of.
+    """Cost of the stage that the settings name. Takes a few seconds and no memory to speak of.
 
     Args:
         freeze_encoder: of the time when the encoder no longer learns.
@@ -78,7 +79,7 @@ def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = Tr
 @cache
 def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
     # The counter knows the products of plain attention; the fused one does the same products and keeps less.
-    plain = replace(config, trainer=replace(config.trainer, enable_bfloat16=True))
+    plain = replace(config, trainer=replace(config.trainer, enable_bfloat16=True, activation_checkpointing=False))
     with FakeTensorMode(allow_non_fake_inputs=True):
         flops, _ = _forward_backward(plain, freeze_encoder)
         try:
@@ -93,10 +94,12 @@ def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
 
 def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]:
     """FLOPs of a step and the bytes that its forward pass keeps."""
-    perceptual = LPIPS.blank(config.opt.lpips_mode) if config.opt.lpips_weight else None
+    perceptual, mode = None, config.opt.lpips_mode
+    if config.opt.lpips_weight:
+        perceptual = ResNetLogits.blank() if mode == "resnet" else LPIPS.blank(mode)
     tokenizer = FlowMo(config)
-    tokenizer.encoder.requires_grad_(not freeze_encoder)
-    stage = prepare(PretrainStage(tokenizer, perceptual), World(), config.trainer)
+    tokenizer.encoder.requires_grad_(not (freeze_encoder or config.model.posttrain_sample))
+    stage = prepare(Stage(tokenizer, perceptual), World(), config.trainer)
     own = {p.untyped_storage()._cdata for module in (tokenizer, perceptual) for p in parameters_of(module)}
     kept: dict[int, Tensor] = {}
 
@@ -106,7 +109,9 @@ def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]
 
     side = config.data.image_size
     images = torch.empty(COUNTED, 3, side, side)
-    draws = Draws(torch.empty(COUNTED), torch.empty_like(images), torch.ones(COUNTED, dtype=torch.bool))
+    flags = torch.ones(COUNTED, config.model.posttrain_sample_k, dtype=torch.bool)
+    chain = Chain(images, torch.empty(COUNTED, config.model.posttrain_sample_k + 1), flags)
+    draws = Draws(torch.empty(COUNTED), images, flags[:, 0], chain)
     with FlopCounterMode(display=False) as counter:
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

@@ -30,7 +30,7 @@ from flowmo.config import Config
 from flowmo.data import Views, batches, open_source
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
-from flowmo.perceptual import LPIPS
+from flowmo.perceptual import build_distance
 from flowmo.pictures import to_picture
 from flowmo.quantize import WholeBatch, alone
 from flowmo.sharded import ShardedError
@@ -47,8 +47,8 @@ from flowmo.train.optimizer import (
     scale_initial_weights,
     set_learning_rate,
 )
-from flowmo.train.plan import BatchPlan, Position, Timetable
-from flowmo.train.stages import Draws, PretrainStage
+from flowmo.train.plan import PAPER_BATCH, BatchPlan, Position, Timetable
+from flowmo.train.stages import Draws, Stage
 from flowmo.train.usage import CodeUsage
 
 GRID_PICTURES = 8
@@ -93,12 +93,14 @@ class Run:
         self.plan = BatchPlan.of(config, world.size, self._most_pictures())
         self.perceptual = None
         if config.opt.lpips_weight:
-            self.perceptual = LPIPS(config.opt.lpips_mode, config.opt.perceptual_weights or None).to(self.device)
+            self.perceptual = build_distance(config.opt.lpips_mode, config.opt.perceptual_weights or None)
+            self.perceptual.to(self.device)
+            self.journal.report(f"perceptual loss: {self.perceptual.name}")
         torch.manual_seed(trainer.seed)
         self.tokenizer = FlowMo(config)
         scale_initial_weights(self.tokenizer)
         self.tokenizer.to(self.device)
-        self.stage = prepare(PretrainStage(self.tokenizer, self.perceptual), world, trainer)
+        self.stage = prepare(Stage(self.tokenizer, self.perceptual), world, trainer)
         self.optimizer = build_optimizer(self.tokenizer)
         self.norm_control = NormControl(self.tokenizer)
         self.average = Average(self.tokenizer, self.plan.total)
@@ -113,7 +115,7 @@ class Run:
         if found:
             self._go_on_from(found)
         elif resume_from:
-            self._restore(resume_from)
+            self._start_from(resume_from)
         self.times = Timetable.of(config, self.plan.total, len(self.source), Position(self.step, self.images))
 
     @property
@@ -183,7 +185,7 @@ class Run:
         )
         meter = Meter(self.world)
         while self.images < times.duration and not self.stopping:
-            if not self.frozen and self.images >= times.freeze_encoder_after:
+            if not self.frozen and (config.model.posttrain_sample or self.images >= times.freeze_encoder_after):
                 self.freeze_encoder()
                 module = synchronise(self.stage, self.world)
             meter.add(self._step(next(stream).to(self.device, non_blocking=True), module))
@@ -357,7 +359,7 @@ class Run:
             y = tokenizer.decode(tokenizer.encode(x))
         figures = {"held_out_psnr": float(psnr(x, y).mean())}
         if self.perceptual is not None:
-            figures["held_out_lpips"] = float(self.perceptual(x, y).mean())
+            figures["held_out_distance"] = float(self.perceptual(x, y).mean())
         path = self.journal.picture(self.step, to_picture(grid([x, y])))
         self.journal.record(self.step, self.images, figures)
         self.journal.report(f"step {self.step}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()) + f"  {path}")
@@ -370,7 +372,13 @@ class Run:
 
     def save(self) -> Path:
         """Write a checkpoint and drop the older ones that the settings do not keep; all processes together."""
-        facts = {"config": self.config.to_dict(), "step": self.step, "images": self.images, "skipped": self.skipped}
+        facts = {
+            "config": self.config.to_dict(),
+            "stage": self.stage_name,
+            "step": self.step,
+            "images": self.images,
+            "skipped": self.skipped,
+        }
         path = state.save(self.checkpoint_folder, self.step, self.state, facts, self.world)
         self.saved_at = self.step
         if self.world.main:
@@ -393,23 +401,49 @@ class Run:
             advice = f"remove it to go on from {found[-2]}" if len(found) > 1 else "it is the only one of this run"
             raise TrainingError(f"{error}; {advice}") from None
 
-    def _restore(self, path: Path) -> None:
+    @property
+    def stage_name(self) -> str:
+        return "posttrain" if self.config.model.posttrain_sample else "pretrain"
+
+    def _start_from(self, path: Path) -> None:
+        """Start with the weights and the position of another run's checkpoint, or of the authors'.
+
+        The same stage goes on with its optimizer; another stage starts that anew.
+        """
         if not path.is_dir() and not path.is_file():
             raise TrainingError(f"{path}: no such checkpoint")
         facts = state.read_facts(path)
-        if "flowmo" not in facts:
-            raise TrainingError(f"{path}: not a training checkpoint of flowmo, it has no optimizer state")
-        before, now = Config.from_dict(facts["config"]).architecture(), self.config.architecture()
+        if facts.get("flowmo") == state.FORMAT:
+            self._restore(path, optimizer=facts["stage"] == self.stage_name)
+            return
+        untold = ("code_length", "codebook_size_for_entropy", "enable_mup")  # by the shapes of weights
+        settings = tuple(f"model.{name}={getattr(self.config.model, name)}" for name in untold)
+        for part, ema in (("model", False), ("ema", True)):
+            config, weights = checkpoint.read(path, settings, ema)
+            self._check_same_model(path, config)
+            state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in weights.items()})
+        self.norm_control.remember()
+        self.step = int(facts.get("total_steps", 0))
+        self.images = self.step * PAPER_BATCH
+        self.journal.report(f"starting from the weights of {path}")
+
+    def _restore(self, path: Path, optimizer: bool = True) -> None:
+        facts = state.read_facts(path)
+        if facts.get("flowmo") != state.FORMAT:
+            raise TrainingError(f"{path}: not a training checkpoint of this version of flowmo")
+        self._check_same_model(path, Config.from_dict(facts["config"]))
+        state.restore(path, self.state, optimizer)
+        self.step, self.images, self.skipped = facts["step"], facts["images"], facts["skipped"]
+        self.journal.report(f"going on from {path}")
+
+    def _check_same_model(self, path: Path, config: Config) -> None:
+        before, now = config.architecture(), self.config.architecture()
         changed = [f"model.{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         if changed:
             raise TrainingError(
                 f"{path} is of a model with other settings: {', '.join(changed)}; use another --experiment-name, "
                 "or the settings it was started with"
             )
-        state.restore(path, self.state)
-        self.step, self.skipped = facts["step"], facts["skipped"]
-        self.images = facts["images"]
-        self.journal.report(f"going on from {path}")
 
 
 class FolderLock:

@@ -123,6 +123,10 @@ class NormControl:
             for name, module in getattr(tokenizer, net).blocks.named_modules()
             if isinstance(module, nn.Linear)
         }
+        self.remember()
+
+    def remember(self) -> None:
+        """Take the norms that the weights have now as those to keep."""
         norms = squared_norms(self.weights.values()).sqrt()
         self.state = {name: norm.clone() for name, norm in zip(self.weights, norms, strict=True)}
 

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flowmo import flow
 from flowmo.config import Config
-from flowmo.quantize import WholeBatch, alone
+from flowmo.quantize import Quantized, WholeBatch, alone
 from flowmo.sample import picture_seed
 from flowmo.tokenizer import FlowMo
 
@@ -20,12 +21,23 @@ NULL_CODE_SHARE = 0.1
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
+class Chain(NamedTuple):
+    """Random numbers of stage 1B's samples: noise b 3 h w, times b × (n + 1) from 1 to 0, and b × n, False where a
+    step's code is dropped."""
+
+    noise: Tensor
+    times: Tensor
+    keep: Tensor
+
+
 class Draws(NamedTuple):
-    """Random numbers of some pictures: timesteps b in [0, 1], noise b 3 h w, and b, False where the code is dropped."""
+    """Random numbers of some pictures: timesteps b in [0, 1], noise b 3 h w, and b, False where the code is dropped;
+    in stage 1B also those of their samples."""
 
     t: Tensor
     noise: Tensor
     keep: Tensor
+    chain: Chain | None = None
 
     @classmethod
     def of(cls, config: Config, images: Tensor, places: Sequence[int]) -> Draws:
@@ -34,16 +46,26 @@ class Draws(NamedTuple):
         They are a function of the seed and the place alone, so that neither an interruption, nor the number of
         processes, nor the cut of a batch into passes changes them. The noise is drawn where the pictures are.
         """
-        seeds = [picture_seed(config.trainer.seed, f"draws {place}") for place in places]
-        dropped = NULL_CODE_SHARE if config.model.enable_cfg else 0.0
-        t, noise, keep = [], [], []
-        for seed in seeds:
+        model, device = config.model, images.device
+        steps = model.posttrain_sample_k if model.posttrain_sample else 0
+        dropped = NULL_CODE_SHARE if model.enable_cfg else 0.0
+        dropped_in_chain = NULL_CODE_SHARE if model.posttrain_sample_enable_cfg else 0.0
+        rows = []
+        for place in places:
+            seed = picture_seed(config.trainer.seed, f"draws {place}")
             generator = torch.Generator().manual_seed(seed)
-            t.append(flow.sample_timesteps(1, config.opt.schedule, generator, config.opt.anchor))
-            keep.append(torch.rand(1, generator=generator) >= dropped)
-            on_device = torch.Generator(images.device).manual_seed(seed)
-            noise.append(torch.randn(images.shape[1:], generator=on_device, device=images.device))
-        return cls(torch.cat(t).to(images.device), torch.stack(noise), torch.cat(keep).to(images.device))
+            t = flow.sample_timesteps(1, config.opt.schedule, generator, config.opt.anchor)[0]
+            keep = torch.rand((), generator=generator) >= dropped
+            on_device = torch.Generator(device).manual_seed(seed)
+            noise = torch.randn(images.shape[1:], generator=on_device, device=device)
+            row = [t, noise, keep]
+            if steps:
+                start = torch.randn(images.shape[1:], generator=on_device, device=device)
+                times = flow.random_steps(torch.rand((1, steps), generator=generator))[0]
+                row += [start, times, torch.rand(steps, generator=generator) >= dropped_in_chain]
+            rows.append(row)
+        t, noise, keep, *chain = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+        return cls(t, noise, keep, Chain(*chain) if chain else None)
 
 
 class Loss(NamedTuple):
@@ -69,32 +91,80 @@ def pretrain_loss(
         whole_batch: see ``flowmo.quantize.Quantizer``.
         freeze_encoder: the encoder only encodes; it and the bottleneck get no gradient.
     """
-    x, t, noise, opt = images, draws.t, draws.noise, tokenizer.config.opt
     with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
-        quantized = tokenizer.quantizer(tokenizer.encoder(x), whole_batch)
-    x_t = flow.interpolate(x, noise, t)
-    decoder = tokenizer.decoder
-    velocity = decoder(x_t, decoder.embed_code(quantized.code, draws.keep), decoder.modulate(t)).float()
-    parts = {
-        "flow": flow.flow_loss(velocity, x, noise, t if opt.loss_space == "picture" else None),
-        **quantized.losses,
-    }
-    total = sum(parts.values())
+        quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
+    flow_loss, estimate = one_step(tokenizer, quantized.code, images, draws)
+    distances = {} if perceptual is None else {"lpips": perceptual(images, estimate()).mean()}
+    return _sum(tokenizer, quantized, flow_loss, distances)
+
+
+def posttrain_loss(
+    tokenizer: FlowMo,
+    images: Tensor,
+    draws: Draws,
+    perceptual: Distance | None,
+    whole_batch: WholeBatch = alone,
+    freeze_encoder: bool = True,
+) -> Loss:
+    """Stage 1B, section 3.3: the flow loss, and the distance of pictures to their samples through the whole chain.
+
+    Arguments as in ``pretrain_loss``; the encoder never learns. ``draws.chain`` holds the samples' steps and noise.
+    """
+    with torch.no_grad():
+        quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
+    flow_loss, _ = one_step(tokenizer, quantized.code, images, draws)
+    distances = {}
     if perceptual is not None:
-        parts["lpips"] = perceptual(x, flow.denoise(x_t, velocity, t)).mean()
-        total = total + opt.lpips_weight * parts["lpips"]
-    parts["loss"] = total
-    logged = {name: value.detach() for name, value in {**parts, **quantized.statistics}.items()}
-    return Loss(total, logged, quantized.ids)
+        sample = sample_chain(tokenizer, quantized.code, draws.chain)
+        distances["sample_distance"] = perceptual(images, sample).mean()
+    return _sum(tokenizer, quantized, flow_loss, distances)
 
 
-class PretrainStage(nn.Module):
-    """``pretrain_loss`` as a module, which is what DDP, FSDP2 and ``torch.compile`` wrap."""
+def one_step(tokenizer: FlowMo, code: Tensor, x: Tensor, draws: Draws) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The flow loss of pictures x noised to ``draws.t``, and the decoder's one-step estimate of them, b 3 h w."""
+    decoder, t = tokenizer.decoder, draws.t
+    x_t = flow.interpolate(x, draws.noise, t)
+    velocity = decoder(x_t, decoder.embed_code(code, draws.keep), decoder.modulate(t)).float()
+    weighted = t if tokenizer.config.opt.loss_space == "picture" else None
+    return flow.flow_loss(velocity, x, draws.noise, weighted), lambda: flow.denoise(x_t, velocity, t)
+
+
+def _sum(tokenizer: FlowMo, quantized: Quantized, flow_loss: Tensor, distances: dict[str, Tensor]) -> Loss:
+    parts = {"flow": flow_loss, **quantized.losses}
+    total = sum(parts.values()) + tokenizer.config.opt.lpips_weight * sum(distances.values())
+    logged = {**parts, **distances, "loss": total, **quantized.statistics}
+    return Loss(total, {name: value.detach() for name, value in logged.items()}, quantized.ids)
+
+
+def sample_chain(tokenizer: FlowMo, code: Tensor, chain: Chain, recompute: bool = True) -> Tensor:
+    """Pictures b 3 h w drawn from pure noise by one Euler step for each pair of ``chain.times``, differentiably.
+
+    Args:
+        code: quantized, b × tokens × channels.
+        recompute: keep only the state before each step, and run the step again in the backward pass; the memory of
+            the chain is then that of one step and ``n`` states.
+    """
+    decoder = tokenizer.decoder
+
+    def step(z: Tensor, code: Tensor, t: Tensor, t_next: Tensor, keep: Tensor) -> Tensor:
+        velocity = decoder(z, decoder.embed_code(code, keep), decoder.modulate(t)).float()
+        return z - (t - t_next)[:, None, None, None] * velocity
+
+    z = chain.noise
+    for i in range(chain.times.shape[1] - 1):
+        arguments = (z, code, chain.times[:, i], chain.times[:, i + 1], chain.keep[:, i])
+        z = checkpoint(step, *arguments, use_reentrant=False) if recompute else step(*arguments)
+    return z
+
+
+class Stage(nn.Module):
+    """The loss of the stage that the settings name, as a module: what DDP, FSDP2 and ``torch.compile`` wrap."""
 
     def __init__(self, tokenizer: FlowMo, perceptual: Distance | None):
         super().__init__()
         self.tokenizer = tokenizer
         self.others = (perceptual,)  # in a tuple, so that it is no part of what is trained, sharded and saved
+        self.loss = posttrain_loss if tokenizer.config.model.posttrain_sample else pretrain_loss
 
     def forward(
         self, images: Tensor, draws: Draws | None, whole_batch: WholeBatch = alone, freeze_encoder: bool = False
@@ -103,4 +173,4 @@ class PretrainStage(nn.Module):
         if draws is None:
             self.tokenizer.quantizer(self.tokenizer.encoder(images), whole_batch)
             return None
-        return pretrain_loss(self.tokenizer, images, draws, *self.others, whole_batch, freeze_encoder)
+        return self.loss(self.tokenizer, images, draws, *self.others, whole_batch, freeze_encoder)

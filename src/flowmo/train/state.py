@@ -141,22 +141,32 @@ def read_facts(path: Path) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name not in PARTS}
 
 
-def restore(path: Path, state: State) -> None:
-    """Read every tensor of a checkpoint into a run; all processes call this together.
+def restore(path: Path, state: State, optimizer: bool = True) -> None:
+    """Read every tensor of a checkpoint, or all but the optimizer's, into a run; all processes call this together.
 
     Raises:
         CheckpointError, ShardedError, StateError: damaged, or of another architecture. The run may be half restored.
     """
-    targets = state.tensors()
+    targets = {name: t for name, t in state.tensors().items() if optimizer or not name.startswith("optimizer.")}
     if path.is_dir():
         sharded.read_into(path, targets)
         return
     content = checkpoint.read_pth(path)
     found = {f"{part}.{name}": value for part in PARTS for name, value in content.get(part, {}).items()}
-    for name, target in targets.items():
-        if name not in found or found[name].shape != target.shape:
-            raise StateError(f"{path}: has no {name} of shape {tuple(target.shape)}; it is of another model or version")
-        value = found[name].to(target.device)
+    lacking = next((name for name in targets if name not in found), None)
+    if lacking:
+        raise StateError(f"{path}: has no {lacking}; it is of another model or version")
+    fill(path, targets, {name: found[name] for name in targets})
+
+
+def fill(path: Path, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors, from file ``path``, into those of a run by the same names, sharded or not."""
+    for name, value in values.items():
+        target = targets.get(name)
+        if target is None or target.shape != value.shape:
+            there = "no such tensor" if target is None else f"not {tuple(target.shape)}"
+            raise StateError(f"{path}: {name} is {tuple(value.shape)}, here {there}; it is of another model")
+        value = value.to(target.device, target.dtype)
         if isinstance(target, DTensor):
             value = distribute_tensor(value, target.device_mesh, target.placements)
         target.copy_(value)

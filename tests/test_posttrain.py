@@ -1,0 +1,180 @@
+"""Stage 1B: the chain of random steps, its gradients and its memory, and the command that trains it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SHARED, open_gates
+from test_checkpoint import release_file
+
+from flowmo import FlowMo, checkpoint, flow, load
+from flowmo.train.loop import Run, TrainingError
+from flowmo.train.stages import Chain, Draws, posttrain_loss, sample_chain
+
+
+def quiet(_):
+    pass
+
+
+def squared_distance(x, y):
+    return (x - y).square().mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def posttrained(tiny_config):
+    return tiny_config.override("model.posttrain_sample=true", "model.posttrain_sample_k=3", "opt.lpips_weight=0.01")
+
+
+def test_random_steps_lead_from_noise_to_picture():
+    times = flow.random_steps(torch.rand(50, 8, generator=torch.Generator().manual_seed(0)))
+    assert times.shape == (50, 9)
+    assert torch.equal(times[:, 0], torch.ones(50))
+    assert torch.allclose(times[:, -1], torch.zeros(50), atol=1e-6)
+    steps = -times.diff(dim=1)
+    assert (steps > 0).all()
+    assert steps.std() > 0.02  # every picture has steps of its own
+    torch.testing.assert_close(flow.random_steps(torch.ones(1, 4)), torch.tensor([[1, 0.75, 0.5, 0.25, 0]]))
+
+
+def test_the_chain_is_the_sampler(tiny, images):
+    """With its steps all equal, the chain draws what the linear sampler without guidance draws."""
+    codes = tiny.encode(images)
+    noise = torch.stack([torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(5)])
+    code = tiny.quantizer.code_from_ids(codes.ids)
+    chain = Chain(noise, flow.random_steps(torch.ones(5, 4)), torch.ones(5, 4, dtype=torch.bool))
+    drawn = sample_chain(tiny, code, chain)
+    from flowmo.sample import euler
+
+    def velocity(x, t):
+        return tiny.decoder(x, tiny.decoder.embed_code(code), tiny.decoder.modulate(torch.tensor([t])))
+
+    torch.testing.assert_close(drawn, euler(velocity, noise, [1, 0.75, 0.5, 0.25, 0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance_drop", [False, True])
+def test_recomputed_gradients_equal_kept_ones(posttrained, images, guidance_drop):
+    config = posttrained.override(f"model.posttrain_sample_enable_cfg={guidance_drop}".lower())
+    tokenizer = open_gates(FlowMo(config))
+    draws = Draws.of(config, images, range(5))
+    assert draws.chain.keep.all() or guidance_drop
+    code = tokenizer.quantizer.quantize(tokenizer.encoder(images))[0].detach()
+    gradients = []
+    for recompute in (False, True):
+        tokenizer.zero_grad()
+        squared_distance(images, sample_chain(tokenizer, code, draws.chain, recompute)).mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in tokenizer.decoder.named_parameters()})
+    assert all(value.abs().sum() > 0 for name, value in gradients[0].items() if "key_norm" not in name)
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_the_loss_is_its_parts(posttrained, images):
+    tokenizer = open_gates(FlowMo(posttrained))
+    draws = Draws.of(posttrained, images, range(5))
+    loss = posttrain_loss(tokenizer, images, draws, squared_distance)
+    loss.total.backward()
+    parts = loss.parts
+    entropy, commitment = (parts[name] for name in ("entropy", "codebook_entropy"))
+    assert torch.isfinite(entropy)
+    assert commitment > 0
+    with torch.no_grad():
+        quantized = tokenizer.quantizer(tokenizer.encoder(images))
+        drawn = sample_chain(tokenizer, quantized.code, draws.chain)
+    distance = squared_distance(images, drawn).mean()
+    torch.testing.assert_close(parts["sample_distance"], distance)
+    expected = parts["flow"] + sum(quantized.losses.values()) + 0.01 * distance
+    torch.testing.assert_close(loss.total.detach(), expected)
+    assert all(p.grad is None for p in tokenizer.encoder.parameters())
+    assert all(p.grad is not None for p in tokenizer.decoder.parameters())
+
+
+def test_dropped_steps_do_not_see_the_code(posttrained, images):
+    tokenizer = open_gates(FlowMo(posttrained))
+    chain = Draws.of(posttrained, images, range(5)).chain
+    codes = [torch.ones(5, 6, 8), -torch.ones(5, 6, 8)]
+    blind = chain._replace(keep=torch.zeros_like(chain.keep))
+    with torch.no_grad():
+        assert torch.equal(*(sample_chain(tokenizer, code, blind) for code in codes))
+        assert not torch.allclose(*(sample_chain(tokenizer, code, chain) for code in codes), atol=1e-3)
+
+
+@pytest.fixture
+def settings(tiny_config, tmp_path, picture_files):
+    (tmp_path / "pictures").mkdir()
+    for file in picture_files[:4]:
+        shutil.copy(file, tmp_path / "pictures")
+    return tiny_config.override(
+        f"data.train={tmp_path / 'pictures'}",
+        "data.global_batch_size=4",
+        "data.num_workers=0",
+        "opt.lpips_weight=0",
+        "trainer.max_steps=4",
+        "trainer.log_every=1",
+        "trainer.checkpoint_every=2",
+        "trainer.sample_every=0",
+        "trainer.enable_bfloat16=false",
+        "trainer.tensorboard=false",
+    )
+
+
+@pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs a trained ResNet-50 (../shared/weights)")
+def test_posttraining_goes_on_from_pretraining(settings, tmp_path, monkeypatch):
+    """The command's two stages: the second counts on from the first, resumes exactly, and moves the decoder only."""
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(SHARED / "weights"))
+    first = Run(settings, tmp_path / "first", report=quiet)
+    first.train()
+    second = settings.override(
+        "model.posttrain_sample=true",
+        "model.posttrain_sample_k=2",
+        "opt.lpips_mode=resnet",
+        "opt.lpips_weight=0.01",
+        "data.global_batch_size=2",
+        "trainer.max_steps=8",
+    )
+    lines = []
+    whole = Run(second, tmp_path / "whole", resume_from=first.checkpoints()[-1], report=lines.append)
+    assert (whole.step, whole.images) == (4, 16)
+    whole.train()
+    assert (whole.step, whole.images) == (8, 16 + 4 * 2)
+    assert any("resnet50" in line for line in lines)
+    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all("sample_distance" in record for record in records)
+    before, after = load(first.checkpoints()[-1], ema=False), load(whole.checkpoints()[-1], ema=False)
+    assert all(torch.equal(a, b) for a, b in zip(before.encoder.parameters(), after.encoder.parameters(), strict=True))
+    assert not torch.equal(before.decoder.picture_out.weight, after.decoder.picture_out.weight)
+    broken = second.override("trainer.max_steps=6")
+    Run(broken, tmp_path / "broken", resume_from=first.checkpoints()[-1], report=quiet).train()
+    Run(second, tmp_path / "broken", resume_from=first.checkpoints()[-1], report=quiet).train()
+    ours = checkpoint.read(sorted((tmp_path / "broken" / "checkpoints").glob("*.pth"))[-1], ema=False)[1]
+    assert all(torch.equal(value, ours[name]) for name, value in after.state_dict().items())
+
+
+def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
+    """It has no optimizer; weights, average, step and norms come from it."""
+    tiny = (
+        "model.mup_width=2",
+        "model.enc_mup_width=2",
+        "model.enc_depth=1",
+        "model.dec_depth=2",
+        "model.patch_size=4",
+    )
+    code = ("model.code_length=12", "model.context_dim=18", "model.codebook_size_for_entropy=9")
+    config = settings.override(*tiny, *code, "trainer.max_steps=7")
+    state = release_file(tmp_path / "flowmo_lo.pth", config)
+    run = Run(config, tmp_path / "run", resume_from=tmp_path / "flowmo_lo.pth", report=quiet)
+    assert (run.step, run.images) == (5, 5 * 128)
+    weight = state["decoder.time_in.in_layer.weight"]
+    assert torch.equal(run.tokenizer.decoder.time_in.weight, weight)
+    assert torch.equal(run.average.state["decoder.time_in.weight"], weight + 1)
+    qkv = run.tokenizer.decoder.blocks[0].picture.qkv.weight
+    torch.testing.assert_close(run.norm_control.state["decoder.blocks.0.picture.qkv.weight"], qkv.detach().norm())
+    run.train()
+    assert run.step == 7
+    with pytest.raises(TrainingError, match="other settings"):
+        Run(config.override("model.dec_depth=3"), tmp_path / "other", resume_from=tmp_path / "flowmo_lo.pth")
+
+
+def test_starting_from_nothing_is_refused(settings, tmp_path):
+    with pytest.raises(TrainingError, match=r"none\.pth: no such checkpoint"):
+        Run(settings, tmp_path / "run", resume_from=tmp_path / "none.pth", report=quiet)
