@@ -2,7 +2,7 @@
 
     python benchmarks/mup.py --data PICTURES --out docs/pictures/mup.png
 
-Takes about 25 minutes on two cores; ``--quick`` about one.
+Takes about ten minutes on two cores; ``--quick`` half of one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def main() -> None:
                 axis.plot(widths, scales[layer], "o-", label=layer)
             axis.set(xscale="log", yscale="log", xlabel="width", title=f"{name}: mean absolute {what} of activations")
             axis.set_xticks(widths, [str(w) for w in widths])
-            axis.minorticks_off()
+            axis.xaxis.minorticks_off()
+            axis.set_ylim(0.05, 30)
             axis.grid(alpha=0.3)
         of_size, of_change = checked.slopes(checked.size), checked.slopes(checked.change)
         for layer in of_size:

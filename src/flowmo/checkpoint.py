@@ -217,7 +217,14 @@ def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32
         )
     state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in tokenizer.state_dict().items()}
     # Machine paths of the training run are nobody else's business, and would make equal models unequal files.
-    paths = ("data.train", "data.train_index", "data.val", "data.val_index", "opt.perceptual_weights")
+    paths = (
+        "model.language_model",
+        "data.train",
+        "data.train_index",
+        "data.val",
+        "data.val_index",
+        "opt.perceptual_weights",
+    )
     config = tokenizer.config.override(*(f"{name}=" for name in paths))
     metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
     write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))

@@ -121,6 +121,10 @@ def info(arguments: argparse.Namespace) -> None:
     with torch.device("meta"):
         tokenizer = FlowMo(config)
     facts = describe(tokenizer)
+    if arguments.training:
+        from flowmo.train.account import describe_training
+
+        facts |= describe_training(config)
     if arguments.json:
         print(json.dumps(facts, indent=1))
         return
@@ -339,6 +343,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(info, "parameters, bits per pixel and passes of a preset or checkpoint")
     sub.add_argument("source", nargs="?", default="nano", help="preset, settings file, or weights (nano)")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--training", action="store_true", help="also say what training it costs, by arithmetic")
     sub.add_argument("--settings", dest="settings_too", action="store_true", help="also list every setting")
 
     sub = command(convert, "any checkpoint to .safetensors")

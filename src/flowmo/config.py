@@ -26,7 +26,7 @@ from flowmo.errors import FlowMoError
 from flowmo.flow import DISTRIBUTIONS
 from flowmo.transformer import Shape, rotary_axes
 
-QUANTIZATION_TYPES = ("lfq", "kl", "noop")
+QUANTIZATION_TYPES = ("lfq", "kl", "noop", "qwen2.5-coder-0.5b")
 LPIPS_MODES = ("vgg", "alex", "resnet")
 PREDICTIONS = ("velocity", "picture")
 CODE_LAYOUTS = ("diagonal", "lattice")
@@ -117,6 +117,11 @@ class ModelConfig:
     code_length: int = setting(256, "code tokens a picture")
     context_dim: int = setting(18, "channels of a code token; with lfq, its bits")
     quantization_type: str = setting("lfq", "bottleneck: " + ", ".join(QUANTIZATION_TYPES))
+    language_model: str = setting(
+        "",
+        "of an infill bottleneck: name on the Hub or folder of another language model than it is named after",
+        training=True,
+    )
     codebook_size_for_entropy: int = setting(9, "bits of a sub-token, the group over which lfq's entropies are taken")
     entropy_loss_weight: float = setting(
         0.0025, "weight of lfq's entropy loss (the release's; the paper prints 0.1)", training=True

@@ -6,13 +6,25 @@ from typing import TYPE_CHECKING
 
 from flowmo.quantize.contract import Quantized, Quantizer, WholeBatch, alone, check_ids
 from flowmo.quantize.identity import Identity
+from flowmo.quantize.infill import HUB_NAMES, Infill
 from flowmo.quantize.kl import KL
 from flowmo.quantize.lfq import LFQ
 
 if TYPE_CHECKING:
     from flowmo.config import ModelConfig
 
-__all__ = ["KL", "LFQ", "Identity", "Quantized", "Quantizer", "WholeBatch", "alone", "build_quantizer", "check_ids"]
+__all__ = [
+    "KL",
+    "LFQ",
+    "Identity",
+    "Infill",
+    "Quantized",
+    "Quantizer",
+    "WholeBatch",
+    "alone",
+    "build_quantizer",
+    "check_ids",
+]
 
 
 def build_quantizer(model: ModelConfig) -> Quantizer:
@@ -27,4 +39,6 @@ def build_quantizer(model: ModelConfig) -> Quantizer:
         "kl": lambda: KL(model.context_dim),
         "noop": lambda: Identity(model.context_dim),
     }
+    if model.quantization_type in HUB_NAMES:
+        return Infill(model.context_dim, model.language_model or model.quantization_type)
     return builders[model.quantization_type]()

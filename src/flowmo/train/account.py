@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from flowmo import transformer
 from flowmo.config import Config, DataConfig, OptConfig, TrainerConfig
 from flowmo.perceptual import LPIPS, ResNetLogits
 from flowmo.quantize import alone
+from flowmo.quantize.infill import HUB_NAMES
 from flowmo.tokenizer import FlowMo
 from flowmo.train.distributed import World, prepare
+from flowmo.train.plan import PAPER_BATCH, Timetable
 from flowmo.train.stages import Chain, Draws, Stage
 
 PEAKS = {
@@ -31,6 +34,9 @@ PEAKS = {
     "RTX 3090": 71e12,
 }
 """Dense bfloat16 FLOPs a second with float32 sums, from the makers' data sheets; the first name that matches counts."""
+
+IMAGENET = 1_281_167
+"""Training pictures of ImageNet-1K, for lengths in epochs."""
 
 COUNTED = 2
 """Pictures of the batch that is counted: with one, a product of tables could look like a product of the batch."""
@@ -64,9 +70,12 @@ def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = Tr
         freeze_encoder: of the time when the encoder no longer learns.
         fused: with attention in one kernel, as on a GPU; CPUs keep the tables of attention in bfloat16.
     """
+    model = config.model
+    if model.quantization_type in HUB_NAMES:  # its language model is not counted
+        model = replace(model, quantization_type="noop")
     relevant = Config(
         data=DataConfig(image_size=config.data.image_size),
-        model=config.model,
+        model=model,
         opt=OptConfig(lpips_weight=config.opt.lpips_weight, lpips_mode=config.opt.lpips_mode),
         trainer=TrainerConfig(
             enable_bfloat16=config.trainer.enable_bfloat16,
@@ -74,6 +83,25 @@ def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = Tr
         ),
     )
     return _training_cost(relevant, freeze_encoder, fused)
+
+
+def describe_training(config: Config) -> dict[str, Any]:
+    """What the run of ``config`` costs, by arithmetic: nothing here is measured."""
+    images = Timetable.of(config, PAPER_BATCH, IMAGENET).duration
+    thawed = min(Timetable.of(config, PAPER_BATCH, IMAGENET).freeze_encoder_after, images)
+    early, late = training_cost(config), training_cost(config, freeze_encoder=True)
+    recomputing = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
+    flops = thawed * early.flops + (images - thawed) * late.flops
+    return {
+        "training_images": images,
+        "tflop_per_image": round(early.flops / 1e12, 3),
+        "tflop_per_image_encoder_frozen": round(late.flops / 1e12, 3),
+        "exaflop_of_the_run": round(flops / 1e18, 1),
+        "gib_of_state": round(early.state_bytes / 2**30, 2),
+        "gib_of_activations_per_image": round(early.activation_bytes / 2**30, 3),
+        "gib_with_activation_checkpointing": round(training_cost(recomputing).activation_bytes / 2**30, 3),
+        "hours_on_8_h100_at_40_percent": round(flops / (8 * 0.4 * PEAKS["H100"]) / 3600, 1),
+    }
 
 
 @cache

@@ -1,0 +1,195 @@
+"""Every training command of the README of the authors' repository and its fork, as printed, made tiny.
+
+What is put right in them: two line continuations that are missing, and "..." for a checkpoint's path.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SHARED, TINY
+
+from flowmo import Config, load
+from flowmo.data import build_index
+from flowmo.train.state import listing
+
+WEIGHTS = SHARED / "weights"
+
+LO_PRETRAIN = r"""
+torchrun --nproc-per-node=8 -m flowmo.train \
+    --experiment-name "flowmo_lo_pretrain" \
+    model.context_dim=18 model.codebook_size_for_entropy=9 \
+    trainer.max_steps=1300000
+"""
+LO_POSTTRAIN = r"""
+torchrun --nproc-per-node=8 -m flowmo.train \
+    --experiment-name "flowmo_lo_posttrain" \
+    --resume-from-ckpt ... \
+    model.context_dim=18 model.codebook_size_for_entropy=9 \
+    trainer.max_steps=1325000 \
+    opt.lr=0.00005 \
+    data.batch_size=8 \
+    opt.n_grad_acc=2 \
+    model.posttrain_sample=true \
+    opt.lpips_mode='resnet' \
+    opt.lpips_weight=0.01 \
+    trainer.log_every=100 \
+    trainer.checkpoint_every=5000 \
+    trainer.keep_every=5000 \
+
+"""
+HI_KL_PRETRAIN = r"""
+torchrun --nproc-per-node=4 -m flowmo.train \
+    --experiment-name "flowmo_hi_kl_pretrain" \
+    model.context_dim=768 model.quantization_type=kl model.code_length=128 \
+    trainer.max_steps=400000
+"""
+QWEN_PRETRAIN = r"""
+torchrun -m flowmo.train \
+    --experiment-name "flowmo_qwen2.5-coder-0.5b_pretrain" \
+    --resume-from-ckpt "results/flowmo_qwen2.5-coder-0.5b_pretrain/checkpoints/00040000.pth" \
+    model.context_dim=896 model.quantization_type=qwen2.5-coder-0.5b model.code_length=128 \
+    trainer.max_steps=400000
+"""
+HI_PRETRAIN = r"""
+torchrun --nproc-per-node=4 -m flowmo.train \
+    --experiment-name "flowmo_hi_pretrain" \
+    model.context_dim=56 model.codebook_size_for_entropy=14 \
+    trainer.max_steps=400000
+"""
+HI_POSTTRAIN = LO_POSTTRAIN.replace("lo_posttrain", "hi_posttrain").replace("1325000", "825000")
+HI_POSTTRAIN = HI_POSTTRAIN.replace("context_dim=18", "context_dim=56").replace("entropy=9", "entropy=14")
+SMALLER_MODEL = LO_PRETRAIN.replace("trainer.max_steps", "model.patch_size=8 model.mup_width=4 trainer.max_steps")
+
+
+@pytest.fixture
+def place(tmp_path, picture_files):
+    """A working directory with the authors' tar and index, under the names that their settings have."""
+    import tarfile
+
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as tar:
+        for file in picture_files[:4]:
+            tar.add(file, f"n01440764_{file.name}")
+    (tmp_path / "imagenet_train_index_overall.json").write_text(
+        json.dumps(build_index(tmp_path / "ILSVRC2012_img_train.tar"))
+    )
+    return tmp_path
+
+
+def make_tiny(steps, batch=2):
+    """Overrides that leave every setting of a command's own as it is, but the length of the run and the widths."""
+    shape = {name: TINY["model"][name] for name in ("enc_depth", "dec_depth")}
+    return [
+        *(f"model.{name}={value}" for name, value in shape.items()),
+        *(f"model.{net}hidden_size=64" for net in ("", "enc_")),
+        *(f"model.{net}num_heads=2" for net in ("", "enc_")),
+        *("data.image_size=32", "data.num_workers=0"),
+        "data.imagenet_train_tar=ILSVRC2012_img_train.tar",
+        "data.imagenet_train_index=imagenet_train_index_overall.json",
+        *("trainer.tensorboard=false", "trainer.sample_every=0", f"data.global_batch_size={batch}"),
+        f"trainer.max_steps={steps}",
+        *([] if WEIGHTS.is_dir() else ["opt.lpips_weight=0"]),
+    ]
+
+
+def run(command, place, *tiny, resume=None):
+    """The command as a shell would read it, with two processes where it asks for more."""
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:1] == ["torchrun"]
+    words = [word if not word.startswith("--nproc") else "--nproc-per-node=2" for word in words[1:]]
+    if resume is not None:
+        words = [str(resume) if word == "..." else word for word in words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLOWMO_WEIGHTS": str(WEIGHTS)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, "--device", "cpu", *tiny],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "flowmo" in line or "rror" in line]
+    return done.stdout
+
+
+def checkpoints(place, name):
+    return listing(place / "results" / name / "checkpoints")
+
+
+needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs trained perceptual networks (../shared/weights)")
+
+
+@needs_weights
+@pytest.mark.parametrize(
+    ("size", "pretrain", "posttrain"),
+    [
+        ("lo", LO_PRETRAIN, LO_POSTTRAIN),
+        ("hi", HI_PRETRAIN, HI_POSTTRAIN),
+    ],
+)
+def test_pretraining_then_posttraining(place, size, pretrain, posttrain):
+    out = run(pretrain, place, *make_tiny(2))
+    assert "2 processes" in out
+    first = checkpoints(place, f"flowmo_{size}_pretrain")[-1]
+    assert first.stem == "00000002"
+    out = run(posttrain, place, *make_tiny(4, batch=4), resume=first)
+    assert "2 processes × 2 × 1" in out  # opt.n_grad_acc=2
+    assert "resnet50" in out
+    last = checkpoints(place, f"flowmo_{size}_posttrain")[-1]
+    assert last.stem == "00000004"
+    config = load(last).config
+    assert config.model.context_dim == (18 if size == "lo" else 56)
+    assert (config.opt.lr, config.opt.lpips_weight, config.model.posttrain_sample_k) == (5e-5, 0.01, 8)
+    assert config.trainer.keep_every == "5000 steps"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (HI_KL_PRETRAIN, "flowmo_hi_kl_pretrain"),
+        (SMALLER_MODEL, "flowmo_lo_pretrain"),
+    ],
+)
+def test_other_pretraining(place, command, name):
+    run(command, place, *make_tiny(1))
+    tokenizer = load(checkpoints(place, name)[-1])
+    if "kl" in name:
+        assert (tokenizer.config.model.quantization_type, tokenizer.code_length) == ("kl", 128)
+        assert tokenizer.config.model.context_dim == 768
+    else:
+        assert tokenizer.config.model.patch_size == 8
+
+
+def test_infill_pretraining(place):
+    """The checkpoint that the command names is one of its own folder, so it is made first."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 896, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 14}
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=40, num_key_value_heads=2, **shape))
+    model.save_pretrained(place / "qwen")
+    tiny = make_tiny(1, batch=1)
+    lines = QWEN_PRETRAIN.splitlines(keepends=True)
+    fresh = "".join(line for line in lines if "--resume-from-ckpt" not in line)
+    run(fresh, place, *tiny, "model.language_model=qwen")
+    run(QWEN_PRETRAIN, place, *tiny, "trainer.max_steps=2", "model.language_model=qwen")
+    assert checkpoints(place, "flowmo_qwen2.5-coder-0.5b_pretrain")[-1].stem == "00000002"
+
+
+def test_the_authors_settings_are_the_defaults():
+    """What the authors' base.yaml sets and ours means by the same names."""
+    config = Config().override(
+        *("global_seed=0", "model.enable_mup=True", "model.patch_size=4", "model.mup_width=6", "model.enc_mup_width=4"),
+        *("model.fix_initial_norms=True", "model.quantization_type=lfq", "model.code_length=256"),
+        *("model.context_dim=18", "model.codebook_size_for_entropy=9", "model.entropy_loss_weight=0.0025"),
+        *("model.commit_loss_weight=0.000625", "model.enc_depth=8", "model.dec_depth=16", "model.enable_cfg=True"),
+        *("model.ema_decay=0.9999", "model.posttrain_sample=False", "model.posttrain_sample_enable_cfg=False"),
+        *("model.posttrain_sample_k=8", "opt.lr=1.0e-4", "opt.schedule=fat_lognormal", "opt.freeze_encoder=False"),
+        *("opt.weight_decay=0.0", "opt.lpips_weight=0.1", "opt.lpips_mode=vgg", "opt.beta1=.9", "opt.beta2=.95"),
+        *("trainer.enable_bfloat16=True", "eval.sampling.sample_steps=25", "eval.sampling.schedule=pow_0.25"),
+        *("eval.sampling.cfg=1.5", "eval.sampling.cfg_interval=(.17,1.02)"),
+    )
+    assert config == Config()

@@ -1,0 +1,84 @@
+"""The infill bottleneck with a small Qwen2 of random weights, saved to disk as any other causal language model."""
+
+import pytest
+import torch
+
+from flowmo import FlowMo, load, save
+from flowmo.quantize.infill import Infill, LanguageModelError
+from flowmo.train.stages import Draws, pretrain_loss
+
+transformers = pytest.importorskip("transformers")
+CHANNELS = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen2")
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=40,
+        hidden_size=CHANNELS,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def code():
+    return torch.randn(2, 10, CHANNELS, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def test_a_span_is_replaced_and_the_rest_kept(folder, code):
+    filled = Infill(CHANNELS, str(folder)).fill_in(code, 4, 7)
+    assert filled.shape == code.shape
+    assert torch.equal(filled[:, :4], code[:, :4])
+    assert torch.equal(filled[:, 7:], code[:, 7:])
+    assert not torch.allclose(filled[:, 4:7], code[:, 4:7], atol=0.1)
+
+
+def test_the_span_sees_both_sides_and_gradients_flow(folder, code):
+    bottleneck = Infill(CHANNELS, str(folder))
+    filled = bottleneck.fill_in(code, 4, 7)
+    gradient = torch.autograd.grad(filled[0, 4].sum(), code)[0]
+    reached = gradient[0].abs().sum(dim=1) > 0
+    assert reached.tolist() == [True] * 5 + [False] * 2 + [True] * 3  # causal: not the span's later tokens
+    assert not gradient[1].any(), "pictures must not mix"
+    assert all(not parameter.requires_grad for parameter in bottleneck._model.parameters())
+
+
+def test_the_order_is_fill_in_the_middle(folder, code):
+    """Against the language model read by hand."""
+    model = transformers.AutoModel.from_pretrained(folder)
+    prefix, suffix, middle = model.get_input_embeddings()(torch.tensor([37, 38, 39]))[:, None].expand(-1, 2, -1)
+    marks = [mark[:, None] for mark in (prefix, suffix, middle)]
+    read = torch.cat((marks[0], code[:, :4], marks[1], code[:, 7:], marks[2], code[:, 4:7]), dim=1)
+    expected = model(inputs_embeds=read).last_hidden_state[:, -3:]
+    torch.testing.assert_close(Infill(CHANNELS, str(folder)).fill_in(code, 4, 7)[:, 4:7], expected)
+
+
+def test_training_and_loading(folder, tiny_config, images, tmp_path):
+    config = tiny_config.override(
+        "model.quantization_type=qwen2.5-coder-0.5b", f"model.context_dim={CHANNELS}", f"model.language_model={folder}"
+    )
+    tokenizer = FlowMo(config)
+    loss = pretrain_loss(tokenizer, images, Draws.of(config, images, range(5)), None)
+    loss.total.backward()
+    assert not [name for name in tokenizer.state_dict() if "embed_tokens" in name]
+    save(tokenizer, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    assert again.config.model.language_model == ""
+    decoded = again.decode(again.encode(images), steps=2)  # without a language model
+    assert decoded.shape == images.shape
+    with pytest.raises(TypeError, match="no ids"):
+        again.quantizer.code_from_ids(torch.zeros(1, 6, 1, dtype=torch.long))
+
+
+def test_language_models_that_do_not_fit(folder, code, tmp_path):
+    with pytest.raises(LanguageModelError, match=r"hidden size 16; write model\.context_dim=16, not 8"):
+        Infill(8, str(folder))(code[..., :8])
+    with pytest.raises(LanguageModelError, match="no such language model"):
+        Infill(CHANNELS, str(tmp_path))(code)
