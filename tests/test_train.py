@@ -345,3 +345,19 @@ def test_nothing_readable_at_all(config, tmp_path):
     (folder / "text.jpg").write_text("this is no picture")
     with pytest.raises(DataError, match=r"in a row cannot be read.*text\.jpg"):
         Run(config.override(f"data.train={folder}"), tmp_path / "run", report=quiet)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_train_alike(config, tmp_path):
+    """In a process of its own: what the compiler sets up in a process must not reach the other tests."""
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(config.override("trainer.max_steps=2", "trainer.log_every=1").to_json())
+    losses = []
+    for compiled in ("false", "true"):
+        command = [sys.executable, "-m", "flowmo.train", "--config", settings, "--results-dir", tmp_path]
+        command += ["--experiment-name", compiled, f"trainer.compile={compiled}", "--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / compiled / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

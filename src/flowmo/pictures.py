@@ -17,6 +17,8 @@ from flowmo.errors import FlowMoError
 
 MAX_PIXELS = 100_000_000
 DRAFT_MARGIN = 2
+ORIENTATION = 0x0112
+"""Number of EXIF's tag for how a picture is turned."""
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -67,7 +69,8 @@ def check_size(picture: Image.Image, name: str | Path = "picture") -> None:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """RGB as a viewer shows it: EXIF rotation applied, 16 bits scaled to 8, transparency over white."""
-    picture = ImageOps.exif_transpose(picture)
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         values = np.asarray(picture, dtype=np.float64)
         top = 65535 if picture.mode != "F" else max(float(values.max(initial=1.0)), 1.0)
@@ -76,7 +79,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+    picture.load()
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

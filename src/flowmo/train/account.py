@@ -87,8 +87,9 @@ def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = Tr
 
 def describe_training(config: Config) -> dict[str, Any]:
     """What the run of ``config`` costs, by arithmetic: nothing here is measured."""
-    images = Timetable.of(config, PAPER_BATCH, IMAGENET).duration
-    thawed = min(Timetable.of(config, PAPER_BATCH, IMAGENET).freeze_encoder_after, images)
+    times = Timetable.of(config, config.data.global_batch_size or PAPER_BATCH, IMAGENET)
+    images = times.duration
+    thawed = min(times.freeze_encoder_after, images)
     early, late = training_cost(config), training_cost(config, freeze_encoder=True)
     recomputing = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
     flops = thawed * early.flops + (images - thawed) * late.flops
