@@ -50,7 +50,8 @@ def base(photographs):
         "data.max_microbatch=4",
         "data.num_workers=0",
         "opt.lpips_weight=0",
-        "opt.lr=1e-4",
+        "opt.lr=2e-4",
+        "opt.mup_base_width=0",
         "opt.max_grad_norm=1",
         "opt.freeze_encoder_after=4 steps",
         "trainer.max_steps=6",
@@ -122,10 +123,14 @@ def test_two_processes_train_as_one(one, two, name):
         ):  # with the encoder frozen it is no loss any more, and each process logs its own
             ours, theirs = ours[:4], theirs[:4]
         torch.testing.assert_close(theirs, ours, rtol=2e-4, atol=2e-5, msg=lambda m, f=figure: f"{f}: {m}")
+    # Adam turns the rounding of a gradient near zero into a whole step, so weights are compared as a whole.
+    torch.manual_seed(0)
+    start = flowmo.FlowMo(one.config).state_dict()
     for ema in (False, True):
-        expected = last_weights(one.folder, ema)
-        for key, value in last_weights(two / name, ema).items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+        theirs, ours = last_weights(two / name, ema), last_weights(one.folder, ema)
+        apart = torch.cat([(theirs[key] - ours[key]).flatten() for key in ours]).norm()
+        moved = torch.cat([(start[key] - ours[key]).flatten() for key in ours]).norm()
+        assert apart < 0.05 * moved, (ema, apart, moved)
 
 
 def test_the_encoder_froze_in_all_of_them(one, two):
@@ -139,7 +144,9 @@ def test_the_encoder_froze_in_all_of_them(one, two):
 def test_entropies_a_process_alone_are_others(one, two):
     ours, theirs = logged(one.folder, "codebook_entropy"), logged(two / "statistics", "codebook_entropy")
     assert theirs[0] < ours[0] - 0.05  # half the pictures show less of the codebook
-    torch.testing.assert_close(logged(two / "statistics", "flow")[0], logged(one.folder, "flow")[0])
+    torch.testing.assert_close(
+        logged(two / "statistics", "flow")[0], logged(one.folder, "flow")[0], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

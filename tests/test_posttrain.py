@@ -75,15 +75,13 @@ def test_the_loss_is_its_parts(posttrained, images):
     loss = posttrain_loss(tokenizer, images, draws, squared_distance)
     loss.total.backward()
     parts = loss.parts
-    entropy, commitment = (parts[name] for name in ("entropy", "codebook_entropy"))
-    assert torch.isfinite(entropy)
-    assert commitment > 0
+    assert parts["codebook_entropy"] > 0
     with torch.no_grad():
         quantized = tokenizer.quantizer(tokenizer.encoder(images))
         drawn = sample_chain(tokenizer, quantized.code, draws.chain)
     distance = squared_distance(images, drawn).mean()
     torch.testing.assert_close(parts["sample_distance"], distance)
-    expected = parts["flow"] + sum(quantized.losses.values()) + 0.01 * distance
+    expected = parts["flow"] + 0.01 * distance  # the bottleneck's losses train nothing here
     torch.testing.assert_close(loss.total.detach(), expected)
     assert all(p.grad is None for p in tokenizer.encoder.parameters())
     assert all(p.grad is not None for p in tokenizer.decoder.parameters())

@@ -106,7 +106,9 @@ class Run:
         self.average = Average(self.tokenizer, self.plan.total)
         self.usage = CodeUsage(self.tokenizer.quantizer, world)
         self.step = self.images = self.skipped = self.skipped_in_a_row = 0
-        self.frozen = self.stopping = False
+        self.frozen = False
+        self.asked_to_stop = False  # this process, at any moment
+        self.stopping = False  # all of them, agreed on after a step
         self.saved_at = -1
         self.bad: set[str] = set()
         if world.main:
@@ -198,7 +200,7 @@ class Run:
             if times.due(times.checkpoint, self.images) or self.images >= times.duration:
                 with meter.paused():
                     self.save()
-            asked = self.stopping or (self.world.main and self.stop_file.exists())
+            asked = self.asked_to_stop or (self.world.main and self.stop_file.exists())
             self.stopping = self.world.any(asked)[0]
 
     def _describe(self) -> str:
@@ -218,8 +220,9 @@ class Run:
             return
 
         def stop(number: int, _: object) -> None:
-            self.stopping = True
-            signal.signal(number, before[number])
+            self.asked_to_stop = True
+            if number == signal.SIGINT:  # torchrun sends SIGTERM to a process and to its group: it comes twice
+                signal.signal(number, before[number])
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -89,13 +89,13 @@ def pretrain_loss(
     Args:
         perceptual: distance of pictures, b, applied to the one-step estimate (equation 6).
         whole_batch: see ``flowmo.quantize.Quantizer``.
-        freeze_encoder: the encoder only encodes; it and the bottleneck get no gradient.
+        freeze_encoder: the encoder only encodes, and the bottleneck's losses, which train nothing then, are left out.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
     flow_loss, estimate = one_step(tokenizer, quantized.code, images, draws)
     distances = {} if perceptual is None else {"lpips": perceptual(images, estimate()).mean()}
-    return _sum(tokenizer, quantized, flow_loss, distances)
+    return _sum(tokenizer, {} if freeze_encoder else quantized.losses, flow_loss, distances, quantized)
 
 
 def posttrain_loss(
@@ -117,7 +117,7 @@ def posttrain_loss(
     if perceptual is not None:
         sample = sample_chain(tokenizer, quantized.code, draws.chain)
         distances["sample_distance"] = perceptual(images, sample).mean()
-    return _sum(tokenizer, quantized, flow_loss, distances)
+    return _sum(tokenizer, {}, flow_loss, distances, quantized)
 
 
 def one_step(tokenizer: FlowMo, code: Tensor, x: Tensor, draws: Draws) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -129,8 +129,14 @@ def one_step(tokenizer: FlowMo, code: Tensor, x: Tensor, draws: Draws) -> tuple[
     return flow.flow_loss(velocity, x, draws.noise, weighted), lambda: flow.denoise(x_t, velocity, t)
 
 
-def _sum(tokenizer: FlowMo, quantized: Quantized, flow_loss: Tensor, distances: dict[str, Tensor]) -> Loss:
-    parts = {"flow": flow_loss, **quantized.losses}
+def _sum(
+    tokenizer: FlowMo,
+    losses: dict[str, Tensor],
+    flow_loss: Tensor,
+    distances: dict[str, Tensor],
+    quantized: Quantized,
+) -> Loss:
+    parts = {"flow": flow_loss, **losses}
     total = sum(parts.values()) + tokenizer.config.opt.lpips_weight * sum(distances.values())
     logged = {**parts, **distances, "loss": total, **quantized.statistics}
     return Loss(total, {name: value.detach() for name, value in logged.items()}, quantized.ids)
