@@ -239,7 +239,7 @@ def kill_family(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill through Linux' /proc")
-@pytest.mark.parametrize(("parallel", "kills", "steps", "longest"), [("ddp", 20, 240, 0.5), ("fsdp", 8, 30, 2.5)])
+@pytest.mark.parametrize(("parallel", "kills", "steps", "longest"), [("ddp", 20, 240, 0.5), ("fsdp", 6, 30, 2.5)])
 def test_kills_at_random_moments_lose_nothing(base, tmp_path, parallel, kills, steps, longest):
     """Two processes under torchrun, all killed at random moments, many of them inside a save."""
     config = base.override(

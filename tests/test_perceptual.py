@@ -1,7 +1,12 @@
 import pytest
 import torch
+from conftest import SHARED
 
-from flowmo.perceptual import LPIPS, WeightsNotFoundError, find_weights
+from flowmo.perceptual import LPIPS, RESNET, ResNetLogits, WeightsNotFoundError, build_distance, find_weights
+from flowmo.pictures import read_picture, to_tensor
+from flowmo.resnet import ResNet50
+
+EVALUATION = SHARED / "data" / "eval_256"
 
 
 @pytest.fixture(params=["alex", "vgg"])
@@ -62,6 +67,57 @@ def test_equals_the_lpips_package(trained_weights, pair, monkeypatch):
         assert not missing.unexpected_keys
         expected = theirs(*pair).flatten()
         assert (ours(*pair) - expected).abs().max() < 1e-5
+
+
+# ResNet logits
+
+
+@pytest.fixture
+def resnet(trained_weights):
+    if not any((trained_weights / name).is_file() for name in RESNET[0]):
+        pytest.skip(f"needs a trained ResNet-50: {' or '.join(RESNET[0])} in the folder named by FLOWMO_WEIGHTS")
+    return ResNetLogits(trained_weights, download=False)
+
+
+@pytest.mark.skipif(not EVALUATION.is_dir(), reason="needs photographs of known classes (../shared/data/eval_256)")
+def test_resnet_knows_what_it_sees(resnet):
+    """Photographs whose file names start with their ImageNet class."""
+    files = sorted(EVALUATION.glob("*.jpg"))[::25]
+    images = torch.stack([to_tensor(read_picture(file)) for file in files])
+    with torch.no_grad():
+        found = resnet.logits(images).argmax(dim=1)
+    right = sum(int(file.name.split("_")[0]) == int(label) for file, label in zip(files, found, strict=True))
+    assert right >= 0.8 * len(files)
+    assert "resnet50" in resnet.name
+
+
+def test_resnet_distance(resnet, pair):
+    x, y = pair
+    assert resnet(x, x).abs().max() == 0
+    assert resnet(x, y).shape == (2,)
+    torch.testing.assert_close(resnet(x, y), (resnet.logits(x) - resnet.logits(y)).square().mean(dim=1))
+    y = y.requires_grad_()
+    resnet(x, y).sum().backward()
+    assert y.grad.isfinite().all()
+    assert y.grad.abs().sum() > 0
+    assert all(not p.requires_grad for p in resnet.parameters())
+
+
+def test_resnet_equals_torchvisions(pair):
+    """The same random weights in both; torchvision's own are found by its name for them."""
+    torchvision = pytest.importorskip("torchvision")
+    theirs = torchvision.models.resnet50(weights=None).eval()
+    ours = ResNet50().eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url == RESNET[1]
+
+
+def test_distances_by_the_name_of_the_setting(trained_weights, resnet):
+    assert [build_distance(mode, trained_weights).name for mode in ("vgg", "alex")] == ["LPIPS (vgg)", "LPIPS (alex)"]
+    assert build_distance("resnet", trained_weights).name == resnet.name
 
 
 def test_unknown_network():
