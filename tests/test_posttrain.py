@@ -8,7 +8,8 @@ import torch
 from conftest import SHARED, open_gates
 from test_checkpoint import release_file
 
-from flowmo import FlowMo, checkpoint, flow, load
+from flowmo import ConfigError, FlowMo, checkpoint, flow, load
+from flowmo.train.guard import Guard
 from flowmo.train.loop import Run, TrainingError
 from flowmo.train.stages import Chain, Draws, posttrain_loss, sample_chain
 
@@ -176,3 +177,58 @@ def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
 def test_starting_from_nothing_is_refused(settings, tmp_path):
     with pytest.raises(TrainingError, match=r"none\.pth: no such checkpoint"):
         Run(settings, tmp_path / "run", resume_from=tmp_path / "none.pth", report=quiet)
+
+
+# The guard against reward hacking
+
+
+@pytest.mark.parametrize(("metric", "values", "best"), [("psnr", [1, 3, 2, 3, 1], 1), ("lpips", [3, 1, 2, 1, 4], 1)])
+def test_the_best_is_remembered(metric, values, best):
+    guard = Guard(metric, patience=3)
+    assert [guard.judge(step, value) for step, value in enumerate(values)] == [True, True, False, False, False]
+    assert (guard.step, guard.value) == (best, values[best])
+    assert guard.exhausted
+    again = Guard(metric, patience=4)
+    again.restore(guard.facts())
+    assert (again.step, again.since, again.exhausted) == (best, 3, False)
+    other = Guard("psnr" if metric == "lpips" else "lpips")
+    other.restore(guard.facts())
+    assert other.step is None
+
+
+def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
+    """A learning rate that destroys the model: the first checkpoint stays the best, and patience runs out."""
+    config = settings.override(
+        f"data.val={settings.data.train}",
+        "eval.pictures=2",
+        "eval.sampling.sample_steps=2",
+        "trainer.best_metric=psnr",
+        "trainer.patience=2",
+        "trainer.keep_last=1",
+        "trainer.checkpoint_every=1",
+        "trainer.max_steps=40",
+        "model.ema_decay=0",
+        "opt.lr=1e-9",
+    )
+    lines = []
+    Run(config.override("trainer.max_steps=1"), tmp_path / "run", report=quiet).train()
+    worse = config.override("opt.lr=0.3", "opt.mup_base_width=0")
+    run = Run(worse, tmp_path / "run", report=lines.append)
+    run.train()
+    assert run.step < 40
+    assert "ended early, best checkpoint" in lines[-1]
+    kept = [int(path.stem) for path in run.checkpoints()]
+    assert kept == [run.guard.step, run.step]
+    assert (tmp_path / "run" / "guard.png").stat().st_size > 1000
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    judged = {record["step"]: record["eval_psnr"] for record in records if "eval_psnr" in record}
+    assert max(judged, key=judged.get) == run.guard.step
+    assert run.step == run.guard.step + 2
+    again = Run(worse, tmp_path / "run", report=quiet)
+    again.train()
+    assert again.step == run.step, "an ended run stays ended"
+
+
+def test_a_guard_needs_held_out_pictures(settings):
+    with pytest.raises(ConfigError, match=r"needs held-out pictures; write data\.val"):
+        settings.override("trainer.best_metric=psnr")

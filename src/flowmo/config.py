@@ -33,6 +33,7 @@ CODE_LAYOUTS = ("diagonal", "lattice")
 STATISTICS = ("batch", "process")
 EMA_UPDATES = ("every_step", "release")
 PARALLEL = ("ddp", "fsdp")
+BEST_METRICS = ("", "psnr", "lpips")
 MAX_YAML_BYTES = 1 << 20
 
 
@@ -197,6 +198,10 @@ class TrainerConfig:
     keep_every: Span = setting(Span("25.6M images"), "period of checkpoints that are kept for good; 0 keeps none")
     tensorboard: bool = setting(True, "write TensorBoard's files beside metrics.jsonl, where it is installed")
     wandb_project: str = setting("", "Weights & Biases project to send the metrics to; empty sends nothing")
+    best_metric: str = setting(
+        "", "figure on data.val by which checkpoints are judged and the best is kept: psnr or lpips; empty judges none"
+    )
+    patience: int = setting(0, "checkpoints in a row without a better one that end the run; 0 never does")
     max_skipped_steps: int = setting(10, "steps in a row without a finite loss and gradient that end the run")
     seed: int = setting(0, "seed of the weights, the order of the pictures and the noise")
 
@@ -212,6 +217,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
+    pictures: int = setting(200, "held-out pictures, spread over all, that a checkpoint is judged on")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -557,6 +563,9 @@ def check(config: Config) -> None:
     choose("model.entropy_statistics", m.entropy_statistics, STATISTICS)
     choose("model.ema_update", m.ema_update, EMA_UPDATES)
     choose("trainer.parallel", t.parallel, PARALLEL)
+    choose("trainer.best_metric", t.best_metric, BEST_METRICS)
+    require(not t.best_metric or bool(d.val), "trainer.best_metric needs held-out pictures; write data.val=PICTURES")
+    require(config.eval.pictures > 0, f"eval.pictures={config.eval.pictures} must be at least 1")
     for name in ("duration", "log_every", "checkpoint_every"):
         span = getattr(t, name)
         require(span.amount > 0, f"trainer.{name}={span} must be longer than nothing")
@@ -584,6 +593,7 @@ def check(config: Config) -> None:
         ("data.global_batch_size", d.global_batch_size),
         ("data.batch_size", d.batch_size),
         ("data.max_microbatch", d.max_microbatch),
+        ("trainer.patience", t.patience),
     ):
         require(value >= 0, f"{name}={value} must not be negative; 0 switches it off")
     require(0 <= t.seed < 2**63, f"trainer.seed={t.seed} must be a whole number from 0 to 2^63 − 1")

@@ -30,7 +30,8 @@ from flowmo.config import Config
 from flowmo.data import Views, batches, open_source
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
-from flowmo.perceptual import build_distance
+from flowmo.evaluate.reconstruction import evaluate
+from flowmo.perceptual import LPIPS, build_distance
 from flowmo.pictures import to_picture
 from flowmo.quantize import WholeBatch, alone
 from flowmo.sharded import ShardedError
@@ -38,6 +39,7 @@ from flowmo.tokenizer import FlowMo
 from flowmo.train import state
 from flowmo.train.account import peak_flops, training_cost
 from flowmo.train.distributed import World, accumulating, prepare, synchronise
+from flowmo.train.guard import Guard, plot
 from flowmo.train.journal import Journal
 from flowmo.train.optimizer import (
     Average,
@@ -104,6 +106,8 @@ class Run:
         self.optimizer = build_optimizer(self.tokenizer)
         self.norm_control = NormControl(self.tokenizer)
         self.average = Average(self.tokenizer, self.plan.total)
+        self.guard = Guard(trainer.best_metric, trainer.patience)
+        self.judge = LPIPS("alex").to(self.device) if world.main and trainer.best_metric == "lpips" else None
         self.usage = CodeUsage(self.tokenizer.quantizer, world)
         self.step = self.images = self.skipped = self.skipped_in_a_row = 0
         self.frozen = False
@@ -169,6 +173,10 @@ class Run:
                 if self.saved_at != self.step:
                     self.save()
                 self.journal.report(f"stopped at step {self.step}; the same command goes on from here")
+            if self.guard.metric and self.guard.step is not None:
+                early = "ended early, " if self.guard.exhausted else ""
+                best = f"held-out {self.guard.metric} {self.guard.value:.4f}"
+                self.journal.report(f"{early}best checkpoint: step {self.guard.step}, {best}")
         finally:
             self.journal.close()
 
@@ -186,7 +194,7 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
         meter = Meter(self.world)
-        while self.images < times.duration and not self.stopping:
+        while self.images < times.duration and not self.stopping and not self.guard.exhausted:
             if not self.frozen and (config.model.posttrain_sample or self.images >= times.freeze_encoder_after):
                 self.freeze_encoder()
                 module = synchronise(self.stage, self.world)
@@ -199,6 +207,7 @@ class Run:
                     self._sample()
             if times.due(times.checkpoint, self.images) or self.images >= times.duration:
                 with meter.paused():
+                    self._judge()
                     self.save()
             asked = self.asked_to_stop or (self.world.main and self.stop_file.exists())
             self.stopping = self.world.any(asked)[0]
@@ -346,16 +355,39 @@ class Run:
         rates = {"learning_rate": self.times.rate(self.config.opt, self.images)}
         self.journal.record(self.step, self.images, {**system, **rates, **counts, **means, **usage})
 
-    @torch.no_grad()
-    def _sample(self) -> None:
-        """Held-out pictures through the averaged weights: a grid (originals above) and their figures."""
+    def _averaged(self) -> FlowMo | None:
+        """A tokenizer of the averaged weights in the main process, ``None`` in the others; all call this together."""
         weights = {
             name: value.full_tensor() if isinstance(value, DTensor) else value
             for name, value in self.average.state.items()
         }
-        if not self.world.main:
+        return checkpoint.build(self.config, weights).to(self.device) if self.world.main else None
+
+    def _judge(self) -> None:
+        """Measure the averaged weights on held-out pictures, and remember whether they are the best so far."""
+        if not self.guard.metric:
             return
-        tokenizer = checkpoint.build(self.config, weights).to(self.device)
+        tokenizer, value = self._averaged(), 0.0
+        if tokenizer is not None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.trainer.enable_bfloat16):
+                report = evaluate(tokenizer, self.config.data.val, limit=self.config.eval.pictures, lpips=self.judge)
+            figures = {"eval_psnr": report.psnr}
+            if report.lpips_alex is not None:
+                figures["eval_lpips"] = report.lpips_alex
+            value = figures[f"eval_{self.guard.metric}"]
+            self.journal.record(self.step, self.images, figures)
+            plot(self.folder, self.guard.metric)
+        value = self.world.agree(value)
+        better = self.guard.judge(self.step, value)
+        best = "the best so far" if better else f"the best is step {self.guard.step} with {self.guard.value:.4f}"
+        self.journal.report(f"step {self.step}  held-out {self.guard.metric} {value:.4f}, {best}")
+
+    @torch.no_grad()
+    def _sample(self) -> None:
+        """Held-out pictures through the averaged weights: a grid (originals above) and their figures."""
+        tokenizer = self._averaged()
+        if tokenizer is None:
+            return
         x = self.held_out
         tokenizer.chunk_size = len(x)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.trainer.enable_bfloat16):
@@ -381,12 +413,13 @@ class Run:
             "step": self.step,
             "images": self.images,
             "skipped": self.skipped,
+            **self.guard.facts(),
         }
         path = state.save(self.checkpoint_folder, self.step, self.state, facts, self.world)
         self.saved_at = self.step
         if self.world.main:
             for old in self.checkpoints()[: -self.config.trainer.keep_last]:
-                if not self._kept(int(old.stem)):
+                if not self._kept(int(old.stem)) and int(old.stem) != self.guard.step:
                     state.remove(old)
         return path
 
@@ -418,6 +451,7 @@ class Run:
         facts = state.read_facts(path)
         if facts.get("flowmo") == state.FORMAT:
             self._restore(path, optimizer=facts["stage"] == self.stage_name)
+            self.guard = Guard(self.guard.metric, self.guard.patience)  # the best of this run, not of that
             return
         untold = ("code_length", "codebook_size_for_entropy", "enable_mup")  # by the shapes of weights
         settings = tuple(f"model.{name}={getattr(self.config.model, name)}" for name in untold)
@@ -437,6 +471,7 @@ class Run:
         self._check_same_model(path, Config.from_dict(facts["config"]))
         state.restore(path, self.state, optimizer)
         self.step, self.images, self.skipped = facts["step"], facts["images"], facts["skipped"]
+        self.guard.restore(facts)
         self.journal.report(f"going on from {path}")
 
     def _check_same_model(self, path: Path, config: Config) -> None:
