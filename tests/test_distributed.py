@@ -16,7 +16,7 @@ import torch
 
 import flowmo
 from flowmo import Config, checkpoint, sharded
-from flowmo.train.distributed import join
+from flowmo.train.distributed import DistributedError, join
 from flowmo.train.loop import Run, TrainingError
 from flowmo.train.state import StateError, listing
 
@@ -367,3 +367,18 @@ def test_a_folder_of_something_else_is_no_checkpoint(base, two, tmp_path):
     (path / "run.json").unlink()
     with pytest.raises(StateError, match="not a training checkpoint"):
         Run(base, tmp_path / "run", resume_from=path, report=quiet)
+
+
+def test_processes_that_cannot_meet(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(DistributedError, match="process 0 of 2 cannot meet the others"), join("cpu"):
+        pass
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": str(torch.cuda.device_count())}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match="has no GPU of its own"), join("cuda"):
+        pass

@@ -289,9 +289,14 @@ def seed(text: str) -> int:
 
 def device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
+        if torch.device(text).type == "cuda":  # asked, not touched: eight processes would all settle on the first GPU
+            there = torch.cuda.is_available() and (torch.device(text).index or 0) < torch.cuda.device_count()
+        else:
+            there = torch.empty(0, device=text) is not None
     except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"no device {text!r} on this machine") from None
+        there = False
+    if not there:
+        raise argparse.ArgumentTypeError(f"no device {text!r} on this machine")
     return text
 
 

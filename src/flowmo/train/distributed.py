@@ -91,7 +91,7 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
         group: connect even a process that is alone, which FSDP2 needs.
 
     Raises:
-        DistributedError: more processes on a machine than it has GPUs.
+        DistributedError: more processes on a machine than it has GPUs, or they cannot meet.
     """
     size, rank, place = (
         int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
@@ -111,7 +111,13 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     start = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": rank, "world_size": size}
-    dist.init_process_group(backend, timeout=TIMEOUT, **start)
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT, **start)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise DistributedError(
+            f"process {rank} of {size} cannot meet the others ({reason}); start it with torchrun"
+        ) from None
     try:
         yield world
     finally:
