@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import SHARED
 
+from flowmo.evaluate.inception import FeatureNetworkError, import_torchvision
 from flowmo.perceptual import LPIPS, RESNET, ResNetLogits, WeightsNotFoundError, build_distance, find_weights
 from flowmo.pictures import read_picture, to_tensor
 from flowmo.resnet import ResNet50
@@ -51,9 +52,17 @@ def test_gradient_is_finite_where_features_are_all_zero(distance):
     assert flat.grad.isfinite().all()
 
 
+def torchvision_or_skip():
+    try:
+        return import_torchvision()
+    except FeatureNetworkError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:The parameter 'pretrained'", "ignore:Arguments other than a weight enum")
 def test_equals_the_lpips_package(trained_weights, pair, monkeypatch):
-    """The published implementation on the same weights; it needs torchvision, so this runs only where that imports."""
-    pytest.importorskip("torchvision")
+    """The published implementation on the same weights."""
+    torchvision_or_skip()
     lpips = pytest.importorskip("lpips")
     for net in ("alex", "vgg"):
         ours = LPIPS(net, trained_weights, download=False)
@@ -105,7 +114,7 @@ def test_resnet_distance(resnet, pair):
 
 def test_resnet_equals_torchvisions(pair):
     """The same random weights in both; torchvision's own are found by its name for them."""
-    torchvision = pytest.importorskip("torchvision")
+    torchvision = torchvision_or_skip()
     theirs = torchvision.models.resnet50(weights=None).eval()
     ours = ResNet50().eval()
     ours.load_state_dict(theirs.state_dict())

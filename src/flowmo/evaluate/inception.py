@@ -1,0 +1,96 @@
+"""The feature network of the FID: Inception of 2015-12-05, ported from TensorFlow by ``torch-fidelity``.
+
+``torch-fidelity`` needs torchvision. A torchvision built for CUDA, which is what package indices hold, does not import
+beside a torch without it, because two of its operators are then never registered; ``import_torchvision`` registers
+their names first. Nothing here calls them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from flowmo.errors import FlowMoError
+from flowmo.perceptual import find_weights
+from flowmo.pictures import to_bytes
+
+WEIGHTS = (
+    ("weights-inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pth"),
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+)
+OPERATORS = ("nms", "qnms")
+
+
+class FeatureNetworkError(FlowMoError, RuntimeError):
+    """A feature network that cannot be had; the message says what to install, or which file to put where."""
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, also one that was built for CUDA beside a torch that was not.
+
+    Raises:
+        FeatureNetworkError: it is not installed, or does not import for another reason.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except ImportError:
+        raise FeatureNetworkError("this needs torchvision: pip install 'flowmo[evaluate]'") from None
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise FeatureNetworkError(f"torchvision does not import: {' '.join(str(error).split())[:150]}") from None
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in OPERATORS:
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import_torchvision.library = library  # type: ignore[attr-defined]  # the names last as long as this object
+    return importlib.import_module("torchvision")
+
+
+class FIDInception(nn.Module):
+    """Pictures to the 2048 features that FIDs are taken over, and to the 1008 logits of Inception Scores.
+
+    Args:
+        weights: folder to look in first; then ``FLOWMO_WEIGHTS``, the torch hub cache, a download.
+        download: whether weights found nowhere may be downloaded.
+
+    Attributes:
+        name: to be told with every result.
+        channels: 2048.
+        has_logits: whether the weights came with their classifier; some copies of the network lack it.
+
+    Raises:
+        FeatureNetworkError: ``torch-fidelity`` or torchvision is missing, or the file is not this network's.
+        WeightsNotFoundError: the weights are nowhere.
+    """
+
+    name = "Inception 2015-12-05 (TensorFlow's, ported by torch-fidelity)"
+    channels = 2048
+
+    def __init__(self, weights: str | Path | None = None, download: bool = True):
+        super().__init__()
+        import_torchvision()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError:
+            raise FeatureNetworkError("this needs torch-fidelity: pip install 'flowmo[evaluate]'") from None
+        path = find_weights(*WEIGHTS, weights, download)
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run code from the file
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+            )
+        except (pickle.UnpicklingError, RuntimeError, OSError, KeyError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise FeatureNetworkError(f"{path}: not the weights of FID's Inception ({reason})") from None
+        self.has_logits = bool(self.network.fc.weight.any())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images: b 3 h w in [−1, 1], rounded to 8 bits as files are -> features b × 2048, logits b × 1008; float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            features, logits = self.network(to_bytes(images))
+        return features, logits
