@@ -1,16 +1,18 @@
 # Needs Python 3.11 or newer and make. Everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
+TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint format clean
 
-# The pinned torch first: the index's plain release, or a local CPU wheel where there is one. What follows accepts it.
+# The pinned torch first: the index's plain release, or a local CPU wheel where there is one. Named again, or torchvision
+# would bring the newest torch of its own.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FlowMo needs Python 3.11 or newer, not " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(TORCH)
 	touch $@
 
 demo: $(VENV)/installed  ## real photographs to a few hundred bytes of token ids and back
