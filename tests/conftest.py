@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from flowmo import Config, FlowMo
+from flowmo.torchvision_import import import_torchvision
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -40,6 +42,16 @@ def open_gates(tokenizer: FlowMo) -> FlowMo:
             if "modulation" in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return tokenizer
+
+
+def write_language_model(path: Path, **shape: int) -> None:
+    """A Qwen2 of random weights, saved as any other causal language model is; skips where transformers is missing."""
+    if find_spec("torchvision"):
+        import_torchvision()
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(vocab_size=40, **shape)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SHARED, TINY
+from conftest import SHARED, TINY, write_language_model
 
 from flowmo import Config, load
 from flowmo.data import build_index
@@ -166,11 +166,8 @@ def test_other_pretraining(place, command, name):
 
 def test_infill_pretraining(place):
     """The checkpoint that the command names is one of its own folder, so it is made first."""
-    transformers = pytest.importorskip("transformers")
-    shape = {"hidden_size": 896, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 14}
-    torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=40, num_key_value_heads=2, **shape))
-    model.save_pretrained(place / "qwen")
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
+    write_language_model(place / "qwen", hidden_size=896, intermediate_size=64, num_hidden_layers=1, **heads)
     tiny = make_tiny(1, batch=1)
     lines = QWEN_PRETRAIN.splitlines(keepends=True)
     fresh = "".join(line for line in lines if "--resume-from-ckpt" not in line)

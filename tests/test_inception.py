@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowmo.evaluate.inception import WEIGHTS, FeatureNetworkError, FIDInception, import_torchvision
+from flowmo.evaluate.inception import WEIGHTS, FeatureNetworkError, FIDInception
+from flowmo.torchvision_import import import_torchvision
 
 if importlib.util.find_spec("torch_fidelity") is None:
     pytest.skip("needs torch-fidelity", allow_module_level=True)

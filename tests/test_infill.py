@@ -1,29 +1,24 @@
 """The infill bottleneck with a small Qwen2 of random weights, saved to disk as any other causal language model."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import write_language_model
 
 from flowmo import FlowMo, load, save
 from flowmo.quantize.infill import Infill, LanguageModelError
 from flowmo.train.stages import Draws, pretrain_loss
 
-transformers = pytest.importorskip("transformers")
 CHANNELS = 16
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("qwen2")
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=40,
-        hidden_size=CHANNELS,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    write_language_model(path, hidden_size=CHANNELS, intermediate_size=32, num_hidden_layers=2, **heads)
     return path
 
 
@@ -52,7 +47,9 @@ def test_the_span_sees_both_sides_and_gradients_flow(folder, code):
 
 def test_the_order_is_fill_in_the_middle(folder, code):
     """Against the language model read by hand."""
-    model = transformers.AutoModel.from_pretrained(folder)
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder)
     prefix, suffix, middle = model.get_input_embeddings()(torch.tensor([37, 38, 39]))[:, None].expand(-1, 2, -1)
     marks = [mark[:, None] for mark in (prefix, suffix, middle)]
     read = torch.cat((marks[0], code[:, :4], marks[1], code[:, 7:], marks[2], code[:, 4:7]), dim=1)
@@ -75,6 +72,12 @@ def test_training_and_loading(folder, tiny_config, images, tmp_path):
     assert decoded.shape == images.shape
     with pytest.raises(TypeError, match="no ids"):
         again.quantizer.code_from_ids(torch.zeros(1, 6, 1, dtype=torch.long))
+
+
+def test_a_fresh_process_loads_it(folder):
+    """transformers imports torchvision where there is one, which may need a hand; here the tests have given it."""
+    program = f"from flowmo.quantize.infill import load_language_model as load; load({str(folder)!r}, {CHANNELS})"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_language_models_that_do_not_fit(folder, code, tmp_path):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import SHARED
 
-from flowmo.evaluate.inception import FeatureNetworkError, import_torchvision
 from flowmo.perceptual import LPIPS, RESNET, ResNetLogits, WeightsNotFoundError, build_distance, find_weights
 from flowmo.pictures import read_picture, to_tensor
 from flowmo.resnet import ResNet50
+from flowmo.torchvision_import import TorchvisionError, import_torchvision
 
 EVALUATION = SHARED / "data" / "eval_256"
 
@@ -55,7 +55,7 @@ def test_gradient_is_finite_where_features_are_all_zero(distance):
 def torchvision_or_skip():
     try:
         return import_torchvision()
-    except FeatureNetworkError as error:
+    except TorchvisionError as error:
         pytest.skip(str(error))
 
 

@@ -1,16 +1,9 @@
-"""The feature network of the FID: Inception of 2015-12-05, ported from TensorFlow by ``torch-fidelity``.
-
-``torch-fidelity`` needs torchvision. A torchvision built for CUDA, which is what package indices hold, does not import
-beside a torch without it, because two of its operators are then never registered; ``import_torchvision`` registers
-their names first. Nothing here calls them.
-"""
+"""The feature network of the FID: Inception of 2015-12-05, ported from TensorFlow by ``torch-fidelity``."""
 
 from __future__ import annotations
 
-import importlib
 import pickle
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -18,36 +11,16 @@ from torch import Tensor, nn
 from flowmo.errors import FlowMoError
 from flowmo.perceptual import find_weights
 from flowmo.pictures import to_bytes
+from flowmo.torchvision_import import import_torchvision
 
 WEIGHTS = (
     ("weights-inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pth"),
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
 )
-OPERATORS = ("nms", "qnms")
 
 
 class FeatureNetworkError(FlowMoError, RuntimeError):
     """A feature network that cannot be had; the message says what to install, or which file to put where."""
-
-
-def import_torchvision() -> ModuleType:
-    """torchvision, also one that was built for CUDA beside a torch that was not.
-
-    Raises:
-        FeatureNetworkError: it is not installed, or does not import for another reason.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except ImportError:
-        raise FeatureNetworkError("this needs torchvision: pip install 'flowmo[evaluate]'") from None
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise FeatureNetworkError(f"torchvision does not import: {' '.join(str(error).split())[:150]}") from None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in OPERATORS:
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import_torchvision.library = library  # type: ignore[attr-defined]  # the names last as long as this object
-    return importlib.import_module("torchvision")
 
 
 class FIDInception(nn.Module):
@@ -63,7 +36,8 @@ class FIDInception(nn.Module):
         has_logits: whether the weights came with their classifier; some copies of the network lack it.
 
     Raises:
-        FeatureNetworkError: ``torch-fidelity`` or torchvision is missing, or the file is not this network's.
+        TorchvisionError: torchvision is missing.
+        FeatureNetworkError: ``torch-fidelity`` is missing, or the file is not this network's.
         WeightsNotFoundError: the weights are nowhere.
     """
 
