@@ -18,9 +18,10 @@ import torch
 
 import flowmo
 from flowmo.config import Config
+from flowmo.distributed import World
 from flowmo.perceptual import LPIPS
 from flowmo.train.account import peak_flops, training_cost
-from flowmo.train.distributed import World, prepare
+from flowmo.train.distributed import prepare
 from flowmo.train.loop import machine_memory, used_memory
 from flowmo.train.optimizer import Average, NormControl, build_optimizer, clip_gradients
 from flowmo.train.stages import Draws, Stage

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from flowmo import Config
-from flowmo.train.distributed import join
+from flowmo.distributed import join
 from flowmo.train.loop import Run
 
 base, runs, results = (Path(word) for word in sys.argv[1:])

@@ -7,8 +7,10 @@ from PIL import Image
 
 import flowmo
 from flowmo.checkpoint import BUNDLED
+from flowmo.data import open_source
 from flowmo.evaluate.figures import psnr
-from flowmo.evaluate.reconstruction import evaluate
+from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
+from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import LPIPS
 from flowmo.pictures import resize_and_crop, to_tensor
 
@@ -59,7 +61,8 @@ def test_figures_of_the_model_card(nano, trained_weights):
     """A sample of the held-out set lands where the card says the whole of it does."""
     if not HELD_OUT.is_dir():
         pytest.skip("needs ../shared/data/imagenette_128/val")
-    report = evaluate(nano, HELD_OUT, limit=100, lpips=LPIPS("alex", trained_weights, download=False))
+    judges = Judges(lpips_alex=LPIPS("alex", trained_weights, download=False))
+    report = Summary.of("nano", measure(FlowMoReconstructor(nano), open_source(HELD_OUT), 128, judges, limit=100), 128)
     card = (BUNDLED / "nano.md").read_text()
     stated = {row.split("|")[1].strip(): row.split("|")[2] for row in card.splitlines() if row.startswith("| ")}
     mean, spread = (float(word) for word in stated["PSNR (dB)"].replace("±", " ").split())

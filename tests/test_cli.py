@@ -121,7 +121,17 @@ def test_train_then_evaluate(capsys, tmp_path, picture_files, tiny_config):
     assert "images/s" in out
     trained = tmp_path / "results" / "t" / "checkpoints" / "00000002.pth"
     status, out, _ = run(
-        capsys, "evaluate", folder, "--model", trained, "--limit", 3, "--steps", 1, "--no-lpips", "--json"
+        capsys,
+        "evaluate",
+        folder,
+        "--model",
+        trained,
+        "--limit",
+        3,
+        "--steps",
+        1,
+        "--no-lpips",
+        *("--features", "none", "--json"),
     )
     assert status == 0
     report = json.loads(out)
@@ -132,7 +142,8 @@ def test_train_then_evaluate(capsys, tmp_path, picture_files, tiny_config):
 
 def test_evaluate_with_lpips(capsys, weights, trained_weights, picture_files, monkeypatch):
     monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
-    status, out, _ = run(capsys, "evaluate", picture_files[0].parent, "--model", weights, "--limit", 2, "--steps", 1)
+    words = ("evaluate", picture_files[0].parent, "--model", weights, "--features", "none")
+    status, out, _ = run(capsys, *words, "--limit", 2, "--steps", 1)
     assert status == 0
     assert "LPIPS" in out
 

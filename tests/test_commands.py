@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import SHARED, TINY, write_language_model
 
 from flowmo import Config, load

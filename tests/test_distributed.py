@@ -16,7 +16,7 @@ import torch
 
 import flowmo
 from flowmo import Config, checkpoint, sharded
-from flowmo.train.distributed import DistributedError, join
+from flowmo.distributed import DistributedError, join
 from flowmo.train.loop import Run, TrainingError
 from flowmo.train.state import StateError, listing
 

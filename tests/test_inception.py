@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowmo.evaluate.inception import WEIGHTS, FeatureNetworkError, FIDInception
+from flowmo.evaluate.features import FeatureNetworkError
+from flowmo.evaluate.inception import WEIGHTS, FIDInception
 from flowmo.torchvision_import import import_torchvision
 
 if importlib.util.find_spec("torch_fidelity") is None:
@@ -47,13 +48,15 @@ def test_torchvision_imports_beside_any_torch():
 def test_features(folder):
     network = FIDInception(folder, download=False)
     images = torch.rand(3, 3, 40, 50, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    features, logits = network(images)
-    assert features.shape == (3, network.channels)
-    assert logits.shape == (3, 1008)
-    assert features.std() > 0
-    torch.testing.assert_close(network(images[1:2])[0], features[1:2], rtol=1e-3, atol=1e-4)
+    features = network(images)
+    assert features.pooled.shape == (3, network.channels)
+    assert features.pooled.std() > 0
+    assert features.logits is None, "these weights come without a classifier"
+    assert features.spatial.shape == (3, 2023)
+    assert features.spatial.std() > 0
+    torch.testing.assert_close(network(images[1:2]).pooled, features.pooled[1:2], rtol=1e-3, atol=1e-4)
     # Pictures are seen as the 8-bit files that they would be.
-    torch.testing.assert_close(network(images + 1e-4)[0], features, rtol=0.2, atol=0.2)
+    torch.testing.assert_close(network(images + 1e-4).pooled, features.pooled, rtol=0.2, atol=0.2)
 
 
 def test_files_that_are_not_this_network(tmp_path):

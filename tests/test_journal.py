@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from flowmo.distributed import World
 from flowmo.quantize import LFQ, Identity
-from flowmo.train.distributed import World
 from flowmo.train.journal import Journal, JournalError
 from flowmo.train.usage import CodeUsage
 

@@ -21,10 +21,9 @@ import flowmo
 from flowmo import checkpoint, codec, sample
 from flowmo.codec import CodecError
 from flowmo.config import FIELDS, PRESETS, Config
-from flowmo.data import build_index, default_index
+from flowmo.data import build_index, default_index, open_source
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
-from flowmo.perceptual import LPIPS
 from flowmo.pictures import read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
 from flowmo.tokenizer import FlowMo
 
@@ -196,7 +195,7 @@ def index(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Stage 1A on a folder or tar of pictures."""
-    from flowmo.train.distributed import join
+    from flowmo.distributed import join
     from flowmo.train.loop import Run
 
     config = flowmo.preset(arguments.preset)
@@ -211,30 +210,32 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """PSNR and LPIPS over a folder of pictures."""
-    from flowmo.evaluate.reconstruction import evaluate
+    """How close reconstructions come to a folder of pictures: PSNR, SSIM, LPIPS, rFID, bits per pixel."""
+    from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
+    from flowmo.evaluate.summary import Summary
 
+    source = open_source(arguments.folder)
     tokenizer = load(arguments)
-    lpips = None if arguments.no_lpips else LPIPS("alex").to(tokenizer.device)
-    report = evaluate(
-        tokenizer,
-        arguments.folder,
+    judges, missing = Judges.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
+    candidate = FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance)
+    side, steps = tokenizer.config.data.image_size, arguments.steps or tokenizer.config.eval.sampling.sample_steps
+    measured = measure(
+        candidate,
+        source,
+        side,
+        judges.to(tokenizer.device),
         limit=arguments.limit,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        lpips=lpips,
+        device=tokenizer.device,
+        enlarge=arguments.enlarge,
         progress=progress_bar("evaluating"),
     )
+    summary = Summary.of(arguments.model, measured, side, judges.features)
     if arguments.json:
-        print(json.dumps(report.as_dict(), indent=1))
+        print(json.dumps({**summary.as_dict(), "steps": steps, "seed": arguments.seed}, indent=1))
         return
-    print(f"{report.pictures} pictures, short side resized to {tokenizer.config.data.image_size}, central square")
-    print(f"{report.bits_per_pixel:.4f} bits per pixel, {report.steps} steps, seed {report.seed}")
-    print(f"PSNR   {report.psnr:.2f} dB  (standard deviation over pictures {report.psnr_spread:.2f})")
-    if report.lpips_alex is not None:
-        print(
-            f"LPIPS  {report.lpips_alex:.4f}  AlexNet (standard deviation over pictures {report.lpips_alex_spread:.4f})"
-        )
+    print(f"{summary.pictures} pictures, short side resized to {side}, central square; {steps} steps")
+    print("\n".join(summary.lines()))
+    print("\n".join(missing), file=sys.stderr)
 
 
 # Shared by commands
@@ -373,14 +374,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume-from-ckpt", type=Path, help="training checkpoint to start from")
     sub.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
 
-    sub = command(evaluate, "PSNR and LPIPS over a folder of pictures")
-    sub.add_argument("folder", type=Path, help="folder of pictures, or a .tar with its index")
+    sub = command(evaluate, "PSNR, SSIM, LPIPS and rFID over a folder of pictures")
+    sub.add_argument(
+        "folder", type=Path, help="pictures: folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT"
+    )
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
-    sub.add_argument("--steps", type=positive, help="Euler steps from noise to picture (the model's own)")
-    sub.add_argument("--seed", type=seed, default=0, help="seed of the noise (0)")
-    sub.add_argument("--no-lpips", action="store_true", help="PSNR only, which needs no trained network")
+    sub.add_argument("--no-lpips", action="store_true", help="leave LPIPS out, which needs trained networks")
+    features = "network of the Fréchet distance; auto takes FID's Inception where its weights are (auto)"
+    sub.add_argument("--features", choices=("auto", "inception", "resnet", "none"), default="auto", help=features)
+    sub.add_argument("--enlarge", action="store_true", help="take pictures smaller than the crop too")
     sub.add_argument("--json", action="store_true", help="print JSON")
-    with_model(sub)
+    with_model(sub), with_sampling(sub)
     return parser
 
 

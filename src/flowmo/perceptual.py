@@ -236,11 +236,15 @@ class ResNetLogits(nn.Module):
         self.register_buffer("mean", mean[:, None, None], persistent=False)
         self.register_buffer("std", std[:, None, None], persistent=False)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Pictures b 3 h w in [−1, 1] -> float32 b 1000."""
+    def features(self, x: Tensor) -> Tensor:
+        """Pictures b 3 h w in [−1, 1] -> b 2048, of which the logits are a linear function."""
         x = F.interpolate(x / 2 + 0.5, (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
         x = (x - self.mean) / self.std
-        return self.network(x.flip(1) if self.caffe else x).float()
+        return self.network.features(x.flip(1) if self.caffe else x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Pictures b 3 h w in [−1, 1] -> float32 b 1000."""
+        return self.network.fc(self.features(x)).float()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance of each pair of pictures, b 3 h w in [−1, 1] -> float32 b."""

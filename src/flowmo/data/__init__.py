@@ -1,7 +1,7 @@
 """Training pictures: where they come from, how they are cropped, and in which order they are seen."""
 
 from flowmo.data.loader import batches, epoch_order
-from flowmo.data.source import DataError, FolderSource, Source, open_source
+from flowmo.data.source import DataError, FolderSource, Source, evenly_spread, open_source
 from flowmo.data.tar import TarSource, build_index, default_index
 from flowmo.data.views import Views
 
@@ -15,5 +15,6 @@ __all__ = [
     "build_index",
     "default_index",
     "epoch_order",
+    "evenly_spread",
     "open_source",
 ]

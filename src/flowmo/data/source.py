@@ -103,3 +103,9 @@ def class_labels(folders: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], lis
     classes = tuple(sorted({parts[0] for parts in folders}))
     number = {name: i for i, name in enumerate(classes)}
     return classes, [number[parts[0]] for parts in folders]
+
+
+def evenly_spread(count: int, total: int) -> list[int]:
+    """``count`` of the numbers 0 … ``total`` − 1, or all of them where there are no more."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]

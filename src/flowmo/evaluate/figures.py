@@ -5,18 +5,53 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowmo.pictures import to_bytes
 
+SSIM_WINDOW = 7
+SSIM_K = 0.01, 0.03
+
+
+def squared_error(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference of each pair of 8-bit pictures b c h w, as numbers 0 … 255: float64 b."""
+    return (x.double() - y.double()).square().flatten(1).mean(dim=1)
+
+
+def decibels(error: Tensor) -> Tensor:
+    """PSNR of mean squared errors of 8-bit pictures; none at all is infinite."""
+    return 10 * torch.log10(255.0**2 / error)
+
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair, in dB, of the 8-bit pictures that would be saved: b c h w -> b.
+    """Peak signal-to-noise ratio of each pair in [−1, 1], in dB, of the 8-bit pictures that would be saved: b.
 
     Equal pictures have infinite PSNR.
     """
-    error = (to_bytes(x).double() - to_bytes(y).double()).square().flatten(1).mean(dim=1)
-    return (10 * torch.log10(255.0**2 / error)).float()
+    return decibels(squared_error(to_bytes(x), to_bytes(y))).float()
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity of each pair of 8-bit pictures b c h w: float64 b; equal ones have 1.
+
+    As scikit-image's default, which the paper reports: windows of 7 × 7 pixels that all count alike, unbiased
+    variances, each channel by itself, no windows over the border.
+
+    Raises:
+        ValueError: pictures smaller than a window.
+    """
+    if min(x.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, not {tuple(x.shape[-2:])}")
+    x, y = x.double(), y.double()
+    c1, c2 = ((k * 255) ** 2 for k in SSIM_K)
+    mean_x, mean_y, xx, yy, xy = (F.avg_pool2d(z, SSIM_WINDOW, 1) for z in (x, y, x * x, y * y, x * y))
+    unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
+    variance_x, variance_y = unbiased * (xx - mean_x**2), unbiased * (yy - mean_y**2)
+    covariance = unbiased * (xy - mean_x * mean_y)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (luminance * structure).flatten(1).mean(dim=1)
 
 
 def grid(rows: Sequence[Tensor], gap: int = 2) -> Tensor:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowmo.errors import FlowMoError
+
 RESOLUTION = 2.0**-16
 EXACT = 2.0**53
 """Whole numbers below this are exact in float64, and so are their sums and products while they stay below it."""
 
 
-class StatisticsError(ValueError):
+class StatisticsError(FlowMoError, ValueError):
     """Features that no statistics can be taken of, or statistics that do not belong together."""
 
 

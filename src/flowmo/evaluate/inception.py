@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowmo.errors import FlowMoError
+from flowmo.evaluate.features import FeatureNetworkError, Features
 from flowmo.perceptual import find_weights
 from flowmo.pictures import to_bytes
 from flowmo.torchvision_import import import_torchvision
@@ -17,14 +17,12 @@ WEIGHTS = (
     ("weights-inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pth"),
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
 )
-
-
-class FeatureNetworkError(FlowMoError, RuntimeError):
-    """A feature network that cannot be had; the message says what to install, or which file to put where."""
+SPATIAL_CHANNELS = 7
 
 
 class FIDInception(nn.Module):
-    """Pictures to the 2048 features that FIDs are taken over, and to the 1008 logits of Inception Scores.
+    """Pictures to the 2048 features that FIDs are taken over, the 1008 logits of Inception Scores, and the 2023 spatial
+    features of sFIDs (the first 7 channels of ``mixed_6/conv``, as the ADM evaluator takes them).
 
     Args:
         weights: folder to look in first; then ``FLOWMO_WEIGHTS``, the torch hub cache, a download.
@@ -43,6 +41,7 @@ class FIDInception(nn.Module):
 
     name = "Inception 2015-12-05 (TensorFlow's, ported by torch-fidelity)"
     channels = 2048
+    is_fid = True
 
     def __init__(self, weights: str | Path | None = None, download: bool = True):
         super().__init__()
@@ -61,10 +60,15 @@ class FIDInception(nn.Module):
             reason = " ".join(str(error).split())[:150]
             raise FeatureNetworkError(f"{path}: not the weights of FID's Inception ({reason})") from None
         self.has_logits = bool(self.network.fc.weight.any())
+        self._spatial: Tensor | None = None
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].flatten(1)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images: b 3 h w in [−1, 1], rounded to 8 bits as files are -> features b × 2048, logits b × 1008; float32."""
+    def forward(self, images: Tensor) -> Features:
+        """images: b 3 h w in [−1, 1], seen rounded to 8 bits as files are; features in float32."""
         with torch.autocast(images.device.type, enabled=False):
-            features, logits = self.network(to_bytes(images))
-        return features, logits
+            pooled, logits = self.network(to_bytes(images))
+        return Features(pooled, logits if self.has_logits else None, self._spatial)

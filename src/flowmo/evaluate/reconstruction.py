@@ -1,83 +1,299 @@
-"""Mean PSNR and LPIPS of a tokenizer over a folder of pictures, cropped as in the paper's protocol."""
+"""How close the pictures that a tokenizer makes come to the originals, under the paper's protocol (section 4.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import json
+import pickle
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from flowmo.data import Views, open_source
-from flowmo.evaluate.figures import psnr
-from flowmo.perceptual import LPIPS
+from flowmo import checkpoint
+from flowmo.data import DataError, Source, evenly_spread
+from flowmo.distributed import World
+from flowmo.errors import FlowMoError
+from flowmo.evaluate.features import FeatureNetwork, build_features
+from flowmo.evaluate.figures import squared_error, ssim
+from flowmo.evaluate.measurement import Measurement
+from flowmo.perceptual import LPIPS, WeightsNotFoundError
+from flowmo.pictures import resize_and_crop, to_bytes, to_tensor
 from flowmo.sample import picture_seed
 from flowmo.tokenizer import FlowMo
 
-
-@dataclass(frozen=True)
-class Report:
-    """Figures over ``pictures`` pictures; spreads are standard deviations over pictures."""
-
-    pictures: int
-    bits_per_pixel: float
-    psnr: float
-    psnr_spread: float
-    lpips_alex: float | None
-    lpips_alex_spread: float | None
-    steps: int
-    seed: int
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+SAVE_SECONDS = 60
+JUDGED_AT_ONCE = 8
+WHOLE = "measured.pt"
 
 
-def evaluate(
-    tokenizer: FlowMo,
-    folder: str | Path,
+class EvaluationError(DataError):
+    """An evaluation that would mean nothing; the message says why."""
+
+
+class Reconstruction(NamedTuple):
+    """What pictures were made into: images b 3 h w in [−1, 1]; the bits that each took, b; their ids, if any."""
+
+    images: Tensor
+    bits: Tensor
+    ids: Tensor | None = None
+
+
+class Reconstructor(Protocol):
+    """Anything that makes pictures into few bits and back: a FlowMo, another tokenizer, a codec.
+
+    Attributes:
+        name: as in a table's row.
+        id_count: ids run from 0 to ``id_count`` − 1; ``None`` where there are none.
+    """
+
+    name: str
+    id_count: int | None
+
+    def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
+        """Pictures b 3 h w in [−1, 1], on the CPU; ``indices``, theirs in their source, seed what is random."""
+
+
+@dataclass
+class FlowMoReconstructor:
+    """A FlowMo with its sampling settings, as a ``Reconstructor``."""
+
+    tokenizer: FlowMo
+    steps: int | None = None
+    seed: int = 0
+    guidance: float | None = None
+    name: str = "FlowMo"
+
+    @property
+    def id_count(self) -> int | None:
+        return self.tokenizer.quantizer.id_count
+
+    def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
+        codes = self.tokenizer.encode(images)
+        seeds = [picture_seed(self.seed, index) for index in indices]
+        pictures = self.tokenizer.decode(codes, self.steps, seeds, guidance=self.guidance)
+        return Reconstruction(pictures, torch.full((len(images),), codes.bits / len(codes)), codes.ids)
+
+
+@dataclass
+class Judges:
+    """The networks that compare pictures; each may be missing, and its figures are then."""
+
+    lpips_alex: LPIPS | None = None
+    lpips_vgg: LPIPS | None = None
+    features: FeatureNetwork | None = None
+
+    @classmethod
+    def find(cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto") -> tuple[Judges, list[str]]:
+        """The judges of those names that can be had, and why each other one cannot.
+
+        Args:
+            features: see ``build_features``; or ``none``.
+        """
+        builders = {f"lpips_{net}": partial(LPIPS, net) for net in lpips}
+        if features != "none":
+            builders["features"] = partial(build_features, features)
+        found, missing = {}, []
+        for name, build in builders.items():
+            try:
+                found[name] = build()
+            except (FlowMoError, WeightsNotFoundError) as error:
+                missing.append(f"no {name.replace('_', ' ')}: {error}")
+        return cls(**found), missing
+
+    def to(self, device: torch.device) -> Judges:
+        for network in (self.lpips_alex, self.lpips_vgg, self.features):
+            if network is not None:
+                network.to(device)
+        return self
+
+    def describe(self) -> dict[str, str]:
+        """Names of those at hand."""
+        named = {"lpips_alex": self.lpips_alex, "lpips_vgg": self.lpips_vgg, "features": self.features}
+        return {key: network.name for key, network in named.items() if network is not None}
+
+    @torch.no_grad()
+    def judge(self, measurement: Measurement, places: Tensor, x: Tensor, result: Reconstruction) -> None:
+        """Add pictures x, b 3 h w, and what they were made into to a measurement."""
+        y = result.images.to(x.device)
+        ours, theirs = to_bytes(x), to_bytes(y)
+        values = {
+            "bits": result.bits,
+            "squared_error": squared_error(ours, theirs),
+            "truncated_squared_error": squared_error(truncated(x), truncated(y)),
+            "ssim": ssim(ours, theirs),
+        }
+        for name in ("lpips_alex", "lpips_vgg"):
+            if getattr(self, name) is not None:
+                values[name] = in_one_shape(getattr(self, name), x, y)
+        if self.features is not None:
+            originals, results = (in_one_shape(lambda z: self.features(z).pooled, z) for z in (x, y))
+            measurement.add_features(places, originals, results)
+        measurement.add(places, values, result.ids)
+
+
+def in_one_shape(network: Callable[..., Tensor], *images: Tensor) -> Tensor:
+    """A network's output for batches of any size, run on ``JUDGED_AT_ONCE`` pictures at a time, the last padded.
+
+    Rounding depends on a batch's shape; with one shape a picture's figure does not depend on the batch it came in.
+    """
+    out = []
+    for chunk in zip(*(x.split(JUDGED_AT_ONCE) for x in images), strict=True):
+        missing = JUDGED_AT_ONCE - len(chunk[0])
+        out.append(network(*(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) for x in chunk))[: len(chunk[0])])
+    return torch.cat(out)
+
+
+def truncated(images: Tensor) -> Tensor:
+    """8 bits as the release takes them for its PSNR: 255·(x / 2 + 1/2) without its fraction."""
+    return ((images.clamp(-1, 1) + 1) / 2 * 255.0).to(torch.uint8)
+
+
+@dataclass
+class Pace:
+    """Seconds spent, in this process, with the candidate, with judging, and with reading pictures."""
+
+    pictures: int = 0
+    reconstructing: float = 0.0
+    judging: float = 0.0
+    reading: float = 0.0
+
+    def timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+        return result
+
+
+def measure(
+    candidate: Reconstructor,
+    source: Source,
+    side: int,
+    judges: Judges,
     *,
     limit: int | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-    lpips: LPIPS | None = None,
     batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    world: World = World(),
+    enlarge: bool = False,
+    folder: Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+    pace: Pace | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
-    """Encode and decode pictures (short side resized, central square) and compare.
+) -> Measurement:
+    """Make pictures (short side resized to ``side``, central square) into bits and back, and compare.
+
+    All processes call this together and share the pictures; each has the whole result.
 
     Args:
-        folder: pictures, searched through sub-folders, or a ``.tar`` with its index.
-        limit: this many pictures only, spread evenly over the sorted folder.
-        lpips: AlexNet LPIPS; without it that figure is left out.
-        progress: called with (pictures done, pictures in all).
+        limit: this many pictures only, spread evenly over the source.
+        device: where the judges are.
+        enlarge: take pictures smaller than ``side`` too.
+        folder: where what is measured is kept while it grows; the same call goes on from there, on any number of
+            processes.
+        facts: what else the result depends on, such as the steps and the seed; the folder is refused to another.
+        progress: called with (pictures done, pictures in all), both of this process.
 
     Raises:
         DataError, PictureError: no pictures, or one that cannot be read.
+        EvaluationError: a picture smaller than the crop, or a folder with another evaluation in it.
     """
-    source = Views(open_source(folder), tokenizer.config.data.image_size)
-    count = min(limit or len(source), len(source))
-    chosen = [i * len(source) // count for i in range(count)]
-    psnrs, distances, bits = [], [], 0.0
-    for start in range(0, count, batch_size):
-        indices = chosen[start : start + batch_size]
-        x = torch.stack([source[i, 0] for i in indices]).to(tokenizer.device)
-        codes = tokenizer.encode(x)
-        y = tokenizer.decode(codes, steps, [picture_seed(seed, i) for i in indices])
-        bits = codes.bits_per_pixel
-        psnrs.append(psnr(x, y))
-        if lpips is not None:
-            with torch.no_grad():
-                distances.append(lpips(x, y))
+    pace = pace or Pace()
+    chosen = torch.tensor(evenly_spread(limit or len(source), len(source)))
+    channels = judges.features.channels if judges.features is not None else None
+    identity = {"candidate": candidate.name, "pictures": len(chosen), "of": len(source), "side": side}
+    parts = Parts(folder, json.dumps({**identity, **judges.describe(), **(facts or {})}, sort_keys=True), world)
+    earlier = parts.take_over() or Measurement.empty(len(chosen), candidate.id_count, channels)
+    mine = Measurement.empty(len(chosen), candidate.id_count, channels)
+    todo = (~earlier.done).nonzero().flatten()[world.rank :: world.size]
+    done = 0
+    for places in todo.split(batch_size) if len(todo) else ():
+        indices = chosen[places].tolist()
+        x = pace.timed("reading", read_crops, source, indices, side, enlarge)
+        result = pace.timed("reconstructing", candidate.reconstruct, x, indices)
+        pace.timed("judging", judges.judge, mine, places, x.to(device), result)
+        done += len(places)
+        pace.pictures += len(places)
+        parts.save_now_and_then(mine)
         if progress:
-            progress(start + len(indices), count)
-    values, distance = torch.cat(psnrs), torch.cat(distances) if distances else None
-    return Report(
-        pictures=count,
-        bits_per_pixel=bits,
-        psnr=float(values.mean()),
-        psnr_spread=float(values.std(correction=0)),
-        lpips_alex=None if distance is None else float(distance.mean()),
-        lpips_alex_spread=None if distance is None else float(distance.std(correction=0)),
-        steps=steps or tokenizer.config.eval.sampling.sample_steps,
-        seed=seed,
-    )
+            progress(done, len(todo))
+    whole = earlier.merge(mine.gather(world))
+    parts.finish(whole)
+    return whole
+
+
+def read_crops(source: Source, indices: Sequence[int], side: int, enlarge: bool = False) -> Tensor:
+    """Central squares b 3 side side in [−1, 1]; see ``measure``."""
+    crops = []
+    for index in indices:
+        picture = source.read(index)
+        if min(picture.size) < side and not enlarge:
+            raise EvaluationError(
+                f"{source.name(index)} is {picture.width}×{picture.height}, smaller than the crop of {side}×{side}; "
+                "leave it out, or enlarge such pictures knowingly"
+            )
+        crops.append(to_tensor(resize_and_crop(picture, side)))
+    return torch.stack(crops)
+
+
+class Parts:
+    """What the processes of an evaluation have measured, in a folder: one file each, and one of what they took over.
+
+    Nothing is counted twice, wherever a process is killed: a part that the whole already holds is left out.
+    """
+
+    def __init__(self, folder: Path | None, identity: str, world: World):
+        self.folder, self.identity, self.world = folder, identity, world
+        self.saved = time.monotonic()
+
+    def take_over(self) -> Measurement | None:
+        """All that is there, which the main process then keeps as one file; ``None`` where nothing is."""
+        if self.folder is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole = None
+        for path in sorted(self.folder.glob("*.pt"), key=lambda path: path.name != WHOLE):
+            part = self._read(path)
+            if whole is None:
+                whole = part
+            elif not (whole.done & part.done).any():
+                whole = whole.merge(part)
+        self.world.wait()  # until all have read, before one removes
+        if whole is not None:
+            self.finish(whole)
+        return whole
+
+    def _read(self, path: Path) -> Measurement:
+        try:
+            content = torch.load(path, weights_only=True)
+            identity, state = content["identity"], content["measurement"]
+        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise EvaluationError(f"{path}: not part of an evaluation ({' '.join(str(error).split())[:100]})") from None
+        if identity != self.identity:
+            raise EvaluationError(f"{self.folder} holds another evaluation; name an empty folder, or remove it")
+        return Measurement.from_state(state)
+
+    def _write(self, path: Path, measurement: Measurement) -> None:
+        content = {"identity": self.identity, "measurement": measurement.state()}
+        checkpoint.write_whole(path, lambda temporary: torch.save(content, temporary))
+
+    def save_now_and_then(self, measurement: Measurement) -> None:
+        """Once a minute."""
+        if self.folder is not None and time.monotonic() - self.saved > SAVE_SECONDS:
+            self._write(self.folder / f"part-{self.world.rank:05d}.pt", measurement)
+            self.saved = time.monotonic()
+
+    def finish(self, whole: Measurement) -> None:
+        """Keep the whole in the place of its parts."""
+        if self.folder is not None and self.world.main:
+            self._write(self.folder / WHOLE, whole)
+            for path in self.folder.glob("part-*.pt"):
+                path.unlink()
+        self.world.wait()

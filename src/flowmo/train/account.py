@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import transformer
 from flowmo.config import Config, DataConfig, OptConfig, TrainerConfig
+from flowmo.distributed import World
 from flowmo.perceptual import LPIPS, ResNetLogits
 from flowmo.quantize import alone
 from flowmo.quantize.infill import HUB_NAMES
 from flowmo.tokenizer import FlowMo
-from flowmo.train.distributed import World, prepare
+from flowmo.train.distributed import prepare
 from flowmo.train.plan import PAPER_BATCH, Timetable
 from flowmo.train.stages import Chain, Draws, Stage
 

@@ -27,10 +27,12 @@ from torch.distributed.tensor import DTensor
 from flowmo import checkpoint
 from flowmo.checkpoint import CheckpointError
 from flowmo.config import Config
-from flowmo.data import Views, batches, open_source
+from flowmo.data import Views, batches, evenly_spread, open_source
+from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
-from flowmo.evaluate.reconstruction import evaluate
+from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
+from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import LPIPS, build_distance
 from flowmo.pictures import to_picture
 from flowmo.quantize import WholeBatch, alone
@@ -38,7 +40,7 @@ from flowmo.sharded import ShardedError
 from flowmo.tokenizer import FlowMo
 from flowmo.train import state
 from flowmo.train.account import peak_flops, training_cost
-from flowmo.train.distributed import World, accumulating, prepare, synchronise
+from flowmo.train.distributed import accumulating, prepare, synchronise
 from flowmo.train.guard import Guard, plot
 from flowmo.train.journal import Journal
 from flowmo.train.optimizer import (
@@ -65,7 +67,7 @@ class Run:
 
     Args:
         folder: what the run writes, and goes on from.
-        world: this process and the others, see ``flowmo.train.distributed.join``.
+        world: this process and the others, see ``flowmo.distributed.join``.
         resume_from: checkpoint to start from while the folder has none.
         report: takes each line of the log.
 
@@ -141,8 +143,7 @@ class Run:
         data = self.config.data
         held_out = open_source(data.val, data.val_index) if data.val else self.source.source
         source = Views(held_out, data.image_size)
-        count = min(GRID_PICTURES, len(source))
-        chosen = [i * len(source) // count for i in range(count)]
+        chosen = evenly_spread(GRID_PICTURES, len(source))
         return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.device)
 
     def _most_pictures(self) -> int | None:
@@ -370,7 +371,7 @@ class Run:
         tokenizer, value = self._averaged(), 0.0
         if tokenizer is not None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.trainer.enable_bfloat16):
-                report = evaluate(tokenizer, self.config.data.val, limit=self.config.eval.pictures, lpips=self.judge)
+                report = self._evaluate(tokenizer)
             figures = {"eval_psnr": report.psnr}
             if report.lpips_alex is not None:
                 figures["eval_lpips"] = report.lpips_alex
@@ -381,6 +382,14 @@ class Run:
         better = self.guard.judge(self.step, value)
         best = "the best so far" if better else f"the best is step {self.guard.step} with {self.guard.value:.4f}"
         self.journal.report(f"step {self.step}  held-out {self.guard.metric} {value:.4f}, {best}")
+
+    def _evaluate(self, tokenizer: FlowMo) -> Summary:
+        data = self.config.data
+        source = open_source(data.val, data.val_index)
+        judges, limit = Judges(lpips_alex=self.judge), self.config.eval.pictures
+        candidate, side = FlowMoReconstructor(tokenizer), data.image_size
+        measured = measure(candidate, source, side, judges, limit=limit, device=self.device, enlarge=True)
+        return Summary.of(candidate.name, measured, side)
 
     @torch.no_grad()
     def _sample(self) -> None:

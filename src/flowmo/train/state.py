@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowmo import checkpoint, sharded
+from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.tokenizer import FlowMo
-from flowmo.train.distributed import World
 from flowmo.train.optimizer import Average, NormControl
 
 FORMAT = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowmo.distributed import World
 from flowmo.quantize import Quantizer
-from flowmo.train.distributed import World
 
 
 class CodeUsage:

@@ -1,0 +1,258 @@
+"""Reconstruction figures: against published implementations, and the same however the work is cut."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import PICTURES
+
+from flowmo import save
+from flowmo.data import open_source
+from flowmo.evaluate import reconstruction
+from flowmo.evaluate.features import Features, ResNetFeatures
+from flowmo.evaluate.figures import decibels, psnr, squared_error, ssim
+from flowmo.evaluate.frechet import StatisticsError
+from flowmo.evaluate.kernel import kernel_distance
+from flowmo.evaluate.measurement import COLUMNS, Measurement
+from flowmo.evaluate.reconstruction import (
+    EvaluationError,
+    FlowMoReconstructor,
+    Judges,
+    Reconstruction,
+    measure,
+    truncated,
+)
+from flowmo.evaluate.summary import Summary
+from flowmo.pictures import to_bytes
+
+
+class Colours(torch.nn.Module):
+    """A feature network that needs no weights: mean and spread of each colour."""
+
+    name, channels, is_fid = "colours", 6, False
+
+    def forward(self, images):
+        return Features(torch.cat((images.mean((2, 3)), images.std((2, 3))), dim=1))
+
+
+class Blur:
+    """A candidate whose picture, bits and ids are plain to see."""
+
+    name, id_count = "blur", 4
+
+    def reconstruct(self, images, indices):
+        blurred = torch.nn.functional.avg_pool2d(images, 5, 1, 2)
+        ids = torch.tensor(indices)[:, None, None] % self.id_count
+        return Reconstruction(blurred, torch.full((len(images),), 16.0), ids)
+
+
+@pytest.fixture
+def source():
+    return open_source(PICTURES)
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, 40, 33, generator=generator) * 2 - 1
+    return x, (x + 0.2 * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
+
+
+def test_ssim_and_psnr_equal_scikit_image(pair):
+    metrics = pytest.importorskip("skimage.metrics")
+    x, y = (to_bytes(z) for z in pair)
+    for i in range(len(x)):
+        a, b = (z[i].permute(1, 2, 0).numpy() for z in (x, y))
+        expected = metrics.structural_similarity(a, b, channel_axis=-1, data_range=255)
+        assert float(ssim(x, y)[i]) == pytest.approx(expected, abs=1e-9)
+        assert float(psnr(*pair)[i]) == pytest.approx(metrics.peak_signal_noise_ratio(a, b), abs=1e-4)
+
+
+def test_ssim_of_equals_and_of_too_small_pictures(pair):
+    x = to_bytes(pair[0])
+    assert torch.allclose(ssim(x, x), torch.ones(4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="at least 7 pixels"):
+        ssim(x[..., :6], x[..., :6])
+
+
+def test_legacy_psnr_is_the_releases(source):
+    """Of five pictures at once, truncated to 8 bits, written as the release writes it, with NumPy."""
+    metrics = pytest.importorskip("skimage.metrics")
+    measured = measure(Blur(), source, 64, Judges(), limit=5)
+    x = reconstruction.read_crops(source, range(len(source)), 64)[: len(source)]
+    chosen = x if len(x) == 5 else x[[i * len(x) // 5 for i in range(5)]]
+    y = Blur().reconstruct(chosen, range(5)).images.clamp(-1, 1)
+    a, b = (((z + 1) / 2 * 255.0).permute(0, 2, 3, 1).to(torch.uint8).numpy() / np.float32(255) for z in (chosen, y))
+    expected = metrics.peak_signal_noise_ratio(a.astype(np.float32), b.astype(np.float32), data_range=1)
+    assert Summary.of("blur", measured, 64).psnr_legacy == pytest.approx(expected, abs=1e-4)
+    assert decibels(squared_error(truncated(chosen), truncated(y))).shape == (5,)
+
+
+def test_kernel_distance():
+    """Against the double sum that the paper of KID writes; near zero for sets of one distribution."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 5, generator=generator), torch.randn(20, 5, generator=generator) + 0.5
+
+    def kernel(a, b):
+        return float((a @ b / 5 + 1) ** 3)
+
+    expected = sum(kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j) / (30 * 29)
+    expected += sum(kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / (20 * 19)
+    expected -= 2 * sum(kernel(a, b) for a in x for b in y) / 600
+    assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-4)
+    draws = [torch.randn(2, 400, 8, generator=generator) for _ in range(20)]
+    values = torch.tensor([kernel_distance(a, b) for a, b in draws])
+    assert abs(values.mean()) < 3 * values.std() / 20**0.5, "unbiased"
+    paired = torch.tensor([kernel_distance(a, a + 1e-3 * b, paired=True) for a, b in draws])
+    assert abs(paired.mean()) < 3 * paired.std() / 20**0.5, "also of pairs"
+    with pytest.raises(StatisticsError, match="at least 2"):
+        kernel_distance(x[:1], y)
+    with pytest.raises(StatisticsError, match="equal counts"):
+        kernel_distance(x, y, paired=True)
+
+
+def same(a, b):
+    assert torch.equal(a.values.nan_to_num(-1), b.values.nan_to_num(-1))
+    assert torch.equal(a.usage, b.usage)
+    assert torch.equal(a.kept, b.kept)
+    for ours, theirs in zip(a.originals + a.results, b.originals + b.results, strict=True):
+        assert ours.count == theirs.count
+        assert torch.equal(ours.products, theirs.products)
+
+
+@pytest.fixture
+def judges(trained_weights):
+    from flowmo.perceptual import LPIPS
+
+    return Judges(LPIPS("alex", trained_weights, download=False), features=ResNetFeatures(trained_weights, False))
+
+
+def test_batches_and_order_change_nothing(source, judges):
+    whole = measure(Blur(), source, 64, judges, batch_size=100, limit=6)
+    for batch_size in (2, 5):
+        same(whole, measure(Blur(), source, 64, judges, batch_size=batch_size, limit=6))
+    first = Summary.of("blur", whole, 64, judges.features)
+    assert first.pictures == 6
+    assert first.bits_per_pixel == 16 / 64**2
+    assert first.lpips_vgg is None
+    assert first.frechet_distance > 0
+    assert not first.is_fid
+    assert whole.usage.sum() == 6
+    assert json.loads(json.dumps(first.as_dict()))["name"] == "blur"
+
+
+def test_an_interrupted_evaluation_goes_on(source, tmp_path, monkeypatch):
+    judges = Judges(features=Colours())
+    monkeypatch.setattr(reconstruction, "SAVE_SECONDS", 0)
+    whole = measure(Blur(), source, 64, judges)
+
+    class Dies(Blur):
+        def reconstruct(self, images, indices):
+            if 2 in indices:
+                raise KeyboardInterrupt
+            return super().reconstruct(images, indices)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(Dies(), source, 64, judges, batch_size=1, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["part-00000.pt"]
+    seen = []
+
+    class Counts(Blur):
+        def reconstruct(self, images, indices):
+            seen.extend(indices)
+            return super().reconstruct(images, indices)
+
+    same(whole, measure(Counts(), source, 64, judges, batch_size=1, folder=tmp_path))
+    assert seen == list(range(2, len(source)))
+    same(whole, measure(Dies(), source, 64, judges, folder=tmp_path))
+    with pytest.raises(EvaluationError, match="holds another evaluation"):
+        measure(Blur(), source, 32, judges, folder=tmp_path)
+    (tmp_path / "measured.pt").write_bytes(b"no")
+    with pytest.raises(EvaluationError, match="not part of an evaluation"):
+        measure(Blur(), source, 64, judges, folder=tmp_path)
+
+
+def test_a_kill_between_writing_the_whole_and_removing_its_parts(source, tmp_path, monkeypatch):
+    judges = Judges(features=Colours())
+    whole = measure(Blur(), source, 64, judges, folder=tmp_path)
+    content = torch.load(tmp_path / "measured.pt", weights_only=True)
+    torch.save(content, tmp_path / "part-00003.pt")
+    same(whole, measure(Blur(), source, 64, judges, folder=tmp_path))
+
+
+def test_two_processes_give_what_one_gives(source, tmp_path):
+    program = tmp_path / "run.py"
+    program.write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from test_evaluation import Blur, Colours, Judges, PICTURES, measure, open_source\n"
+        "from flowmo.distributed import join\n"
+        "with join() as world:\n"
+        "    m = measure(Blur(), open_source(PICTURES), 64, Judges(features=Colours()), batch_size=2, world=world)\n"
+        "    torch.save(m.state(), sys.argv[1] + str(world.rank))\n"
+    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*words, program, tmp_path / "m"], check=True, env=environment, capture_output=True)
+    whole = measure(Blur(), source, 64, Judges(features=Colours()))
+    for rank in "01":
+        same(whole, Measurement.from_state(torch.load(tmp_path / f"m{rank}", weights_only=True)))
+
+
+def test_merging(source):
+    whole = measure(Blur(), source, 64, Judges())
+    with pytest.raises(StatisticsError, match="in both"):
+        whole.merge(whole)
+    with pytest.raises(StatisticsError, match="different evaluations"):
+        whole.merge(Measurement.empty(2))
+    assert whole.values.shape == (len(COLUMNS), len(source))
+    with pytest.raises(StatisticsError, match="no picture"):
+        Summary.of("nothing", Measurement.empty(3), 64)
+
+
+def test_few_pictures_have_no_distance_of_features(source):
+    judges = Judges(features=Colours())
+    few = Summary.of("blur", measure(Blur(), source, 64, judges, limit=2), 64, judges.features)
+    assert few.frechet_distance is None
+    assert "at least 2" in few.missing
+    assert any("at least 2" in line for line in few.lines())
+
+
+def test_equal_pictures_have_no_psnr(source):
+    class Lossless(Blur):
+        def reconstruct(self, images, indices):
+            return Reconstruction(images, torch.full((len(images),), 24.0))
+
+    summary = Summary.of("lossless", measure(Lossless(), source, 64, Judges()), 64)
+    assert summary.psnr is None
+    assert summary.equal_pictures == len(source)
+    assert summary.ssim == pytest.approx(1)
+
+
+def test_pictures_smaller_than_the_crop(source):
+    with pytest.raises(EvaluationError, match=r"smaller than the crop of 5000×5000"):
+        measure(Blur(), source, 5000, Judges(), limit=1)
+
+
+def test_flowmo_as_a_candidate(tiny, source):
+    measured = measure(FlowMoReconstructor(tiny, steps=2), source, 32, Judges(features=Colours()), batch_size=3)
+    summary = Summary.of("tiny", measured, 32)
+    assert summary.bits_per_pixel == pytest.approx(48 / 1024)
+    assert summary.id_count == 16
+    assert measured.usage.sum() == len(source) * 12
+    same(measured, measure(FlowMoReconstructor(tiny, steps=2), source, 32, Judges(features=Colours()), batch_size=2))
+    other = measure(FlowMoReconstructor(tiny, steps=2, seed=1), source, 32, Judges())
+    assert not torch.equal(other.column("squared_error"), measured.column("squared_error"))
+
+
+def test_the_command(tiny, tmp_path):
+    save(tiny, tmp_path / "tiny.safetensors")
+    words = ["evaluate", PICTURES, "--model", tmp_path / "tiny.safetensors", "--no-lpips", "--features", "none"]
+    from flowmo.cli import main
+
+    assert main([str(word) for word in words]) == 0
+    assert main([str(word) for word in [words[0], tmp_path / "nothing", *words[2:]]]) == 2
