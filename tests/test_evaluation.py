@@ -203,6 +203,23 @@ def test_two_processes_give_what_one_gives(source, tmp_path):
         same(whole, Measurement.from_state(torch.load(tmp_path / f"m{rank}", weights_only=True)))
 
 
+def test_remembered_features_are_the_same(source):
+    class Counts(Colours):
+        seen = 0
+
+        def forward(self, images):
+            self.seen += 1
+            return super().forward(images)
+
+    network = Counts()
+    judges = Judges(features=network, remember=True)
+    whole = measure(Blur(), source, 64, Judges(features=Colours()))
+    same(whole, measure(Blur(), source, 64, judges))
+    before = network.seen
+    same(whole, measure(Blur(), source, 64, judges))
+    assert network.seen == 1.5 * before
+
+
 def test_merging(source):
     whole = measure(Blur(), source, 64, Judges())
     with pytest.raises(StatisticsError, match="in both"):

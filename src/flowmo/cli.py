@@ -6,6 +6,7 @@ Errors that a user can mend are one line on standard error and exit status 2; an
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from flowmo.data import build_index, default_index, open_source
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.pictures import read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
+from flowmo.studies import SCALES, STUDIES
 from flowmo.tokenizer import FlowMo
 
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
@@ -238,6 +240,27 @@ def evaluate(arguments: argparse.Namespace) -> None:
     print("\n".join(missing), file=sys.stderr)
 
 
+def study(arguments: argparse.Namespace) -> None:
+    """A table or figure of the paper as a recipe: train what it needs, measure, write a table and plots."""
+    from flowmo.distributed import join
+    from flowmo.evaluate.reconstruction import Judges
+    from flowmo.studies.study import Place
+
+    recipe = importlib.import_module(STUDIES[arguments.name])
+    with join(arguments.device) as world:
+        places = {"train": arguments.data, "held_out": arguments.held_out, "out": arguments.out}
+        place = Place(arguments.name, arguments.scale, **places, results=arguments.results_dir, world=world)
+        if arguments.redraw:
+            recipe.draw(place)
+            return
+        if not (arguments.data and arguments.held_out):
+            raise UsageError("name the pictures: --data PICTURES --held-out OTHER_PICTURES")
+        judges, missing = Judges.find()
+        print("\n".join(missing), file=sys.stderr)
+        judges.remember = True
+        recipe.run(place, judges.to(world.device))
+
+
 # Shared by commands
 
 
@@ -385,6 +408,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--enlarge", action="store_true", help="take pictures smaller than the crop too")
     sub.add_argument("--json", action="store_true", help="print JSON")
     with_model(sub), with_sampling(sub)
+
+    sub = command(study, "a table or figure of the paper, at any scale")
+    sub.add_argument("name", choices=tuple(STUDIES), help="which")
+    sub.add_argument("--scale", choices=SCALES, default="smoke", help="how large (smoke): a minute, hours on a CPU, …")
+    sub.add_argument("--data", default="", help="training pictures, as data.train")
+    sub.add_argument("--held-out", default="", help="pictures to judge on")
+    sub.add_argument("--out", type=Path, default=Path("docs/studies"), help="folder of tables and plots (docs/studies)")
+    sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where runs are kept (results)")
+    sub.add_argument("--redraw", action="store_true", help="only draw the table and plots of the results in --out")
+    sub.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 

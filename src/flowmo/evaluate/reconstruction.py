@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -82,11 +83,16 @@ class FlowMoReconstructor:
 
 @dataclass
 class Judges:
-    """The networks that compare pictures; each may be missing, and its figures are then."""
+    """The networks that compare pictures; each may be missing, and its figures are then.
+
+    With ``remember`` the features of originals are kept, for judging many candidates on the same pictures.
+    """
 
     lpips_alex: LPIPS | None = None
     lpips_vgg: LPIPS | None = None
     features: FeatureNetwork | None = None
+    remember: bool = False
+    _remembered: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def find(cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto") -> tuple[Judges, list[str]]:
@@ -132,9 +138,19 @@ class Judges:
             if getattr(self, name) is not None:
                 values[name] = in_one_shape(getattr(self, name), x, y)
         if self.features is not None:
-            originals, results = (in_one_shape(lambda z: self.features(z).pooled, z) for z in (x, y))
-            measurement.add_features(places, originals, results)
+            measurement.add_features(places, self._features_of_originals(x), self._pooled(y))
         measurement.add(places, values, result.ids)
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        return in_one_shape(lambda chunk: self.features(chunk).pooled, images)
+
+    def _features_of_originals(self, x: Tensor) -> Tensor:
+        if not self.remember:
+            return self._pooled(x)
+        names = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in to_bytes(x).cpu()]
+        if not self._remembered.keys() >= set(names):
+            self._remembered |= dict(zip(names, self._pooled(x).cpu(), strict=True))
+        return torch.stack([self._remembered[name] for name in names])
 
 
 def in_one_shape(network: Callable[..., Tensor], *images: Tensor) -> Tensor:

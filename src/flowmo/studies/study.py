@@ -1,0 +1,195 @@
+"""What studies share: trainings that are made once, figures that are measured once, tables and plots of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flowmo
+from flowmo.checkpoint import write_whole
+from flowmo.config import Config
+from flowmo.data import open_source
+from flowmo.distributed import World
+from flowmo.errors import FlowMoError
+from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
+from flowmo.evaluate.summary import Summary
+from flowmo.tokenizer import FlowMo
+from flowmo.train.loop import Run
+from flowmo.train.state import read_facts
+
+FIGURES = "figures.json"
+
+
+class StudyError(FlowMoError, RuntimeError):
+    """A study that cannot go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study finds its pictures, trains, and writes what it found.
+
+    Attributes:
+        results: folder of the runs; a study that was interrupted goes on from what is there.
+        out: folder of ``STUDY-SCALE.md``, ``.json`` and the plots.
+        report: takes each line of the log.
+    """
+
+    name: str
+    scale: str
+    train: str
+    held_out: str
+    results: Path
+    out: Path
+    world: World = World()
+    report: Callable[[str], None] = print
+
+    @property
+    def stem(self) -> str:
+        return f"{self.name}-{self.scale}"
+
+    def folder(self, run: str) -> Path:
+        """Of one of the study's runs."""
+        return self.results / self.stem / run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's last checkpoint, the images it has seen, and the seconds and the images that this run took."""
+
+    checkpoint: Path
+    images: int
+    seconds: float
+
+
+def train(config: Config, run: str, place: Place, start: Path | None = None) -> Trained:
+    """Train under ``place``, or find it done.
+
+    Args:
+        start: checkpoint of another run to start from.
+
+    Raises:
+        StudyError: it was asked to stop; it goes on from there the next time.
+    """
+    folder = place.folder(run)
+    data = (f"data.train={place.train}", f"data.val={place.held_out}")
+    training = Run(config.override(*data), folder, place.world, start, place.report)
+    if training.images < training.times.duration:
+        training.train()
+    if training.images < training.times.duration:
+        raise StudyError(f"stopped in {run}; the same command goes on from here")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    seconds, before = 0.0, read_facts(start)["images"] if start else 0
+    for line in lines:
+        if "images_per_second" in line:
+            seconds, before = seconds + (line["images"] - before) / line["images_per_second"], line["images"]
+    return Trained(training.checkpoints()[-1], training.images, seconds)
+
+
+def once(run: str, place: Place, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a run: made by ``make``, or what it made before, kept in the run's folder."""
+    path = place.folder(run) / FIGURES
+    if path.is_file():
+        return json.loads(path.read_text())
+    row = {"run": run, **make()}
+    if place.world.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda temporary: Path(temporary).write_text(json.dumps(row, indent=1)))
+    return row
+
+
+def measured(tokenizer: FlowMo, place: Place, judges: Judges, pictures: int) -> dict[str, Any]:
+    """Figures of a tokenizer on held-out pictures."""
+    candidate, side = FlowMoReconstructor(tokenizer), tokenizer.config.data.image_size
+    source = open_source(place.held_out)
+    world = place.world
+    found = measure(candidate, source, side, judges, limit=pictures, device=world.device, world=world)
+    summary = Summary.of(candidate.name, found, side, judges.features)
+    place.report("\n".join(summary.lines()))
+    return summary.as_dict()
+
+
+def forget_checkpoints(run: str, place: Place) -> None:
+    """Give back the room of a run that was measured."""
+    if place.world.main:
+        shutil.rmtree(place.folder(run) / "checkpoints", ignore_errors=True)
+
+
+def machine(device: torch.device) -> str:
+    """What figures of time were taken on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
+
+
+def write_results(place: Place, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """All figures and what they were made with, as the file that tables and plots are drawn from."""
+    if not place.world.main:
+        return
+    versions = {"flowmo": flowmo.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    about = {"study": place.name, "scale": place.scale, "versions": versions, "machine": machine(place.world.device)}
+    content = {**about, **facts, "rows": list(rows)}
+    place.out.mkdir(parents=True, exist_ok=True)
+    path = place.out / f"{place.stem}.json"
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_whole(path, lambda temporary: Path(temporary).write_text(text))
+
+
+def read_results(place: Place) -> dict[str, Any]:
+    """What ``write_results`` wrote.
+
+    Raises:
+        StudyError: it is not there.
+    """
+    path = place.out / f"{place.stem}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path}: no results to draw ({error}); run the study without --redraw") from None
+
+
+def mean_and_deviation(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """Mean and unbiased standard deviation over seeds, 0 of a single one; ``None`` where a value is missing."""
+    values = list(values)
+    if not values or None in values:
+        return None
+    mean = math.fsum(values) / len(values)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+    return mean, deviation
+
+
+def cell(values: Iterable[float | None], places: int) -> str:
+    """``mean ± deviation`` for a table."""
+    values = list(values)
+    found = mean_and_deviation(values)
+    if found is None:
+        return "–"
+    mean, deviation = found
+    return f"{mean:.{places}f} ± {deviation:.{places}f}" if len(values) > 1 else f"{mean:.{places}f}"
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure of matplotlib's and its axes, rows × columns.
+
+    Raises:
+        StudyError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise StudyError("plots need matplotlib: pip install 'flowmo[studies]'") from None
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
