@@ -5,7 +5,8 @@
 
 Pictures are noise and the perceptual network's weights are random, which changes no time. The microbatch is the
 largest power of two that the memory holds by arithmetic, at most ``--most``, and is halved where that was too much.
-Every row gives what ``flowmo info PRESET --training`` predicted beside what was measured.
+Every row gives what ``flowmo info PRESET --training`` predicted beside what was measured, and the perceptual network's
+share of a step, which is timed again without it. Stage 1B: ``model.posttrain_sample=true opt.lpips_mode=resnet``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import flowmo
 from flowmo.config import Config
 from flowmo.distributed import World
-from flowmo.perceptual import LPIPS
+from flowmo.perceptual import blank_distance
 from flowmo.train.account import peak_flops, training_cost
 from flowmo.train.distributed import prepare
 from flowmo.train.loop import machine_memory, used_memory
@@ -32,7 +33,7 @@ def measure(config: Config, device: torch.device, batch: int, steps: int) -> dic
     on_gpu = device.type == "cuda"
     torch.manual_seed(0)
     tokenizer = flowmo.FlowMo(config).to(device)
-    perceptual = LPIPS.blank(config.opt.lpips_mode).to(device) if config.opt.lpips_weight else None
+    perceptual = blank_distance(config.opt.lpips_mode).to(device) if config.opt.lpips_weight else None
     stage = prepare(Stage(tokenizer, perceptual), World(device=device), config.trainer)
     optimizer, norms, average = build_optimizer(tokenizer), NormControl(tokenizer), Average(tokenizer, batch)
     side = config.data.image_size
@@ -99,6 +100,8 @@ def main() -> None:
                     torch.cuda.empty_cache()
             if figures is None:
                 continue
+            without = measure(config.override("opt.lpips_weight=0"), device, batch, arguments.steps)
+            perceptual_share = 1 - figures["images_per_second"] / without["images_per_second"]
             peak, source = peak_flops(device, config.trainer.enable_bfloat16)
             rows.append(
                 {
@@ -106,6 +109,7 @@ def main() -> None:
                     "activation_checkpointing": recompute == "true",
                     "microbatch": batch,
                     **figures,
+                    "perceptual_share": perceptual_share,
                     "predicted_gib": (cost.state_bytes + batch * cost.activation_bytes) / 2**30,
                     "tflop_per_image": cost.flops / 1e12,
                     "flop_utilisation": cost.flops * figures["images_per_second"] / peak,
@@ -118,7 +122,8 @@ def main() -> None:
                 print(
                     f"{preset:6} recompute={recompute:5} batch {batch:3}  {row['images_per_second']:8.1f} images/s  "
                     f"MFU {row['flop_utilisation']:.1%} of {row['peak_tflops']:.1f} TFLOP/s ({source})  "
-                    f"{row['memory_gib']:.1f} GiB, predicted {row['predicted_gib']:.1f}",
+                    f"{row['memory_gib']:.1f} GiB, predicted {row['predicted_gib']:.1f}  "
+                    f"perceptual network {row['perceptual_share']:.0%} of the step",
                     flush=True,
                 )
     if arguments.json:

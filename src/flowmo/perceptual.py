@@ -80,6 +80,11 @@ def build_distance(mode: str, weights: str | Path | None = None) -> LPIPS | ResN
     return ResNetLogits(weights) if mode == "resnet" else LPIPS(mode, weights)
 
 
+def blank_distance(mode: str) -> LPIPS | ResNetLogits:
+    """The network of ``build_distance`` with random weights, for accounts and measurements of its cost."""
+    return ResNetLogits.blank() if mode == "resnet" else LPIPS.blank(mode)
+
+
 def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:
     """The first of ``names`` found in the places that the module's docstring lists.
 

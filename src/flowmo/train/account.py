@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowmo import transformer
 from flowmo.config import Config, DataConfig, OptConfig, TrainerConfig
 from flowmo.distributed import World
-from flowmo.perceptual import LPIPS, ResNetLogits
+from flowmo.perceptual import blank_distance
 from flowmo.quantize import alone
 from flowmo.quantize.infill import HUB_NAMES
 from flowmo.tokenizer import FlowMo
@@ -126,7 +126,7 @@ def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]
     """FLOPs of a step and the bytes that its forward pass keeps."""
     perceptual, mode = None, config.opt.lpips_mode
     if config.opt.lpips_weight:
-        perceptual = ResNetLogits.blank() if mode == "resnet" else LPIPS.blank(mode)
+        perceptual = blank_distance(mode)
     tokenizer = FlowMo(config)
     tokenizer.encoder.requires_grad_(not (freeze_encoder or config.model.posttrain_sample))
     stage = prepare(Stage(tokenizer, perceptual), World(), config.trainer)
