@@ -34,6 +34,7 @@ class Colours(torch.nn.Module):
     """A feature network that needs no weights: mean and spread of each colour."""
 
     name, channels, is_fid = "colours", 6, False
+    classes = spatial_channels = 0
 
     def forward(self, images):
         return Features(torch.cat((images.mean((2, 3)), images.std((2, 3))), dim=1))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
 from flowmo.perceptual import ResNetLogits, WeightsNotFoundError
 
 KINDS = ("auto", "inception", "resnet", "none")
+AT_ONCE = 8
 
 
 class FeatureNetworkError(FlowMoError, RuntimeError):
@@ -28,10 +31,16 @@ class Features(NamedTuple):
 
 
 class FeatureNetwork(Protocol):
-    """A frozen network; ``name`` is told with every result, and only ``is_fid`` lets a distance be called FID."""
+    """A frozen network; ``name`` is told with every result, and only ``is_fid`` lets a distance be called FID.
+
+    Attributes:
+        channels, classes, spatial_channels: widths of what it gives; 0 of what it does not.
+    """
 
     name: str
     channels: int
+    classes: int
+    spatial_channels: int
     is_fid: bool
 
     def __call__(self, images: Tensor) -> Features:
@@ -45,7 +54,7 @@ class ResNetFeatures(nn.Module):
         WeightsNotFoundError: see ``flowmo.perceptual.find_weights``.
     """
 
-    channels = 2048
+    channels, classes, spatial_channels = 2048, 1000, 0
     is_fid = False
 
     def __init__(self, weights: str | Path | None = None, download: bool = True):
@@ -58,6 +67,27 @@ class ResNetFeatures(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             pooled = self.resnet.features(images)
             return Features(pooled, self.resnet.network.fc(pooled))
+
+
+def features_of(network: FeatureNetwork, images: Tensor) -> Features:
+    """A network's features of any number of pictures b 3 h w, seen in one shape."""
+    kinds = zip(*(network(*chunk) for chunk in one_shape(images)), strict=True)
+    return Features(*(None if parts[0] is None else torch.cat(parts)[: len(images)] for parts in kinds))
+
+
+def in_one_shape(network: Callable[..., Tensor], *images: Tensor) -> Tensor:
+    """A network's output for pictures b 3 h w, or for pairs of them."""
+    return torch.cat([network(*chunk) for chunk in one_shape(*images)])[: len(images[0])]
+
+
+def one_shape(*images: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pictures b 3 h w in batches of ``AT_ONCE``, the last padded.
+
+    Rounding depends on a batch's shape; with one shape a picture's figure does not depend on the batch it came in.
+    """
+    for chunk in zip(*(x.split(AT_ONCE) for x in images), strict=True):
+        missing = AT_ONCE - len(chunk[0])
+        yield tuple(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) for x in chunk)
 
 
 def build_features(kind: str = "auto", weights: str | Path | None = None, download: bool = True) -> FeatureNetwork:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 
 RESOLUTION = 2.0**-16
@@ -77,6 +78,10 @@ class Moments:
         if len(self.total) != len(other.total):
             raise StatisticsError(f"features of {len(self.total)} and of {len(other.total)} channels do not merge")
         return Moments(self.count + other.count, self.total + other.total, self.products + other.products)
+
+    def gather(self, world: World) -> Moments:
+        """Statistics of the features of all processes, in each of them."""
+        return Moments(int(world.sum(torch.tensor(self.count))), world.sum(self.total), world.sum(self.products))
 
     def mean(self) -> Tensor:
         """float64 d. Raises ``StatisticsError`` where there are no features."""

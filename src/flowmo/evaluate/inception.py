@@ -40,7 +40,7 @@ class FIDInception(nn.Module):
     """
 
     name = "Inception 2015-12-05 (TensorFlow's, ported by torch-fidelity)"
-    channels = 2048
+    channels, spatial_channels = 2048, 2023
     is_fid = True
 
     def __init__(self, weights: str | Path | None = None, download: bool = True):
@@ -60,6 +60,7 @@ class FIDInception(nn.Module):
             reason = " ".join(str(error).split())[:150]
             raise FeatureNetworkError(f"{path}: not the weights of FID's Inception ({reason})") from None
         self.has_logits = bool(self.network.fc.weight.any())
+        self.classes = 1008 if self.has_logits else 0
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 

@@ -113,15 +113,10 @@ class Measurement:
             there = world.sum((~x.isnan()).to(torch.int32))
             return torch.where(there > 0, world.sum(x.nan_to_num(0.0)), torch.nan)
 
-        def total(moments: tuple[Moments, ...]) -> tuple[Moments, ...]:
-            return tuple(
-                Moments(int(world.sum(torch.tensor(m.count))), world.sum(m.total), world.sum(m.products))
-                for m in moments
-            )
-
         kept = None if self.kept is None else union(self.kept)
         usage = world.sum(self.usage) if len(self.usage) else self.usage
-        return Measurement(union(self.values), usage, total(self.originals), total(self.results), kept)
+        originals, results = (tuple(m.gather(world) for m in moments) for moments in (self.originals, self.results))
+        return Measurement(union(self.values), usage, originals, results, kept)
 
     def state(self) -> dict[str, Any]:
         """As plain tensors, for a file."""

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flowmo import checkpoint
 from flowmo.data import DataError, Source, evenly_spread
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.features import FeatureNetwork, build_features
+from flowmo.evaluate.features import FeatureNetwork, build_features, features_of, in_one_shape
 from flowmo.evaluate.figures import squared_error, ssim
 from flowmo.evaluate.measurement import Measurement
 from flowmo.perceptual import LPIPS, WeightsNotFoundError
@@ -29,7 +28,6 @@ from flowmo.sample import picture_seed
 from flowmo.tokenizer import FlowMo
 
 SAVE_SECONDS = 60
-JUDGED_AT_ONCE = 8
 WHOLE = "measured.pt"
 
 
@@ -142,7 +140,7 @@ class Judges:
         measurement.add(places, values, result.ids)
 
     def _pooled(self, images: Tensor) -> Tensor:
-        return in_one_shape(lambda chunk: self.features(chunk).pooled, images)
+        return features_of(self.features, images).pooled
 
     def _features_of_originals(self, x: Tensor) -> Tensor:
         if not self.remember:
@@ -151,18 +149,6 @@ class Judges:
         if not self._remembered.keys() >= set(names):
             self._remembered |= dict(zip(names, self._pooled(x).cpu(), strict=True))
         return torch.stack([self._remembered[name] for name in names])
-
-
-def in_one_shape(network: Callable[..., Tensor], *images: Tensor) -> Tensor:
-    """A network's output for batches of any size, run on ``JUDGED_AT_ONCE`` pictures at a time, the last padded.
-
-    Rounding depends on a batch's shape; with one shape a picture's figure does not depend on the batch it came in.
-    """
-    out = []
-    for chunk in zip(*(x.split(JUDGED_AT_ONCE) for x in images), strict=True):
-        missing = JUDGED_AT_ONCE - len(chunk[0])
-        out.append(network(*(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) for x in chunk))[: len(chunk[0])])
-    return torch.cat(out)
 
 
 def truncated(images: Tensor) -> Tensor:

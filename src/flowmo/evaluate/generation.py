@@ -1,0 +1,300 @@
+"""How good generated pictures are: FID, sFID, Inception Score, precision and recall (table 2), as the ADM evaluator
+takes them, against reference pictures or the statistics of a reference batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flowmo.data import DataError, Source, evenly_spread, open_source
+from flowmo.distributed import World
+from flowmo.evaluate.features import FeatureNetwork, features_of
+from flowmo.evaluate.frechet import Moments, StatisticsError, frechet_distance
+from flowmo.evaluate.kernel import kernel_distance
+from flowmo.evaluate.measurement import KERNEL_PICTURES
+from flowmo.evaluate.npz import STATISTICS, NpzFile
+from flowmo.pictures import to_bytes, to_tensor
+
+SCORE_SPLIT = 5000
+NEIGHBOURS = 3
+AT_ONCE = 2048
+"""Rows of the distance matrix of precision and recall that are held at a time."""
+
+
+class PictureSet(Protocol):
+    """A set of pictures of one size, in a fixed order."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """uint8 b × 3 × h × w."""
+
+
+class NpzPictures:
+    """Of an ADM ``.npz``, which may also bring statistics."""
+
+    def __init__(self, path: str | Path):
+        self.file = NpzFile(path)
+        self.name = str(path)
+
+    def __len__(self) -> int:
+        return self.file.shape[0] if self.file.shape else 0
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        return self.file.batches(size)
+
+
+class SourcePictures:
+    """Of any source, as they are: generated pictures are not cropped."""
+
+    def __init__(self, source: Source, name: str):
+        self.source, self.name = source, name
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Raises ``DataError`` where a picture is of another size than the first."""
+        first = self.source.read(0).size
+        for start in range(0, len(self.source), size):
+            batch = []
+            for index in range(start, min(start + size, len(self.source))):
+                picture = self.source.read(index)
+                if picture.size != first:
+                    raise DataError(
+                        f"{self.source.name(index)} is {picture.width}×{picture.height}, the first is "
+                        f"{first[0]}×{first[1]}; a set has pictures of one size"
+                    )
+                batch.append(to_tensor(picture))
+            yield to_bytes(torch.stack(batch))
+
+
+def open_pictures(path: str | Path) -> PictureSet:
+    """A set of pictures: an ADM ``.npz``, or what ``flowmo.data.open_source`` takes."""
+    if str(path).endswith(".npz"):
+        return NpzPictures(path)
+    return SourcePictures(open_source(path), str(path))
+
+
+@dataclass
+class Seen:
+    """What a network saw in a set of N pictures.
+
+    Attributes:
+        count: N; 0 where only statistics are known.
+        gaussians: mean and covariance of the ``pooled`` and ``spatial`` features.
+        pooled: float32 N × channels, empty where only statistics are known.
+        logits: float32 N × classes.
+    """
+
+    count: int
+    gaussians: dict[str, tuple[Tensor, Tensor]]
+    pooled: Tensor
+    logits: Tensor
+
+
+def look(
+    pictures: PictureSet,
+    network: FeatureNetwork,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    world: World = World(),
+    progress: Callable[[int, int], None] | None = None,
+) -> Seen:
+    """Show a set to a network; all processes call this together and share the batches.
+
+    Statistics are taken of the pictures; those that an ``.npz`` brings stand where it has no pictures.
+
+    Raises:
+        StatisticsError: one picture only.
+        DataError: pictures of several sizes, or neither pictures nor statistics.
+    """
+    count = len(pictures)
+    if not count and isinstance(pictures, NpzPictures):
+        found = {kind: pictures.file.statistics(kind) for kind in STATISTICS}
+        known = {kind: pair for kind, pair in found.items() if pair is not None}
+        if known:
+            return Seen(0, known, torch.empty(0, network.channels), torch.empty(0, network.classes))
+    if not count:
+        raise DataError(f"{pictures.name}: neither pictures nor their statistics")
+    if count < 2:
+        raise StatisticsError(f"{pictures.name}: one picture has no covariance; give two or more")
+    rows = {"pooled": torch.zeros(count, network.channels), "logits": torch.zeros(count, network.classes)}
+    moments = {"pooled": Moments.empty(network.channels)}
+    if network.spatial_channels:
+        moments["spatial"] = Moments.empty(network.spatial_channels)
+    done = 0
+    for number, batch in enumerate(pictures.batches(batch_size)):
+        places = slice(done, done + len(batch))
+        done += len(batch)
+        if number % world.size == world.rank:
+            seen = features_of(network, batch.to(device).float() / 127.5 - 1)
+            for kind in moments:
+                moments[kind].add(getattr(seen, kind))
+            for kind in rows:
+                if rows[kind].shape[1]:
+                    rows[kind][places] = getattr(seen, kind).float().cpu()
+        if progress:
+            progress(done, count)
+    moments = {kind: moment.gather(world) for kind, moment in moments.items()}
+    gaussians = {kind: (moment.mean(), moment.covariance()) for kind, moment in moments.items()}
+    return Seen(count, gaussians, *(world.sum(rows[kind]) for kind in ("pooled", "logits")))
+
+
+@dataclass(frozen=True)
+class GenerationSummary:
+    """Figures of generated pictures; ``None`` where something is missing, which ``missing`` names.
+
+    Attributes:
+        frechet_distance: of the pooled features; the FID where ``is_fid``.
+        frechet_bias: estimated, of so few pictures: the distance of halves of both sets less that of the whole.
+        spatial_frechet_distance: the sFID where ``is_fid``.
+        kernel_distance: unbiased; the KID where ``is_fid``.
+        precision: share of the generated pictures within the reference's manifold; ``recall`` the other way around.
+    """
+
+    name: str
+    reference: str
+    pictures: int
+    reference_pictures: int
+    feature_network: str
+    is_fid: bool
+    frechet_distance: float
+    frechet_bias: float | None = None
+    spatial_frechet_distance: float | None = None
+    kernel_distance: float | None = None
+    inception_score: float | None = None
+    inception_score_spread: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    missing: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, generated: Seen, reference: Seen, network: FeatureNetwork, names: tuple[str, str] = ("", "")
+    ) -> GenerationSummary:
+        """Raises ``StatisticsError`` where one of the sets has no statistics of that network's features."""
+        facts: dict[str, Any] = {}
+        missing = []
+        for kind in ("pooled", "spatial"):
+            pair = [seen.gaussians.get(kind) for seen in (generated, reference)]
+            if None not in pair:
+                (mean, covariance), (mean_2, covariance_2) = pair
+                if mean.shape != mean_2.shape:
+                    raise StatisticsError(f"statistics of {len(mean)} and {len(mean_2)} channels; another network's?")
+                facts[kind] = frechet_distance(mean, covariance, mean_2, covariance_2)
+            elif kind == "pooled":
+                raise StatisticsError(f"{names}: no statistics of pooled features")
+            else:
+                missing.append("no sFID: needs spatial features of both sets, and a network that has them")
+        if generated.count and reference.count:
+            facts["bias"] = halves_bias(generated.pooled, reference.pooled, facts["pooled"])
+            facts["kernel"] = kernel_distance(spread(generated.pooled), spread(reference.pooled))
+            facts["precision"], facts["recall"] = precision_and_recall(reference.pooled, generated.pooled)
+        else:
+            missing.append("no kernel distance, precision and recall: the reference is statistics only, not pictures")
+        score = inception_score(generated.logits) if generated.logits.shape[1] else (None, None)
+        if score[0] is None:
+            missing.append("no Inception Score: these weights come without a classifier")
+        return cls(
+            *names,
+            generated.count,
+            reference.count,
+            network.name,
+            network.is_fid,
+            facts["pooled"],
+            facts.get("bias"),
+            facts.get("spatial"),
+            facts.get("kernel"),
+            *score,
+            facts.get("precision"),
+            facts.get("recall"),
+            tuple(missing),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For a terminal, a figure a line."""
+        distance, spatial, kernel = (
+            ("FID", "sFID", "KID") if self.is_fid else ("Fréchet distance", "spatial Fréchet", "kernel distance")
+        )
+        bias = "" if self.frechet_bias is None else f"of which about {self.frechet_bias:.2f} for so few pictures; "
+        spread_of_score = f"± {self.inception_score_spread or 0:.3g} over splits of {SCORE_SPLIT}"
+        rows = (
+            (distance, self.frechet_distance, 2, bias + self.feature_network),
+            (spatial, self.spatial_frechet_distance, 2, ""),
+            (kernel, self.kernel_distance, 5, "unbiased"),
+            ("Inception Score", self.inception_score, 2, spread_of_score),
+            ("precision", self.precision, 4, f"{NEIGHBOURS} neighbours"),
+            ("recall", self.recall, 4, f"{NEIGHBOURS} neighbours"),
+        )
+        shown = [
+            f"{name:18} {value:.{places}f}".ljust(30) + note for name, value, places, note in rows if value is not None
+        ]
+        return [f"{self.pictures} pictures against {self.reference_pictures or 'statistics'}", *shown, *self.missing]
+
+
+def spread(rows: Tensor) -> Tensor:
+    """At most ``KERNEL_PICTURES`` of them, evenly spread."""
+    return rows[evenly_spread(KERNEL_PICTURES, len(rows))]
+
+
+def halves_bias(rows: Tensor, rows_2: Tensor, whole: float) -> float | None:
+    """By how much a Fréchet distance of so few pictures is too large: that of halves is too large by twice as much."""
+    if min(len(rows), len(rows_2)) < 4:
+        return None
+    total = 0.0
+    for half in range(2):
+        pairs = []
+        for x in (rows[half::2], rows_2[half::2]):
+            moments = Moments.empty(x.shape[1])
+            moments.add(x)
+            pairs += [moments.mean(), moments.covariance()]
+        total += frechet_distance(*pairs)
+    return total / 2 - whole
+
+
+def inception_score(logits: Tensor, split: int = SCORE_SPLIT) -> tuple[float, float]:
+    """exp of the mean divergence of p(class | picture) from p(class), mean and standard deviation over splits."""
+    scores = []
+    for part in logits.double().split(split):
+        log_p = part.log_softmax(dim=1)
+        p = log_p.exp()
+        marginal = p.mean(dim=0, keepdim=True).clamp(min=1e-300).log()
+        scores.append((p * (log_p - marginal)).sum(dim=1).mean().exp())
+    values = torch.stack(scores)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def precision_and_recall(reference: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+    """Kynkäänniemi et al. 2019: shares of one set within balls around the other's, as wide as to the k-th neighbour.
+
+    Raises:
+        StatisticsError: a set has no more than ``neighbours`` pictures.
+    """
+    if min(len(reference), len(generated)) <= neighbours:
+        raise StatisticsError(f"precision and recall need more than {neighbours} pictures a set")
+
+    def covered(points: Tensor, manifold: Tensor) -> float:
+        radii = neighbour_distances(manifold, neighbours)
+        inside = [(torch.cdist(chunk, manifold) <= radii).any(dim=1) for chunk in points.split(AT_ONCE)]
+        return float(torch.cat(inside).double().mean())
+
+    reference, generated = reference.double(), generated.double()
+    return covered(generated, reference), covered(reference, generated)
+
+
+def neighbour_distances(x: Tensor, neighbours: int) -> Tensor:
+    """Distance of each row to its k-th nearest other."""
+    return torch.cat([torch.cdist(chunk, x).kthvalue(neighbours + 1, dim=1).values for chunk in x.split(AT_ONCE)])

@@ -1,0 +1,224 @@
+"""Figures of generated pictures: against definitions, against torch-fidelity, and on files that are wrong."""
+
+import io
+import zipfile
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from conftest import PICTURES
+from PIL import Image
+
+from flowmo.data import DataError
+from flowmo.evaluate.features import Features
+from flowmo.evaluate.frechet import StatisticsError
+from flowmo.evaluate.generation import (
+    GenerationSummary,
+    inception_score,
+    look,
+    open_pictures,
+    precision_and_recall,
+)
+from flowmo.evaluate.npz import NpzError, NpzFile, write_npz
+from flowmo.torchvision_import import import_torchvision
+
+
+class Colours(torch.nn.Module):
+    """A feature network of all three kinds that needs no weights."""
+
+    name, channels, classes, spatial_channels, is_fid = "colours", 6, 3, 12, False
+
+    def forward(self, images):
+        mean, small = images.mean((2, 3)), torch.nn.functional.adaptive_avg_pool2d(images, 2)
+        return Features(torch.cat((mean, images.std((2, 3))), 1), 3 * mean, small.flatten(1))
+
+
+def random_pictures(count, seed=0, size=24):
+    generator = torch.Generator().manual_seed(seed)
+    tint = torch.rand(count, 3, 1, 1, generator=generator) * (1 + seed)
+    return (torch.rand(count, 3, size, size, generator=generator) * tint * 255).clamp(0, 255).to(torch.uint8)
+
+
+def as_folder(path, pictures):
+    path.mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path / f"{i:04d}.png")
+    return path
+
+
+def summary(ours, theirs):
+    network = Colours()
+    return GenerationSummary.of(look(open_pictures(ours), network), look(open_pictures(theirs), network), network)
+
+
+def test_folder_and_npz_are_the_same(tmp_path):
+    ours, theirs = random_pictures(30), random_pictures(25, 1)
+    folders = as_folder(tmp_path / "a", ours), as_folder(tmp_path / "b", theirs)
+    files = tmp_path / "a.npz", tmp_path / "b.npz"
+    for file, pictures in zip(files, (ours, theirs), strict=True):
+        write_npz(file, pictures.split(7), len(pictures))
+    assert np.array_equal(np.load(files[0])["arr_0"], ours.permute(0, 2, 3, 1).numpy())
+    one, other = summary(*folders), summary(*files)
+    assert one == other
+    assert one.frechet_distance > 0
+    assert one.spatial_frechet_distance > 0
+    assert (one.pictures, one.reference_pictures) == (30, 25)
+    assert one.inception_score > 1
+    assert not one.missing
+    itself = summary(files[0], files[0])
+    assert abs(itself.frechet_distance) < 1e-6
+    assert (itself.precision, itself.recall) == (1, 1)
+
+
+def test_reference_statistics_instead_of_pictures(tmp_path):
+    ours, theirs = random_pictures(30), random_pictures(25, 1)
+    write_npz(tmp_path / "a.npz", [ours], 30)
+    write_npz(tmp_path / "b.npz", [theirs], 25)
+    whole = summary(tmp_path / "a.npz", tmp_path / "b.npz")
+    seen = look(open_pictures(tmp_path / "b.npz"), Colours())
+    (mean, covariance), (mean_s, covariance_s) = seen.gaussians["pooled"], seen.gaussians["spatial"]
+    np.savez(tmp_path / "ref.npz", mu=mean, sigma=covariance, mu_s=mean_s, sigma_s=covariance_s)  # as ADM's are
+    part = summary(tmp_path / "a.npz", tmp_path / "ref.npz")
+    assert part.frechet_distance == pytest.approx(whole.frechet_distance)
+    assert part.spatial_frechet_distance == pytest.approx(whole.spatial_frechet_distance)
+    assert part.precision is None
+    assert "precision" in part.missing[0]
+    write_npz(tmp_path / "both.npz", [theirs], 25, seen.gaussians)
+    read = NpzFile(tmp_path / "both.npz").statistics("spatial")
+    assert torch.equal(read[1], covariance_s)
+
+
+def test_inception_score_by_its_definition():
+    logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    p = logits.double().softmax(1)
+    expected = [float((q * (q / q.mean(0)).log()).sum(1).mean().exp()) for q in p.split(20)]
+    mean, spread = inception_score(logits, split=20)
+    assert mean == pytest.approx(np.mean(expected))
+    assert spread == pytest.approx(np.std(expected))
+    sure = torch.full((7, 7), -1e4).fill_diagonal_(1e4)
+    assert inception_score(sure)[0] == pytest.approx(7)
+
+
+def test_precision_and_recall_on_a_line():
+    """Reference at 0, 1, 2, 3; radius to the nearest other is 1."""
+    reference = torch.arange(4.0)[:, None]
+    generated = torch.tensor([[0.5], [3.9], [4.1], [100.0], [100.5]])
+    precision, recall = precision_and_recall(reference, generated, neighbours=1)
+    assert precision == pytest.approx(2 / 5)
+    # Radii of the generated: 3.4, 0.2, 0.2, 0.5, 0.5.
+    assert recall == pytest.approx(4 / 4)
+    assert precision_and_recall(reference, generated[1:], neighbours=1)[1] == 0
+    with pytest.raises(StatisticsError, match="more than 3 pictures"):
+        precision_and_recall(reference[:3], generated)
+
+
+def test_equals_torch_fidelity():
+    """Distances, precision and recall of the published package, on the same features."""
+    if find_spec("torch_fidelity") is None:
+        pytest.skip("needs torch-fidelity")
+    import_torchvision()
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+    from torch_fidelity.metric_kid import mmd2
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    a, b = (torch.randn(120, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    b = b * 1.3 + 0.2
+    statistics = [{"mu": x.double().mean(0).numpy(), "sigma": np.cov(x.double().numpy(), rowvar=False)} for x in (a, b)]
+    network = Colours()
+    network.channels = 16
+
+    class Rows:
+        name = "rows"
+
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def batches(self, size):
+            yield from torch.zeros(len(self.rows), 3, 2, 2, dtype=torch.uint8).split(size)
+
+    seen = []
+    for rows in (a, b):
+        place = iter(rows.split(8))
+
+        class Given(Colours):
+            channels = 16
+
+            def forward(self, images, place=place):
+                part = next(place)
+                return Features(part, torch.zeros(8, 3), torch.zeros(8, 12))
+
+        seen.append(look(Rows(rows), Given(), batch_size=8))
+    ours = GenerationSummary.of(*seen, network)
+    fid = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert ours.frechet_distance == pytest.approx(fid, rel=1e-4)
+    x, y = a.double().numpy(), b.double().numpy()
+    kernels = [(p @ q.T / 16 + 1) ** 3 for p, q in ((x, x), (x, y), (y, y))]
+    assert ours.kernel_distance == pytest.approx(mmd2(*kernels), rel=1e-9)
+    options = {"prc_neighborhood": 3, "prc_batch_size": 50, "verbose": False, "save_cpu_ram": True}
+    theirs = prc_features_to_metric(a, b, **options)
+    assert ours.precision == pytest.approx(theirs["precision"], abs=1e-6)
+    assert ours.recall == pytest.approx(theirs["recall"], abs=1e-6)
+
+
+def test_sets_that_mean_nothing(tmp_path):
+    network = Colours()
+    one = as_folder(tmp_path / "one", random_pictures(1))
+    with pytest.raises(StatisticsError, match="one picture has no covariance"):
+        look(open_pictures(one), network)
+    mixed = as_folder(tmp_path / "mixed", random_pictures(2))
+    as_folder(mixed / "more", random_pictures(1, size=20))
+    with pytest.raises(DataError, match="of one size"):
+        look(open_pictures(mixed), network)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures"):
+        open_pictures(tmp_path / "empty")
+    with pytest.raises(DataError, match="of one size"):
+        look(open_pictures(PICTURES), network)
+
+
+def npz_of(path, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return path
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+def test_damaged_and_hostile_npz(tmp_path):
+    path = tmp_path / "x.npz"
+    good = npy(np.zeros((4, 8, 8, 3), np.uint8))
+    path.write_bytes(b"PK no")
+    with pytest.raises(NpzError, match=r"no \.npz"):
+        NpzFile(path)
+    with pytest.raises(NpzError, match=r"no \.npz"):
+        NpzFile(tmp_path / "missing.npz")
+    with pytest.raises(NpzError, match="not uint8 pictures"):
+        NpzFile(npz_of(path, arr_0=npy(np.zeros((4, 8, 8, 3), np.float32))))
+    with pytest.raises(NpzError, match="not uint8 pictures"):
+        NpzFile(npz_of(path, arr_0=npy(np.array([{"a": 1}], dtype=object))))  # a pickle, never read
+    with pytest.raises(NpzError, match="is damaged"):
+        NpzFile(npz_of(path, arr_0=good[:20]))
+    with pytest.raises(NpzError, match="ends within picture 3 of 4"):
+        list(NpzFile(npz_of(path, arr_0=good[:-10])).batches(2))
+    terabyte = npy(np.zeros((1, 8, 8, 3), np.uint8)).replace(b"(1, 8, 8, 3), }    ", b"(99999, 4096, 4096, 3), }", 1)
+    file = NpzFile(npz_of(path, arr_0=terabyte)) if b"99999" in terabyte else None
+    if file:
+        with pytest.raises(NpzError, match="ends within picture 0"):
+            next(file.batches(1))
+    with pytest.raises(NpzError, match="no mean"):
+        NpzFile(npz_of(path, mu=npy(np.zeros(3)), sigma=npy(np.zeros((2, 2))))).statistics("pooled")
+    with pytest.raises(NpzError, match="not a mean"):
+        NpzFile(npz_of(path, mu=npy(np.zeros((3, 3))), sigma=npy(np.zeros((2, 2))))).statistics("pooled")
+    with pytest.raises(DataError, match="neither pictures nor"):
+        look(open_pictures(npz_of(path, other=good)), Colours())
+    with pytest.raises(NpzError, match="2 pictures were given, not 3"):
+        write_npz(path, [random_pictures(2)], 3)
