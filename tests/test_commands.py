@@ -14,7 +14,7 @@ from conftest import SHARED, TINY, write_language_model
 
 from flowmo import Config, load
 from flowmo.data import build_index
-from flowmo.train.state import listing
+from flowmo.runs import listing
 
 WEIGHTS = SHARED / "weights"
 

@@ -17,8 +17,9 @@ import torch
 import flowmo
 from flowmo import Config, checkpoint, sharded
 from flowmo.distributed import DistributedError, join
+from flowmo.runs import listing
 from flowmo.train.loop import Run, TrainingError
-from flowmo.train.state import StateError, listing
+from flowmo.train.state import StateError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 HERE = Path(__file__).parent

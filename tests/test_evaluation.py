@@ -129,7 +129,16 @@ def same(a, b):
 def judges(trained_weights):
     from flowmo.perceptual import LPIPS
 
-    return Judges(LPIPS("alex", trained_weights, download=False), features=ResNetFeatures(trained_weights, False))
+    return Judges(LPIPS("alex", trained_weights, download=False), features=Colours())
+
+
+def test_the_stand_in_network(trained_weights, pair):
+    network = ResNetFeatures(trained_weights, download=False)
+    seen = network(pair[0])
+    assert seen.pooled.shape == (4, network.channels)
+    assert seen.logits.shape == (4, network.classes)
+    assert not network.is_fid
+    assert "resnet50" in network.name
 
 
 def test_batches_and_order_change_nothing(source, judges):
@@ -274,3 +283,87 @@ def test_the_command(tiny, tmp_path):
 
     assert main([str(word) for word in words]) == 0
     assert main([str(word) for word in [words[0], tmp_path / "nothing", *words[2:]]]) == 2
+
+
+def test_codecs_keep_to_the_budget(source):
+    """Of bytes where they can, with and without headers; and files that Pillow reads."""
+    from flowmo.evaluate.codecs import FORMATS, CodecMissingError, CodecReconstructor
+
+    x = reconstruction.read_crops(source, [0, 1], 128)
+    for name in FORMATS:
+        try:
+            whole, bare = (CodecReconstructor(name, 2000, headers) for headers in (True, False))
+        except CodecMissingError:
+            continue
+        one, other = (candidate.reconstruct(x, [0, 1]) for candidate in (whole, bare))
+        for result in (one, other):
+            assert result.images.shape == x.shape
+            assert (result.bits <= 8 * 2000).all()
+            assert (result.bits > 8 * 1000).all(), "the highest quality that fits comes close"
+            assert (psnr(x, result.images) > 18).all()
+        assert (psnr(x, other.images) >= psnr(x, one.images)).all(), "headers leave fewer bytes for the picture"
+        floor = CodecReconstructor(name, 10).reconstruct(x, [0, 1])
+        assert (floor.bits > 80).all(), "what does not fit says what it takes"
+
+
+def test_payloads_are_what_they_say():
+    """JPEG's scan found by another way: everything after the one scan's header and before the end mark."""
+    import io
+
+    from PIL import Image
+
+    from flowmo.evaluate.codecs import avif_payload, jpeg_payload, webp_payload
+
+    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=30)
+    data = stream.getvalue()
+    start = data.index(b"\xff\xda")
+    length = int.from_bytes(data[start + 2 : start + 4], "big")
+    assert jpeg_payload(data) == len(data) - start - 2 - length - 2
+    stream = io.BytesIO()
+    picture.save(stream, "WEBP", quality=30)
+    assert webp_payload(stream.getvalue()) == pytest.approx(len(stream.getvalue()) - 20 - 10, abs=1)
+    assert webp_payload(b"RIFF") == 4
+    assert avif_payload(b"\0\0\0\x0cmdat1234") == 4
+    assert avif_payload(b"\0\0\0\0free") == 8
+
+
+def test_published_rates_are_table_1s():
+    from flowmo.evaluate.published import TABLE_1
+
+    rates = {row.name: round(row.bits_per_pixel, 3) for row in TABLE_1}
+    printed = {"TiTok-L-32": 0.006, "TiTok-B-64": 0.012, "TiTok-S-128": 0.023, "LlamaGen-16": 0.055, "MaskBiT": 0.055}
+    printed |= {"Cosmos DI-16x16": 0.062, "OpenMagViT-V2": 0.070, "FlowMo-Lo": 0.070, "ViT-VQGAN": 0.203}
+    printed |= {"LlamaGen-32": 0.219, "FlowMo-Hi": 0.219, "Cosmos DI-8x8": 0.249}
+    assert rates == printed
+
+
+def test_the_report(tiny, tmp_path, capsys):
+    """The command's whole output, from a model that knows nothing beside a codec that does."""
+    from flowmo.cli import main
+
+    pytest.importorskip("matplotlib")
+    save(tiny, tmp_path / "tiny.safetensors")
+    out = tmp_path / "out"
+    words = ["evaluate", PICTURES, "--model", tmp_path / "tiny.safetensors", "--no-lpips", "--features", "none"]
+    words += ["--peers", "jpeg", "--report", out, "--limit", 6, "--steps", 2]
+    assert main([str(word) for word in words]) == 0
+    first = json.loads((out / "report.json").read_text())
+    assert [row["name"] for row in first["rows"]] == ["tiny", "JPEG", "JPEG, without headers"]
+    assert first["rows"][0]["pace"]["judging_per_second"] > 0
+    assert "tokenizer" in first["header"]["model"]
+    text = (out / "report.md").read_text()
+    assert "| tiny |" in text
+    assert "OpenMagViT-V2" in text
+    assert (out / "report.tex").read_text().count(r"\\") == 4
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert "http" not in page, "works offline"
+    for name in ("rate_distortion", "rfid_bpp", "worst", "median", "best"):
+        assert (out / f"{name}.png").stat().st_size > 500
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0  # nothing is measured again
+    again = json.loads((out / "report.json").read_text())
+    assert again["rows"][0]["psnr"] == first["rows"][0]["psnr"]
+    assert again["rows"][0]["pace"] == {}

@@ -22,15 +22,18 @@ import flowmo
 from flowmo import checkpoint, codec, sample
 from flowmo.codec import CodecError
 from flowmo.config import FIELDS, PRESETS, Config
-from flowmo.data import build_index, default_index, open_source
+from flowmo.data import Source, build_index, default_index, evenly_spread, open_source
+from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
+from flowmo.evaluate.reconstruction import Judges, Reconstructor
 from flowmo.pictures import read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
 from flowmo.studies import SCALES, STUDIES
 from flowmo.tokenizer import FlowMo
 
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
 SUFFIX = ".flowmo"
+PEERS = ("jpeg", "webp", "avif", "jxl")
 
 
 class UsageError(FlowMoError):
@@ -212,38 +215,109 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """How close reconstructions come to a folder of pictures: PSNR, SSIM, LPIPS, rFID, bits per pixel."""
-    from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
+    """How close reconstructions come to pictures, or how good generated pictures are.
+
+    With PICTURES: PSNR, SSIM, LPIPS, rFID and bits per pixel of a model, beside codecs with --peers; as files with
+    --report. With --reference: FID and its companions of generated PICTURES. Without PICTURES: the newest checkpoint
+    of a run, eval.eval_dir=results/RUN, or with eval.continuous=true each as it comes.
+    """
+    from flowmo.distributed import join
+    from flowmo.evaluate.features import build_features
+    from flowmo.evaluate.follow import Follower
+    from flowmo.evaluate.generation import GenerationSummary, look, open_pictures
+
+    def say(line: str, to: Any = None) -> None:
+        if world.main:
+            print(line, file=to, flush=True)
+
+    with join(arguments.device) as world:
+        if arguments.reference:
+            if not arguments.pictures or arguments.features == "none":
+                raise UsageError("--reference compares generated PICTURES by a feature network; name both")
+            sets = [open_pictures(path) for path in (arguments.pictures, arguments.reference)]
+            network = build_features(arguments.features).to(world.device)
+            show = progress_bar("looking")
+            seen = [look(pictures, network, device=world.device, world=world, progress=show) for pictures in sets]
+            found = GenerationSummary.of(*seen, network, tuple(pictures.name for pictures in sets))
+            say(json.dumps(found.as_dict(), indent=1) if arguments.json else "\n".join(found.lines()))
+            return
+        source = open_source(arguments.pictures) if arguments.pictures else None
+        judges, missing = Judges.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
+        judges.to(world.device)
+        if source is None:
+            folder = arguments.results_dir / arguments.experiment_name
+            Follower(arguments.settings, folder, judges, world, say).evaluate()
+        else:
+            compare(arguments, source, judges, world, say)
+        for line in missing:
+            say(line, sys.stderr)
+
+
+def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world: World, say: Callable) -> None:
+    """A model beside its peers on some pictures."""
+    from flowmo.evaluate.codecs import CodecReconstructor
+    from flowmo.evaluate.reconstruction import FlowMoReconstructor, Pace, measure
+    from flowmo.evaluate.report import Entry, weights_hash, write_report
     from flowmo.evaluate.summary import Summary
 
-    source = open_source(arguments.folder)
-    tokenizer = load(arguments)
-    judges, missing = Judges.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
-    candidate = FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance)
-    side, steps = tokenizer.config.data.image_size, arguments.steps or tokenizer.config.eval.sampling.sample_steps
-    measured = measure(
-        candidate,
-        source,
-        side,
-        judges.to(tokenizer.device),
-        limit=arguments.limit,
-        device=tokenizer.device,
-        enlarge=arguments.enlarge,
-        progress=progress_bar("evaluating"),
-    )
-    summary = Summary.of(arguments.model, measured, side, judges.features)
+    tokenizer = flowmo.load(arguments.model, *arguments.settings, device=str(world.device))
+    side, preset = tokenizer.config.data.image_size, tokenizer.config.eval
+    steps, guidance = arguments.steps or preset.sampling.sample_steps, arguments.guidance or preset.sampling.guidance
+    name = Path(arguments.model).stem
+    candidates: list[Reconstructor] = [
+        FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name)
+    ]
+    budget = math.ceil((tokenizer.config.bits_per_picture or 0) / 8)
+    for peer in arguments.peers:
+        candidates += [CodecReconstructor(peer, budget, headers) for headers in (True, False)]
+    judges.remember = len(candidates) > 1
+    depends = {"steps": steps, "seed": arguments.seed, "guidance": guidance, "budget": budget}
+    depends["identity"] = tokenizer.identity()
+    entries = []
+    for candidate in candidates:
+        pace = Pace()
+        measured = measure(
+            candidate,
+            source,
+            side,
+            judges,
+            limit=arguments.limit,
+            batch_size=preset.batch_size,
+            device=world.device,
+            world=world,
+            enlarge=arguments.enlarge,
+            folder=arguments.report / "measured" / candidate.name if arguments.report else None,
+            facts=depends,
+            pace=pace,
+            progress=progress_bar(candidate.name),
+        )
+        summary = Summary.of(candidate.name, measured, side, judges.features)
+        entries.append(Entry(candidate, measured, summary, pace))
+        if not arguments.json:
+            say(f"{candidate.name}: {summary.pictures} pictures, short side resized to {side}, central square")
+            say("\n".join(summary.lines()) + "\n")
     if arguments.json:
-        print(json.dumps({**summary.as_dict(), "steps": steps, "seed": arguments.seed}, indent=1))
-        return
-    print(f"{summary.pictures} pictures, short side resized to {side}, central square; {steps} steps")
-    print("\n".join(summary.lines()))
-    print("\n".join(missing), file=sys.stderr)
+        rows = [{**entry.summary.as_dict(), "steps": steps, "seed": arguments.seed} for entry in entries]
+        say(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
+    if arguments.report and world.main:
+        networks = {"LPIPS (AlexNet)": judges.lpips_alex, "LPIPS (VGG)": judges.lpips_vgg, "features": judges.features}
+        facts = {
+            "pictures": f"{arguments.pictures}: {entries[0].summary.pictures} of {len(source)}, evenly spread",
+            "protocol": f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}",
+            "model": f"{arguments.model}, tokenizer {tokenizer.identity()}",
+            "sampling": f"{steps} steps, seed {arguments.seed}, guidance {guidance}",
+            "judges' weights": {key: weights_hash(network) for key, network in networks.items() if network is not None},
+        }
+        if arguments.peers:
+            facts["codecs"] = f"highest quality within {budget} bytes a picture: whole files, and without their headers"
+        chosen = evenly_spread(arguments.limit or len(source), len(source))
+        write_report(arguments.report, entries, source, chosen, side, facts)
+        say(f"report in {arguments.report}/index.html")
 
 
 def study(arguments: argparse.Namespace) -> None:
     """A table or figure of the paper as a recipe: train what it needs, measure, write a table and plots."""
     from flowmo.distributed import join
-    from flowmo.evaluate.reconstruction import Judges
     from flowmo.studies.study import Place
 
     recipe = importlib.import_module(STUDIES[arguments.name])
@@ -397,18 +471,22 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume-from-ckpt", type=Path, help="training checkpoint to start from")
     sub.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
 
-    sub = command(evaluate, "PSNR, SSIM, LPIPS and rFID over a folder of pictures")
-    sub.add_argument(
-        "folder", type=Path, help="pictures: folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT"
-    )
+    sub = command(evaluate, "PSNR, SSIM, LPIPS, rFID of reconstructions; FID of generated pictures")
+    sub.add_argument("pictures", nargs="?", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT")
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
+    sub.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="codecs to measure beside, at equal bytes")
+    sub.add_argument("--report", type=Path, help="folder to write a page, tables, plots and pictures to")
+    sub.add_argument("--reference", help="PICTURES are generated: compare with these, a folder or ADM's .npz")
     sub.add_argument("--no-lpips", action="store_true", help="leave LPIPS out, which needs trained networks")
     features = "network of the Fréchet distance; auto takes FID's Inception where its weights are (auto)"
     sub.add_argument("--features", choices=("auto", "inception", "resnet", "none"), default="auto", help=features)
     sub.add_argument("--enlarge", action="store_true", help="take pictures smaller than the crop too")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument(
+        "--experiment-name", default="my_evaluation", help="folder of an evaluation of a run's checkpoints"
+    )
+    sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where that folder is (results)")
     with_model(sub), with_sampling(sub)
-
     sub = command(study, "a table or figure of the paper, at any scale")
     sub.add_argument("name", choices=tuple(STUDIES), help="which")
     sub.add_argument("--scale", choices=SCALES, default="smoke", help="how large (smoke): a minute, hours on a CPU, …")

@@ -217,7 +217,12 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    pictures: int = setting(200, "held-out pictures, spread over all, that a checkpoint is judged on")
+    pictures: int = setting(200, "held-out pictures, spread over all, that a checkpoint is judged on while training")
+    eval_dir: str = setting("", "folder of a training run whose checkpoints are evaluated")
+    continuous: bool = setting(False, "evaluate every checkpoint of eval.eval_dir as it comes, not just the newest")
+    force_ckpt_path: str = setting("", "evaluate this checkpoint and no other")
+    subsample_rate: int = setting(1, "evaluate every so many-th held-out picture")
+    batch_size: int = setting(16, "pictures evaluated at a time, which changes no figure")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -251,6 +256,7 @@ ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "data.imagenet_train_index": lambda value: {"data.train_index": value},
     "data.imagenet_val_tar": lambda value: {"data.val": value},
     "data.imagenet_val_index": lambda value: {"data.val_index": value},
+    "data.eval_batch_size": lambda value: {"eval.batch_size": value},
     "eval.sampling.cfg": lambda value: {"eval.sampling.guidance": value},
     "eval.sampling.schedule": _schedule,
     "eval.sampling.cfg_interval": _interval,
@@ -565,6 +571,9 @@ def check(config: Config) -> None:
     choose("trainer.parallel", t.parallel, PARALLEL)
     choose("trainer.best_metric", t.best_metric, BEST_METRICS)
     require(not t.best_metric or bool(d.val), "trainer.best_metric needs held-out pictures; write data.val=PICTURES")
+    for name in ("subsample_rate", "batch_size"):
+        value = getattr(config.eval, name)
+        require(value > 0, f"eval.{name}={value} must be at least 1")
     require(config.eval.pictures > 0, f"eval.pictures={config.eval.pictures} must be at least 1")
     for name in ("duration", "log_every", "checkpoint_every"):
         span = getattr(t, name)

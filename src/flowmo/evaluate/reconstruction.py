@@ -165,6 +165,11 @@ class Pace:
     judging: float = 0.0
     reading: float = 0.0
 
+    def as_dict(self) -> dict[str, float]:
+        """Pictures a second: of the candidate alone, of the evaluator without it, and of reading."""
+        parts = {"reconstructing": self.reconstructing, "judging": self.judging, "reading": self.reading}
+        return {f"{name}_per_second": self.pictures / seconds for name, seconds in parts.items() if seconds}
+
     def timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
         start = time.perf_counter()
         result = function(*arguments)

@@ -36,6 +36,7 @@ from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import LPIPS, build_distance
 from flowmo.pictures import to_picture
 from flowmo.quantize import WholeBatch, alone
+from flowmo.runs import CHECKPOINTS, ENDED, SETTINGS, listing
 from flowmo.sharded import ShardedError
 from flowmo.tokenizer import FlowMo
 from flowmo.train import state
@@ -128,7 +129,7 @@ class Run:
 
     @property
     def checkpoint_folder(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def stop_file(self) -> Path:
@@ -136,7 +137,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints of this run, oldest first."""
-        return state.listing(self.checkpoint_folder)
+        return listing(self.checkpoint_folder)
 
     def _held_out(self) -> Tensor:
         """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
@@ -163,7 +164,8 @@ class Run:
         """Train to the end, or until a signal or the stop file ends the run early; both leave a checkpoint."""
         if self.world.main:
             self.stop_file.unlink(missing_ok=True)
-            (self.folder / "config.json").write_text(self.config.to_json())
+            (self.folder / ENDED).unlink(missing_ok=True)
+            (self.folder / SETTINGS).write_text(self.config.to_json())
         self.world.wait()
         self.journal.open(self.step, self.images, self.config.to_dict())
         self.journal.report(self._describe())
@@ -174,6 +176,8 @@ class Run:
                 if self.saved_at != self.step:
                     self.save()
                 self.journal.report(f"stopped at step {self.step}; the same command goes on from here")
+            elif self.world.main:
+                (self.folder / ENDED).touch()
             if self.guard.metric and self.guard.step is not None:
                 early = "ended early, " if self.guard.exhausted else ""
                 best = f"held-out {self.guard.metric} {self.guard.value:.4f}"

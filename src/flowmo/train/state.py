@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from flowmo import checkpoint, sharded
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
+from flowmo.runs import listing
 from flowmo.tokenizer import FlowMo
 from flowmo.train.optimizer import Average, NormControl
 
@@ -55,13 +56,6 @@ class State:
             **optimizer,
             **{f"norms.{name}": value for name, value in self.norms.state.items()},
         }
-
-
-def listing(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(
-        (p for p in folder.glob("[0-9]*") if p.suffix == ".pth" or sharded.is_sharded(p)), key=lambda p: p.stem
-    )
 
 
 def tidy(folder: Path) -> None:

@@ -1,0 +1,87 @@
+"""Evaluation of a run's checkpoints as they come."""
+
+import json
+import threading
+import time
+
+import pytest
+from conftest import PICTURES
+
+from flowmo.evaluate import follow
+from flowmo.evaluate.follow import LOG, Follower
+from flowmo.evaluate.reconstruction import EvaluationError, Judges
+from flowmo.runs import has_ended
+from flowmo.train.loop import Run
+
+EVALUATION = ("eval.subsample_rate=3", "eval.sampling.sample_steps=1")
+
+
+@pytest.fixture
+def config(tiny_config):
+    return tiny_config.override(
+        *(f"data.train={PICTURES}", f"data.val={PICTURES}", "data.num_workers=0", "data.global_batch_size=2"),
+        *("opt.lpips_weight=0", "trainer.duration=4 steps", "trainer.checkpoint_every=1 step", "trainer.keep_last=2"),
+        *("trainer.sample_every=0", "trainer.tensorboard=false"),
+    )
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def test_every_checkpoint_of_a_run_once_until_it_ends(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.02)
+    run, said = tmp_path / "run", []
+    settings = (f"eval.eval_dir={run}", "eval.continuous=true", *EVALUATION)
+    follower = Follower(settings, tmp_path / "evaluation", Judges(), report=said.append)
+    thread = threading.Thread(target=follower.evaluate)
+    thread.start()
+    while not said:  # it waits for a run that is not there yet
+        time.sleep(0.01)
+    assert "waiting" in said[0]
+    Run(config, run, report=lambda line: None).train()
+    assert has_ended(run)
+    thread.join(60)
+    assert not thread.is_alive()
+    lines = logged(tmp_path / "evaluation")
+    names = [line["checkpoint"] for line in lines]
+    assert names == sorted(set(names))
+    assert names[-1] == "00000004.pth"
+    assert all(line.get("removed") or line["pictures"] == 2 for line in lines)
+    assert logged(run) == lines
+    before = len(lines)
+    follower.evaluate()
+    assert len(logged(run)) == before
+
+
+def test_a_run_that_goes_on_has_not_ended(config, tmp_path):
+    Run(config, tmp_path, report=lambda line: None).train()
+    assert has_ended(tmp_path)
+    run = Run(config.override("trainer.duration=6 steps"), tmp_path, report=lambda line: None)
+    run.asked_to_stop = True
+    run.train()
+    assert not has_ended(tmp_path)
+
+
+def test_the_newest_and_a_named_one(config, tmp_path):
+    run = tmp_path / "run"
+    Run(config, run, report=lambda line: None).train()
+    Follower((f"eval.eval_dir={run}", *EVALUATION), tmp_path / "a", Judges(), report=lambda line: None).evaluate()
+    assert [line["checkpoint"] for line in logged(tmp_path / "a")] == ["00000004.pth"]
+    named = f"eval.force_ckpt_path={run}/checkpoints/00000003.pth"
+    settings = (named, f"data.val={PICTURES}", *EVALUATION)
+    Follower(settings, tmp_path / "b", Judges(), report=lambda line: None).evaluate()
+    assert [line["checkpoint"] for line in logged(tmp_path / "b")] == ["00000003.pth"]
+    Run(config.override("data.val=''"), tmp_path / "bare", report=lambda line: None).train()
+    with pytest.raises(EvaluationError, match="no held-out pictures"):
+        Follower((f"eval.eval_dir={tmp_path}/bare",), tmp_path / "c", Judges()).evaluate()
+
+
+def test_nothing_to_evaluate(tmp_path):
+    with pytest.raises(EvaluationError, match="name pictures, or a run"):
+        Follower((), tmp_path, Judges())
+    with pytest.raises(EvaluationError, match="no such run"):
+        Follower((f"eval.eval_dir={tmp_path}/none",), tmp_path, Judges())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EvaluationError, match="no checkpoint yet"):
+        Follower((f"eval.eval_dir={tmp_path}/empty",), tmp_path, Judges()).evaluate()
