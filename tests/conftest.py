@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from flowmo import Config, FlowMo
-from flowmo.torchvision_import import import_torchvision
+from flowmo.torchvision_import import before_importing
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -46,8 +45,7 @@ def open_gates(tokenizer: FlowMo) -> FlowMo:
 
 def write_language_model(path: Path, **shape: int) -> None:
     """A Qwen2 of random weights, saved as any other causal language model is; skips where transformers is missing."""
-    if find_spec("torchvision"):
-        import_torchvision()
+    before_importing("transformers")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Qwen2Config(vocab_size=40, **shape)

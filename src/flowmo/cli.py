@@ -33,7 +33,6 @@ from flowmo.tokenizer import FlowMo
 
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
 SUFFIX = ".flowmo"
-PEERS = ("jpeg", "webp", "avif", "jxl")
 
 
 class UsageError(FlowMoError):
@@ -255,7 +254,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world: World, say: Callable) -> None:
     """A model beside its peers on some pictures."""
-    from flowmo.evaluate.codecs import CodecReconstructor
+    from flowmo.evaluate.codecs import FORMATS, CodecReconstructor
+    from flowmo.evaluate.peers import SIDE, build_peer
     from flowmo.evaluate.reconstruction import FlowMoReconstructor, Pace, measure
     from flowmo.evaluate.report import Entry, weights_hash, write_report
     from flowmo.evaluate.summary import Summary
@@ -269,7 +269,13 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
     ]
     budget = math.ceil((tokenizer.config.bits_per_picture or 0) / 8)
     for peer in arguments.peers:
-        candidates += [CodecReconstructor(peer, budget, headers) for headers in (True, False)]
+        kind, _, weights = peer.partition("=")
+        if kind in FORMATS:
+            candidates += [CodecReconstructor(kind, budget, headers) for headers in (True, False)]
+            continue
+        if side != SIDE:
+            raise UsageError(f"{kind} works at {SIDE} × {SIDE}, {arguments.model} at {side} × {side}")
+        candidates.append(build_peer(kind, weights or None, world.device))
     judges.remember = len(candidates) > 1
     depends = {"steps": steps, "seed": arguments.seed, "guidance": guidance, "budget": budget}
     depends["identity"] = tokenizer.identity()
@@ -474,7 +480,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(evaluate, "PSNR, SSIM, LPIPS, rFID of reconstructions; FID of generated pictures")
     sub.add_argument("pictures", nargs="?", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT")
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
-    sub.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="codecs to measure beside, at equal bytes")
+    peers = "measure beside: codecs at equal bytes (jpeg webp avif jxl), tokenizers by their weights (llamagen16=FILE)"
+    sub.add_argument("--peers", nargs="+", default=[], metavar="PEER", help=peers)
     sub.add_argument("--report", type=Path, help="folder to write a page, tables, plots and pictures to")
     sub.add_argument("--reference", help="PICTURES are generated: compare with these, a folder or ADM's .npz")
     sub.add_argument("--no-lpips", action="store_true", help="leave LPIPS out, which needs trained networks")

@@ -8,6 +8,7 @@ its operators are then never registered. Registering their names is enough; noth
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -40,3 +41,9 @@ def import_torchvision() -> ModuleType:
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _registered.append(library)
     return importlib.import_module("torchvision")
+
+
+def before_importing(package: str) -> None:
+    """To be called before ``package`` is imported, which imports torchvision where that is installed."""
+    if find_spec(package) and find_spec("torchvision"):
+        import_torchvision()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -27,7 +28,7 @@ class Published(NamedTuple):
         return None if self.bits is None else self.tokens * self.bits / 256**2
 
 
-COSMOS_BITS = 15.955  # of the 8·8·8·5·5·5 = 64 000 levels of its FSQ
+COSMOS_BITS = math.log2(8**3 * 5**3)  # the levels of its FSQ
 
 TABLE_1 = (
     Published("TiTok-L-32", 32, 12, 2.21, 15.60, 0.359, 0.322),

@@ -8,7 +8,6 @@ Without training the code is passed on unchanged and no language model is needed
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from flowmo.errors import FlowMoError
 from flowmo.quantize.contract import Quantized, WholeBatch, alone
-from flowmo.torchvision_import import import_torchvision
+from flowmo.torchvision_import import before_importing
 
 SPAN_SHARE = 0.3
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -85,8 +84,7 @@ def load_language_model(name: str, channels: int) -> tuple[Any, list[int]]:
     Raises:
         LanguageModelError: ``transformers`` is missing, the model cannot be loaded, or its hidden size is another.
     """
-    if find_spec("torchvision"):
-        import_torchvision()  # transformers imports it where it is installed
+    before_importing("transformers")
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError:

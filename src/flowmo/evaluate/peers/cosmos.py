@@ -1,0 +1,38 @@
+"""Cosmos DI (NVIDIA 2025): one id of 64 000 (FSQ levels 8·8·8·5·5·5) for each 8 × 8 or 16 × 16 pixels.
+
+Its weights are published as TorchScript, network and all, which is how its own package runs them.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowmo.evaluate.peers.peer import PeerError, TokenNetwork
+
+LEVELS = (8, 8, 8, 5, 5, 5)
+FILES = ("encoder.jit", "decoder.jit")
+
+
+class Cosmos(TokenNetwork):
+    """``encoder.jit`` and ``decoder.jit`` of a folder. Name only folders that you trust: TorchScript is a program."""
+
+    id_count = math.prod(LEVELS)
+
+    def read(self, path: str | Path) -> None:
+        for name, file in zip(("encoder", "decoder"), FILES, strict=True):
+            try:
+                setattr(self, name, torch.jit.load(str(Path(path) / file), map_location="cpu").float())
+            except (RuntimeError, ValueError, OSError) as error:
+                reason = " ".join(str(error).split())[:100]
+                raise PeerError(f"{Path(path) / file}: no TorchScript of a Cosmos tokenizer ({reason})") from None
+
+    def encode(self, x: Tensor) -> Tensor:
+        found = self.encoder(x)
+        return (found[0] if isinstance(found, tuple) else found).long()
+
+    def decode(self, ids: Tensor) -> Tensor:
+        return self.decoder(ids)

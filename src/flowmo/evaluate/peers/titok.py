@@ -1,0 +1,121 @@
+"""TiTok (Yu et al. 2024): 32, 64 or 128 tokens of 12 bits from a ViT; a second ViT, then MaskGIT's decoder."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowmo.evaluate.peers.convolutional import nearest
+from flowmo.evaluate.peers.maskgit import Decoder
+from flowmo.evaluate.peers.peer import SIDE, TokenNetwork, fill, read_weights
+
+SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
+"""Width, depth and heads."""
+PATCH = 16
+PATCHES = (SIDE // PATCH) ** 2
+PIXEL_CODES = 1024
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        parts = {"c_fc": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "c_proj": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class ViT(nn.Module):
+    """What encoder and decoder share: a class token and patches with positions, then latent tokens with theirs."""
+
+    def __init__(self, size: str, tokens: int):
+        super().__init__()
+        self.width, depth, heads = SIZES[size]
+        scale = self.width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(1, self.width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(PATCHES + 1, self.width))
+        self.latent_token_positional_embedding = nn.Parameter(scale * torch.randn(tokens, self.width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(self.width), nn.LayerNorm(self.width)
+        self.transformer = nn.ModuleList(Block(self.width, heads) for _ in range(depth))
+
+    def run(self, patches: Tensor, latents: Tensor) -> Tensor:
+        """b × patches × width and b × tokens × width -> all of them, behind the class token."""
+        first = self.class_embedding.expand(len(patches), 1, -1)
+        x = torch.cat((first, patches), dim=1) + self.positional_embedding
+        x = self.ln_pre(torch.cat((x, latents + self.latent_token_positional_embedding), dim=1))
+        for block in self.transformer:
+            x = block(x)
+        return x
+
+
+class Encoder(ViT):
+    def __init__(self, size: str, tokens: int, channels: int):
+        super().__init__(size, tokens)
+        self.patch_embed = nn.Conv2d(3, self.width, PATCH, PATCH)
+        self.conv_out = nn.Conv2d(self.width, channels, 1)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Pictures and latent tokens -> code b × channels × tokens."""
+        patches = self.patch_embed(x).flatten(2).transpose(1, 2)
+        out = self.ln_post(self.run(patches, latents.expand(len(x), -1, -1))[:, 1 + PATCHES :])
+        # The published weights were trained with this reshape, which reads tokens × width as width × tokens.
+        mixed = out.reshape(len(x), self.width, out.shape[1], 1)
+        return self.conv_out(mixed).flatten(2)
+
+
+class PatchDecoder(ViT):
+    def __init__(self, size: str, tokens: int, channels: int):
+        super().__init__(size, tokens)
+        self.decoder_embed = nn.Linear(channels, self.width)
+        self.mask_token = nn.Parameter(self.width**-0.5 * torch.randn(1, 1, self.width))
+        wide = nn.Conv2d(self.width, 2 * self.width, 1)
+        self.ffn = nn.Sequential(wide, nn.Tanh(), nn.Conv2d(2 * self.width, PIXEL_CODES, 1))
+
+    def forward(self, code: Tensor) -> Tensor:
+        """Code b × tokens × channels -> logits of the pixel codes, b × 1024 × 16 × 16."""
+        patches = self.mask_token.expand(len(code), PATCHES, -1)
+        x = self.ln_post(self.run(patches, self.decoder_embed(code))[:, 1 : 1 + PATCHES])
+        side = SIDE // PATCH
+        return self.ffn(x.transpose(1, 2).reshape(len(x), self.width, side, side))
+
+
+class TiTok(TokenNetwork):
+    """Pictures of 256 × 256 in [0, 1]."""
+
+    id_count = 4096
+    low = 0.0
+
+    def __init__(self, size: str, tokens: int):
+        super().__init__()
+        channels = 12
+        self.latent_tokens = nn.Parameter(torch.randn(tokens, SIZES[size][0]))
+        self.encoder, self.decoder = Encoder(size, tokens, channels), PatchDecoder(size, tokens, channels)
+        self.quantize, self.pixel_quantize = nn.Module(), nn.Module()
+        self.quantize.embedding = nn.Embedding(self.id_count, channels)
+        self.pixel_quantize.embedding = nn.Embedding(PIXEL_CODES, 256)
+        self.pixel_decoder = Decoder(256, lowest_first=False, name="block")
+
+    def codebook(self) -> Tensor:
+        return F.normalize(self.quantize.embedding.weight, dim=-1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        code = self.encoder(x, self.latent_tokens).transpose(1, 2)
+        return nearest(F.normalize(code, dim=-1), self.codebook())
+
+    def decode(self, ids: Tensor) -> Tensor:
+        logits = self.decoder(self.codebook()[ids])
+        code = torch.einsum("bnhw,nc->bchw", logits.softmax(dim=1), self.pixel_quantize.embedding.weight)
+        return self.pixel_decoder(code)
+
+    def read(self, path: str | Path) -> None:
+        """Weights as published: ``model.safetensors`` of ``tokenizer_titok_l32_imagenet`` and its like."""
+        fill(self, read_weights(path), path, lambda name: True)
