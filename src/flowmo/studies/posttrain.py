@@ -114,8 +114,8 @@ SCALES = {
             *("model.num_heads=2", "model.dec_depth=1", "model.enc_hidden_size=64", "model.enc_depth=1"),
             *("model.code_length=4", "trainer.duration=2 steps", "trainer.log_every=1 step"),
         ),
-        (*SHORT, "opt.lr=1e-4", "model.posttrain_sample_k=2"),
-        *(8, (0.01,), (0.01,), 2, 8),
+        (*SHORT, "opt.lr=1e-4", "model.posttrain_sample_k=2", "trainer.log_every=1 step"),
+        *(8, (0.01,), (0.01,), 1, 8),
         "half a minute on two CPU cores; its figures mean nothing",
     ),
     "cpu": Scale(
