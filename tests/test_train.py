@@ -123,6 +123,7 @@ def test_what_a_run_leaves(config, tmp_path):
         "checkpoints/00000006.pth",
         "checkpoints/00000009.pth",
         "config.json",
+        "ended",
         "lock",
         "metrics.jsonl",
         "samples/00000003.png",

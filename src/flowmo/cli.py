@@ -267,7 +267,8 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
     candidates: list[Reconstructor] = [
         FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name)
     ]
-    budget = math.ceil((tokenizer.config.bits_per_picture or 0) / 8)
+    model = tokenizer.config.model
+    budget = math.ceil((tokenizer.config.bits_per_picture or 32 * model.code_length * model.context_dim) / 8)
     for peer in arguments.peers:
         kind, _, weights = peer.partition("=")
         if kind in FORMATS:

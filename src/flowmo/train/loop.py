@@ -1,10 +1,10 @@
 """A training run: pictures in, checkpoints, a log and sample grids out, on one process or many.
 
 A run lives in ``results/<experiment>/``: ``config.json``, ``metrics.jsonl`` (one line a report), ``tensorboard/``,
-``samples/`` and ``checkpoints/``. Started again with the same name it goes on from its last checkpoint, and ends with
-the weights that an unbroken run would have: the order of the pictures and every random number are functions of the
-seed and of a picture's place in the run. SIGTERM, which schedulers send, Ctrl-C, and a file named ``stop`` in the
-folder save before the run ends.
+``samples/`` and ``checkpoints/``, and ``ended`` once it has come to its end. Started again with the same name it goes
+on from its last checkpoint, and ends with the weights that an unbroken run would have: the order of the pictures and
+every random number are functions of the seed and of a picture's place in the run. SIGTERM, which schedulers send,
+Ctrl-C, and a file named ``stop`` in the folder save before the run ends.
 """
 
 from __future__ import annotations
