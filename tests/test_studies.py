@@ -44,9 +44,9 @@ def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch, capsys):
     text = (tmp_path / "out" / "posttrain-smoke.md").read_text()
     assert text.count("\n| ") == 6
     assert "(a) sample, weight 0.01" in text
-    for name in ("posttrain-smoke.png", "posttrain-smoke-pictures.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 5000
     runs = tmp_path / "results" / "posttrain-smoke"
+    for path in (tmp_path / "out" / "posttrain-smoke.png", runs / "pictures.png"):
+        assert path.stat().st_size > 5000
     assert (runs / "base" / "checkpoints").is_dir()
     assert not (runs / "sample-0.01-seed1" / "checkpoints").exists(), "what was measured gives back its room"
     (tmp_path / "out" / "posttrain-smoke.md").unlink()

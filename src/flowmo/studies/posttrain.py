@@ -8,6 +8,7 @@ weights, see equally many images at the same learning rate, and are judged on pi
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -205,7 +206,7 @@ def keep_samples(tokenizer: FlowMo, name: str, place: Place) -> None:
 
 
 def show_samples(rows: Sequence[Mapping[str, Any]], place: Place) -> None:
-    """The first seed's pictures of every arm below each other."""
+    """The first seed's pictures of every arm below each other, beside the runs: not all pictures may be published."""
     shown = [row for row in rows if row["seed"] <= 1]
     strips = [("originals", place.folder("base") / "originals.png")]
     strips += [(row["label"], place.folder(row["run"]) / "samples.png") for row in shown]
@@ -214,7 +215,7 @@ def show_samples(rows: Sequence[Mapping[str, Any]], place: Place) -> None:
         axis.imshow(Image.open(path))
         axis.set_title(label, fontsize=8, loc="left", pad=2)
         axis.axis("off")
-    figure.savefig(place.out / f"{place.stem}-pictures.png", dpi=130)
+    figure.savefig(place.folder("pictures.png"), dpi=85)
 
 
 def draw(place: Place) -> None:
@@ -234,7 +235,7 @@ def draw(place: Place) -> None:
             [
                 *(group[0]["label"], str(len(group))),
                 *(cell((row[key] * factor for row in group), places) for key, _, places, factor in columns),
-                f"{sum(row['seconds'] for row in group) / len(group):.0f}",
+                f"{statistics.median(row['seconds'] for row in group):.0f}",
             ]
             for group in groups
         ),
@@ -250,13 +251,11 @@ From one stage-1A checkpoint ({results["base_images"]} images): {results["images
 with {settings}. The distance in the loss of (a) and (b): {results["distance"]}. Means ± standard
 deviations over seeds of the figures on {results["pictures"]} pictures that no row was trained on; the checkpoint itself
 is one. Fréchet and kernel distance: {distance}; of {results["pictures"]} pictures the former is biased, so compare it
-within this table only. s: seconds of training ({results["machine"]}).
+within this table only. s: seconds of training, median ({results["machine"]}).
 
 {table}
 {verdict(groups)}
 ![figures over the weight of the distance]({place.stem}.png)
-
-![pictures of the first seed]({place.stem}-pictures.png)
 
 {versions}
 """
