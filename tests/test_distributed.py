@@ -205,6 +205,26 @@ def test_a_batch_that_does_not_divide(base, tmp_path):
     assert "flowmo: a batch of 5 does not divide among 2 processes; write data.global_batch_size=4 or" in done.stderr
 
 
+LEAVE = """
+import torch
+import torch.distributed as dist
+from flowmo.distributed import join
+with join() as world:
+    torch.kept = dist.group.WORLD  # as FSDP2's mesh keeps it
+    for _ in range(20):
+        world.sum(torch.ones(1))
+"""
+
+
+def test_processes_end_while_the_group_is_kept(tmp_path):
+    """Without the pause at the end one of the eight aborted in each of 12 tries."""
+    script = tmp_path / "leave.py"
+    script.write_text(LEAVE)
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=8", script]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_nodes(base, one, tmp_path):
     """Two torchrun agents that meet at an address, as two machines would."""
     with socket.socket() as free:

@@ -6,6 +6,7 @@ Processes are started by ``torchrun``; without it there is one. gloo connects CP
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from flowmo.errors import FlowMoError
 
 TIMEOUT = timedelta(minutes=30)
 """How long one process waits for the others, the longest checkpoint included."""
+
+SETTLE = 0.1
+"""Seconds at the end in which gloo's threads let go of the last results."""
 
 
 class DistributedError(FlowMoError, RuntimeError):
@@ -114,3 +118,6 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
         yield world
     finally:
         dist.destroy_process_group()
+        # FSDP2 caches its mesh for good, and with it gloo's threads. One that still holds a tensor needs the
+        # interpreter's lock to drop it; an interpreter that is ending refuses, and the process would abort.
+        time.sleep(SETTLE)
