@@ -59,6 +59,19 @@ def test_every_row_of_every_parameter_gets_a_gradient(tiny_config, images, kind)
         assert rows.abs().sum(dim=1).gt(0).all(), f"{name} has rows without a gradient"
 
 
+def test_the_log_is_in_float32(tiny_config, images):
+    """A sum of bfloat16 numbers stops growing after some dozens of steps."""
+    tokenizer = FlowMo(tiny_config)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = pretrain_loss(tokenizer, images, Draws.of(tokenizer.config, images, range(5)), half_distance)
+    assert {name: value.dtype for name, value in loss.parts.items() if value.dtype != torch.float32} == {}
+    assert abs(loss.parts["lpips"] - 0.123456) < 1e-3
+
+
+def half_distance(x, y):
+    return torch.full((len(x),), 0.123456, dtype=torch.bfloat16)
+
+
 def test_overfits_four_photographs(tiny_config, folder, tmp_path):
     """The whole of stage 1A: from files on disk through training to a sample from pure noise above 22 dB."""
     config = tiny_config.override(

@@ -94,7 +94,7 @@ def pretrain_loss(
     with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
     flow_loss, estimate = one_step(tokenizer, quantized.code, images, draws)
-    distances = {} if perceptual is None else {"lpips": perceptual(images, estimate()).mean()}
+    distances = {} if perceptual is None else {"lpips": perceptual(images, estimate()).float().mean()}
     return _sum(tokenizer, {} if freeze_encoder else quantized.losses, flow_loss, distances, quantized)
 
 
@@ -116,7 +116,7 @@ def posttrain_loss(
     distances = {}
     if perceptual is not None:
         sample = sample_chain(tokenizer, quantized.code, draws.chain)
-        distances["sample_distance"] = perceptual(images, sample).mean()
+        distances["sample_distance"] = perceptual(images, sample).float().mean()
     return _sum(tokenizer, {}, flow_loss, distances, quantized)
 
 
@@ -139,7 +139,8 @@ def _sum(
     parts = {"flow": flow_loss, **losses}
     total = sum(parts.values()) + tokenizer.config.opt.lpips_weight * sum(distances.values())
     logged = {**parts, **distances, "loss": total, **quantized.statistics}
-    return Loss(total, {name: value.detach() for name, value in logged.items()}, quantized.ids)
+    # In float32, or the log's sum over a hundred steps would stand still at bfloat16's eight bits.
+    return Loss(total, {name: value.detach().float() for name, value in logged.items()}, quantized.ids)
 
 
 def sample_chain(tokenizer: FlowMo, code: Tensor, chain: Chain, recompute: bool = True) -> Tensor:
