@@ -66,9 +66,9 @@ def test_overrides(saved):
         flowmo.load(saved, "model.dec_depth=2")
 
 
-def release_file(path, config, **extra):
-    state = {key: torch.randn(shape) for key, shape in expected_shapes(config).items()}
-    ema = {key: value + 1 for key, value in state.items()}
+def release_file(path, config, scale=1.0, **extra):
+    state = {key: scale * torch.randn(shape) for key, shape in expected_shapes(config).items()}
+    ema = {key: value + scale for key, value in state.items()}
     torch.save({"total_steps": 5, "model_ema_state_dict": ema, "model_state_dict": state, **extra}, path)
     return state
 

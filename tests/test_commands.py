@@ -6,11 +6,13 @@ What is put right in them: two line continuations that are missing, and "..." fo
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import SHARED, TINY, write_language_model
+from test_checkpoint import release_file
 
 from flowmo import Config, load
 from flowmo.data import build_index
@@ -62,6 +64,22 @@ torchrun --nproc-per-node=4 -m flowmo.train \
 """
 HI_POSTTRAIN = LO_POSTTRAIN.replace("lo_posttrain", "hi_posttrain").replace("1325000", "825000")
 HI_POSTTRAIN = HI_POSTTRAIN.replace("context_dim=18", "context_dim=56").replace("entropy=9", "entropy=14")
+EVALUATE_AS_IT_GROWS = r"""
+torchrun --nproc-per-node=1 -m flowmo.evaluate \
+    --experiment-name flowmo_lo_prettrain_eval \
+    eval.eval_dir=results/flowmo_lo_prettrain \
+    eval.continuous=true \
+    model.context_dim=18 model.codebook_size_for_entropy=9
+"""
+EVALUATE_LO = r"""
+torchrun --nproc-per-node=1 -m flowmo.evaluate \
+    --experiment-name "flowmo_lo_posttrain_eval" \
+    eval.eval_dir=results/flowmo_lo_posttrain \
+    eval.continuous=false \
+    eval.force_ckpt_path='flowmo_lo.pth' \
+    model.context_dim=18 model.codebook_size_for_entropy=9
+"""
+EVALUATE_HI = EVALUATE_LO.replace("flowmo_lo", "flowmo_hi").replace("=18", "=56").replace("=9", "=14")
 SMALLER_MODEL = LO_PRETRAIN.replace("trainer.max_steps", "model.patch_size=8 model.mup_width=4 trainer.max_steps")
 
 
@@ -161,6 +179,48 @@ def test_other_pretraining(place, command, name):
         assert tokenizer.config.model.context_dim == 768
     else:
         assert tokenizer.config.model.patch_size == 8
+
+
+def evaluations(place, name):
+    return [json.loads(line) for line in (place / "results" / name / "evaluations.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def held_out(place):
+    """Overrides that name held-out pictures: the authors' tar and index of them."""
+    val, index = "ILSVRC2012_img_val.tar", "imagenet_val_index_overall.json"
+    shutil.copy(place / "ILSVRC2012_img_train.tar", place / val)
+    (place / index).write_text(json.dumps(build_index(place / val)))
+    return [f"data.imagenet_val_tar={val}", f"data.imagenet_val_index={index}"]
+
+
+def test_evaluation_of_a_run(place, held_out):
+    """Both checkpoints, then the end of the run ends the evaluation."""
+    tiny = [*make_tiny(2), "opt.lpips_weight=0", *held_out]
+    pretrain = LO_PRETRAIN.replace("flowmo_lo_pretrain", "flowmo_lo_prettrain")
+    run(pretrain, place, *tiny, "trainer.checkpoint_every=1")
+    out = run(EVALUATE_AS_IT_GROWS, place, *tiny)
+    assert "bits per pixel" in out
+    rows = evaluations(place, "flowmo_lo_prettrain_eval")
+    assert [row["checkpoint"] for row in rows] == ["00000001.pth", "00000002.pth"]
+    assert rows == evaluations(place, "flowmo_lo_prettrain")
+    assert {row["pictures"] for row in rows} == {4}
+
+
+@pytest.mark.parametrize(("size", "command", "bits"), [("lo", EVALUATE_LO, 18), ("hi", EVALUATE_HI, 56)])
+def test_evaluation_of_a_named_checkpoint(place, held_out, size, command, bits):
+    """A file of the authors' form, and half of the pictures."""
+    widths = [f"model.{net}{name}" for net in ("", "enc_") for name in ("hidden_size=384", "num_heads=12")]
+    tiny = [*make_tiny(1), *held_out, *widths]
+    groups = {18: 9, 56: 14}[bits]
+    shape = [f"model.context_dim={bits}", f"model.codebook_size_for_entropy={groups}"]
+    config = Config().override(*shape, *(word for word in tiny if word.startswith("model.")))
+    release_file(place / f"flowmo_{size}.pth", config, scale=0.02)
+    run(command, place, *tiny, "eval.subsample_rate=2")
+    (row,) = evaluations(place, f"flowmo_{size}_posttrain_eval")
+    assert row["checkpoint"] == f"flowmo_{size}.pth"
+    assert row["pictures"] == 2
+    assert row["bits_per_pixel"] == pytest.approx(256 * bits / 32**2)
 
 
 def test_infill_pretraining(place):

@@ -27,7 +27,8 @@ from flowmo.evaluate.reconstruction import (
     truncated,
 )
 from flowmo.evaluate.summary import Summary
-from flowmo.pictures import to_bytes
+from flowmo.pictures import to_bytes, to_picture, to_tensor
+from flowmo.sample import picture_seed
 
 
 class Colours(torch.nn.Module):
@@ -265,6 +266,17 @@ def test_pictures_smaller_than_the_crop(source):
         measure(Blur(), source, 5000, Judges(), limit=1)
 
 
+def test_a_candidate_whose_pictures_are_not_finite(source):
+    class Broken(Blur):
+        def reconstruct(self, images, indices):
+            result = super().reconstruct(images, indices)
+            result.images[-1, 0, 0, 0] = torch.nan
+            return result
+
+    with pytest.raises(EvaluationError, match=f"blur makes {source.name(2)} into values that are not finite"):
+        measure(Broken(), source, 32, Judges(), limit=None, batch_size=3)
+
+
 def test_flowmo_as_a_candidate(tiny, source):
     measured = measure(FlowMoReconstructor(tiny, steps=2), source, 32, Judges(features=Colours()), batch_size=3)
     summary = Summary.of("tiny", measured, 32)
@@ -274,6 +286,20 @@ def test_flowmo_as_a_candidate(tiny, source):
     same(measured, measure(FlowMoReconstructor(tiny, steps=2), source, 32, Judges(features=Colours()), batch_size=2))
     other = measure(FlowMoReconstructor(tiny, steps=2, seed=1), source, 32, Judges())
     assert not torch.equal(other.column("squared_error"), measured.column("squared_error"))
+
+
+def test_a_picture_larger_than_the_model_goes_through_tiles(tiny, source):
+    """48 pixels of a model of 32: 2 × 2 tiles, and what the candidate makes is what the tokenizer alone makes."""
+    candidate = FlowMoReconstructor(tiny, steps=2)
+    x = reconstruction.read_crops(source, [3], 48)
+    result = candidate.reconstruct(x, [3])
+    assert result.bits.tolist() == [4 * 48.0]
+    assert result.ids.shape == (4, 6, 2)
+    codes = tiny.encode_image(to_picture(x[0]))
+    expected = tiny.decode_image(codes, 2, picture_seed(0, 3))
+    assert torch.equal(to_bytes(result.images)[0], to_bytes(to_tensor(expected)))
+    summary = Summary.of("tiny", measure(candidate, source, 48, Judges(), limit=2), 48)
+    assert summary.bits_per_pixel == pytest.approx(4 * 48 / 48**2)
 
 
 def test_the_command(tiny, tmp_path):

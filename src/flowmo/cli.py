@@ -27,7 +27,7 @@ from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.evaluate.reconstruction import Judges, Reconstructor
-from flowmo.pictures import read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
+from flowmo.pictures import Tiling, read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
 from flowmo.studies import SCALES, STUDIES
 from flowmo.tokenizer import FlowMo
 
@@ -261,21 +261,23 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
     from flowmo.evaluate.summary import Summary
 
     tokenizer = flowmo.load(arguments.model, *arguments.settings, device=str(world.device))
-    side, preset = tokenizer.config.data.image_size, tokenizer.config.eval
+    own, preset = tokenizer.config.data.image_size, tokenizer.config.eval
+    side = arguments.size or own
     steps, guidance = arguments.steps or preset.sampling.sample_steps, arguments.guidance or preset.sampling.guidance
     name = Path(arguments.model).stem
     candidates: list[Reconstructor] = [
         FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name)
     ]
     model = tokenizer.config.model
-    budget = math.ceil((tokenizer.config.bits_per_picture or 32 * model.code_length * model.context_dim) / 8)
+    tiles = len(Tiling(side, side, own).corners)
+    budget = math.ceil(tiles * (tokenizer.config.bits_per_picture or 32 * model.code_length * model.context_dim) / 8)
     for peer in arguments.peers:
         kind, _, weights = peer.partition("=")
         if kind in FORMATS:
             candidates += [CodecReconstructor(kind, budget, headers) for headers in (True, False)]
             continue
         if side != SIDE:
-            raise UsageError(f"{kind} works at {SIDE} × {SIDE}, {arguments.model} at {side} × {side}")
+            raise UsageError(f"{kind} works at {SIDE} × {SIDE}, not at {side} × {side}; add --size {SIDE}")
         candidates.append(build_peer(kind, weights or None, world.device))
     judges.remember = len(candidates) > 1
     depends = {"steps": steps, "seed": arguments.seed, "guidance": guidance, "budget": budget}
@@ -311,7 +313,7 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
         facts = {
             "pictures": f"{arguments.pictures}: {entries[0].summary.pictures} of {len(source)}, evenly spread",
             "protocol": f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}",
-            "model": f"{arguments.model}, tokenizer {tokenizer.identity()}",
+            "model": f"{arguments.model}, tokenizer {tokenizer.identity()}, {tiles} tile{'s' * (tiles > 1)} a picture",
             "sampling": f"{steps} steps, seed {arguments.seed}, guidance {guidance}",
             "judges' weights": {key: weights_hash(network) for key, network in networks.items() if network is not None},
         }
@@ -481,6 +483,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(evaluate, "PSNR, SSIM, LPIPS, rFID of reconstructions; FID of generated pictures")
     sub.add_argument("pictures", nargs="?", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT")
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
+    size = "side of the squares that are compared, in tiles where it is not the model's own (the model's)"
+    sub.add_argument("--size", type=positive, help=size)
     peers = "measure beside: codecs at equal bytes (jpeg webp avif jxl), tokenizers by their weights (llamagen16=FILE)"
     sub.add_argument("--peers", nargs="+", default=[], metavar="PEER", help=peers)
     sub.add_argument("--report", type=Path, help="folder to write a page, tables, plots and pictures to")

@@ -23,7 +23,7 @@ from flowmo.evaluate.features import FeatureNetwork, build_features, features_of
 from flowmo.evaluate.figures import squared_error, ssim
 from flowmo.evaluate.measurement import Measurement
 from flowmo.perceptual import LPIPS, WeightsNotFoundError
-from flowmo.pictures import resize_and_crop, to_bytes, to_tensor
+from flowmo.pictures import resize_and_crop, to_bytes, to_picture, to_tensor
 from flowmo.sample import picture_seed
 from flowmo.tokenizer import FlowMo
 
@@ -60,7 +60,7 @@ class Reconstructor(Protocol):
 
 @dataclass
 class FlowMoReconstructor:
-    """A FlowMo with its sampling settings, as a ``Reconstructor``."""
+    """A FlowMo with its sampling settings, as a ``Reconstructor``; pictures of another size go through its tiles."""
 
     tokenizer: FlowMo
     steps: int | None = None
@@ -73,10 +73,22 @@ class FlowMoReconstructor:
         return self.tokenizer.quantizer.id_count
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
-        codes = self.tokenizer.encode(images)
         seeds = [picture_seed(self.seed, index) for index in indices]
+        side = self.tokenizer.config.data.image_size
+        if images.shape[-2:] != (side, side):
+            return self._through_tiles(images, seeds)
+        codes = self.tokenizer.encode(images)
         pictures = self.tokenizer.decode(codes, self.steps, seeds, guidance=self.guidance)
         return Reconstruction(pictures, torch.full((len(images),), codes.bits / len(codes)), codes.ids)
+
+    def _through_tiles(self, images: Tensor, seeds: Sequence[int]) -> Reconstruction:
+        codes = [self.tokenizer.encode_image(to_picture(image)) for image in images]
+        pictures = [
+            to_tensor(self.tokenizer.decode_image(code, self.steps, seed, guidance=self.guidance))
+            for code, seed in zip(codes, seeds, strict=True)
+        ]
+        ids = torch.cat([code.ids for code in codes]) if self.id_count else None
+        return Reconstruction(torch.stack(pictures), torch.tensor([float(code.bits) for code in codes]), ids)
 
 
 @dataclass
@@ -225,6 +237,10 @@ def measure(
         indices = chosen[places].tolist()
         x = pace.timed("reading", read_crops, source, indices, side, enlarge)
         result = pace.timed("reconstructing", candidate.reconstruct, x, indices)
+        broken = ~result.images.isfinite().flatten(1).all(dim=1).cpu()
+        if broken.any():
+            name = source.name(indices[broken.nonzero()[0]])
+            raise EvaluationError(f"{candidate.name} makes {name} into values that are not finite")
         pace.timed("judging", judges.judge, mine, places, x.to(device), result)
         done += len(places)
         pace.pictures += len(places)
