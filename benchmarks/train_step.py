@@ -35,7 +35,8 @@ def measure(config: Config, device: torch.device, batch: int, steps: int) -> dic
     tokenizer = flowmo.FlowMo(config).to(device)
     perceptual = blank_distance(config.opt.lpips_mode).to(device) if config.opt.lpips_weight else None
     stage = prepare(Stage(tokenizer, perceptual), World(device=device), config.trainer)
-    optimizer, norms, average = build_optimizer(tokenizer), NormControl(tokenizer), Average(tokenizer, batch)
+    optimizer, average = build_optimizer(tokenizer), Average(tokenizer, batch)
+    norms = NormControl(tokenizer.networks)
     side = config.data.image_size
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
     if on_gpu:

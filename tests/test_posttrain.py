@@ -164,9 +164,9 @@ def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
     run = Run(config, tmp_path / "run", resume_from=tmp_path / "flowmo_lo.pth", report=quiet)
     assert (run.step, run.images) == (5, 5 * 128)
     weight = state["decoder.time_in.in_layer.weight"]
-    assert torch.equal(run.tokenizer.decoder.time_in.weight, weight)
+    assert torch.equal(run.task.model.decoder.time_in.weight, weight)
     assert torch.equal(run.average.state["decoder.time_in.weight"], weight + 1)
-    qkv = run.tokenizer.decoder.blocks[0].picture.qkv.weight
+    qkv = run.task.model.decoder.blocks[0].picture.qkv.weight
     torch.testing.assert_close(run.norm_control.state["decoder.blocks.0.picture.qkv.weight"], qkv.detach().norm())
     run.train()
     assert run.step == 7

@@ -151,9 +151,9 @@ def test_what_a_run_leaves(config, tmp_path):
 
 def test_weights_move_and_norms_stay(config, tmp_path):
     run = Run(config, tmp_path / "run", report=quiet)
-    before = {name: p.detach().clone() for name, p in run.tokenizer.named_parameters()}
+    before = {name: p.detach().clone() for name, p in run.task.model.named_parameters()}
     run.train()
-    after = dict(run.tokenizer.named_parameters())
+    after = dict(run.task.model.named_parameters())
     assert sum(not torch.equal(before[name], after[name]) for name in before) > 0.9 * len(before)
     for name, weight in run.norm_control.weights.items():
         torch.testing.assert_close(weight.norm(), before[name].norm(), rtol=1e-5, atol=0)
@@ -162,11 +162,11 @@ def test_weights_move_and_norms_stay(config, tmp_path):
 def test_frozen_encoder_stays(config, tmp_path):
     run = Run(config.override("opt.freeze_encoder_after=2 steps"), tmp_path / "run", report=quiet)
     seen = []
-    for images in (next(batches(run.source, 4, 0, 0, 0)) for _ in range(4)):
+    for images in (next(batches(run.task.source, 4, 0, 0, 0)) for _ in range(4)):
         if run.images >= run.times.freeze_encoder_after:
-            run.freeze_encoder()
-        run._step(images, run.stage)
-        seen.append(run.tokenizer.encoder.code_out.weight.detach().clone())
+            run.task.freeze_encoder()
+        run._step(images, run.module)
+        seen.append(run.task.model.encoder.code_out.weight.detach().clone())
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[1], seen[3])
 
@@ -180,7 +180,7 @@ def test_other_settings_in_the_same_folder_are_refused(config, tmp_path):
 def test_losses_that_stay_not_finite_stop_the_run(config, tmp_path):
     run = Run(config.override("trainer.max_skipped_steps=3"), tmp_path / "run", report=quiet)
     with torch.no_grad():
-        run.tokenizer.decoder.picture_out.bias[0] = torch.nan
+        run.task.model.decoder.picture_out.bias[0] = torch.nan
     with pytest.raises(TrainingError, match=r"3 steps in a row .* lower opt\.lr"):
         run.train()
     assert not run.checkpoints()
@@ -190,24 +190,24 @@ def test_losses_that_stay_not_finite_stop_the_run(config, tmp_path):
 def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part):
     lines = []
     run = Run(config, tmp_path / "run", report=lines.append)
-    images = next(batches(run.source, 4, 0, 0, 0))
+    images = next(batches(run.task.source, 4, 0, 0, 0))
 
     def broken(*arguments):
-        loss = run.stage(*arguments)
+        loss = run.module(*arguments)
         if part == "loss":
             return loss._replace(
                 total=loss.total * torch.nan, parts={**loss.parts, "loss": loss.total.detach() * torch.nan}
             )
-        run.tokenizer.decoder.picture_out.bias.register_hook(lambda g: g * torch.inf)
+        run.task.model.decoder.picture_out.bias.register_hook(lambda g: g * torch.inf)
         return loss
 
-    run._step(images, run.stage)
-    before = {name: value.clone() for name, value in run.tokenizer.state_dict().items()}
+    run._step(images, run.module)
+    before = {name: value.clone() for name, value in run.task.model.state_dict().items()}
     average = {name: value.clone() for name, value in run.average.state.items()}
     assert run._step(images, broken) is None
     assert (run.step, run.skipped) == (2, 1)
     assert "skipped" in lines[-1]
-    assert all(torch.equal(value, before[name]) for name, value in run.tokenizer.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in run.task.model.state_dict().items())
     assert all(torch.equal(value, average[name]) for name, value in run.average.state.items())
 
 
@@ -286,7 +286,7 @@ def test_average_of_the_release(tiny_config):
 def test_norm_control_covers_every_matrix_of_the_blocks(tiny_config):
     tokenizer = FlowMo(tiny_config)
     matrices = {n for n, p in tokenizer.named_parameters() if ".blocks." in n and p.ndim == 2}
-    assert NormControl(tokenizer).weights.keys() == matrices
+    assert NormControl(tokenizer.networks).weights.keys() == matrices
 
 
 def test_optimizer_is_the_papers(tiny_config):

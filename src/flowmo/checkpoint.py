@@ -29,6 +29,8 @@ from flowmo.tokenizer import FlowMo
 BUNDLED = Path(__file__).parent / "pretrained"
 FILE_NAME = "model.safetensors"
 FORMAT = "flowmo-1"
+GENERATOR = "generator"
+"""The stage of a training checkpoint that holds no tokenizer."""
 
 
 class CheckpointError(FlowMoError, ValueError):
@@ -105,12 +107,12 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
     if path.suffix == ".safetensors":
         config, state = read_safetensors(path)
         return config.override(*overrides), state
-    if path.is_dir():
-        return read_shards(path, overrides, ema)
-    content = read_pth(path)
-    if "flowmo" in content:
-        config = Config.from_dict(content["config"]).override(*overrides)
-        return config, content["ema" if ema else "model"]
+    content = {} if path.is_dir() else read_pth(path)
+    if path.is_dir() or "flowmo" in content:
+        facts, state = read_shards(path, ema) if path.is_dir() else (content, content["ema" if ema else "model"])
+        if facts["stage"] == GENERATOR:
+            raise CheckpointError(f"{path}: holds a generator, not a tokenizer; see flowmo generate")
+        return Config.from_dict(facts["config"]).override(*overrides), state
     key = "model_ema_state_dict" if ema else "model_state_dict"
     state = content.get(key, content)
     if not isinstance(state, dict) or not is_release(state):
@@ -122,17 +124,18 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def read_shards(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple[Config, dict[str, Tensor]]:
-    """Settings and weights of a sharded training checkpoint."""
+def read_shards(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a sharded training checkpoint tells besides tensors, and its weights."""
     try:
         facts = json.loads((path / "run.json").read_text())
-        config = Config.from_dict(facts["config"]).override(*overrides)
-    except (OSError, ValueError, KeyError) as error:
+        Config.from_dict(facts["config"])
+        facts["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a training checkpoint of flowmo ({error})") from None
     prefix = "ema." if ema else "model."
     tensors = {name: torch.empty(s) for name, s in sharded.shapes(path).items() if name.startswith(prefix)}
     sharded.read_into(path, tensors)
-    return config, {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return facts, {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -224,6 +227,7 @@ def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32
         "data.val",
         "data.val_index",
         "opt.perceptual_weights",
+        "generator.tokenizer",
     )
     config = tokenizer.config.override(*(f"{name}=" for name in paths))
     metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}

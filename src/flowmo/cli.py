@@ -21,18 +21,21 @@ import torch
 import flowmo
 from flowmo import checkpoint, codec, sample
 from flowmo.codec import CodecError
-from flowmo.config import FIELDS, PRESETS, Config
+from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, REVEALING_ORDERS, Config
 from flowmo.data import Source, build_index, default_index, evenly_spread, open_source
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.evaluate.reconstruction import Judges, Reconstructor
 from flowmo.pictures import Tiling, read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
+from flowmo.sharded import is_sharded
 from flowmo.studies import SCALES, STUDIES
 from flowmo.tokenizer import FlowMo
 
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
 SUFFIX = ".flowmo"
+MOST_IN_A_GRID = 1000
+GRID_COLUMNS = 8
 
 
 class UsageError(FlowMoError):
@@ -118,13 +121,99 @@ def decode(arguments: argparse.Namespace) -> None:
     print(f"{output}: {picture.width}×{picture.height} from {codes.nbytes} bytes of ids")
 
 
+def tokenize(arguments: argparse.Namespace) -> None:
+    """The ids of every picture of a dataset, bit-packed in shards: what a generator is trained on.
+
+    Under torchrun the processes share the work. Run again after an interruption, it goes on.
+    """
+    from flowmo.data.tokens import Tokens
+    from flowmo.distributed import join
+    from flowmo.generate.tokenize import tokenize as write_tokens
+
+    with join(arguments.device) as world:
+        tokenizer = flowmo.load(arguments.model, *arguments.settings, device=str(world.device))
+        facts = write_tokens(
+            tokenizer,
+            open_source(arguments.pictures),
+            arguments.out,
+            name=Path(arguments.pictures).name,
+            model=Path(arguments.model).name,
+            crops=arguments.crops,
+            flip=arguments.flip,
+            seed=arguments.seed,
+            shard_size=arguments.shard_size,
+            batch_size=tokenizer.config.eval.batch_size,
+            workers=arguments.workers,
+            world=world,
+            progress=progress_bar("tokenizing"),
+        )
+        if world.main:
+            readable = len(Tokens(arguments.out))
+            missing = f", {facts.count - readable} of which cannot be read" if readable < facts.count else ""
+            print(
+                f"{arguments.out}: {facts.count} samples{missing}, {len(facts.classes)} classes, {facts.ids} ids of "
+                f"{facts.id_bits} bits: {facts.count * facts.record / 1e6:.2f} MB of ids in {facts.shards} shards"
+            )
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Pictures of classes, drawn by a generator and decoded by the tokenizer whose ids it has learnt.
+
+    Many of them under torchrun, to a folder or to the .npz that FID is taken of: --count 50000 --out samples.npz.
+    With --edit, part of a picture's code is kept and the rest drawn anew.
+    """
+    from flowmo.distributed import join
+    from flowmo.generate.generator import load_generator
+    from flowmo.generate.produce import Drawing, check_pair, draw, parse_places, produce
+
+    with join(arguments.device) as world:
+        generator = load_generator(arguments.generator, *arguments.settings, device=str(world.device))
+        tokenizer = flowmo.load(arguments.model, device=str(world.device))
+        check_pair(generator, tokenizer)
+        names = arguments.classes or [str(i) for i in range(len(generator.vocabulary.classes))] or ["-1"]
+        classes = [generator.label(name) for name in names]
+        count = arguments.count or len(classes) * arguments.per_class
+        labels = [classes[i * len(classes) // count] for i in range(count)]
+        sampled = ("steps", "guidance", "temperature", "last_temperature", "choice_temperature", "order", "seed")
+        drawing = Drawing(
+            **{name: getattr(arguments, name) for name in sampled},
+            decode_steps=arguments.decode_steps,
+            decode_guidance=arguments.decode_guidance,
+        )
+        if arguments.out.suffix != ".png":
+            if arguments.edit:
+                raise UsageError("--edit writes one picture; name it with --out PICTURE.png")
+            produce(generator, tokenizer, labels, arguments.out, drawing, world=world, progress=progress_bar("drawing"))
+            if world.main:
+                print(f"{arguments.out}: {count} pictures of {len(classes)} classes")
+            return
+        if world.size > 1:
+            raise UsageError(f"several processes write a folder or an .npz, not {arguments.out}")
+        if count > MOST_IN_A_GRID:
+            raise UsageError(f"{count} pictures are too many for one; name a folder or an .npz with --out")
+        ids = keep = None
+        if arguments.edit:
+            ids = tokenizer.encode_image(read_picture(arguments.edit), "crop").ids.expand(count, -1, -1)
+            keep = parse_places(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
+        show = progress_bar("drawing")
+        drawn = draw(generator, tokenizer, labels, range(count), drawing, ids, keep, show)
+        columns = min(count, arguments.per_class if len(classes) > 1 and not arguments.count else GRID_COLUMNS)
+        blank = torch.ones_like(drawn[:1]).expand(-count % columns, -1, -1, -1)
+        rows = torch.cat((drawn, blank)).split(columns)
+        checkpoint.write_whole(arguments.out, lambda name: to_picture(grid(list(rows))).save(name, "PNG"))
+        print(f"{arguments.out}: {count} pictures, rows of {columns}: {', '.join(map(generator.class_name, classes))}")
+
+
 def info(arguments: argparse.Namespace) -> None:
     """What a preset, checkpoint or settings make, without allocating weights."""
     config = described_config(arguments)
-    with torch.device("meta"):
-        tokenizer = FlowMo(config)
-    facts = describe(tokenizer)
-    if arguments.training:
+    if config.generator.train:
+        facts = describe_generator(config)
+    else:
+        with torch.device("meta"):
+            tokenizer = FlowMo(config)
+        facts = describe(tokenizer)
+    if arguments.training and not config.generator.train:
         from flowmo.train.account import describe_training
 
         facts |= describe_training(config)
@@ -146,7 +235,7 @@ def described_config(arguments: argparse.Namespace) -> Config:
     source = str(arguments.source)
     if source.endswith((".yaml", ".yml")):
         return Config.from_yaml(source).override(*arguments.settings)
-    if source in PRESETS:
+    if source in PRESETS | GENERATOR_PRESETS:
         return flowmo.preset(source).override(*arguments.settings)
     return checkpoint.read_config(checkpoint.find(source), tuple(arguments.settings))
 
@@ -177,12 +266,40 @@ def describe(tokenizer: FlowMo) -> dict:
     }
 
 
+def describe_generator(config: Config) -> dict:
+    """Parameters of a generator of 256 × 2 ids of 9 bits and 1000 classes, as the paper's."""
+    from flowmo.data.tokens import Vocabulary
+    from flowmo.generate.generator import Generator
+
+    shape = {"tokens": 256, "sub_tokens": 2, "id_bits": 9, "classes": ("",) * 1000}
+    with torch.device("meta"):
+        generator = Generator(config, Vocabulary(tokenizer="", model="", image_size=256, **shape))
+    own = config.generator
+    return {
+        "parameters": sum(p.numel() for p in generator.parameters()),
+        "for": "512 ids of 9 bits, 1000 classes",
+        "width": own.hidden_size,
+        "blocks": own.depth,
+        "heads": own.num_heads,
+        "sampling_steps": own.sample_steps,
+        "settings": config.to_dict(),
+    }
+
+
 def convert(arguments: argparse.Namespace) -> None:
-    """Rewrite any checkpoint as one .safetensors file with its settings inside."""
+    """Rewrite any checkpoint, of a tokenizer or a generator, as one .safetensors file with its settings inside."""
     if arguments.output.suffix != ".safetensors":
         raise UsageError(f"{arguments.output}: the output is a .safetensors file")
+    dtype = {"float32": torch.float32, "float16": torch.float16}[arguments.dtype]
+    if is_generator(arguments.source):
+        from flowmo.generate.generator import load_generator, save_generator
+
+        generator = load_generator(arguments.source, *arguments.settings, ema=not arguments.last_weights)
+        save_generator(generator, arguments.output, dtype)
+        print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB, a generator")
+        return
     tokenizer = flowmo.load(arguments.source, *arguments.settings, ema=not arguments.last_weights)
-    flowmo.save(tokenizer, arguments.output, {"float32": torch.float32, "float16": torch.float16}[arguments.dtype])
+    flowmo.save(tokenizer, arguments.output, dtype)
     print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB, tokenizer {tokenizer.identity()}")
 
 
@@ -198,7 +315,7 @@ def index(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Stage 1A on a folder or tar of pictures."""
+    """Stage 1A on pictures; with model.posttrain_sample=true stage 1B; with a generator's preset stage 2, on tokens."""
     from flowmo.distributed import join
     from flowmo.train.loop import Run
 
@@ -207,7 +324,9 @@ def train(arguments: argparse.Namespace) -> None:
         config = Config.from_yaml(arguments.config, config)
     config = config.override(*arguments.settings)
     if not config.data.train:
-        raise UsageError("data.train is not set; name a folder or a .tar of pictures, data.train=PATH")
+        raise UsageError(
+            "data.train is not set; name a folder or a .tar of pictures, data.train=PATH; of tokens for a generator"
+        )
     folder = arguments.results_dir / arguments.experiment_name
     with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
         Run(config, folder, world, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
@@ -309,17 +428,18 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
         rows = [{**entry.summary.as_dict(), "steps": steps, "seed": arguments.seed} for entry in entries]
         say(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
     if arguments.report and world.main:
+        chosen = evenly_spread(arguments.limit or len(source), len(source))
         networks = {"LPIPS (AlexNet)": judges.lpips_alex, "LPIPS (VGG)": judges.lpips_vgg, "features": judges.features}
         facts = {
-            "pictures": f"{arguments.pictures}: {entries[0].summary.pictures} of {len(source)}, evenly spread",
+            "pictures": f"{shown_path(arguments.pictures)}: {len(chosen)} of {len(source)}, evenly spread",
             "protocol": f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}",
-            "model": f"{arguments.model}, tokenizer {tokenizer.identity()}, {tiles} tile{'s' * (tiles > 1)} a picture",
+            "model": f"{shown_path(arguments.model)}, tokenizer {tokenizer.identity()}",
+            "tiles a picture": tiles,
             "sampling": f"{steps} steps, seed {arguments.seed}, guidance {guidance}",
             "judges' weights": {key: weights_hash(network) for key, network in networks.items() if network is not None},
         }
         if arguments.peers:
             facts["codecs"] = f"highest quality within {budget} bytes a picture: whole files, and without their headers"
-        chosen = evenly_spread(arguments.limit or len(source), len(source))
         write_report(arguments.report, entries, source, chosen, side, facts)
         say(f"report in {arguments.report}/index.html")
 
@@ -345,6 +465,19 @@ def study(arguments: argparse.Namespace) -> None:
 
 
 # Shared by commands
+
+
+def shown_path(name: str) -> str:
+    """What a report calls a file or folder; where it lies on this machine is nobody else's business."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def is_generator(source: str) -> bool:
+    """Whether a training checkpoint is of stage 2."""
+    path = Path(source)
+    if is_sharded(path):
+        return checkpoint.read_shards(path)[0]["stage"] == checkpoint.GENERATOR
+    return path.suffix == ".pth" and path.is_file() and checkpoint.read_pth(path).get("stage") == checkpoint.GENERATOR
 
 
 def load(arguments: argparse.Namespace) -> FlowMo:
@@ -472,8 +605,41 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--output", "-o", type=Path, help="file to write (TAR with .index.json)")
 
-    sub = command(train, "stage 1A on a folder of pictures")
-    sub.add_argument("--preset", choices=tuple(PRESETS), default="lo", help="settings to start from (lo)")
+    sub = command(tokenize, "a dataset's ids, for a generator to learn")
+    sub.add_argument(
+        "pictures", metavar="PICTURES", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT"
+    )
+    sub.add_argument("--out", type=Path, required=True, help="folder to write the shards to, or to go on with")
+    sub.add_argument("--crops", type=positive, default=1, help="1 is the central square; more are random ones (1)")
+    sub.add_argument("--flip", action="store_true", help="each crop mirrored as well")
+    sub.add_argument("--seed", type=seed, default=0, help="seed of random crops (0)")
+    sub.add_argument("--shard-size", type=positive, default=4096, help="samples a shard, which are lost at most (4096)")
+    sub.add_argument("--workers", type=int, default=0, help="processes that read pictures (0)")
+    with_model(sub)
+
+    sub = command(generate, "pictures of a class, by a trained generator")
+    sub.add_argument("generator", metavar="GENERATOR", help="file of a generator: .safetensors, or a checkpoint")
+    sub.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="name, WordNet id or number (all)")
+    sub.add_argument("--per-class", type=positive, default=8, help="pictures of each (8)")
+    sub.add_argument("--count", type=positive, help="pictures in all, shared evenly by the classes")
+    sub.add_argument("--out", type=Path, default=Path("generated.png"), help="a .png, a folder or .npz (generated.png)")
+    sub.add_argument("--edit", type=Path, metavar="PICTURE", help="start from a picture's code")
+    sub.add_argument("--keep", default="0-0", metavar="TOKENS", help="of --edit: tokens that stay, such as 0-31,40")
+    sub.add_argument("--steps", type=positive, help="steps from hidden ids to all (the generator's: 64)")
+    sub.add_argument("--guidance", type=finite, help="classifier-free guidance of the ids (the generator's: 1.5)")
+    sub.add_argument("--temperature", type=finite, help="softmax temperature of the first step (1.3)")
+    sub.add_argument("--last-temperature", type=finite, help="and of the last (0.5)")
+    sub.add_argument("--choice-temperature", type=finite, help="noise in which ids are kept (4.5)")
+    sub.add_argument("--order", choices=REVEALING_ORDERS, help="which ids are revealed first (confidence)")
+    sub.add_argument("--seed", type=seed, default=0, help="seed of everything (0)")
+    sub.add_argument("--decode-steps", type=positive, help="Euler steps of the tokenizer (its own)")
+    sub.add_argument("--decode-guidance", type=finite, help="guidance of the tokenizer (its own)")
+    with_model(sub)
+
+    sub = command(train, "a stage of training: 1A, 1B, or 2, the generator")
+    sub.add_argument(
+        "--preset", choices=tuple(PRESETS | GENERATOR_PRESETS), default="lo", help="settings to start from (lo)"
+    )
     sub.add_argument("--config", type=Path, help="YAML file of settings over the preset's")
     sub.add_argument("--experiment-name", default="my_experiment", help="folder of the run (my_experiment)")
     sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where runs are kept (results)")

@@ -21,6 +21,7 @@ import zlib
 import numpy as np
 import torch
 
+from flowmo.bits import pack_ids, packed_size, unpack_ids
 from flowmo.errors import FlowMoError
 from flowmo.pictures import MAX_PIXELS, Tiling
 from flowmo.tokenizer import Codes, FlowMo
@@ -45,8 +46,7 @@ def pack(codes: Codes, tokenizer: FlowMo) -> bytes:
     if codes.ids is None or codes.tiling is None:
         raise CodecError("only the ids of one picture, from encode_image, can be written")
     tiling, bits = codes.tiling, (codes.id_count - 1).bit_length()
-    ids = codes.ids.cpu().numpy().reshape(-1, 1)
-    packed = np.packbits((ids >> np.arange(bits)) & 1, bitorder="little").tobytes()
+    packed = pack_ids(codes.ids.cpu().numpy(), bits)
     identity = bytes.fromhex(tokenizer.identity())
     head = HEADER.pack(MAGIC, VERSION, identity, tiling.height, tiling.width, tiling.tile, bits, codes.ids.numel())
     return head + packed + CRC.pack(zlib.crc32(head + packed))
@@ -63,7 +63,7 @@ def unpack(content: bytes, tokenizer: FlowMo) -> Codes:
     _, version, identity, height, width, tile, bits, count = HEADER.unpack_from(content)
     if version != VERSION:
         raise CodecError(f"version {version} of the format; this flowmo reads version {VERSION}")
-    if len(content) != HEADER.size + (count * bits + 7) // 8 + CRC.size:
+    if len(content) != HEADER.size + packed_size(count, bits) + CRC.size:
         raise CodecError("damaged: its length is not what its header says")
     if zlib.crc32(content[: -CRC.size]) != CRC.unpack(content[-CRC.size :])[0]:
         raise CodecError("damaged: its checksum does not fit")
@@ -76,7 +76,5 @@ def unpack(content: bytes, tokenizer: FlowMo) -> Codes:
     shape = (len(tiling.corners), tokenizer.code_length, quantizer.sub_tokens)
     if count != np.prod(shape):
         raise CodecError(f"damaged: {count} ids for {shape[0]} tiles of {shape[1] * shape[2]} ids")
-    flat = np.frombuffer(content, np.uint8, offset=HEADER.size, count=len(content) - HEADER.size - CRC.size)
-    unpacked = np.unpackbits(flat, count=count * bits, bitorder="little").reshape((*shape, bits))
-    ids = (unpacked.astype(np.int64) << np.arange(bits)).sum(axis=-1)
+    ids = unpack_ids(memoryview(content)[HEADER.size :], count, bits).reshape(shape)
     return Codes(torch.from_numpy(ids), (side, side), quantizer.id_count, tiling)

@@ -33,7 +33,9 @@ CODE_LAYOUTS = ("diagonal", "lattice")
 STATISTICS = ("batch", "process")
 EMA_UPDATES = ("every_step", "release")
 PARALLEL = ("ddp", "fsdp")
-BEST_METRICS = ("", "psnr", "lpips")
+BEST_METRICS = ("", "psnr", "lpips", "cross_entropy")
+HIDING_SCHEDULES = ("arccos", "cosine", "linear")
+REVEALING_ORDERS = ("confidence", "halton", "random")
 MAX_YAML_BYTES = 1 << 20
 
 
@@ -199,7 +201,9 @@ class TrainerConfig:
     tensorboard: bool = setting(True, "write TensorBoard's files beside metrics.jsonl, where it is installed")
     wandb_project: str = setting("", "Weights & Biases project to send the metrics to; empty sends nothing")
     best_metric: str = setting(
-        "", "figure on data.val by which checkpoints are judged and the best is kept: psnr or lpips; empty judges none"
+        "",
+        "figure on data.val by which checkpoints are judged and the best is kept: psnr or lpips, of a generator "
+        "cross_entropy; empty judges none",
     )
     patience: int = setting(0, "checkpoints in a row without a better one that end the run; 0 never does")
     max_skipped_steps: int = setting(10, "steps in a row without a finite loss and gradient that end the run")
@@ -224,6 +228,33 @@ class EvalConfig:
     subsample_rate: int = setting(1, "evaluate every so many-th held-out picture")
     batch_size: int = setting(16, "pictures evaluated at a time, which changes no figure")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    train: bool = setting(False, "stage 2: train a generator, on data.train=TOKENS from flowmo tokenize", training=True)
+    hidden_size: int = setting(1024, "width of the generator")
+    depth: int = setting(28, "blocks of the generator")
+    num_heads: int = setting(16, "its attention heads")
+    mlp_ratio: float = setting(4.0, "hidden width of its MLPs over its width")
+    dropout: float = setting(0.1, "share of each branch's numbers that training drops", training=True)
+    bit_tokens: bool = setting(False, "ids enter as their bits, through one matrix, rather than through a table")
+    schedule: str = setting(
+        "arccos", "share of ids that are hidden over time: " + ", ".join(HIDING_SCHEDULES), training=True
+    )
+    label_drop: float = setting(0.1, "share of training pictures without their class, for guidance", training=True)
+    label_smoothing: float = setting(0.1, "share of the target spread over all ids", training=True)
+    tokenizer: str = setting("", "preset or file of the tokenizer, to show samples while training", training=True)
+    sample_steps: int = setting(64, "steps from hidden ids to a picture's", training=True)
+    guidance: float = setting(1.5, "classifier-free guidance of the logits; 1 is none", training=True)
+    temperature: float = setting(1.3, "softmax temperature of the first step", training=True)
+    last_temperature: float = setting(0.5, "and of the last, between which it falls evenly", training=True)
+    choice_temperature: float = setting(4.5, "noise in which ids are kept, falling to 0 (confidence)", training=True)
+    order: str = setting("confidence", "which ids are revealed first: " + ", ".join(REVEALING_ORDERS), training=True)
+
+
+def _architecture(section: Any) -> dict[str, Any]:
+    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if not f.metadata["training"]}
 
 
 def _width(prefix: str) -> Callable[[Any], dict[str, Any]]:
@@ -266,7 +297,7 @@ ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a tokenizer and its training.
+    """All settings of a tokenizer or a generator and its training.
 
     Raises:
         ConfigError: on construction, where a value cannot work.
@@ -277,6 +308,7 @@ class Config:
     opt: OptConfig = field(default_factory=OptConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
     def __post_init__(self) -> None:
         check(self)
@@ -304,9 +336,11 @@ class Config:
 
     def architecture(self) -> dict[str, Any]:
         """The model's settings that make it the function that it is; two models of other training can share them."""
-        return {
-            f.name: getattr(self.model, f.name) for f in dataclasses.fields(ModelConfig) if not f.metadata["training"]
-        }
+        return _architecture(self.model)
+
+    def generator_architecture(self) -> dict[str, Any]:
+        """The same of a generator."""
+        return _architecture(self.generator)
 
     @property
     def bits_per_picture(self) -> float | None:
@@ -377,14 +411,16 @@ class Config:
 
 
 def preset(name: str) -> Config:
-    """A named configuration: ``nano``, ``small``, ``lo`` or ``hi``.
+    """A named configuration: of a tokenizer ``nano``, ``small``, ``lo`` or ``hi``, of a generator ``maskgit`` or
+    ``maskgit_nano``.
 
     Raises:
         ConfigError: no preset of that name.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
-    return Config.from_dict(PRESETS[name])
+    presets = PRESETS | GENERATOR_PRESETS
+    if name not in presets:
+        raise ConfigError(f"no preset {name!r}; the presets are {', '.join(presets)}")
+    return Config.from_dict(presets[name])
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -413,6 +449,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 """``small``, ``lo`` and ``hi`` are the paper's (table 6); ``nano`` is sized to train and decode on a CPU: 288 bytes a
 128 × 128 picture. Its 16 pixel patches hold more channels than it is wide, so its decoder predicts the picture; it is
 trained mostly at t = 1 and decodes in one pass."""
+
+GENERATOR_PRESETS: dict[str, dict[str, Any]] = {
+    "maskgit": {
+        "generator": {"train": True},
+        "data": {"global_batch_size": 128},
+        "opt": {"lr": 1e-4, "mup_base_width": 0, "max_grad_norm": 1.0, "warmup": "640k images"},
+        "trainer": {"duration": "300 epochs"},
+    },
+    "maskgit_nano": {
+        "generator": {"train": True, "hidden_size": 256, "depth": 8, "num_heads": 4},
+        "data": {"global_batch_size": 32},
+        "model": {"ema_decay": 0.99},
+        "opt": {"lr": 1e-3, "mup_base_width": 0, "max_grad_norm": 1.0, "warmup": "6400 images", "cooldown": 0.5},
+        "trainer": {"duration": "40 epochs"},
+    },
+}
+"""``maskgit`` has the paper's width, depth, batch, rate and length; ``maskgit_nano`` trains on a CPU."""
 
 
 def _fields(section: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.Field]]:
@@ -570,6 +623,7 @@ def check(config: Config) -> None:
     choose("model.ema_update", m.ema_update, EMA_UPDATES)
     choose("trainer.parallel", t.parallel, PARALLEL)
     choose("trainer.best_metric", t.best_metric, BEST_METRICS)
+    check_generator(config)
     require(not t.best_metric or bool(d.val), "trainer.best_metric needs held-out pictures; write data.val=PICTURES")
     for name in ("subsample_rate", "batch_size"):
         value = getattr(config.eval, name)
@@ -613,6 +667,28 @@ def check(config: Config) -> None:
         f"guidance from t = {s.guidance_low} to {s.guidance_high} is no interval; "
         "write 0 <= eval.sampling.guidance_low <= eval.sampling.guidance_high <= 1",
     )
+
+
+def check_generator(config: Config) -> None:
+    g, metric = config.generator, config.trainer.best_metric
+
+    def require(condition: bool, name: str, sentence: str) -> None:
+        if not condition:
+            raise ConfigError(f"generator.{name}={getattr(g, name)} {sentence}")
+
+    choose("generator.schedule", g.schedule, HIDING_SCHEDULES)
+    choose("generator.order", g.order, REVEALING_ORDERS)
+    for name in ("hidden_size", "depth", "num_heads", "sample_steps"):
+        require(getattr(g, name) > 0, name, "must be at least 1")
+    require(g.hidden_size % g.num_heads == 0, "hidden_size", f"is not divisible by generator.num_heads={g.num_heads}")
+    for name in ("mlp_ratio", "temperature", "last_temperature"):
+        require(getattr(g, name) > 0, name, "must be above 0")
+    require(g.choice_temperature >= 0, "choice_temperature", "must not be negative")
+    for name in ("dropout", "label_drop", "label_smoothing"):
+        require(0 <= getattr(g, name) < 1, name, "must be at least 0 and below 1")
+    if metric and (metric == "cross_entropy") != g.train:
+        good = "cross_entropy" if g.train else "psnr or lpips"
+        raise ConfigError(f"trainer.best_metric={metric!r} is no figure of what is trained; write {good}")
 
 
 def check_width(prefix: str, width: int, heads: int) -> None:

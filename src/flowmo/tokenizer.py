@@ -96,6 +96,11 @@ class FlowMo(nn.Module):
         return self.encoder.code_embedding.device
 
     @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Those made of blocks, by name."""
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    @property
     def code_length(self) -> int:
         return self.config.model.code_length
 

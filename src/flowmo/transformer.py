@@ -253,6 +253,11 @@ class DoubleStreamBlock(nn.Module):
         self.code = Stream(shape, modulated, keys_only=not code_read)
         self.picture = Stream(shape, modulated, keys_only=not picture_read)
 
+    @property
+    def used_outside(self) -> list[nn.Module]:
+        """Modules that ``Decoder.modulate`` calls, before and outside the block's forward pass."""
+        return [stream.modulation for stream in (self.code, self.picture) if stream.modulation is not None]
+
     def modulate(self, activated: Tensor) -> BlockModulation:
         return self.code.modulate(activated), self.picture.modulate(activated)
 

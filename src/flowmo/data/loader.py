@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flowmo.data.source import DataError
-from flowmo.data.views import Views
 from flowmo.sample import picture_seed
 
 
@@ -19,6 +19,19 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """A permutation of ``count`` pictures: every picture once an epoch, in another order each time."""
     generator = torch.Generator().manual_seed(picture_seed(seed, f"epoch {epoch}"))
     return torch.randperm(count, generator=generator).tolist()
+
+
+class Items(Protocol):
+    """What a run learns from: items in a fixed order, the same in every process."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What messages call item ``index``."""
+
+    def readable(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
+        """Item ``index``, what is random in it decided by ``seed``, or another where it cannot be read; and the error
+        message of each that could not, by its name. Raises ``DataError`` where too many cannot."""
 
 
 class EndlessOrder(Sampler):
@@ -48,14 +61,14 @@ def _leave_signals_to_the_run(_: int) -> None:
 
 
 class _Readable(Dataset):
-    """Views whose errors come back as values: an exception would leave a worker wrapped in its traceback."""
+    """Items whose errors come back as values: an exception would leave a worker wrapped in its traceback."""
 
-    def __init__(self, views: Views):
-        self.views = views
+    def __init__(self, items: Items):
+        self.items = items
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, dict[str, str], str]:
         try:
-            return *self.views.readable(*item), ""
+            return *self.items.readable(*item), ""
         except DataError as error:
             return None, {}, str(error)
 
@@ -63,11 +76,11 @@ class _Readable(Dataset):
 def _collate(items: list[tuple[Tensor | None, dict[str, str], str]]) -> tuple[Tensor | None, dict[str, str], str]:
     failure = next((failure for *_, failure in items if failure), "")
     bad = {name: message for _, some, _ in items for name, message in some.items()}
-    return None if failure else torch.stack([image for image, *_ in items]), bad, failure
+    return None if failure else torch.stack([item for item, *_ in items]), bad, failure
 
 
 def batches(
-    source: Views,
+    source: Items,
     batch_size: int,
     seed: int,
     place: int,
@@ -77,7 +90,7 @@ def batches(
     stride: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Tensor]:
-    """Endless batches b × 3 × side × side, starting with the picture at ``place`` of the run.
+    """Endless batches of stacked items, pictures b × 3 × side × side, starting with the item at ``place`` of the run.
 
     Args:
         stride: places from one batch to the next; more than ``batch_size`` where other processes take the rest.

@@ -49,6 +49,9 @@ class Views(Dataset):
         image = to_tensor(resize_and_crop(picture, self.side))
         return image.flip(-1) if self.random_flip and flip < 0.5 else image
 
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
     def readable(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
         """Item (index, seed), or where that picture cannot be read, one that the seed alone chooses in its place.
 

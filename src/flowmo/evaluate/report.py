@@ -6,12 +6,14 @@ import base64
 import hashlib
 import html
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import flowmo
@@ -38,6 +40,7 @@ COLUMNS = (
     ("id_entropy", "bits/id", 3),
 )
 GRID_PICTURES = 6
+LABEL_SIZE = 14
 PACKAGES = ("torch", "numpy", "PIL", "torch_fidelity")
 
 
@@ -271,11 +274,25 @@ def draw_pictures(
         rows: list[Tensor] = [x]
         for entry in entries:
             rows.append(entry.candidate.reconstruct(x, these).images.cpu())
-        to_picture(grid(rows)).save(out / f"{name}.png")
-        below = ", ".join(entry.summary.name for entry in entries)
+        labelled(to_picture(grid(rows)), ["original", *(entry.summary.name for entry in entries)]).save(
+            out / f"{name}.png"
+        )
         judged = "LPIPS" if column == "lpips_alex" else "squared error"
-        drawn.append((f"{name}.png", f"{name.capitalize()} of {first.summary.name} by {judged}: originals; {below}"))
+        drawn.append((f"{name}.png", f"{name.capitalize()} of {first.summary.name} by {judged}"))
     return drawn
+
+
+def labelled(picture: Image.Image, names: Sequence[str]) -> Image.Image:
+    """A picture of rows of equal height with their names at the left."""
+    font = ImageFont.load_default(LABEL_SIZE)
+    margin = max(math.ceil(font.getlength(name)) for name in names) + LABEL_SIZE
+    wide = Image.new("RGB", (margin + picture.width, picture.height), "white")
+    wide.paste(picture, (margin, 0))
+    canvas = ImageDraw.Draw(wide)
+    for i, name in enumerate(names):
+        middle = (i + 0.5) * picture.height / len(names)
+        canvas.text((margin - LABEL_SIZE // 2, middle), name, "#222", font, anchor="rm")
+    return wide
 
 
 def page(out: Path, rows: Sequence[Summary], header: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import transformer
 from flowmo.config import Config, DataConfig, OptConfig, TrainerConfig
+from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
+from flowmo.generate.network import MaskGiT
 from flowmo.perceptual import blank_distance
 from flowmo.quantize import alone
 from flowmo.quantize.infill import HUB_NAMES
@@ -107,6 +111,26 @@ def describe_training(config: Config) -> dict[str, Any]:
 
 
 @cache
+def generator_cost(config: Config, vocabulary: Vocabulary, fused: bool = True) -> Cost:
+    """Cost of stage 2, as ``training_cost`` gives that of the others."""
+    ids = torch.empty(COUNTED, vocabulary.ids, dtype=torch.int64)
+
+    def count(precise: Config) -> tuple[float, int, int]:
+        network = MaskGiT(precise.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
+        for block in network.blocks if precise.trainer.activation_checkpointing else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        arguments = (ids, torch.empty_like(ids, dtype=torch.bool), ids[:, 0])
+        flops, kept = _counted(lambda: network(*arguments).float().sum(), [network], precise.trainer.enable_bfloat16)
+        return flops, kept, sum(p.numel() for p in network.parameters())
+
+    plain = replace(config, trainer=replace(config.trainer, enable_bfloat16=True, activation_checkpointing=False))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flops, _, parameters = count(plain)
+        _, activations, _ = count(config)
+    return Cost(flops / COUNTED, 5 * 4 * parameters, activations / COUNTED)
+
+
+@cache
 def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
     # The counter knows the products of plain attention; the fused one does the same products and keeps less.
     plain = replace(config, trainer=replace(config.trainer, enable_bfloat16=True, activation_checkpointing=False))
@@ -130,31 +154,34 @@ def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]
     tokenizer = FlowMo(config)
     tokenizer.encoder.requires_grad_(not (freeze_encoder or config.model.posttrain_sample))
     stage = prepare(Stage(tokenizer, perceptual), World(), config.trainer)
-    own = {p.untyped_storage()._cdata for module in (tokenizer, perceptual) for p in parameters_of(module)}
+    side = config.data.image_size
+    images = torch.empty(COUNTED, 3, side, side)
+    flags = torch.ones(COUNTED, config.model.posttrain_sample_k, dtype=torch.bool)
+    chain = Chain(images, torch.empty(COUNTED, config.model.posttrain_sample_k + 1), flags)
+    draws = Draws(torch.empty(COUNTED), images, flags[:, 0], chain)
+    modules = [tokenizer] if perceptual is None else [tokenizer, perceptual]
+    step = partial(stage, images, draws, alone, freeze_encoder)
+    return _counted(lambda: step().total, modules, config.trainer.enable_bfloat16)
+
+
+def _counted(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16: bool) -> tuple[float, int]:
+    """FLOPs of a loss and its gradients, and the bytes that it keeps for these beside the modules' parameters."""
+    own = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    side = config.data.image_size
-    images = torch.empty(COUNTED, 3, side, side)
-    flags = torch.ones(COUNTED, config.model.posttrain_sample_k, dtype=torch.bool)
-    chain = Chain(images, torch.empty(COUNTED, config.model.posttrain_sample_k + 1), flags)
-    draws = Draws(torch.empty(COUNTED), images, flags[:, 0], chain)
     with FlopCounterMode(display=False) as counter:
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.enable_bfloat16),
+            torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
         ):
-            loss = stage(images, draws, alone, freeze_encoder)
+            total = loss()
         size = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
-        loss.total.backward()
+        total.backward()
     return counter.get_total_flops(), size
-
-
-def parameters_of(module: nn.Module | None) -> list[Tensor]:
-    return [] if module is None else list(module.parameters())
 
 
 @cache

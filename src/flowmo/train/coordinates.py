@@ -73,7 +73,7 @@ def _one_run(config: Config, width: int, images: Tensor, steps: int, seed: int) 
     tokenizer = FlowMo(config)
     scale_initial_weights(tokenizer)
     optimizer = build_optimizer(tokenizer)
-    norms = NormControl(tokenizer)
+    norms = NormControl(tokenizer.networks)
     draws = Draws.of(config, images, range(len(images)))
     states = []
     for step in range(steps + 1):

@@ -24,10 +24,11 @@ from flowmo.distributed import World
 def prepare(stage: nn.Module, world: World, trainer: TrainerConfig) -> nn.Module:
     """Make a stage's networks checkpoint activations, compile and shard as the settings ask, in place.
 
-    ``stage.tokenizer`` holds the networks. To be called before an optimizer is built: FSDP2 replaces the parameters.
+    ``stage.networks`` are modules with ``blocks``. To be called before an optimizer is built: FSDP2 replaces the
+    parameters.
     """
-    networks = (stage.tokenizer.encoder, stage.tokenizer.decoder)
-    for block in (block for network in networks for block in network.blocks):
+    blocks = [block for network in stage.networks for block in network.blocks]
+    for block in blocks:
         if trainer.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if trainer.compile:
@@ -36,11 +37,9 @@ def prepare(stage: nn.Module, world: World, trainer: TrainerConfig) -> nn.Module
         # A block hands on the stream that nobody reads as it came; nothing here changes a block's output in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(world.device.type, (world.size,))
-        for block in (block for network in networks for block in network.blocks):
-            # Modulations are read by ``Decoder.modulate``, before and outside their block's forward pass.
-            for stream in (block.code, block.picture):
-                if stream.modulation is not None:
-                    fully_shard(stream.modulation, mesh=mesh)
+        for block in blocks:
+            for module in getattr(block, "used_outside", ()):
+                fully_shard(module, mesh=mesh)
             fully_shard(block, mesh=mesh)
         fully_shard(stage, mesh=mesh)
     return stage

@@ -1,9 +1,9 @@
-"""A training run: pictures in, checkpoints, a log and sample grids out, on one process or many.
+"""A training run of any stage: data in, checkpoints, a log and samples out, on one process or many.
 
 A run lives in ``results/<experiment>/``: ``config.json``, ``metrics.jsonl`` (one line a report), ``tensorboard/``,
 ``samples/`` and ``checkpoints/``, and ``ended`` once it has come to its end. Started again with the same name it goes
-on from its last checkpoint, and ends with the weights that an unbroken run would have: the order of the pictures and
-every random number are functions of the seed and of a picture's place in the run. SIGTERM, which schedulers send,
+on from its last checkpoint, and ends with the weights that an unbroken run would have: the order of the items and
+every random number are functions of the seed and of an item's place in the run. SIGTERM, which schedulers send,
 Ctrl-C, and a file named ``stop`` in the folder save before the run ends.
 """
 
@@ -24,23 +24,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flowmo import checkpoint
 from flowmo.checkpoint import CheckpointError
 from flowmo.config import Config
-from flowmo.data import Views, batches, evenly_spread, open_source
+from flowmo.data import batches
 from flowmo.distributed import World
-from flowmo.errors import FlowMoError
-from flowmo.evaluate.figures import grid, psnr
-from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
-from flowmo.evaluate.summary import Summary
-from flowmo.perceptual import LPIPS, build_distance
-from flowmo.pictures import to_picture
-from flowmo.quantize import WholeBatch, alone
 from flowmo.runs import CHECKPOINTS, ENDED, SETTINGS, listing
 from flowmo.sharded import ShardedError
-from flowmo.tokenizer import FlowMo
 from flowmo.train import state
-from flowmo.train.account import peak_flops, training_cost
+from flowmo.train.account import peak_flops
 from flowmo.train.distributed import accumulating, prepare, synchronise
 from flowmo.train.guard import Guard, plot
 from flowmo.train.journal import Journal
@@ -49,18 +40,12 @@ from flowmo.train.optimizer import (
     NormControl,
     build_optimizer,
     clip_gradients,
-    scale_initial_weights,
     set_learning_rate,
 )
 from flowmo.train.plan import PAPER_BATCH, BatchPlan, Position, Timetable
-from flowmo.train.stages import Draws, Stage
-from flowmo.train.usage import CodeUsage
+from flowmo.train.task import TrainingError, build_task
 
-GRID_PICTURES = 8
-
-
-class TrainingError(FlowMoError, RuntimeError):
-    """A run that cannot start or go on; the message says why and what to do."""
+__all__ = ["Run", "TrainingError"]
 
 
 class Run:
@@ -89,31 +74,17 @@ class Run:
     ):
         self.config, self.folder, self.world = config, folder, world
         self.device = world.device
-        trainer, data = config.trainer, config.data
+        trainer = config.trainer
         self._lock = FolderLock(folder) if world.main else None
         self.journal = Journal(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
-        source = open_source(data.train, data.train_index)
-        self.source = Views(source, data.image_size, data.random_crop, data.random_flip, data.draft)
-        self.held_out = self._held_out() if world.main else None
+        self.task = build_task(config, world, self.journal.report)
         self.plan = BatchPlan.of(config, world.size, self._most_pictures())
-        self.perceptual = None
-        if config.opt.lpips_weight:
-            self.perceptual = build_distance(config.opt.lpips_mode, config.opt.perceptual_weights or None)
-            self.perceptual.to(self.device)
-            self.journal.report(f"perceptual loss: {self.perceptual.name}")
-        torch.manual_seed(trainer.seed)
-        self.tokenizer = FlowMo(config)
-        scale_initial_weights(self.tokenizer)
-        self.tokenizer.to(self.device)
-        self.stage = prepare(Stage(self.tokenizer, self.perceptual), world, trainer)
-        self.optimizer = build_optimizer(self.tokenizer)
-        self.norm_control = NormControl(self.tokenizer)
-        self.average = Average(self.tokenizer, self.plan.total)
+        self.module = prepare(self.task.module, world, trainer)
+        self.optimizer = build_optimizer(self.task.model)
+        self.norm_control = NormControl(self.task.norm_controlled)
+        self.average = Average(self.task.model, self.plan.total)
         self.guard = Guard(trainer.best_metric, trainer.patience)
-        self.judge = LPIPS("alex").to(self.device) if world.main and trainer.best_metric == "lpips" else None
-        self.usage = CodeUsage(self.tokenizer.quantizer, world)
         self.step = self.images = self.skipped = self.skipped_in_a_row = 0
-        self.frozen = False
         self.asked_to_stop = False  # this process, at any moment
         self.stopping = False  # all of them, agreed on after a step
         self.saved_at = -1
@@ -125,7 +96,7 @@ class Run:
             self._go_on_from(found)
         elif resume_from:
             self._start_from(resume_from)
-        self.times = Timetable.of(config, self.plan.total, len(self.source), Position(self.step, self.images))
+        self.times = Timetable.of(config, self.plan.total, len(self.task.source), Position(self.step, self.images))
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -139,20 +110,12 @@ class Run:
         """Checkpoints of this run, oldest first."""
         return listing(self.checkpoint_folder)
 
-    def _held_out(self) -> Tensor:
-        """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
-        data = self.config.data
-        held_out = open_source(data.val, data.val_index) if data.val else self.source.source
-        source = Views(held_out, data.image_size)
-        chosen = evenly_spread(GRID_PICTURES, len(source))
-        return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.device)
-
     def _most_pictures(self) -> int | None:
-        """Pictures of one pass that the memory of the device, or this process's part of the machine's, holds."""
+        """Items of one pass that the memory of the device, or this process's part of the machine's, holds."""
         if self.config.data.max_microbatch:
             return None
         on_gpu = self.device.type == "cuda"
-        cost = training_cost(self.config, fused=on_gpu or not self.config.trainer.enable_bfloat16)
+        cost = self.task.cost(fused=on_gpu or not self.config.trainer.enable_bfloat16)
         shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
         if on_gpu:
             return cost.most_pictures(torch.cuda.get_device_properties(self.device).total_memory, shards)
@@ -187,9 +150,9 @@ class Run:
 
     def _loop(self) -> None:
         config, times, plan = self.config, self.times, self.plan
-        module = synchronise(self.stage, self.world)
+        module = synchronise(self.module, self.world)
         stream = batches(
-            self.source,
+            self.task.source,
             plan.per_process,
             config.trainer.seed,
             self.images + self.world.rank * plan.per_process,
@@ -200,9 +163,8 @@ class Run:
         )
         meter = Meter(self.world)
         while self.images < times.duration and not self.stopping and not self.guard.exhausted:
-            if not self.frozen and (config.model.posttrain_sample or self.images >= times.freeze_encoder_after):
-                self.freeze_encoder()
-                module = synchronise(self.stage, self.world)
+            if self.task.advance(self.images, times):
+                module = synchronise(self.module, self.world)
             meter.add(self._step(next(stream).to(self.device, non_blocking=True), module))
             self.journal.live(lambda: self._progress(meter.rate(plan.total)))
             if times.due(times.log, self.images):
@@ -218,11 +180,11 @@ class Run:
             self.stopping = self.world.any(asked)[0]
 
     def _describe(self) -> str:
-        parameters = sum(p.numel() for p in self.tokenizer.parameters())
+        parameters = sum(p.numel() for p in self.task.model.parameters())
         plan = self.plan
         shared = f"{plan.processes} process{'es' * (plan.processes > 1)} × {plan.passes} × {plan.microbatch}"
         return (
-            f"{len(self.source)} pictures, {parameters / 1e6:.1f} M parameters, batch {plan.total} = {shared}, "
+            f"{len(self.task.source)} pictures, {parameters / 1e6:.1f} M parameters, batch {plan.total} = {shared}, "
             f"from step {self.step} ({self.images} images)"
         )
 
@@ -251,38 +213,27 @@ class Run:
             self.bad.add(name)
             self.journal.report(f"left out: {bad[name]}", everywhere=True)
         share = self.config.data.max_bad_share
-        if len(self.bad) > max(1, share * len(self.source)):
+        if len(self.bad) > max(1, share * len(self.task.source)):
             raise TrainingError(
-                f"{len(self.bad)} of {len(self.source)} pictures cannot be read so far, more than data.max_bad_share="
-                f"{share:g} of them; the last: {next(iter(bad.values()))}"
+                f"{len(self.bad)} of {len(self.task.source)} pictures cannot be read so far, more than "
+                f"data.max_bad_share={share:g} of them; the last: {next(iter(bad.values()))}"
             )
 
-    def freeze_encoder(self) -> None:
-        """From now on the encoder only encodes."""
-        self.tokenizer.encoder.requires_grad_(False)
-        self.frozen = True
-
-    def _step(self, images: Tensor, module: torch.nn.Module) -> dict[str, Tensor] | None:
-        """One optimizer step on this process's pictures of a batch; ``None`` where loss or gradient is not finite."""
+    def _step(self, batch: Tensor, module: torch.nn.Module) -> dict[str, Tensor] | None:
+        """One optimizer step on this process's items of a batch; ``None`` where loss or gradient is not finite."""
         config, plan = self.config, self.plan
         set_learning_rate(self.optimizer, self.times.rate(config.opt, self.images))
         self.optimizer.zero_grad(set_to_none=True)
         first = self.images + self.world.rank * plan.per_process
-        chunks = images.split(plan.microbatch)
+        chunks = batch.split(plan.microbatch)
+        shared = self.task.share(chunks, first)
         sums: dict[str, Tensor] = {}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16):
-            whole_batch = self._whole_batch(chunks, first)
         for i, chunk in enumerate(chunks):
-            place = first + i * plan.microbatch
-            draws = Draws.of(config, chunk, range(place, place + len(chunk)))
-            torch.manual_seed(config.trainer.seed + place)  # for a bottleneck that draws noise of its own
             with accumulating(module, last=i == len(chunks) - 1):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16):
-                    loss = module(chunk, draws, whole_batch, self.frozen)
+                loss = self.task.loss(module, chunk, first + i * plan.microbatch, shared)
                 (loss.total / plan.passes).backward()
-            self.usage.add(loss.ids)
             sums = {name: sums.get(name, 0) + value / plan.passes for name, value in loss.parts.items()}
-        parameters = list(self.tokenizer.parameters())
+        parameters = list(self.task.model.parameters())
         norm = clip_gradients(parameters, config.opt.max_grad_norm)
         step, self.step, self.images = self.step, self.step + 1, self.images + plan.total
         if self.world.any(not bool(torch.isfinite(sums["loss"]) & torch.isfinite(norm)))[0]:
@@ -294,30 +245,6 @@ class Run:
             self.norm_control.apply()
         self.average.update(step)
         return {**sums, "gradient_norm": norm}
-
-    def _whole_batch(self, chunks: tuple[Tensor, ...], first: int) -> WholeBatch:
-        """How a bottleneck that needs it learns a statistic of the whole batch.
-
-        Where a process takes its part in several passes, the pictures of all are encoded once beforehand. With a
-        frozen encoder the statistic trains nothing, and each pass's own is logged.
-        """
-        model = self.config.model
-        if not self.tokenizer.quantizer.needs_whole_batch or model.entropy_statistics == "process" or self.frozen:
-            return alone
-        if len(chunks) == 1:
-            return alone if self.world.size == 1 else self.world.mean
-        seen: list[Tensor] = []
-
-        def collect(statistic: Tensor) -> Tensor:
-            seen.append(statistic)
-            return statistic
-
-        with torch.no_grad():
-            for i, chunk in enumerate(chunks):
-                torch.manual_seed(self.config.trainer.seed + first + i * self.plan.microbatch)
-                self.stage(chunk, None, collect)
-        mean = self.world.mean(torch.stack(seen).mean(dim=0))
-        return lambda statistic: mean
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped += 1
@@ -342,7 +269,7 @@ class Run:
     def _utilisation(self, rate: float) -> float:
         """Model FLOP utilisation: FLOPs of the training step a second over the devices' peak."""
         peak, _ = peak_flops(self.device, self.config.trainer.enable_bfloat16)
-        return training_cost(self.config, self.frozen).flops * rate / (peak * self.world.size)
+        return self.task.cost().flops * rate / (peak * self.world.size)
 
     def _log(self, meter: Meter) -> None:
         rate, means = meter.take(self.plan.total)
@@ -352,7 +279,7 @@ class Run:
             "flop_utilisation": self._utilisation(rate),
             "memory_gib": used_memory(self.device) / 2**30,
         }
-        usage = self.usage.take()
+        usage = self.task.statistics()
         shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
         state_of_machine = f"MFU {system['flop_utilisation']:.1%}  {system['memory_gib']:.1f} GiB"
         self.journal.report(f"{self._progress(rate)}  {state_of_machine}  {shown}")
@@ -360,73 +287,56 @@ class Run:
         rates = {"learning_rate": self.times.rate(self.config.opt, self.images)}
         self.journal.record(self.step, self.images, {**system, **rates, **counts, **means, **usage})
 
-    def _averaged(self) -> FlowMo | None:
-        """A tokenizer of the averaged weights in the main process, ``None`` in the others; all call this together."""
+    def _averaged(self) -> torch.nn.Module | None:
+        """A model of the averaged weights in the main process, ``None`` in the others; all call this together."""
         weights = {
             name: value.full_tensor() if isinstance(value, DTensor) else value
             for name, value in self.average.state.items()
         }
-        return checkpoint.build(self.config, weights).to(self.device) if self.world.main else None
+        return self.task.averaged(weights) if self.world.main else None
 
     def _judge(self) -> None:
-        """Measure the averaged weights on held-out pictures, and remember whether they are the best so far."""
-        if not self.guard.metric:
+        """Measure the averaged weights on held-out data, and remember whether they are the best so far."""
+        metric = self.guard.metric
+        if not metric:
             return
-        tokenizer, value = self._averaged(), 0.0
-        if tokenizer is not None:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.trainer.enable_bfloat16):
-                report = self._evaluate(tokenizer)
-            figures = {"eval_psnr": report.psnr}
-            if report.lpips_alex is not None:
-                figures["eval_lpips"] = report.lpips_alex
-            value = figures[f"eval_{self.guard.metric}"]
-            self.journal.record(self.step, self.images, figures)
-            plot(self.folder, self.guard.metric)
+        model, value = self._averaged(), 0.0
+        if model is not None:
+            figures = self.task.judge(model)
+            value = figures[metric]
+            self.journal.record(self.step, self.images, {f"eval_{name}": figure for name, figure in figures.items()})
+            plot(self.folder, metric)
         value = self.world.agree(value)
         better = self.guard.judge(self.step, value)
         best = "the best so far" if better else f"the best is step {self.guard.step} with {self.guard.value:.4f}"
-        self.journal.report(f"step {self.step}  held-out {self.guard.metric} {value:.4f}, {best}")
+        self.journal.report(f"step {self.step}  held-out {metric} {value:.4f}, {best}")
 
-    def _evaluate(self, tokenizer: FlowMo) -> Summary:
-        data = self.config.data
-        source = open_source(data.val, data.val_index)
-        judges, limit = Judges(lpips_alex=self.judge), self.config.eval.pictures
-        candidate, side = FlowMoReconstructor(tokenizer), data.image_size
-        measured = measure(candidate, source, side, judges, limit=limit, device=self.device, enlarge=True)
-        return Summary.of(candidate.name, measured, side)
-
-    @torch.no_grad()
     def _sample(self) -> None:
-        """Held-out pictures through the averaged weights: a grid (originals above) and their figures."""
-        tokenizer = self._averaged()
-        if tokenizer is None:
+        """What the averaged weights can do, as a picture and figures."""
+        model = self._averaged()
+        if model is None:
             return
-        x = self.held_out
-        tokenizer.chunk_size = len(x)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.trainer.enable_bfloat16):
-            y = tokenizer.decode(tokenizer.encode(x))
-        figures = {"held_out_psnr": float(psnr(x, y).mean())}
-        if self.perceptual is not None:
-            figures["held_out_distance"] = float(self.perceptual(x, y).mean())
-        path = self.journal.picture(self.step, to_picture(grid([x, y])))
+        picture, figures = self.task.show(model)
+        where = "" if picture is None else f"  {self.journal.picture(self.step, picture)}"
         self.journal.record(self.step, self.images, figures)
-        self.journal.report(f"step {self.step}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()) + f"  {path}")
+        self.journal.report(f"step {self.step}  " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()) + where)
 
     # Checkpoints
 
     @property
     def state(self) -> state.State:
-        return state.State(self.tokenizer, self.average, self.optimizer, self.norm_control)
+        return state.State(self.task.model, self.average, self.optimizer, self.norm_control)
 
     def save(self) -> Path:
         """Write a checkpoint and drop the older ones that the settings do not keep; all processes together."""
         facts = {
             "config": self.config.to_dict(),
-            "stage": self.stage_name,
+            "stage": self.task.stage,
             "step": self.step,
             "images": self.images,
             "skipped": self.skipped,
             **self.guard.facts(),
+            **self.task.facts(),
         }
         path = state.save(self.checkpoint_folder, self.step, self.state, facts, self.world)
         self.saved_at = self.step
@@ -450,10 +360,6 @@ class Run:
             advice = f"remove it to go on from {found[-2]}" if len(found) > 1 else "it is the only one of this run"
             raise TrainingError(f"{error}; {advice}") from None
 
-    @property
-    def stage_name(self) -> str:
-        return "posttrain" if self.config.model.posttrain_sample else "pretrain"
-
     def _start_from(self, path: Path) -> None:
         """Start with the weights and the position of another run's checkpoint, or of the authors'.
 
@@ -463,14 +369,10 @@ class Run:
             raise TrainingError(f"{path}: no such checkpoint")
         facts = state.read_facts(path)
         if facts.get("flowmo") == state.FORMAT:
-            self._restore(path, optimizer=facts["stage"] == self.stage_name)
+            self._restore(path, optimizer=facts["stage"] == self.task.stage)
             self.guard = Guard(self.guard.metric, self.guard.patience)  # the best of this run, not of that
             return
-        untold = ("code_length", "codebook_size_for_entropy", "enable_mup")  # by the shapes of weights
-        settings = tuple(f"model.{name}={getattr(self.config.model, name)}" for name in untold)
-        for part, ema in (("model", False), ("ema", True)):
-            config, weights = checkpoint.read(path, settings, ema)
-            self._check_same_model(path, config)
+        for part, weights in self.task.foreign_weights(path):
             state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in weights.items()})
         self.norm_control.remember()
         self.step = int(facts.get("total_steps", 0))
@@ -481,20 +383,11 @@ class Run:
         facts = state.read_facts(path)
         if facts.get("flowmo") != state.FORMAT:
             raise TrainingError(f"{path}: not a training checkpoint of this version of flowmo")
-        self._check_same_model(path, Config.from_dict(facts["config"]))
+        self.task.check(path, facts)
         state.restore(path, self.state, optimizer)
         self.step, self.images, self.skipped = facts["step"], facts["images"], facts["skipped"]
         self.guard.restore(facts)
         self.journal.report(f"going on from {path}")
-
-    def _check_same_model(self, path: Path, config: Config) -> None:
-        before, now = config.architecture(), self.config.architecture()
-        changed = [f"model.{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-        if changed:
-            raise TrainingError(
-                f"{path} is of a model with other settings: {', '.join(changed)}; use another --experiment-name, "
-                "or the settings it was started with"
-            )
 
 
 class FolderLock:

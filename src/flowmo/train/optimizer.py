@@ -6,7 +6,7 @@ Every class here works on plain tensors and on the sharded ones of FSDP2 alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -58,16 +58,18 @@ def scale_initial_weights(tokenizer: FlowMo) -> None:
             module.bias.mul_(multipliers[net] ** 0.5)
 
 
-def build_optimizer(tokenizer: FlowMo) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Adam with the paper's betas (0.9, 0.95), decoupled weight decay where there is one, µP's learning rates.
 
     Each group's ``scale`` is its share of the learning rate: 1 / multiplier of the width for matrices that sum over
-    the width, 1 for the rest. Its state exists from the start, so that a checkpoint can be read into it.
+    the width, 1 for the rest and for a generator. Its state exists from the start, so that a checkpoint can be read
+    into it.
     """
-    opt = tokenizer.config.opt
+    opt = model.config.opt
     groups: dict[float, list[Tensor]] = {}
-    for name, parameter in tokenizer.named_parameters():
-        multiplier = width_multipliers(tokenizer.config)[name.partition(".")[0]]
+    multipliers = width_multipliers(model.config)
+    for name, parameter in model.named_parameters():
+        multiplier = multipliers.get(name.partition(".")[0], 1.0)
         groups.setdefault(1 / multiplier if is_wide(name, parameter) else 1.0, []).append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
@@ -76,7 +78,7 @@ def build_optimizer(tokenizer: FlowMo) -> torch.optim.Optimizer:
         weight_decay=opt.weight_decay,
         fused=True,
     )
-    for parameter in tokenizer.parameters():
+    for parameter in model.parameters():
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -114,20 +116,23 @@ class NormControl:
     """Puts every linear weight of the blocks back to its initial Frobenius norm (section 4.1, after EDM2).
 
     The target norms follow from the initial weights, which a resumed run no longer has: ``state`` keeps them.
+
+    Args:
+        networks: by name, each with ``blocks``.
     """
 
-    def __init__(self, tokenizer: FlowMo):
+    def __init__(self, networks: Mapping[str, nn.Module]):
         self.weights = {
             f"{net}.blocks.{name}.weight": module.weight
-            for net in ("encoder", "decoder")
-            for name, module in getattr(tokenizer, net).blocks.named_modules()
+            for net, network in networks.items()
+            for name, module in network.blocks.named_modules()
             if isinstance(module, nn.Linear)
         }
         self.remember()
 
     def remember(self) -> None:
         """Take the norms that the weights have now as those to keep."""
-        norms = squared_norms(self.weights.values()).sqrt()
+        norms = squared_norms(self.weights.values()).sqrt() if self.weights else ()
         self.state = {name: norm.clone() for name, norm in zip(self.weights, norms, strict=True)}
 
     @torch.no_grad()
@@ -147,13 +152,13 @@ class Average:
     start is soon gone; ``release`` updates after every 10th step with the decay of ten, from the start.
     """
 
-    def __init__(self, tokenizer: FlowMo, batch: int):
-        model = tokenizer.config.model
-        self.release = model.ema_update == "release"
-        self.decay = model.ema_decay ** (batch / PAPER_BATCH)
+    def __init__(self, model: nn.Module, batch: int):
+        settings = model.config.model
+        self.release = settings.ema_update == "release"
+        self.decay = settings.ema_decay ** (batch / PAPER_BATCH)
         self.batch = batch
-        self.tokenizer = tokenizer
-        self.state = {name: value.detach().clone() for name, value in tokenizer.state_dict().items()}
+        self.model = model
+        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     def weight(self, step: int) -> float:
         """Share of the current weights in the average after step number ``step``, counted from 0."""
@@ -166,7 +171,7 @@ class Average:
     def update(self, step: int) -> None:
         weight = self.weight(step)
         if weight:
-            current = self.tokenizer.state_dict()
+            current = self.model.state_dict()
             torch._foreach_lerp_(
                 [local(value) for value in self.state.values()], [local(current[name]) for name in self.state], weight
             )

@@ -69,11 +69,12 @@ class Draws(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The loss to minimise; its parts and the bottleneck's statistics for the log, detached; the ids that were used."""
+    """The loss to minimise; its parts and the bottleneck's statistics for the log, detached; the ids that were
+    used, where they are counted."""
 
     total: Tensor
     parts: dict[str, Tensor]
-    ids: Tensor | None
+    ids: Tensor | None = None
 
 
 def pretrain_loss(
@@ -170,6 +171,7 @@ class Stage(nn.Module):
     def __init__(self, tokenizer: FlowMo, perceptual: Distance | None):
         super().__init__()
         self.tokenizer = tokenizer
+        self.networks = tuple(tokenizer.networks.values())
         self.others = (perceptual,)  # in a tuple, so that it is no part of what is trained, sharded and saved
         self.loss = posttrain_loss if tokenizer.config.model.posttrain_sample else pretrain_loss
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowmo import checkpoint, sharded
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.runs import listing
-from flowmo.tokenizer import FlowMo
 from flowmo.train.optimizer import Average, NormControl
 
 FORMAT = 2
@@ -38,7 +37,7 @@ class StateError(FlowMoError, RuntimeError):
 class State:
     """Every tensor of a run, by reference: reading a checkpoint into it changes the run."""
 
-    tokenizer: FlowMo
+    model: nn.Module
     average: Average
     optimizer: torch.optim.Optimizer
     norms: NormControl
@@ -47,11 +46,11 @@ class State:
         """Flat, named ``model.…``, ``ema.…``, ``optimizer.….exp_avg`` and ``norms.…``."""
         optimizer = {
             f"optimizer.{name}.{key}": value
-            for name, parameter in self.tokenizer.named_parameters()
+            for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
         return {
-            **{f"model.{name}": value.detach() for name, value in self.tokenizer.state_dict().items()},
+            **{f"model.{name}": value.detach() for name, value in self.model.state_dict().items()},
             **{f"ema.{name}": value for name, value in self.average.state.items()},
             **optimizer,
             **{f"norms.{name}": value for name, value in self.norms.state.items()},

@@ -1,0 +1,364 @@
+"""A trained MaskGiT: classes in, a tokenizer's ids out (stage 2), and how likely given ids are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowmo.checkpoint import GENERATOR as STAGE
+from flowmo.checkpoint import CheckpointError, read_pth, read_shards, write_whole
+from flowmo.config import Config, ConfigError
+from flowmo.data.tokens import Vocabulary
+from flowmo.generate.classes import GenerationError, display_name, find_class
+from flowmo.generate.network import MaskGiT
+from flowmo.generate.schedules import halton_order, hidden_counts
+from flowmo.sample import picture_seed
+from flowmo.sharded import is_sharded
+
+FORMAT = "flowmo-generator-1"
+
+
+class Generator(nn.Module):
+    """Draws ids of pictures of a class, all at once in a few steps (Chang et al. 2022).
+
+    Fresh weights are random; ``load_generator`` gives trained ones.
+
+    Args:
+        config: its ``generator`` section.
+        vocabulary: of the tokenizer whose ids it draws; decode them with no other.
+    """
+
+    def __init__(self, config: Config, vocabulary: Vocabulary):
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        classes = len(vocabulary.classes)
+        self.network = MaskGiT(config.generator, vocabulary.id_bits, vocabulary.ids, classes)
+        self.null_class = classes
+        self.chunk_size: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.place.device
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Those made of blocks, by name."""
+        return {"network": self.network}
+
+    def label(self, name: str | int) -> int:
+        """The number of a class by its name, its WordNet id or its number.
+
+        Raises:
+            GenerationError: no such class; the message has the nearest names.
+        """
+        return find_class(name, self.vocabulary.classes)
+
+    def class_name(self, label: int) -> str:
+        """What people call a class."""
+        return "no class" if label == -1 else display_name(self.vocabulary.classes[label])
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Sequence[int] | Tensor,
+        seeds: Sequence[int] | int = 0,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        last_temperature: float | None = None,
+        choice_temperature: float | None = None,
+        order: str | None = None,
+        ids: Tensor | None = None,
+        keep: Tensor | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Ids of one picture a label; a picture's are a function of its label and its seed alone.
+
+        Args:
+            labels: numbers of classes; −1 or ``null_class`` for none.
+            seeds: one a picture, or a first one that is counted up.
+            steps, guidance, temperature, last_temperature, choice_temperature, order: see ``flowmo info --settings``;
+                the generator's own where ``None``.
+            ids: int64 b × tokens × sub-tokens to start from, together with ``keep``.
+            keep: bool of the same shape, or tokens × sub-tokens for all; these ids stay, the others are drawn anew.
+            progress: called with (steps done, steps in all).
+
+        Returns:
+            int64 b × tokens × sub-tokens, as ``FlowMo.decode`` takes them.
+
+        Raises:
+            GenerationError: a label, ids, or a number out of range.
+        """
+        own = self.config.generator
+        steps = own.sample_steps if steps is None else steps
+        guidance = own.guidance if guidance is None else guidance
+        first = own.temperature if temperature is None else temperature
+        last = own.last_temperature if last_temperature is None else last_temperature
+        noise = own.choice_temperature if choice_temperature is None else choice_temperature
+        order = own.order if order is None else order
+        if steps < 1 or not first > 0 or not last > 0 or not noise >= 0:
+            raise GenerationError("sampling needs at least 1 step and temperatures above 0")
+        labels = self._labels(labels)
+        numbers = list(seeds) if not isinstance(seeds, int) else [seeds + i for i in range(len(labels))]
+        if len(numbers) != len(labels):
+            raise GenerationError(
+                f"{len(numbers)} seeds for {len(labels)} pictures; give one a picture, or a first one"
+            )
+        start, hidden = self._start(len(labels), ids, keep)
+        rows, chunks = [], list(self._chunks(len(labels)))
+        for i, chunk in enumerate(chunks):
+            generators = [torch.Generator().manual_seed(picture_seed(numbers[k], "ids")) for k in chunk]
+            x, open_ = start[chunk].to(self.device), hidden[chunk].to(self.device)
+            counts = [hidden_counts(max(int(n), 1), steps, own.schedule) for n in hidden[chunk].sum(dim=1)]
+            ranks = None if order == "confidence" else self._ranks(order, generators)
+            for step in range(steps):
+                share = step / max(steps - 1, 1)
+                x, open_ = self._step(
+                    x, open_, labels[chunk], generators,
+                    [row[step] for row in counts], guidance, first + (last - first) * share, noise * (1 - share), ranks,
+                )  # fmt: skip
+                if progress:
+                    progress(i * steps + step + 1, len(chunks) * steps)
+            rows.append(x.cpu())
+        return torch.cat(rows)[: len(labels)].unflatten(1, (self.vocabulary.tokens, self.vocabulary.sub_tokens))
+
+    def _step(
+        self,
+        ids: Tensor,
+        hidden: Tensor,
+        labels: Tensor,
+        generators: Sequence[torch.Generator],
+        left: Sequence[int],
+        guidance: float,
+        temperature: float,
+        noise: float,
+        ranks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw every hidden id and keep the best; ``left[i]`` of picture i stay hidden. Returns ids and hidden."""
+        logits = self.guided_logits(ids, hidden, labels, guidance)
+        shares = (logits / temperature).softmax(dim=-1)
+        uniform = torch.stack([torch.rand(2, ids.shape[1], generator=g) for g in generators]).to(self.device)
+        sums = shares.cumsum(dim=-1)
+        # Times the last sum, which rounding leaves beside 1, so that every draw finds an id.
+        drawn = torch.searchsorted(sums, (uniform[:, 0] * sums[..., -1])[..., None], right=True)[..., 0]
+        drawn = drawn.clamp(max=logits.shape[-1] - 1)
+        if ranks is None:
+            confidence = shares.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()
+            gumbel = -torch.log(-torch.log(uniform[:, 1].clamp(1e-9, 1 - 1e-7)))
+            score = confidence + noise * gumbel
+        else:
+            score = -ranks.to(self.device, torch.float32)
+        place = score.masked_fill(~hidden, torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        visible = ids.shape[1] - torch.tensor(left, device=self.device)[:, None]
+        reveal = hidden & (place < visible)
+        return torch.where(reveal, drawn, ids), hidden & ~reveal
+
+    def guided_logits(self, ids: Tensor, hidden: Tensor, labels: Tensor, guidance: float = 1.0) -> Tensor:
+        """Logits b n v in float32; null + guidance · (of the class − null), without a null pass where it is 1."""
+        labels = labels.to(self.device)
+        if guidance == 1:
+            return self.network(ids, hidden, labels).float()
+        null = torch.full_like(labels, self.null_class)
+        both = self.network(ids.repeat(2, 1), hidden.repeat(2, 1), torch.cat((labels, null))).float()
+        given, free = both.chunk(2)
+        return free + guidance * (given - free)
+
+    # Likelihood
+
+    @torch.no_grad()
+    def log_prob(
+        self, ids: Tensor, labels: Sequence[int] | Tensor | None = None, steps: int | None = None, order: str = "halton"
+    ) -> Tensor:
+        """Natural logarithm of the probability of each picture's ids: float64 b.
+
+        A masked model has no one likelihood: this is that of revealing the ids in a fixed order in ``steps`` steps,
+        those of a step independently, which is how a codec can use it. The probabilities of all ids add up to 1.
+
+        Args:
+            ids: int64 b × tokens × sub-tokens.
+            labels: numbers of classes; none where ``None``.
+            steps: more take longer and predict better. Preset: 64.
+            order: ``halton`` or ``random``, drawn once for all.
+
+        Raises:
+            GenerationError: ids or labels out of range, or another order.
+        """
+        labels = self._labels(labels if labels is not None else [-1] * len(ids))
+        flat = self._flat(ids)
+        if len(flat) != len(labels):
+            raise GenerationError(f"{len(labels)} labels for {len(flat)} pictures")
+        totals = []
+        for chunk in self._chunks(len(labels)):
+            x, total = flat[chunk].to(self.device), torch.zeros(len(chunk), dtype=torch.float64)
+            for hidden, revealed in self.reveal_plan(steps, order):
+                mask = hidden.to(self.device).expand(len(chunk), -1)
+                logits = self.guided_logits(x.masked_fill(mask, 0), mask, labels[chunk])
+                shares = logits[:, revealed].log_softmax(dim=-1).gather(-1, x[:, revealed, None])[..., 0]
+                total += shares.double().sum(dim=1).cpu()
+            totals.append(total)
+        return torch.cat(totals)[: len(labels)]
+
+    def reveal_plan(self, steps: int | None = None, order: str = "halton") -> Iterator[tuple[Tensor, Tensor]]:
+        """For each step of a fixed order: what is hidden before it, bool n, and the places that it reveals, int64."""
+        if order not in ("halton", "random"):
+            raise GenerationError(f"order {order!r} is not fixed; use halton or random")
+        own = self.config.generator
+        n = self.vocabulary.ids
+        places = self._ranks(order, [torch.Generator().manual_seed(0)])[0].argsort()
+        counts = [n, *hidden_counts(n, own.sample_steps if steps is None else steps, own.schedule)]
+        for before, after in itertools.pairwise(counts):
+            if before == after:
+                continue
+            hidden = torch.zeros(n, dtype=torch.bool)
+            hidden[places[n - before :]] = True
+            yield hidden, places[n - before : n - after]
+
+    # What the methods above share
+
+    def _ranks(self, order: str, generators: Sequence[torch.Generator]) -> Tensor:
+        """When each place is revealed, int64 b n."""
+        if order == "random":
+            return torch.stack([torch.randperm(self.vocabulary.ids, generator=g) for g in generators])
+        if order == "halton":
+            ranks = halton_order(self.vocabulary.tokens, self.vocabulary.sub_tokens).argsort()
+            return ranks.expand(len(generators), -1)
+        raise GenerationError(f"unknown order {order!r}; use confidence, halton or random")
+
+    def _labels(self, labels: Sequence[int] | Tensor) -> Tensor:
+        labels = torch.as_tensor(labels, dtype=torch.int64).flatten()
+        labels = torch.where(labels == -1, self.null_class, labels)
+        if not len(labels) or labels.min() < 0 or labels.max() > self.null_class:
+            raise GenerationError(f"labels run from 0 to {self.null_class - 1}, and −1 is none; give at least one")
+        return labels
+
+    def _flat(self, ids: Tensor) -> Tensor:
+        v = self.vocabulary
+        if ids.ndim != 3 or ids.shape[1:] != (v.tokens, v.sub_tokens) or ids.is_floating_point():
+            raise GenerationError(f"ids have shape {tuple(ids.shape)}, not whole (batch, {v.tokens}, {v.sub_tokens})")
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 2**v.id_bits:
+            raise GenerationError(
+                f"ids run from {int(ids.min())} to {int(ids.max())}, not from 0 to {2**v.id_bits - 1}"
+            )
+        return ids.flatten(1).long()
+
+    def _start(self, count: int, ids: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ids b n and which are hidden at first, bool b n."""
+        n = self.vocabulary.ids
+        if (ids is None) != (keep is None):
+            raise GenerationError("give ids and keep together, or neither")
+        if ids is None:
+            return torch.zeros(count, n, dtype=torch.int64), torch.ones(count, n, dtype=torch.bool)
+        kept = keep.expand(ids.shape) if keep.shape == ids.shape[1:] else keep
+        if len(ids) != count or kept.shape != ids.shape or kept.dtype != torch.bool:
+            raise GenerationError(f"keep must be bool of the ids' shape, and there must be ids of {count} pictures")
+        return self._flat(ids).cpu(), ~kept.flatten(1).cpu()
+
+    def _chunks(self, count: int) -> Iterator[list[int]]:
+        """Places in groups of one size, the last filled up by repeating, so that no batch changes a result."""
+        size = self.chunk_size or (4 if self.device.type == "cpu" else 64)
+        for start in range(0, count, size):
+            yield [min(i, count - 1) for i in range(start, start + size)]
+
+
+# Files
+
+
+def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights, settings and vocabulary as one ``.safetensors`` file."""
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(f"{path}: generators are saved as .safetensors")
+    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in generator.state_dict().items()}
+    # Machine paths of the training run are nobody else's business.
+    config = generator.config.override("data.train=", "data.val=", "generator.tokenizer=")
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(config.to_dict()),
+        "vocabulary": json.dumps(asdict(generator.vocabulary)),
+    }
+    write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
+
+
+def load_generator(
+    path: str | Path, *overrides: str, device: str | torch.device = "cpu", ema: bool = True
+) -> Generator:
+    """A generator with trained weights, ready for sampling.
+
+    Args:
+        path: a ``.safetensors`` file of ``save_generator``, or a training checkpoint (``.pth``, or a sharded folder).
+        overrides: ``generator.…`` settings to change, such as how it samples.
+        ema: of a training checkpoint, the averaged weights rather than the last ones.
+
+    Raises:
+        CheckpointError: no such file, damaged, or no generator.
+        ConfigError: an override that does not work.
+    """
+    path = Path(path)
+    if not path.is_file() and not is_sharded(path):
+        raise CheckpointError(f"{path}: no such generator")
+    trained = path.suffix == ".pth" or path.is_dir()
+    config, vocabulary, state = _read_checkpoint(path, ema) if trained else _read_safetensors(path)
+    return build_generator(config.override(*overrides), vocabulary, state, path).to(device)
+
+
+def _read_checkpoint(path: Path, ema: bool) -> tuple[Config, Vocabulary, Mapping[str, Tensor]]:
+    if path.is_dir():
+        facts, state = read_shards(path, ema)
+    else:
+        facts = read_pth(path)
+        state = facts.get("ema" if ema else "model")
+    if facts.get("stage") != STAGE:
+        raise CheckpointError(f"{path}: holds no generator")
+    return *_parsed(path, facts["config"], facts["vocabulary"]), state
+
+
+def _read_safetensors(path: Path) -> tuple[Config, Vocabulary, Mapping[str, Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path}: holds no generator")
+            config, vocabulary = json.loads(metadata["config"]), json.loads(metadata["vocabulary"])
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+    return *_parsed(path, config, vocabulary), state
+
+
+def _parsed(path: Path, config: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> tuple[Config, Vocabulary]:
+    try:
+        return Config.from_dict(config), Vocabulary(**{**vocabulary, "classes": tuple(vocabulary["classes"])})
+    except (ConfigError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: holds settings that do not work: {error}") from None
+
+
+def build_generator(
+    config: Config, vocabulary: Vocabulary, state: Mapping[str, Tensor], name: str | Path = "checkpoint"
+) -> Generator:
+    """A generator with the weights of ``state``, in float32 and evaluation mode. Raises ``CheckpointError``."""
+    with torch.device("meta"):
+        generator = Generator(config, vocabulary)
+    wanted = generator.state_dict()
+    if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in wanted.items()}:
+        raise CheckpointError(f"{name}: weights of another architecture")
+    if not all(torch.isfinite(value).all() for value in state.values()):
+        raise CheckpointError(f"{name}: holds NaN or infinite values")
+    generator.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    return generator.eval().requires_grad_(False)
+
+
+def cross_entropy(logits: Tensor, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Mean over the hidden ids of all pictures, in nats: logits b n v, ids b n, hidden bool b n."""
+    return F.cross_entropy(logits[hidden].float(), ids[hidden])

@@ -1,0 +1,154 @@
+"""A dataset of pictures to a folder of tokens, by any number of processes; an interrupted pass goes on.
+
+Every sample has its number: picture i of crop c, plain or mirrored. A shard holds a range of numbers and appears whole
+or not at all, so however often the work is broken off, no sample is lost and none is there twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flowmo.checkpoint import write_whole
+from flowmo.data import DataError, Source, Views
+from flowmo.data.tokens import (
+    MANIFEST,
+    NO_CLASS,
+    UNREADABLE,
+    TokenFacts,
+    check_shard,
+    describe,
+    pack_shard,
+    read_facts,
+)
+from flowmo.distributed import World
+from flowmo.pictures import PictureError
+from flowmo.sample import picture_seed
+from flowmo.tokenizer import FlowMo
+
+SHARD_SIZE = 4096
+
+
+class Samples(Dataset):
+    """Sample number n of a source as (image 3 × side × side, label); an unreadable one is black and says so."""
+
+    def __init__(self, source: Source, facts: TokenFacts):
+        self.source, self.facts = source, facts
+        self.views = Views(source, facts.image_size, random_crop=facts.crops > 1)
+
+    def __len__(self) -> int:
+        return self.facts.count
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        pass_, index = divmod(number, len(self.source))
+        crop, mirrored = (pass_ // 2, pass_ % 2 == 1) if self.facts.flip else (pass_, False)
+        try:
+            image = self.views[index, picture_seed(self.facts.seed, f"{index}, crop {crop}")]
+        except PictureError:
+            return torch.zeros(3, *(2 * [self.facts.image_size])), UNREADABLE
+        label = self.source.label(index)
+        return image.flip(-1) if mirrored else image, NO_CLASS if label is None else label
+
+
+def tokenize(
+    tokenizer: FlowMo,
+    source: Source,
+    out: Path,
+    *,
+    name: str = "",
+    model: str = "",
+    crops: int = 1,
+    flip: bool = False,
+    seed: int = 0,
+    shard_size: int = SHARD_SIZE,
+    batch_size: int = 16,
+    workers: int = 0,
+    world: World = World(),
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenFacts:
+    """Write the ids of every picture of a source, or what is missing of them, to a folder.
+
+    All processes call this together; each takes whole shards.
+
+    Args:
+        name, model: what the source and the tokenizer are called in the folder's ``tokens.json``.
+        crops: 1 takes each picture's central square; more take so many at random places along its longer side.
+        flip: each crop mirrored as well.
+        progress: called with (samples done, samples in all), both of this process.
+
+    Raises:
+        DataError: the folder holds something else, or the tokenizer has no ids. A picture that cannot be read is no
+            error; it is marked, and whoever reads the folder passes over it.
+    """
+    if tokenizer.quantizer.id_count is None:
+        raise DataError("this tokenizer is continuous and has no ids")
+    facts = TokenFacts(
+        tokenizer=tokenizer.identity(),
+        model=model,
+        image_size=tokenizer.config.data.image_size,
+        tokens=tokenizer.code_length,
+        sub_tokens=tokenizer.quantizer.sub_tokens,
+        id_bits=(tokenizer.quantizer.id_count - 1).bit_length(),
+        source=name,
+        count=len(source) * crops * (2 if flip else 1),
+        shard_size=shard_size,
+        crops=crops,
+        flip=flip,
+        seed=seed,
+        classes=tuple(source.classes),
+    )
+    if world.main:
+        _claim(out, facts)
+    world.wait()
+    todo = world.agree([number for number in range(facts.shards) if not _is_sound(out, facts, number)])
+    mine = todo[world.rank :: world.size]
+    samples, done = Samples(source, facts), 0
+    total = sum(len(facts.shard(number)[1]) for number in mine)
+    for shard in mine:
+        path, numbers = facts.shard(shard)
+        rows, labels = [], []
+        for images, some in DataLoader(samples, batch_size, sampler=numbers, num_workers=workers):
+            rows.append(tokenizer.encode(images).ids.cpu())
+            labels += some.tolist()
+            done += len(some)
+            if progress:
+                progress(done, total)
+        content = pack_shard(facts, shard, torch.cat(rows).numpy(), labels)
+        write_whole(out / path, lambda temporary, content=content: Path(temporary).write_bytes(content))
+    world.wait()
+    if world.main:
+        _write(out, facts, complete=True)
+    world.wait()
+    return facts
+
+
+def _claim(out: Path, facts: TokenFacts) -> None:
+    """Write what the folder is to be, or refuse one that is something else."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / MANIFEST).is_file():
+        there, ours = asdict(read_facts(out)[0]), asdict(facts)
+        other = [f"{key} {there[key]!r}, not {ours[key]!r}" for key in ours if there[key] != ours[key]]
+        if other:
+            raise DataError(f"{out} holds other tokens ({', '.join(other)[:200]}); name an empty folder")
+        return
+    if any(out.iterdir()):
+        raise DataError(f"{out} holds something else; name an empty folder")
+    _write(out, facts, complete=False)
+
+
+def _is_sound(out: Path, facts: TokenFacts, number: int) -> bool:
+    try:
+        check_shard(out / facts.shard(number)[0], facts, number)
+    except DataError:
+        return False
+    return True
+
+
+def _write(out: Path, facts: TokenFacts, complete: bool) -> None:
+    content = describe(facts, complete=complete)
+    write_whole(out / MANIFEST, lambda temporary: Path(temporary).write_text(content))

@@ -1,0 +1,196 @@
+"""Stage 2 as a task of the engine: tokens in, a generator out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from flowmo import checkpoint
+from flowmo.checkpoint import GENERATOR
+from flowmo.config import Config
+from flowmo.data import evenly_spread
+from flowmo.data.tokens import NO_CLASS, Tokens
+from flowmo.distributed import World
+from flowmo.evaluate.figures import grid
+from flowmo.generate.generator import Generator, build_generator, cross_entropy
+from flowmo.generate.schedules import MEAN_HIDDEN_SHARE, hide
+from flowmo.pictures import to_picture
+from flowmo.sample import picture_seed
+from flowmo.tokenizer import FlowMo
+from flowmo.train.account import Cost, generator_cost
+from flowmo.train.plan import Timetable
+from flowmo.train.stages import Loss
+from flowmo.train.task import TrainingError, autocast, changed_settings
+
+SAMPLES = 16
+HELD_OUT_SEED = 1
+
+
+class Hidden(NamedTuple):
+    """Random numbers of some pictures: which ids are hidden, bool b n, and bool b, False where the class is dropped."""
+
+    hidden: Tensor
+    keep: Tensor
+
+    @classmethod
+    def of(cls, config: Config, ids: int, places: Sequence[int], device: torch.device) -> Hidden:
+        """Of the pictures at ``places`` of the run: a function of the seed and the place alone."""
+        rows = []
+        for place in places:
+            generator = torch.Generator().manual_seed(picture_seed(config.trainer.seed, f"hidden {place}"))
+            keep = torch.rand((), generator=generator) >= config.generator.label_drop
+            rows.append((hide(ids, generator, config.generator.schedule), keep))
+        hidden, keep = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+        return cls(hidden, keep)
+
+
+class GeneratorStage(nn.Module):
+    """Guesses the hidden ids of pictures, as a module: what DDP, FSDP2 and ``torch.compile`` wrap."""
+
+    def __init__(self, generator: Generator):
+        super().__init__()
+        self.generator = generator
+        self.networks = tuple(generator.networks.values())
+
+    def forward(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> Loss:
+        """Cross-entropy over hidden ids (Chang et al. 2022).
+
+        It is divided by how many are hidden on average, not by how many are hidden here: so it is a mean over
+        pictures, and the same however a batch is cut over processes and passes.
+
+        Args:
+            ids: int64 b n.
+            labels: int64 b, ``null_class`` where there is none.
+        """
+        settings = self.generator.config.generator
+        logits = self.generator.network(ids, hidden, labels)
+        total = F.cross_entropy(
+            logits[hidden].float(), ids[hidden], label_smoothing=settings.label_smoothing, reduction="sum"
+        )
+        loss = total / (ids.numel() * MEAN_HIDDEN_SHARE[settings.schedule])
+        with torch.no_grad():
+            shown = logits.detach()[hidden]
+            parts = {
+                "loss": loss.detach(),
+                "cross_entropy": F.cross_entropy(shown.float(), ids[hidden]),
+                "accuracy": (shown.argmax(dim=-1) == ids[hidden]).float().mean(),
+            }
+        return Loss(loss, parts)
+
+
+class GeneratorTask:
+    """A ``flowmo.train.task.Task``: stage 2.
+
+    Raises:
+        DataError: the tokens are not there, damaged, or the held-out ones are another tokenizer's.
+        TrainingError: ``generator.tokenizer`` is not the one that made the tokens.
+    """
+
+    stage = GENERATOR
+
+    def __init__(self, config: Config, world: World, report: Callable[[str], None]):
+        self.config, self.world = config, world
+        self.source = Tokens(config.data.train)
+        self.vocabulary = self.source.facts.vocabulary
+        self.held_out = Tokens(config.data.val, self.vocabulary.tokenizer) if config.data.val else None
+        self.tokenizer = self._tokenizer() if world.main else None
+        torch.manual_seed(config.trainer.seed)
+        self.model = Generator(config, self.vocabulary).to(world.device)
+        self.module = GeneratorStage(self.model)
+        self.norm_controlled: dict[str, nn.Module] = {}
+        report(f"tokens of {self.vocabulary.model}: {self.vocabulary.ids} ids of {self.vocabulary.id_bits} bits")
+
+    def _tokenizer(self) -> FlowMo | None:
+        name = self.config.generator.tokenizer
+        if not name:
+            return None
+        tokenizer = checkpoint.load(name, device=str(self.world.device))
+        if tokenizer.identity() != self.vocabulary.tokenizer:
+            raise TrainingError(
+                f"generator.tokenizer={name} is {tokenizer.identity()}, the tokens are of {self.vocabulary.tokenizer} "
+                f"({self.vocabulary.model})"
+            )
+        return tokenizer
+
+    def cost(self, fused: bool = True) -> Cost:
+        return generator_cost(self.config, self.vocabulary, fused)
+
+    # Steps
+
+    def advance(self, images: int, times: Timetable) -> bool:
+        return False
+
+    def share(self, chunks: Sequence[Tensor], first: int) -> None:
+        return None
+
+    def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: None) -> Loss:
+        draws = Hidden.of(self.config, self.vocabulary.ids, range(place, place + len(chunk)), chunk.device)
+        torch.manual_seed(self.config.trainer.seed + place)  # of the dropout
+        with autocast(self.config, self.world.device):
+            return module(chunk[:, 1:], self._labels(chunk[:, 0], draws.keep), draws.hidden)
+
+    def _labels(self, labels: Tensor, keep: Tensor) -> Tensor:
+        return torch.where(keep & (labels != NO_CLASS), labels, self.model.null_class)
+
+    # What it tells
+
+    def statistics(self) -> dict[str, float]:
+        return {}
+
+    def averaged(self, weights: Mapping[str, Tensor]) -> Generator:
+        return build_generator(self.config, self.vocabulary, weights).to(self.world.device)
+
+    def judge(self, model: Generator) -> dict[str, float]:
+        """Cross-entropy of the hidden ids of held-out pictures, hidden alike each time."""
+        chosen = evenly_spread(self.config.eval.pictures, len(self.held_out))
+        total = count = 0.0
+        for start in range(0, len(chosen), self.config.eval.batch_size):
+            places = chosen[start : start + self.config.eval.batch_size]
+            rows = torch.stack([self.held_out.readable(index, 0)[0] for index in places]).to(self.world.device)
+            settings = self.config.override(f"trainer.seed={HELD_OUT_SEED}")
+            draws = Hidden.of(settings, self.vocabulary.ids, places, self.world.device)
+            labels = self._labels(rows[:, 0], torch.ones_like(draws.keep))
+            with torch.no_grad(), autocast(self.config, self.world.device):
+                logits = model.network(rows[:, 1:], draws.hidden, labels)
+            hidden = int(draws.hidden.sum())
+            total += float(cross_entropy(logits, rows[:, 1:], draws.hidden)) * hidden
+            count += hidden
+        return {"cross_entropy": total / count}
+
+    def show(self, model: Generator) -> tuple[Image.Image | None, dict[str, float]]:
+        """Samples of classes that are spread over all, decoded where ``generator.tokenizer`` is named."""
+        figures = self.judge(model) if self.held_out is not None else {}
+        if self.tokenizer is None:
+            return None, figures
+        count = min(SAMPLES, max(len(self.vocabulary.classes), 1))
+        labels = evenly_spread(count, len(self.vocabulary.classes)) if self.vocabulary.classes else [-1] * SAMPLES
+        with autocast(self.config, self.world.device):
+            ids = model.sample(labels)
+            pictures = self.tokenizer.decode(ids, seed=list(range(len(ids))))
+        return to_picture(grid([pictures])), figures
+
+    # Checkpoints
+
+    def facts(self) -> dict[str, Any]:
+        return {"vocabulary": {**asdict(self.vocabulary), "classes": list(self.vocabulary.classes)}}
+
+    def check(self, path: Path, facts: Mapping[str, Any]) -> None:
+        if facts["stage"] != self.stage:
+            raise TrainingError(f"{path} holds a tokenizer, not a generator")
+        there = facts["vocabulary"]["tokenizer"]
+        if there != self.vocabulary.tokenizer:
+            raise TrainingError(
+                f"{path} has learnt ids of tokenizer {there}, the tokens are of {self.vocabulary.tokenizer}"
+            )
+        before = Config.from_dict(facts["config"]).generator_architecture()
+        changed_settings(before, self.config.generator_architecture(), path, "generator")
+
+    def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        raise TrainingError(f"{path}: not a training checkpoint of a generator")

@@ -1,0 +1,105 @@
+"""What a run trains: a model, the loss of a batch, and what can be seen of it on the way.
+
+The engine in ``flowmo.train.loop`` knows of batches, steps, processes and checkpoints, and nothing of pictures or ids;
+a ``Task`` knows of those, and nothing of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from flowmo.config import Config
+from flowmo.data.loader import Items
+from flowmo.distributed import World
+from flowmo.errors import FlowMoError
+from flowmo.train.account import Cost
+from flowmo.train.plan import Timetable
+from flowmo.train.stages import Loss
+
+
+class TrainingError(FlowMoError, RuntimeError):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+class Task(Protocol):
+    """One stage of training.
+
+    Attributes:
+        stage: its name in checkpoints; an optimizer's state is of use to the same stage only.
+        source: what it learns from, as ``flowmo.data.batches`` takes it.
+        model: whose weights are trained, averaged and saved; has a ``config``.
+        module: computes the loss of a part of a batch; its ``networks`` have ``blocks``, which are compiled, recomputed
+            and sharded each for itself.
+        norm_controlled: networks of the model, by name, whose blocks' weights keep their initial norms.
+    """
+
+    stage: str
+    source: Items
+    model: nn.Module
+    module: nn.Module
+    norm_controlled: Mapping[str, nn.Module]
+
+    def cost(self, fused: bool = True) -> Cost:
+        """Of the stage as it is now, see ``training_cost``."""
+
+    def advance(self, images: int, times: Timetable) -> bool:
+        """Come to the step that starts at ``images``; whether other parameters learn from now on."""
+
+    def share(self, chunks: Sequence[Tensor], first: int) -> Any:
+        """What the passes over a process's ``chunks`` of a batch, the first item at place ``first``, have in common."""
+
+    def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: Any) -> Loss:
+        """Of a pass, through ``module``, which may wrap the task's own."""
+
+    def statistics(self) -> dict[str, float]:
+        """Figures for the log since the last call; all processes call this together."""
+
+    def averaged(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The model with other weights, for inference."""
+
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """Held-out figures of a model, ``trainer.best_metric`` among them; the main process alone calls this."""
+
+    def show(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
+        """What a model can do, as a picture and figures; the main process alone calls this."""
+
+    def facts(self) -> dict[str, Any]:
+        """What checkpoints need besides settings and weights, as plain values."""
+
+    def check(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Raise ``TrainingError`` for a checkpoint of another model."""
+
+    def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """``model`` and ``ema`` weights in a file of another form. Raises ``CheckpointError``, ``TrainingError``."""
+
+
+def build_task(config: Config, world: World, report: Callable[[str], None]) -> Task:
+    """The task that the settings name, with fresh weights, on the process's device."""
+    if config.generator.train:
+        from flowmo.train.generator import GeneratorTask
+
+        return GeneratorTask(config, world, report)
+    from flowmo.train.tokenizer import TokenizerTask
+
+    return TokenizerTask(config, world, report)
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path, section: str) -> None:
+    """Raise ``TrainingError`` where a checkpoint's model has other settings."""
+    changed = [f"{section}.{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+    if changed:
+        raise TrainingError(
+            f"{path} is of a model with other settings: {', '.join(changed)}; use another --experiment-name, "
+            "or the settings it was started with"
+        )
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """Matrix products in bfloat16 where ``trainer.enable_bfloat16`` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16)

@@ -1,0 +1,172 @@
+"""Stages 1A and 1B as tasks of the engine: pictures in, a tokenizer out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from flowmo import checkpoint
+from flowmo.config import Config
+from flowmo.data import Views, evenly_spread, open_source
+from flowmo.distributed import World
+from flowmo.evaluate.figures import grid, psnr
+from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
+from flowmo.evaluate.summary import Summary
+from flowmo.perceptual import LPIPS, build_distance
+from flowmo.pictures import to_picture
+from flowmo.quantize import WholeBatch, alone
+from flowmo.tokenizer import FlowMo
+from flowmo.train.account import Cost, training_cost
+from flowmo.train.optimizer import scale_initial_weights
+from flowmo.train.plan import Timetable
+from flowmo.train.stages import Draws, Loss, Stage
+from flowmo.train.task import autocast, changed_settings
+from flowmo.train.usage import CodeUsage
+
+GRID_PICTURES = 8
+
+
+class TokenizerTask:
+    """A ``flowmo.train.task.Task``: stage 1A, or with ``model.posttrain_sample`` stage 1B.
+
+    Raises:
+        DataError, WeightsNotFoundError: the pictures or the perceptual network are not there.
+    """
+
+    def __init__(self, config: Config, world: World, report: Callable[[str], None]):
+        self.config, self.world = config, world
+        self.stage = "posttrain" if config.model.posttrain_sample else "pretrain"
+        data = config.data
+        pictures = open_source(data.train, data.train_index)
+        self.source = Views(pictures, data.image_size, data.random_crop, data.random_flip, data.draft)
+        self.held_out = self._held_out(pictures) if world.main else None
+        self.perceptual = None
+        if config.opt.lpips_weight:
+            self.perceptual = build_distance(config.opt.lpips_mode, config.opt.perceptual_weights or None)
+            self.perceptual.to(world.device)
+            report(f"perceptual loss: {self.perceptual.name}")
+        torch.manual_seed(config.trainer.seed)
+        self.model = FlowMo(config)
+        scale_initial_weights(self.model)
+        self.model.to(world.device)
+        self.module = Stage(self.model, self.perceptual)
+        self.norm_controlled = self.model.networks
+        self.judging = LPIPS("alex").to(world.device) if world.main and config.trainer.best_metric == "lpips" else None
+        self.usage = CodeUsage(self.model.quantizer, world)
+        self.frozen = False
+
+    def _held_out(self, pictures: Any) -> Tensor:
+        """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
+        data = self.config.data
+        source = Views(open_source(data.val, data.val_index) if data.val else pictures, data.image_size)
+        chosen = evenly_spread(GRID_PICTURES, len(source))
+        return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.world.device)
+
+    def cost(self, fused: bool = True) -> Cost:
+        return training_cost(self.config, self.frozen, fused)
+
+    # Steps
+
+    def advance(self, images: int, times: Timetable) -> bool:
+        if self.frozen or not (self.stage == "posttrain" or images >= times.freeze_encoder_after):
+            return False
+        self.freeze_encoder()
+        return True
+
+    def freeze_encoder(self) -> None:
+        """From now on the encoder only encodes."""
+        self.model.encoder.requires_grad_(False)
+        self.frozen = True
+
+    def share(self, chunks: Sequence[Tensor], first: int) -> WholeBatch:
+        """How a bottleneck that needs it learns a statistic of the whole batch.
+
+        Where a process takes its part in several passes, the pictures of all are encoded once beforehand. With a
+        frozen encoder the statistic trains nothing, and each pass's own is logged.
+        """
+        settings = self.config.model
+        if not self.model.quantizer.needs_whole_batch or settings.entropy_statistics == "process" or self.frozen:
+            return alone
+        if len(chunks) == 1:
+            return alone if self.world.size == 1 else self.world.mean
+        seen: list[Tensor] = []
+
+        def collect(statistic: Tensor) -> Tensor:
+            seen.append(statistic)
+            return statistic
+
+        with torch.no_grad(), autocast(self.config, self.world.device):
+            place = first
+            for chunk in chunks:
+                torch.manual_seed(self.config.trainer.seed + place)
+                self.module(chunk, None, collect)
+                place += len(chunk)
+        mean = self.world.mean(torch.stack(seen).mean(dim=0))
+        return lambda statistic: mean
+
+    def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: WholeBatch) -> Loss:
+        draws = Draws.of(self.config, chunk, range(place, place + len(chunk)))
+        torch.manual_seed(self.config.trainer.seed + place)  # for a bottleneck that draws noise of its own
+        with autocast(self.config, self.world.device):
+            loss = module(chunk, draws, shared, self.frozen)
+        self.usage.add(loss.ids)
+        return loss
+
+    # What it tells
+
+    def statistics(self) -> dict[str, float]:
+        return self.usage.take()
+
+    def averaged(self, weights: Mapping[str, Tensor]) -> FlowMo:
+        return checkpoint.build(self.config, weights).to(self.world.device)
+
+    def judge(self, model: FlowMo) -> dict[str, float]:
+        data = self.config.data
+        source = open_source(data.val, data.val_index)
+        candidate, limit = FlowMoReconstructor(model), self.config.eval.pictures
+        with autocast(self.config, self.world.device):
+            measured = measure(
+                candidate,
+                source,
+                data.image_size,
+                Judges(lpips_alex=self.judging),
+                limit=limit,
+                device=self.world.device,
+                enlarge=True,
+            )
+        summary = Summary.of(candidate.name, measured, data.image_size)
+        return {"psnr": summary.psnr} | ({} if self.judging is None else {"lpips": summary.lpips_alex})
+
+    @torch.no_grad()
+    def show(self, model: FlowMo) -> tuple[Image.Image, dict[str, float]]:
+        """Held-out pictures through the tokenizer: a grid, originals above, and their figures."""
+        x = self.held_out
+        model.chunk_size = len(x)
+        with autocast(self.config, self.world.device):
+            y = model.decode(model.encode(x))
+        figures = {"held_out_psnr": float(psnr(x, y).mean())}
+        if self.perceptual is not None:
+            figures["held_out_distance"] = float(self.perceptual(x, y).mean())
+        return to_picture(grid([x, y])), figures
+
+    # Checkpoints
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def check(self, path: Path, facts: Mapping[str, Any]) -> None:
+        changed_settings(Config.from_dict(facts["config"]).architecture(), self.config.architecture(), path, "model")
+
+    def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Of a file that holds a tokenizer: the package's own, or the authors'."""
+        untold = ("code_length", "codebook_size_for_entropy", "enable_mup")  # by the shapes of weights
+        settings = tuple(f"model.{name}={getattr(self.config.model, name)}" for name in untold)
+        for part, ema in (("model", False), ("ema", True)):
+            config, weights = checkpoint.read(path, settings, ema)
+            changed_settings(config.architecture(), self.config.architecture(), path, "model")
+            yield part, weights

@@ -1,0 +1,676 @@
+"""Stage 2: tokens, the schedules of hiding and revealing, the network, sampling, likelihood, training."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import open_gates
+from PIL import Image
+
+from flowmo import Config, FlowMo, load, save
+from flowmo.bits import pack_ids, unpack_ids
+from flowmo.checkpoint import CheckpointError
+from flowmo.cli import main
+from flowmo.config import HIDING_SCHEDULES, ConfigError, preset
+from flowmo.data import DataError, open_source
+from flowmo.data.tokens import Tokens, Vocabulary
+from flowmo.generate.classes import find_class, imagenet_names
+from flowmo.generate.generator import (
+    GenerationError,
+    Generator,
+    build_generator,
+    load_generator,
+    save_generator,
+)
+from flowmo.generate.schedules import MEAN_HIDDEN_SHARE, halton_order, hidden_counts, hidden_share, hide
+from flowmo.generate.tokenize import tokenize
+from flowmo.pictures import resize_and_crop, to_tensor
+from flowmo.train.generator import Hidden
+from flowmo.train.loop import Run, TrainingError
+
+CLASSES = ("n01440764", "n02102040", "n03888257")
+VOCABULARY = Vocabulary(
+    tokenizer="00" * 8, model="tiny", image_size=32, tokens=6, sub_tokens=2, id_bits=4, classes=CLASSES
+)
+SMALL = (
+    "generator.train=true",
+    "generator.hidden_size=32",
+    "generator.depth=2",
+    "generator.num_heads=2",
+    "generator.sample_steps=4",
+)
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture
+def tokenizer(tiny_config):
+    torch.manual_seed(0)
+    return open_gates(FlowMo(tiny_config)).eval()
+
+
+@pytest.fixture
+def generator():
+    """Random weights large enough that logits, guidance and classes matter."""
+    torch.manual_seed(0)
+    fresh = Generator(Config().override(*SMALL), VOCABULARY)
+    for parameter in fresh.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return fresh.eval()
+
+
+@pytest.fixture
+def class_folder(tmp_path, picture_files):
+    folder = tmp_path / "classes"
+    for i, file in enumerate(picture_files[:6]):
+        (folder / CLASSES[i % 3]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / CLASSES[i % 3])
+    return folder
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("bits", [1, 4, 9, 14, 18])
+def test_packed_ids_come_back(bits):
+    ids = torch.randint(2**bits, (37,), generator=torch.Generator().manual_seed(bits)).numpy()
+    packed = pack_ids(ids, bits)
+    assert len(packed) == math.ceil(37 * bits / 8)
+    assert (unpack_ids(packed, 37, bits) == ids).all()
+
+
+def test_tokens_are_what_the_tokenizer_says(tokenizer, class_folder, tmp_path):
+    """Ids and labels of every picture, plain and mirrored, in shards of four, the last one short."""
+    source = open_source(class_folder)
+    facts = tokenize(tokenizer, source, tmp_path / "out", flip=True, shard_size=5, batch_size=2)
+    tokens = Tokens(tmp_path / "out", tokenizer.identity())
+    assert (facts.count, facts.shards, len(tokens)) == (12, 3, 12)
+    assert tokens.classes == CLASSES
+    for index in range(12):
+        image = to_tensor(resize_and_crop(source.read(index % 6), 32))[None]
+        expected = tokenizer.encode(image if index < 6 else image.flip(-1)).ids[0]
+        assert torch.equal(tokens.ids(index), expected)
+        assert tokens.label(index) == source.label(index % 6)
+    record = math.ceil(12 * 4 / 8)
+    assert (tmp_path / "out" / "tokens-00002.bin").stat().st_size == 34 + 2 * (record + 4) + 4
+
+
+def test_random_crops_differ_and_repeat(tokenizer, class_folder, tmp_path):
+    source = open_source(class_folder)
+    for name in ("one", "two"):
+        tokenize(tokenizer, source, tmp_path / name, crops=3, shard_size=100)
+    one, two = Tokens(tmp_path / "one"), Tokens(tmp_path / "two")
+    assert len(one) == 18
+    assert all(torch.equal(one.ids(i), two.ids(i)) for i in range(18))
+    assert any(not torch.equal(one.ids(i), one.ids(i + 6)) for i in range(6))
+
+
+def test_an_interrupted_pass_goes_on(tokenizer, class_folder, tmp_path, monkeypatch):
+    source, out = open_source(class_folder), tmp_path / "out"
+    whole = tokenize(tokenizer, source, tmp_path / "whole", shard_size=2)
+    encode, encoded = FlowMo.encode, []
+
+    def failing(self, images):
+        encoded.append(len(images))
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    monkeypatch.setattr(FlowMo, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(tokenizer, source, out, shard_size=2)
+    with pytest.raises(DataError, match="not finished"):
+        Tokens(out)
+    assert tokenize(tokenizer, source, out, shard_size=2) == whole
+    assert sum(encoded) == 2 + 2 + 4, "the finished shard is not made again"
+    for number in range(3):
+        name = whole.shard(number)[0]
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    damaged = out / whole.shard(1)[0]
+    damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    tokenize(tokenizer, source, out, shard_size=2)
+    assert damaged.read_bytes() == (tmp_path / "whole" / damaged.name).read_bytes()
+
+
+def test_unreadable_pictures_are_passed_over(tokenizer, class_folder, tmp_path):
+    (class_folder / CLASSES[0] / "000.jpg").write_bytes(b"no picture")
+    tokenize(tokenizer, open_source(class_folder), tmp_path / "out")
+    tokens = Tokens(tmp_path / "out")
+    assert (tokens.facts.count, len(tokens)) == (7, 6)
+    assert [tokens.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("damage", ["byte", "truncated", "missing", "other tokenizer", "manifest", "another folder's"])
+def test_damaged_tokens_are_refused(tokenizer, class_folder, tmp_path, damage):
+    out = tmp_path / "out"
+    tokenize(tokenizer, open_source(class_folder), out, shard_size=4)
+    shard = out / "tokens-00001.bin"
+    content = shard.read_bytes()
+    wanted = None
+    if damage == "byte":
+        shard.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    elif damage == "truncated":
+        shard.write_bytes(content[:-3])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "other tokenizer":
+        wanted = "12" * 8
+    elif damage == "manifest":
+        (out / "tokens.json").write_text('{"flowmo_tokens": 1, "tokens": -3}')
+    else:
+        shutil.copy(out / "tokens-00000.bin", out / "keep")
+        facts = json.loads((out / "tokens.json").read_text())
+        facts["count"], facts["shard_size"] = 8, 4
+        (out / "tokens.json").write_text(json.dumps(facts))
+        (out / "keep").rename(shard)
+    message = {
+        "byte": "checksum",
+        "truncated": r"has .* bytes where .* belong",
+        "missing": "missing",
+        "other tokenizer": "each tokenizer needs tokens",
+        "manifest": "not what `flowmo tokenize` wrote",
+        "another folder's": "of another tokenizer or another folder",
+    }[damage]
+    with pytest.raises(DataError, match=message) as error:
+        Tokens(out, wanted)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_other_tokens_is_refused(tokenizer, class_folder, tmp_path):
+    source = open_source(class_folder)
+    tokenize(tokenizer, source, tmp_path / "out")
+    with pytest.raises(DataError, match=r"holds other tokens .*crops 1, not 2"):
+        tokenize(tokenizer, source, tmp_path / "out", crops=2)
+    with pytest.raises(DataError, match="holds something else"):
+        tokenize(tokenizer, source, class_folder)
+    with pytest.raises(DataError, match=r"holds no tokens\.json"):
+        Tokens(class_folder)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("schedule", HIDING_SCHEDULES)
+def test_hidden_share_falls_from_one_to_nothing(schedule):
+    share = hidden_share(torch.linspace(0, 1, 101), schedule)
+    assert share[0] == 1
+    assert share[-1] == pytest.approx(0, abs=1e-6)
+    assert (share.diff() < 0).all()
+
+
+@pytest.mark.parametrize("schedule", HIDING_SCHEDULES)
+@pytest.mark.parametrize(("ids", "steps"), [(512, 64), (256, 1), (12, 12), (7, 20), (1, 3), (256, 255)])
+def test_every_step_reveals_until_nothing_is_hidden(schedule, ids, steps):
+    counts = [ids, *hidden_counts(ids, steps, schedule)]
+    assert counts[-1] == 0
+    for before, after in itertools.pairwise(counts):
+        assert after < before or before == 0
+    with pytest.raises(ValueError, match="at least 1"):
+        hidden_counts(ids, 0, schedule)
+
+
+def test_halton_order_spreads_any_first_part():
+    order = halton_order(64, 4)
+    assert sorted(order.tolist()) == list(range(256))
+    quarters = Counter((order[:64] // 64).tolist())
+    assert max(quarters.values()) - min(quarters.values()) <= 1
+    assert set((order[:12] % 4).tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("schedule", HIDING_SCHEDULES)
+def test_training_hides_as_the_schedule_says(schedule):
+    """The share's mean is the schedule's integral, and no place is preferred."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.stack([hide(64, generator, schedule) for _ in range(4000)]).double()
+    integral = MEAN_HIDDEN_SHARE[schedule]
+    assert hidden_share(torch.linspace(0, 1, 10001), schedule).mean() == pytest.approx(integral, abs=1e-3)
+    assert hidden.mean() == pytest.approx(integral + 0.5 / 64, abs=0.015)  # half an id is rounded up
+    assert hidden.sum(dim=1).min() >= 1
+    assert hidden.mean(dim=0).std() < 0.02
+
+
+def test_hidden_ids_depend_on_the_place_alone():
+    config = Config().override(*SMALL)
+    whole = Hidden.of(config, 12, range(10), torch.device("cpu"))
+    part = Hidden.of(config, 12, range(4, 7), torch.device("cpu"))
+    assert torch.equal(part.hidden, whole.hidden[4:7])
+    assert torch.equal(part.keep, whole.keep[4:7])
+    many = Hidden.of(config, 2, range(3000), torch.device("cpu"))
+    assert (~many.keep).double().mean() == pytest.approx(0.1, abs=0.02)
+
+
+# Network
+
+
+@pytest.mark.parametrize("bit_tokens", [False, True])
+def test_hidden_ids_are_not_seen(bit_tokens):
+    torch.manual_seed(0)
+    network = Generator(Config().override(*SMALL, f"generator.bit_tokens={bit_tokens}"), VOCABULARY).eval().network
+    assert hasattr(network, "id_table") != bit_tokens
+    ids = torch.randint(16, (2, 12))
+    hidden = torch.rand(2, 12) < 0.5
+    labels = torch.tensor([0, 3])
+    logits = network(ids, hidden, labels)
+    assert logits.shape == (2, 12, 16)
+    assert torch.equal(network(torch.where(hidden, 15 - ids, ids), hidden, labels), logits)
+    assert not torch.equal(network(torch.where(hidden, ids, 15 - ids), hidden, labels), logits)
+    assert not torch.equal(network(ids, hidden, labels.flip(0)), logits)
+
+
+def test_the_papers_size():
+    """About 397 M in the paper, whose blocks are not described: 28 of 12 widths squared are 352 M."""
+    with torch.device("meta"):
+        vocabulary = Vocabulary(
+            tokenizer="", model="", image_size=256, tokens=256, sub_tokens=2, id_bits=9, classes=("",) * 1000
+        )
+        generator = Generator(preset("maskgit"), vocabulary)
+    assert 350e6 < sum(p.numel() for p in generator.parameters()) < 400e6
+
+
+# Sampling
+
+
+def test_guidance_of_one_is_none(generator):
+    ids, hidden = torch.randint(16, (2, 12)), torch.rand(2, 12) < 0.5
+    labels = torch.tensor([0, 1])
+    plain = generator.guided_logits(ids, hidden, labels)
+    null = generator.guided_logits(ids, hidden, torch.tensor([3, 3]))
+    torch.testing.assert_close(generator.guided_logits(ids, hidden, labels, 1 + 1e-9), plain)
+    torch.testing.assert_close(generator.guided_logits(ids, hidden, labels, 3.0), null + 3 * (plain - null))
+    one, other = (generator.sample([0, 1], guidance=value) for value in (1.0, 1 + 1e-9))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton", "random"])
+@pytest.mark.parametrize("steps", [1, 3, 12, 30])
+def test_every_place_is_filled_once(generator, order, steps, monkeypatch):
+    filled = torch.zeros(4, 12, dtype=torch.int64)
+    step = Generator._step
+
+    def watched(self, ids, hidden, *rest):
+        new_ids, new_hidden = step(self, ids, hidden, *rest)
+        assert not (new_hidden & ~hidden).any(), "nothing is hidden again"
+        assert torch.equal(new_ids[~hidden], ids[~hidden]), "nothing revealed is changed"
+        filled.add_((hidden & ~new_hidden).long())
+        return new_ids, new_hidden
+
+    monkeypatch.setattr(Generator, "_step", watched)
+    ids = generator.sample([0, 1, 2, -1], steps=steps, order=order)
+    assert (filled == 1).all()
+    assert ids.shape == (4, 6, 2)
+    assert ids.min() >= 0
+    assert ids.max() < 16
+
+
+def test_a_picture_depends_on_its_label_and_seed_alone(generator):
+    ids = generator.sample([0, 1, 2, 0, 1], seeds=[5, 6, 7, 8, 9])
+    assert torch.equal(generator.sample([2], seeds=[7])[0], ids[2])
+    assert torch.equal(generator.sample([0, 1, 2, 0, 1], seeds=5), ids)
+    assert torch.equal(generator.sample([1, 0, 1], seeds=[9, 8, 6]), ids[[4, 3, 1]])
+    assert not torch.equal(ids[0], ids[3]), "another seed"
+    strong = [generator.sample([label], seeds=[5], guidance=20.0) for label in (0, 1)]
+    assert not torch.equal(*strong), "another class"
+
+
+def test_sampling_follows_the_networks_probabilities(generator):
+    """One step without guidance draws every id independently from its softmax."""
+    hidden = torch.ones(1, 12, dtype=torch.bool)
+    shares = generator.guided_logits(torch.zeros(1, 12, dtype=torch.int64), hidden, torch.tensor([1])).softmax(-1)[0, 3]
+    settings = {"steps": 1, "guidance": 1.0, "temperature": 1.0, "last_temperature": 1.0}
+    drawn = generator.sample([1] * 3000, seeds=0, **settings).flatten(1)[:, 3]
+    counts = torch.bincount(drawn, minlength=16) / 3000
+    assert (counts - shares).abs().max() < 4 * 0.5 / 3000**0.5
+
+
+def test_temperature(generator):
+    """Near zero every draw is the likeliest."""
+    settings = {"steps": 1, "temperature": 1e-3, "last_temperature": 1e-3, "guidance": 1.0}
+    ids = generator.sample([1] * 8, **settings).flatten(1)
+    assert (ids == ids[0]).all()
+    hidden = torch.ones(1, 12, dtype=torch.bool)
+    logits = generator.guided_logits(torch.zeros(1, 12, dtype=torch.int64), hidden, torch.tensor([1]))
+    assert torch.equal(ids[0], logits[0].argmax(dim=-1))
+
+
+def test_kept_ids_stay(generator):
+    start = generator.sample([0, 1], seeds=1)
+    keep = torch.zeros(6, 2, dtype=torch.bool)
+    keep[:3] = True
+    edited = generator.sample([0, 1], seeds=50, ids=start, keep=keep)
+    assert torch.equal(edited[:, :3], start[:, :3])
+    assert not torch.equal(edited[:, 3:], start[:, 3:])
+    assert torch.equal(generator.sample([0, 1], ids=start, keep=torch.ones(2, 6, 2, dtype=torch.bool)), start)
+
+
+def test_progress(generator):
+    seen = []
+    generator.chunk_size = 2
+    generator.sample([0, 1, 2], progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 8) for i in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g: g.sample([7]), "labels run from 0 to 2"),
+        (lambda g: g.sample([]), "at least one"),
+        (lambda g: g.sample([0], steps=0), "at least 1 step"),
+        (lambda g: g.sample([0], temperature=0), "temperatures above 0"),
+        (lambda g: g.sample([0], order="backwards"), "unknown order"),
+        (lambda g: g.sample([0, 1], seeds=[1]), "1 seeds for 2 pictures"),
+        (lambda g: g.sample([0], ids=torch.zeros(1, 6, 2, dtype=torch.int64)), "together"),
+        (lambda g: g.log_prob(torch.full((1, 6, 2), 16)), "ids run from 16"),
+        (lambda g: g.log_prob(torch.zeros(1, 6, 3, dtype=torch.int64)), "ids have shape"),
+        (lambda g: g.log_prob(torch.zeros(1, 6, 2, dtype=torch.int64), order="confidence"), "not fixed"),
+    ],
+)
+def test_bad_arguments(generator, call, message):
+    with pytest.raises(GenerationError, match=message):
+        call(generator)
+
+
+# Likelihood
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_probabilities_of_all_ids_add_up_to_one(steps):
+    torch.manual_seed(0)
+    small = Vocabulary(tokenizer="", model="", image_size=8, tokens=2, sub_tokens=2, id_bits=2, classes=("a",))
+    generator = Generator(Config().override(*SMALL), small)
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    every = torch.tensor(list(itertools.product(range(4), repeat=4))).view(-1, 2, 2)
+    generator.eval().chunk_size = 64
+    assert generator.log_prob(every, [0] * 256, steps).exp().sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_likelihood_step_by_step(generator):
+    """As many steps as ids: the chain rule, one id at a time, in the order of the plan."""
+    ids = torch.randint(16, (1, 6, 2))
+    hidden, total = torch.ones(1, 12, dtype=torch.bool), 0.0
+    generator.requires_grad_(False)
+    for place in halton_order(6, 2).tolist():
+        logits = generator.guided_logits(ids.flatten(1), hidden, torch.tensor([2]))
+        total += float(logits[0, place].log_softmax(-1)[ids.flatten()[place]])
+        hidden[0, place] = False
+    assert float(generator.log_prob(ids, [2], steps=12)) == pytest.approx(total, abs=1e-4)
+
+
+# Classes
+
+
+def test_classes_by_number_name_and_wordnet_id():
+    assert len(imagenet_names()) == 1000
+    assert list(imagenet_names()) == sorted(imagenet_names())
+    for wanted in (0, "0", "n01440764", "tench", "Tinca tinca", "TENCH"):
+        assert find_class(wanted, CLASSES) == 0
+    assert find_class("parachute", CLASSES) == 2
+    assert find_class("-1", CLASSES) == -1
+    with pytest.raises(GenerationError, match="no class 'tensh'; the nearest are tench"):
+        find_class("tensh", CLASSES)
+    with pytest.raises(GenerationError, match="no class 3; they run from 0 to 2"):
+        find_class(3, CLASSES)
+
+
+# Training and the commands
+
+
+@pytest.fixture
+def tokens(tokenizer, class_folder, tmp_path):
+    tokenize(tokenizer, open_source(class_folder), tmp_path / "tokens", model="tiny")
+    return tmp_path / "tokens"
+
+
+@pytest.fixture
+def config(tokens):
+    return preset("maskgit_nano").override(
+        *SMALL,
+        f"data.train={tokens}",
+        "data.global_batch_size=6",
+        "data.num_workers=0",
+        "generator.dropout=0.1",
+        "opt.warmup=0",
+        "opt.cooldown=0",
+        "trainer.duration=6 steps",
+        "trainer.log_every=2 steps",
+        "trainer.sample_every=0",
+        "trainer.checkpoint_every=3 steps",
+        "trainer.enable_bfloat16=false",
+        "trainer.tensorboard=false",
+    )
+
+
+@pytest.fixture
+def trained(config, tmp_path):
+    """A generator that has learnt six pictures by heart, and their tokenizer, as files."""
+    run = Run(
+        config.override(
+            "trainer.duration=250 steps",
+            "trainer.checkpoint_every=250 steps",
+            "trainer.log_every=50 steps",
+            "generator.hidden_size=64",
+            "generator.dropout=0",
+            "generator.label_smoothing=0",
+            "model.ema_decay=0.1",
+            "opt.lr=3e-3",
+        ),
+        tmp_path / "learnt",
+        report=quiet,
+    )
+    run.train()
+    return run.checkpoints()[-1]
+
+
+def final_weights(run):
+    content = torch.load(run.checkpoints()[-1], weights_only=True)
+    return {**content["model"], **{f"ema.{name}": value for name, value in content["ema"].items()}}
+
+
+def test_a_generator_learns_its_pictures(trained, tokens):
+    """Of two pictures a class it draws one or the other, and finds them likelier than those of another
+    class, and far likelier than any ids."""
+    generator = load_generator(trained)
+    data = Tokens(tokens)
+    known = torch.stack([data.ids(i) for i in range(6)])
+    labels = [data.label(i) for i in range(6)]
+    own = generator.log_prob(known, labels)
+    assert own.mean() > generator.log_prob(known, [(label + 1) % 3 for label in labels]).mean() + 2
+    assert (own > generator.log_prob(torch.randint(16, known.shape), labels) + 20).all()
+    drawn = generator.sample(labels, guidance=2.0, temperature=0.5, last_temperature=0.3, choice_temperature=0.5)
+    right = [
+        max((ids == known[k]).double().mean() for k in (label * 2, label * 2 + 1))
+        for ids, label in zip(drawn, labels, strict=True)
+    ]
+    assert sum(right) / 6 > 0.9, right
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([row["loss"] for row in rows if "loss" in row])
+
+
+def test_passes_give_the_same_losses(config, tmp_path):
+    """Dropout, whose numbers follow the cut, aside."""
+    curves = []
+    for most in (6, 3, 1):
+        run = Run(
+            config.override(f"data.max_microbatch={most}", "generator.dropout=0"), tmp_path / f"{most}", report=quiet
+        )
+        run.train()
+        curves.append(losses(run))
+    assert len(curves[0]) == 3
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(curves[2], curves[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_same_losses(config, tmp_path, parallel):
+    """Under torchrun, and their checkpoint opens."""
+    config = config.override("generator.dropout=0")
+    one = Run(config, tmp_path / "one", report=quiet)
+    one.train()
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(config.override(f"trainer.parallel={parallel}").to_json())
+    words = [
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "flowmo.train",
+        "--config",
+        settings,
+        "--results-dir",
+        tmp_path,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, "--experiment-name", "two"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    two = Run(config, tmp_path / "two", report=quiet)
+    assert two.step == 6
+    torch.testing.assert_close(losses(two), losses(one), rtol=2e-4, atol=2e-5)
+    ids = torch.zeros(1, 6, 2, dtype=torch.int64)
+    ours, theirs = (load_generator(run.checkpoints()[-1]).log_prob(ids) for run in (one, two))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", [(), ("generator.bit_tokens=true", "data.max_microbatch=2")])
+def test_resumed_run_ends_like_an_unbroken_one(config, tmp_path, change):
+    config = config.override(*change)
+    whole = Run(config, tmp_path / "whole", report=quiet)
+    whole.train()
+    Run(config.override("trainer.duration=3 steps"), tmp_path / "broken", report=quiet).train()
+    rest = Run(config, tmp_path / "broken", report=quiet)
+    assert rest.step == 3
+    rest.train()
+    expected = final_weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in final_weights(rest).items())
+
+
+def test_held_out_tokens_judge_and_samples_are_shown(config, tokens, tokenizer, tmp_path):
+    save(tokenizer, tmp_path / "tiny.safetensors")
+    lines = []
+    named = [
+        f"data.val={tokens}",
+        "trainer.best_metric=cross_entropy",
+        f"generator.tokenizer={tmp_path / 'tiny.safetensors'}",
+    ]
+    run = Run(config.override(*named, "trainer.sample_every=6 steps"), tmp_path / "run", report=lines.append)
+    run.train()
+    assert any("held-out cross_entropy" in line for line in lines)
+    assert (run.folder / "samples" / "00000006.png").is_file()
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "cross_entropy", "accuracy", "flop_utilisation"} <= set().union(*rows)
+    with pytest.raises(CheckpointError, match="holds a generator"):
+        load(run.checkpoints()[-1])
+
+
+def test_a_run_refuses_other_tokens(config, class_folder, tiny_config, tmp_path):
+    run = Run(config.override("trainer.duration=1 steps"), tmp_path / "run", report=quiet)
+    run.train()
+    torch.manual_seed(1)
+    other = FlowMo(tiny_config).eval()
+    tokenize(other, open_source(class_folder), tmp_path / "others")
+    with pytest.raises(TrainingError, match="has learnt ids of tokenizer"):
+        Run(config.override(f"data.train={tmp_path / 'others'}"), tmp_path / "run", report=quiet)
+    with pytest.raises(DataError, match="each tokenizer needs tokens"):
+        Run(config.override(f"data.val={tmp_path / 'others'}"), tmp_path / "another", report=quiet)
+    save(other, tmp_path / "other.safetensors")
+    with pytest.raises(TrainingError, match=r"generator\.tokenizer"):
+        Run(config.override(f"generator.tokenizer={tmp_path / 'other.safetensors'}"), tmp_path / "third", report=quiet)
+    with pytest.raises(TrainingError, match=r"generator\.depth 2 -> 3"):
+        Run(config.override("generator.depth=3"), tmp_path / "run", report=quiet)
+
+
+def test_files_of_generators(generator, tokenizer, tmp_path):
+    path = tmp_path / "generator.safetensors"
+    save_generator(generator, path)
+    again = load_generator(path, "generator.sample_steps=3")
+    assert again.vocabulary == VOCABULARY
+    assert again.config.generator.sample_steps == 3
+    assert torch.equal(again.sample([1], steps=4), generator.sample([1]))
+    with pytest.raises(CheckpointError, match="no such generator"):
+        load_generator(tmp_path / "none.safetensors")
+    save(tokenizer, tmp_path / "tokenizer.safetensors")
+    with pytest.raises(CheckpointError, match="holds no generator"):
+        load_generator(tmp_path / "tokenizer.safetensors")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_generator(path)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        build_generator(generator.config.override("generator.depth=3"), VOCABULARY, generator.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("generator.order=first", "halton"),
+        ("generator.num_heads=3", "not divisible"),
+        ("generator.label_drop=1", "below 1"),
+        ("generator.temperature=0", "above 0"),
+        ("trainer.best_metric=cross_entropy", "no figure of what is trained"),
+    ],
+)
+def test_settings_that_cannot_work(assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        Config().override("data.val=x", assignment)
+
+
+def command(*words):
+    return main([str(word) for word in words])
+
+
+def test_the_commands(class_folder, tokenizer, trained, tmp_path, capsys):
+    """Tokenize, convert, then draw: a grid, a folder in two goes, an .npz, and an edited picture."""
+    model = tmp_path / "tiny.safetensors"
+    save(tokenizer, model)
+    assert command("tokenize", class_folder, "--out", tmp_path / "cli", "--model", model, "--flip") == 0
+    assert "12 samples, 3 classes, 12 ids of 4 bits" in capsys.readouterr().out
+    generator = tmp_path / "generator.safetensors"
+    assert command("convert", trained, generator) == 0
+    base = ["generate", generator, "--model", model, "--seed", 3]
+    out = tmp_path / "grid.png"
+    assert command(*base, "--class", "tench", "2", "--per-class", 3, "--out", out) == 0
+    assert "rows of 3: tench, parachute" in capsys.readouterr().out
+    with Image.open(out) as picture:
+        assert picture.size == (3 * 32 + 2 * 2, 2 * 32 + 2)
+    folder, npz = tmp_path / "pictures", tmp_path / "pictures.npz"
+    assert command(*base, "--count", 5, "--out", folder) == 0
+    files = sorted(folder.glob("*.png"))
+    contents = [file.read_bytes() for file in files]
+    files[2].unlink()
+    assert command(*base, "--count", 5, "--out", folder) == 0
+    assert [file.read_bytes() for file in files] == contents, "the one that was missing, and the same"
+    assert command(*base, "--count", 5, "--out", npz) == 0
+    pictures = np.load(npz)["arr_0"]
+    assert pictures.shape == (5, 32, 32, 3)
+    with Image.open(files[2]) as picture:
+        assert (pictures[2] == np.asarray(picture)).all()
+    assert command(*base, "--count", 6, "--out", folder) == 2
+    assert "holds other pictures" in capsys.readouterr().err
+    picture = next(class_folder.rglob("*.jpg"))
+    assert command(*base, "--class", 0, "--count", 2, "--edit", picture, "--keep", "0-3,5", "--out", out) == 0
+    for words, message in (
+        (["--class", "tensh"], "the nearest are tench"),
+        (["--edit", picture, "--keep", "4-9"], "names no tokens"),
+        (["--count", 5000], "too many for one"),
+    ):
+        assert command(*base, "--out", out, *words) == 2
+        assert message in capsys.readouterr().err
+    assert command("generate", generator, "--model", "nano") == 2
+    assert "name the right one with --model" in capsys.readouterr().err
+    assert command("info", "maskgit", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["blocks"] == 28
