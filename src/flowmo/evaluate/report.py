@@ -71,7 +71,7 @@ def write_report(
         ReportError: matplotlib is missing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    header = {**facts, "versions": versions()}
+    header = {**facts, "versions": versions()} | speed(entries)
     rows = [entry.summary for entry in entries]
     content = {
         "header": header,
@@ -86,6 +86,16 @@ def write_report(
         ("index.html", page(out, rows, header, pictures)),
     ):
         write_whole(out / name, lambda temporary, text=text: Path(temporary).write_text(text))
+
+
+def speed(entries: Sequence[Entry]) -> dict[str, str]:
+    """Pictures a second of what this call did itself; an evaluation that was found whole has none."""
+    first = entries[0].pace.as_dict()
+    if not first:
+        return {}
+    evaluator = f"reading {first['reading_per_second']:.0f}, judging {first['judging_per_second']:.1f}"
+    paces = ((entry.summary.name, entry.pace.as_dict().get("reconstructing_per_second")) for entry in entries)
+    return {"pictures a second": ", ".join([evaluator, *(f"{name} {pace:.1f}" for name, pace in paces if pace)])}
 
 
 def versions() -> dict[str, str]:
@@ -278,7 +288,8 @@ def draw_pictures(
             out / f"{name}.png"
         )
         judged = "LPIPS" if column == "lpips_alex" else "squared error"
-        drawn.append((f"{name}.png", f"{name.capitalize()} of {first.summary.name} by {judged}"))
+        names = ", ".join(Path(source.name(index)).name for index in these)
+        drawn.append((f"{name}.png", f"{name.capitalize()} of {first.summary.name} by {judged}: {names}"))
     return drawn
 
 
