@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from flowmo import Config, FlowMo
+from flowmo import Config, FlowMo, save
 from flowmo.torchvision_import import before_importing
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 PICTURES = ROOT / "examples" / "pictures"
+
+CLASSES = ("n01440764", "n02102040", "n03888257")
+"""Tench, English springer and parachute."""
 
 TINY = {
     "data": {"image_size": 32},
@@ -88,3 +92,21 @@ def trained_weights() -> Path:
     if not (folder / "lpips_alex_heads.pth").is_file():
         pytest.skip("needs trained networks: name their folder by FLOWMO_WEIGHTS")
     return folder
+
+
+@pytest.fixture
+def class_folder(tmp_path, picture_files):
+    """Photographs in folders named by their class, two a class."""
+    folder = tmp_path / "classes"
+    for i, file in enumerate(picture_files[:6]):
+        (folder / CLASSES[i % 3]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / CLASSES[i % 3])
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tiny_config, tmp_path) -> Path:
+    """A tokenizer of random weights, as a file."""
+    torch.manual_seed(0)
+    save(open_gates(FlowMo(tiny_config)).eval(), tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"

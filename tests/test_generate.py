@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import open_gates
+from conftest import CLASSES, open_gates
 from PIL import Image
 
 from flowmo import Config, FlowMo, load, save
@@ -36,7 +36,6 @@ from flowmo.pictures import resize_and_crop, to_tensor
 from flowmo.train.generator import Hidden
 from flowmo.train.loop import Run, TrainingError
 
-CLASSES = ("n01440764", "n02102040", "n03888257")
 VOCABULARY = Vocabulary(
     tokenizer="00" * 8, model="tiny", image_size=32, tokens=6, sub_tokens=2, id_bits=4, classes=CLASSES
 )
@@ -67,15 +66,6 @@ def generator():
     for parameter in fresh.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return fresh.eval()
-
-
-@pytest.fixture
-def class_folder(tmp_path, picture_files):
-    folder = tmp_path / "classes"
-    for i, file in enumerate(picture_files[:6]):
-        (folder / CLASSES[i % 3]).mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, folder / CLASSES[i % 3])
-    return folder
 
 
 # Tokens

@@ -57,6 +57,33 @@ def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "posttrain-smoke.md").read_text() == text
 
 
+def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out", "--models", tiny_model]
+    words = ["study", "generate", "--data", class_folder, "--held-out", class_folder, *places, "--device", "cpu"]
+    assert main([str(word) for word in words]) == 0
+    found = json.loads((tmp_path / "out" / "generate-smoke.json").read_text())
+    kinds = ["originals", "floor", "ceiling", "t1-g1.5", "halton", "bits"]
+    assert [row["kind"] for row in found["rows"]] == kinds
+    assert found["rows"][0]["frechet_distance"] == pytest.approx(0, abs=1e-2)
+    assert found["classes"] == ["tench", "English springer", "parachute"]
+    text = (tmp_path / "out" / "generate-smoke.md").read_text()
+    assert text.count("\n| ") == 8
+    assert (tmp_path / "out" / "generate-smoke.png").stat().st_size > 5000
+    assert (tmp_path / "results" / "generate-smoke" / "tiny-bits" / "classes.png").stat().st_size > 1000
+    (tmp_path / "out" / "generate-smoke.md").unlink()
+    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
+    assert (tmp_path / "out" / "generate-smoke.md").read_text() == text
+
+
+def test_generate_needs_classes(trained_weights, tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    words = ["study", "generate", "--data", PICTURES, "--held-out", PICTURES, "--models", tiny_model]
+    assert main([str(word) for word in [*words, "--results-dir", tmp_path, "--out", tmp_path]]) == 2
+    assert "one folder a class" in capsys.readouterr().err
+
+
 def test_studies_that_cannot_start(tmp_path, capsys):
     assert main(["study", "posttrain", "--out", str(tmp_path)]) == 2
     assert "name the pictures" in capsys.readouterr().err

@@ -452,7 +452,14 @@ def study(arguments: argparse.Namespace) -> None:
     recipe = importlib.import_module(STUDIES[arguments.name])
     with join(arguments.device) as world:
         places = {"train": arguments.data, "held_out": arguments.held_out, "out": arguments.out}
-        place = Place(arguments.name, arguments.scale, **places, results=arguments.results_dir, world=world)
+        place = Place(
+            arguments.name,
+            arguments.scale,
+            **places,
+            results=arguments.results_dir,
+            world=world,
+            models=(*arguments.models,),
+        )
         if arguments.redraw:
             recipe.draw(place)
             return
@@ -672,6 +679,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--held-out", default="", help="pictures to judge on")
     sub.add_argument("--out", type=Path, default=Path("docs/studies"), help="folder of tables and plots (docs/studies)")
     sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where runs are kept (results)")
+    models = "trained tokenizers, for studies of those: presets or files (nano)"
+    sub.add_argument("--models", nargs="+", default=["nano"], metavar="MODEL", help=models)
     sub.add_argument("--redraw", action="store_true", help="only draw the table and plots of the results in --out")
     sub.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

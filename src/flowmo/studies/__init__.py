@@ -4,4 +4,4 @@ A study is a module with a ``TITLE``, ``SCALES`` by name, and ``run(scale, place
 """
 
 SCALES = ("smoke", "cpu", "gpu", "paper")
-STUDIES = {"posttrain": "flowmo.studies.posttrain"}
+STUDIES = {"posttrain": "flowmo.studies.posttrain", "generate": "flowmo.studies.generate"}

@@ -41,6 +41,7 @@ class Place:
         results: folder of the runs; a study that was interrupted goes on from what is there.
         out: folder of ``STUDY-SCALE.md``, ``.json`` and the plots.
         report: takes each line of the log.
+        models: tokenizers, for studies of trained ones.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Place:
     out: Path
     world: World = World()
     report: Callable[[str], None] = print
+    models: tuple[str, ...] = ("nano",)
 
     @property
     def stem(self) -> str:
