@@ -332,6 +332,8 @@ def _read_safetensors(path: Path) -> tuple[Config, Vocabulary, Mapping[str, Tens
                 raise CheckpointError(f"{path}: holds no generator")
             config, vocabulary = json.loads(metadata["config"]), json.loads(metadata["vocabulary"])
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except CheckpointError:
+        raise
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
     return *_parsed(path, config, vocabulary), state
