@@ -5,8 +5,8 @@
 
 Weights are random, which changes no time. FLOPs are counted, not estimated; the floor is the larger of FLOPs over the
 measured matrix rate and bytes (weights once, the residual streams in and out of every block) over the measured copy
-rate. ``plain`` is ``benchmarks/plain.py`` on the same weights in the same run, alternating. Before anything is timed the
-two must agree.
+rate. ``plain`` is ``benchmarks/plain.py`` on the same weights in the same run, alternating. Before anything is timed,
+the two must agree.
 """
 
 from __future__ import annotations
