@@ -66,7 +66,9 @@ def measure(name: str, device: torch.device, bfloat16: bool, repeats: int) -> li
     decoder = tokenizer.decoder
     embedded, at_t = decoder.embed_code(code), decoder.modulate(torch.ones(1, device=device))
     ones = torch.nn.functional.pad(code, (0, 1), value=1.0)
-    passes = network_passes(shifted_times(own.sample_steps, own.rho), own.guidance, own.guidance_low, own.guidance_high)
+    passes = network_passes(
+        shifted_times(own.sample_steps, own.rho)[:-1], own.guidance, own.guidance_low, own.guidance_high
+    )
     pairs = {
         "encode": (lambda: tokenizer.encoder(images), lambda: plain.encode(tokenizer, images)),
         "decoder pass": (
@@ -74,7 +76,7 @@ def measure(name: str, device: torch.device, bfloat16: bool, repeats: int) -> li
             lambda: plain.velocity(tokenizer, noise, ones, 1.0),
         ),
         "decode": (
-            lambda: tokenizer._decode_from(noise, code, None, None, None),
+            lambda: tokenizer._decode_from(noise, code, None, None),
             lambda: plain.decode(tokenizer, code, own.sample_steps, own.guidance, [0]),
         ),
     }

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from flowmo import flow
-from flowmo.sample import euler, guided_velocity, network_passes, picture_seed, seeded_noise, shifted_times
+from flowmo.config import SOLVERS as SOLVER_NAMES
+from flowmo.sample import (
+    SOLVERS,
+    euler,
+    evaluations,
+    guided_velocity,
+    network_passes,
+    picture_seed,
+    seeded_noise,
+    shifted_times,
+)
 
 
 def test_path_and_estimate_are_inverse():
@@ -65,8 +75,8 @@ def test_times():
 
 def test_the_papers_sampler_takes_31_passes():
     low, high = 0.17 / 1.17, 1.02 / 2.02
-    assert network_passes(shifted_times(25, 4), 1.5, low, high) == 31
-    assert network_passes(shifted_times(25, 4), 1.0, low, high) == 25
+    assert network_passes(evaluations("euler", shifted_times(25, 4)), 1.5, low, high) == 31
+    assert network_passes(evaluations("euler", shifted_times(25, 4)), 1.0, low, high) == 25
 
 
 def test_euler_is_exact_on_a_straight_path_and_first_order_on_a_curved_one():
@@ -78,6 +88,41 @@ def test_euler_is_exact_on_a_straight_path_and_first_order_on_a_curved_one():
     ]  # dz/dt = z from t = 1 to 0 gives 1/e
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
     assert errors[1] / errors[2] == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("multistep", 2)])
+def test_order_of_the_solvers(solver, order):
+    """On dx/dt = x·cos(2t) the error falls with the order, between times that are not evenly spaced too."""
+    start = torch.ones((), dtype=torch.float64)
+    exact = math.exp(-math.sin(2) / 2)
+
+    def error(steps):
+        times = shifted_times(steps, 1.5)
+        return abs(SOLVERS[solver](lambda x, t: x * math.cos(2 * t), start, times).item() - exact)
+
+    for coarse, fine in ((40, 80), (80, 160)):
+        assert error(coarse) / error(fine) == pytest.approx(2**order, rel=0.2)
+    straight = SOLVERS[solver](lambda x, t: torch.tensor(3.0), torch.tensor(5.0), shifted_times(7, 4))
+    assert straight == pytest.approx(2.0, abs=1e-6)
+
+
+def test_what_the_solvers_ask_for():
+    times = shifted_times(4, 1)
+    assert SOLVERS.keys() == set(SOLVER_NAMES)
+    assert evaluations("euler", times) == evaluations("multistep", times) == [1.0, 0.75, 0.5, 0.25]
+    assert evaluations("midpoint", times) == [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert evaluations("heun", times) == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    with pytest.raises(ValueError, match="midpoint"):
+        evaluations("rk45", times)
+
+
+@pytest.mark.parametrize("solver", SOLVER_NAMES)
+def test_every_solver_decodes(tiny, images, solver):
+    codes = tiny.encode(images[:2])
+    out = tiny.decode(codes, steps=3, solver=solver)
+    assert out.shape == images[:2].shape
+    assert torch.isfinite(out).all()
+    assert torch.equal(out, tiny.decode(codes, steps=3)) == (solver == "euler")
 
 
 def test_guidance_acts_only_in_its_interval_and_extrapolates(tiny, images):

@@ -243,7 +243,7 @@ def described_config(arguments: argparse.Namespace) -> Config:
 def describe(tokenizer: FlowMo) -> dict:
     """Parameters, rate and passes of a tokenizer, which may be on the meta device."""
     config, s = tokenizer.config, tokenizer.config.eval.sampling
-    times = sample.shifted_times(s.sample_steps, s.rho)
+    times = sample.evaluations(s.solver, sample.shifted_times(s.sample_steps, s.rho))
 
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -566,7 +566,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--steps",
             type=positive,
-            help="Euler steps from noise to picture (the model's own: 1 of nano, 25 of the paper's)",
+            help="steps from noise to picture (the model's own: 1 of nano, 25 of the paper's)",
         )
         sub.add_argument("--seed", type=seed, default=0, help="seed of the noise (0)")
         sub.add_argument("--guidance", type=finite, help="classifier-free guidance (the preset's: 1.5); 1 is none")

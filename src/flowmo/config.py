@@ -35,6 +35,7 @@ EMA_UPDATES = ("every_step", "release")
 PARALLEL = ("ddp", "fsdp")
 BEST_METRICS = ("", "psnr", "lpips", "cross_entropy")
 HIDING_SCHEDULES = ("arccos", "cosine", "linear")
+SOLVERS = ("euler", "midpoint", "heun", "multistep")
 REVEALING_ORDERS = ("confidence", "halton", "random")
 MAX_YAML_BYTES = 1 << 20
 
@@ -212,7 +213,8 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    sample_steps: int = setting(25, "Euler steps from noise to picture")
+    sample_steps: int = setting(25, "steps from noise to picture")
+    solver: str = setting("euler", "how a step is made: " + ", ".join(SOLVERS))
     rho: float = setting(4.0, "shift of the sampler, equation 14: t = (i/n)^rho; 1 is linear")
     guidance: float = setting(1.5, "classifier-free guidance; 1 is none")
     guidance_low: float = setting(0.17 / 1.17, "lowest timestep with guidance")
@@ -661,6 +663,7 @@ def check(config: Config) -> None:
         require(value >= 0, f"{name}={value} must not be negative; 0 switches it off")
     require(0 <= t.seed < 2**63, f"trainer.seed={t.seed} must be a whole number from 0 to 2^63 − 1")
     require(s.sample_steps > 0, f"eval.sampling.sample_steps={s.sample_steps} must be at least 1; the paper uses 25")
+    choose("eval.sampling.solver", s.solver, SOLVERS)
     require(s.rho > 0, f"eval.sampling.rho={s.rho} must be above 0; the paper uses 4, linear steps are 1")
     require(
         0 <= s.guidance_low <= s.guidance_high <= 1,

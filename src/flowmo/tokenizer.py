@@ -149,6 +149,7 @@ class FlowMo(nn.Module):
         *,
         guidance: float | None = None,
         rho: float | None = None,
+        solver: str | None = None,
         size: tuple[int, int] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
@@ -156,11 +157,12 @@ class FlowMo(nn.Module):
 
         Args:
             codes: ``Codes``, or int64 ids b × tokens × sub-tokens.
-            steps: Euler steps; the model's own where ``None``: 1 of nano, 25 of the paper's, which with guidance in its
-                interval are 31 passes.
+            steps: of the solver; the model's own where ``None``: 1 of nano, 25 of the paper's, which with guidance in
+                its interval are 31 passes.
             seed: one seed for every picture, or one a picture. A picture is a function of its ids and its seed alone.
             guidance: classifier-free guidance inside the preset's interval; 1 switches it off. Preset: 1.5.
             rho: shift of the sampler, equation 14. Preset: 4.
+            solver: ``euler``, the paper's, ``midpoint``, ``heun`` or ``multistep``, see ``flowmo.sample``.
             size: height and width, where ``codes`` are bare ids and the size is not the trained one.
             progress: called with (pictures done, pictures in all).
 
@@ -175,7 +177,7 @@ class FlowMo(nn.Module):
         if len(seeds) != len(code):
             raise ValueError(f"{len(seeds)} seeds for {len(code)} pictures; give one, or one a picture")
         noise = sample.seeded_noise(seeds, height, width)
-        return self._decode_from(noise, code, steps, guidance, rho, progress)
+        return self._decode_from(noise, code, steps, guidance, rho, solver, progress)
 
     def _code_and_size(self, codes: Codes | Tensor, size: tuple[int, int] | None) -> tuple[Tensor, int, int]:
         """Code as the decoder sees it, and the size of the pictures to make."""
@@ -198,24 +200,26 @@ class FlowMo(nn.Module):
         code: Tensor,
         steps: int | None,
         guidance: float | None,
-        rho: float | None,
+        rho: float | None = None,
+        solver: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         preset = self.config.eval.sampling
+        solver = preset.solver if solver is None else solver
         times = sample.shifted_times(
             preset.sample_steps if steps is None else steps, preset.rho if rho is None else rho
         )
         guided = partial(
             sample.guided_velocity,
             self.decoder,
-            times=times,
+            times=sample.evaluations(solver, times),
             guidance=preset.guidance if guidance is None else guidance,
             low=preset.guidance_low,
             high=preset.guidance_high,
         )
         out, done = [], 0
         for z, c in zip(self._chunks(noise.to(self.device)), self._chunks(code), strict=True):
-            out.append(sample.euler(guided(c), z, times).float().clamp(-1, 1))
+            out.append(sample.SOLVERS[solver](guided(c), z, times).float().clamp(-1, 1))
             done = min(done + len(z), len(noise))
             if progress:
                 progress(done, len(noise))
@@ -282,6 +286,7 @@ class FlowMo(nn.Module):
         *,
         guidance: float | None = None,
         rho: float | None = None,
+        solver: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Image.Image:
         """The picture of codes from ``encode_image``; arguments as in ``decode``.
@@ -293,5 +298,5 @@ class FlowMo(nn.Module):
         if len(code) != len(tiling.corners):
             raise ValueError(f"{len(code)} codes for a picture of {len(tiling.corners)} tiles")
         noise = tiling.crop(sample.seeded_noise([seed], *tiling.canvas)[0])
-        tiles = self._decode_from(noise, code, steps, guidance, rho, progress)
+        tiles = self._decode_from(noise, code, steps, guidance, rho, solver, progress)
         return pictures.to_picture(tiling.merge(tiles))
