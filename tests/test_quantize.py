@@ -1,10 +1,12 @@
 import itertools
+import math
 
 import pytest
 import torch
 
 from flowmo.config import Config
-from flowmo.quantize import KL, LFQ, Identity, build_quantizer, check_ids
+from flowmo.quantize import BSQ, FSQ, KL, LFQ, Identity, build_quantizer, check_ids
+from flowmo.tokenizer import FlowMo
 
 
 def reference_entropies(code, group, temperature=0.1, eps=1e-5):
@@ -86,11 +88,81 @@ def test_identity_passes_on():
     assert torch.equal(Identity(3)(code).code, code)
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("lfq", 18), ("kl", 36), ("noop", 18)])
+@pytest.mark.parametrize(("kind", "channels"), [("lfq", 18), ("bsq", 18), ("fsq", 18), ("kl", 36), ("noop", 18)])
 def test_registry(kind, channels):
     quantizer = build_quantizer(Config().override(f"model.quantization_type={kind}").model)
     assert quantizer.encoder_channels == channels
     assert quantizer.channels == 18
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits", "ids"),
+    [
+        (FSQ(6, 8, 9), 18, 512),
+        (FSQ(6, 5, 7), 6 * math.log2(5), 125),
+        (BSQ(18, 9), 18, 512),
+        (LFQ(18, 9), 18, 512),
+    ],
+)
+def test_discrete_bottlenecks_keep_their_promises(quantizer, bits, ids):
+    """Codes from ids are those that made the ids, training sees the same, and the encoder gets gradients."""
+    assert quantizer.bits_per_token == pytest.approx(bits)
+    assert quantizer.id_count == ids
+    code = (2 * torch.randn(3, 7, quantizer.encoder_channels)).requires_grad_()
+    made, found = quantizer.quantize(code)
+    assert found.shape == (3, 7, quantizer.sub_tokens)
+    assert found.min() >= 0
+    assert found.max() < quantizer.id_count
+    torch.testing.assert_close(quantizer.code_from_ids(found), made)
+    every = torch.arange(quantizer.id_count).view(1, -1, 1).expand(1, -1, quantizer.sub_tokens)
+    assert len(quantizer.code_from_ids(every)[0].unique(dim=0)) == quantizer.id_count, "every id has a code of its own"
+    trained = quantizer(code)
+    torch.testing.assert_close(trained.code, made)
+    assert torch.equal(trained.ids, found)
+    (trained.code.cumsum(-1).sum() + sum(trained.losses.values(), torch.zeros(()))).backward()
+    assert (code.grad != 0).all()
+
+
+def test_levels_of_fsq():
+    quantizer = FSQ(1, 5, 3)
+    line = torch.linspace(-9, 9, 2001).view(1, -1, 1)
+    made, ids = quantizer.quantize(line)
+    assert made.unique().tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    assert (ids.diff(dim=1) >= 0).all()
+    with pytest.raises(ValueError, match="do not split"):
+        FSQ(4, 8, 9)
+    with pytest.raises(ValueError, match="at least 2"):
+        FSQ(4, 1, 9)
+
+
+def test_bsq_lies_on_the_sphere_and_its_entropy_is_bounded_by_its_bits():
+    quantizer = BSQ(18, 9)
+    result = quantizer(torch.randn(4, 50, 18))
+    torch.testing.assert_close(result.code.norm(dim=-1), torch.ones(4, 50))
+    assert 0 <= result.statistics["sample_entropy"] <= result.statistics["codebook_entropy"] <= 18 * math.log(2) + 1e-4
+    same = quantizer(torch.randn(1, 1, 18).expand(4, 50, -1))
+    torch.testing.assert_close(same.statistics["sample_entropy"], same.statistics["codebook_entropy"])
+
+
+def test_parts_of_a_batch_have_its_gradient():
+    """The mean over parts of their losses' gradients, given the whole batch's means, is that of the whole (BSQ)."""
+    quantizer = BSQ(8, 4, entropy_weight=1.0)
+    code = torch.randn(6, 5, 8)
+    whole = code.clone().requires_grad_()
+    sum(quantizer(whole).losses.values()).backward()
+    means = quantizer.logits(quantizer.on_sphere(code)).sigmoid().flatten(0, 1).mean(dim=0)
+    parts = code.clone().requires_grad_()
+    total = sum(sum(quantizer(part, lambda _: means).losses.values()) for part in parts.chunk(3)) / 3
+    total.backward()
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["fsq", "bsq"])
+def test_a_tokenizer_with_another_bottleneck(tiny_config, images, kind):
+    tokenizer = FlowMo(tiny_config.override(f"model.quantization_type={kind}", "model.fsq_levels=4")).eval()
+    codes = tokenizer.encode(images)
+    assert codes.bits == tokenizer.config.bits_per_picture * len(images)
+    assert tokenizer.decode(codes, steps=1).shape == images.shape
 
 
 def test_group_that_does_not_divide():

@@ -26,7 +26,7 @@ from flowmo.errors import FlowMoError
 from flowmo.flow import DISTRIBUTIONS
 from flowmo.transformer import Shape, rotary_axes
 
-QUANTIZATION_TYPES = ("lfq", "kl", "noop", "qwen2.5-coder-0.5b")
+QUANTIZATION_TYPES = ("lfq", "fsq", "bsq", "kl", "noop", "qwen2.5-coder-0.5b")
 LPIPS_MODES = ("vgg", "alex", "resnet")
 PREDICTIONS = ("velocity", "picture")
 CODE_LAYOUTS = ("diagonal", "lattice")
@@ -127,6 +127,7 @@ class ModelConfig:
         training=True,
     )
     codebook_size_for_entropy: int = setting(9, "bits of a sub-token, the group over which lfq's entropies are taken")
+    fsq_levels: int = setting(8, "levels of a channel of fsq")
     entropy_loss_weight: float = setting(
         0.0025, "weight of lfq's entropy loss (the release's; the paper prints 0.1)", training=True
     )
@@ -347,7 +348,9 @@ class Config:
     @property
     def bits_per_picture(self) -> float | None:
         """Bits of one picture's ids, or ``None`` for a continuous bottleneck."""
-        return float(self.model.code_length * self.model.context_dim) if self.model.quantization_type == "lfq" else None
+        per_channel = {"lfq": 1.0, "bsq": 1.0, "fsq": math.log2(max(self.model.fsq_levels, 2))}
+        bits = per_channel.get(self.model.quantization_type)
+        return None if bits is None else self.model.code_length * self.model.context_dim * bits
 
     @property
     def bits_per_pixel(self) -> float | None:
@@ -634,7 +637,15 @@ def check(config: Config) -> None:
     for name in ("duration", "log_every", "checkpoint_every"):
         span = getattr(t, name)
         require(span.amount > 0, f"trainer.{name}={span} must be longer than nothing")
-    if m.quantization_type == "lfq":
+    if m.quantization_type == "fsq":
+        require(m.fsq_levels >= 2, f"model.fsq_levels={m.fsq_levels} must be at least 2")
+        group = max(int(m.codebook_size_for_entropy / math.log2(m.fsq_levels) + 1e-9), 1)
+        require(
+            m.context_dim % group == 0 and m.fsq_levels**group <= 2**16,
+            f"model.context_dim={m.context_dim} channels of {m.fsq_levels} levels do not split into ids of {group} "
+            f"channels; write model.context_dim={max(m.context_dim // group, 1) * group}",
+        )
+    if m.quantization_type in ("lfq", "bsq"):
         group = m.codebook_size_for_entropy
         fits = [g for g in range(min(m.context_dim, 16), 0, -1) if m.context_dim % g == 0]
         require(

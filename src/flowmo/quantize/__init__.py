@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flowmo.quantize.bsq import BSQ
 from flowmo.quantize.contract import Quantized, Quantizer, WholeBatch, alone, check_ids
+from flowmo.quantize.fsq import FSQ
 from flowmo.quantize.identity import Identity
 from flowmo.quantize.infill import HUB_NAMES, Infill
 from flowmo.quantize.kl import KL
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from flowmo.config import ModelConfig
 
 __all__ = [
+    "BSQ",
+    "FSQ",
     "KL",
     "LFQ",
     "Identity",
@@ -29,13 +33,11 @@ __all__ = [
 
 def build_quantizer(model: ModelConfig) -> Quantizer:
     """The bottleneck that ``model.quantization_type`` names, with that section's settings."""
+    bits = (model.context_dim, model.codebook_size_for_entropy, model.entropy_loss_weight, model.commit_loss_weight)
     builders = {
-        "lfq": lambda: LFQ(
-            model.context_dim,
-            model.codebook_size_for_entropy,
-            model.entropy_loss_weight,
-            model.commit_loss_weight,
-        ),
+        "lfq": lambda: LFQ(*bits),
+        "bsq": lambda: BSQ(*bits),
+        "fsq": lambda: FSQ(model.context_dim, model.fsq_levels, model.codebook_size_for_entropy),
         "kl": lambda: KL(model.context_dim),
         "noop": lambda: Identity(model.context_dim),
     }
