@@ -131,6 +131,10 @@ def test_files_of_something_else(tiny, tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds a list"):
         flowmo.load(tmp_path / "list.pth")
+    for facts in ({}, {"config": tiny.config.to_dict()}, {"ema": {}, "config": 3}):
+        torch.save({"flowmo": 2, **facts}, tmp_path / "part.pth")
+        with pytest.raises(CheckpointError, match="without its settings or weights"):
+            flowmo.load(tmp_path / "part.pth")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="neither"):
         flowmo.load(tmp_path / "other.pth")

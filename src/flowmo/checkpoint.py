@@ -109,9 +109,11 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
         return config.override(*overrides), state
     content = {} if path.is_dir() else read_pth(path)
     if path.is_dir() or "flowmo" in content:
-        facts, state = read_shards(path, ema) if path.is_dir() else (content, content["ema" if ema else "model"])
-        if facts["stage"] == GENERATOR:
+        facts, state = read_shards(path, ema) if path.is_dir() else (content, content.get("ema" if ema else "model"))
+        if facts.get("stage") == GENERATOR:
             raise CheckpointError(f"{path}: holds a generator, not a tokenizer; see flowmo generate")
+        if not isinstance(facts.get("config"), dict) or not isinstance(state, dict):
+            raise CheckpointError(f"{path}: a training checkpoint without its settings or weights")
         return Config.from_dict(facts["config"]).override(*overrides), state
     key = "model_ema_state_dict" if ema else "model_state_dict"
     state = content.get(key, content)
@@ -129,7 +131,6 @@ def read_shards(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str,
     try:
         facts = json.loads((path / "run.json").read_text())
         Config.from_dict(facts["config"])
-        facts["stage"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a training checkpoint of flowmo ({error})") from None
     prefix = "ema." if ema else "model."

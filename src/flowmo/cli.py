@@ -483,7 +483,7 @@ def is_generator(source: str) -> bool:
     """Whether a training checkpoint is of stage 2."""
     path = Path(source)
     if is_sharded(path):
-        return checkpoint.read_shards(path)[0]["stage"] == checkpoint.GENERATOR
+        return checkpoint.read_shards(path)[0].get("stage") == checkpoint.GENERATOR
     return path.suffix == ".pth" and path.is_file() and checkpoint.read_pth(path).get("stage") == checkpoint.GENERATOR
 
 

@@ -321,7 +321,9 @@ def _read_checkpoint(path: Path, ema: bool) -> tuple[Config, Vocabulary, Mapping
         state = facts.get("ema" if ema else "model")
     if facts.get("stage") != STAGE:
         raise CheckpointError(f"{path}: holds no generator")
-    return *_parsed(path, facts["config"], facts["vocabulary"]), state
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: a training checkpoint without weights")
+    return *_parsed(path, facts.get("config", {}), facts.get("vocabulary", {})), state
 
 
 def _read_safetensors(path: Path) -> tuple[Config, Vocabulary, Mapping[str, Tensor]]:
