@@ -12,126 +12,59 @@ the two must agree.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import plain
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import flowmo
-from flowmo.sample import network_passes, shifted_times
+from flowmo.bench import Timing, measure, parts, precision, timed
 from flowmo.studies.study import machine
-from flowmo.train.account import peak_flops
 
 AGREEMENT = 1e-4
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second that are read and written by copying 256 MiB."""
-    a = torch.empty(64 * 2**20, device=device)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / min(timed(lambda: b.copy_(a), device) for _ in range(5))
-
-
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def stream_bytes(network: torch.nn.Module, tokens: int, item: int) -> float:
-    """Weights once, and every block's residual streams read and written."""
-    weights = sum(p.numel() for p in network.parameters()) * item
-    return weights + 2 * 4 * tokens * network.shape.width * len(network.blocks)
-
-
-def measure(name: str, device: torch.device, bfloat16: bool, repeats: int) -> list[dict]:
+def compare(name: str, device: torch.device, bfloat16: bool, repeats: int) -> list[dict]:
+    """Rows of one preset: ours by ``flowmo.bench``, then ours and the plain way alternating."""
     torch.manual_seed(0)
     tokenizer = flowmo.FlowMo(flowmo.preset(name)).to(device).eval().requires_grad_(False)
     for parameter in tokenizer.decoder.parameters():  # open the gates, or the blocks would not show
         parameter.add_(0.02 * torch.randn_like(parameter))
-    config, side = tokenizer.config, tokenizer.config.data.image_size
-    own, images = config.eval.sampling, torch.rand(1, 3, side, side, device=device) * 2 - 1
-    code = torch.randn(1, tokenizer.code_length, config.model.context_dim, device=device).sign()
-    noise = torch.randn(1, 3, side, side, device=device)
-    decoder = tokenizer.decoder
-    embedded, at_t = decoder.embed_code(code), decoder.modulate(torch.ones(1, device=device))
-    ones = torch.nn.functional.pad(code, (0, 1), value=1.0)
-    passes = network_passes(
-        shifted_times(own.sample_steps, own.rho)[:-1], own.guidance, own.guidance_low, own.guidance_high
-    )
-    pairs = {
-        "encode": (lambda: tokenizer.encoder(images), lambda: plain.encode(tokenizer, images)),
-        "decoder pass": (
-            lambda: decoder(noise, embedded, at_t),
-            lambda: plain.velocity(tokenizer, noise, ones, 1.0),
-        ),
-        "decode": (
-            lambda: tokenizer._decode_from(noise, code, None, None),
-            lambda: plain.decode(tokenizer, code, own.sample_steps, own.guidance, [0]),
-        ),
+    own, side = tokenizer.config.eval.sampling, tokenizer.config.data.image_size
+    ours = parts(tokenizer)
+    images, noise, code = plain.inputs(tokenizer)
+    theirs = {
+        "encode": lambda: plain.encode(tokenizer, images),
+        "decoder pass": lambda: plain.velocity(tokenizer, noise, plain.marked(code), 1.0),
+        "decode": lambda: plain.decode(tokenizer, code, own.sample_steps, own.guidance, noise),
     }
-    tokens = (side // config.model.patch_size) ** 2 + tokenizer.code_length
-    item = 2 if bfloat16 else 4
-    sizes = {
-        "encode": stream_bytes(tokenizer.encoder, tokens, item),
-        "decoder pass": stream_bytes(decoder, tokens, item),
-        "decode": passes * stream_bytes(decoder, tokens, item),
-    }
-    rows = []
-    precision = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
     with torch.no_grad():
-        difference = (pairs["encode"][0]() - pairs["encode"][1]()).abs().max()
-        difference = max(difference, (pairs["decoder pass"][0]() - pairs["decoder pass"][1]()).abs().max())
-        assert difference < AGREEMENT, f"{name}: the two differ by {difference}"
-        for part, (ours, theirs) in pairs.items():
-            with FlopCounterMode(display=False) as counter, precision:
-                ours()
-            count = max(repeats if part != "decode" or name == "nano" else 1, 1)
-            times = {"ours": [], "plain": []}
-            with precision:
-                for _ in range(count):
-                    times["ours"].append(timed(ours, device))
-                    times["plain"].append(timed(theirs, device))
-            rate, copied = peak_flops(device, bfloat16)[0], copy_rate(device)
-            flops = counter.get_total_flops()
-            floor = max(flops / rate, sizes[part] / copied)
-            seconds = {key: statistics.median(values) for key, values in times.items()}
-            rows.append(
-                {
-                    "preset": name,
-                    "part": part,
-                    "passes": passes if part == "decode" else 1,
-                    "gflop": flops / 1e9,
-                    "mbytes": sizes[part] / 1e6,
-                    "floor_s": floor,
-                    "seconds": seconds["ours"],
-                    "over_floor": seconds["ours"] / floor,
-                    "matrix_rate_share": flops / seconds["ours"] / rate,
-                    "plain_seconds": seconds["plain"],
-                    "plain_over_ours": seconds["plain"] / seconds["ours"],
-                    "repeats": count,
-                    "matrix_tflops": rate / 1e12,
-                    "copy_gbytes": copied / 1e9,
-                }
-            )
-            print(line(rows[-1]), flush=True)
+        for part in ("encode", "decoder pass"):
+            difference = (ours[part]() - theirs[part]()).abs().max()
+            assert difference < AGREEMENT, f"{name} at {side}: {part} differs by {difference}"
+    rows = []
+    for timing in measure(tokenizer, 1, bfloat16, repeats if name == "nano" else 1):
+        count = repeats if timing.part != "decode" or name == "nano" else 1
+        pairs = []
+        with torch.no_grad(), precision(device, bfloat16):
+            for _ in range(count):
+                pairs.append((timed(ours[timing.part], device), timed(theirs[timing.part], device)))
+        seconds, plain_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+        timing = dataclasses.replace(timing, seconds=seconds)
+        rows.append(
+            {"preset": name, **dataclasses.asdict(timing), "floor": timing.floor, "plain_seconds": plain_seconds}
+        )
+        print(line(name, timing, plain_seconds / seconds), flush=True)
     return rows
 
 
-def line(row: dict) -> str:
+def line(name: str, timing: Timing, ratio: float) -> str:
     return (
-        f"| {row['preset']} | {row['part']} | {row['gflop']:.1f} | {row['mbytes']:.0f} | {1e3 * row['floor_s']:.1f} | "
-        f"{1e3 * row['seconds']:.1f} | {row['matrix_rate_share']:.0%} | {row['plain_over_ours']:.2f} |"
+        f"| {name} | {timing.part} | {timing.flops / 1e9:.1f} | {timing.moved / 1e6:.0f} | {1e3 * timing.floor:.1f} | "
+        f"{1e3 * timing.seconds:.1f} | {timing.matrix_share:.0%} | {ratio:.2f} |"
     )
 
 
@@ -153,7 +86,7 @@ def main() -> None:
     rows = [
         row
         for name in arguments.presets
-        for row in measure(name, arguments.device, arguments.bfloat16, arguments.repeats)
+        for row in compare(name, arguments.device, arguments.bfloat16, arguments.repeats)
     ]
     about = {"machine": machine(arguments.device), "torch": torch.__version__, "bfloat16": arguments.bfloat16}
     if arguments.json:

@@ -117,13 +117,24 @@ def velocity(tokenizer: FlowMo, x: Tensor, code: Tensor, t: float) -> Tensor:
     return out if net.shape.prediction == "velocity" else (x - out) / max(t, MIN_PREDICTION_TIME)
 
 
+def inputs(tokenizer: FlowMo) -> tuple[Tensor, Tensor, Tensor]:
+    """A picture, noise and a code, those of ``flowmo.bench.parts``."""
+    side, generator = tokenizer.config.data.image_size, torch.Generator().manual_seed(0)
+    images = torch.rand(1, 3, side, side, generator=generator) * 2 - 1
+    code = torch.randn(1, tokenizer.code_length, tokenizer.config.model.context_dim, generator=generator).sign()
+    return tuple(x.to(tokenizer.device) for x in (images, seeded_noise([0], side, side), code))
+
+
+def marked(code: Tensor) -> Tensor:
+    """With the channel of ones that tells a code from the null code."""
+    return F.pad(code, (0, 1), value=1.0)
+
+
 @torch.no_grad()
-def decode(tokenizer: FlowMo, code: Tensor, steps: int, guidance: float, seeds: list[int]) -> Tensor:
+def decode(tokenizer: FlowMo, code: Tensor, steps: int, guidance: float, x: Tensor) -> Tensor:
     """Quantized code to pictures: a pass of the code and one of the null code wherever guidance applies."""
     own = tokenizer.config.eval.sampling
-    side = tokenizer.config.data.image_size
-    x = seeded_noise(seeds, side, side).to(code.device)
-    code = F.pad(code, (0, 1), value=1.0)
+    code = marked(code)
     times = shifted_times(steps, own.rho)
     for t, t_next in itertools.pairwise(times):
         v = velocity(tokenizer, x, code, t)

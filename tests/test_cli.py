@@ -289,3 +289,14 @@ def test_base_install_needs_no_torchvision():
         "import flowmo, flowmo.cli, flowmo.perceptual, flowmo.train.loop, flowmo.evaluate.reconstruction\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bench(capsys, weights):
+    """Times that are times; the floor is not above them by more than their noise."""
+    code, out, _ = run(capsys, "bench", "--model", weights, "--repeats", 1, "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert [row["part"] for row in rows] == ["encode", "decoder pass", "decode"]
+    assert all(row["seconds"] > 0 and row["flops"] > 0 and row["moved"] > 0 for row in rows)
+    assert rows[2]["flops"] == pytest.approx(rows[2]["passes"] * rows[1]["flops"], rel=0.05)
+    assert "of the matrix rate" in run(capsys, "bench", "--model", weights, "--repeats", 1)[1]

@@ -6,6 +6,7 @@ Errors that a user can mend are one line on standard error and exit status 2; an
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
@@ -284,6 +285,19 @@ def describe_generator(config: Config) -> dict:
         "sampling_steps": own.sample_steps,
         "settings": config.to_dict(),
     }
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """How fast a model encodes and decodes here, beside what the machine can do at most."""
+    from flowmo.bench import measure
+
+    tokenizer = load(arguments)
+    timings = measure(tokenizer, arguments.batch, arguments.bfloat16, arguments.repeats)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(timing) for timing in timings], indent=1))
+        return
+    print("\n".join(timing.line() for timing in timings))
+    print(f"matrix rate {timings[0].matrix_rate / 1e12:.2f} TFLOP/s, copy rate {timings[0].copy_rate / 1e9:.0f} GB/s")
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -597,6 +611,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--training", action="store_true", help="also say what training it costs, by arithmetic")
     sub.add_argument("--settings", dest="settings_too", action="store_true", help="also list every setting")
+
+    sub = command(bench, "how fast a model is on this machine")
+    sub.add_argument("--batch", type=positive, default=1, help="pictures at a time (1)")
+    sub.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
+    sub.add_argument("--repeats", type=positive, default=5, help="runs that the median is taken of (5)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    with_model(sub)
 
     sub = command(convert, "any checkpoint to .safetensors")
     sub.add_argument("source", help="authors' or training checkpoint (.pth), or any other weights")

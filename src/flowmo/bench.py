@@ -1,0 +1,130 @@
+"""How fast a tokenizer is on this machine, beside what the machine can do at most."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowmo.sample import evaluations, network_passes, seeded_noise, shifted_times
+from flowmo.tokenizer import FlowMo
+from flowmo.train.account import peak_flops
+
+COPIED = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One part of the work on a batch.
+
+    Attributes:
+        part: ``encode``, ``decoder pass`` or ``decode``.
+        passes: of the decoder, a picture.
+        flops: of matrix products, counted.
+        moved: bytes that must move: weights once a pass, the residual streams in and out of every block.
+        seconds: median over repeats.
+        matrix_rate, copy_rate: measured, FLOPs and bytes a second.
+    """
+
+    part: str
+    pictures: int
+    passes: int
+    flops: float
+    moved: float
+    seconds: float
+    matrix_rate: float
+    copy_rate: float
+
+    @property
+    def floor(self) -> float:
+        """Seconds below which this machine cannot come."""
+        return max(self.flops / self.matrix_rate, self.moved / self.copy_rate)
+
+    @property
+    def matrix_share(self) -> float:
+        """Share of the matrix rate that is reached."""
+        return self.flops / self.seconds / self.matrix_rate
+
+    def line(self) -> str:
+        """For a terminal."""
+        speed = f"{self.part:13} {self.pictures / self.seconds:10.2f} pictures/s {1e3 * self.seconds:10.1f} ms"
+        floor = f"floor {1e3 * self.floor:.1f} ms, {self.matrix_share:.0%} of the matrix rate"
+        return f"{speed} {self.flops / 1e9:9.1f} GFLOP  {floor}"
+
+
+def precision(device: torch.device, bfloat16: bool) -> AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that are read and written by copying."""
+    a = torch.empty(COPIED // 4, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(timed(lambda: b.copy_(a), device) for _ in range(5))
+
+
+def parts(tokenizer: FlowMo, pictures: int = 1) -> dict[str, Callable[[], torch.Tensor]]:
+    """The work by part, on pictures and codes without a meaning."""
+    config, device, side = tokenizer.config, tokenizer.device, tokenizer.config.data.image_size
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(pictures, 3, side, side, generator=generator) * 2 - 1).to(device)
+    shape = (pictures, tokenizer.code_length, config.model.context_dim)
+    code = torch.randn(shape, generator=generator).sign().to(device)
+    noise = seeded_noise(range(pictures), side, side).to(device)
+    decoder = tokenizer.decoder
+    embedded, at_t = decoder.embed_code(code), decoder.modulate(torch.ones(1, device=device))
+    return {
+        "encode": lambda: tokenizer.encoder(images),
+        "decoder pass": lambda: decoder(noise, embedded, at_t),
+        "decode": lambda: tokenizer._decode_from(noise, code, None, None),
+    }
+
+
+def passes_of(tokenizer: FlowMo) -> int:
+    """Passes of the decoder that a picture takes by the tokenizer's own settings."""
+    own = tokenizer.config.eval.sampling
+    asked = evaluations(own.solver, shifted_times(own.sample_steps, own.rho))
+    return network_passes(asked, own.guidance, own.guidance_low, own.guidance_high)
+
+
+def moved_bytes(network: torch.nn.Module, tokens: int, item: int) -> float:
+    """Of a pass: weights of ``item`` bytes once, and every block's residual streams read and written in float32."""
+    weights = sum(parameter.numel() for parameter in network.parameters()) * item
+    return weights + 2 * 4 * tokens * network.shape.width * len(network.blocks)
+
+
+@torch.no_grad()
+def measure(tokenizer: FlowMo, pictures: int = 1, bfloat16: bool = False, repeats: int = 5) -> list[Timing]:
+    """Time encoding, one decoder pass and decoding of a batch, each after a first run that does not count."""
+    device, config = tokenizer.device, tokenizer.config
+    tokenizer.chunk_size = pictures
+    tokens = pictures * ((config.data.image_size // config.model.patch_size) ** 2 + tokenizer.code_length)
+    item = 2 if bfloat16 else 4
+    passes = passes_of(tokenizer)
+    rate, copied = peak_flops(device, bfloat16)[0], copy_rate(device)
+    found = []
+    for part, work in parts(tokenizer, pictures).items():
+        with precision(device, bfloat16):
+            with FlopCounterMode(display=False) as counter:
+                work()
+            seconds = statistics.median(timed(work, device) for _ in range(repeats))
+        count = passes if part == "decode" else 1
+        moved = count * moved_bytes(tokenizer.encoder if part == "encode" else tokenizer.decoder, tokens, item)
+        found.append(Timing(part, pictures, count, counter.get_total_flops(), moved, seconds, rate, copied))
+    return found
