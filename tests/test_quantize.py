@@ -150,7 +150,7 @@ def test_parts_of_a_batch_have_its_gradient():
     code = torch.randn(6, 5, 8)
     whole = code.clone().requires_grad_()
     sum(quantizer(whole).losses.values()).backward()
-    means = quantizer.logits(quantizer.on_sphere(code)).sigmoid().flatten(0, 1).mean(dim=0)
+    means = quantizer.logits(quantizer.bounded(code)).sigmoid().flatten(0, 1).mean(dim=0)
     parts = code.clone().requires_grad_()
     total = sum(sum(quantizer(part, lambda _: means).losses.values()) for part in parts.chunk(3)) / 3
     total.backward()

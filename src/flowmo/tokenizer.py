@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,15 @@ class Codes:
         return self.bits / pixels
 
 
+def identity_of(facts: Mapping[str, Any], network: nn.Module) -> str:
+    """16 hex digits that name some facts, as JSON takes them, and a network's weights."""
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().float().numpy())
+    return digest.hexdigest()
+
+
 class FlowMo(nn.Module):
     """The tokenizer: an encoder, a bottleneck and a rectified-flow decoder built from a ``Config``.
 
@@ -109,11 +119,7 @@ class FlowMo(nn.Module):
         default = Config().architecture()
         # Only what departs from the default counts, so that a setting which does not exist yet cannot change it.
         ours = {name: value for name, value in self.config.architecture().items() if value != default[name]}
-        digest = hashlib.blake2b(json.dumps(ours, sort_keys=True).encode(), digest_size=8)
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().float().numpy())
-        return digest.hexdigest()
+        return identity_of(ours, self)
 
     # Batches of pictures
 

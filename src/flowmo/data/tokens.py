@@ -117,8 +117,8 @@ def pack_shard(facts: TokenFacts, number: int, ids: np.ndarray, labels: Sequence
     return content + CRC.pack(zlib.crc32(content))
 
 
-def check_shard(path: Path, facts: TokenFacts, number: int) -> None:
-    """Read a shard once.
+def read_shard(path: Path, facts: TokenFacts, number: int) -> bytes:
+    """The content of a sound shard.
 
     Raises:
         DataError: missing, truncated, damaged, or of other tokens.
@@ -133,6 +133,7 @@ def check_shard(path: Path, facts: TokenFacts, number: int) -> None:
         raise DataError(f"{path}: damaged, its checksum does not fit; remove it and tokenize again")
     if content[: HEADER.size] != facts.header(number):
         raise DataError(f"{path}: of another tokenizer or another folder than its {MANIFEST} says")
+    return content
 
 
 def describe(facts: TokenFacts, **more: Any) -> str:
@@ -191,10 +192,8 @@ class Tokens(Dataset):
             )
         labels = []
         for number in range(self.facts.shards):
-            check_shard(self._shard(number), self.facts, number)
-            labels.append(
-                np.frombuffer(self._shard(number).read_bytes()[: -CRC.size], "<i4", offset=self._labels(number))
-            )
+            content = read_shard(self._shard(number), self.facts, number)
+            labels.append(np.frombuffer(content[: -CRC.size], "<i4", offset=self._labels(number)))
         self.labels = np.concatenate(labels)
         self.samples = np.flatnonzero(self.labels != UNREADABLE)
         if not len(self.samples):

@@ -24,6 +24,7 @@ from flowmo.generate.network import MaskGiT
 from flowmo.generate.schedules import halton_order, hidden_counts
 from flowmo.sample import picture_seed
 from flowmo.sharded import is_sharded
+from flowmo.tokenizer import identity_of
 
 FORMAT = "flowmo-generator-1"
 
@@ -54,6 +55,10 @@ class Generator(nn.Module):
     def networks(self) -> dict[str, nn.Module]:
         """Those made of blocks, by name."""
         return {"network": self.network}
+
+    def identity(self) -> str:
+        """16 hex digits that name these weights, this architecture and the tokenizer whose ids they draw."""
+        return identity_of({**self.config.generator_architecture(), **asdict(self.vocabulary)}, self)
 
     def label(self, name: str | int) -> int:
         """The number of a class by its name, its WordNet id or its number.

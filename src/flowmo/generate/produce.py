@@ -124,8 +124,7 @@ def produce(
 
 def _claim(folder: Path, generator: Generator, labels: Sequence[int], drawing: Drawing) -> None:
     """Write what is being drawn, or refuse a folder with something else in it."""
-    weights = sum(float(parameter.double().abs().sum()) for parameter in generator.parameters())
-    facts = {**asdict(drawing), "tokenizer": generator.vocabulary.tokenizer, "generator": weights, "labels": [*labels]}
+    facts = {**asdict(drawing), "generator": generator.identity(), "labels": [*labels]}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     if path.is_file() and path.read_text() == json.dumps(facts):

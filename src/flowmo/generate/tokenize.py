@@ -21,10 +21,10 @@ from flowmo.data.tokens import (
     NO_CLASS,
     UNREADABLE,
     TokenFacts,
-    check_shard,
     describe,
     pack_shard,
     read_facts,
+    read_shard,
 )
 from flowmo.distributed import World
 from flowmo.pictures import PictureError
@@ -143,7 +143,7 @@ def _claim(out: Path, facts: TokenFacts) -> None:
 
 def _is_sound(out: Path, facts: TokenFacts, number: int) -> bool:
     try:
-        check_shard(out / facts.shard(number)[0], facts, number)
+        read_shard(out / facts.shard(number)[0], facts, number)
     except DataError:
         return False
     return True

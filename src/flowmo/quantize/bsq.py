@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.quantize.contract import Quantized, WholeBatch, alone
+from flowmo.quantize.contract import WholeBatch, alone
 from flowmo.quantize.lfq import LFQ
 
 TEMPERATURE = 0.01
@@ -20,39 +20,20 @@ TEMPERATURE = 0.01
 class BSQ(LFQ):
     """Binary bottleneck of ``channels`` bits a token; ids in groups of ``group`` bits, laid out as LFQ's."""
 
-    def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
-        on_sphere = self.on_sphere(code.float())
-        corner = self.corners(on_sphere)
-        with torch.autocast(code.device.type, enabled=False):
-            sample_entropy, mean_entropy = self.entropies(on_sphere, whole_batch)
-        commitment = F.mse_loss(on_sphere, corner.detach(), reduction="sum") / on_sphere[..., 0].numel()
-        return Quantized(
-            code=on_sphere + (corner - on_sphere).detach(),
-            ids=self.ids_from_signs(corner),
-            losses={
-                "entropy": self.entropy_weight * (sample_entropy - mean_entropy),
-                "commitment": self.commitment_weight * commitment,
-            },
-            statistics={
-                "sample_entropy": sample_entropy.detach(),
-                "codebook_entropy": mean_entropy.detach(),
-                "commitment": commitment.detach(),
-            },
-        )
-
     def logits(self, on_sphere: Tensor) -> Tensor:
         """Of a set bit against an unset one, of the soft assignment whose entropies are taken."""
         return 2 * on_sphere * self.channels**-0.5 / TEMPERATURE
 
-    def on_sphere(self, code: Tensor) -> Tensor:
+    def bounded(self, code: Tensor) -> Tensor:
+        """On the sphere."""
         return F.normalize(code, dim=-1)
 
-    def corners(self, code: Tensor) -> Tensor:
-        return torch.where(code > 0, 1.0, -1.0) * self.channels**-0.5
+    def corner(self, code: Tensor) -> Tensor:
+        return super().corner(code) * self.channels**-0.5
 
-    def quantize(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        corner = self.corners(code.float())
-        return corner, self.ids_from_signs(corner)
+    def commitment(self, code: Tensor, corner: Tensor) -> Tensor:
+        """Squared distance of a token, at most 4."""
+        return (code - corner).square().sum(dim=-1).mean()
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
         return super().code_from_ids(ids) * self.channels**-0.5

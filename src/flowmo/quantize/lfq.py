@@ -41,14 +41,14 @@ class LFQ:
         self.commitment_weight = commitment_weight
 
     def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
-        code = code.float()
-        signs = torch.where(code > 0, 1.0, -1.0)
+        code = self.bounded(code.float())
+        corner = self.corner(code)
         with torch.autocast(code.device.type, enabled=False):  # a distribution over 2^G codes needs float32
             sample_entropy, mean_entropy = self.entropies(code, whole_batch)
-        commitment = F.mse_loss(code, signs)
+        commitment = self.commitment(code, corner)
         return Quantized(
-            code=signs + (code - code.detach()),  # straight-through; exactly ±1 in the forward pass
-            ids=self.ids_from_signs(signs),
+            code=corner + (code - code.detach()),  # straight-through; exactly the corner in the forward pass
+            ids=self.ids_from_signs(corner),
             losses={
                 "entropy": self.entropy_weight * (sample_entropy - mean_entropy),
                 "commitment": self.commitment_weight * commitment,
@@ -61,8 +61,22 @@ class LFQ:
         )
 
     def quantize(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        signs = torch.where(code > 0, 1.0, -1.0)
-        return signs, self.ids_from_signs(signs)
+        corner = self.corner(code)
+        return corner, self.ids_from_signs(corner)
+
+    # What a binary bottleneck on another body than the cube does otherwise
+
+    def bounded(self, code: Tensor) -> Tensor:
+        """The encoder's output where it is compared with the corners."""
+        return code
+
+    def corner(self, code: Tensor) -> Tensor:
+        """The nearest code that ids can name."""
+        return torch.where(code > 0, 1.0, -1.0)
+
+    def commitment(self, code: Tensor, corner: Tensor) -> Tensor:
+        """How far the encoder's output is from its corner."""
+        return F.mse_loss(code, corner)
 
     def ids_from_signs(self, signs: Tensor) -> Tensor:
         """b t f -> int64 b t f/G."""
