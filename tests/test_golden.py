@@ -147,7 +147,7 @@ def test_scalars(name):
     actual = {
         **statistics,
         "quantizer_loss": sum(v.item() for v in quantized.losses.values()),
-        "flow_loss": flow.flow_loss(velocity_at(tokenizer, tensors), tensors["image"], tensors["noise"]).item(),
+        "flow_loss": flow.flow_loss(velocity_at(tokenizer, tensors), tensors["noise"] - tensors["image"]).item(),
     }
     for key, expected in scalars.items():
         assert actual[key] == pytest.approx(expected, rel=1e-5), key

@@ -35,6 +35,7 @@ EMA_UPDATES = ("every_step", "release")
 PARALLEL = ("ddp", "fsdp")
 BEST_METRICS = ("", "psnr", "lpips", "cross_entropy")
 HIDING_SCHEDULES = ("arccos", "cosine", "linear")
+DISTILLED = ("sample", "picture")
 SOLVERS = ("euler", "midpoint", "heun", "multistep")
 REVEALING_ORDERS = ("confidence", "halton", "random")
 MAX_YAML_BYTES = 1 << 20
@@ -142,6 +143,9 @@ class ModelConfig:
     )
     code_layout: str = setting("diagonal", "rotary positions of code tokens: " + ", ".join(CODE_LAYOUTS))
     prediction: str = setting("velocity", "what the decoder's last layer estimates: " + ", ".join(PREDICTIONS))
+    mean_velocity: bool = setting(
+        False, "the decoder is told where its step ends and gives the mean velocity up to there; what stage 1C trains"
+    )
     initial_gate: float = setting(
         0.0, "residual gates of a fresh decoder; at 0 its blocks start as the identity", training=True
     )
@@ -184,6 +188,10 @@ class OptConfig:
     perceptual_weights: str = setting("", "folder to look for its weights in, before FLOWMO_WEIGHTS")
     n_grad_acc: int = setting(0, "passes that a process cuts its part of a batch into; 0 is as few as fit")
     freeze_encoder_after: Span = setting(Span("25.6M images"), "when the encoder stops to learn")
+    teacher: str = setting("", "stage 1C: preset or file of the tokenizer whose samples are distilled")
+    teacher_steps: int = setting(0, "Euler steps of the teacher's path; 0 is its own")
+    jumps: int = setting(4, "jumps along each path that the student learns; the first two end in the sample")
+    distill_towards: str = setting("sample", "what jumps' ends should look like: " + ", ".join(DISTILLED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +343,17 @@ class Config:
             m.code_layout,
             m.enable_mup,
             m.prediction,
+            mean_velocity=m.mean_velocity,
         )
+
+    @property
+    def stage(self) -> str:
+        """Of training: ``pretrain`` (1A), ``posttrain`` (1B), ``distill`` (1C) or ``generator`` (2)."""
+        if self.generator.train:
+            return "generator"
+        if self.opt.teacher:
+            return "distill"
+        return "posttrain" if self.model.posttrain_sample else "pretrain"
 
     def architecture(self) -> dict[str, Any]:
         """The model's settings that make it the function that it is; two models of other training can share them."""
@@ -676,6 +694,22 @@ def check(config: Config) -> None:
     require(s.sample_steps > 0, f"eval.sampling.sample_steps={s.sample_steps} must be at least 1; the paper uses 25")
     choose("eval.sampling.solver", s.solver, SOLVERS)
     require(s.rho > 0, f"eval.sampling.rho={s.rho} must be above 0; the paper uses 4, linear steps are 1")
+    choose("opt.distill_towards", o.distill_towards, DISTILLED)
+    require(o.teacher_steps >= 0, f"opt.teacher_steps={o.teacher_steps} must not be negative; 0 is the teacher's own")
+    require(o.jumps >= 2, f"opt.jumps={o.jumps} must be at least 2")
+    require(
+        m.mean_velocity or not o.teacher,
+        "opt.teacher trains a student in stage 1C, whose decoder gives mean velocities; add model.mean_velocity=true",
+    )
+    require(
+        not (o.teacher and m.posttrain_sample),
+        "opt.teacher is of stage 1C and model.posttrain_sample of stage 1B; set one of them",
+    )
+    require(
+        not m.mean_velocity or (s.guidance == 1 and s.solver == "euler"),
+        "a decoder of mean velocities has guidance folded in and makes Euler's steps; "
+        "write eval.sampling.guidance=1 and eval.sampling.solver=euler",
+    )
     require(
         0 <= s.guidance_low <= s.guidance_high <= 1,
         f"guidance from t = {s.guidance_low} to {s.guidance_high} is no interval; "

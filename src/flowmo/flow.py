@@ -25,14 +25,14 @@ def denoise(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     return x_t - t[:, None, None, None] * velocity
 
 
-def flow_loss(velocity: Tensor, x: Tensor, noise: Tensor, t: Tensor | None = None) -> Tensor:
-    """Equation 5: mean squared error of the velocity against z − x.
+def flow_loss(velocity: Tensor, target: Tensor, t: Tensor | None = None) -> Tensor:
+    """Equation 5: mean squared error of the velocity against its target, z − x.
 
     Args:
         t: b; where given, the error is that of the one-step estimate of the picture instead, which is t times the
             velocity's. Noisy pictures, where the code has most to say, then count for more.
     """
-    error = velocity - (noise - x)
+    error = velocity - target
     return (error if t is None else t[:, None, None, None] * error).square().mean()
 
 

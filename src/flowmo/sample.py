@@ -12,6 +12,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ def guided_velocity(
     guidance: float = 1.0,
     low: float = 0.0,
     high: float = 1.0,
+    ends: Sequence[float] | None = None,
 ) -> Velocity:
     """The decoder's velocity for ``code``, with classifier-free guidance where low ≤ t ≤ high.
 
@@ -106,13 +108,15 @@ def guided_velocity(
     Args:
         code: b × tokens × channels.
         guidance: velocity = null + guidance · (conditional − null); 1 needs no null pass.
+        ends: where the step from each of ``times`` ends, for a decoder of mean velocities.
 
     Raises:
         ValueError: guidance is not finite.
     """
     if not math.isfinite(guidance):
         raise ValueError(f"guidance {guidance} is not a finite number")
-    modulations = decoder.modulate(torch.tensor(times, dtype=torch.float32, device=code.device))
+    as_tensor = partial(torch.tensor, dtype=torch.float32, device=code.device)
+    modulations = decoder.modulate(as_tensor(times), None if ends is None else as_tensor(ends))
     index = {t: i for i, t in enumerate(times)}
     embedded = decoder.embed_code(code)
     if guidance != 1.0:

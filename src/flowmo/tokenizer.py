@@ -215,13 +215,20 @@ class FlowMo(nn.Module):
         times = sample.shifted_times(
             preset.sample_steps if steps is None else steps, preset.rho if rho is None else rho
         )
+        guidance = preset.guidance if guidance is None else guidance
+        mean = self.decoder.shape.mean_velocity
+        if mean and (solver != "euler" or guidance != 1):
+            raise ValueError(
+                "a distilled tokenizer has guidance folded in and makes Euler's steps; leave both as they are"
+            )
         guided = partial(
             sample.guided_velocity,
             self.decoder,
             times=sample.evaluations(solver, times),
-            guidance=preset.guidance if guidance is None else guidance,
+            guidance=guidance,
             low=preset.guidance_low,
             high=preset.guidance_high,
+            ends=times[1:] if mean else None,
         )
         out, done = [], 0
         for z, c in zip(self._chunks(noise.to(self.device)), self._chunks(code), strict=True):

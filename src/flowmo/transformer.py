@@ -115,6 +115,7 @@ class Shape:
         mup: attention logits scaled as µP asks, see ``attention_scale``.
         prediction: what the decoder's last layer estimates, ``velocity`` or ``picture``, see ``Decoder``.
         initial_gate: residual gates of a fresh decoder; at 0, the release's, its blocks start as the identity.
+        mean_velocity: the decoder is told where its step ends, see ``Decoder``.
     """
 
     width: int
@@ -126,6 +127,7 @@ class Shape:
     mup: bool = True
     prediction: str = "velocity"
     initial_gate: float = 0.0
+    mean_velocity: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -344,6 +346,9 @@ class Decoder(nn.Module):
 
     With ``shape.prediction`` "picture" the network's output is its estimate x̂ of the picture, and the velocity is
     (x_t − x̂) / t: the same loss and sampler, but a narrow network need not carry the noise through to its output.
+
+    With ``shape.mean_velocity`` it is the mean over a step, (x_t − x_end) / (t − t_end), rather than the velocity at
+    its start: what stage 1C teaches. A fresh decoder pays no heed to the end, and so starts as its teacher.
     """
 
     def __init__(self, shape: Shape, channels: int):
@@ -358,10 +363,22 @@ class Decoder(nn.Module):
         )
         self.out_modulation = nn.Linear(shape.width, 2 * shape.width)
         self.picture_out = nn.Linear(shape.width, 3 * shape.patch**2)
+        if shape.mean_velocity:
+            self.span_in = nn.Linear(TIMESTEP_SINUSOIDS, shape.width)
+            self.span_out = nn.Linear(shape.width, shape.width)
+            nn.init.zeros_(self.span_out.weight)
+            nn.init.zeros_(self.span_out.bias)
 
-    def modulate(self, t: Tensor) -> Conditioning:
-        """Everything that depends on the timesteps t (n, in [0, 1]) alone."""
-        activated = F.silu(self.time_out(F.silu(self.time_in(timestep_embedding(t)))))
+    def modulate(self, t: Tensor, end: Tensor | None = None) -> Conditioning:
+        """Everything that depends on the timesteps t (n, in [0, 1]) alone, and on the ends of their steps, n ≤ t.
+
+        Only a decoder of mean velocities heeds ``end``; ``None`` asks it for the velocity at t.
+        """
+        embedded = self.time_out(F.silu(self.time_in(timestep_embedding(t))))
+        if self.shape.mean_velocity:
+            span = torch.zeros_like(t) if end is None else t - end
+            embedded = embedded + self.span_out(F.silu(self.span_in(timestep_embedding(span))))
+        activated = F.silu(embedded)
         blocks = tuple(block.modulate(activated) for block in self.blocks)
         return Conditioning(t, blocks, Modulation(*self.out_modulation(activated).float()[:, None].chunk(2, dim=-1)))
 

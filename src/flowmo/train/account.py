@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import transformer
-from flowmo.config import Config, DataConfig, OptConfig, TrainerConfig
+from flowmo.config import Config, DataConfig, EvalConfig, OptConfig, SamplingConfig, TrainerConfig
 from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
 from flowmo.generate.network import MaskGiT
@@ -25,7 +25,7 @@ from flowmo.quantize.infill import HUB_NAMES
 from flowmo.tokenizer import FlowMo
 from flowmo.train.distributed import prepare
 from flowmo.train.plan import PAPER_BATCH, Timetable
-from flowmo.train.stages import Chain, Draws, Stage
+from flowmo.train.stages import Chain, Draws, Jumps, Stage
 
 PEAKS = {
     "H200": 989e12,
@@ -81,7 +81,14 @@ def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = Tr
     relevant = Config(
         data=DataConfig(image_size=config.data.image_size),
         model=model,
-        opt=OptConfig(lpips_weight=config.opt.lpips_weight, lpips_mode=config.opt.lpips_mode),
+        opt=OptConfig(
+            lpips_weight=config.opt.lpips_weight,
+            lpips_mode=config.opt.lpips_mode,
+            teacher="teacher" if config.opt.teacher else "",
+            teacher_steps=config.opt.teacher_steps,
+            jumps=config.opt.jumps,
+        ),
+        eval=EvalConfig(sampling=SamplingConfig(guidance=1.0)),
         trainer=TrainerConfig(
             enable_bfloat16=config.trainer.enable_bfloat16,
             activation_checkpointing=config.trainer.activation_checkpointing,
@@ -151,17 +158,27 @@ def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]
     perceptual, mode = None, config.opt.lpips_mode
     if config.opt.lpips_weight:
         perceptual = blank_distance(mode)
-    tokenizer = FlowMo(config)
-    tokenizer.encoder.requires_grad_(not (freeze_encoder or config.model.posttrain_sample))
-    stage = prepare(Stage(tokenizer, perceptual), World(), config.trainer)
+    tokenizer, teacher = FlowMo(config), None
+    tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not freeze_encoder)
+    if config.stage == "distill":
+        teacher = FlowMo(teacher_of(config)).requires_grad_(False)
+    stage = prepare(Stage(tokenizer, perceptual, teacher), World(), config.trainer)
     side = config.data.image_size
     images = torch.empty(COUNTED, 3, side, side)
     flags = torch.ones(COUNTED, config.model.posttrain_sample_k, dtype=torch.bool)
     chain = Chain(images, torch.empty(COUNTED, config.model.posttrain_sample_k + 1), flags)
-    draws = Draws(torch.empty(COUNTED), images, flags[:, 0], chain)
-    modules = [tokenizer] if perceptual is None else [tokenizer, perceptual]
+    times = torch.empty(COUNTED, config.opt.jumps)
+    draws = Draws(torch.empty(COUNTED), images, flags[:, 0], chain, Jumps(images, times, times))
+    modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
     step = partial(stage, images, draws, alone, freeze_encoder)
     return _counted(lambda: step().total, modules, config.trainer.enable_bfloat16)
+
+
+def teacher_of(config: Config) -> Config:
+    """A tokenizer as the student's teacher is, sampled by the paper's settings unless the steps are set."""
+    sampling = SamplingConfig(sample_steps=config.opt.teacher_steps or SamplingConfig().sample_steps)
+    model = replace(config.model, mean_velocity=False)
+    return Config(data=config.data, model=model, eval=EvalConfig(sampling=sampling))
 
 
 def _counted(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16: bool) -> tuple[float, int]:

@@ -18,7 +18,7 @@ from flowmo.tokenizer import FlowMo
 from flowmo.train.plan import PAPER_BATCH
 
 READOUTS = ("picture_out", "code_out")
-INPUTS = ("picture_in", "code_in", "time_in")
+INPUTS = ("picture_in", "code_in", "time_in", "span_in")
 RELEASE_EMA_STEPS = 10
 
 

@@ -1,8 +1,14 @@
-"""The loss of each training stage as a function of a tokenizer and a batch, all randomness handed in."""
+"""The loss of each training stage as a function of a tokenizer and a batch, all randomness handed in.
+
+Stage 1A matches the distribution of pictures, 1B looks for the modes that look like the original, both as the paper
+has them. Stage 1C is ours: a student whose decoder jumps along the paths that the teacher of stage 1B walks.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,13 +18,25 @@ from torch.utils.checkpoint import checkpoint
 from flowmo import flow
 from flowmo.config import Config
 from flowmo.quantize import Quantized, WholeBatch, alone
-from flowmo.sample import picture_seed
+from flowmo.sample import euler, guided_velocity, picture_seed, shifted_times
 from flowmo.tokenizer import FlowMo
 
 NULL_CODE_SHARE = 0.1
 """Share of training pictures whose code is replaced by the null code, for classifier-free guidance."""
 
+MOST_PASSES = 25
+"""Passes of the decoder up to which a student of stage 1C learns to split the way."""
+
 Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+class Jumps(NamedTuple):
+    """Random numbers of stage 1C: the noise b 3 h w from which a teacher's path starts, and where the jumps along it
+    start and end, each b × jumps in [0, 1]."""
+
+    noise: Tensor
+    starts: Tensor
+    ends: Tensor
 
 
 class Chain(NamedTuple):
@@ -32,12 +50,13 @@ class Chain(NamedTuple):
 
 class Draws(NamedTuple):
     """Random numbers of some pictures: timesteps b in [0, 1], noise b 3 h w, and b, False where the code is dropped;
-    in stage 1B also those of their samples."""
+    in stage 1B also those of their samples, in stage 1C those of the jumps."""
 
     t: Tensor
     noise: Tensor
     keep: Tensor
     chain: Chain | None = None
+    jumps: Jumps | None = None
 
     @classmethod
     def of(cls, config: Config, images: Tensor, places: Sequence[int]) -> Draws:
@@ -46,8 +65,7 @@ class Draws(NamedTuple):
         They are a function of the seed and the place alone, so that neither an interruption, nor the number of
         processes, nor the cut of a batch into passes changes them. The noise is drawn where the pictures are.
         """
-        model, device = config.model, images.device
-        steps = model.posttrain_sample_k if model.posttrain_sample else 0
+        model, device, stage = config.model, images.device, config.stage
         dropped = NULL_CODE_SHARE if model.enable_cfg else 0.0
         dropped_in_chain = NULL_CODE_SHARE if model.posttrain_sample_enable_cfg else 0.0
         rows = []
@@ -59,13 +77,34 @@ class Draws(NamedTuple):
             on_device = torch.Generator(device).manual_seed(seed)
             noise = torch.randn(images.shape[1:], generator=on_device, device=device)
             row = [t, noise, keep]
-            if steps:
-                start = torch.randn(images.shape[1:], generator=on_device, device=device)
+            if stage != "pretrain":
+                row.append(torch.randn(images.shape[1:], generator=on_device, device=device))
+            if stage == "posttrain":
+                steps = model.posttrain_sample_k
                 times = flow.random_steps(torch.rand((1, steps), generator=generator))[0]
-                row += [start, times, torch.rand(steps, generator=generator) >= dropped_in_chain]
+                row += [times, torch.rand(steps, generator=generator) >= dropped_in_chain]
+            if stage == "distill":
+                row += random_jumps(config.opt.jumps, config.eval.sampling.rho, generator)
             rows.append(row)
-        t, noise, keep, *chain = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
-        return cls(t, noise, keep, Chain(*chain) if chain else None)
+        t, noise, keep, *more = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+        chain = Chain(*more) if stage == "posttrain" else None
+        return cls(t, noise, keep, chain, Jumps(*more) if stage == "distill" else None)
+
+
+def random_jumps(count: int, rho: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Where one picture's jumps start and end, each ``count``.
+
+    They are steps of samplers of 1 to ``MOST_PASSES`` steps: the one step of the first, the last step of another, then
+    any. Few steps, which go furthest, come most often: log-uniformly.
+    """
+    starts, ends = [1.0], [0.0]
+    for jump in range(1, count):
+        size, place = torch.rand(2, generator=generator).tolist()
+        times = shifted_times(round(MOST_PASSES**size), rho)
+        start = len(times) - 2 if jump == 1 else int(place * (len(times) - 1))
+        starts.append(times[start])
+        ends.append(times[start + 1])
+    return torch.tensor(starts), torch.tensor(ends)
 
 
 class Loss(NamedTuple):
@@ -121,13 +160,77 @@ def posttrain_loss(
     return _sum(tokenizer, {}, flow_loss, distances, quantized)
 
 
+def distill_loss(
+    tokenizer: FlowMo,
+    images: Tensor,
+    draws: Draws,
+    perceptual: Distance | None,
+    whole_batch: WholeBatch = alone,
+    freeze_encoder: bool = True,
+    *,
+    teacher: FlowMo,
+) -> Loss:
+    """Stage 1C: jumps along the teacher's paths against where they should end, one pass for each.
+
+    The teacher walks from noise to its sample once, guidance included; the student regresses the mean velocity between
+    points of that path, and its jumps to the end should look like the sample, or like the picture itself.
+    Arguments as in ``pretrain_loss``; the encoder never learns, and is the teacher's.
+    """
+    noise, starts, ends = draws.jumps
+    b, jumps = starts.shape
+    with torch.no_grad():
+        quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
+        path = teacher_path(teacher, quantized.code, noise, tokenizer.config.opt.teacher_steps)
+        x_start, x_end = (path.at(times).flatten(0, 1) for times in (starts, ends))  # (b jumps) 3 h w
+    starts, ends = starts.flatten(), ends.flatten()
+    decoder = tokenizer.decoder
+    code = decoder.embed_code(quantized.code).repeat_interleave(jumps, dim=0)
+    velocity = decoder(x_start, code, decoder.modulate(starts, ends)).float()
+    span = (starts - ends)[:, None, None, None]
+    weighted = starts if tokenizer.config.opt.loss_space == "picture" else None
+    flow_loss = flow.flow_loss(velocity, (x_start - x_end) / span, weighted)
+    distances = {}
+    if perceptual is not None:
+        final = (x_start - span * velocity).unflatten(0, (b, jumps))[:, :2].flatten(0, 1)
+        original = images if tokenizer.config.opt.distill_towards == "picture" else path.states[-1]
+        distances["jump_distance"] = perceptual(original.repeat_interleave(2, dim=0), final).float().mean()
+    return _sum(tokenizer, {}, flow_loss, distances, quantized)
+
+
+class Path(NamedTuple):
+    """A sampler's way from noise to pictures: times n + 1 from 1 to 0, and the states there, n + 1 b 3 h w."""
+
+    times: Tensor
+    states: Tensor
+
+    def at(self, t: Tensor) -> Tensor:
+        """States at times b × k of each picture's own, b k 3 h w: Euler's path is straight between its steps."""
+        after = torch.searchsorted(-self.times, -t.contiguous()).clamp(1, len(self.times) - 1)
+        early, late = self.times[after - 1], self.times[after]
+        share = ((early - t) / (early - late))[..., None, None, None]
+        row = torch.arange(len(t), device=t.device)[:, None]
+        return torch.lerp(self.states[after - 1, row], self.states[after, row], share)
+
+
+@torch.no_grad()
+def teacher_path(teacher: FlowMo, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
+    """The teacher's way from noise b 3 h w by its own settings of the sampler, or by ``steps`` of Euler's."""
+    own = teacher.config.eval.sampling
+    times = shifted_times(steps or own.sample_steps, own.rho)
+    velocity = guided_velocity(teacher.decoder, code, times, own.guidance, own.guidance_low, own.guidance_high)
+    states = [noise]
+    for pair in itertools.pairwise(times):
+        states.append(euler(velocity, states[-1], pair))
+    return Path(torch.tensor(times, device=noise.device), torch.stack(states))
+
+
 def one_step(tokenizer: FlowMo, code: Tensor, x: Tensor, draws: Draws) -> tuple[Tensor, Callable[[], Tensor]]:
     """The flow loss of pictures x noised to ``draws.t``, and the decoder's one-step estimate of them, b 3 h w."""
     decoder, t = tokenizer.decoder, draws.t
     x_t = flow.interpolate(x, draws.noise, t)
     velocity = decoder(x_t, decoder.embed_code(code, draws.keep), decoder.modulate(t)).float()
     weighted = t if tokenizer.config.opt.loss_space == "picture" else None
-    return flow.flow_loss(velocity, x, draws.noise, weighted), lambda: flow.denoise(x_t, velocity, t)
+    return flow.flow_loss(velocity, draws.noise - x, weighted), lambda: flow.denoise(x_t, velocity, t)
 
 
 def _sum(
@@ -168,12 +271,14 @@ def sample_chain(tokenizer: FlowMo, code: Tensor, chain: Chain, recompute: bool 
 class Stage(nn.Module):
     """The loss of the stage that the settings name, as a module: what DDP, FSDP2 and ``torch.compile`` wrap."""
 
-    def __init__(self, tokenizer: FlowMo, perceptual: Distance | None):
+    def __init__(self, tokenizer: FlowMo, perceptual: Distance | None, teacher: FlowMo | None = None):
         super().__init__()
         self.tokenizer = tokenizer
         self.networks = tuple(tokenizer.networks.values())
-        self.others = (perceptual,)  # in a tuple, so that it is no part of what is trained, sharded and saved
-        self.loss = posttrain_loss if tokenizer.config.model.posttrain_sample else pretrain_loss
+        # In a tuple and a partial function, so that they are no part of what is trained, sharded and saved.
+        self.others = (perceptual,)
+        losses = {"pretrain": pretrain_loss, "posttrain": posttrain_loss}
+        self.loss = losses.get(tokenizer.config.stage) or partial(distill_loss, teacher=teacher)
 
     def forward(
         self, images: Tensor, draws: Draws | None, whole_batch: WholeBatch = alone, freeze_encoder: bool = False

@@ -32,7 +32,7 @@ GRID_PICTURES = 8
 
 
 class TokenizerTask:
-    """A ``flowmo.train.task.Task``: stage 1A, or with ``model.posttrain_sample`` stage 1B.
+    """A ``flowmo.train.task.Task``: stage 1A, with ``model.posttrain_sample`` 1B, with ``opt.teacher`` 1C.
 
     Raises:
         DataError, WeightsNotFoundError: the pictures or the perceptual network are not there.
@@ -40,7 +40,7 @@ class TokenizerTask:
 
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         self.config, self.world = config, world
-        self.stage = "posttrain" if config.model.posttrain_sample else "pretrain"
+        self.stage = config.stage
         data = config.data
         pictures = open_source(data.train, data.train_index)
         self.source = Views(pictures, data.image_size, data.random_crop, data.random_flip, data.draft)
@@ -53,12 +53,21 @@ class TokenizerTask:
         torch.manual_seed(config.trainer.seed)
         self.model = FlowMo(config)
         scale_initial_weights(self.model)
+        self.teacher = self._take_over(Path(config.opt.teacher)) if config.opt.teacher else None
         self.model.to(world.device)
-        self.module = Stage(self.model, self.perceptual)
+        self.module = Stage(self.model, self.perceptual, self.teacher)
         self.norm_controlled = self.model.networks
         self.judging = LPIPS("alex").to(world.device) if world.main and config.trainer.best_metric == "lpips" else None
         self.usage = CodeUsage(self.model.quantizer, world)
         self.frozen = False
+
+    def _take_over(self, path: Path) -> FlowMo:
+        """The teacher of stage 1C, whose weights the fresh student starts with."""
+        teacher = checkpoint.load(path)
+        expected = {**self.config.architecture(), "mean_velocity": False}
+        changed_settings(teacher.config.architecture(), expected, path, "model")
+        self.model.load_state_dict(teacher.state_dict(), strict=False)  # it lacks what is told of a step's end
+        return teacher.to(self.world.device).eval().requires_grad_(False)
 
     def _held_out(self, pictures: Any) -> Tensor:
         """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
@@ -68,12 +77,15 @@ class TokenizerTask:
         return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.world.device)
 
     def cost(self, fused: bool = True) -> Cost:
-        return training_cost(self.config, self.frozen, fused)
+        config = self.config
+        if self.teacher is not None and not config.opt.teacher_steps:
+            config = config.override(f"opt.teacher_steps={self.teacher.config.eval.sampling.sample_steps}")
+        return training_cost(config, self.frozen, fused)
 
     # Steps
 
     def advance(self, images: int, times: Timetable) -> bool:
-        if self.frozen or not (self.stage == "posttrain" or images >= times.freeze_encoder_after):
+        if self.frozen or not (self.stage != "pretrain" or images >= times.freeze_encoder_after):
             return False
         self.freeze_encoder()
         return True

@@ -1,0 +1,234 @@
+"""Stage 1C: the teacher's paths, the jumps along them, and the command that trains a student."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+
+from flowmo import ConfigError, FlowMo, load, save
+from flowmo.sample import shifted_times
+from flowmo.train.account import training_cost
+from flowmo.train.loop import Run, TrainingError
+from flowmo.train.stages import MOST_PASSES, Draws, distill_loss, random_jumps, teacher_path
+
+STUDENT = ("model.mean_velocity=true", "eval.sampling.guidance=1", "eval.sampling.sample_steps=1")
+
+
+def quiet(_):
+    pass
+
+
+def squared_distance(x, y):
+    return (x - y).square().mean(dim=(1, 2, 3))
+
+
+def taken_over(teacher: FlowMo, *settings: str) -> FlowMo:
+    student = FlowMo(teacher.config.override(*STUDENT, *settings))
+    missing, unknown = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert not unknown
+    assert {name.split(".")[1] for name in missing} == {"span_in", "span_out"}
+    return student
+
+
+def test_a_fresh_student_is_its_teacher(tiny, images):
+    student = taken_over(tiny)
+    codes = tiny.encode(images)
+    for steps in (1, 3):
+        expected = tiny.decode(codes, steps, guidance=1.0)
+        torch.testing.assert_close(student.decode(codes, steps), expected)
+
+
+def test_a_student_heeds_where_a_step_ends(tiny, images):
+    student = taken_over(tiny)
+    with torch.no_grad():
+        student.decoder.span_out.weight.normal_(0, 0.1)
+        at, code = torch.tensor([0.8]), student.decoder.embed_code(torch.ones(5, 6, 8))
+        seen = [
+            student.decoder(images, code, student.decoder.modulate(at, end))
+            for end in (None, at, torch.tensor([0.2]), torch.tensor([0.0]))
+        ]
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.allclose(seen[1], seen[2], atol=1e-3)
+    assert not torch.allclose(seen[2], seen[3], atol=1e-3)
+
+
+def test_a_path_is_the_sampler(tiny, images):
+    """It starts at the noise, ends at the guided sample, and is straight between its steps."""
+    codes = tiny.encode(images)
+    code = tiny.quantizer.code_from_ids(codes.ids)
+    noise = torch.stack([torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(5)])
+    path = teacher_path(tiny, code, noise, steps=8)
+    expected = tiny.decode(codes, 8, seed=range(5))
+    torch.testing.assert_close(path.states[-1].clamp(-1, 1), expected, rtol=1e-4, atol=1e-5)
+    assert path.times.tolist() == pytest.approx(shifted_times(8, 4.0))
+    own = teacher_path(tiny, code, noise)
+    assert len(own.times) == tiny.config.eval.sampling.sample_steps + 1
+    asked = torch.stack((path.times, path.times.flip(0), *[path.times] * 3))
+    states = path.at(asked)
+    torch.testing.assert_close(states[0], path.states[:, 0])
+    torch.testing.assert_close(states[1], path.states[:, 1].flip(0))
+    middle = (path.times[:-1] + path.times[1:]) / 2
+    between = path.at(middle.expand(5, -1)).transpose(0, 1)
+    torch.testing.assert_close(between, (path.states[:-1] + path.states[1:]) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_jumps_are_steps_of_samplers():
+    generator = torch.Generator().manual_seed(0)
+    lengths, grids = [], {(t, end) for n in range(1, MOST_PASSES + 1) for t, end in pairs(n)}
+    for _ in range(300):
+        starts, ends = (times.tolist() for times in random_jumps(5, 4.0, generator))
+        assert (starts[0], ends[0], ends[1]) == (1.0, 0.0, 0.0)
+        assert {(round(t, 5), round(end, 5)) for t, end in zip(starts, ends, strict=True)} <= grids
+        lengths += [t - end for t, end in zip(starts[2:], ends[2:], strict=True)]
+    assert min(lengths) < 0.001
+    assert max(lengths) == 1.0
+
+
+def pairs(steps: int) -> list[tuple[float, float]]:
+    times = [round(t, 5) for t in shifted_times(steps, 4.0)]
+    return list(itertools.pairwise(times))
+
+
+@pytest.fixture
+def distilling(tiny_config):
+    return ("opt.teacher=teacher", *STUDENT, "opt.lpips_weight=0.5")
+
+
+def straight(tokenizer: FlowMo) -> FlowMo:
+    """A teacher whose velocity is the same everywhere: all means over its paths are that velocity."""
+    with torch.no_grad():
+        tokenizer.decoder.picture_out.weight.zero_()
+        tokenizer.decoder.picture_out.bias.fill_(0.5)
+    return tokenizer
+
+
+def test_a_perfect_student_has_no_flow_loss(tiny, images, distilling):
+    teacher = straight(tiny)
+    student = taken_over(teacher, *distilling)
+    draws = Draws.of(student.config, images, range(5))
+    loss = distill_loss(student, images, draws, squared_distance, teacher=teacher)
+    assert loss.parts["flow"] < 1e-5  # the shortest step of 25 is 2.6e-6 long, and a difference over it rounds
+    assert loss.parts["jump_distance"] < 1e-8
+    to_picture = taken_over(teacher, *distilling, "opt.distill_towards=picture")
+    parts = distill_loss(to_picture, images, draws, squared_distance, teacher=teacher).parts
+    sample = draws.jumps.noise - 0.5
+    torch.testing.assert_close(parts["jump_distance"], squared_distance(images, sample).mean())
+
+
+@pytest.mark.parametrize("space", ["velocity", "picture"])
+def test_the_loss_is_that_of_every_jump(tiny, images, distilling, space):
+    """Against the formula, one picture and one jump at a time."""
+    student = taken_over(tiny, *distilling, f"opt.loss_space={space}", "opt.teacher_steps=3")
+    with torch.no_grad():
+        student.decoder.span_out.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
+    draws = Draws.of(student.config, images, range(5))
+    noise, starts, ends = draws.jumps
+    loss = distill_loss(student, images, draws, squared_distance, teacher=tiny)
+    flow_errors, distances = [], []
+    with torch.no_grad():
+        code = tiny.quantizer.quantize(tiny.encoder(images))[0]
+        path = teacher_path(tiny, code, noise, 3)
+        for i in range(5):
+            for jump in range(4):
+                t, end = starts[i, jump], ends[i, jump]
+                x_t, x_end = path.at(torch.stack((t, end)).expand(5, 2))[i]
+                at_t = student.decoder.modulate(t[None], end[None])
+                u = student.decoder(x_t[None], student.decoder.embed_code(code[i : i + 1]), at_t)[0]
+                error = u - (x_t - x_end) / (t - end)
+                flow_errors.append(((t if space == "picture" else 1) * error).square().mean())
+                if jump < 2:
+                    assert end == 0
+                    distances.append((path.states[-1, i] - (x_t - (t - end) * u)).square().mean())
+    torch.testing.assert_close(loss.parts["flow"], torch.stack(flow_errors).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.parts["jump_distance"], torch.stack(distances).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.total.detach(), loss.parts["flow"] + 0.5 * loss.parts["jump_distance"])
+    loss.total.backward()
+    assert all(p.grad is None for p in student.encoder.parameters())
+    assert all(p.grad is not None for name, p in student.decoder.named_parameters())
+    assert student.decoder.span_out.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in tiny.parameters())
+
+
+@pytest.fixture
+def settings(tiny_config, tiny_model, tmp_path, picture_files):
+    (tmp_path / "pictures").mkdir()
+    for file in picture_files[:4]:
+        shutil.copy(file, tmp_path / "pictures")
+    return tiny_config.override(
+        f"data.train={tmp_path / 'pictures'}",
+        f"opt.teacher={tiny_model}",
+        "opt.teacher_steps=4",
+        *STUDENT,
+        "data.global_batch_size=4",
+        "data.num_workers=0",
+        "opt.lpips_weight=0",
+        "opt.lr=3e-3",
+        "opt.mup_base_width=0",
+        "model.ema_decay=0",
+        "trainer.max_steps=40",
+        "trainer.log_every=1",
+        "trainer.checkpoint_every=20",
+        "trainer.sample_every=0",
+        "trainer.enable_bfloat16=false",
+        "trainer.tensorboard=false",
+    )
+
+
+def test_a_student_learns_and_resumes_exactly(settings, tiny, tmp_path):
+    """The loss falls, the encoder stays its teacher's, an interrupted run ends bit for bit as a whole one."""
+    whole = Run(settings, tmp_path / "whole", report=quiet)
+    assert whole.task.stage == "distill"
+    whole.train()
+    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    flow = [record["flow"] for record in records]
+    assert sum(flow[-5:]) < 0.8 * sum(flow[:5])
+    student = load(whole.checkpoints()[-1])
+    assert all(torch.equal(a, b) for a, b in zip(student.encoder.parameters(), tiny.encoder.parameters(), strict=True))
+    codes = student.encode(torch.zeros(1, 3, 32, 32))
+    assert student.decode(codes).shape == (1, 3, 32, 32)
+    assert not torch.equal(student.decode(codes), student.decode(codes, steps=4))
+    for refused in ({"guidance": 1.5}, {"solver": "heun"}):
+        with pytest.raises(ValueError, match="has guidance folded in and makes Euler's steps"):
+            student.decode(codes, **refused)
+    Run(settings.override("trainer.max_steps=20"), tmp_path / "broken", report=quiet).train()
+    broken = Run(settings, tmp_path / "broken", report=quiet)
+    broken.train()
+    ours = load(broken.checkpoints()[-1]).state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in student.state_dict().items())
+    save(student, tmp_path / "student.safetensors")
+    again = load(tmp_path / "student.safetensors")
+    assert torch.equal(again.decode(codes, steps=2), student.decode(codes, steps=2))
+
+
+def test_teachers_that_do_not_fit_are_refused(settings, tmp_path):
+    with pytest.raises(TrainingError, match=r"other settings: model\.dec_depth 3 -> 2"):
+        Run(settings.override("model.dec_depth=2"), tmp_path / "a", report=quiet)
+    Run(settings.override("trainer.max_steps=1"), tmp_path / "b", report=quiet).train()
+    of_a_student = sorted((tmp_path / "b" / "checkpoints").glob("*.pth"))[-1]
+    with pytest.raises(TrainingError, match=r"other settings: model\.mean_velocity True -> False"):
+        Run(settings.override(f"opt.teacher={of_a_student}"), tmp_path / "c", report=quiet)
+    with pytest.raises(Exception, match=r"none\.pth"):
+        Run(settings.override("opt.teacher=none.pth"), tmp_path / "d", report=quiet)
+
+
+def test_settings_that_cannot_work_are_refused(tiny_config):
+    with pytest.raises(ConfigError, match=r"add model\.mean_velocity=true"):
+        tiny_config.override("opt.teacher=nano")
+    with pytest.raises(ConfigError, match=r"write eval\.sampling\.guidance=1"):
+        tiny_config.override("model.mean_velocity=true")
+    with pytest.raises(ConfigError, match="set one of them"):
+        tiny_config.override("opt.teacher=nano", *STUDENT, "model.posttrain_sample=true")
+    with pytest.raises(ConfigError, match="at least 2"):
+        tiny_config.override("opt.jumps=1")
+
+
+def test_the_cost_holds_the_teachers_passes(settings):
+    """25 passes, 6 of them twice for guidance, and 4 jumps forward and back."""
+    config = settings.override("opt.teacher_steps=25")
+    whole, jumps = training_cost(config).flops, training_cost(config.override("opt.jumps=8")).flops
+    a_jump = (jumps - whole) / 4
+    a_pass = whole - training_cost(config.override("opt.teacher_steps=24")).flops
+    assert a_jump == pytest.approx(3 * a_pass, rel=0.05)
+    assert whole == pytest.approx(4 * a_jump + 31 * a_pass, rel=0.1)
