@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,13 +187,51 @@ def test_bad_pictures(capsys, tmp_path, weights, photo, bad_pictures, command):
         assert not out.exists(), "nothing half-written"
 
 
-def test_one_bad_picture_among_good_ones_stops_before_anything_is_written(
+def test_one_bad_picture_among_good_ones_is_named_and_the_others_are_done(
     capsys, tmp_path, weights, photo, bad_pictures
 ):
     out = tmp_path / "out"
-    assert run(capsys, "reconstruct", photo, bad_pictures[0], "--model", weights, "--out", out)[0] == 2
-    assert run(capsys, "encode", photo, bad_pictures[0], "--model", weights, "--out-dir", out)[0] == 2
-    assert not out.exists()
+    for words in (("reconstruct", "--out"), ("encode", "--out-dir")):
+        command, option = words
+        status, _, err = run(capsys, command, bad_pictures[0], photo, "--model", weights, option, out)
+        assert status == 2
+        assert bad_pictures[0].name in err
+        assert "1 of 2 failed" in err.splitlines()[-1]
+    assert sorted(path.name for path in out.iterdir()) == ["photo.flowmo", "photo.png"]
+
+
+def test_codes_through_pipes(tmp_path, weights, photo):
+    """A picture from standard input to standard output and back, as bytes, with nothing else among them."""
+    command = [sys.executable, "-m", "flowmo"]
+    content = photo.read_bytes()
+    to_codes = [*command, "encode", "-", "--model", str(weights)]
+    coded = subprocess.run(to_codes, input=content, capture_output=True, check=True)
+    assert coded.stdout[:3] == b"FLM"
+    assert b"bits per pixel" in coded.stderr
+    to_picture = [*command, "decode", "-", "--model", str(weights), "--steps", "2"]
+    decoded = subprocess.run(to_picture, input=coded.stdout, capture_output=True, check=True)
+    with Image.open(io.BytesIO(decoded.stdout)) as picture:
+        assert picture.size == (70, 50)
+    broken = subprocess.run(to_picture, input=b"no codes", capture_output=True)
+    assert (broken.returncode, broken.stdout) == (2, b"")
+    assert broken.stderr.count(b"\n") == 1
+    alone = subprocess.run([*command, "encode", "-", str(photo)], input=content, capture_output=True)
+    assert b"comes alone" in alone.stderr
+
+
+def test_many_files_and_json(capsys, tmp_path, weights, picture_files):
+    out = tmp_path / "codes"
+    words = ("--out-dir", out, "--fit", "crop", "--model", weights)
+    rows = json.loads(run(capsys, "encode", *picture_files[:3], *words, "--json")[1])
+    assert [row["bytes"] for row in rows] == [Path(row["output"]).stat().st_size for row in rows]
+    assert all(row["bits_per_pixel"] == round(8 * row["bytes"] / 32**2, 5) for row in rows)
+    files = sorted(out.iterdir())
+    said = run(capsys, "decode", *files, "--model", weights, "--steps", 1, "--out-dir", tmp_path / "pictures")[1]
+    assert said.count("32×32 from 6 bytes") == 3
+    assert said.splitlines()[-1].startswith("3 pictures, ")
+    assert "3 pictures: " in run(capsys, "encode", *picture_files[:3], *words)[1].splitlines()[-1]
+    said = run(capsys, "decode", *files, "--model", weights, "--ids")[1].splitlines()
+    assert [len(json.loads(line)[0]) for line in said] == [6, 6, 6]
 
 
 def test_bad_codes(capsys, tmp_path, weights, photo):

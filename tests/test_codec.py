@@ -1,11 +1,21 @@
-import random
+"""The .flowmo file: every id comes back, and damage of any kind is an error of one line."""
 
+import random
+import struct
+import time
+import zlib
+
+import numpy as np
 import pytest
 import torch
 
-from flowmo import codec
-from flowmo.codec import CodecError
+from flowmo import FlowMo, codec
+from flowmo.codec import Codec, CodecError, find_context
+from flowmo.coding.context import ContextModel
+from flowmo.pictures import Tiling
 from flowmo.tokenizer import Codes
+
+T, B = 6, 8
 
 
 @pytest.fixture
@@ -13,61 +23,225 @@ def codes(tiny, picture):
     return tiny.encode_image(picture.resize((60, 40)))
 
 
+def peaked(tokenizer: FlowMo, sure: int = 900) -> ContextModel:
+    """A context model that expects every bit of a token to repeat the token before it."""
+    empty = {"place": (T, 0), "hidden": (B, 0), "own": (B, 0), "readout": (B, 0), "earlier": (B, B), "bias": (T, B)}
+    arrays = {name: np.zeros(shape, np.int64) for name, shape in empty.items()}
+    return ContextModel(tokenizer.identity(), ((0, -1),), direct=sure * np.eye(B, dtype=np.int64), **arrays)
+
+
+@pytest.fixture
+def context(tiny):
+    pytest.importorskip("constriction")
+    return peaked(tiny)
+
+
+def alike(codes: Codes) -> Codes:
+    """Codes as the model above expects them."""
+    return Codes(codes.ids[:, :1].expand(-1, T, -1).contiguous(), codes.size, codes.id_count, codes.tiling)
+
+
 def test_round_trip_keeps_every_id(tiny, codes):
-    content = codec.pack(codes, tiny)
-    again = codec.unpack(content, tiny)
+    ours = Codec(tiny)
+    content = ours.pack(codes)
+    again = ours.unpack(content)
     assert torch.equal(again.ids, codes.ids)
     assert again.tiling == codes.tiling
     assert again.size == codes.size
-    assert len(content) == codec.HEADER.size + codes.nbytes + 4
+    assert len(content) == 4 + 4 + 3 + codes.nbytes + 4
 
 
-def test_random_ids(tiny, codes):
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        ids = torch.randint(0, 16, codes.ids.shape, generator=generator)
-        changed = Codes(ids, codes.size, codes.id_count, codes.tiling)
-        assert torch.equal(codec.unpack(codec.pack(changed, tiny), tiny).ids, ids)
+def test_a_context_model_makes_likely_codes_short(tiny, codes, context):
+    ours, likely = Codec(tiny, context), alike(codes)
+    packed, coded = Codec(tiny).pack(likely), ours.pack(likely)
+    assert len(coded) <= len(packed) - 10
+    assert coded[3] == codec.VERSION | codec.CONTEXT << 4
+    assert torch.equal(ours.unpack(coded).ids, likely.ids)
+    assert torch.equal(ours.unpack(packed).ids, likely.ids), "packed files are read all the same"
 
 
-def test_every_changed_byte_is_noticed(tiny, codes):
-    content = codec.pack(codes, tiny)
-    for i in range(len(content)):
-        damaged = bytearray(content)
-        damaged[i] ^= 1 << (i % 8)
-        with pytest.raises(CodecError):
-            codec.unpack(bytes(damaged), tiny)
+def test_unlikely_codes_are_packed_instead(tiny, codes, context):
+    flip = torch.tensor([0, 15, 0, 15, 0, 15])[None, :, None]
+    unlikely = Codes((alike(codes).ids ^ flip), codes.size, codes.id_count, codes.tiling)
+    content = Codec(tiny, context).pack(unlikely)
+    assert content[3] >> 4 == codec.PACKED
+    assert content == Codec(tiny).pack(unlikely)
 
 
-def test_every_truncation_and_noise_is_noticed(tiny, codes):
-    content = codec.pack(codes, tiny)
+@pytest.mark.parametrize("seed", range(6))
+def test_random_ids_of_random_tokenizers(tiny_config, seed):
+    """Sizes of pictures, of codes and of ids at random, packed and coded."""
+    rng = random.Random(seed)
+    group = rng.choice((1, 2, 3, 5, 9))
+    config = tiny_config.override(
+        f"model.code_length={rng.randrange(1, 20)}",
+        f"model.context_dim={group * rng.randrange(1, 5)}",
+        f"model.codebook_size_for_entropy={group}",
+    )
+    tokenizer = FlowMo(config)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(8):
+        tiling = Tiling(rng.randrange(1, 200), rng.randrange(1, 200), 32)
+        shape = (tiling.count, config.model.code_length, tokenizer.quantizer.sub_tokens)
+        ids = torch.randint(0, tokenizer.quantizer.id_count, shape, generator=generator)
+        codes = Codes(ids, (32, 32), tokenizer.quantizer.id_count, tiling)
+        again = Codec(tokenizer).unpack(Codec(tokenizer).pack(codes))
+        assert torch.equal(again.ids, ids)
+        assert again.tiling == tiling
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_ids_under_random_context_models(tiny, seed):
+    pytest.importorskip("constriction")
+    rng = np.random.default_rng(seed)
+    hidden, neighbours = int(rng.integers(0, 9)), ((0, -1), (-1, 0), (-1, 1))[: seed % 4]
+    shapes = {"bias": (T, B), "place": (T, hidden), "hidden": (len(neighbours) * B, hidden), "own": (B, hidden)}
+    shapes |= {"readout": (B, hidden), "direct": (len(neighbours) * B, B), "earlier": (B, B)}
+    arrays = {name: rng.integers(-300, 300, shape) for name, shape in shapes.items()}
+    arrays["earlier"] = np.tril(arrays["earlier"], -1)
+    ours = Codec(tiny, ContextModel(tiny.identity(), neighbours, **arrays))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(6):
+        tiling = Tiling(int(rng.integers(1, 90)), int(rng.integers(1, 90)), 32)
+        ids = torch.randint(0, 16, (tiling.count, T, 2), generator=generator) & int(rng.integers(0, 16))
+        assert torch.equal(ours.unpack(ours.pack(Codes(ids, (32, 32), 16, tiling))).ids, ids)
+
+
+@pytest.fixture(params=["packed", "coded"])
+def written(request, tiny, codes):
+    """A codec, and a file that it wrote."""
+    if request.param == "packed":
+        return Codec(tiny), Codec(tiny).pack(codes)
+    pytest.importorskip("constriction")
+    ours = Codec(tiny, peaked(tiny))
+    content = ours.pack(alike(codes))
+    assert content[3] >> 4 == codec.CONTEXT
+    return ours, content
+
+
+def test_every_change_of_a_byte_is_noticed(written):
+    ours, content = written
+    for place in range(len(content)):
+        for change in range(1, 256):
+            damaged = bytearray(content)
+            damaged[place] ^= change
+            with pytest.raises(CodecError) as refused:
+                ours.unpack(bytes(damaged))
+            assert "\n" not in str(refused.value)
+
+
+def test_every_truncation_and_every_tail_is_noticed(written):
+    ours, content = written
     for length in range(len(content)):
         with pytest.raises(CodecError):
-            codec.unpack(content[:length], tiny)
-    noise = random.Random(0)
-    for _ in range(200):
+            ours.unpack(content[:length])
+    for tail in (b"\0", b"\xff", content):
         with pytest.raises(CodecError):
-            codec.unpack(b"FLMO" + noise.randbytes(noise.randrange(200)), tiny)
+            ours.unpack(content + tail)
 
 
-def test_a_header_that_claims_a_terabyte(tiny):
-    import zlib
+def test_noise_is_refused(written):
+    ours, content = written
+    noise = random.Random(0)
+    for _ in range(500):
+        start = content[: noise.choice((0, 3, 4, 8, 11))]
+        with pytest.raises(CodecError):
+            ours.unpack(start + noise.randbytes(noise.randrange(200)))
 
-    identity = bytes.fromhex(tiny.identity())
-    for height, width, count in ((2**32 - 1, 2**32 - 1, 0), (10**6, 10**6, 0), (1, 1, 2**32 - 1), (0, 0, 0)):
-        head = codec.HEADER.pack(b"FLMO", 1, identity, height, width, 32, 4, count)
-        with pytest.raises(CodecError, match="damaged"):
-            codec.unpack(head + codec.CRC.pack(zlib.crc32(head)), tiny)
+
+def with_checksum(head: bytes, packed: bytes) -> bytes:
+    return head + packed + struct.pack("<I", zlib.crc32(head + packed))
 
 
-def test_another_tokenizer_is_refused(tiny, codes):
-    content = codec.pack(codes, tiny)
+@pytest.mark.parametrize("coding", [codec.PACKED, codec.CONTEXT])
+def test_claims_of_a_terabyte_cost_nothing(tiny, context, coding):
+    """A header that asks for much, with a right checksum, is refused before anything is allocated."""
+    ours = Codec(tiny, context)
+    first = codec.MAGIC + bytes([codec.VERSION | coding << 4]) + ours.identity
+    name = context.identity[:2] if coding else b""
+    start = time.perf_counter()
+    for height, width, tile in (
+        (2**34, 2**34, 32),
+        (2**32, 1, 32),
+        (2**20, 2**20, 32),
+        (40, 40, 2**30),
+        (40, 40, 64),
+        (9000, 9000, 32),
+    ):
+        sizes = b"".join(codec.number(n - 1) for n in (height, width, tile))
+        for body in (b"", bytes(500)):
+            with pytest.raises(CodecError, match="damaged"):
+                ours.unpack(with_checksum(first + sizes + name, body))
+    for endless in (b"\x80" * 5, b"\xff" * 40, b"\x80\x00\x01\x01"):
+        with pytest.raises(CodecError, match="does not end"):
+            ours.unpack(with_checksum(first + endless, bytes(20)))
+    assert time.perf_counter() - start < 30
+
+
+def test_ids_that_no_token_has_are_refused(tiny_config):
+    """Of 25 ids in 5 bits, 25 to 31 are none; a right checksum does not make them some."""
+    fsq = FlowMo(
+        tiny_config.override(
+            "model.quantization_type=fsq",
+            "model.fsq_levels=5",
+            "model.context_dim=2",
+            "model.codebook_size_for_entropy=5",
+        )
+    )
+    assert fsq.quantizer.id_count == 25
+    ours, tiling = Codec(fsq), Tiling(32, 32, 32)
+    fine = torch.full((1, 6, 1), 24)
+    content = ours.pack(Codes(fine, (32, 32), 25, tiling))
+    assert torch.equal(ours.unpack(content).ids, fine)
+    head = content[: -4 - 4]
+    with pytest.raises(CodecError, match="id 31 where 24 is the largest"):
+        ours.unpack(with_checksum(head, b"\xff" * 4))
+
+
+def test_codes_of_another_tokenizer_are_refused(tiny, codes):
+    content = Codec(tiny).pack(codes)
     with torch.no_grad():
-        tiny.encoder.code_out.bias += 1
+        tiny.decoder.picture_out.bias.add_(1e-3)
     with pytest.raises(CodecError, match="written by tokenizer"):
-        codec.unpack(content, tiny)
+        Codec(tiny).unpack(content)
 
 
-def test_only_pictures_can_be_packed(tiny, images):
+def test_another_version_is_refused(tiny, codes):
+    content = bytearray(Codec(tiny).pack(codes))
+    content[3] = 1
+    with pytest.raises(CodecError, match="reads version 2"):
+        Codec(tiny).unpack(bytes(content))
+
+
+def test_another_context_model_is_refused(tiny, codes, context):
+    content = Codec(tiny, context).pack(alike(codes))
+    with pytest.raises(CodecError, match="which is not at hand"):
+        Codec(tiny).unpack(content)
+    with pytest.raises(CodecError, match="not with the one at hand"):
+        Codec(tiny, peaked(tiny, 800)).unpack(content)
+    with torch.no_grad():
+        tiny.decoder.picture_out.bias.add_(1e-3)
+    with pytest.raises(CodecError, match="the context model is of tokenizer"):
+        Codec(tiny, context)
+
+
+def test_the_context_model_beside_a_tokenizer_is_found(tiny, tiny_model, context):
+    assert find_context(tiny_model, tiny) is None
+    beside = tiny_model.with_name("tiny.context.safetensors")
+    beside.write_bytes(context.save())
+    assert find_context(tiny_model, tiny).identity == context.identity
+    with torch.no_grad():
+        tiny.decoder.picture_out.bias.add_(1e-3)
+    assert find_context(tiny_model, tiny) is None, "of another tokenizer"
+
+
+def test_only_single_pictures_are_written(tiny, images, codes):
     with pytest.raises(CodecError, match="one picture"):
-        codec.pack(tiny.encode(images), tiny)
+        Codec(tiny).pack(tiny.encode(images))
+    with pytest.raises(CodecError, match="not of this tokenizer"):
+        Codec(tiny).pack(Codes(codes.ids[:, :3], codes.size, codes.id_count, codes.tiling))
+
+
+def test_continuous_tokenizers_write_nothing(tiny_config):
+    with pytest.raises(CodecError, match="continuous"):
+        Codec(FlowMo(tiny_config.override("model.quantization_type=kl")))

@@ -128,6 +128,11 @@ class Tiling:
         return [round(i * (length - self.tile) / (count - 1)) for i in range(count)]
 
     @property
+    def count(self) -> int:
+        """Tiles in all."""
+        return len(self.starts(self.height)) * len(self.starts(self.width))
+
+    @property
     def corners(self) -> list[tuple[int, int]]:
         """Top and left of every tile."""
         return [(top, left) for top in self.starts(self.height) for left in self.starts(self.width)]

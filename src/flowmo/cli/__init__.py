@@ -1,0 +1,47 @@
+"""The command line: thin, every command is a few calls of the library.
+
+Errors that a user can mend are one line on standard error and exit status 2; an interrupt exits with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import flowmo
+from flowmo.cli import evaluation, generation, models, pictures, training
+from flowmo.errors import FlowMoError
+
+SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else list(argv)
+    settings = [word for word in words if SETTING.fullmatch(word)]
+    parser = build_parser()
+    arguments = parser.parse_args([word for word in words if word not in settings])
+    arguments.settings = settings
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("flowmo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (FlowMoError, OSError) as error:
+        print(f"flowmo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flowmo", description="Pictures to a short string of bits and back.")
+    parser.add_argument("--version", action="version", version=f"flowmo {flowmo.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for part in (pictures, models, training, evaluation, generation):
+        part.add_to(commands)
+    return parser

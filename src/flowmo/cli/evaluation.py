@@ -1,0 +1,157 @@
+"""The command that measures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flowmo
+from flowmo.cli.shared import UsageError, command, positive, progress_bar, with_model, with_sampling
+from flowmo.data import Source, evenly_spread, open_source
+from flowmo.distributed import World
+from flowmo.evaluate.reconstruction import Judges, Reconstructor
+from flowmo.pictures import Tiling
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """How close reconstructions come to pictures, or how good generated pictures are.
+
+    With PICTURES: PSNR, SSIM, LPIPS, rFID and bits per pixel of a model, beside codecs with --peers; as files with
+    --report. With --reference: FID and its companions of generated PICTURES. Without PICTURES: the newest checkpoint
+    of a run, eval.eval_dir=results/RUN, or with eval.continuous=true each as it comes.
+    """
+    from flowmo.distributed import join
+    from flowmo.evaluate.features import build_features
+    from flowmo.evaluate.follow import Follower
+    from flowmo.evaluate.generation import GenerationSummary, look, open_pictures
+
+    def say(line: str, to: Any = None) -> None:
+        if world.main:
+            print(line, file=to, flush=True)
+
+    with join(arguments.device) as world:
+        if arguments.reference:
+            if not arguments.pictures or arguments.features == "none":
+                raise UsageError("--reference compares generated PICTURES by a feature network; name both")
+            sets = [open_pictures(path) for path in (arguments.pictures, arguments.reference)]
+            network = build_features(arguments.features).to(world.device)
+            show = progress_bar("looking")
+            seen = [look(pictures, network, device=world.device, world=world, progress=show) for pictures in sets]
+            found = GenerationSummary.of(*seen, network, tuple(pictures.name for pictures in sets))
+            say(json.dumps(found.as_dict(), indent=1) if arguments.json else "\n".join(found.lines()))
+            return
+        source = open_source(arguments.pictures) if arguments.pictures else None
+        judges, missing = Judges.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
+        judges.to(world.device)
+        if source is None:
+            folder = arguments.results_dir / arguments.experiment_name
+            Follower(arguments.settings, folder, judges, world, say).evaluate()
+        else:
+            compare(arguments, source, judges, world, say)
+        for line in missing:
+            say(line, sys.stderr)
+
+
+def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world: World, say: Callable) -> None:
+    """A model beside its peers on some pictures."""
+    from flowmo.evaluate.codecs import FORMATS, CodecReconstructor
+    from flowmo.evaluate.peers import SIDE, build_peer
+    from flowmo.evaluate.reconstruction import FlowMoReconstructor, Pace, measure
+    from flowmo.evaluate.report import Entry, weights_hash, write_report
+    from flowmo.evaluate.summary import Summary
+
+    tokenizer = flowmo.load(arguments.model, *arguments.settings, device=str(world.device))
+    own, preset = tokenizer.config.data.image_size, tokenizer.config.eval
+    side = arguments.size or own
+    steps, guidance = arguments.steps or preset.sampling.sample_steps, arguments.guidance or preset.sampling.guidance
+    name = Path(arguments.model).stem
+    candidates: list[Reconstructor] = [
+        FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name)
+    ]
+    model = tokenizer.config.model
+    tiles = len(Tiling(side, side, own).corners)
+    budget = math.ceil(tiles * (tokenizer.config.bits_per_picture or 32 * model.code_length * model.context_dim) / 8)
+    for peer in arguments.peers:
+        kind, _, weights = peer.partition("=")
+        if kind in FORMATS:
+            candidates += [CodecReconstructor(kind, budget, headers) for headers in (True, False)]
+            continue
+        if side != SIDE:
+            raise UsageError(f"{kind} works at {SIDE} × {SIDE}, not at {side} × {side}; add --size {SIDE}")
+        candidates.append(build_peer(kind, weights or None, world.device))
+    judges.remember = len(candidates) > 1
+    depends = {"steps": steps, "seed": arguments.seed, "guidance": guidance, "budget": budget}
+    depends["identity"] = tokenizer.identity()
+    entries = []
+    for candidate in candidates:
+        pace = Pace()
+        measured = measure(
+            candidate,
+            source,
+            side,
+            judges,
+            limit=arguments.limit,
+            batch_size=preset.batch_size,
+            device=world.device,
+            world=world,
+            enlarge=arguments.enlarge,
+            folder=arguments.report / "measured" / candidate.name if arguments.report else None,
+            facts=depends,
+            pace=pace,
+            progress=progress_bar(candidate.name),
+        )
+        summary = Summary.of(candidate.name, measured, side, judges.features)
+        entries.append(Entry(candidate, measured, summary, pace))
+        if not arguments.json:
+            say(f"{candidate.name}: {summary.pictures} pictures, short side resized to {side}, central square")
+            say("\n".join(summary.lines()) + "\n")
+    if arguments.json:
+        rows = [{**entry.summary.as_dict(), "steps": steps, "seed": arguments.seed} for entry in entries]
+        say(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
+    if arguments.report and world.main:
+        chosen = evenly_spread(arguments.limit or len(source), len(source))
+        networks = {"LPIPS (AlexNet)": judges.lpips_alex, "LPIPS (VGG)": judges.lpips_vgg, "features": judges.features}
+        facts = {
+            "pictures": f"{shown_path(arguments.pictures)}: {len(chosen)} of {len(source)}, evenly spread",
+            "protocol": f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}",
+            "model": f"{shown_path(arguments.model)}, tokenizer {tokenizer.identity()}",
+            "tiles a picture": tiles,
+            "sampling": f"{steps} steps, seed {arguments.seed}, guidance {guidance}",
+            "judges' weights": {key: weights_hash(network) for key, network in networks.items() if network is not None},
+        }
+        if arguments.peers:
+            facts["codecs"] = f"highest quality within {budget} bytes a picture: whole files, and without their headers"
+        write_report(arguments.report, entries, source, chosen, side, facts)
+        say(f"report in {arguments.report}/index.html")
+
+
+def shown_path(name: str) -> str:
+    """What a report calls a file or folder; where it lies on this machine is nobody else's business."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def add_to(commands: Any) -> None:
+    sub = command(evaluate, "PSNR, SSIM, LPIPS, rFID of reconstructions; FID of generated pictures", commands)
+    sub.add_argument("pictures", nargs="?", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT")
+    sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
+    size = "side of the squares that are compared, in tiles where it is not the model's own (the model's)"
+    sub.add_argument("--size", type=positive, help=size)
+    peers = "measure beside: codecs at equal bytes (jpeg webp avif jxl), tokenizers by their weights (llamagen16=FILE)"
+    sub.add_argument("--peers", nargs="+", default=[], metavar="PEER", help=peers)
+    sub.add_argument("--report", type=Path, help="folder to write a page, tables, plots and pictures to")
+    sub.add_argument("--reference", help="PICTURES are generated: compare with these, a folder or ADM's .npz")
+    sub.add_argument("--no-lpips", action="store_true", help="leave LPIPS out, which needs trained networks")
+    features = "network of the Fréchet distance; auto takes FID's Inception where its weights are (auto)"
+    sub.add_argument("--features", choices=("auto", "inception", "resnet", "none"), default="auto", help=features)
+    sub.add_argument("--enlarge", action="store_true", help="take pictures smaller than the crop too")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument(
+        "--experiment-name", default="my_evaluation", help="folder of an evaluation of a run's checkpoints"
+    )
+    sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where that folder is (results)")
+    with_model(sub), with_sampling(sub)

@@ -1,0 +1,175 @@
+"""Commands of stage 2: ids, generators, and the pictures that they draw."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flowmo
+from flowmo import checkpoint
+from flowmo.cli.shared import UsageError, command, finite, positive, progress_bar, seed, with_model
+from flowmo.config import REVEALING_ORDERS
+from flowmo.data import open_source
+from flowmo.evaluate.figures import grid
+from flowmo.pictures import read_picture, to_picture
+
+MOST_IN_A_GRID = 1000
+GRID_COLUMNS = 8
+
+
+def tokenize(arguments: argparse.Namespace) -> None:
+    """The ids of every picture of a dataset, bit-packed in shards: what a generator is trained on.
+
+    Under torchrun the processes share the work. Run again after an interruption, it goes on.
+    """
+    from flowmo.data.tokens import Tokens
+    from flowmo.distributed import join
+    from flowmo.generate.tokenize import tokenize as write_tokens
+
+    with join(arguments.device) as world:
+        tokenizer = flowmo.load(arguments.model, *arguments.settings, device=str(world.device))
+        facts = write_tokens(
+            tokenizer,
+            open_source(arguments.pictures),
+            arguments.out,
+            name=Path(arguments.pictures).name,
+            model=Path(arguments.model).name,
+            crops=arguments.crops,
+            flip=arguments.flip,
+            seed=arguments.seed,
+            shard_size=arguments.shard_size,
+            batch_size=tokenizer.config.eval.batch_size,
+            workers=arguments.workers,
+            world=world,
+            progress=progress_bar("tokenizing"),
+        )
+        if world.main:
+            readable = len(Tokens(arguments.out))
+            missing = f", {facts.count - readable} of which cannot be read" if readable < facts.count else ""
+            print(
+                f"{arguments.out}: {facts.count} samples{missing}, {len(facts.classes)} classes, {facts.ids} ids of "
+                f"{facts.id_bits} bits: {facts.count * facts.record / 1e6:.2f} MB of ids in {facts.shards} shards"
+            )
+
+
+def context(arguments: argparse.Namespace) -> None:
+    """Learn from the ids of many pictures how likely each bit is, so that .flowmo files get shorter.
+
+    The file belongs beside the tokenizer's, as NAME.context.safetensors beside NAME.safetensors.
+    """
+    from flowmo.coding.fit import fit, frequencies, picture_bits
+    from flowmo.data.tokens import Tokens
+
+    tokenizer = flowmo.load(arguments.model)
+    tokens = Tokens(arguments.tokens, tokenizer.identity())
+    models = {"frequencies": frequencies(tokens)}
+    if not arguments.frequencies:
+        layout = tokenizer.config.model.code_layout
+        show = progress_bar("fitting")
+        models["context"] = fit(tokens, layout, arguments.hidden, arguments.fit_steps, arguments.seed, show)
+    chosen = list(models.values())[-1]
+    content = chosen.save()
+    checkpoint.write_whole(arguments.out, lambda name: Path(name).write_bytes(content))
+    print(f"{arguments.out}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}")
+    if arguments.held_out:
+        others = Tokens(arguments.held_out, tokenizer.identity())
+        bits = picture_bits(others, range(len(others)))
+        print(f"bytes of ids a picture, {len(bits)} others: packed {bits[0].size / 8:.1f}", end="")
+        for name, model in models.items():
+            cost = model.cost(bits) / 8
+            print(f", by {name} {cost.mean():.1f} ± {cost.std():.1f}", end="")
+        print()
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Pictures of classes, drawn by a generator and decoded by the tokenizer whose ids it has learnt.
+
+    Many of them under torchrun, to a folder or to the .npz that FID is taken of: --count 50000 --out samples.npz.
+    With --edit, part of a picture's code is kept and the rest drawn anew.
+    """
+    from flowmo.distributed import join
+    from flowmo.generate.generator import load_generator
+    from flowmo.generate.produce import Drawing, check_pair, draw, parse_places, produce
+
+    with join(arguments.device) as world:
+        generator = load_generator(arguments.generator, *arguments.settings, device=str(world.device))
+        tokenizer = flowmo.load(arguments.model, device=str(world.device))
+        check_pair(generator, tokenizer)
+        names = arguments.classes or [str(i) for i in range(len(generator.vocabulary.classes))] or ["-1"]
+        classes = [generator.label(name) for name in names]
+        count = arguments.count or len(classes) * arguments.per_class
+        labels = [classes[i * len(classes) // count] for i in range(count)]
+        sampled = ("steps", "guidance", "temperature", "last_temperature", "choice_temperature", "order", "seed")
+        drawing = Drawing(
+            **{name: getattr(arguments, name) for name in sampled},
+            decode_steps=arguments.decode_steps,
+            decode_guidance=arguments.decode_guidance,
+        )
+        if arguments.out.suffix != ".png":
+            if arguments.edit:
+                raise UsageError("--edit writes one picture; name it with --out PICTURE.png")
+            produce(generator, tokenizer, labels, arguments.out, drawing, world=world, progress=progress_bar("drawing"))
+            if world.main:
+                print(f"{arguments.out}: {count} pictures of {len(classes)} classes")
+            return
+        if world.size > 1:
+            raise UsageError(f"several processes write a folder or an .npz, not {arguments.out}")
+        if count > MOST_IN_A_GRID:
+            raise UsageError(f"{count} pictures are too many for one; name a folder or an .npz with --out")
+        ids = keep = None
+        if arguments.edit:
+            ids = tokenizer.encode_image(read_picture(arguments.edit), "crop").ids.expand(count, -1, -1)
+            keep = parse_places(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
+        show = progress_bar("drawing")
+        drawn = draw(generator, tokenizer, labels, range(count), drawing, ids, keep, show)
+        columns = min(count, arguments.per_class if len(classes) > 1 and not arguments.count else GRID_COLUMNS)
+        blank = torch.ones_like(drawn[:1]).expand(-count % columns, -1, -1, -1)
+        rows = torch.cat((drawn, blank)).split(columns)
+        checkpoint.write_whole(arguments.out, lambda name: to_picture(grid(list(rows))).save(name, "PNG"))
+        print(f"{arguments.out}: {count} pictures, rows of {columns}: {', '.join(map(generator.class_name, classes))}")
+
+
+def add_to(commands: Any) -> None:
+    sub = command(tokenize, "a dataset's ids, for a generator to learn", commands)
+    sub.add_argument(
+        "pictures", metavar="PICTURES", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT"
+    )
+    sub.add_argument("--out", type=Path, required=True, help="folder to write the shards to, or to go on with")
+    sub.add_argument("--crops", type=positive, default=1, help="1 is the central square; more are random ones (1)")
+    sub.add_argument("--flip", action="store_true", help="each crop mirrored as well")
+    sub.add_argument("--seed", type=seed, default=0, help="seed of random crops (0)")
+    sub.add_argument("--shard-size", type=positive, default=4096, help="samples a shard, which are lost at most (4096)")
+    sub.add_argument("--workers", type=int, default=0, help="processes that read pictures (0)")
+    with_model(sub)
+
+    sub = command(context, "a model of a tokenizer's ids that makes .flowmo files shorter", commands)
+    sub.add_argument("tokens", metavar="TOKENS", help="folder that flowmo tokenize wrote")
+    sub.add_argument("--out", type=Path, required=True, help="file to write, MODEL.context.safetensors")
+    sub.add_argument("--model", default="nano", help="the tokenizer whose ids they are (nano)")
+    sub.add_argument("--held-out", metavar="TOKENS", help="ids of other pictures, to measure on")
+    sub.add_argument("--frequencies", action="store_true", help="only count how often each bit is set")
+    sub.add_argument("--hidden", type=positive, default=128, help="hidden units (128)")
+    sub.add_argument("--fit-steps", type=positive, default=4000, help="steps of 512 tokens (4000)")
+    sub.add_argument("--seed", type=seed, default=0, help="seed of weights and order (0)")
+
+    sub = command(generate, "pictures of a class, by a trained generator", commands)
+    sub.add_argument("generator", metavar="GENERATOR", help="file of a generator: .safetensors, or a checkpoint")
+    sub.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="name, WordNet id or number (all)")
+    sub.add_argument("--per-class", type=positive, default=8, help="pictures of each (8)")
+    sub.add_argument("--count", type=positive, help="pictures in all, shared evenly by the classes")
+    sub.add_argument("--out", type=Path, default=Path("generated.png"), help="a .png, a folder or .npz (generated.png)")
+    sub.add_argument("--edit", type=Path, metavar="PICTURE", help="start from a picture's code")
+    sub.add_argument("--keep", default="0-0", metavar="TOKENS", help="of --edit: tokens that stay, such as 0-31,40")
+    sub.add_argument("--steps", type=positive, help="steps from hidden ids to all (the generator's: 64)")
+    sub.add_argument("--guidance", type=finite, help="classifier-free guidance of the ids (the generator's: 1.5)")
+    sub.add_argument("--temperature", type=finite, help="softmax temperature of the first step (1.3)")
+    sub.add_argument("--last-temperature", type=finite, help="and of the last (0.5)")
+    sub.add_argument("--choice-temperature", type=finite, help="noise in which ids are kept (4.5)")
+    sub.add_argument("--order", choices=REVEALING_ORDERS, help="which ids are revealed first (confidence)")
+    sub.add_argument("--seed", type=seed, default=0, help="seed of everything (0)")
+    sub.add_argument("--decode-steps", type=positive, help="Euler steps of the tokenizer (its own)")
+    sub.add_argument("--decode-guidance", type=finite, help="guidance of the tokenizer (its own)")
+    with_model(sub)

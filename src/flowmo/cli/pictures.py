@@ -1,0 +1,220 @@
+"""Commands on pictures and their files."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowmo import checkpoint
+from flowmo.cli.shared import (
+    UsageError,
+    command,
+    load,
+    progress_bar,
+    refuse_clash,
+    sampling,
+    with_fit,
+    with_model,
+    with_sampling,
+)
+from flowmo.codec import MAX_BYTES, Codec, CodecError, find_context
+from flowmo.coding.context import ContextModel
+from flowmo.errors import FlowMoError
+from flowmo.evaluate.figures import grid, psnr
+from flowmo.pictures import read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
+from flowmo.tokenizer import FlowMo
+
+SUFFIX = ".flowmo"
+PIPE = Path("-")
+"""Standard input or output in place of a file."""
+
+
+def reconstruct(arguments: argparse.Namespace) -> None:
+    """Encode and decode pictures; write each beside its original and print what it cost."""
+    tokenizer = load(arguments)
+    outputs = [arguments.out / f"{path.stem}.png" for path in arguments.pictures]
+    refuse_clash(outputs)
+    print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
+
+    def work(path: Path, output: Path) -> tuple[dict, str]:
+        original = read_picture(path)
+        codes = tokenizer.encode_image(original, arguments.fit)
+        if arguments.fit == "crop":
+            original = resize_and_crop(to_rgb(original), tokenizer.config.data.image_size)
+        decoded = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
+        pair = torch.stack((to_tensor(original), to_tensor(decoded)))
+        checkpoint.write_whole(output, lambda name: to_picture(grid([pair])).save(name, "PNG"))
+        quality = float(psnr(pair[:1], pair[1:]))
+        size = f"{original.width}×{original.height}"
+        return {}, f"{path.name[:28]:28} {size:>11} {codes.nbytes:>7} {codes.bits_per_pixel:>10.4f} {quality:>8.2f}"
+
+    each(list(zip(arguments.pictures, outputs, strict=True)), work)
+    print(f"original | reconstruction in {arguments.out}/")
+
+
+def encode(arguments: argparse.Namespace) -> None:
+    """Write the ids of pictures to .flowmo files, entropy-coded where a context model lies beside the tokenizer.
+
+    A picture named - comes from standard input, and --output - goes to standard output.
+    """
+    jobs = outputs_of(arguments, arguments.pictures, SUFFIX)
+    tokenizer = load(arguments)
+    codec = Codec(tokenizer, None if arguments.packed else context_of(arguments, tokenizer))
+
+    def work(path: Path, output: Path) -> tuple[dict, str]:
+        original = read_picture(io.BytesIO(sys.stdin.buffer.read()), "standard input") if path == PIPE else None
+        codes = tokenizer.encode_image(original or read_picture(path), arguments.fit)
+        content = codec.pack(codes)
+        write(output, content)
+        tiling = codes.tiling
+        pixels = tiling.height * tiling.width
+        facts = {
+            "height": tiling.height,
+            "width": tiling.width,
+            "bytes": len(content),
+            "bytes_of_ids": codes.nbytes,
+            "bits_per_pixel": round(8 * len(content) / pixels, 5),
+        }
+        rate = f"{8 * len(content) / pixels:.4f} bits per pixel"
+        return facts, f"{output}: {len(content)} bytes, {rate}, for {codes.nbytes} of ids"
+
+    done = each(jobs, work, arguments.json)
+    if len(done) > 1 and not arguments.json:
+        size, pixels = sum(row["bytes"] for row in done), sum(row["height"] * row["width"] for row in done)
+        seconds = sum(row["seconds"] for row in done) / len(done)
+        print(f"{len(done)} pictures: {size} bytes, {8 * size / pixels:.4f} bits per pixel, {seconds:.2f} s a picture")
+
+
+def decode(arguments: argparse.Namespace) -> None:
+    """Draw the pictures of .flowmo files; - stands for standard input and output."""
+    jobs = outputs_of(arguments, arguments.files, ".png")
+    tokenizer = load(arguments)
+    codec = Codec(tokenizer, context_of(arguments, tokenizer))
+
+    def work(path: Path, output: Path) -> tuple[dict, str]:
+        try:
+            codes = codec.unpack(read_bytes(path))
+        except CodecError as error:
+            raise CodecError(f"{path}: {error}") from None
+        if arguments.ids:
+            return {}, json.dumps(codes.ids.tolist())
+        picture = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        write(output, content.getvalue())
+        facts = {"height": picture.height, "width": picture.width, "bytes_of_ids": codes.nbytes}
+        return facts, f"{output}: {picture.width}×{picture.height} from {codes.nbytes} bytes of ids"
+
+    if arguments.ids:
+        jobs = [(path, path) for path, _ in jobs]  # nothing is written, and nothing but the ids is printed
+    done = each(jobs, work, arguments.json and not arguments.ids)
+    if len(done) > 1 and not arguments.json and not arguments.ids:
+        print(f"{len(done)} pictures, {sum(row['seconds'] for row in done) / len(done):.2f} s a picture")
+
+
+# Shared by them
+
+Work = Callable[[Path, Path], tuple[dict, str]]
+"""From an input and where its output belongs to facts for JSON and a line for people."""
+
+
+def each(jobs: Sequence[tuple[Path, Path]], work: Work, as_json: bool = False) -> list[dict]:
+    """Do many jobs; where one fails, the others still are done.
+
+    Raises:
+        FlowMoError: one or more failed.
+    """
+    done: list[dict] = []
+    failed: list[str] = []
+    show = progress_bar("files") if as_json and len(jobs) > 1 else None
+    for i, (source, output) in enumerate(jobs):
+        start = time.perf_counter()
+        try:
+            facts, line = work(source, output)
+        except (FlowMoError, OSError) as error:
+            if len(jobs) == 1:
+                raise
+            failed.append(str(source))
+            print(f"flowmo: {' '.join(str(error).split())}", file=sys.stderr)
+            continue
+        seconds = round(time.perf_counter() - start, 4)
+        done.append({"input": str(source), "output": str(output), **facts, "seconds": seconds})
+        if show:
+            show(i + 1, len(jobs))
+        if not as_json:
+            print(line, file=sys.stderr if output == PIPE else sys.stdout, flush=True)
+    if as_json:
+        print(json.dumps(done, indent=1), file=sys.stderr if any(o == PIPE for _, o in jobs) else sys.stdout)
+    if failed:
+        raise FlowMoError(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed[:5])}{' …' * (len(failed) > 5)}")
+    return done
+
+
+def outputs_of(arguments: argparse.Namespace, inputs: Sequence[Path], suffix: str) -> list[tuple[Path, Path]]:
+    """Every input with the file to write."""
+    if arguments.output is not None and len(inputs) > 1:
+        raise UsageError("--output names one file, for one input; --out-dir takes many")
+    if PIPE in inputs and len(inputs) > 1:
+        raise UsageError("- is standard input, and comes alone")
+    if inputs[0] == PIPE:
+        return [(PIPE, arguments.output or PIPE)]
+    outputs = [arguments.output or (arguments.out_dir or path.parent) / f"{path.stem}{suffix}" for path in inputs]
+    refuse_clash(outputs)
+    return list(zip(inputs, outputs, strict=True))
+
+
+def context_of(arguments: argparse.Namespace, tokenizer: FlowMo) -> ContextModel | None:
+    """The context model that is named, or else the one beside the tokenizer."""
+    return ContextModel.read(arguments.context) if arguments.context else find_context(arguments.model, tokenizer)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a .flowmo file or of standard input; no more than one can have."""
+    with sys.stdin.buffer if path == PIPE else path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise CodecError(f"more than the {MAX_BYTES} bytes that a .flowmo file can have")
+    return content
+
+
+def write(output: Path, content: bytes) -> None:
+    """To a file, whole or not at all, or to standard output."""
+    if output == PIPE:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    else:
+        checkpoint.write_whole(output, lambda name: Path(name).write_bytes(content))
+
+
+def add_to(commands: Any) -> None:
+    sub = command(reconstruct, "pictures beside what their bits decode to", commands)
+    sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    sub.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder to write to (reconstructions)")
+    with_model(sub), with_sampling(sub), with_fit(sub)
+
+    context = "context model of the ids (the one beside the tokenizer)"
+    sub = command(encode, "pictures to .flowmo files", commands)
+    sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
+    sub.add_argument("--output", "-o", type=Path, help="file to write (PICTURE with .flowmo)")
+    sub.add_argument("--out-dir", type=Path, help="folder to write many to (beside each picture)")
+    sub.add_argument("--context", type=Path, metavar="FILE", help=context)
+    sub.add_argument("--packed", action="store_true", help="pack the ids rather than code them by what is likely")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    with_model(sub), with_fit(sub)
+
+    sub = command(decode, ".flowmo files to pictures", commands)
+    sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    sub.add_argument("--output", "-o", type=Path, help="picture to write (FILE with .png)")
+    sub.add_argument("--out-dir", type=Path, help="folder to write many to (beside each file)")
+    sub.add_argument("--context", type=Path, metavar="FILE", help=context)
+    sub.add_argument("--ids", action="store_true", help="print the ids as JSON instead of drawing the picture")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    with_model(sub), with_sampling(sub)

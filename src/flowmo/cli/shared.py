@@ -1,0 +1,107 @@
+"""What several commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flowmo
+from flowmo.errors import FlowMoError
+from flowmo.tokenizer import FlowMo
+
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class UsageError(FlowMoError):
+    """Arguments that make no sense together."""
+
+
+def command(run: Callable, text: str, commands: Any) -> argparse.ArgumentParser:
+    """The parser of a command that is named and described as the function that it runs."""
+    note = "Settings are changed by section.name=value, e.g. eval.sampling.rho=1; see flowmo info --settings."
+    sub = commands.add_parser(run.__name__, help=text, description=run.__doc__, epilog=note)
+    sub.set_defaults(run=run)
+    return sub
+
+
+def with_model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", default="nano", help="preset, file, folder or Hub id of the weights (nano)")
+    sub.add_argument("--device", type=device, default="cpu", help="cpu, cuda, mps … (cpu)")
+
+
+def with_sampling(sub: argparse.ArgumentParser) -> None:
+    steps = "steps from noise to picture (the model's own: 1 of nano, 25 of the paper's)"
+    sub.add_argument("--steps", type=positive, help=steps)
+    sub.add_argument("--seed", type=seed, default=0, help="seed of the noise (0)")
+    sub.add_argument("--guidance", type=finite, help="classifier-free guidance (the preset's: 1.5); 1 is none")
+
+
+def with_fit(sub: argparse.ArgumentParser) -> None:
+    fit = "tile: the whole picture, in blended tiles; crop: the central square at the trained size"
+    sub.add_argument("--fit", choices=("tile", "crop"), default="tile", help=fit)
+
+
+def load(arguments: argparse.Namespace) -> FlowMo:
+    return flowmo.load(arguments.model, *arguments.settings, device=arguments.device)
+
+
+def sampling(arguments: argparse.Namespace) -> dict:
+    return {"steps": arguments.steps, "seed": arguments.seed, "guidance": arguments.guidance}
+
+
+def refuse_clash(outputs: Sequence[Path]) -> None:
+    clash = next((path for path in outputs if outputs.count(path) > 1), None)
+    if clash:
+        raise UsageError(f"two pictures would both be written to {clash}; give them other names")
+
+
+def progress_bar(name: str) -> Callable[[int, int], None] | None:
+    """A counter on a terminal's standard error; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        sys.stderr.write(f"\r{name[:40]} {done}/{total}" + ("\r\033[K" if done == total else ""))
+        sys.stderr.flush()
+
+    return show
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 − 1")
+    return value
+
+
+def device(text: str) -> str:
+    try:
+        if torch.device(text).type == "cuda":  # asked, not touched: eight processes would all settle on the first GPU
+            there = torch.cuda.is_available() and (torch.device(text).index or 0) < torch.cuda.device_count()
+        else:
+            there = torch.empty(0, device=text) is not None
+    except (RuntimeError, AssertionError):
+        there = False
+    if not there:
+        raise argparse.ArgumentTypeError(f"no device {text!r} on this machine")
+    return text

@@ -1,0 +1,106 @@
+"""Commands that train."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import flowmo
+from flowmo import checkpoint
+from flowmo.cli.shared import DEFAULT_DEVICE, UsageError, command, device
+from flowmo.config import GENERATOR_PRESETS, PRESETS, Config
+from flowmo.data import build_index, default_index
+from flowmo.evaluate.reconstruction import Judges
+from flowmo.studies import SCALES, STUDIES
+
+
+def index(arguments: argparse.Namespace) -> None:
+    """Write the index of each tar of pictures, or of tars, so that training reads it without unpacking."""
+    if arguments.output is not None and len(arguments.tars) > 1:
+        raise UsageError("--output names one index, of one tar; many have theirs beside them")
+    for tar in arguments.tars:
+        output = arguments.output or default_index(tar)
+        entries = build_index(tar)
+        checkpoint.write_whole(output, lambda name, entries=entries: Path(name).write_text(json.dumps(entries)))
+        print(f"{output}: {len(entries)} pictures")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Stage 1A on pictures; with model.posttrain_sample=true stage 1B; with a generator's preset stage 2, on tokens."""
+    from flowmo.distributed import join
+    from flowmo.train.loop import Run
+
+    config = flowmo.preset(arguments.preset)
+    if arguments.config:
+        config = Config.from_yaml(arguments.config, config)
+    config = config.override(*arguments.settings)
+    if not config.data.train:
+        raise UsageError(
+            "data.train is not set; name a folder or a .tar of pictures, data.train=PATH; of tokens for a generator"
+        )
+    folder = arguments.results_dir / arguments.experiment_name
+    with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
+        Run(config, folder, world, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """A table or figure of the paper as a recipe: train what it needs, measure, write a table and plots."""
+    from flowmo.distributed import join
+    from flowmo.studies.study import Place
+
+    recipe = importlib.import_module(STUDIES[arguments.name])
+    with join(arguments.device) as world:
+        places = {"train": arguments.data, "held_out": arguments.held_out, "out": arguments.out}
+        place = Place(
+            arguments.name,
+            arguments.scale,
+            **places,
+            results=arguments.results_dir,
+            world=world,
+            models=(*arguments.models,),
+        )
+        if arguments.redraw:
+            recipe.draw(place)
+            return
+        if not (arguments.data and arguments.held_out):
+            raise UsageError("name the pictures: --data PICTURES --held-out OTHER_PICTURES")
+        judges, missing = Judges.find()
+        print("\n".join(missing), file=sys.stderr)
+        judges.remember = True
+        recipe.run(place, judges.to(world.device))
+
+
+def add_to(commands: Any) -> None:
+    group = commands.add_parser("data", help="prepare training pictures", description="Prepare training pictures.")
+    data_commands = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    sub = command(index, "index of tars of pictures", data_commands)
+    sub.add_argument(
+        "tars", nargs="+", type=Path, metavar="TAR", help="uncompressed; the tars inside it are looked through too"
+    )
+    sub.add_argument("--output", "-o", type=Path, help="file to write (TAR with .index.json)")
+
+    sub = command(train, "a stage of training: 1A, 1B, or 2, the generator", commands)
+    sub.add_argument(
+        "--preset", choices=tuple(PRESETS | GENERATOR_PRESETS), default="lo", help="settings to start from (lo)"
+    )
+    sub.add_argument("--config", type=Path, help="YAML file of settings over the preset's")
+    sub.add_argument("--experiment-name", default="my_experiment", help="folder of the run (my_experiment)")
+    sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where runs are kept (results)")
+    sub.add_argument("--resume-from-ckpt", type=Path, help="training checkpoint to start from")
+    sub.add_argument("--device", type=device, default=DEFAULT_DEVICE)
+
+    sub = command(study, "a table or figure of the paper, at any scale", commands)
+    sub.add_argument("name", choices=tuple(STUDIES), help="which")
+    sub.add_argument("--scale", choices=SCALES, default="smoke", help="how large (smoke): a minute, hours on a CPU, …")
+    sub.add_argument("--data", default="", help="training pictures, as data.train")
+    sub.add_argument("--held-out", default="", help="pictures to judge on")
+    sub.add_argument("--out", type=Path, default=Path("docs/studies"), help="folder of tables and plots (docs/studies)")
+    sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where runs are kept (results)")
+    models = "trained tokenizers, for studies of those: presets or files (nano)"
+    sub.add_argument("--models", nargs="+", default=["nano"], metavar="MODEL", help=models)
+    sub.add_argument("--redraw", action="store_true", help="only draw the table and plots of the results in --out")
+    sub.add_argument("--device", type=device, default=DEFAULT_DEVICE)

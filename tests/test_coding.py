@@ -1,0 +1,190 @@
+"""Context models of ids: what they promise of themselves, and the range coder on top."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from flowmo.cli import main
+from flowmo.coding import fit as fitting
+from flowmo.coding import range_coder
+from flowmo.coding.context import ONE, ContextError, ContextModel, ids_of_bits, logistic_table, token_bits
+from flowmo.data.tokens import Vocabulary
+
+T, B = 12, 8
+
+
+class Sources:
+    """Ids of pictures as ``Tokens`` gives them, with a structure to be found: a token repeats the one above it with
+    some noise, its second half is the first reversed, and token 0 is always 0."""
+
+    facts = Vocabulary(
+        tokenizer="0123456789abcdef",
+        model="tiny",
+        image_size=32,
+        tokens=T,
+        sub_tokens=2,
+        id_bits=4,
+    )
+
+    def __init__(self, seed=0):
+        rng = np.random.default_rng(seed)
+        bits = np.zeros((400, T, B), np.int8)
+        for token in range(1, T):
+            fresh = rng.integers(0, 2, (400, 4))
+            above = bits[:, token - 4, :4] if token >= 4 else fresh
+            bits[:, token, :4] = np.where(rng.random((400, 4)) < 0.9, above, fresh)
+            bits[:, token, 4:] = bits[:, token, 3::-1]
+        self.bits = bits
+        self._ids = torch.from_numpy(ids_of_bits(bits, 4))
+
+    def __len__(self):
+        return 400
+
+    def ids(self, index):
+        return self._ids[index]
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return Sources()
+
+
+@pytest.fixture(scope="module")
+def models(sources):
+    return {
+        "frequencies": fitting.frequencies(sources),
+        "context": fitting.fit(sources, "lattice", hidden=16, steps=400),
+        "diagonal": fitting.fit(sources, "diagonal", hidden=0, steps=50),
+    }
+
+
+def test_bits_and_ids():
+    ids = torch.randint(0, 512, (3, 5, 4)).numpy()
+    bits = token_bits(ids, 9)
+    assert bits.shape == (3, 5, 36)
+    assert np.array_equal(ids_of_bits(bits, 9), ids)
+    assert token_bits(np.array([[[1, 6]]]), 3).tolist() == [[[1, 0, 0, 0, 1, 1]]]
+
+
+def test_the_logistic_table():
+    table, logits = logistic_table(), np.arange(-2560, 2561) / 256
+    assert np.abs(table - ONE / (1 + np.exp(-logits))).max() <= 0.5 + 1e-6
+    assert (table[::-1] + table == ONE).all()
+    assert table.min() > 0
+    assert table.max() < ONE
+
+
+def test_what_is_fitted_finds_the_structure(sources, models):
+    """Against entropies: half of the bits repeat the others, nine tenths of the rest repeat those above."""
+    other = Sources(seed=1).bits[:100]
+    frequencies, context = (models[name].cost(other).mean() for name in ("frequencies", "context"))
+
+    def entropy(p):
+        return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+
+    # Below token 0, all zeros, a bit is set with probability 0.05, and below that with 0.095; elsewhere with a half.
+    assert frequencies == pytest.approx(9 * B + B * entropy(0.05) + B * entropy(0.095), rel=0.02)
+    least = 3 * 4 + 8 * 4 * entropy(0.05)  # tokens 1 to 3 have four fresh bits, those below repeat with 0.95
+    assert least - 1 < context < 1.35 * least + 4
+
+
+def test_the_integers_are_the_network_rounded(sources):
+    """The fitted network in floating point and its integers give nearly the same probabilities."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    net = fitting.Network(T, B, ((0, -1), (-1, 0), (-1, 1)), 16, generator)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        logits = net(torch.from_numpy(sources.bits[:20]).float() * 2 - 1)
+    model = ContextModel("0" * 16, ((0, -1), (-1, 0), (-1, 1)), **net.rounded())
+    p = model.probabilities(sources.bits[:20]).transpose(2, 0, 1) / ONE
+    assert np.abs(p - logits.clamp(-10, 10).sigmoid().numpy()).max() < 0.02
+
+
+def test_probabilities_heed_only_what_is_coded_before(sources, models):
+    """Changing a bit changes no probability before it, nor its own."""
+    model = models["context"]
+    bits = sources.bits[:1].copy()
+    before = model.probabilities(bits)[..., 0].ravel()
+    for place in (0, 37, 50, 95):
+        changed = bits.copy().reshape(-1)
+        changed[place] ^= 1
+        after = model.probabilities(changed.reshape(bits.shape))[..., 0].ravel()
+        assert np.array_equal(before[: place + 1], after[: place + 1])
+        assert place == 95 or not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["frequencies", "context", "diagonal"])
+def test_the_coder_gives_back_every_bit(models, sources, name):
+    pytest.importorskip("constriction")
+    model, rng = models[name], np.random.default_rng(3)
+    noise = rng.integers(0, 2, (7, T, B)).astype(np.int8)
+    for bits in (sources.bits[:9], sources.bits[:1], noise, np.zeros_like(noise), np.ones_like(noise)):
+        string = range_coder.encode(model, bits)
+        assert np.array_equal(range_coder.decode(model, string, len(bits)), bits)
+        assert len(string) <= model.cost(bits).sum() / 8 + 8
+
+
+def test_a_changed_string_gives_other_bits_or_an_error(models, sources):
+    pytest.importorskip("constriction")
+    model, bits = models["context"], sources.bits[:3]
+    string = range_coder.encode(model, bits)
+    refused = 0
+    for place in range(len(string)):
+        for change in (1, 0x55, 0x80):
+            damaged = bytearray(string)
+            damaged[place] ^= change
+            try:
+                assert not np.array_equal(range_coder.decode(model, bytes(damaged), 3), bits)
+            except ContextError:
+                refused += 1
+    assert refused
+    assert np.array_equal(range_coder.decode(model, string + bytes(5), 3), bits)
+
+
+def test_a_model_is_its_file(models, tmp_path):
+    for name, model in models.items():
+        path = tmp_path / f"{name}.context.safetensors"
+        path.write_bytes(model.save())
+        again = ContextModel.read(path)
+        assert again.identity == model.identity
+        assert again.neighbours == model.neighbours
+        assert np.array_equal(again.bias, model.bias)
+    assert len({model.identity for model in models.values()}) == 3
+
+
+def test_files_that_are_no_context_model(models, tmp_path):
+    content = models["context"].save()
+    for name, bad in (("cut", content[:200]), ("empty", b""), ("text", b"hello there")):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(ContextError, match=name):
+            ContextModel.read(tmp_path / name)
+    with pytest.raises(ContextError, match="none"):
+        ContextModel.read(tmp_path / "none")
+    arrays = {
+        name: getattr(models["context"], name) for name in ("bias", "place", "hidden", "own", "direct", "earlier")
+    }
+    with pytest.raises(ContextError, match="readout has shape"):
+        ContextModel("0" * 16, models["context"].neighbours, readout=np.zeros((B, 3)), **arrays)
+    with pytest.raises(ContextError, match="not all coded before"):
+        replace(models["diagonal"], neighbours=((0, 1), (0, -2), (0, -3), (0, -4)))
+
+
+def test_the_command(tiny_model, class_folder, tmp_path, capsys):
+    tokens = str(tmp_path / "tokens")
+    assert main(["tokenize", str(class_folder), "--model", str(tiny_model), "--out", tokens, "--flip"]) == 0
+    out = tiny_model.with_name("tiny.context.safetensors")
+    words = ["context", tokens, "--model", str(tiny_model), "--out", str(out), "--held-out", tokens]
+    assert main([*words, "--hidden", "8", "--fit-steps", "60"]) == 0
+    said = capsys.readouterr().out
+    measured = re.search(r"packed ([\d.]+), by frequencies ([\d.]+) .*, by context ([\d.]+)", said)
+    packed, frequencies, context = map(float, measured.groups())
+    assert packed == 6
+    assert frequencies < packed
+    assert context < packed
+    assert main([*words, "--frequencies"]) == 0
+    assert ContextModel.read(out).neighbours == ()
