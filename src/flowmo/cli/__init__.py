@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import flowmo
-from flowmo.cli import evaluation, generation, models, pictures, training
+from flowmo.cli import evaluation, generation, models, page, pictures, training
 from flowmo.errors import FlowMoError
 
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
@@ -42,6 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowmo", description="Pictures to a short string of bits and back.")
     parser.add_argument("--version", action="version", version=f"flowmo {flowmo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for part in (pictures, models, training, evaluation, generation):
+    for part in (pictures, models, training, evaluation, generation, page):
         part.add_to(commands)
     return parser

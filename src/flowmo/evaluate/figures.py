@@ -61,3 +61,16 @@ def grid(rows: Sequence[Tensor], gap: int = 2) -> Tensor:
         padded = torch.nn.functional.pad(row.clamp(-1, 1), (0, gap, 0, gap), value=1.0)
         lines.append(torch.cat(list(padded), dim=-1))
     return torch.cat(lines, dim=-2)[:, :-gap, :-gap]
+
+
+HEAT = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.56, 0.04), (0.99, 1.0, 0.64))
+"""Colours of ``heat_map`` from least to most."""
+
+
+def heat_map(values: Tensor) -> Tensor:
+    """Values h w as a picture 3 h w in [−1, 1], from black at 0 over red to light yellow at their greatest."""
+    colours = torch.tensor(HEAT, dtype=torch.float32)
+    place = values.float() / values.max().clamp(min=1e-9) * (len(HEAT) - 1)
+    below = place.floor().long().clamp(max=len(HEAT) - 2)
+    mixed = torch.lerp(colours[below], colours[below + 1], (place - below)[..., None])
+    return mixed.movedim(-1, 0) * 2 - 1

@@ -1,0 +1,36 @@
+"""The command that serves the web page."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from flowmo.cli.shared import command, load, with_model
+from flowmo.codec import Codec, find_context
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """A web page on this machine: drop a picture, see its code's size and what it decodes to."""
+    from flowmo.demo import Page, serve
+
+    tokenizer, generator = load(arguments), None
+    if arguments.generator:
+        from flowmo.generate.generator import load_generator
+
+        generator = load_generator(arguments.generator, device=arguments.device)
+    codec = Codec(tokenizer, find_context(arguments.model, tokenizer))
+    with tempfile.TemporaryDirectory(prefix="flowmo-") as folder:
+        page = Page(tokenizer, codec, Path(folder), generator)
+        blocks = serve(page, arguments.host, arguments.port)
+        print(f"FlowMo at {blocks.local_url}; Ctrl-C ends it", flush=True)
+        blocks.block_thread()
+
+
+def add_to(commands: Any) -> None:
+    sub = command(demo, "a web page that shows it all", commands)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for others too (127.0.0.1)")
+    sub.add_argument("--port", type=int, default=7860, help="port to listen at (7860)")
+    sub.add_argument("--generator", type=Path, help="a generator of the tokenizer's ids, to draw pictures of classes")
+    with_model(sub)
