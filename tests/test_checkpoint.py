@@ -164,18 +164,6 @@ def test_names_that_are_nothing(tmp_path):
         flowmo.load("lo")
 
 
-def test_hub_id(saved, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub, "hf_hub_download", lambda repository, name: str(saved))
-    assert flowmo.load("someone/flowmo").config.model.code_length == 6
-
-
-def test_hub_id_without_the_library(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
-        flowmo.load("someone/flowmo")
-
-
 def test_a_failed_write_leaves_nothing(tmp_path):
     target = tmp_path / "file"
     target.write_text("old")

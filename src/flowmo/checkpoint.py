@@ -20,14 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flowmo import sharded
+from flowmo import hub, sharded
 from flowmo.config import PRESETS, Config, ConfigError
 from flowmo.errors import FlowMoError
 from flowmo.release import CheckpointMismatchError, convert_release, is_release, release_config
 from flowmo.tokenizer import FlowMo
 
 BUNDLED = Path(__file__).parent / "pretrained"
-FILE_NAME = "model.safetensors"
+FILE_NAME = hub.MODEL_FILE
 FORMAT = "flowmo-1"
 GENERATOR = "generator"
 """The stage of a training checkpoint that holds no tokenizer."""
@@ -48,7 +48,7 @@ def load(
     Args:
         source: a bundled preset (``nano``), a ``.safetensors`` file, a folder that holds ``model.safetensors``, a
             training checkpoint (``.pth``, or the folder of a sharded one), an authors' checkpoint (``.pth``), or the
-            Hub id ``owner/name`` of a folder with ``model.safetensors``.
+            Hub id ``owner/name``, or ``owner/name@revision``, of a folder with ``model.safetensors``.
         overrides: ``section.name=value`` settings to change, for what an authors' file does not tell (its
             ``model.code_length``) or how it samples (``eval.sampling.sample_steps``).
         ema: of a training or authors' checkpoint, the averaged weights rather than the last ones.
@@ -81,25 +81,12 @@ def find(source: str | Path) -> Path:
             f"preset {name!r} comes without weights (bundled: {have}); load a file of its weights, or start from "
             f"random ones with flowmo.FlowMo(flowmo.preset({name!r}))"
         )
-    if name.count("/") == 1 and not path.suffix and not name.startswith((".", "/", "~")):
-        return download(name)
+    if hub.is_name(name) and not path.suffix.startswith((".pt", ".safetensors")):
+        try:
+            return hub.fetch(name)
+        except hub.HubError as error:
+            raise CheckpointError(str(error)) from None
     raise CheckpointError(f"{source}: no such file, and no preset of that name ({', '.join(PRESETS)})")
-
-
-def download(repository: str) -> Path:
-    """``model.safetensors`` of a Hub repository, from its cache where that has it."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        raise CheckpointError(
-            f"{repository}: no such folder here, and fetching it from the Hub needs: pip install huggingface_hub"
-        ) from None
-    try:
-        return Path(hf_hub_download(repository, FILE_NAME))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{repository}: no such folder here, and not to be had from the Hub ({first})") from None
 
 
 def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple[Config, dict[str, Tensor]]:
@@ -228,6 +215,7 @@ def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32
         "data.val",
         "data.val_index",
         "opt.perceptual_weights",
+        "opt.teacher",
         "generator.tokenizer",
     )
     config = tokenizer.config.override(*(f"{name}=" for name in paths))

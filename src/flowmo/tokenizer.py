@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +102,33 @@ class FlowMo(nn.Module):
         self.encoder = Encoder(self.config.encoder_shape, model.code_length, self.quantizer.encoder_channels)
         self.decoder = Decoder(self.config.decoder_shape, model.context_dim)
         self.chunk_size: int | None = None
+
+    # The names that users of other libraries look for
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *overrides: str, device: str | torch.device = "cpu") -> FlowMo:
+        """The same as ``flowmo.load``."""
+        from flowmo.checkpoint import load
+
+        return load(source, *overrides, device=device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and a model card into a folder, which ``from_pretrained`` takes."""
+        from flowmo.hub import write_folder
+
+        write_folder(self, Path(folder))
+
+    def push_to_hub(self, name: str, private: bool = False) -> str:
+        """Upload to the Hugging Face Hub as ``owner/name``; gives the address. ``flowmo push`` adds a context model.
+
+        Raises:
+            HubError: the Hub refuses, or huggingface_hub is not installed.
+        """
+        from flowmo.hub import push, write_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(self, Path(folder), name=name)
+            return push(Path(folder), name, private)
 
     @property
     def device(self) -> torch.device:

@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import flowmo
-from flowmo import checkpoint, sample
+from flowmo import checkpoint, codec, sample
 from flowmo.cli.shared import UsageError, command, load, positive, with_model
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config
 from flowmo.sharded import is_sharded
@@ -131,6 +132,25 @@ def convert(arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB, tokenizer {tokenizer.identity()}")
 
 
+def push(arguments: argparse.Namespace) -> None:
+    """Upload a tokenizer to the Hugging Face Hub, with the context model that lies beside it and a model card.
+
+    With --folder it is only written to a folder, in the same layout.
+    """
+    from flowmo import hub
+
+    tokenizer = flowmo.load(arguments.source, *arguments.settings)
+    context = codec.find_context(arguments.source, tokenizer)
+    content = None if context is None else context.save()
+    if arguments.folder:
+        hub.write_folder(tokenizer, arguments.folder, content, arguments.name)
+        print(f"{arguments.folder}: {', '.join(sorted(path.name for path in arguments.folder.iterdir()))}")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        hub.write_folder(tokenizer, Path(folder), content, arguments.name)
+        print(hub.push(Path(folder), arguments.name, arguments.private))
+
+
 def is_generator(source: str) -> bool:
     """Whether a training checkpoint is of stage 2."""
     path = Path(source)
@@ -158,3 +178,9 @@ def add_to(commands: Any) -> None:
     sub.add_argument("output", type=Path, help="file to write, .safetensors")
     sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="precision on disk (float32)")
     sub.add_argument("--last-weights", action="store_true", help="the last weights rather than their average")
+
+    sub = command(push, "a tokenizer to the Hugging Face Hub", commands)
+    sub.add_argument("source", help="preset, file or folder of the weights")
+    sub.add_argument("name", metavar="OWNER/NAME", help="the repository, which is made where there is none")
+    sub.add_argument("--private", action="store_true", help="make it a private one")
+    sub.add_argument("--folder", type=Path, help="only write the files, to this folder")

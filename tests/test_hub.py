@@ -1,0 +1,192 @@
+"""The Hugging Face Hub: its cache without a network, a small server of its protocol, and the other libraries' names."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import flowmo
+from flowmo import FlowMo, hub
+from flowmo.cli import main
+from flowmo.hub import HubError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A tokenizer in the layout of a repository."""
+    tiny.save_pretrained(tmp_path / "repository")
+    (tmp_path / "repository" / hub.CONTEXT_FILE).write_bytes(b"a context model")
+    return tmp_path / "repository"
+
+
+def python(code, home, **environment):
+    """Run some lines in a process whose Hub library starts with its own settings."""
+    settings = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    settings |= {"HF_HUB_DISABLE_XET": "1", **environment}
+    without = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, env=without | settings, capture_output=True, text=True, timeout=120)
+
+
+def test_a_folder_in_the_hubs_layout(folder, tiny, tmp_path):
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "model.context.safetensors",
+        "model.safetensors",
+    ]
+    again = FlowMo.from_pretrained(folder, "eval.sampling.sample_steps=3")
+    assert again.identity() == tiny.identity()
+    assert again.config.eval.sampling.sample_steps == 3
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: flowmo\n")
+    assert tiny.identity() in card
+
+
+def test_the_cache_without_a_network(folder, tiny, tmp_path):
+    """As huggingface_hub lays it out: refs name a commit, snapshots hold its files."""
+    pytest.importorskip("huggingface_hub")
+    repository = tmp_path / "home" / "hub" / "models--someone--flowmo"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / COMMIT)
+    code = (
+        "import flowmo; from flowmo import checkpoint; print(flowmo.load('someone/flowmo').identity()); "
+        "print(checkpoint.find('someone/flowmo').parent); flowmo.load('someone/other')"
+    )
+    done = python(code, tmp_path / "home", HF_HUB_OFFLINE="1")
+    identity, where = done.stdout.split()
+    assert identity == tiny.identity()
+    assert (Path(where) / hub.CONTEXT_FILE).is_file()
+    last = done.stderr.strip().splitlines()[-1]
+    assert "CheckpointError: someone/other: no such folder here, and not to be had from the Hub" in last
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """As much of the Hub's protocol as an upload of small files and a download need."""
+
+    files: dict[str, bytes]
+    refuse = False
+
+    def answer(self, content=b"{}", status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.refuse:
+            self.answer(b'{"error": "no such token"}', 401)
+        elif self.path == "/api/repos/create":
+            self.answer(json.dumps({"url": f"http://{self.headers['Host']}/someone/flowmo"}).encode())
+        elif "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            self.answer(json.dumps({"files": files}).encode())
+        elif "/commit/" in self.path:
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            address = f"http://{self.headers['Host']}/someone/flowmo/commit/{COMMIT}"
+            self.answer(json.dumps({"commitUrl": address, "commitOid": COMMIT, "success": True}).encode())
+        else:
+            self.answer(b'{"valid": true}')
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/someone/flowmo/tree/"):
+            sizes = {name: len(content) for name, content in self.files.items()}
+            rows = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()]
+            self.answer(json.dumps(rows).encode())
+        elif path.startswith("/api/models/someone/flowmo"):
+            names = [{"rfilename": name} for name in self.files]
+            self.answer(json.dumps({"_id": "1", "id": "someone/flowmo", "sha": COMMIT, "siblings": names}).encode())
+        elif "/resolve/" in path and path.startswith("/someone/flowmo/") and path.rsplit("/", 1)[1] in self.files:
+            content = self.files[path.rsplit("/", 1)[1]]
+            etag = f'"{hashlib.sha256(content).hexdigest()}"'
+            self.answer(content, X_Repo_Commit=COMMIT, ETag=etag, Content_Type="application/octet-stream")
+        else:
+            self.answer(b'{"error": "Repository not found"}', 404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def fake_hub():
+    pytest.importorskip("huggingface_hub")
+    handler = type("Handler", (FakeHub,), {"files": {}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_push_and_load(fake_hub, tiny, tiny_model, tmp_path):
+    """Through the library's own requests, against a server on this machine."""
+    address, handler = fake_hub
+    there = {"HF_ENDPOINT": address, "HF_TOKEN": "hf_none"}
+    code = f"import flowmo; print(flowmo.load({str(tiny_model)!r}).push_to_hub('someone/flowmo'))"
+    done = python(code, tmp_path / "home", **there)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert sorted(handler.files) == ["README.md", "model.safetensors"]
+    done = python("import flowmo; print(flowmo.load('someone/flowmo').identity())", tmp_path / "other", **there)
+    assert done.stdout.strip() == tiny.identity(), done.stderr
+    code = "import flowmo; flowmo.load('someone/unknown')"
+    last = python(code, tmp_path / "other", **there).stderr.strip().splitlines()[-1]
+    assert "CheckpointError: someone/unknown: no such folder here, and not to be had from the Hub" in last
+    handler.refuse = True
+    code = f"import sys; from flowmo.cli import main; sys.exit(main(['push', {str(tiny_model)!r}, 'someone/flowmo']))"
+    refused = python(code, tmp_path / "home", **there)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("flowmo: someone/flowmo: the Hub did not take it")
+
+
+@pytest.mark.parametrize(
+    "name", ["../secrets", "a/../b", "a//b", "/etc/passwd", "a/b/c", "a/b@../c", "~/x", "a/b\n", "a b/c"]
+)
+def test_names_with_path_tricks_are_no_repositories(name, tiny, monkeypatch):
+    monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail(f"{name} went to the Hub"))
+    with pytest.raises(flowmo.CheckpointError):
+        flowmo.load(name)
+    with pytest.raises(HubError, match="no name of a repository"):
+        hub.push(Path(), name)
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(flowmo.CheckpointError, match=r"pip install 'flowmo\[hub\]'"):
+        flowmo.load("someone/flowmo")
+
+
+def test_the_command_writes_a_folder(tiny_model, tmp_path, capsys):
+    assert main(["push", str(tiny_model), "someone/flowmo", "--folder", str(tmp_path / "out")]) == 0
+    assert "README.md, model.safetensors" in capsys.readouterr().out
+    assert "someone/flowmo" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_torch_hub(tiny, tiny_model):
+    again = torch.hub.load(str(ROOT), "tokenizer", str(tiny_model), source="local")
+    assert again.identity() == tiny.identity()
