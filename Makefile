@@ -4,30 +4,37 @@ VENV := .venv
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 # The pinned torch first: the index's plain release, or a local CPU wheel where there is one. Named again, or torchvision
 # would bring the newest torch of its own.
-$(VENV)/installed: pyproject.toml
+$(VENV)/base: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FlowMo needs Python 3.11 or newer, not " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . $(TORCH)
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(TORCH)
 	touch $@
 
-demo: $(VENV)/installed  ## real photographs to a few hundred bytes of token ids and back
+demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and back
 	$(BIN)/flowmo reconstruct examples/pictures/*.jpg --fit crop --out demo
 
-test: $(VENV)/installed lint
+test: $(VENV)/dev lint
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/installed
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/installed
+format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/dev  ## the site, in docs/_build
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
+
 clean:
-	rm -rf $(VENV) demo build dist src/*.egg-info
+	rm -rf $(VENV) demo docs/_build build dist src/*.egg-info
