@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import flowmo
 from flowmo import checkpoint
 from flowmo.cli.shared import DEFAULT_DEVICE, UsageError, command, device
 from flowmo.config import GENERATOR_PRESETS, PRESETS, Config
 from flowmo.data import build_index, default_index
 from flowmo.evaluate.reconstruction import Judges
+from flowmo.memory import keep_freed_memory
 from flowmo.studies import SCALES, STUDIES
 
 
@@ -30,7 +33,8 @@ def index(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Stage 1A on pictures; with model.posttrain_sample=true stage 1B; with a generator's preset stage 2, on tokens."""
+    """Stage 1A on pictures; with model.posttrain_sample=true stage 1B, with opt.teacher=MODEL stage 1C, distillation;
+    with a generator's preset stage 2, on tokens."""
     from flowmo.distributed import join
     from flowmo.train.loop import Run
 
@@ -42,6 +46,8 @@ def train(arguments: argparse.Namespace) -> None:
         raise UsageError(
             "data.train is not set; name a folder or a .tar of pictures, data.train=PATH; of tokens for a generator"
         )
+    if torch.device(arguments.device).type == "cpu":
+        keep_freed_memory()
     folder = arguments.results_dir / arguments.experiment_name
     with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
         Run(config, folder, world, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
@@ -83,7 +89,7 @@ def add_to(commands: Any) -> None:
     )
     sub.add_argument("--output", "-o", type=Path, help="file to write (TAR with .index.json)")
 
-    sub = command(train, "a stage of training: 1A, 1B, or 2, the generator", commands)
+    sub = command(train, "a stage of training: 1A, 1B, 1C, or 2, the generator", commands)
     sub.add_argument(
         "--preset", choices=tuple(PRESETS | GENERATOR_PRESETS), default="lo", help="settings to start from (lo)"
     )
