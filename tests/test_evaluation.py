@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import PICTURES
+from PIL import Image
 
 from flowmo import save
+from flowmo.codec import Codec
 from flowmo.data import open_source
 from flowmo.evaluate import reconstruction
+from flowmo.evaluate.codecs import CodecReconstructor
 from flowmo.evaluate.features import Features, ResNetFeatures
 from flowmo.evaluate.figures import decibels, psnr, squared_error, ssim
 from flowmo.evaluate.frechet import StatisticsError
@@ -27,7 +30,7 @@ from flowmo.evaluate.reconstruction import (
     truncated,
 )
 from flowmo.evaluate.summary import Summary
-from flowmo.pictures import to_bytes, to_picture, to_tensor
+from flowmo.pictures import resize_and_crop, to_bytes, to_picture, to_tensor
 from flowmo.sample import picture_seed
 
 
@@ -393,3 +396,18 @@ def test_the_report(tiny, tmp_path, capsys):
     again = json.loads((out / "report.json").read_text())
     assert again["rows"][0]["psnr"] == first["rows"][0]["psnr"]
     assert again["rows"][0]["pace"] == {}
+
+
+def test_files_are_measured_as_they_are_written(tiny, picture_files):
+    """The bits of a file are those that `flowmo encode` would write, for squares and through tiles."""
+    codec = Codec(tiny)
+    candidate = FlowMoReconstructor(tiny, steps=1, codec=codec)
+    for side in (32, 48):
+        picture = resize_and_crop(Image.open(picture_files[0]).convert("RGB"), side)
+        result = candidate.reconstruct(to_tensor(picture)[None], [0])
+        expected = len(codec.pack(tiny.encode_image(picture)))
+        assert result.file_bits.tolist() == [8.0 * expected]
+        assert result.bits[0] < result.file_bits[0]
+    assert FlowMoReconstructor(tiny, steps=1).reconstruct(torch.zeros(1, 3, 32, 32), [0]).file_bits is None
+    jpeg = CodecReconstructor("jpeg", 500, headers=False).reconstruct(torch.zeros(1, 3, 32, 32), [0])
+    assert jpeg.file_bits[0] > jpeg.bits[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import flowmo
 from flowmo.cli.shared import UsageError, command, positive, progress_bar, with_model, with_sampling
+from flowmo.codec import Codec, find_context
 from flowmo.data import Source, evenly_spread, open_source
 from flowmo.distributed import World
 from flowmo.evaluate.reconstruction import Judges, Reconstructor
@@ -70,8 +71,11 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
     side = arguments.size or own
     steps, guidance = arguments.steps or preset.sampling.sample_steps, arguments.guidance or preset.sampling.guidance
     name = Path(arguments.model).stem
+    codec = None
+    if tokenizer.quantizer.id_count:
+        codec = Codec(tokenizer, find_context(arguments.model, tokenizer))
     candidates: list[Reconstructor] = [
-        FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name)
+        FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name, codec)
     ]
     model = tokenizer.config.model
     tiles = len(Tiling(side, side, own).corners)

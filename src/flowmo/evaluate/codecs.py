@@ -111,12 +111,13 @@ class CodecReconstructor:
             raise CodecMissingError(f"this Pillow was built without {self.name}")
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
-        pictures, sizes = [], []
+        pictures, sizes, files = [], [], []
         for image in images:
             data = self.encode(to_picture(image))
             sizes.append(8.0 * self.size(data))
+            files.append(8.0 * len(data))
             pictures.append(to_tensor(Image.open(io.BytesIO(data)).convert("RGB")))
-        return Reconstruction(torch.stack(pictures), torch.tensor(sizes))
+        return Reconstruction(torch.stack(pictures), torch.tensor(sizes), file_bits=torch.tensor(files))
 
     def size(self, data: bytes) -> int:
         return len(data) if self.headers else self.format.payload(data)

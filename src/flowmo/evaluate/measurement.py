@@ -19,7 +19,7 @@ from flowmo.distributed import World
 from flowmo.evaluate.frechet import Moments, StatisticsError, frechet_distance
 from flowmo.evaluate.kernel import kernel_distance
 
-COLUMNS = ("bits", "squared_error", "truncated_squared_error", "ssim", "lpips_alex", "lpips_vgg")
+COLUMNS = ("bits", "file_bits", "squared_error", "truncated_squared_error", "ssim", "lpips_alex", "lpips_vgg")
 KERNEL_PICTURES = 5000
 """Features are kept of so many pictures, evenly spread, for the kernel distance."""
 HALVES = 2

@@ -7,7 +7,7 @@ import json
 import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from flowmo import checkpoint
+from flowmo.codec import Codec
 from flowmo.data import DataError, Source, evenly_spread
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.features import FeatureNetwork, build_features, features_of, in_one_shape
 from flowmo.evaluate.figures import squared_error, ssim
-from flowmo.evaluate.measurement import Measurement
+from flowmo.evaluate.measurement import COLUMNS, Measurement
 from flowmo.perceptual import LPIPS, WeightsNotFoundError
-from flowmo.pictures import resize_and_crop, to_bytes, to_picture, to_tensor
+from flowmo.pictures import Tiling, resize_and_crop, to_bytes, to_picture, to_tensor
 from flowmo.sample import picture_seed
-from flowmo.tokenizer import FlowMo
+from flowmo.tokenizer import Codes, FlowMo
 
 SAVE_SECONDS = 60
 WHOLE = "measured.pt"
@@ -36,11 +37,13 @@ class EvaluationError(DataError):
 
 
 class Reconstruction(NamedTuple):
-    """What pictures were made into: images b 3 h w in [−1, 1]; the bits that each took, b; their ids, if any."""
+    """What pictures were made into: images b 3 h w in [−1, 1]; the bits that each took, b; their ids, if any; the bits
+    of each as a file, b, where it would be one."""
 
     images: Tensor
     bits: Tensor
     ids: Tensor | None = None
+    file_bits: Tensor | None = None
 
 
 class Reconstructor(Protocol):
@@ -60,13 +63,17 @@ class Reconstructor(Protocol):
 
 @dataclass
 class FlowMoReconstructor:
-    """A FlowMo with its sampling settings, as a ``Reconstructor``; pictures of another size go through its tiles."""
+    """A FlowMo with its sampling settings, as a ``Reconstructor``; pictures of another size go through its tiles.
+
+    With a ``codec`` the files that pictures would be are measured too.
+    """
 
     tokenizer: FlowMo
     steps: int | None = None
     seed: int = 0
     guidance: float | None = None
     name: str = "FlowMo"
+    codec: Codec | None = None
 
     @property
     def id_count(self) -> int | None:
@@ -79,7 +86,16 @@ class FlowMoReconstructor:
             return self._through_tiles(images, seeds)
         codes = self.tokenizer.encode(images)
         pictures = self.tokenizer.decode(codes, self.steps, seeds, guidance=self.guidance)
-        return Reconstruction(pictures, torch.full((len(images),), codes.bits / len(codes)), codes.ids)
+        tiling, parts = Tiling(side, side, side), []
+        if self.codec is not None:
+            parts = [replace(codes, ids=ids[None], tiling=tiling) for ids in codes.ids]
+        bits = torch.full((len(images),), codes.bits / len(codes))
+        return Reconstruction(pictures, bits, codes.ids, self._file_bits(parts))
+
+    def _file_bits(self, codes: Sequence[Codes]) -> Tensor | None:
+        if self.codec is None:
+            return None
+        return torch.tensor([8.0 * len(self.codec.pack(one)) for one in codes])
 
     def _through_tiles(self, images: Tensor, seeds: Sequence[int]) -> Reconstruction:
         codes = [self.tokenizer.encode_image(to_picture(image)) for image in images]
@@ -88,7 +104,8 @@ class FlowMoReconstructor:
             for code, seed in zip(codes, seeds, strict=True)
         ]
         ids = torch.cat([code.ids for code in codes]) if self.id_count else None
-        return Reconstruction(torch.stack(pictures), torch.tensor([float(code.bits) for code in codes]), ids)
+        bits = torch.tensor([float(code.bits) for code in codes])
+        return Reconstruction(torch.stack(pictures), bits, ids, self._file_bits(codes))
 
 
 @dataclass
@@ -144,6 +161,8 @@ class Judges:
             "truncated_squared_error": squared_error(truncated(x), truncated(y)),
             "ssim": ssim(ours, theirs),
         }
+        if result.file_bits is not None:
+            values["file_bits"] = result.file_bits
         for name in ("lpips_alex", "lpips_vgg"):
             if getattr(self, name) is not None:
                 values[name] = in_one_shape(getattr(self, name), x, y)
@@ -227,7 +246,13 @@ def measure(
     pace = pace or Pace()
     chosen = torch.tensor(evenly_spread(limit or len(source), len(source)))
     channels = judges.features.channels if judges.features is not None else None
-    identity = {"candidate": candidate.name, "pictures": len(chosen), "of": len(source), "side": side}
+    identity = {
+        "columns": COLUMNS,
+        "candidate": candidate.name,
+        "pictures": len(chosen),
+        "of": len(source),
+        "side": side,
+    }
     parts = Parts(folder, json.dumps({**identity, **judges.describe(), **(facts or {})}, sort_keys=True), world)
     earlier = parts.take_over() or Measurement.empty(len(chosen), candidate.id_count, channels)
     mine = Measurement.empty(len(chosen), candidate.id_count, channels)

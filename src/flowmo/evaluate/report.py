@@ -30,6 +30,7 @@ from flowmo.pictures import to_picture
 COLUMNS = (
     ("bits_per_pixel", "bits/pixel", 4),
     ("bytes_per_picture", "bytes", 1),
+    ("file_bytes", "bytes, file", 1),
     ("frechet_distance", "rFID ↓", 2),
     ("kernel_distance", "rKID ↓", 5),
     ("psnr", "PSNR ↑", 2),

@@ -22,6 +22,8 @@ class Summary:
     """Means over pictures, with standard deviations over pictures as spreads; ``None`` where not measured.
 
     Attributes:
+        bytes_per_picture: of ids, packed; of a codec's budget.
+        file_bytes: of whole files, whatever their coding.
         psnr: dB; of the pictures that are not equal to their originals, whose number is ``equal_pictures``.
         psnr_legacy: as the release computes it: of five pictures at once, truncated to 8 bits.
         frechet_distance: of the features of ``feature_network``; the rFID where that is FID's Inception.
@@ -54,6 +56,7 @@ class Summary:
     missing: str = ""
     id_count: int | None = None
     ids_used: float | None = None
+    file_bytes: float | None = None
     id_entropy: float | None = None
 
     @classmethod
@@ -72,6 +75,8 @@ class Summary:
         legacy = measurement.column("truncated_squared_error").split(LEGACY_GROUP)
         groups = decibels(measurement.column("truncated_squared_error").new_tensor([g.mean() for g in legacy]))
         facts["psnr_legacy"] = mean_and_spread(groups[groups.isfinite()])[0]
+        in_files = mean_and_spread(measurement.column("file_bits"))[0]
+        facts["file_bytes"] = None if in_files is None else in_files / 8
         for column in ("ssim", "lpips_alex", "lpips_vgg"):
             facts[column], facts[f"{column}_spread"] = mean_and_spread(measurement.column(column))
         if network is not None:
@@ -113,6 +118,7 @@ class Summary:
         ids = f"of {self.id_count} used, {self.id_entropy or 0:.2f} bits an id"
         return [
             *row("bits per pixel", self.bits_per_pixel, 4, f"{self.bytes_per_picture:.1f} bytes a picture"),
+            *row("bytes a file", self.file_bytes, 1, "header included"),
             *row("PSNR", self.psnr, 2, f"dB {spread(self.psnr_spread)}{equal}; as the release: {self.psnr_legacy:.2f}"),
             *row("SSIM", self.ssim, 4, spread(self.ssim_spread)),
             *row("LPIPS (AlexNet)", self.lpips_alex, 4, spread(self.lpips_alex_spread)),
