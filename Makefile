@@ -22,8 +22,9 @@ $(VENV)/dev: $(VENV)/base
 demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and back
 	$(BIN)/flowmo reconstruct examples/pictures/*.jpg --fit crop --out demo
 
+# A process a core with a thread each: the tests' own processes and networks are small.
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -47,6 +48,13 @@ def test_reconstruct(capsys, tmp_path, weights, photo):
     assert row[:3] == ["photo.jpg", "70×50", str(3 * 2 * 6)], "3 × 2 tiles of 6 bytes"
     assert float(row[3]) == pytest.approx(36 * 8 / 3500, abs=1e-4)
     assert 3 < float(row[4]) < 50
+
+
+def test_reconstruct_as_json(capsys, tmp_path, weights, photo):
+    words = ("reconstruct", photo, "--model", weights, "--out", tmp_path / "out", "--steps", 1, "--json")
+    row = json.loads(run(capsys, *words)[1])[0]
+    assert (row["height"], row["width"], row["bytes_of_ids"]) == (50, 70, 36)
+    assert 3 < row["psnr"] < 50
 
 
 def test_reconstruct_crop(capsys, tmp_path, weights, photo):
@@ -340,3 +348,20 @@ def test_bench(capsys, weights):
     assert all(row["seconds"] > 0 and row["flops"] > 0 and row["moved"] > 0 for row in rows)
     assert rows[2]["flops"] == pytest.approx(rows[2]["passes"] * rows[1]["flops"], rel=0.05)
     assert "of the matrix rate" in run(capsys, "bench", "--model", weights, "--repeats", 1)[1]
+
+
+def test_completion_in_a_real_shell(capsys, tmp_path):
+    pytest.importorskip("shtab")
+    shell = shutil.which("bash")
+    if shell is None:
+        pytest.skip("needs bash")
+    (tmp_path / "flowmo.sh").write_text(run(capsys, "completion", "bash")[1])
+    lines = (
+        f"source {tmp_path / 'flowmo.sh'}",
+        "COMP_WORDS=(flowmo enc)",  # typed so far, and then TAB
+        "COMP_CWORD=1",
+        r"$(complete -p flowmo | sed 's/.*-F \([^ ]*\) .*/\1/') flowmo",
+        "echo ${COMPREPLY[@]}",
+    )
+    offered = subprocess.run([shell, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert offered.stdout.split() == ["encode"], offered.stderr

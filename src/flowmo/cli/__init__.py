@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import flowmo
 from flowmo.cli import evaluation, generation, models, page, pictures, training
+from flowmo.cli.shared import UsageError
 from flowmo.errors import FlowMoError
 
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
@@ -38,10 +39,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def completion(shell: str) -> str:
+    """A script for a shell, made once: to complete a word, nothing of this package is imported.
+
+    Raises:
+        UsageError: shtab is not installed.
+    """
+    try:
+        import shtab
+    except ImportError:
+        raise UsageError("completion scripts need shtab: pip install shtab") from None
+    return shtab.complete(build_parser(), shell)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowmo", description="Pictures to a short string of bits and back.")
     parser.add_argument("--version", action="version", version=f"flowmo {flowmo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    shells = commands.add_parser("completion", help="a script that completes commands in a shell")
+    shells.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which")
+    shells.set_defaults(run=lambda arguments: print(completion(arguments.shell)))
     for part in (pictures, models, training, evaluation, generation, page):
         part.add_to(commands)
     return parser

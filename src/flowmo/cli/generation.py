@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,18 @@ def context(arguments: argparse.Namespace) -> None:
     chosen = list(models.values())[-1]
     content = chosen.save()
     checkpoint.write_whole(arguments.out, lambda name: Path(name).write_bytes(content))
-    print(f"{arguments.out}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}")
+    facts: dict[str, Any] = {"file": str(arguments.out), "bytes": len(content), "identity": chosen.identity.hex()}
+    lines = [f"{arguments.out}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}"]
     if arguments.held_out:
         others = Tokens(arguments.held_out, tokenizer.identity())
         bits = picture_bits(others, range(len(others)))
-        print(f"bytes of ids a picture, {len(bits)} others: packed {bits[0].size / 8:.1f}", end="")
+        facts |= {"pictures": len(bits), "packed": bits[0].size / 8}
+        lines.append(f"bytes of ids a picture, {len(bits)} others: packed {facts['packed']:.1f}")
         for name, model in models.items():
             cost = model.cost(bits) / 8
-            print(f", by {name} {cost.mean():.1f} ± {cost.std():.1f}", end="")
-        print()
+            facts |= {name: float(cost.mean()), f"{name}_spread": float(cost.std())}
+            lines[-1] += f", by {name} {cost.mean():.1f} ± {cost.std():.1f}"
+    print(json.dumps(facts, indent=1) if arguments.json else "\n".join(lines))
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -154,6 +158,7 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--hidden", type=positive, default=128, help="hidden units (128)")
     sub.add_argument("--fit-steps", type=positive, default=4000, help="steps of 512 tokens (4000)")
     sub.add_argument("--seed", type=seed, default=0, help="seed of weights and order (0)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command(generate, "pictures of a class, by a trained generator", commands)
     sub.add_argument("generator", metavar="GENERATOR", help="file of a generator: .safetensors, or a checkpoint")

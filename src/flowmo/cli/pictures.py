@@ -42,7 +42,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     tokenizer = load(arguments)
     outputs = [arguments.out / f"{path.stem}.png" for path in arguments.pictures]
     refuse_clash(outputs)
-    print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
+    if not arguments.json:
+        print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
 
     def work(path: Path, output: Path) -> tuple[dict, str]:
         original = read_picture(path)
@@ -54,10 +55,18 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         checkpoint.write_whole(output, lambda name: to_picture(grid([pair])).save(name, "PNG"))
         quality = float(psnr(pair[:1], pair[1:]))
         size = f"{original.width}×{original.height}"
-        return {}, f"{path.name[:28]:28} {size:>11} {codes.nbytes:>7} {codes.bits_per_pixel:>10.4f} {quality:>8.2f}"
+        facts = {
+            "height": original.height,
+            "width": original.width,
+            "bytes_of_ids": codes.nbytes,
+            "bits_per_pixel": round(codes.bits_per_pixel, 5),
+            "psnr": round(quality, 4),
+        }
+        return facts, f"{path.name[:28]:28} {size:>11} {codes.nbytes:>7} {codes.bits_per_pixel:>10.4f} {quality:>8.2f}"
 
-    each(list(zip(arguments.pictures, outputs, strict=True)), work)
-    print(f"original | reconstruction in {arguments.out}/")
+    each(list(zip(arguments.pictures, outputs, strict=True)), work, arguments.json)
+    if not arguments.json:
+        print(f"original | reconstruction in {arguments.out}/")
 
 
 def encode(arguments: argparse.Namespace) -> None:
@@ -198,6 +207,7 @@ def add_to(commands: Any) -> None:
     sub = command(reconstruct, "pictures beside what their bits decode to", commands)
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
     sub.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder to write to (reconstructions)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
     with_model(sub), with_sampling(sub), with_fit(sub)
 
     context = "context model of the ids (the one beside the tokenizer)"
