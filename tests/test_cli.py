@@ -72,10 +72,19 @@ def test_encode_then_decode(capsys, tmp_path, weights, photo):
     assert "70×50 from 36 bytes" in out
     tokenizer = flowmo.load(weights)
     codes = tokenizer.encode_image(Image.open(photo))
-    with Image.open(tmp_path / "photo.png") as decoded:
+    with Image.open(tmp_path / "photo.flowmo.png") as decoded:
         assert decoded.tobytes() == tokenizer.decode_image(codes, steps=2).tobytes()
     status, out, _ = run(capsys, "decode", file, "--model", weights, "--ids")
     assert json.loads(out) == codes.ids.tolist()
+
+
+def test_decoding_leaves_the_original_alone(capsys, tmp_path, weights, photo):
+    original = tmp_path / "photo.png"
+    Image.open(photo).save(original)
+    content = original.read_bytes()
+    assert run(capsys, "encode", original, "--model", weights)[0] == 0
+    assert run(capsys, "decode", tmp_path / "photo.flowmo", "--model", weights, "--steps", 1)[0] == 0
+    assert original.read_bytes() == content
 
 
 def test_encode_many(capsys, tmp_path, weights, picture_files):
@@ -252,7 +261,7 @@ def test_bad_codes(capsys, tmp_path, weights, photo):
         status, _, err = run(capsys, "decode", bad, "--model", weights)
         assert status == 2
         assert err.count("\n") == 1
-        assert not bad.with_suffix(".png").exists()
+        assert not list(tmp_path.glob("*.png"))
     assert run(capsys, "decode", tmp_path / "none.flowmo", "--model", weights)[0] == 2
 
 

@@ -8,10 +8,15 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from flowmo import FlowMo, codec
+from flowmo import FlowMo, codec, preset
+from flowmo.cli import main
 from flowmo.codec import Codec, CodecError, find_context
 from flowmo.coding.context import ContextModel
+from flowmo.coding.generator import GeneratorModel
+from flowmo.data.tokens import Vocabulary
+from flowmo.generate.generator import Generator, load_generator, save_generator
 from flowmo.pictures import Tiling
 from flowmo.tokenizer import Codes
 
@@ -245,3 +250,36 @@ def test_only_single_pictures_are_written(tiny, images, codes):
 def test_continuous_tokenizers_write_nothing(tiny_config):
     with pytest.raises(CodecError, match="continuous"):
         Codec(FlowMo(tiny_config.override("model.quantization_type=kl")))
+
+
+def test_a_generator_codes_files_too(tiny, tiny_model, photo, tmp_path):
+    """Through the command, and refused without it."""
+    pytest.importorskip("constriction")
+    facts = {"tokenizer": tiny.identity(), "model": "tiny", "image_size": 32}
+    small = ("generator.depth=1", "generator.hidden_size=64", "generator.num_heads=1")
+    torch.manual_seed(0)
+    generator = Generator(
+        preset("maskgit_nano").override(*small), Vocabulary(tokens=T, sub_tokens=2, id_bits=4, classes=(), **facts)
+    )
+    with torch.no_grad():
+        generator.network.logits_out.bias[12:] = 12  # one that expects large ids
+    file, out = str(tmp_path / "generator.safetensors"), tmp_path / "photo.flowmo"
+    save_generator(generator, file)
+    words = ["--model", str(tiny_model), "--generator", file]
+    ours = Codec(tiny, GeneratorModel(load_generator(file)))
+    codes = tiny.encode_image(Image.open(photo))
+    likely = Codes(codes.ids | 12, codes.size, codes.id_count, codes.tiling)
+    content = ours.pack(likely)
+    assert content[3] >> 4 == codec.CONTEXT
+    assert torch.equal(ours.unpack(content).ids, likely.ids)
+    out.write_bytes(content)
+    assert main(["decode", str(out), *words, "--steps", "1"]) == 0
+    assert main(["decode", str(out), *words[:2], "--steps", "1"]) == 2
+    assert main(["encode", photo, *words, "-o", str(tmp_path / "b.flowmo")]) == 0
+    assert torch.equal(ours.unpack((tmp_path / "b.flowmo").read_bytes()).ids, codes.ids)
+
+
+@pytest.fixture
+def photo(tmp_path, picture):
+    picture.resize((70, 50)).save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.png")

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from flowmo import preset
 from flowmo.cli import main
 from flowmo.coding import fit as fitting
 from flowmo.coding import range_coder
-from flowmo.coding.context import ONE, ContextError, ContextModel, ids_of_bits, logistic_table, token_bits
+from flowmo.coding.context import ONE, ContextError, ContextModel, cost, ids_of_bits, logistic_table, token_bits
+from flowmo.coding.generator import GeneratorModel
 from flowmo.data.tokens import Vocabulary
+from flowmo.generate.generator import Generator
 
 T, B = 12, 8
 
@@ -80,7 +83,7 @@ def test_the_logistic_table():
 def test_what_is_fitted_finds_the_structure(sources, models):
     """Against entropies: half of the bits repeat the others, nine tenths of the rest repeat those above."""
     other = Sources(seed=1).bits[:100]
-    frequencies, context = (models[name].cost(other).mean() for name in ("frequencies", "context"))
+    frequencies, context = (cost(models[name], other).mean() for name in ("frequencies", "context"))
 
     def entropy(p):
         return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
@@ -126,7 +129,7 @@ def test_the_coder_gives_back_every_bit(models, sources, name):
     for bits in (sources.bits[:9], sources.bits[:1], noise, np.zeros_like(noise), np.ones_like(noise)):
         string = range_coder.encode(model, bits)
         assert np.array_equal(range_coder.decode(model, string, len(bits)), bits)
-        assert len(string) <= model.cost(bits).sum() / 8 + 8
+        assert len(string) <= cost(model, bits).sum() / 8 + 8
 
 
 def test_a_changed_string_gives_other_bits_or_an_error(models, sources):
@@ -188,3 +191,46 @@ def test_the_command(tiny_model, class_folder, tmp_path, capsys):
     assert context < packed
     assert main([*words, "--frequencies"]) == 0
     assert ContextModel.read(out).neighbours == ()
+
+
+@pytest.fixture
+def generator(sources):
+    """One of random weights, strong enough to have opinions."""
+    torch.manual_seed(0)
+    small = ("generator.depth=2", "generator.hidden_size=64", "generator.num_heads=1")
+    generator = Generator(preset("maskgit_nano").override(*small), Sources.facts).eval().requires_grad_(False)
+    for parameter in generator.parameters():
+        parameter.mul_(4)
+    return generator
+
+
+def test_a_generator_in_the_place_of_a_context_model(generator, sources):
+    """Its strings are as long as its likelihood says, and the ids come back."""
+    pytest.importorskip("constriction")
+    model, bits = GeneratorModel(generator, steps=4), sources.bits[:5]
+    likelihood = generator.log_prob(torch.from_numpy(ids_of_bits(bits, 4)), steps=4).numpy()
+    assert cost(model, bits) == pytest.approx(-likelihood / np.log(2), rel=0.04)
+    assert likelihood.std() > 1
+    string = range_coder.encode(model, bits)
+    assert len(string) <= cost(model, bits).sum() / 8 + 8
+    assert np.array_equal(range_coder.decode(model, string, 5), bits)
+    assert GeneratorModel(generator, steps=5).identity != model.identity
+
+
+def test_a_generators_probabilities_are_the_same_in_any_company(generator, sources):
+    """However many pictures and threads there are, the rounded numbers agree."""
+    model, seen = GeneratorModel(generator, steps=4), []
+    threads = torch.get_num_threads()
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        for pictures in (1, 3):
+            numbers = []
+
+            def look_up(token, bit, p, numbers=numbers, pictures=pictures):
+                numbers.append(p[0])
+                return sources.bits[:pictures, token, bit]
+
+            model.run(pictures, look_up)
+            seen.append(numbers)
+    torch.set_num_threads(threads)
+    assert all(numbers == seen[0] for numbers in seen)

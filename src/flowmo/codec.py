@@ -1,7 +1,8 @@
 """The ``.flowmo`` file: the ids of one picture behind a short header, packed or entropy-coded.
 
     3 bytes   magic "FLM"
-    1         version, 2, in the lower four bits; how the ids are coded, 0 packed or 1 by a context model, in the upper
+    1         version, 2, in the lower four bits; how the ids are coded in the upper: 0 packed, 1 by a
+              context model or a generator
     4         the first of the tokenizer's identity (architecture and weights): its codes are noise to any other
     1 to 5    height of the picture in pixels, less 1
     1 to 5    its width, less 1
@@ -26,7 +27,7 @@ import torch
 from flowmo import checkpoint
 from flowmo.bits import pack_ids, packed_size, unpack_ids
 from flowmo.coding import range_coder
-from flowmo.coding.context import ContextError, ContextModel, ids_of_bits, token_bits
+from flowmo.coding.context import BitModel, ContextError, ContextModel, ids_of_bits, token_bits
 from flowmo.errors import FlowMoError
 from flowmo.pictures import MAX_PIXELS, Tiling
 from flowmo.tokenizer import Codes, FlowMo
@@ -59,7 +60,7 @@ class Codec:
         ContextError: there is a context model, and constriction is not installed.
     """
 
-    def __init__(self, tokenizer: FlowMo, context: ContextModel | None = None):
+    def __init__(self, tokenizer: FlowMo, context: BitModel | None = None):
         quantizer, identity = tokenizer.quantizer, tokenizer.identity()
         if quantizer.id_count is None:
             raise CodecError("this tokenizer is continuous and has no ids to write")

@@ -146,14 +146,14 @@ class Shape:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale, computed in float32 whatever the precision around it."""
+    """Root-mean-square norm with a learned scale, computed in float32 at least, whatever the precision around it."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.scale.shape, self.scale, NORM_EPS)
+        return F.rms_norm(x if x.dtype == torch.float64 else x.float(), self.scale.shape, self.scale, NORM_EPS)
 
 
 class Modulation(NamedTuple):

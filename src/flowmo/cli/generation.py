@@ -61,6 +61,7 @@ def context(arguments: argparse.Namespace) -> None:
 
     The file belongs beside the tokenizer's, as NAME.context.safetensors beside NAME.safetensors.
     """
+    from flowmo.coding.context import cost
     from flowmo.coding.fit import fit, frequencies, picture_bits
     from flowmo.data.tokens import Tokens
 
@@ -82,9 +83,9 @@ def context(arguments: argparse.Namespace) -> None:
         facts |= {"pictures": len(bits), "packed": bits[0].size / 8}
         lines.append(f"bytes of ids a picture, {len(bits)} others: packed {facts['packed']:.1f}")
         for name, model in models.items():
-            cost = model.cost(bits) / 8
-            facts |= {name: float(cost.mean()), f"{name}_spread": float(cost.std())}
-            lines[-1] += f", by {name} {cost.mean():.1f} ± {cost.std():.1f}"
+            size = cost(model, bits) / 8
+            facts |= {name: float(size.mean()), f"{name}_spread": float(size.std())}
+            lines[-1] += f", by {name} {size.mean():.1f} ± {size.std():.1f}"
     print(json.dumps(facts, indent=1) if arguments.json else "\n".join(lines))
 
 

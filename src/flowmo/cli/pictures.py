@@ -26,7 +26,7 @@ from flowmo.cli.shared import (
     with_sampling,
 )
 from flowmo.codec import MAX_BYTES, Codec, CodecError, find_context
-from flowmo.coding.context import ContextModel
+from flowmo.coding.context import BitModel, ContextModel
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.pictures import read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
@@ -104,7 +104,7 @@ def encode(arguments: argparse.Namespace) -> None:
 
 def decode(arguments: argparse.Namespace) -> None:
     """Draw the pictures of .flowmo files; - stands for standard input and output."""
-    jobs = outputs_of(arguments, arguments.files, ".png")
+    jobs = outputs_of(arguments, arguments.files, f"{SUFFIX}.png")  # a plain .png could be the original
     tokenizer = load(arguments)
     codec = Codec(tokenizer, context_of(arguments, tokenizer))
 
@@ -180,8 +180,13 @@ def outputs_of(arguments: argparse.Namespace, inputs: Sequence[Path], suffix: st
     return list(zip(inputs, outputs, strict=True))
 
 
-def context_of(arguments: argparse.Namespace, tokenizer: FlowMo) -> ContextModel | None:
-    """The context model that is named, or else the one beside the tokenizer."""
+def context_of(arguments: argparse.Namespace, tokenizer: FlowMo) -> BitModel | None:
+    """The generator or the context model that is named, or else the context model beside the tokenizer."""
+    if arguments.generator:
+        from flowmo.coding.generator import GeneratorModel
+        from flowmo.generate.generator import load_generator
+
+        return GeneratorModel(load_generator(arguments.generator))
     return ContextModel.read(arguments.context) if arguments.context else find_context(arguments.model, tokenizer)
 
 
@@ -211,20 +216,23 @@ def add_to(commands: Any) -> None:
     with_model(sub), with_sampling(sub), with_fit(sub)
 
     context = "context model of the ids (the one beside the tokenizer)"
+    generator = "a generator of the ids in the place of a context model; slower"
     sub = command(encode, "pictures to .flowmo files", commands)
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
     sub.add_argument("--output", "-o", type=Path, help="file to write (PICTURE with .flowmo)")
     sub.add_argument("--out-dir", type=Path, help="folder to write many to (beside each picture)")
     sub.add_argument("--context", type=Path, metavar="FILE", help=context)
+    sub.add_argument("--generator", type=Path, metavar="FILE", help=generator)
     sub.add_argument("--packed", action="store_true", help="pack the ids rather than code them by what is likely")
     sub.add_argument("--json", action="store_true", help="print JSON")
     with_model(sub), with_fit(sub)
 
     sub = command(decode, ".flowmo files to pictures", commands)
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    sub.add_argument("--output", "-o", type=Path, help="picture to write (FILE with .png)")
+    sub.add_argument("--output", "-o", type=Path, help="picture to write (FILE with .flowmo.png)")
     sub.add_argument("--out-dir", type=Path, help="folder to write many to (beside each file)")
     sub.add_argument("--context", type=Path, metavar="FILE", help=context)
+    sub.add_argument("--generator", type=Path, metavar="FILE", help=generator)
     sub.add_argument("--ids", action="store_true", help="print the ids as JSON instead of drawing the picture")
     sub.add_argument("--json", action="store_true", help="print JSON")
     with_model(sub), with_sampling(sub)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -40,6 +41,11 @@ IDENTITY_BYTES = 4
 
 Bits = np.ndarray
 """0 or 1, int8: pictures × tokens × bits of a token."""
+
+
+BitCoder = Callable[[int, int, np.ndarray], Bits]
+"""Called with a token, a bit of it, and the probabilities · ``ONE`` that this bit is set in each picture; codes the
+bits and returns them."""
 
 
 class ContextError(FlowMoError, ValueError):
@@ -70,9 +76,39 @@ def logistic_table() -> np.ndarray:
     return np.array([min(max(int(p.to_integral_value()), 1), ONE - 1) for p in exact], dtype=np.int64)
 
 
+class BitModel(Protocol):
+    """What says how likely the bits of a tokenizer's ids are.
+
+    Attributes:
+        tokenizer: identity of the tokenizer, 16 hex digits.
+        shape: tokens of a picture, and bits of a token.
+        identity: names the model in files that need it.
+    """
+
+    tokenizer: str
+    shape: tuple[int, int]
+    identity: bytes
+
+    def run(self, pictures: int, code: BitCoder) -> Bits:
+        """All bits of some pictures, each through ``code``, in the order of coding."""
+
+
+def cost(model: BitModel, bits: Bits) -> np.ndarray:
+    """Bits that coding takes, for every picture: float64 n."""
+    total = np.zeros(len(bits))
+
+    def look_up(token: int, bit: int, p: np.ndarray) -> Bits:
+        chosen = bits[:, token, bit]
+        np.subtract(total, np.log2(np.where(chosen == 1, p, ONE - p) / ONE), out=total)
+        return chosen
+
+    model.run(len(bits), look_up)
+    return total
+
+
 @dataclass(frozen=True, eq=False)
 class ContextModel:
-    """Probabilities of the bits of a tokenizer's ids. T tokens of B bits, K neighbours, H hidden units.
+    """A ``BitModel``: probabilities of the bits of a tokenizer's ids. T tokens of B bits, K neighbours, H hidden units.
 
     All arrays are integers, those of the network with ``FRACTION`` binary digits behind the point. K and H are 0 for
     plain frequencies.
@@ -125,9 +161,8 @@ class ContextModel:
             digest.update(np.ascontiguousarray(getattr(self, field.name), "<i2").tobytes())
         return digest.digest()
 
-    def run(self, pictures: int, code: Callable[[int, int, np.ndarray], Bits]) -> Bits:
-        """All bits of some pictures, in the order of coding; ``code`` is called with a token, a bit of it, and the
-        probabilities · ``ONE`` that this bit is set in each picture, and returns the bits."""
+    def run(self, pictures: int, code: BitCoder) -> Bits:
+        """All bits of some pictures, each through ``code``, in the order of coding."""
         tokens, bits = self.shape
         rows, columns = code_lattice(tokens)
         table, largest = logistic_table(), LARGEST_LOGIT << FRACTION
@@ -162,11 +197,6 @@ class ContextModel:
 
         self.run(len(bits), look_up)
         return np.stack(asked).reshape(*bits.shape[1:], len(bits))
-
-    def cost(self, bits: Bits) -> np.ndarray:
-        """Bits that coding takes, for every picture: float64 n."""
-        p = self.probabilities(bits) / ONE
-        return -np.log2(np.where(bits.transpose(1, 2, 0) == 1, p, 1 - p)).sum(axis=(0, 1))
 
     # Files
 

@@ -1,12 +1,13 @@
-"""Bits to bytes and back under a ``ContextModel``, through constriction's range coder (Bamler 2022)."""
+"""Bits to bytes and back under a ``BitModel``, through constriction's range coder (Bamler 2022)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
 
-from flowmo.coding.context import ONE, Bits, ContextError, ContextModel
+from flowmo.coding.context import ONE, BitModel, Bits, ContextError
 
 WORD = 4
 """Bytes of the coder's words."""
@@ -34,22 +35,30 @@ def available() -> bool:
     return True
 
 
-def encode(model: ContextModel, bits: Bits) -> bytes:
+def encode(model: BitModel, bits: Bits) -> bytes:
     """The bits of some pictures, n × tokens × bits of a token, as one string."""
-    return _string(bits.transpose(1, 2, 0), model.probabilities(bits))
+    coded: list[tuple[Bits, np.ndarray]] = []
+
+    def look_up(token: int, bit: int, p: np.ndarray) -> Bits:
+        coded.append((bits[:, token, bit], p))
+        return bits[:, token, bit]
+
+    model.run(len(bits), look_up)
+    return _string(coded)
 
 
-def _string(bits: np.ndarray, p: np.ndarray) -> bytes:
-    """Of bits and their probabilities · ``ONE``, both in the order of coding."""
+def _string(coded: Sequence[tuple[Bits, np.ndarray]]) -> bytes:
+    """Of bits and their probabilities · ``ONE``, in the order of coding."""
     stream = library()
     encoder = stream.queue.RangeEncoder()
-    symbols = np.ascontiguousarray(bits, np.int32).ravel()
-    encoder.encode(symbols, stream.model.Bernoulli(perfect=False), p.ravel() / ONE)  # exact: 16 binary digits
+    symbols, p = (np.concatenate(column) for column in zip(*coded, strict=True))
+    # The division is exact, by a power of 2.
+    encoder.encode(symbols.astype(np.int32), stream.model.Bernoulli(perfect=False), p / ONE)
     # The first byte counts most; zeros at the end are what the decoder reads there anyway.
     return encoder.get_compressed().astype(">u4").tobytes().rstrip(b"\0")
 
 
-def decode(model: ContextModel, content: bytes, pictures: int) -> Bits:
+def decode(model: BitModel, content: bytes, pictures: int) -> Bits:
     """The inverse of ``encode``, whose strings may be followed by zeros; another string gives other bits.
 
     Raises:
@@ -59,16 +68,16 @@ def decode(model: ContextModel, content: bytes, pictures: int) -> Bits:
     words = np.frombuffer(content + bytes(-len(content) % WORD), ">u4").astype(np.uint32)
     decoder, family = stream.queue.RangeDecoder(words), stream.model.Bernoulli(perfect=False)
 
-    asked: list[np.ndarray] = []
+    coded: list[tuple[Bits, np.ndarray]] = []
 
     def next_bits(token: int, bit: int, p: np.ndarray) -> Bits:
-        asked.append(p)
-        return decoder.decode(family, p / ONE).astype(np.int8)
+        coded.append((decoder.decode(family, p / ONE).astype(np.int8), p))
+        return coded[-1][0]
 
     try:
         bits = model.run(pictures, next_bits)
     except AssertionError:  # constriction's word for data that its model cannot have made
         raise ContextError("no string of this context model") from None
-    if _string(bits.transpose(1, 2, 0), np.stack(asked)) != content.rstrip(b"\0"):
+    if _string(coded) != content.rstrip(b"\0"):
         raise ContextError("no string of this context model")
     return bits
