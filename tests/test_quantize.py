@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from flowmo.config import Config
-from flowmo.quantize import BSQ, FSQ, KL, LFQ, Identity, build_quantizer, check_ids
+from flowmo.quantize import BSQ, FSQ, KL, LFQ, Identity, LayerNorm, build_quantizer, check_ids
 from flowmo.tokenizer import FlowMo
+from flowmo.train.stages import Draws, pretrain_loss
 
 
 def reference_entropies(code, group, temperature=0.1, eps=1e-5):
@@ -88,10 +89,10 @@ def test_identity_passes_on():
     assert torch.equal(Identity(3)(code).code, code)
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("lfq", 18), ("bsq", 18), ("fsq", 18), ("kl", 36), ("noop", 18)])
-def test_registry(kind, channels):
+@pytest.mark.parametrize("kind", ["lfq", "bsq", "fsq", "kl", "layernorm", "noop"])
+def test_registry(kind):
     quantizer = build_quantizer(Config().override(f"model.quantization_type={kind}").model)
-    assert quantizer.encoder_channels == channels
+    assert quantizer.encoder_channels == (36 if kind == "kl" else 18)
     assert quantizer.channels == 18
 
 
@@ -190,3 +191,34 @@ def test_bad_ids(ids, error, sentence):
 def test_any_integer_type_is_taken():
     for dtype in (torch.uint8, torch.int16, torch.int32):
         assert check_ids(torch.ones(1, 2, 3, dtype=dtype), 2, 3, 16).dtype == torch.int64
+
+
+def test_noise_synchronization(tiny_config, images):
+    """A tenth of the codes are part noise, up to a level; the decoder's timesteps of those start there."""
+    quantizer = LayerNorm(16)
+    torch.manual_seed(0)
+    code = 3 * torch.randn(2000, 4, 16) + 1
+    quantized = quantizer(code)
+    level, (normed, none) = quantized.noise_level, quantizer.quantize(code)
+    assert none is None
+    torch.testing.assert_close(normed.mean(dim=-1), torch.zeros(2000, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normed.var(dim=-1, correction=0), torch.ones(2000, 4), atol=1e-4, rtol=0)
+    noised = level > 0
+    assert 0.07 < noised.float().mean() < 0.13
+    assert level[noised].mean() == pytest.approx(0.5, abs=0.1)
+    assert torch.equal(quantized.code[~noised], normed[~noised])
+    noise = (quantized.code - (1 - level)[:, None, None] * normed)[noised] / level[noised, None, None]
+    assert noise.std() == pytest.approx(1.0, abs=0.05)
+    assert (noise * normed[noised]).mean().abs() < 0.05
+
+    config = tiny_config.override("model.quantization_type=layernorm", "opt.lpips_weight=0")
+    tokenizer, seen = FlowMo(config), []
+    modulate = tokenizer.decoder.modulate
+    tokenizer.decoder.modulate = lambda t: seen.append(t) or modulate(t)
+    draws = Draws.of(config, images, range(5))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        pretrain_loss(tokenizer, images, draws, None)
+    moved = torch.stack(seen)
+    assert (moved >= draws.t - 1e-6).all()
+    assert 0 < (moved > draws.t + 1e-6).sum() < 40

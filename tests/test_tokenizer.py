@@ -83,7 +83,7 @@ def test_codes_know_their_rate(tiny, images):
     assert len(codes[2]) == 1
 
 
-@pytest.mark.parametrize("kind", ["kl", "noop"])
+@pytest.mark.parametrize("kind", ["kl", "layernorm", "noop"])
 def test_continuous_bottlenecks(tiny_config, images, kind):
     tokenizer = FlowMo(tiny_config.override(f"model.quantization_type={kind}"))
     codes = tokenizer.encode(images)

@@ -26,7 +26,7 @@ from flowmo.errors import FlowMoError
 from flowmo.flow import DISTRIBUTIONS
 from flowmo.transformer import Shape, rotary_axes
 
-QUANTIZATION_TYPES = ("lfq", "fsq", "bsq", "kl", "noop", "qwen2.5-coder-0.5b")
+QUANTIZATION_TYPES = ("lfq", "fsq", "bsq", "kl", "layernorm", "noop", "qwen2.5-coder-0.5b")
 LPIPS_MODES = ("vgg", "alex", "resnet")
 PREDICTIONS = ("velocity", "picture")
 CODE_LAYOUTS = ("diagonal", "lattice")

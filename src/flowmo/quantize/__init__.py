@@ -10,6 +10,7 @@ from flowmo.quantize.fsq import FSQ
 from flowmo.quantize.identity import Identity
 from flowmo.quantize.infill import HUB_NAMES, Infill
 from flowmo.quantize.kl import KL
+from flowmo.quantize.layernorm import LayerNorm
 from flowmo.quantize.lfq import LFQ
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "LFQ",
     "Identity",
     "Infill",
+    "LayerNorm",
     "Quantized",
     "Quantizer",
     "WholeBatch",
@@ -39,6 +41,7 @@ def build_quantizer(model: ModelConfig) -> Quantizer:
         "bsq": lambda: BSQ(*bits),
         "fsq": lambda: FSQ(model.context_dim, model.fsq_levels, model.codebook_size_for_entropy),
         "kl": lambda: KL(model.context_dim),
+        "layernorm": lambda: LayerNorm(model.context_dim),
         "noop": lambda: Identity(model.context_dim),
     }
     if model.quantization_type in HUB_NAMES:

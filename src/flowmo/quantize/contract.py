@@ -27,12 +27,14 @@ class Quantized:
         ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
         losses: named scalar terms, already weighted, to be added to the training loss.
         statistics: named scalars for the log, without gradient.
+        noise_level: b in [0, 1], how much of the code is noise; the decoder is then trained from that timestep on.
     """
 
     code: Tensor
     ids: Tensor | None
     losses: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    noise_level: Tensor | None = None
 
 
 class Quantizer(Protocol):

@@ -133,6 +133,8 @@ def pretrain_loss(
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
+    if quantized.noise_level is not None:
+        draws = draws._replace(t=torch.lerp(quantized.noise_level, torch.ones_like(draws.t), draws.t))
     flow_loss, estimate = one_step(tokenizer, quantized.code, images, draws)
     distances = {} if perceptual is None else {"lpips": perceptual(images, estimate()).float().mean()}
     return _sum(tokenizer, {} if freeze_encoder else quantized.losses, flow_loss, distances, quantized)
