@@ -3,12 +3,15 @@ import json
 import pytest
 import torch
 from conftest import ROOT, open_gates
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import FlowMo, preset
+from flowmo.bench import UNCOUNTED
 from flowmo.config import PRESETS
 from flowmo.release import CheckpointMismatchError, convert_release, expected_shapes, release_config
 from flowmo.transformer import (
     Shape,
+    attend,
     code_lattice,
     code_positions,
     patchify,
@@ -207,3 +210,11 @@ def test_attention_scale():
     assert Shape(128, 2, 1, 8).attention_scale == 64**-0.5
     assert Shape(1152, 12, 1, 8).attention_scale == 8 / 96
     assert Shape(1152, 12, 1, 8, mup=False).attention_scale == 96**-0.5
+
+
+def test_attention_is_counted_on_cpus():
+    """Two products of every pair of places; PyTorch's own counter finds none in the CPU's kernel."""
+    q = torch.randn(2, 3, 40, 16)
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        attend(q, q, q, 0.25)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 3 * 40 * 40 * 16

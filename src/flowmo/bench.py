@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flowmo.sample import evaluations, network_passes, seeded_noise, shifted_times
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import peak_flops
 
 COPIED = 256 * 2**20
+
+
+def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the products in one call of attention, from the shapes of its arguments."""
+    return sdpa_flop_count(query, key, value)
+
+
+UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+"""What PyTorch's counter does not know: attention's kernel on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def measure(tokenizer: FlowMo, pictures: int = 1, bfloat16: bool = False, repeat
     found = []
     for part, work in parts(tokenizer, pictures).items():
         with precision(device, bfloat16):
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
                 work()
             seconds = statistics.median(timed(work, device) for _ in range(repeats))
         count = passes if part == "decode" else 1
