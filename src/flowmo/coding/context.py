@@ -187,17 +187,6 @@ class ContextModel:
                 hidden += own[:, bit, None] * self.own[bit]
         return known
 
-    def probabilities(self, bits: Bits) -> np.ndarray:
-        """Probability · ``ONE`` that each bit is set given those before it, in the order tokens, bits, pictures."""
-        asked: list[np.ndarray] = []
-
-        def look_up(token: int, bit: int, p: np.ndarray) -> Bits:
-            asked.append(p)
-            return bits[:, token, bit]
-
-        self.run(len(bits), look_up)
-        return np.stack(asked).reshape(*bits.shape[1:], len(bits))
-
     # Files
 
     def save(self) -> bytes:
