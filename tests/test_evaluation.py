@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -396,6 +397,11 @@ def test_the_report(tiny, tmp_path, capsys):
     again = json.loads((out / "report.json").read_text())
     assert again["rows"][0]["psnr"] == first["rows"][0]["psnr"]
     assert again["rows"][0]["pace"] == {}
+    shutil.rmtree(out / "measured" / "tiny")
+    assert main([str(word) for word in [*words, "--seed", 1]]) == 0  # another sample of the same bytes
+    pace = {row["name"]: row["pace"] for row in json.loads((out / "report.json").read_text())["rows"]}
+    assert pace["tiny"]
+    assert pace["JPEG"] == {}, "a codec's figures do not depend on the model that it stands beside"
 
 
 def test_files_are_measured_as_they_are_written(tiny, picture_files):

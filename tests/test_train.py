@@ -10,12 +10,15 @@ import torch
 from conftest import open_gates
 
 from flowmo import Config, FlowMo, checkpoint, load
+from flowmo.config import ConfigError
 from flowmo.data import DataError, Views, batches, epoch_order, open_source
 from flowmo.evaluate.figures import psnr
 from flowmo.train.loop import Run, TrainingError
 from flowmo.train.optimizer import Average, NormControl, build_optimizer
 from flowmo.train.plan import Timetable
 from flowmo.train.stages import Draws, pretrain_loss
+
+has_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with PyTorch 2.9")
 
 
 def quiet(_):
@@ -116,7 +119,9 @@ def final_weights(run):
     return {**content["model"], **{f"ema.{k}": v for k, v in content["ema"].items()}}
 
 
-def test_resumed_run_ends_like_an_unbroken_one(config, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("muon", marks=has_muon)])
+def test_resumed_run_ends_like_an_unbroken_one(config, tmp_path, optimizer):
+    config = config.override(f"opt.optimizer={optimizer}")
     whole = Run(config, tmp_path / "whole", report=quiet)
     whole.train()
     Run(config.override("trainer.max_steps=3"), tmp_path / "broken", report=quiet).train()
@@ -287,6 +292,39 @@ def test_norm_control_covers_every_matrix_of_the_blocks(tiny_config):
     tokenizer = FlowMo(tiny_config)
     matrices = {n for n, p in tokenizer.named_parameters() if ".blocks." in n and p.ndim == 2}
     assert NormControl(tokenizer.networks).weights.keys() == matrices
+
+
+@has_muon
+def test_muon_takes_the_matrices_that_tokens_meet_in_blocks(tiny_config):
+    tokenizer = FlowMo(tiny_config.override("opt.optimizer=muon", "opt.lr=1e-3"))
+    adam, muon = build_optimizer(tokenizer).optimizers
+    names = {id(p): name for name, p in tokenizer.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    others = {names[id(p)] for group in adam.param_groups for p in group["params"]}
+    assert taken.isdisjoint(others)
+    assert len(taken) + len(others) == len(names)
+    assert {name.rsplit(".", 2)[1] for name in taken} == {"qkv", "kv", "proj", "mlp_in", "mlp_out"}
+    assert muon.param_groups[0]["scale"] == pytest.approx(20)
+
+
+@has_muon
+def test_muon_steps_are_of_one_size_in_every_direction(tiny_config):
+    """What sets it apart: the change of a matrix has singular values near 1, whatever those of its gradient."""
+    tokenizer = FlowMo(tiny_config.override("opt.optimizer=muon"))
+    optimizer, weight = build_optimizer(tokenizer), tokenizer.decoder.blocks[0].picture.proj.weight
+    before = weight.detach().clone()
+    for parameter in tokenizer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 0, 64)
+    optimizer.step()
+    singular = torch.linalg.svdvals((before - weight.detach()) / 0.02)
+    assert torch.linalg.cond(weight.grad) > 100
+    assert singular.max() / singular.quantile(0.25) < 3
+
+
+def test_muon_needs_whole_matrices(tiny_config):
+    with pytest.raises(ConfigError, match=r"trainer\.parallel=ddp"):
+        tiny_config.override("opt.optimizer=muon", "trainer.parallel=fsdp")
 
 
 def test_optimizer_is_the_papers(tiny_config):

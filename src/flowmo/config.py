@@ -33,6 +33,7 @@ CODE_LAYOUTS = ("diagonal", "lattice")
 STATISTICS = ("batch", "process")
 EMA_UPDATES = ("every_step", "release")
 PARALLEL = ("ddp", "fsdp")
+OPTIMIZERS = ("adam", "muon")
 BEST_METRICS = ("", "psnr", "lpips", "cross_entropy")
 HIDING_SCHEDULES = ("arccos", "cosine", "linear")
 DISTILLED = ("sample", "picture")
@@ -168,7 +169,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptConfig:
+    optimizer: str = setting(
+        "adam",
+        "adam, the paper's, or muon for the matrices of the blocks and adam for the rest: " + ", ".join(OPTIMIZERS),
+    )
     lr: float = setting(1e-4, "learning rate")
+    muon_lr: float = setting(0.02, "learning rate of muon's matrices, at any width, while that of the rest is opt.lr")
     beta1: float = setting(0.9, "Adam's decay of the mean gradient")
     beta2: float = setting(0.95, "Adam's decay of the mean squared gradient")
     weight_decay: float = setting(0.0, "decoupled weight decay")
@@ -641,6 +647,12 @@ def check(config: Config) -> None:
     choose("model.prediction", m.prediction, PREDICTIONS)
     choose("opt.loss_space", o.loss_space, PREDICTIONS)
     choose("opt.schedule", o.schedule, DISTRIBUTIONS)
+    choose("opt.optimizer", o.optimizer, OPTIMIZERS)
+    require(o.muon_lr > 0, f"opt.muon_lr={o.muon_lr} must be > 0")
+    require(
+        o.optimizer != "muon" or t.parallel == "ddp",
+        "opt.optimizer=muon needs whole matrices, which trainer.parallel=fsdp cuts up; write trainer.parallel=ddp",
+    )
     choose("opt.lpips_mode", o.lpips_mode, LPIPS_MODES)
     choose("model.entropy_statistics", m.entropy_statistics, STATISTICS)
     choose("model.ema_update", m.ema_update, EMA_UPDATES)

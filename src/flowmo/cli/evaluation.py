@@ -74,25 +74,24 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
     codec = None
     if tokenizer.quantizer.id_count:
         codec = Codec(tokenizer, find_context(arguments.model, tokenizer))
-    candidates: list[Reconstructor] = [
-        FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name, codec)
-    ]
+    sampling = {"steps": steps, "seed": arguments.seed, "guidance": guidance, "identity": tokenizer.identity()}
+    ours = FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name, codec)
+    candidates: list[tuple[Reconstructor, dict[str, Any]]] = [(ours, sampling)]  # with what its figures depend on
     model = tokenizer.config.model
     tiles = len(Tiling(side, side, own).corners)
     budget = math.ceil(tiles * (tokenizer.config.bits_per_picture or 32 * model.code_length * model.context_dim) / 8)
     for peer in arguments.peers:
         kind, _, weights = peer.partition("=")
         if kind in FORMATS:
-            candidates += [CodecReconstructor(kind, budget, headers) for headers in (True, False)]
+            whole_and_content = [CodecReconstructor(kind, budget, headers) for headers in (True, False)]
+            candidates += [(codec, {"budget": budget}) for codec in whole_and_content]
             continue
         if side != SIDE:
             raise UsageError(f"{kind} works at {SIDE} × {SIDE}, not at {side} × {side}; add --size {SIDE}")
-        candidates.append(build_peer(kind, weights or None, world.device))
+        candidates.append((build_peer(kind, weights or None, world.device), {"weights": weights}))
     judges.remember = len(candidates) > 1
-    depends = {"steps": steps, "seed": arguments.seed, "guidance": guidance, "budget": budget}
-    depends["identity"] = tokenizer.identity()
     entries = []
-    for candidate in candidates:
+    for candidate, depends in candidates:
         pace = Pace()
         measured = measure(
             candidate,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flowmo.config import Config
+from flowmo.config import Config, ConfigError
 from flowmo.tokenizer import FlowMo
 from flowmo.train.plan import PAPER_BATCH
 
@@ -58,33 +58,66 @@ def scale_initial_weights(tokenizer: FlowMo) -> None:
             module.bias.mul_(multipliers[net] ** 0.5)
 
 
-def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """Adam with the paper's betas (0.9, 0.95), decoupled weight decay where there is one, µP's learning rates.
+class Together:
+    """Several optimizers of different parameters, used as one."""
 
-    Each group's ``scale`` is its share of the learning rate: 1 / multiplier of the width for matrices that sum over
-    the width, 1 for the rest and for a generator. Its state exists from the start, so that a checkpoint can be read
-    into it.
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.state = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def build_optimizer(model: nn.Module) -> torch.optim.Optimizer | Together:
+    """Adam with the paper's betas (0.9, 0.95), decoupled weight decay where there is one, µP's learning rates; with
+    ``opt.optimizer=muon`` Muon (Jordan 2024) in its place for the matrices that blocks multiply their tokens with.
+
+    Each group's ``scale`` is its share of the learning rate. Adam's is 1 / multiplier of the width for matrices that
+    sum over the width, 1 for the rest and for a generator; Muon's is ``opt.muon_lr`` over ``opt.lr``, whatever the
+    width. All state exists from the start, so that a checkpoint can be read into it.
+
+    Raises:
+        ConfigError: this PyTorch has no Muon.
     """
     opt = model.config.opt
     groups: dict[float, list[Tensor]] = {}
+    matrices: list[Tensor] = []
     multipliers = width_multipliers(model.config)
     for name, parameter in model.named_parameters():
+        if opt.optimizer == "muon" and ".blocks." in f".{name}" and parameter.ndim == 2 and "modulation" not in name:
+            matrices.append(parameter)
+            continue
         multiplier = multipliers.get(name.partition(".")[0], 1.0)
         groups.setdefault(1 / multiplier if is_wide(name, parameter) else 1.0, []).append(parameter)
-    optimizer = torch.optim.AdamW(
+    adam = torch.optim.AdamW(
         [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
         lr=opt.lr,
         betas=(opt.beta1, opt.beta2),
         weight_decay=opt.weight_decay,
         fused=True,
     )
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
+    for parameter in (p for parameters in groups.values() for p in parameters):
+        adam.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-    return optimizer
+    if not matrices:
+        return adam
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f"opt.optimizer=muon needs PyTorch 2.9 or newer, not {torch.__version__}; write adam")
+    groups = [{"params": matrices, "scale": opt.muon_lr / opt.lr}]
+    muon = torch.optim.Muon(groups, lr=opt.muon_lr, weight_decay=opt.weight_decay)
+    for parameter in matrices:
+        muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+    return Together(adam, muon)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,0 +1,94 @@
+"""Writes the training pictures of the bundled preset: each photograph whole at 128 pixels, and a closer square of it.
+
+    python runs/nano_pictures.py OUT PICTURES [PICTURES ...] --without HELD_OUT [HELD_OUT ...]
+
+A tokenizer meets whole pictures and tiles of large ones, which are smoother; the closer squares, 128 pixels of the same
+photograph at a larger scale, stand for the latter. Photographs that look like a held-out one are left out and listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterable
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from flowmo.pictures import EXTENSIONS, PictureError, read_picture
+
+SIDE = 128
+LARGEST_SCALE = 2.0
+"""Of a closer square: the short side it is cut from, over ``SIDE``."""
+QUALITY = 93
+THUMB = 12
+ALIKE = 4.0
+"""Root-mean-square difference of two thumbnails, in grey levels of 255, under which two pictures count as one."""
+
+
+def files(folders: Iterable[Path]) -> list[Path]:
+    return sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+
+
+def square(picture: Image.Image, short: int, across: float, down: float) -> Image.Image:
+    """``SIDE`` pixels of the picture at a short side of ``short``, at a place of 0 to 1 across and down."""
+    scale = short / min(picture.size)
+    picture = picture.resize([max(round(n * scale), SIDE) for n in picture.size], Image.Resampling.BICUBIC)
+    left, top = round(across * (picture.width - SIDE)), round(down * (picture.height - SIDE))
+    return picture.crop((left, top, left + SIDE, top + SIDE))
+
+
+def thumb(path: Path) -> np.ndarray | None:
+    try:
+        picture = read_picture(path)
+    except PictureError:
+        return None
+    middle = square(picture, SIDE, 0.5, 0.5).convert("L").resize((THUMB, THUMB), Image.Resampling.BOX)
+    return np.asarray(middle, np.float32).ravel()
+
+
+def write(job: tuple[int, Path, Path]) -> None:
+    number, path, folder = job
+    draw = random.Random(f"{number} {path.name}")
+    picture = read_picture(path)
+    largest = min(LARGEST_SCALE * SIDE, min(picture.size))
+    views = [square(picture, SIDE, draw.random(), draw.random())]
+    if largest > SIDE:
+        views.append(square(picture, round(draw.uniform(SIDE, largest)), draw.random(), draw.random()))
+    place = folder / f"{number % 100:02}"
+    place.mkdir(parents=True, exist_ok=True)
+    for i, view in enumerate(views):
+        view.save(place / f"{number:06}_{i}.jpg", quality=QUALITY, subsampling=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("pictures", type=Path, nargs="+", help="folders of photographs")
+    parser.add_argument("--without", type=Path, nargs="*", default=[], help="folders of held-out photographs")
+    arguments = parser.parse_args()
+    photographs, held_out = files(arguments.pictures), files(arguments.without)
+    with Pool() as pool:
+        thumbs = pool.map(thumb, photographs, 64)
+        known = [t for t in pool.map(thumb, held_out, 64) if t is not None]
+        seen = np.stack(known) if known else np.full((1, THUMB * THUMB), np.inf, np.float32)
+        chosen = []
+        for path, small in zip(photographs, thumbs, strict=True):
+            if small is None:
+                print(f"unreadable: {path}")
+                continue
+            distance = np.sqrt(np.square(seen - small).mean(axis=1))
+            if distance.min() < ALIKE:
+                print(f"held out: {path} looks like {held_out[int(distance.argmin())]} ({distance.min():.1f})")
+                continue
+            chosen.append(path)
+        jobs = [(i, path, arguments.out) for i, path in enumerate(chosen)]
+        for _ in pool.imap_unordered(write, jobs, 64):
+            pass
+    print(f"{len(chosen)} photographs of {len(photographs)}")
+
+
+if __name__ == "__main__":
+    main()
