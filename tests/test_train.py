@@ -71,6 +71,28 @@ def test_the_log_is_in_float32(tiny_config, images):
     assert abs(loss.parts["lpips"] - 0.123456) < 1e-3
 
 
+def test_the_perceptual_loss_sees_both_pictures_cut_alike(tiny_config, images):
+    config = tiny_config.override("opt.lpips_jitter=5")
+    tokenizer, seen = FlowMo(config), []
+
+    def distance(x, y):
+        seen.append((x, y))
+        return (x - y).square().mean(dim=(1, 2, 3))
+
+    draws = Draws.of(config, images, range(5))
+    for start, chunk in ((0, images[:2]), (2, images[2:])):
+        pretrain_loss(tokenizer, chunk, Draws.of(config, chunk, range(start, start + len(chunk))), distance)
+    assert len(set(map(tuple, draws.cut.tolist()))) > 1
+    cut = torch.cat([x for x, _ in seen])
+    assert cut.shape == torch.cat([y for _, y in seen]).shape == (5, 3, 27, 27)
+    for image, part, (row, column) in zip(images, cut, draws.cut.tolist(), strict=True):
+        assert torch.equal(image[:, row : row + 27, column : column + 27], part)
+    plain = Draws.of(tiny_config, images, range(5))
+    assert plain.cut is None
+    assert torch.equal(plain.noise, draws.noise)
+    assert torch.equal(plain.t, draws.t)
+
+
 def half_distance(x, y):
     return torch.full((len(x),), 0.123456, dtype=torch.bfloat16)
 

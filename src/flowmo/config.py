@@ -191,6 +191,11 @@ class OptConfig:
     lpips_mode: str = setting(
         "vgg", "perceptual loss, LPIPS on vgg or alex, or resnet's logits: " + ", ".join(LPIPS_MODES)
     )
+    lpips_jitter: int = setting(
+        0,
+        "pixels by which both pictures are cut at a random place before the perceptual loss on the one-step estimate "
+        "sees them, so that its network's own grid cannot be played to",
+    )
     perceptual_weights: str = setting("", "folder to look for its weights in, before FLOWMO_WEIGHTS")
     n_grad_acc: int = setting(0, "passes that a process cuts its part of a batch into; 0 is as few as fit")
     freeze_encoder_after: Span = setting(Span("25.6M images"), "when the encoder stops to learn")
@@ -702,6 +707,10 @@ def check(config: Config) -> None:
         ("trainer.patience", t.patience),
     ):
         require(value >= 0, f"{name}={value} must not be negative; 0 switches it off")
+    require(
+        0 <= o.lpips_jitter <= d.image_size // 2,
+        f"opt.lpips_jitter={o.lpips_jitter} must be from 0 to half of data.image_size={d.image_size}",
+    )
     require(0 <= t.seed < 2**63, f"trainer.seed={t.seed} must be a whole number from 0 to 2^63 − 1")
     require(s.sample_steps > 0, f"eval.sampling.sample_steps={s.sample_steps} must be at least 1; the paper uses 25")
     choose("eval.sampling.solver", s.solver, SOLVERS)

@@ -85,6 +85,11 @@ def blank_distance(mode: str) -> LPIPS | ResNetLogits:
     return ResNetLogits.blank() if mode == "resnet" else LPIPS.blank(mode)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """b c h w with its channels adjacent in memory, as convolutions want them: on a CPU in bfloat16 a third faster."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:
     """The first of ``names`` found in the places that the module's docstring lists.
 
@@ -131,6 +136,7 @@ class LPIPS(nn.Module):
         super().__init__()
         self._build(net)
         self._load(find_weights(*BACKBONES[net], weights, download), find_weights(*HEADS[net], weights, download))
+        self.to(memory_format=torch.channels_last)
 
     @classmethod
     def blank(cls, net: str) -> LPIPS:
@@ -173,7 +179,7 @@ class LPIPS(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Unit-length feature maps of pictures b 3 h w in [−1, 1], one per row of the network, float32."""
-        x = (x - self.mean) / self.std
+        x = channels_last((x - self.mean) / self.std)
         maps = []
         for i, row in enumerate(self.rows):
             if i in self.pooled_rows:
@@ -222,7 +228,7 @@ class ResNetLogits(nn.Module):
         missing, unexpected = self.network.load_state_dict(state, strict=False)
         if unexpected or [name for name in missing if not name.endswith("num_batches_tracked")]:
             raise WeightsNotFoundError(f"{path}: not the weights of a ResNet-50")
-        self.eval().requires_grad_(False)
+        self.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     @classmethod
     def blank(cls) -> ResNetLogits:
@@ -245,7 +251,7 @@ class ResNetLogits(nn.Module):
         """Pictures b 3 h w in [−1, 1] -> b 2048, of which the logits are a linear function."""
         x = F.interpolate(x / 2 + 0.5, (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
         x = (x - self.mean) / self.std
-        return self.network.features(x.flip(1) if self.caffe else x)
+        return self.network.features(channels_last(x.flip(1) if self.caffe else x))
 
     def logits(self, x: Tensor) -> Tensor:
         """Pictures b 3 h w in [−1, 1] -> float32 b 1000."""

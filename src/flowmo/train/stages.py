@@ -50,13 +50,15 @@ class Chain(NamedTuple):
 
 class Draws(NamedTuple):
     """Random numbers of some pictures: timesteps b in [0, 1], noise b 3 h w, and b, False where the code is dropped;
-    in stage 1B also those of their samples, in stage 1C those of the jumps."""
+    in stage 1B also those of their samples, in stage 1C those of the jumps; with ``opt.lpips_jitter`` b × 2, the row
+    and column at which the perceptual loss cuts."""
 
     t: Tensor
     noise: Tensor
     keep: Tensor
     chain: Chain | None = None
     jumps: Jumps | None = None
+    cut: Tensor | None = None
 
     @classmethod
     def of(cls, config: Config, images: Tensor, places: Sequence[int]) -> Draws:
@@ -85,10 +87,12 @@ class Draws(NamedTuple):
                 row += [times, torch.rand(steps, generator=generator) >= dropped_in_chain]
             if stage == "distill":
                 row += random_jumps(config.opt.jumps, config.eval.sampling.rho, generator)
+            row.append(torch.randint(0, config.opt.lpips_jitter + 1, (2,), generator=generator))
             rows.append(row)
-        t, noise, keep, *more = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+        t, noise, keep, *more, cut = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
         chain = Chain(*more) if stage == "posttrain" else None
-        return cls(t, noise, keep, chain, Jumps(*more) if stage == "distill" else None)
+        jumps = Jumps(*more) if stage == "distill" else None
+        return cls(t, noise, keep, chain, jumps, cut if config.opt.lpips_jitter else None)
 
 
 def random_jumps(count: int, rho: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -136,7 +140,12 @@ def pretrain_loss(
     if quantized.noise_level is not None:
         draws = draws._replace(t=torch.lerp(quantized.noise_level, torch.ones_like(draws.t), draws.t))
     flow_loss, estimate = one_step(tokenizer, quantized.code, images, draws)
-    distances = {} if perceptual is None else {"lpips": perceptual(images, estimate()).float().mean()}
+    distances = {}
+    if perceptual is not None:
+        pair = (images, estimate())
+        if draws.cut is not None:
+            pair = (cut_out(x, draws.cut, tokenizer.config.opt.lpips_jitter) for x in pair)
+        distances["lpips"] = perceptual(*pair).float().mean()
     return _sum(tokenizer, {} if freeze_encoder else quantized.losses, flow_loss, distances, quantized)
 
 
@@ -197,6 +206,17 @@ def distill_loss(
         original = images if tokenizer.config.opt.distill_towards == "picture" else path.states[-1]
         distances["jump_distance"] = perceptual(original.repeat_interleave(2, dim=0), final).float().mean()
     return _sum(tokenizer, {}, flow_loss, distances, quantized)
+
+
+def cut_out(images: Tensor, corners: Tensor, margin: int) -> Tensor:
+    """Of each picture b 3 h w the part, ``margin`` pixels smaller, that begins at the row and column in ``corners``.
+
+    A network's strides see every picture at the same phase, and a decoder finds the texture that pleases it there; cut
+    at random, the same picture is seen at all of them (after E-LPIPS, Kettunen et al. 2019).
+    """
+    h, w = images.shape[-2] - margin, images.shape[-1] - margin
+    places = zip(images, corners.tolist(), strict=True)
+    return torch.stack([image[:, row : row + h, column : column + w] for image, (row, column) in places])
 
 
 class Path(NamedTuple):
