@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--without", type=Path, nargs="*", default=[], help="folders of held-out photographs")
     arguments = parser.parse_args()
     photographs, held_out = files(arguments.pictures), files(arguments.without)
+    if not photographs:
+        raise SystemExit(f"no photographs in {' '.join(map(str, arguments.pictures))}")
     with Pool() as pool:
         thumbs = pool.map(thumb, photographs, 64)
         known = [t for t in pool.map(thumb, held_out, 64) if t is not None]

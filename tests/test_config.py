@@ -1,6 +1,8 @@
 import math
+import re
 
 import pytest
+from conftest import ROOT
 
 from flowmo import Config, ConfigError, preset
 from flowmo.config import FIELDS, PRESETS
@@ -124,3 +126,13 @@ def test_yaml_missing(tmp_path):
 
 def test_no_value_is_lost_to_infinity():
     assert all(math.isfinite(v) for v in vars(Config().eval.sampling).values() if not isinstance(v, str))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_recipes_are_settings(file):
+    """Each can be read without naming pictures, and says first what it is for and what it costs."""
+    config = Config.from_yaml(file)
+    assert config.trainer.duration.amount > 0
+    text = file.read_text()
+    assert text.startswith("# ")
+    assert re.search("flowmo train|flowmo.train|runs/", text.partition("preset:")[0])

@@ -227,8 +227,10 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
     again = Run(worse, tmp_path / "run", report=quiet)
     again.train()
     assert again.step == run.step, "an ended run stays ended"
+    best, chosen = load(run.checkpoints()[0]), load(tmp_path / "run")
+    assert chosen.identity() == best.identity() != load(run.checkpoints()[-1]).identity()
 
 
-def test_a_guard_needs_held_out_pictures(settings):
+def test_a_guard_needs_held_out_pictures(settings, tmp_path):
     with pytest.raises(ConfigError, match=r"needs held-out pictures; write data\.val"):
-        settings.override("trainer.best_metric=psnr")
+        Run(settings.override("trainer.best_metric=psnr"), tmp_path / "run", report=quiet)

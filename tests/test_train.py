@@ -174,6 +174,7 @@ def test_what_a_run_leaves(config, tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
     assert {"flow", "entropy", "commitment", "images_per_second"} <= lines[0].keys()
     assert Config.from_dict(json.loads((run.folder / "config.json").read_text())) == config
+    assert load(run.folder).identity() == load(run.folder / "checkpoints" / "00000009.pth").identity()
 
 
 def test_weights_move_and_norms_stay(config, tmp_path):

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flowmo import hub, sharded
+from flowmo import hub, runs, sharded
 from flowmo.config import PRESETS, Config, ConfigError
 from flowmo.errors import FlowMoError
 from flowmo.release import CheckpointMismatchError, convert_release, is_release, release_config
@@ -47,8 +47,9 @@ def load(
 
     Args:
         source: a bundled preset (``nano``), a ``.safetensors`` file, a folder that holds ``model.safetensors``, a
-            training checkpoint (``.pth``, or the folder of a sharded one), an authors' checkpoint (``.pth``), or the
-            Hub id ``owner/name``, or ``owner/name@revision``, of a folder with ``model.safetensors``.
+            training checkpoint (``.pth``, or the folder of a sharded one), a run's folder (``results/NAME``: its
+            checkpoint judged best, or the newest), an authors' checkpoint (``.pth``), or the Hub id ``owner/name``, or
+            ``owner/name@revision``, of a folder with ``model.safetensors``.
         overrides: ``section.name=value`` settings to change, for what an authors' file does not tell (its
             ``model.code_length``) or how it samples (``eval.sampling.sample_steps``).
         ema: of a training or authors' checkpoint, the averaged weights rather than the last ones.
@@ -68,7 +69,7 @@ def find(source: str | Path) -> Path:
     if sharded.is_sharded(path):
         return path
     if path.is_dir():
-        path = path / FILE_NAME
+        path = runs.chosen(path) or path / FILE_NAME
     if path.is_file():
         return path
     name = str(source)

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flowmo.checkpoint import CheckpointError
-from flowmo.config import Config
+from flowmo.checkpoint import CheckpointError, write_whole
+from flowmo.config import Config, ConfigError
 from flowmo.data import batches
 from flowmo.distributed import World
-from flowmo.runs import CHECKPOINTS, ENDED, SETTINGS, listing
+from flowmo.runs import BEST, CHECKPOINTS, ENDED, SETTINGS, listing
 from flowmo.sharded import ShardedError
 from flowmo.train import state
 from flowmo.train.account import peak_flops
@@ -61,7 +61,7 @@ class Run:
         TrainingError: the folder holds a run of another model.
         CheckpointError, StateError: its last checkpoint is damaged.
         DataError, WeightsNotFoundError: the pictures or the perceptual network are not there.
-        ConfigError: the batch cannot be shared by the processes.
+        ConfigError: the batch cannot be shared by the processes, or checkpoints are to be judged on no pictures.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class Run:
         self.config, self.folder, self.world = config, folder, world
         self.device = world.device
         trainer = config.trainer
+        if trainer.best_metric and not config.data.val:  # a settings file need not name pictures, a run must
+            raise ConfigError("trainer.best_metric needs held-out pictures; write data.val=PICTURES")
         self._lock = FolderLock(folder) if world.main else None
         self.journal = Journal(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
         self.task = build_task(config, world, self.journal.report)
@@ -341,6 +343,8 @@ class Run:
         path = state.save(self.checkpoint_folder, self.step, self.state, facts, self.world)
         self.saved_at = self.step
         if self.world.main:
+            if self.guard.step == self.step:
+                write_whole(self.folder / BEST, lambda temporary: Path(temporary).write_text(path.stem))
             for old in self.checkpoints()[: -self.config.trainer.keep_last]:
                 if not self._kept(int(old.stem)) and int(old.stem) != self.guard.step:
                     state.remove(old)
