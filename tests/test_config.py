@@ -135,4 +135,4 @@ def test_recipes_are_settings(file):
     assert config.trainer.duration.amount > 0
     text = file.read_text()
     assert text.startswith("# ")
-    assert re.search("flowmo train|flowmo.train|runs/", text.partition("preset:")[0])
+    assert re.search("flowmo train|flowmo.train|runs/", text.partition("\npreset:")[0])
