@@ -1,6 +1,6 @@
 """The command line: thin, every command is a few calls of the library.
 
-Errors that a user can mend are one line on standard error and exit status 2; an interrupt exits with 130.
+Errors that a user can mend are one line on standard error. Exit statuses: see ``STATUSES``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from collections.abc import Sequence
 
 import flowmo
 from flowmo.cli import evaluation, generation, models, page, pictures, training
-from flowmo.cli.shared import UsageError
+from flowmo.cli.shared import UsageError, message_of
 from flowmo.errors import FlowMoError
 
+STATUSES = (
+    "Exit status: 0 done; 1 the reader of a pipe is gone; 2 something that you can mend, said in one line on standard "
+    "error; 130 interrupted."
+)
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
 
 
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (FlowMoError, OSError) as error:
-        print(f"flowmo: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"flowmo: {message_of(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -53,7 +57,8 @@ def completion(shell: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flowmo", description="Pictures to a short string of bits and back.")
+    about = "Pictures to a short string of bits and back."
+    parser = argparse.ArgumentParser(prog="flowmo", description=about, epilog=STATUSES)
     parser.add_argument("--version", action="version", version=f"flowmo {flowmo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     shells = commands.add_parser("completion", help="a script that completes commands in a shell")

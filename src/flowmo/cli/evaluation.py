@@ -7,11 +7,12 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flowmo
-from flowmo.cli.shared import UsageError, command, positive, progress_bar, with_model, with_sampling
+from flowmo.cli.shared import UsageError, command, positive, progress_bar, with_json, with_model, with_sampling
 from flowmo.codec import Codec, find_context
 from flowmo.data import Source, evenly_spread, open_source
 from flowmo.distributed import World
@@ -51,7 +52,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         judges.to(world.device)
         if source is None:
             folder = arguments.results_dir / arguments.experiment_name
-            Follower(arguments.settings, folder, judges, world, say).evaluate()
+            follower = Follower(arguments.settings, folder, judges, world, say)
+            if arguments.json:  # a line of it a checkpoint, as each is done; what people read goes the other way
+                follower.report, follower.found = partial(say, to=sys.stderr), lambda row: say(json.dumps(row))
+            follower.evaluate()
         else:
             compare(arguments, source, judges, world, say)
         for line in missing:
@@ -130,7 +134,7 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
         if arguments.peers:
             facts["codecs"] = f"highest quality within {budget} bytes a picture: whole files, and without their headers"
         write_report(arguments.report, entries, source, chosen, side, facts)
-        say(f"report in {arguments.report}/index.html")
+        say(f"report in {arguments.report}/index.html", sys.stderr if arguments.json else None)
 
 
 def shown_path(name: str) -> str:
@@ -152,9 +156,8 @@ def add_to(commands: Any) -> None:
     features = "network of the Fréchet distance; auto takes FID's Inception where its weights are (auto)"
     sub.add_argument("--features", choices=("auto", "inception", "resnet", "none"), default="auto", help=features)
     sub.add_argument("--enlarge", action="store_true", help="take pictures smaller than the crop too")
-    sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument(
         "--experiment-name", default="my_evaluation", help="folder of an evaluation of a run's checkpoints"
     )
     sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where that folder is (results)")
-    with_model(sub), with_sampling(sub)
+    with_model(sub), with_sampling(sub), with_json(sub)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 import flowmo
 from flowmo import checkpoint
-from flowmo.cli.shared import UsageError, command, finite, positive, progress_bar, seed, with_model
+from flowmo.cli.shared import UsageError, command, finite, positive, progress_bar, seed, tell, with_json, with_model
 from flowmo.config import REVEALING_ORDERS
 from flowmo.data import open_source
 from flowmo.evaluate.figures import grid
@@ -50,9 +49,19 @@ def tokenize(arguments: argparse.Namespace) -> None:
         if world.main:
             readable = len(Tokens(arguments.out))
             missing = f", {facts.count - readable} of which cannot be read" if readable < facts.count else ""
-            print(
+            tell(
+                arguments,
                 f"{arguments.out}: {facts.count} samples{missing}, {len(facts.classes)} classes, {facts.ids} ids of "
-                f"{facts.id_bits} bits: {facts.count * facts.record / 1e6:.2f} MB of ids in {facts.shards} shards"
+                f"{facts.id_bits} bits: {facts.count * facts.record / 1e6:.2f} MB of ids in {facts.shards} shards",
+                folder=str(arguments.out),
+                samples=facts.count,
+                readable=readable,
+                classes=len(facts.classes),
+                ids=facts.ids,
+                id_bits=facts.id_bits,
+                bytes=facts.count * facts.record,
+                shards=facts.shards,
+                tokenizer=facts.tokenizer,
             )
 
 
@@ -86,7 +95,7 @@ def context(arguments: argparse.Namespace) -> None:
             size = cost(model, bits) / 8
             facts |= {name: float(size.mean()), f"{name}_spread": float(size.std())}
             lines[-1] += f", by {name} {size.mean():.1f} ± {size.std():.1f}"
-    print(json.dumps(facts, indent=1) if arguments.json else "\n".join(lines))
+    tell(arguments, "\n".join(lines), **facts)
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -105,6 +114,7 @@ def generate(arguments: argparse.Namespace) -> None:
         check_pair(generator, tokenizer)
         names = arguments.classes or [str(i) for i in range(len(generator.vocabulary.classes))] or ["-1"]
         classes = [generator.label(name) for name in names]
+        class_names = [generator.class_name(label) for label in classes]
         count = arguments.count or len(classes) * arguments.per_class
         labels = [classes[i * len(classes) // count] for i in range(count)]
         sampled = ("steps", "guidance", "temperature", "last_temperature", "choice_temperature", "order", "seed")
@@ -118,7 +128,8 @@ def generate(arguments: argparse.Namespace) -> None:
                 raise UsageError("--edit writes one picture; name it with --out PICTURE.png")
             produce(generator, tokenizer, labels, arguments.out, drawing, world=world, progress=progress_bar("drawing"))
             if world.main:
-                print(f"{arguments.out}: {count} pictures of {len(classes)} classes")
+                line = f"{arguments.out}: {count} pictures of {len(classes)} classes"
+                tell(arguments, line, file=str(arguments.out), pictures=count, classes=class_names)
             return
         if world.size > 1:
             raise UsageError(f"several processes write a folder or an .npz, not {arguments.out}")
@@ -134,7 +145,8 @@ def generate(arguments: argparse.Namespace) -> None:
         blank = torch.ones_like(drawn[:1]).expand(-count % columns, -1, -1, -1)
         rows = torch.cat((drawn, blank)).split(columns)
         checkpoint.write_whole(arguments.out, lambda name: to_picture(grid(list(rows))).save(name, "PNG"))
-        print(f"{arguments.out}: {count} pictures, rows of {columns}: {', '.join(map(generator.class_name, classes))}")
+        line = f"{arguments.out}: {count} pictures, rows of {columns}: {', '.join(class_names)}"
+        tell(arguments, line, file=str(arguments.out), pictures=count, classes=class_names, columns=columns)
 
 
 def add_to(commands: Any) -> None:
@@ -148,7 +160,7 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--seed", type=seed, default=0, help="seed of random crops (0)")
     sub.add_argument("--shard-size", type=positive, default=4096, help="samples a shard, which are lost at most (4096)")
     sub.add_argument("--workers", type=int, default=0, help="processes that read pictures (0)")
-    with_model(sub)
+    with_model(sub), with_json(sub)
 
     sub = command(context, "a model of a tokenizer's ids that makes .flowmo files shorter", commands)
     sub.add_argument("tokens", metavar="TOKENS", help="folder that flowmo tokenize wrote")
@@ -159,7 +171,7 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--hidden", type=positive, default=128, help="hidden units (128)")
     sub.add_argument("--fit-steps", type=positive, default=4000, help="steps of 512 tokens (4000)")
     sub.add_argument("--seed", type=seed, default=0, help="seed of weights and order (0)")
-    sub.add_argument("--json", action="store_true", help="print JSON")
+    with_json(sub)
 
     sub = command(generate, "pictures of a class, by a trained generator", commands)
     sub.add_argument("generator", metavar="GENERATOR", help="file of a generator: .safetensors, or a checkpoint")
@@ -178,4 +190,4 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--seed", type=seed, default=0, help="seed of everything (0)")
     sub.add_argument("--decode-steps", type=positive, help="Euler steps of the tokenizer (its own)")
     sub.add_argument("--decode-guidance", type=finite, help="guidance of the tokenizer (its own)")
-    with_model(sub)
+    with_model(sub), with_json(sub)

@@ -14,7 +14,7 @@ import torch
 
 import flowmo
 from flowmo import checkpoint, codec, sample
-from flowmo.cli.shared import UsageError, command, load, positive, with_model
+from flowmo.cli.shared import UsageError, command, load, positive, tell, with_json, with_model
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config
 from flowmo.sharded import is_sharded
 from flowmo.tokenizer import FlowMo
@@ -125,11 +125,16 @@ def convert(arguments: argparse.Namespace) -> None:
 
         generator = load_generator(arguments.source, *arguments.settings, ema=not arguments.last_weights)
         save_generator(generator, arguments.output, dtype)
-        print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB, a generator")
+        size = arguments.output.stat().st_size
+        line = f"{arguments.output}: {size / 2**20:.1f} MiB, a generator"
+        facts = {"generator": generator.identity(), "tokenizer": generator.vocabulary.tokenizer}
+        tell(arguments, line, file=str(arguments.output), bytes=size, **facts)
         return
     tokenizer = flowmo.load(arguments.source, *arguments.settings, ema=not arguments.last_weights)
     flowmo.save(tokenizer, arguments.output, dtype)
-    print(f"{arguments.output}: {arguments.output.stat().st_size / 2**20:.1f} MiB, tokenizer {tokenizer.identity()}")
+    size, identity = arguments.output.stat().st_size, tokenizer.identity()
+    line = f"{arguments.output}: {size / 2**20:.1f} MiB, tokenizer {identity}"
+    tell(arguments, line, file=str(arguments.output), bytes=size, tokenizer=identity)
 
 
 def push(arguments: argparse.Namespace) -> None:
@@ -144,11 +149,14 @@ def push(arguments: argparse.Namespace) -> None:
     content = None if context is None else context.save()
     if arguments.folder:
         hub.write_folder(tokenizer, arguments.folder, content, arguments.name)
-        print(f"{arguments.folder}: {', '.join(sorted(path.name for path in arguments.folder.iterdir()))}")
+        files = sorted(path.name for path in arguments.folder.iterdir())
+        tell(arguments, f"{arguments.folder}: {', '.join(files)}", folder=str(arguments.folder), files=files)
         return
     with tempfile.TemporaryDirectory() as folder:
         hub.write_folder(tokenizer, Path(folder), content, arguments.name)
-        print(hub.push(Path(folder), arguments.name, arguments.private))
+        files = sorted(path.name for path in Path(folder).iterdir())
+        address = hub.push(Path(folder), arguments.name, arguments.private)
+        tell(arguments, address, address=address, files=files)
 
 
 def is_generator(source: str) -> bool:
@@ -162,7 +170,7 @@ def is_generator(source: str) -> bool:
 def add_to(commands: Any) -> None:
     sub = command(info, "parameters, bits per pixel and passes of a preset or checkpoint", commands)
     sub.add_argument("source", nargs="?", default="nano", help="preset, settings file, or weights (nano)")
-    sub.add_argument("--json", action="store_true", help="print JSON")
+    with_json(sub)
     sub.add_argument("--training", action="store_true", help="also say what training it costs, by arithmetic")
     sub.add_argument("--settings", dest="settings_too", action="store_true", help="also list every setting")
 
@@ -170,17 +178,18 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--batch", type=positive, default=1, help="pictures at a time (1)")
     sub.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
     sub.add_argument("--repeats", type=positive, default=5, help="runs that the median is taken of (5)")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-    with_model(sub)
+    with_model(sub), with_json(sub)
 
     sub = command(convert, "any checkpoint to .safetensors", commands)
     sub.add_argument("source", help="authors' or training checkpoint (.pth), or any other weights")
     sub.add_argument("output", type=Path, help="file to write, .safetensors")
     sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="precision on disk (float32)")
     sub.add_argument("--last-weights", action="store_true", help="the last weights rather than their average")
+    with_json(sub)
 
     sub = command(push, "a tokenizer to the Hugging Face Hub", commands)
     sub.add_argument("source", help="preset, file or folder of the weights")
     sub.add_argument("name", metavar="OWNER/NAME", help="the repository, which is made where there is none")
     sub.add_argument("--private", action="store_true", help="make it a private one")
     sub.add_argument("--folder", type=Path, help="only write the files, to this folder")
+    with_json(sub)

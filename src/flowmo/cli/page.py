@@ -28,9 +28,16 @@ def demo(arguments: argparse.Namespace) -> None:
         blocks.block_thread()
 
 
+def port(text: str) -> int:
+    value = int(text)
+    if not 0 < value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 65535")
+    return value
+
+
 def add_to(commands: Any) -> None:
     sub = command(demo, "a web page that shows it all", commands)
     sub.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for others too (127.0.0.1)")
-    sub.add_argument("--port", type=int, default=7860, help="port to listen at (7860)")
+    sub.add_argument("--port", type=port, default=7860, help="port to listen at (7860)")
     sub.add_argument("--generator", type=Path, help="a generator of the tokenizer's ids, to draw pictures of classes")
     with_model(sub)

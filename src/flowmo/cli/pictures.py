@@ -18,10 +18,12 @@ from flowmo.cli.shared import (
     UsageError,
     command,
     load,
+    message_of,
     progress_bar,
     refuse_clash,
     sampling,
     with_fit,
+    with_json,
     with_model,
     with_sampling,
 )
@@ -35,6 +37,14 @@ from flowmo.tokenizer import FlowMo
 SUFFIX = ".flowmo"
 PIPE = Path("-")
 """Standard input or output in place of a file."""
+DRAWN = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95},
+    ".jpeg": {"format": "JPEG", "quality": 95},
+    ".webp": {"format": "WEBP", "lossless": True},
+    ".ppm": {"format": "PPM"},
+}
+"""How a picture is written, by the end of its file's name; to standard output as the first."""
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
@@ -72,9 +82,10 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 def encode(arguments: argparse.Namespace) -> None:
     """Write the ids of pictures to .flowmo files, entropy-coded where a context model lies beside the tokenizer.
 
-    A picture named - comes from standard input, and --output - goes to standard output.
+    The file to write can follow a single picture, encode photo.jpg photo.flowmo. A picture named - comes from standard
+    input, and a file named - goes to standard output.
     """
-    jobs = outputs_of(arguments, arguments.pictures, SUFFIX)
+    jobs = outputs_of(arguments, arguments.pictures, (SUFFIX,), SUFFIX)
     tokenizer = load(arguments)
     codec = Codec(tokenizer, None if arguments.packed else context_of(arguments, tokenizer))
 
@@ -103,8 +114,17 @@ def encode(arguments: argparse.Namespace) -> None:
 
 
 def decode(arguments: argparse.Namespace) -> None:
-    """Draw the pictures of .flowmo files; - stands for standard input and output."""
-    jobs = outputs_of(arguments, arguments.files, f"{SUFFIX}.png")  # a plain .png could be the original
+    """Draw the pictures of .flowmo files.
+
+    The picture to write can follow a single file, decode photo.flowmo photo.png. A file named - comes from standard
+    input, and a picture named - goes to standard output, as PNG.
+    """
+    if arguments.ids and (arguments.output or arguments.out_dir):
+        raise UsageError("--ids prints the ids and writes no file; leave --output and --out-dir out")
+    jobs = outputs_of(arguments, arguments.files, tuple(DRAWN), f"{SUFFIX}.png")  # a plain .png could be the original
+    unknown = next((o for _, o in jobs if o != PIPE and o.suffix.lower() not in DRAWN), None)
+    if unknown:
+        raise UsageError(f"{unknown}: name a picture that ends in {', '.join(DRAWN)}, or - for standard output")
     tokenizer = load(arguments)
     codec = Codec(tokenizer, context_of(arguments, tokenizer))
 
@@ -114,17 +134,18 @@ def decode(arguments: argparse.Namespace) -> None:
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from None
         if arguments.ids:
-            return {}, json.dumps(codes.ids.tolist())
+            ids = codes.ids.tolist()
+            return {"output": None, "bytes_of_ids": codes.nbytes, "ids": ids}, json.dumps(ids)
         picture = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
         content = io.BytesIO()
-        picture.save(content, "PNG")
+        picture.save(content, **DRAWN[".png" if output == PIPE else output.suffix.lower()])
         write(output, content.getvalue())
         facts = {"height": picture.height, "width": picture.width, "bytes_of_ids": codes.nbytes}
         return facts, f"{output}: {picture.width}×{picture.height} from {codes.nbytes} bytes of ids"
 
     if arguments.ids:
-        jobs = [(path, path) for path, _ in jobs]  # nothing is written, and nothing but the ids is printed
-    done = each(jobs, work, arguments.json and not arguments.ids)
+        jobs = [(path, Path()) for path, _ in jobs]  # nothing is written, and nothing but the ids is printed
+    done = each(jobs, work, arguments.json)
     if len(done) > 1 and not arguments.json and not arguments.ids:
         print(f"{len(done)} pictures, {sum(row['seconds'] for row in done) / len(done):.2f} s a picture")
 
@@ -149,10 +170,10 @@ def each(jobs: Sequence[tuple[Path, Path]], work: Work, as_json: bool = False) -
         try:
             facts, line = work(source, output)
         except (FlowMoError, OSError) as error:
-            if len(jobs) == 1:
+            if len(jobs) == 1 or isinstance(error, BrokenPipeError):
                 raise
             failed.append(str(source))
-            print(f"flowmo: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"flowmo: {message_of(error)}", file=sys.stderr)
             continue
         seconds = round(time.perf_counter() - start, 4)
         done.append({"input": str(source), "output": str(output), **facts, "seconds": seconds})
@@ -167,15 +188,35 @@ def each(jobs: Sequence[tuple[Path, Path]], work: Work, as_json: bool = False) -
     return done
 
 
-def outputs_of(arguments: argparse.Namespace, inputs: Sequence[Path], suffix: str) -> list[tuple[Path, Path]]:
-    """Every input with the file to write."""
-    if arguments.output is not None and len(inputs) > 1:
+def outputs_of(
+    arguments: argparse.Namespace, named: Sequence[Path], kinds: Sequence[str], suffix: str
+) -> list[tuple[Path, Path]]:
+    """Every input with the file to write.
+
+    Args:
+        named: the inputs; the last of two is the output where it looks like one.
+        kinds: what names of outputs end in, and those of inputs never do.
+        suffix: ends the names of outputs that are not named.
+
+    Raises:
+        UsageError: what is named makes no sense together.
+    """
+    inputs, output = list(named), arguments.output
+    if len(inputs) == 2 and not (output or arguments.out_dir):
+        last = inputs[-1]
+        if last.suffix.lower() in kinds or (last == PIPE != inputs[0]):
+            output = inputs.pop()
+    if output is not None and len(inputs) > 1:
         raise UsageError("--output names one file, for one input; --out-dir takes many")
     if PIPE in inputs and len(inputs) > 1:
         raise UsageError("- is standard input, and comes alone")
+    if output is not None and arguments.out_dir:
+        raise UsageError("--output names the file, and --out-dir the folder of many; give one of them")
     if inputs[0] == PIPE:
-        return [(PIPE, arguments.output or PIPE)]
-    outputs = [arguments.output or (arguments.out_dir or path.parent) / f"{path.stem}{suffix}" for path in inputs]
+        if arguments.out_dir:
+            raise UsageError("what comes from standard input has no name; name the file with --output")
+        return [(PIPE, output or PIPE)]
+    outputs = [output or (arguments.out_dir or path.parent) / f"{path.stem}{suffix}" for path in inputs]
     refuse_clash(outputs)
     return list(zip(inputs, outputs, strict=True))
 
@@ -200,39 +241,45 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write(output: Path, content: bytes) -> None:
-    """To a file, whole or not at all, or to standard output."""
+    """To a file, whole or not at all, or to standard output.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     if output == PIPE:
+        if sys.stdout.isatty():
+            raise UsageError("standard output is a terminal; name a file with --output, or another program after |")
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
-    else:
+        return
+    try:
         checkpoint.write_whole(output, lambda name: Path(name).write_bytes(content))
+    except OSError as error:  # which names a temporary file
+        raise UsageError(f"{output}: cannot be written ({error.strerror})") from None
 
 
 def add_to(commands: Any) -> None:
     sub = command(reconstruct, "pictures beside what their bits decode to", commands)
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
     sub.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder to write to (reconstructions)")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-    with_model(sub), with_sampling(sub), with_fit(sub)
+    with_model(sub), with_sampling(sub), with_fit(sub), with_json(sub)
 
     context = "context model of the ids (the one beside the tokenizer)"
     generator = "a generator of the ids in the place of a context model; slower"
     sub = command(encode, "pictures to .flowmo files", commands)
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
-    sub.add_argument("--output", "-o", type=Path, help="file to write (PICTURE with .flowmo)")
+    sub.add_argument("--output", "-o", type=Path, help="file to write; - is standard output (PICTURE with .flowmo)")
     sub.add_argument("--out-dir", type=Path, help="folder to write many to (beside each picture)")
     sub.add_argument("--context", type=Path, metavar="FILE", help=context)
     sub.add_argument("--generator", type=Path, metavar="FILE", help=generator)
     sub.add_argument("--packed", action="store_true", help="pack the ids rather than code them by what is likely")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-    with_model(sub), with_fit(sub)
+    with_model(sub), with_fit(sub), with_json(sub)
 
     sub = command(decode, ".flowmo files to pictures", commands)
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    sub.add_argument("--output", "-o", type=Path, help="picture to write (FILE with .flowmo.png)")
+    sub.add_argument("--output", "-o", type=Path, help="picture to write: .png .jpg .webp .ppm, or - (FILE.flowmo.png)")
     sub.add_argument("--out-dir", type=Path, help="folder to write many to (beside each file)")
     sub.add_argument("--context", type=Path, metavar="FILE", help=context)
     sub.add_argument("--generator", type=Path, metavar="FILE", help=generator)
     sub.add_argument("--ids", action="store_true", help="print the ids as JSON instead of drawing the picture")
-    sub.add_argument("--json", action="store_true", help="print JSON")
-    with_model(sub), with_sampling(sub)
+    with_model(sub), with_sampling(sub), with_json(sub)

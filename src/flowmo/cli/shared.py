@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,6 +57,22 @@ def sampling(arguments: argparse.Namespace) -> dict:
     return {"steps": arguments.steps, "seed": arguments.seed, "guidance": arguments.guidance}
 
 
+def with_json(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+
+def tell(arguments: argparse.Namespace, line: str, **facts: Any) -> None:
+    """What a command has done: a line for people, or facts for programs."""
+    print(json.dumps(facts, indent=1) if arguments.json else line)
+
+
+def message_of(error: Exception) -> str:
+    """An error as one line, without numbers that only programmers know."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return " ".join(str(error).split())
+
+
 def refuse_clash(outputs: Sequence[Path]) -> None:
     clash = next((path for path in outputs if outputs.count(path) > 1), None)
     if clash:
@@ -62,8 +80,8 @@ def refuse_clash(outputs: Sequence[Path]) -> None:
 
 
 def progress_bar(name: str) -> Callable[[int, int], None] | None:
-    """A counter on a terminal's standard error; nothing elsewhere."""
-    if not sys.stderr.isatty():
+    """A counter on a terminal's standard error; nothing elsewhere, nor on a terminal that cannot go back on a line."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         return None
 
     def show(done: int, total: int) -> None:

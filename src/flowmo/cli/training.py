@@ -13,7 +13,7 @@ import torch
 
 import flowmo
 from flowmo import checkpoint
-from flowmo.cli.shared import DEFAULT_DEVICE, UsageError, command, device
+from flowmo.cli.shared import DEFAULT_DEVICE, UsageError, command, device, with_json
 from flowmo.config import GENERATOR_PRESETS, PRESETS, Config
 from flowmo.data import build_index, default_index
 from flowmo.evaluate.reconstruction import Judges
@@ -25,11 +25,16 @@ def index(arguments: argparse.Namespace) -> None:
     """Write the index of each tar of pictures, or of tars, so that training reads it without unpacking."""
     if arguments.output is not None and len(arguments.tars) > 1:
         raise UsageError("--output names one index, of one tar; many have theirs beside them")
+    done = []
     for tar in arguments.tars:
         output = arguments.output or default_index(tar)
         entries = build_index(tar)
         checkpoint.write_whole(output, lambda name, entries=entries: Path(name).write_text(json.dumps(entries)))
-        print(f"{output}: {len(entries)} pictures")
+        done.append({"tar": str(tar), "index": str(output), "pictures": len(entries)})
+        if not arguments.json:
+            print(f"{output}: {len(entries)} pictures", flush=True)
+    if arguments.json:
+        print(json.dumps(done, indent=1))
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -88,6 +93,7 @@ def add_to(commands: Any) -> None:
         "tars", nargs="+", type=Path, metavar="TAR", help="uncompressed; the tars inside it are looked through too"
     )
     sub.add_argument("--output", "-o", type=Path, help="file to write (TAR with .index.json)")
+    with_json(sub)
 
     sub = command(train, "a stage of training: 1A, 1B, 1C, or 2, the generator", commands)
     sub.add_argument(

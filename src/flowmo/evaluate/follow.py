@@ -30,6 +30,7 @@ class Follower:
         settings: ``section.name=value`` over the checkpoints' own, ``eval.…`` and ``data.val`` among them.
         folder: of this evaluation; its log is ``evaluations.jsonl``, and so is the line added to the run's folder.
         report: takes each line.
+        found: takes the figures of each checkpoint, as the log does.
 
     Raises:
         EvaluationError: there is neither a run nor a checkpoint, or no held-out pictures are named.
@@ -40,6 +41,7 @@ class Follower:
     judges: Judges
     world: World = World()
     report: Callable[[str], None] = print
+    found: Callable[[dict[str, Any]], None] | None = None
     config: Config = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,8 +118,11 @@ class Follower:
         )
         summary = Summary.of(path.name, measured, side, self.judges.features)
         self.report("\n".join((f"{path}: {summary.pictures} pictures of {val}", *summary.lines())))
+        row = {"checkpoint": path.name, **summary.as_dict()}
+        if self.found:
+            self.found(row)
         if path.name not in self._evaluated():
-            self._record({"checkpoint": path.name, **summary.as_dict()})
+            self._record(row)
         return summary
 
     def _of_the_run(self, name: str) -> str:
