@@ -95,6 +95,23 @@ def test_random_ids_of_random_tokenizers(tiny_config, seed):
         assert again.tiling == tiling
 
 
+@pytest.mark.parametrize("name", ["nano", "small", "lo", "hi"])
+def test_random_ids_of_every_preset(name):
+    """Of its code, with networks that are small: they have no say in it."""
+    small = [f"model.{net}{setting}" for net in ("", "enc_") for setting in ("hidden_size=64", "num_heads=2")]
+    tokenizer = FlowMo(preset(name).override(*small, "model.enc_depth=1", "model.dec_depth=1"))
+    side, generator = tokenizer.config.data.image_size, torch.Generator().manual_seed(0)
+    for height, width in ((side, side), (1, side + 1), (3 * side - 7, 2 * side)):
+        tiling, quantizer = Tiling(height, width, side), tokenizer.quantizer
+        shape = (tiling.count, tokenizer.code_length, quantizer.sub_tokens)
+        ids = torch.randint(0, quantizer.id_count, shape, generator=generator)
+        codes = Codes(ids, (side, side), quantizer.id_count, tiling)
+        content = Codec(tokenizer).pack(codes)
+        assert torch.equal(Codec(tokenizer).unpack(content).ids, ids)
+        assert len(content) <= codes.nbytes + 19
+        assert codes.bits == tiling.count * tokenizer.config.bits_per_picture
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_ids_under_random_context_models(tiny, seed):
     pytest.importorskip("constriction")
@@ -177,6 +194,10 @@ def test_claims_of_a_terabyte_cost_nothing(tiny, context, coding):
         for body in (b"", bytes(500)):
             with pytest.raises(CodecError, match="damaged"):
                 ours.unpack(with_checksum(first + sizes + name, body))
+    for height, width in ((1, 10**8), (10**8, 1)):
+        sizes = b"".join(codec.number(n - 1) for n in (height, width, 32))
+        with pytest.raises(CodecError, match=r"damaged: .* tiles"):
+            ours.unpack(with_checksum(first + sizes + name, b"\1" * Tiling(height, width, 32).count))
     for endless in (b"\x80" * 5, b"\xff" * 40, b"\x80\x00\x01\x01"):
         with pytest.raises(CodecError, match="does not end"):
             ours.unpack(with_checksum(first + endless, bytes(20)))
@@ -252,9 +273,9 @@ def test_continuous_tokenizers_write_nothing(tiny_config):
         Codec(FlowMo(tiny_config.override("model.quantization_type=kl")))
 
 
-def test_a_generator_codes_files_too(tiny, tiny_model, photo, tmp_path):
-    """Through the command, and refused without it."""
-    pytest.importorskip("constriction")
+@pytest.fixture
+def generator(tiny):
+    """One of random weights that expects large ids."""
     facts = {"tokenizer": tiny.identity(), "model": "tiny", "image_size": 32}
     small = ("generator.depth=1", "generator.hidden_size=64", "generator.num_heads=1")
     torch.manual_seed(0)
@@ -262,7 +283,29 @@ def test_a_generator_codes_files_too(tiny, tiny_model, photo, tmp_path):
         preset("maskgit_nano").override(*small), Vocabulary(tokens=T, sub_tokens=2, id_bits=4, classes=(), **facts)
     )
     with torch.no_grad():
-        generator.network.logits_out.bias[12:] = 12  # one that expects large ids
+        generator.network.logits_out.bias[12:] = 12
+    return generator
+
+
+def test_every_damage_to_a_file_of_a_generator_is_noticed(tiny, codes, generator):
+    pytest.importorskip("constriction")
+    ours = Codec(tiny, GeneratorModel(generator, steps=2))
+    likely = Codes(codes.ids | 12, codes.size, codes.id_count, codes.tiling)
+    content = ours.pack(likely)
+    assert content[3] >> 4 == codec.CONTEXT
+    assert torch.equal(ours.unpack(content).ids, likely.ids)
+    damaged = [content[:length] for length in range(len(content))]
+    for place, byte in enumerate(content):
+        damaged += [content[:place] + bytes([byte ^ change]) + content[place + 1 :] for change in (1, 0x10, 0x80, 255)]
+    for bad in damaged:
+        with pytest.raises(CodecError) as refused:
+            ours.unpack(bad)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_generator_codes_files_too(tiny, tiny_model, generator, photo, tmp_path):
+    """Through the command, and refused without it."""
+    pytest.importorskip("constriction")
     file, out = str(tmp_path / "generator.safetensors"), tmp_path / "photo.flowmo"
     save_generator(generator, file)
     words = ["--model", str(tiny_model), "--generator", file]

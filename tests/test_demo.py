@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,9 +16,13 @@ import torch
 from PIL import Image
 from test_codec import peaked
 
+from flowmo import preset
 from flowmo.codec import Codec
-from flowmo.demo import MOST_PIXELS, MOST_SAMPLES, DemoError, Page
+from flowmo.data.tokens import Vocabulary
+from flowmo.demo import FLIPPED, MOST_DRAWN, MOST_PIXELS, MOST_SAMPLES, RANDOM, TYPED, DemoError, Page, shown_ids
 from flowmo.evaluate.figures import heat_map
+from flowmo.generate.generator import Generator, load_generator, save_generator
+from flowmo.web import peers_table
 
 
 @pytest.fixture
@@ -32,27 +37,49 @@ def photo(tmp_path, picture):
     return str(tmp_path / "photo.png")
 
 
+@pytest.fixture
+def generator_file(tiny, tmp_path):
+    """A generator of random weights for the ids of the tiny tokenizer."""
+    facts = {"tokenizer": tiny.identity(), "model": "tiny", "image_size": 32, "classes": ("n01440764", "cat")}
+    small = ("generator.depth=1", "generator.hidden_size=64", "generator.num_heads=1", "generator.sample_steps=2")
+    torch.manual_seed(0)
+    generator = Generator(
+        preset("maskgit_nano").override(*small), Vocabulary(tokens=6, sub_tokens=2, id_bits=4, **facts)
+    )
+    with torch.no_grad():  # classes that differ
+        for parameter in generator.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    save_generator(generator, tmp_path / "generator.safetensors")
+    return tmp_path / "generator.safetensors"
+
+
 def test_reconstruct(page, tiny, photo):
-    (original, decoded), facts, file, codes = page.reconstruct(photo, "tile", 2, 5, 1.5)
+    original, decoded, codes, file, facts = page.reconstruct(photo, "tile", 2, 5, 1.5)
     assert original.size == decoded.size == (70, 50)
     assert decoded.tobytes() == tiny.decode_image(codes, 2, 5).tobytes()
     with open(file, "rb") as content:
         assert torch.equal(page.codec.unpack(content.read()).ids, codes.ids)
-    assert f"**{os.path.getsize(file)} bytes**" in facts
-    assert "PSNR" in facts
-    (same, again), facts, _, others = page.reconstruct(file, "tile", 2, 5, 1.5)
-    assert torch.equal(others.ids, codes.ids)
-    assert same.tobytes() == again.tobytes() == decoded.tobytes()
-    assert "PSNR" not in facts
-    assert page.reconstruct(photo, "crop", 1, 0, 1.0)[0][0].size == (32, 32)
+    assert facts["file"] == f"{os.path.getsize(file)} bytes"
+    assert facts["picture"] == "70 × 50 pixels, 6 tiles"
+    assert 3 < float(facts["PSNR"].removesuffix(" dB")) < 50
+    again = page.reconstruct(file, "tile", 2, 5, 1.5)
+    assert torch.equal(again.codes.ids, codes.ids)
+    assert again.decoded.tobytes() == decoded.tobytes()
+    assert again.original is None
+    assert "PSNR" not in again.facts
+    assert page.reconstruct(photo, "crop", 1, 0, 1.0).original.size == (32, 32)
+    assert "6 tokens of 2 ids below 16 of each 32 × 32 pixels: 6 bytes" in page.about()
 
 
 def test_other_codecs(page, photo):
     codes = page.open(photo, "tile")[1]
-    shown = page.at_equal_bytes(photo, "tile", codes)
-    assert [caption.split(":")[0] for _, caption in shown][:2] == ["JPEG", "WebP"]
-    assert all("its least" in caption for _, caption in shown), "36 bytes are too few for any of them"
-    assert all(picture.size == (70, 50) for picture, _ in shown)
+    peers = page.at_equal_bytes(photo, "tile", codes)
+    assert [peer.name for peer in peers][:2] == ["JPEG", "WebP"]
+    assert not any(peer.fits for peer in peers), "36 bytes are too few for any of them"
+    assert all(peer.picture.size == (70, 50) and peer.size > 53 for peer in peers)
+    table = peers_table("<tiny>", {"file": "53 bytes"}, peers)
+    assert "FlowMo &lt;tiny&gt;" in table
+    assert f"{peers[0].size:,} bytes, its least" in table
 
 
 def test_samples_and_where_they_differ(page, tiny, photo):
@@ -74,11 +101,34 @@ def test_the_heat_maps_colours():
 
 def test_edits_change_the_tokens_that_were_named(page, photo):
     codes = page.open(photo, "tile")[1]
-    before, after = page.edit(codes, 0, 2, "all bits flipped", 1, 0, 1.0)
+    before, after = page.edit(codes, 0, 2, FLIPPED, "", 1, 0, 1.0)
     assert before.tobytes() != after.tobytes()
     assert before.tobytes() == page.decode(codes, 1, 0, 1.0).tobytes(), "the codes at hand stay as they are"
-    assert page.edit(codes, 2, 0, "all bits flipped", 1, 0, 1.0)[1].tobytes() == after.tobytes()
-    assert page.edit(codes, 0, 2, "drawn at random", 1, 0, 1.0)[1].tobytes() != after.tobytes()
+    assert page.edit(codes, 2, 0, FLIPPED, "", 1, 0, 1.0)[1].tobytes() == after.tobytes()
+    assert page.edit(codes, 0, 2, RANDOM, "", 1, 0, 1.0)[1].tobytes() != after.tobytes()
+
+
+def test_ids_that_are_typed(page, photo):
+    """As they are shown they change nothing; others do, and what is no id is refused."""
+    codes = page.open(photo, "crop")[1]
+    assert shown_ids(codes, 2, 1) == "\n".join(" ".join(map(str, row)) for row in codes.ids[0, 1:3].tolist())
+    before, same = page.edit(codes, 1, 2, TYPED, shown_ids(codes, 1, 2), 1, 0, 1.0)
+    assert before.tobytes() == same.tobytes()
+    flipped = str((15 - codes.ids[0, 1:3]).tolist())
+    typed = page.edit(codes, 1, 2, TYPED, flipped, 1, 0, 1.0)[1]
+    assert typed.tobytes() == page.edit(codes, 1, 2, FLIPPED, "", 1, 0, 1.0)[1].tobytes()
+    for bad, message in (("1 2 3", "type 4 numbers"), ("1 2 3 16", "16 is no id"), ("1 2 3 x", "type 4"), ("", "type")):
+        with pytest.raises(DemoError, match=message):
+            page.edit(codes, 1, 2, TYPED, bad, 1, 0, 1.0)
+
+
+def test_pictures_of_a_class(page, tiny, generator_file):
+    ours = Page(tiny, page.codec, page.folder, load_generator(generator_file))
+    pictures = ours.generate(0, 2, 3, 1.5)
+    assert [picture.size for picture in pictures] == [(32, 32)] * 2
+    assert pictures[0].tobytes() == ours.generate("tench", 1, 3, 1.5)[0].tobytes()
+    assert ours.generate(None, 1, 3, 1.5)[0].tobytes() != pictures[0].tobytes()
+    assert len(ours.generate(1, 1000, 0, 1.5)) == MOST_DRAWN
 
 
 def test_what_is_too_large_or_broken_is_refused(page, tmp_path, photo):
@@ -140,7 +190,7 @@ def serving(model, *words):
             process.kill()
 
 
-def until(condition, seconds=90):
+def until(condition, seconds=300):
     """What a condition gives once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -152,8 +202,8 @@ def until(condition, seconds=90):
     raise AssertionError(f"not within {seconds} s")
 
 
-def test_the_page_in_a_browser(browser, tiny, tiny_model, tmp_path, photo):
-    """Upload, decode, download, edit, sample; then a broken and an oversized upload."""
+def test_the_page_in_a_browser(browser, tiny, tiny_model, tmp_path, photo, generator_file):
+    """Upload, decode, download, compare, sample, edit, generate; then a broken and an oversized upload."""
     pytest.importorskip("constriction")
     tiny_model.with_name("tiny.context.safetensors").write_bytes(peaked(tiny).save())
 
@@ -174,15 +224,14 @@ def test_the_page_in_a_browser(browser, tiny, tiny_model, tmp_path, photo):
     def message():
         return " ".join(toast.text for toast in browser.find_elements("css selector", ".toast-body"))
 
-    with serving(tiny_model) as address:
+    with serving(tiny_model, "--generator", str(generator_file)) as address:
         browser.get(address)
         until(lambda: at("#run"))
-        upload(photo)
-        at("#run").click()
+        upload(photo)  # which encodes and decodes it
         facts = until(lambda: "bytes" in at("#facts").text and at("#facts").text)
         assert "70 × 50 pixels" in facts
         assert "PSNR" in facts
-        size = int(facts.split(" bytes")[0])
+        size = int(re.search(r"file\s+(\d+) bytes", facts)[1])
         at("#download").click()
         file = until(lambda: list((tmp_path / "downloads").glob("*.flowmo")))[0]
         content = file.read_bytes()
@@ -192,10 +241,12 @@ def test_the_page_in_a_browser(browser, tiny, tiny_model, tmp_path, photo):
         until(lambda: len(browser.find_elements("css selector", "#pair img")) >= 2)
 
         at("#compare").click()
-        until(lambda: len(browser.find_elements("css selector", "#others img")) >= 2)
+        until(lambda: len(browser.find_elements("css selector", "#others img")) >= 4)
+        assert "its least" in at("#peers").text
         for tab, button, result in (
             ("Several samples", "#draw", "#heat img"),
             ("Edit the code", "#change", "#edited img"),
+            ("Generate", "#generate", "#generated img"),
         ):
             choose(tab)
             until(lambda button=button: at(button).is_displayed())
@@ -205,8 +256,8 @@ def test_the_page_in_a_browser(browser, tiny, tiny_model, tmp_path, photo):
         broken = tmp_path / "broken.jpg"
         broken.write_bytes(b"\xff\xd8\xff not a picture")
         upload(broken)
-        at("#run").click()
         until(lambda: "not a picture that can be read" in message())
+        assert at("#facts").text == "", "what was shown is not of this file"
         oversized = tmp_path / "oversized.png"
         oversized.write_bytes(os.urandom(21 << 20))
         upload(oversized)
@@ -214,6 +265,9 @@ def test_the_page_in_a_browser(browser, tiny, tiny_model, tmp_path, photo):
         upload(photo)
         at("#run").click()
         until(lambda: "70 × 50" in at("#facts").text), "it goes on"
+        fetched = [entry["name"] for entry in browser.execute_script("return performance.getEntriesByType('resource')")]
+        assert fetched
+        assert all(name.startswith(("http://127.0.0.1:", "blob:", "data:")) for name in fetched), "no other machine"
 
 
 def test_it_listens_to_this_machine_alone_and_takes_no_large_upload(tiny_model):

@@ -31,6 +31,7 @@ def blocks(page, language):
 
 def commands(page, language):
     lines = [line.partition(" #")[0].strip() for block in blocks(page, language) for line in block.splitlines()]
+    lines = [line.partition(" > ")[0] for line in lines]  # where a shell puts what is printed
     return [line for line in lines if re.match(r"(flowmo|torchrun|python) ", line)]
 
 
@@ -85,6 +86,60 @@ def test_training_command_as_printed(checkout):
     settings = ["trainer.max_steps=2", "data.batch_size=2", "opt.lpips_weight=0", "data.num_workers=0"]
     assert main([*words, *settings]) == 0
     assert (checkout / "results" / "nano" / "checkpoints" / "00000002.pth").is_file()
+
+
+def printed(page, start):
+    """The words of the one command of a page that begins so, without the program's name."""
+    (command,) = [c for language in ("", "sh") for c in commands(page, language) if c.startswith(start)]
+    return shlex.split(command)[1:]
+
+
+def filled_in(words, **names):
+    """What a reader would write for the names in capitals."""
+    return [names.get(word, word) for word in words]
+
+
+def test_more_of_the_readme_as_printed(checkout):
+    """With pictures of ours for those of the reader's."""
+    words = filled_in(printed(PAGES[0], "flowmo evaluate PICTURES"), PICTURES="examples/pictures")
+    assert main([*words, "--no-lpips", "--features", "none", "--limit", "2"]) == 0
+    assert (checkout / "out" / "index.html").is_file()
+    checkpoint = "results/lo/checkpoints/01301186.pth"
+    words = printed(PAGES[0], "flowmo push")
+    assert main(["nano" if word == checkpoint else word for word in words] + ["--folder", "hub"]) == 0
+    assert flowmo.load(checkout / "hub").identity() == flowmo.load("nano").identity()
+
+
+@pytest.mark.parametrize("page", [PAGES[0], ROOT / "docs" / "generation.md"], ids=["README", "generation"])
+def test_generation_as_printed(page, checkout):
+    """From pictures by way of tokens and a generator to pictures, for two steps."""
+    for folder in ("n01440764", "n03394916"):
+        (checkout / "classes" / folder).mkdir(parents=True)
+        shutil.copy(checkout / "examples" / "pictures" / "cat.jpg", checkout / "classes" / folder)
+    assert main(filled_in(printed(page, "flowmo tokenize"), PICTURES="classes")) == 0
+    small = ("generator.depth=1", "generator.hidden_size=64", "generator.num_heads=1", "trainer.max_steps=2")
+    words = printed(page, "flowmo train --config configs/nano_generator.yaml")
+    assert main([*words, *small, "data.num_workers=0", "data.batch_size=2"]) == 0
+    words = [word.replace("00002000", "00000002") for word in printed(page, "flowmo generate")]
+    assert main([*words, "--steps", "2", "--per-class", "1"]) == 0
+    assert (checkout / "tench.png").is_file()
+
+
+def test_a_context_model_as_printed(checkout, capsys):
+    """The file lies where encode looks for it."""
+    pytest.importorskip("constriction")
+    page = ROOT / "docs" / "codec.md"
+    assert main(["convert", "nano", "model.safetensors"]) == 0
+    for folder in ("PICTURES", "OTHERS"):
+        (checkout / folder).mkdir()
+        shutil.copy(checkout / "examples" / "pictures" / "cat.jpg", checkout / folder)
+    assert main(printed(page, "flowmo tokenize PICTURES")) == 0
+    assert main(printed(page, "flowmo tokenize OTHERS")) == 0
+    assert main([*printed(page, "flowmo context"), "--hidden", "8", "--fit-steps", "60"]) == 0
+    assert "1 others: packed 288.0" in capsys.readouterr().out
+    words = ("examples/pictures/cat.jpg", "a.flowmo", "--fit", "crop", "--model", "model.safetensors")
+    assert main(["encode", *words]) == 0
+    assert (checkout / "a.flowmo").read_bytes()[3] >> 4 == 1, "coded"
 
 
 LONG = [(page, line) for page in PAGES for language in ("", "sh") for line in commands(page, language)]

@@ -41,6 +41,8 @@ CRC = struct.Struct("<I")
 LONGEST_NUMBER = 5
 SHORTEST = len(MAGIC) + 1 + IDENTITY_BYTES + 3 + CRC.size
 MAX_BYTES = 1 << 28
+MAX_TILED_PIXELS = 4 * MAX_PIXELS
+"""Of all tiles together. A line of pixels in square tiles would be worth gigabytes of ids in a file of kilobytes."""
 CONTEXT_SUFFIX = ".context.safetensors"
 
 
@@ -82,7 +84,8 @@ class Codec:
         """The bytes of a picture's codes, as ``encode_image`` returned them.
 
         Raises:
-            CodecError: codes that are not of one picture, or of another tokenizer.
+            CodecError: codes that are not of one picture, or of another tokenizer, or of a picture so long and thin
+                that no reader takes them.
         """
         tiling = codes.tiling
         if tiling is None:
@@ -90,6 +93,8 @@ class Codec:
         ids = codes.ids.cpu().numpy()
         if ids.shape != (tiling.count, self.tokens, self.sub_tokens) or codes.id_count != self.id_count:
             raise CodecError(f"ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer")
+        if tiling.count * tiling.tile**2 > MAX_TILED_PIXELS:
+            raise CodecError(f"{tiling.count} tiles are too many for a file")
         packed = pack_ids(ids, self.bits)
         coded, coding, name = packed, PACKED, b""
         if self.context is not None:
@@ -124,10 +129,12 @@ class Codec:
         height, width, tile = sizes
         if tile != self.tile or height * width > MAX_PIXELS:
             raise CodecError(f"damaged: {height}×{width} pixels in tiles of {tile}")
+        tiling = Tiling(height, width, tile)
+        if tiling.count * tile**2 > MAX_TILED_PIXELS:
+            raise CodecError(f"damaged: {height}×{width} pixels in {tiling.count} tiles")
         if coding == CONTEXT:
             self._check_context(content[place : place + CONTEXT_BYTES])
             place += CONTEXT_BYTES
-        tiling = Tiling(height, width, tile)
         head, coded = content[:place], content[place : -CRC.size]
         packed = self._packed(coded, coding, tiling.count)
         if zlib.crc32(head + packed) != CRC.unpack(content[-CRC.size :])[0]:

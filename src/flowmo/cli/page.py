@@ -13,7 +13,8 @@ from flowmo.codec import Codec, find_context
 
 def demo(arguments: argparse.Namespace) -> None:
     """A web page on this machine: drop a picture, see its code's size and what it decodes to."""
-    from flowmo.demo import Page, serve
+    from flowmo.demo import Page
+    from flowmo.web import serve
 
     tokenizer, generator = load(arguments), None
     if arguments.generator:
@@ -22,7 +23,7 @@ def demo(arguments: argparse.Namespace) -> None:
         generator = load_generator(arguments.generator, device=arguments.device)
     codec = Codec(tokenizer, find_context(arguments.model, tokenizer))
     with tempfile.TemporaryDirectory(prefix="flowmo-") as folder:
-        page = Page(tokenizer, codec, Path(folder), generator)
+        page = Page(tokenizer, codec, Path(folder), generator, Path(arguments.model).name)
         blocks = serve(page, arguments.host, arguments.port)
         print(f"FlowMo at {blocks.local_url}; Ctrl-C ends it", flush=True)
         blocks.block_thread()
