@@ -50,7 +50,7 @@ footer { display: none !important }
 .facts b { font-size: 15px }
 .ends { display: flex; justify-content: space-between; margin-bottom: -10px; font-size: 13px;
   color: var(--body-text-color-subdued) }
-.peers { width: 100%; border-collapse: collapse }
+.peers { width: 100%; border-collapse: collapse; border: 0 !important }
 .peers th, .peers td { text-align: right; padding: 6px 12px !important; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important }
 .peers th:first-child, .peers td:first-child { text-align: left }
