@@ -14,7 +14,6 @@ author = "the FlowMo developers"
 release = version = flowmo.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 # Pages are read on code hosts as well, where links lead to files beside the documentation; tests check those.
 suppress_warnings = ["myst.xref_missing"]
@@ -34,7 +33,7 @@ class CommandLine(SphinxDirective):
     """What every command says with ``--help``."""
 
     def run(self):
-        os.environ["COLUMNS"] = "100"
+        os.environ["COLUMNS"] = "82"  # what fits beside the list of contents
         sections = []
         for name, parser in commands(build_parser()):
             section = nodes.section(ids=[name.replace(" ", "-")])

@@ -190,6 +190,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert built.returncode == 0, built.stderr
     for page in ("index", "concepts", "api", "command-line", "studies/README"):
         assert (tmp_path / "site" / f"{page}.html").is_file()
+    for page in (tmp_path / "site").rglob("*.html"):
+        elsewhere = re.search(r'<(script|link|img|iframe)\b[^>]*(src|href)="(https?:)?//', page.read_text())
+        assert elsewhere is None, f"{page.name} needs a network: {elsewhere}"
     shown = (tmp_path / "site" / "command-line.html").read_text()
     for command in ("flowmo encode", "flowmo data index", "flowmo train"):
         assert f"usage: {command}" in shown
