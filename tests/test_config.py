@@ -75,7 +75,7 @@ REFUSED = {
     "model.hidden_size=576": "model.hidden_size=768",
     "model.patch_size=7": "data.image_size=252",
     "model.context_dim=19": "model.codebook_size_for_entropy=1",
-    "model.quantization_type=vqq": "lfq or fsq or bsq or kl or layernorm",
+    "model.quantization_type=vqq": "lfq or fsq or bsq or vq or kl or layernorm",
     "model.mup_width=wide": "model.mup_width='wide'",
     "opt.schedule=cosine": "fat_lognormal",
     "eval.sampling.rho=0": "above 0",

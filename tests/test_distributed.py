@@ -64,6 +64,9 @@ def base(photographs):
     )
 
 
+CODEBOOK = ["model.quantization_type=vq", "model.vq_entries=8", "opt.freeze_encoder_after=6 steps"]
+
+
 def same_way(config):
     """How the runs below differ; name -> settings."""
     return {
@@ -86,6 +89,8 @@ def two(base, tmp_path_factory):
     for name, settings in (("ddp", []), ("fsdp", ["trainer.parallel=fsdp"])):
         runs.append((f"{name}-broken", [*settings, "trainer.max_steps=3"]))
         runs.append((f"{name}-broken", settings))
+    runs.append(("vq", [*CODEBOOK, "data.max_microbatch=1"]))
+    runs.append(("vq-fsdp", [*CODEBOOK, "trainer.parallel=fsdp"]))
     runs.append(("half-fsdp", ["trainer.parallel=fsdp", "trainer.max_steps=3"]))
     runs.append(("half-ddp", ["trainer.max_steps=3"]))
     (results / "runs.json").write_text(json.dumps(runs))
@@ -132,6 +137,17 @@ def test_two_processes_train_as_one(one, two, name):
         apart = torch.cat([(theirs[key] - ours[key]).flatten() for key in ours]).norm()
         moved = torch.cat([(start[key] - ours[key]).flatten() for key in ours]).norm()
         assert apart < 0.05 * moved, (ema, apart, moved)
+
+
+@pytest.mark.parametrize("name", ["vq", "vq-fsdp"])
+def test_two_processes_have_one_codebook(base, two, tmp_path, name):
+    """The one that a process alone has: with the pictures in one pass, in four, and on two processes."""
+    run = Run(base.override(*CODEBOOK), tmp_path / "one", report=quiet)
+    run.train()
+    ours, theirs = last_weights(run.folder), last_weights(two / name)
+    assert ours["quantizer.steps"] == theirs["quantizer.steps"] == 6
+    torch.testing.assert_close(theirs["quantizer.codebook"], ours["quantizer.codebook"], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(theirs["quantizer.use"], ours["quantizer.use"], rtol=0, atol=2e-3)
 
 
 def test_the_encoder_froze_in_all_of_them(one, two):

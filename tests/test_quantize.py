@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from flowmo.config import Config
-from flowmo.quantize import BSQ, FSQ, KL, LFQ, Identity, LayerNorm, build_quantizer, check_ids
+from flowmo import load, save
+from flowmo.config import Config, ConfigError
+from flowmo.quantize import BSQ, FSQ, KL, LFQ, VQ, Identity, LayerNorm, Learner, build_quantizer, check_ids
 from flowmo.tokenizer import FlowMo
 from flowmo.train.stages import Draws, pretrain_loss
 
@@ -89,7 +90,7 @@ def test_identity_passes_on():
     assert torch.equal(Identity(3)(code).code, code)
 
 
-@pytest.mark.parametrize("kind", ["lfq", "bsq", "fsq", "kl", "layernorm", "noop"])
+@pytest.mark.parametrize("kind", ["lfq", "bsq", "fsq", "vq", "kl", "layernorm", "noop"])
 def test_registry(kind):
     quantizer = build_quantizer(Config().override(f"model.quantization_type={kind}").model)
     assert quantizer.encoder_channels == (36 if kind == "kl" else 18)
@@ -103,6 +104,8 @@ def test_registry(kind):
         (FSQ(6, 5, 7), 6 * math.log2(5), 125),
         (BSQ(18, 9), 18, 512),
         (LFQ(18, 9), 18, 512),
+        (VQ(18, 512, 2), 18, 512),
+        (VQ(6, 100, 3), 3 * math.log2(100), 100),
     ],
 )
 def test_discrete_bottlenecks_keep_their_promises(quantizer, bits, ids):
@@ -158,9 +161,11 @@ def test_parts_of_a_batch_have_its_gradient():
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["fsq", "bsq"])
+@pytest.mark.parametrize("kind", ["fsq", "bsq", "vq"])
 def test_a_tokenizer_with_another_bottleneck(tiny_config, images, kind):
-    tokenizer = FlowMo(tiny_config.override(f"model.quantization_type={kind}", "model.fsq_levels=4")).eval()
+    tokenizer = FlowMo(
+        tiny_config.override(f"model.quantization_type={kind}", "model.fsq_levels=4", "model.vq_entries=16")
+    ).eval()
     codes = tokenizer.encode(images)
     assert codes.bits == tokenizer.config.bits_per_picture * len(images)
     assert tokenizer.decode(codes, steps=1).shape == images.shape
@@ -222,3 +227,101 @@ def test_noise_synchronization(tiny_config, images):
     moved = torch.stack(seen)
     assert (moved >= draws.t - 1e-6).all()
     assert 0 < (moved > draws.t + 1e-6).sum() < 40
+
+
+def train_codebook(quantizer, code, steps, whole_batch=None):
+    for _ in range(steps):
+        if whole_batch is None:
+            quantizer(code)
+        else:
+            for part in code.chunk(len(code)):
+                quantizer(part, whole_batch)
+        quantizer.learn()
+
+
+def test_a_codebook_finds_the_places_that_codes_have():
+    """Sixteen clusters and as many entries, all of which start far off: each comes to be the mean of a cluster."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 5 + torch.randn(16, 4, generator=generator)
+    code = (centres.repeat(50, 1) + 0.02 * torch.randn(800, 4, generator=generator)).view(1, 800, 4)
+    quantizer = VQ(4, 16, 1, decay=0.9)
+    train_codebook(quantizer, code, 400)
+    used = quantizer(code).ids.unique()
+    assert len(used) >= 14, "entries out of use restart where there is something to tell apart"
+    made = quantizer.quantize(code)[0]
+    assert (made - code).square().mean() < 0.1 * code.var()
+    nearest = torch.cdist(quantizer.codebook[used], centres).amin(dim=1)
+    assert nearest.median() < 0.05
+
+
+def test_training_alone_moves_a_codebook():
+    quantizer = VQ(8, 16, 2)
+    assert isinstance(quantizer, Learner)
+    before = quantizer.codebook.clone()
+    quantizer(torch.randn(4, 6, 8))
+    quantizer.quantize(torch.randn(4, 6, 8))
+    assert torch.equal(quantizer.codebook, before), (
+        "a pass changes nothing; a step may be skipped, or be of many passes"
+    )
+    quantizer.learn()
+    assert not torch.equal(quantizer.codebook, before)
+    learnt = quantizer.codebook.clone()
+    quantizer.learn()
+    assert torch.equal(quantizer.codebook, learnt), "nothing was seen since"
+
+
+def test_a_codebook_learns_the_same_from_a_batch_and_from_its_parts():
+    code = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    whole = VQ(8, 16, 2)
+    parts = VQ(8, 16, 2)
+    parts.load_state_dict(whole.state_dict())
+    for _ in range(5):
+        ids = parts.quantize(code)[1]
+        mean = parts.statistics(code, ids)  # what every process, and every pass, is given
+        train_codebook(parts, code, 1, lambda _, mean=mean: mean)
+        train_codebook(whole, code, 1)
+    assert whole.steps == 5
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value), name
+
+
+def test_commitment_of_parts_has_the_gradient_of_the_whole():
+    code = torch.randn(6, 5, 8)
+    quantizer = VQ(8, 16, 2)
+    whole, parts = (code.clone().requires_grad_() for _ in range(2))
+    quantizer(whole).losses["commitment"].backward()
+    (sum(quantizer(part).losses["commitment"] for part in parts.chunk(3)) / 3).backward()
+    torch.testing.assert_close(parts.grad, whole.grad)
+
+
+def test_codebooks_that_do_not_fit(tiny_config):
+    with pytest.raises(ValueError, match="8 channels do not split into 3"):
+        VQ(8, 16, 3)
+    with pytest.raises(ValueError, match="at least 2"):
+        VQ(8, 1, 2)
+    vq = tiny_config.override("model.quantization_type=vq")
+    for setting, sentence in (
+        ("model.vq_sub_tokens=3", r"write model\.context_dim=6"),
+        ("model.vq_entries=1", "from 2 to 65536"),
+        ("model.entropy_statistics=process", "write model.entropy_statistics=batch"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            vq.override(setting)
+
+
+def test_an_unknown_bottleneck_is_told_the_known_ones():
+    with pytest.raises(
+        ConfigError, match="'lqf' is not known; write lfq or fsq or bsq or vq or kl or layernorm or noop"
+    ):
+        Config().override("model.quantization_type=lqf")
+
+
+def test_a_codebook_is_in_files(tiny_config, images, tmp_path):
+    tokenizer = FlowMo(tiny_config.override("model.quantization_type=vq", "model.vq_entries=16")).eval()
+    tokenizer.quantizer(tokenizer.encoder(images))
+    tokenizer.quantizer.learn()
+    save(tokenizer, tmp_path / "vq.safetensors")
+    again = load(tmp_path / "vq.safetensors")
+    assert torch.equal(again.quantizer.codebook, tokenizer.quantizer.codebook)
+    assert torch.equal(again.encode(images).ids, tokenizer.encode(images).ids)

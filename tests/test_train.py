@@ -51,7 +51,7 @@ def config(tiny_config, folder):
     )
 
 
-@pytest.mark.parametrize("kind", ["lfq", "kl", "layernorm", "noop"])
+@pytest.mark.parametrize("kind", ["lfq", "bsq", "fsq", "vq", "kl", "layernorm", "noop"])
 def test_every_row_of_every_parameter_gets_a_gradient(tiny_config, images, kind):
     tokenizer = open_gates(FlowMo(tiny_config.override(f"model.quantization_type={kind}")))
     draws = Draws.of(tokenizer.config, images, range(5))._replace(keep=torch.ones(5, dtype=torch.bool))

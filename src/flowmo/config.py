@@ -26,7 +26,7 @@ from flowmo.errors import FlowMoError
 from flowmo.flow import DISTRIBUTIONS
 from flowmo.transformer import Shape, rotary_axes
 
-QUANTIZATION_TYPES = ("lfq", "fsq", "bsq", "kl", "layernorm", "noop", "qwen2.5-coder-0.5b")
+QUANTIZATION_TYPES = ("lfq", "fsq", "bsq", "vq", "kl", "layernorm", "noop", "qwen2.5-coder-0.5b")
 LPIPS_MODES = ("vgg", "alex", "resnet")
 PREDICTIONS = ("velocity", "picture")
 CODE_LAYOUTS = ("diagonal", "lattice")
@@ -130,6 +130,10 @@ class ModelConfig:
     )
     codebook_size_for_entropy: int = setting(9, "bits of a sub-token, the group over which lfq's entropies are taken")
     fsq_levels: int = setting(8, "levels of a channel of fsq")
+    vq_entries: int = setting(512, "entries of vq's codebook, ids of a sub-token")
+    vq_sub_tokens: int = setting(2, "ids of a code token with vq, each of an equal share of its channels")
+    vq_decay: float = setting(0.99, "decay of the moving averages that vq's codebook follows, a step", training=True)
+    vq_commit_weight: float = setting(0.25, "weight of vq's commitment loss", training=True)
     entropy_loss_weight: float = setting(
         0.0025, "weight of lfq's entropy loss (the release's; the paper prints 0.1)", training=True
     )
@@ -377,9 +381,15 @@ class Config:
     @property
     def bits_per_picture(self) -> float | None:
         """Bits of one picture's ids, or ``None`` for a continuous bottleneck."""
-        per_channel = {"lfq": 1.0, "bsq": 1.0, "fsq": math.log2(max(self.model.fsq_levels, 2))}
-        bits = per_channel.get(self.model.quantization_type)
-        return None if bits is None else self.model.code_length * self.model.context_dim * bits
+        m = self.model
+        bits_per_token = {
+            "lfq": m.context_dim,
+            "bsq": m.context_dim,
+            "fsq": m.context_dim * math.log2(max(m.fsq_levels, 2)),
+            "vq": m.vq_sub_tokens * math.log2(max(m.vq_entries, 2)),
+        }
+        bits = bits_per_token.get(m.quantization_type)
+        return None if bits is None else m.code_length * bits
 
     @property
     def bits_per_pixel(self) -> float | None:
@@ -679,6 +689,18 @@ def check(config: Config) -> None:
             f"model.context_dim={m.context_dim} channels of {m.fsq_levels} levels do not split into ids of {group} "
             f"channels; write model.context_dim={max(m.context_dim // group, 1) * group}",
         )
+    if m.quantization_type == "vq":
+        require(2 <= m.vq_entries <= 2**16, f"model.vq_entries={m.vq_entries} must be from 2 to 65536")
+        require(m.vq_sub_tokens > 0, f"model.vq_sub_tokens={m.vq_sub_tokens} must be at least 1")
+        require(
+            m.context_dim % m.vq_sub_tokens == 0,
+            f"model.context_dim={m.context_dim} channels do not split into model.vq_sub_tokens={m.vq_sub_tokens}; "
+            f"write model.context_dim={max(m.context_dim // m.vq_sub_tokens, 1) * m.vq_sub_tokens}",
+        )
+        require(
+            m.entropy_statistics == "batch",
+            "vq has one codebook, which all processes must change alike; write model.entropy_statistics=batch",
+        )
     if m.quantization_type in ("lfq", "bsq"):
         group = m.codebook_size_for_entropy
         fits = [g for g in range(min(m.context_dim, 16), 0, -1) if m.context_dim % g == 0]
@@ -689,6 +711,7 @@ def check(config: Config) -> None:
         )
     for name, value in (
         ("ema_decay", m.ema_decay),
+        ("vq_decay", m.vq_decay),
         ("beta1", o.beta1),
         ("beta2", o.beta2),
         ("cooldown", o.cooldown),
@@ -696,6 +719,7 @@ def check(config: Config) -> None:
         ("max_bad_share", d.max_bad_share),
     ):
         require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
+    require(m.vq_commit_weight >= 0, f"model.vq_commit_weight={m.vq_commit_weight} must not be negative")
     for name in ("weight_decay", "max_grad_norm", "lpips_weight", "mup_base_width", "n_grad_acc"):
         require(getattr(o, name) >= 0, f"opt.{name}={getattr(o, name)} must not be negative")
     for name, value in (

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flowmo.quantize.bsq import BSQ
-from flowmo.quantize.contract import Quantized, Quantizer, WholeBatch, alone, check_ids
+from flowmo.quantize.contract import Learner, Quantized, Quantizer, WholeBatch, alone, check_ids
 from flowmo.quantize.fsq import FSQ
 from flowmo.quantize.identity import Identity
 from flowmo.quantize.infill import HUB_NAMES, Infill
 from flowmo.quantize.kl import KL
 from flowmo.quantize.layernorm import LayerNorm
 from flowmo.quantize.lfq import LFQ
+from flowmo.quantize.vq import VQ
 
 if TYPE_CHECKING:
     from flowmo.config import ModelConfig
@@ -21,9 +22,11 @@ __all__ = [
     "FSQ",
     "KL",
     "LFQ",
+    "VQ",
     "Identity",
     "Infill",
     "LayerNorm",
+    "Learner",
     "Quantized",
     "Quantizer",
     "WholeBatch",
@@ -40,6 +43,9 @@ def build_quantizer(model: ModelConfig) -> Quantizer:
         "lfq": lambda: LFQ(*bits),
         "bsq": lambda: BSQ(*bits),
         "fsq": lambda: FSQ(model.context_dim, model.fsq_levels, model.codebook_size_for_entropy),
+        "vq": lambda: VQ(
+            model.context_dim, model.vq_entries, model.vq_sub_tokens, model.vq_decay, model.vq_commit_weight
+        ),
         "kl": lambda: KL(model.context_dim),
         "layernorm": lambda: LayerNorm(model.context_dim),
         "noop": lambda: Identity(model.context_dim),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,6 +63,15 @@ class Quantizer(Protocol):
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
         """int64 b × tokens × sub_tokens -> float32 b × tokens × channels."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A bottleneck that learns otherwise than by gradients."""
+
+    def learn(self) -> None:
+        """Learn from the batch that was last seen in training; called once a step, in every process, by the same
+        means over the whole batch."""
 
 
 def check_ids(ids: Tensor, code_length: int, sub_tokens: int, id_count: int) -> Tensor:

@@ -139,6 +139,9 @@ class GeneratorTask:
     def _labels(self, labels: Tensor, keep: Tensor) -> Tensor:
         return torch.where(keep & (labels != NO_CLASS), labels, self.model.null_class)
 
+    def stepped(self) -> None:
+        pass
+
     # What it tells
 
     def statistics(self) -> dict[str, float]:

@@ -245,6 +245,7 @@ class Run:
         self.optimizer.step()
         if config.model.fix_initial_norms:
             self.norm_control.apply()
+        self.task.stepped()
         self.average.update(step)
         return {**sums, "gradient_norm": norm}
 

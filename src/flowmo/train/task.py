@@ -57,6 +57,9 @@ class Task(Protocol):
     def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: Any) -> Loss:
         """Of a pass, through ``module``, which may wrap the task's own."""
 
+    def stepped(self) -> None:
+        """The optimizer has made its step: learn what is not learnt by gradients; all processes call this together."""
+
     def statistics(self) -> dict[str, float]:
         """Figures for the log since the last call; all processes call this together."""
 

@@ -19,7 +19,7 @@ from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import LPIPS, build_distance
 from flowmo.pictures import to_picture
-from flowmo.quantize import WholeBatch, alone
+from flowmo.quantize import Learner, WholeBatch, alone
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import Cost, training_cost
 from flowmo.train.optimizer import scale_initial_weights
@@ -128,6 +128,10 @@ class TokenizerTask:
             loss = module(chunk, draws, shared, self.frozen)
         self.usage.add(loss.ids)
         return loss
+
+    def stepped(self) -> None:
+        if isinstance(self.model.quantizer, Learner) and not self.frozen:
+            self.model.quantizer.learn()
 
     # What it tells
 
