@@ -389,7 +389,7 @@ class Config:
             "vq": m.vq_sub_tokens * math.log2(max(m.vq_entries, 2)),
         }
         bits = bits_per_token.get(m.quantization_type)
-        return None if bits is None else m.code_length * bits
+        return None if bits is None else float(m.code_length * bits)
 
     @property
     def bits_per_pixel(self) -> float | None:

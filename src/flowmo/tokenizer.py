@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -186,6 +187,7 @@ class FlowMo(nn.Module):
         rho: float | None = None,
         solver: str | None = None,
         size: tuple[int, int] | None = None,
+        noise_scale: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Codes, or bare ids, to pictures: solves the flow from seeded noise (section 3.4). Needs no picture.
@@ -199,19 +201,23 @@ class FlowMo(nn.Module):
             rho: shift of the sampler, equation 14. Preset: 4.
             solver: ``euler``, the paper's, ``midpoint``, ``heun`` or ``multistep``, see ``flowmo.sample``.
             size: height and width, where ``codes`` are bare ids and the size is not the trained one.
+            noise_scale: of the noise that the flow starts from; below 1 it is likelier noise (appendix C, figure 9).
             progress: called with (pictures done, pictures in all).
 
         Returns:
             float32 b × 3 × h × w, clipped to [−1, 1].
 
         Raises:
-            TypeError, ValueError: ids of the wrong kind, shape or range; a seed count other than b.
+            TypeError, ValueError: ids of the wrong kind, shape or range; a seed count other than b; a negative or
+                infinite scale.
         """
+        if not 0 <= noise_scale < math.inf:
+            raise ValueError(f"noise_scale {noise_scale} must be finite and at least 0")
         code, height, width = self._code_and_size(codes, size)
         seeds = list(seed) if isinstance(seed, Sequence | Tensor) else [seed] * len(code)
         if len(seeds) != len(code):
             raise ValueError(f"{len(seeds)} seeds for {len(code)} pictures; give one, or one a picture")
-        noise = sample.seeded_noise(seeds, height, width)
+        noise = sample.seeded_noise(seeds, height, width, noise_scale)
         return self._decode_from(noise, code, steps, guidance, rho, solver, progress)
 
     def _code_and_size(self, codes: Codes | Tensor, size: tuple[int, int] | None) -> tuple[Tensor, int, int]:

@@ -74,6 +74,7 @@ class FlowMoReconstructor:
     guidance: float | None = None
     name: str = "FlowMo"
     codec: Codec | None = None
+    noise_scale: float = 1.0
 
     @property
     def id_count(self) -> int | None:
@@ -85,7 +86,7 @@ class FlowMoReconstructor:
         if images.shape[-2:] != (side, side):
             return self._through_tiles(images, seeds)
         codes = self.tokenizer.encode(images)
-        pictures = self.tokenizer.decode(codes, self.steps, seeds, guidance=self.guidance)
+        pictures = self.tokenizer.decode(codes, self.steps, seeds, guidance=self.guidance, noise_scale=self.noise_scale)
         tiling, parts = Tiling(side, side, side), []
         if self.codec is not None:
             parts = [replace(codes, ids=ids[None], tiling=tiling) for ids in codes.ids]

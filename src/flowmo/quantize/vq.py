@@ -1,6 +1,6 @@
 """Vector quantization with a codebook that follows its members (van den Oord et al. 2017, appendix A.1).
 
-A token of f channels is cut into sub-tokens of f / s channels, each replaced by the nearest of the codebook's K entries.
+A token of f channels is cut into s sub-tokens of f / s channels; the nearest of a codebook's K entries replaces each.
 The codebook learns by moving averages, not by gradients: an entry is the mean of the sub-tokens that chose it lately.
 
 Notable: what the codebook learns from is a mean over sub-tokens, so that ``whole_batch`` makes it the whole batch's,

@@ -35,16 +35,8 @@ from flowmo.generate.produce import Drawing
 from flowmo.generate.tokenize import tokenize
 from flowmo.pictures import to_bytes, to_picture
 from flowmo.studies.classifier import Classifier
-from flowmo.studies.study import (
-    Place,
-    StudyError,
-    markdown_table,
-    once,
-    read_results,
-    subplots,
-    train,
-    write_results,
-)
+from flowmo.studies.page import markdown_table, subplots
+from flowmo.studies.study import Place, StudyError, once, read_results, train, write_results
 from flowmo.tokenizer import FlowMo
 from flowmo.train.state import read_facts
 

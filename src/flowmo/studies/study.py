@@ -1,13 +1,13 @@
-"""What studies share: trainings that are made once, figures that are measured once, tables and plots of them."""
+"""What studies share: trainings that are made once, and figures that are measured once, as files."""
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from flowmo.config import Config
 from flowmo.data import open_source
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
+from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, Pace, Reconstructor, measure
 from flowmo.evaluate.summary import Summary
+from flowmo.runs import CHECKPOINTS
 from flowmo.tokenizer import FlowMo
 from flowmo.train.loop import Run
 from flowmo.train.state import read_facts
@@ -72,11 +73,18 @@ class Trained:
     seconds: float
 
 
-def train(config: Config, run: str, place: Place, start: Path | None = None) -> Trained:
+def train(
+    config: Config,
+    run: str,
+    place: Place,
+    start: Path | None = None,
+    begin: Callable[[Run], None] | None = None,
+) -> Trained:
     """Train under ``place``, or find it done.
 
     Args:
         start: checkpoint of another run to start from.
+        begin: changes a run that has seen no pictures yet.
 
     Raises:
         StudyError: it was asked to stop; it goes on from there the next time.
@@ -84,6 +92,8 @@ def train(config: Config, run: str, place: Place, start: Path | None = None) -> 
     folder = place.folder(run)
     data = (f"data.train={place.train}", f"data.val={place.held_out}")
     training = Run(config.override(*data), folder, place.world, start, place.report)
+    if begin is not None and not training.images:
+        begin(training)
     if training.images < training.times.duration:
         training.train()
     if training.images < training.times.duration:
@@ -108,15 +118,44 @@ def once(run: str, place: Place, make: Callable[[], dict[str, Any]]) -> dict[str
     return row
 
 
-def measured(tokenizer: FlowMo, place: Place, judges: Judges, pictures: int) -> dict[str, Any]:
+def measured(
+    tokenizer: FlowMo, place: Place, judges: Judges, pictures: int, noise_scale: float = 1.0
+) -> dict[str, Any]:
     """Figures of a tokenizer on held-out pictures."""
-    candidate, side = FlowMoReconstructor(tokenizer), tokenizer.config.data.image_size
-    source = open_source(place.held_out)
-    world = place.world
-    found = measure(candidate, source, side, judges, limit=pictures, device=world.device, world=world)
+    candidate = FlowMoReconstructor(tokenizer, noise_scale=noise_scale)
+    return figures_of(candidate, tokenizer.config.data.image_size, place, judges, pictures)
+
+
+def figures_of(
+    candidate: Reconstructor, side: int, place: Place, judges: Judges, pictures: int, pace: Pace | None = None
+) -> dict[str, Any]:
+    """Figures of anything that makes pictures into bits and back, on held-out pictures."""
+    source, world = open_source(place.held_out), place.world
+    found = measure(
+        candidate, source, side, judges, limit=pictures, device=world.device, world=world, enlarge=True, pace=pace
+    )
     summary = Summary.of(candidate.name, found, side, judges.features)
     place.report("\n".join(summary.lines()))
     return summary.as_dict()
+
+
+def with_settings(tokenizer: FlowMo, *settings: str) -> FlowMo:
+    """The same weights with other settings of the sampler."""
+    other = copy.copy(tokenizer)
+    other.config = tokenizer.config.override(*settings)
+    return other
+
+
+def named_models(place: Place) -> Iterator[tuple[str, FlowMo]]:
+    """Each of ``place.models``, by a name of its own that folders can have."""
+    taken: set[str] = set()
+    for source in place.models:
+        path = Path(source)
+        # results/STUDY/RUN/checkpoints/STEP.pth is known by its run
+        stem = path.parent.parent.name if path.parent.name == CHECKPOINTS else path.stem
+        name = stem if stem not in taken else f"{stem}-{len(taken) + 1}"
+        taken.add(name)
+        yield name, flowmo.load(source, device=str(place.world.device))
 
 
 def forget_checkpoints(run: str, place: Place) -> None:
@@ -156,42 +195,3 @@ def read_results(place: Place) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise StudyError(f"{path}: no results to draw ({error}); run the study without --redraw") from None
-
-
-def mean_and_deviation(values: Iterable[float | None]) -> tuple[float, float] | None:
-    """Mean and unbiased standard deviation over seeds, 0 of a single one; ``None`` where a value is missing."""
-    values = list(values)
-    if not values or None in values:
-        return None
-    mean = math.fsum(values) / len(values)
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
-    return mean, deviation
-
-
-def cell(values: Iterable[float | None], places: int) -> str:
-    """``mean ± deviation`` for a table."""
-    values = list(values)
-    found = mean_and_deviation(values)
-    if found is None:
-        return "–"
-    mean, deviation = found
-    return f"{mean:.{places}f} ± {deviation:.{places}f}" if len(values) > 1 else f"{mean:.{places}f}"
-
-
-def subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure of matplotlib's and its axes, rows × columns.
-
-    Raises:
-        StudyError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise StudyError("plots need matplotlib: pip install 'flowmo[studies]'") from None
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
