@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowmo import hub, runs, sharded
+from flowmo import hub, pth, runs, sharded
 from flowmo.config import PRESETS, Config, ConfigError
 from flowmo.errors import FlowMoError
 from flowmo.release import CheckpointMismatchError, convert_release, is_release, release_config
@@ -117,9 +116,9 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
 def read_shards(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a sharded training checkpoint tells besides tensors, and its weights."""
     try:
-        facts = json.loads((path / "run.json").read_text())
+        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
         Config.from_dict(facts["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a training checkpoint of flowmo ({error})") from None
     prefix = "ema." if ema else "model."
     tensors = {name: torch.empty(s) for name, s in sharded.shapes(path).items() if name.startswith(prefix)}
@@ -148,26 +147,20 @@ def open_safetensors(path: Path) -> Iterator[tuple[Config, Any]]:
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path}: not written by flowmo (its metadata has no format {FORMAT!r})")
             yield Config.from_dict(json.loads(metadata["config"])), file
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+    except CheckpointError:
+        raise
     except ConfigError as error:
         raise CheckpointError(f"{path}: holds settings that do not work: {error}") from None
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({_short(error)})") from None
 
 
 def read_pth(path: Path) -> dict[str, Any]:
+    """See ``pth.read_pth``. Raises ``CheckpointError``."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path}: refused, it is damaged or holds something other than tensors and plain values, "
-            "which could run code when loaded"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint ({reason[:150]})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
+        return pth.read_pth(path)
+    except pth.PthError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def build(config: Config, state: Mapping[str, Tensor], name: str | Path = "checkpoint") -> FlowMo:
@@ -176,8 +169,7 @@ def build(config: Config, state: Mapping[str, Tensor], name: str | Path = "check
     Raises:
         CheckpointError: keys or shapes are not those of ``config``'s architecture.
     """
-    with torch.device("meta"):
-        tokenizer = FlowMo(config)
+    tokenizer = on_meta(lambda: FlowMo(config), config.model.dec_depth + config.model.enc_depth, state, name)
     wanted = tokenizer.state_dict()
     wrong = [
         *(f"{key} is missing" for key in wanted if key not in state),
@@ -190,11 +182,48 @@ def build(config: Config, state: Mapping[str, Tensor], name: str | Path = "check
     ]
     if wrong:
         raise CheckpointError(f"{name}: weights of another architecture: {'; '.join(wrong[:3])} ({len(wrong)} such)")
+    tokenizer.load_state_dict(finite(state, name), assign=True)
+    return tokenizer.eval().requires_grad_(False)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def on_meta(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor], name: str | Path) -> Network:
+    """A network without memory for its weights, whose settings come from the same file as ``state``.
+
+    Raises:
+        CheckpointError: the settings ask for more than there are weights of, or for what cannot be built.
+    """
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        raise CheckpointError(f"{name}: holds something other than named tensors among its weights")
+    if blocks > len(state):  # each block has several; a billion of them would be built for long
+        raise CheckpointError(f"{name}: weights of another architecture: {blocks} blocks of {len(state)} tensors")
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, OverflowError, TypeError, ValueError, MemoryError) as error:
+        raise CheckpointError(f"{name}: holds settings that do not work: {_short(error)}") from None
+
+
+def finite(state: Mapping[str, Tensor], name: str | Path) -> dict[str, Tensor]:
+    """Weights in float32.
+
+    Raises:
+        CheckpointError: one is not finite, or no real number.
+    """
+    wrong = next((key for key, value in state.items() if value.is_complex()), None)
+    if wrong is not None:
+        raise CheckpointError(f"{name}: {wrong} holds complex numbers")
+    state = {key: value.float() for key, value in state.items()}
     bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"{name}: {bad[0]} holds NaN or infinite values ({len(bad)} such)")
-    tokenizer.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
-    return tokenizer.eval().requires_grad_(False)
+    return state
+
+
+def _short(error: object) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32) -> None:

@@ -40,6 +40,11 @@ DISTILLED = ("sample", "picture")
 SOLVERS = ("euler", "midpoint", "heun", "multistep")
 REVEALING_ORDERS = ("confidence", "halton", "random")
 MAX_YAML_BYTES = 1 << 20
+MAX_DIGITS = 400
+MAX_SIDE = 10_000
+"""Of a training picture, in pixels; beyond it a tile has more than ``pictures.MAX_PIXELS``."""
+MAX_STEPS = 10_000
+"""Of sampling: a file's own settings decide how long its decoding takes."""
 
 
 class ConfigError(FlowMoError, ValueError):
@@ -402,7 +407,9 @@ class Config:
         for assignment in assignments:
             name, equals, value = assignment.partition("=")
             if not equals:
-                raise ConfigError(f"{assignment!r} is not a setting; write it as section.name=value, e.g. opt.lr=1e-4")
+                raise ConfigError(
+                    f"{shown(assignment)} is not a setting; write it as section.name=value, e.g. opt.lr=1e-4"
+                )
             values[name] = parse_value(name, value)
         return self.updated(values)
 
@@ -431,6 +438,8 @@ class Config:
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Config:
         """From nested sections, as in a YAML file; what is not named keeps its default."""
+        if not isinstance(tree, Mapping):
+            raise ConfigError(f"settings are sections with names and values, not a {type(tree).__name__}")
         return cls().updated(dict(leaves(tree)))
 
     @classmethod
@@ -444,13 +453,13 @@ class Config:
             raw = Path(path).read_bytes()
             if len(raw) > MAX_YAML_BYTES:
                 raise ConfigError(f"{path} has {len(raw)} bytes; a settings file has at most {MAX_YAML_BYTES}")
-            tree = yaml.safe_load(raw) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            raise ConfigError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from None
+            tree = load_yaml(raw) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read settings from {path}: {shorten(error)}") from None
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} holds no settings; write sections such as 'model:' with 'name: value' below")
         name = tree.pop("preset", None)
-        start = preset(name) if name is not None else base or cls()
+        start = preset(str(name)) if name is not None else base or cls()
         return start.updated(dict(leaves(tree)))
 
 
@@ -463,7 +472,7 @@ def preset(name: str) -> Config:
     """
     presets = PRESETS | GENERATOR_PRESETS
     if name not in presets:
-        raise ConfigError(f"no preset {name!r}; the presets are {', '.join(presets)}")
+        raise ConfigError(f"no preset {shown(name)}; the presets are {', '.join(presets)}")
     return Config.from_dict(presets[name])
 
 
@@ -531,7 +540,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
         full = f"{prefix}{name}"
         if isinstance(value, Mapping):
             if not any(known.startswith(f"{full}.") for known in (*FIELDS, *ALIASES)):
-                raise ConfigError(f"there is no section {full!r}{nearest(full, sections())}")
+                raise ConfigError(f"there is no section {shown(full)}{nearest(full, sections())}")
             yield from leaves(value, f"{full}.")
         else:
             yield full, value
@@ -556,7 +565,57 @@ def build(flat: Mapping[str, Any]) -> Config:
     return make(Config, "")
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values alone, and no aliases: a few lines of them can stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "it has an alias (*name); settings have none")
+        return super().compose_node(parent, index)
+
+    def construct_number(self, node: Any) -> int | float:
+        if len(node.value) > MAX_DIGITS:  # reading it takes the square of its length
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value)} digits", node.start_mark
+            )
+        kind = node.tag.rpartition(":")[2]
+        return super().construct_yaml_int(node) if kind == "int" else super().construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """The value of a YAML document of plain values.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
+        # What PyYAML's constructors raise for dates, numbers and words that are none, and for deep nesting.
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+
+
+def shorten(value: object) -> str:
+    """One line of at most 200 characters."""
+    line = " ".join(str(value).split())
+    return line if len(line) <= 200 else f"{line[:199]}…"
+
+
+def shown(value: object) -> str:
+    """A value in a message. A whole number can have more digits than Python prints."""
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
+    if len(name) > 100:
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
 
@@ -568,14 +627,14 @@ def translate(name: str, value: Any) -> dict[str, Any]:
     if name in ALIASES:
         try:
             return ALIASES[name](value)
-        except (ValueError, TypeError, SyntaxError, ZeroDivisionError):
-            raise ConfigError(f"{name}={value!r} is not a value that {name} takes") from None
+        except (ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
+            raise ConfigError(f"{name}={shown(value)} is not a value that {name} takes") from None
     section, _, last = name.rpartition(".")
     elsewhere = [known for known in FIELDS if known.rpartition(".")[2] == last]
     if elsewhere:
-        raise ConfigError(f"there is no setting {name!r}; did you mean {' or '.join(map(repr, elsewhere))}?")
+        raise ConfigError(f"there is no setting {shown(name)}; did you mean {' or '.join(map(repr, elsewhere))}?")
     siblings = [known for known in (*FIELDS, *ALIASES) if known.rpartition(".")[0] == section]
-    raise ConfigError(f"there is no setting {name!r}{nearest(name, siblings or sections())}")
+    raise ConfigError(f"there is no setting {shown(name)}{nearest(name, siblings or sections())}")
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -584,7 +643,7 @@ def parse_value(name: str, text: str) -> Any:
     if known is not None and known.type is str:
         return text.strip("'\"")
     try:
-        return yaml.safe_load(text) if len(text) < 1000 else text
+        return load_yaml(text) if len(text) < 1000 else text
     except yaml.YAMLError:
         return text
 
@@ -604,7 +663,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
             return Span(value)
         except ValueError:
             raise ConfigError(
-                f"{name}={value!r} does not work; write a length such as {name}='{FIELDS[name].default}', "
+                f"{name}={shown(value)} does not work; write a length such as {name}='{FIELDS[name].default}', "
                 "in images, steps or epochs"
             ) from None
     if kind is bool and isinstance(value, bool):
@@ -613,8 +672,9 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         return value
     if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4 as text
-            number = value if isinstance(value, int) else float(value)
-        except ValueError:
+            number = float(value)
+            number = value if isinstance(value, int) and kind is int else number
+        except (ValueError, OverflowError):
             number = math.nan
         if kind is float and math.isfinite(number):
             return float(number)
@@ -623,7 +683,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", Span: "a length"}[
         kind
     ]
-    raise ConfigError(f"{name}={value!r} does not work; write {wanted}, for example {name}={FIELDS[name].default}")
+    raise ConfigError(f"{name}={shown(value)} does not work; write {wanted}, for example {name}={FIELDS[name].default}")
 
 
 def check(config: Config) -> None:
@@ -650,6 +710,7 @@ def check(config: Config) -> None:
         require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be at least 1")
     for prefix in ("", "enc_"):
         check_width(prefix, getattr(m, f"{prefix}hidden_size"), getattr(m, f"{prefix}num_heads"))
+    require(d.image_size <= MAX_SIDE, f"data.image_size={d.image_size} must be at most {MAX_SIDE}")
     require(m.mlp_ratio > 0, f"model.mlp_ratio={m.mlp_ratio} must be above 0; the paper uses 4")
     lower = max(d.image_size // m.patch_size, 1) * m.patch_size
     require(
@@ -735,7 +796,10 @@ def check(config: Config) -> None:
         f"opt.lpips_jitter={o.lpips_jitter} must be from 0 to half of data.image_size={d.image_size}",
     )
     require(0 <= t.seed < 2**63, f"trainer.seed={t.seed} must be a whole number from 0 to 2^63 − 1")
-    require(s.sample_steps > 0, f"eval.sampling.sample_steps={s.sample_steps} must be at least 1; the paper uses 25")
+    require(
+        0 < s.sample_steps <= MAX_STEPS,
+        f"eval.sampling.sample_steps={s.sample_steps} must be from 1 to {MAX_STEPS}; the paper uses 25",
+    )
     choose("eval.sampling.solver", s.solver, SOLVERS)
     require(s.rho > 0, f"eval.sampling.rho={s.rho} must be above 0; the paper uses 4, linear steps are 1")
     choose("opt.distill_towards", o.distill_towards, DISTILLED)
@@ -772,6 +836,7 @@ def check_generator(config: Config) -> None:
     choose("generator.order", g.order, REVEALING_ORDERS)
     for name in ("hidden_size", "depth", "num_heads", "sample_steps"):
         require(getattr(g, name) > 0, name, "must be at least 1")
+    require(g.sample_steps <= MAX_STEPS, "sample_steps", f"must be at most {MAX_STEPS}")
     require(g.hidden_size % g.num_heads == 0, "hidden_size", f"is not divisible by generator.num_heads={g.num_heads}")
     for name in ("mlp_ratio", "temperature", "last_temperature"):
         require(getattr(g, name) > 0, name, "must be above 0")
@@ -808,4 +873,4 @@ def _even_axes(width: int, heads: int) -> bool:
 
 def choose(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"{name}={value!r} is not known; write {' or '.join(known)}")
+        raise ConfigError(f"{name}={shown(value)} is not known; write {' or '.join(known)}")

@@ -10,6 +10,7 @@ import hashlib
 import io
 import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from flowmo.evaluate.codecs import FORMATS, CodecMissingError, CodecReconstructo
 from flowmo.evaluate.figures import heat_map, psnr
 from flowmo.generate.generator import Generator
 from flowmo.generate.produce import Drawing, check_pair, draw
-from flowmo.pictures import check_size, read_picture, resize_and_crop, to_picture, to_tensor
+from flowmo.pictures import PILLOW_FORMATS, check_size, read_picture, resize_and_crop, to_picture, to_tensor
 from flowmo.tokenizer import Codes, FlowMo
 
 MOST_PIXELS = 4_000_000
@@ -105,10 +106,12 @@ class Page:
     def _bounded(self, content: Any, name: str) -> Image.Image:
         """A picture of no more than ``MOST_PIXELS``, which are counted before they are decoded."""
         try:
-            with Image.open(content) as picture:
-                check_size(picture, name)
-                width, height = picture.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(content, formats=PILLOW_FORMATS) as picture:
+                    check_size(picture, name)
+                    width, height = picture.size
+        except Exception:  # whatever a damaged file leads Pillow into
             raise DemoError(f"{name}: not a picture that can be read") from None
         if width * height > MOST_PIXELS:
             raise DemoError(
@@ -151,8 +154,10 @@ class Page:
         folder = self.folder / hashlib.blake2b(content, digest_size=8).hexdigest()
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-        kept = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime)
-        for old in kept[:-MOST_FILES]:
+        others = sorted(
+            (path for path in self.folder.iterdir() if path != folder), key=lambda path: path.stat().st_mtime
+        )
+        for old in others[: max(len(others) - MOST_FILES + 1, 0)]:
             shutil.rmtree(old, ignore_errors=True)
         return folder / name
 

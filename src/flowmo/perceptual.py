@@ -12,14 +12,18 @@ without. Weights are looked for, in this order, in
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
+from flowmo.pth import PthError, read_pth
 from flowmo.resnet import ResNet50
 
 # (name, accepted file names, download address)
@@ -116,6 +120,17 @@ def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = N
     )
 
 
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Turns what loading another network's weights raises into one line."""
+    try:
+        yield
+    except PthError:
+        raise
+    except (KeyError, RuntimeError, AttributeError, TypeError, OSError, SafetensorError) as error:
+        raise PthError(f"{path}: not the weights of this network ({' '.join(str(error).split())[:150]})") from None
+
+
 class LPIPS(nn.Module):
     """Learned perceptual distance between pictures (Zhang et al. 2018, version 0.1): ``distance(x, y) -> b``.
 
@@ -129,6 +144,7 @@ class LPIPS(nn.Module):
 
     Raises:
         WeightsNotFoundError: see ``find_weights``.
+        PthError: a file is damaged, unsafe, or of another network.
         ValueError: an unknown ``net``.
     """
 
@@ -168,14 +184,15 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def _load(self, backbone: Path, heads: Path) -> None:
-        state = torch.load(backbone, map_location="cpu", weights_only=True)
-        state = {key.removeprefix("features."): value for key, value in state.items()}
-        for row in self.rows:
-            for index, conv in row.items():
-                conv.load_state_dict({"weight": state[f"{index}.weight"], "bias": state[f"{index}.bias"]})
-        state = torch.load(heads, map_location="cpu", weights_only=True)
-        for i, head in enumerate(self.heads):
-            head.load_state_dict({"weight": state[f"lin{i}.model.1.weight"]})
+        with _fitting(backbone):
+            state = {key.removeprefix("features."): value for key, value in read_pth(backbone).items()}
+            for row in self.rows:
+                for index, conv in row.items():
+                    conv.load_state_dict({"weight": state[f"{index}.weight"], "bias": state[f"{index}.bias"]})
+        with _fitting(heads):
+            state = read_pth(heads)
+            for i, head in enumerate(self.heads):
+                head.load_state_dict({"weight": state[f"lin{i}.model.1.weight"]})
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Unit-length feature maps of pictures b 3 h w in [−1, 1], one per row of the network, float32."""
@@ -213,6 +230,7 @@ class ResNetLogits(nn.Module):
 
     Raises:
         WeightsNotFoundError: see ``find_weights``.
+        PthError: a file is damaged, unsafe, or of another network.
     """
 
     SIDE = 224
@@ -223,9 +241,10 @@ class ResNetLogits(nn.Module):
         super().__init__()
         path = find_weights(*RESNET, weights, download)
         self._build(caffe=path.suffix == ".safetensors")
-        state = load_file(path) if self.caffe else torch.load(path, map_location="cpu", weights_only=True)
-        state = {name: value.float() for name, value in state.items() if not name.endswith("num_batches_tracked")}
-        missing, unexpected = self.network.load_state_dict(state, strict=False)
+        with _fitting(path):
+            state = load_file(path) if self.caffe else read_pth(path)
+            state = {name: value.float() for name, value in state.items() if not name.endswith("num_batches_tracked")}
+            missing, unexpected = self.network.load_state_dict(state, strict=False)
         if unexpected or [name for name in missing if not name.endswith("num_batches_tracked")]:
             raise WeightsNotFoundError(f"{path}: not the weights of a ResNet-50")
         self.to(memory_format=torch.channels_last).eval().requires_grad_(False)

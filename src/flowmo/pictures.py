@@ -19,6 +19,8 @@ MAX_PIXELS = 100_000_000
 DRAFT_MARGIN = 2
 ORIENTATION = 0x0112
 """Number of EXIF's tag for how a picture is turned."""
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Pillow's readers that are used. It has many more, of which one starts another program on what it reads (EPS)."""
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -42,7 +44,7 @@ def read_picture(file: str | Path | BinaryIO, name: str | None = None, side: int
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as picture:
+            with Image.open(file, formats=PILLOW_FORMATS) as picture:
                 check_size(picture, path)
                 if side is not None:
                     picture.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
@@ -54,9 +56,10 @@ def read_picture(file: str | Path | BinaryIO, name: str | None = None, side: int
     except PictureError:
         raise
     except Image.UnidentifiedImageError:
-        raise PictureError(f"{path}: not a picture that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise PictureError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise PictureError(f"{path}: not a picture of a kind that is read ({', '.join(PILLOW_FORMATS)})") from None
+    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them into
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise PictureError(f"{path}: cannot be read ({reason})") from None
 
 
 def check_size(picture: Image.Image, name: str | Path = "picture") -> None:
@@ -123,14 +126,17 @@ class Tiling:
     def starts(self, length: int) -> list[int]:
         if length <= self.tile:
             return [0]
-        overlap = self.tile // 8
-        count = math.ceil((length - overlap) / (self.tile - overlap))
+        count = self._count(length)
         return [round(i * (length - self.tile) / (count - 1)) for i in range(count)]
 
     @property
     def count(self) -> int:
         """Tiles in all."""
-        return len(self.starts(self.height)) * len(self.starts(self.width))
+        return self._count(self.height) * self._count(self.width)
+
+    def _count(self, length: int) -> int:
+        overlap = self.tile // 8
+        return 1 if length <= self.tile else math.ceil((length - overlap) / (self.tile - overlap))
 
     @property
     def corners(self) -> list[tuple[int, int]]:

@@ -7,10 +7,11 @@ refused where it names any other or holds anything but tensors, so that opening 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from flowmo.errors import FlowMoError
+from flowmo.pth import CountingUnpickler
 
 TABLE = ".metadata"
 ALLOWED = {
@@ -46,12 +48,12 @@ class ShardedError(FlowMoError, ValueError):
     """A folder of shards that is damaged, unsafe, or holds other tensors."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(CountingUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
         if module.partition(".")[0] == "pathlib" and name in PATHS:
-            return Path  # where the folder was written, which need not exist here
+            return PurePath  # where the folder was written, which need not exist here
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
@@ -63,9 +65,23 @@ class _Reader(FileSystemReader):
         other = [n for n, kind in metadata.state_dict_metadata.items() if not isinstance(kind, TensorStorageMetadata)]
         if other:
             raise pickle.UnpicklingError(f"{other[0]} is no tensor")
+        places = (metadata.storage_data or {}).values()
+        if any(PurePath(place.relative_path).name != place.relative_path for place in places):
+            raise pickle.UnpicklingError("it names files outside the folder")
+        self._check_sizes(metadata)
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def _check_sizes(self, metadata: Metadata) -> None:
+        """A number takes a byte at least, so that no folder can ask for more memory than it takes on disk."""
+        wanted = 0
+        for name, kind in metadata.state_dict_metadata.items():
+            if not isinstance(name, str) or not all(isinstance(n, int) and n >= 0 for n in kind.size):
+                raise pickle.UnpicklingError("a tensor without a name or a size")
+            wanted += math.prod(kind.size)
+        if wanted > sum(file.stat().st_size for file in Path(self.path).iterdir()):
+            raise pickle.UnpicklingError(f"it claims {wanted} numbers, more than the folder has")
 
 
 def is_sharded(path: Path) -> bool:

@@ -18,10 +18,14 @@ from typing import IO, NamedTuple
 from PIL import Image
 
 from flowmo.data.source import DataError, class_labels
-from flowmo.pictures import EXTENSIONS, read_picture
+from flowmo.pictures import EXTENSIONS, PictureError, read_picture
 
 MAX_NESTING = 3
 MAX_LABEL_BYTES = 20
+MAX_LABELS = 1_000_000
+MAX_HEADER_BYTES = 1 << 20
+"""Of a member's header with its extensions: a header may claim any length for these, and all of it would be read."""
+MAX_PICTURE_BYTES = 1 << 28
 WORDNET = re.compile(r"n\d{8}(?=_)")
 """ImageNet's class at the start of a file name, which is all that the authors' index keeps of it."""
 
@@ -39,22 +43,39 @@ def build_index(tar: str | Path) -> list[dict]:
     """
     try:
         with open(tar, "rb") as file:
-            entries = list(_pictures(file, 0, "", 0))
-    except tarfile.TarError as error:
-        raise DataError(f"{tar}: not an uncompressed tar, or a damaged one ({error})") from None
-    except OSError as error:
-        raise DataError(f"{tar}: cannot be read ({error.strerror or error})") from None
+            entries = list(_pictures(_Headers(file), 0, "", 0))
+    except (OSError, MemoryError) as error:
+        raise DataError(f"{tar}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except (tarfile.TarError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        raise DataError(f"{tar}: not an uncompressed tar, or a damaged one ({_short(error)})") from None
     if not entries:
         raise DataError(f"{tar}: holds no pictures ({', '.join(EXTENSIONS)})")
     return entries
 
 
-def _pictures(file: IO[bytes], start: int, prefix: str, depth: int) -> Iterator[dict]:
+class _Headers:
+    """A file of which only short pieces may be read at a time."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def _pictures(file: IO[bytes] | _Headers, start: int, prefix: str, depth: int) -> Iterator[dict]:
     found, labels = [], {}
+    last = -1
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
+            if member.size < 0 or member.offset_data <= last:  # it would be read again and again
+                raise tarfile.ReadError(f"{member.name} has a negative size")
+            last = member.offset_data
             name, offset = prefix + member.name, start + member.offset_data
-            if not member.isreg():
+            if not member.isreg() or member.issparse():  # a sparse file's bytes lie in pieces
                 continue
             if name.lower().endswith(EXTENSIONS):
                 found.append({"name": name, "offset": offset, "size": member.size})
@@ -63,7 +84,8 @@ def _pictures(file: IO[bytes], start: int, prefix: str, depth: int) -> Iterator[
                 if text.isdigit():
                     labels[_key(name)] = int(text)
             elif name.endswith(".tar") and depth < MAX_NESTING:
-                yield from _pictures(tar.extractfile(member), offset, f"{name.removesuffix('.tar')}/", depth + 1)
+                inner = _Headers(tar.extractfile(member))
+                yield from _pictures(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1)
     for entry in found:
         label = labels.get(_key(entry["name"]))
         yield entry if label is None else {**entry, "label": label}
@@ -100,15 +122,35 @@ def read_index(tar: Path, rows: object, name: str | Path) -> list[Entry]:
             )
             for row in rows
         ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{name}: not an index, a list of name, offset and size ({error!r})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise DataError(f"{name}: not an index, a list of name, offset and size ({_short(repr(error))})") from None
     if not entries:
         raise DataError(f"{name}: an index of no pictures")
     total = tar.stat().st_size
     outside = next((e.name for e in entries if e.offset < 0 or e.size < 0 or e.offset + e.size > total), None)
     if outside is not None:
-        raise DataError(f"{name}: {outside} lies outside {tar}; the index is of another file")
+        raise DataError(f"{name}: {_short(outside)} lies outside {tar}; the index is of another file")
+    for entry in entries:
+        if entry.size > MAX_PICTURE_BYTES:
+            raise DataError(f"{name}: {_short(entry.name)} has {entry.size} bytes, more than {MAX_PICTURE_BYTES}")
+        if entry.label is not None and not 0 <= entry.label < MAX_LABELS:
+            raise DataError(f"{name}: {_short(entry.name)} has a label that is not from 0 to {MAX_LABELS - 1}")
+    _refuse_overlaps(entries, name)
     return entries
+
+
+def _refuse_overlaps(entries: Sequence[Entry], name: str | Path) -> None:
+    """Two entries may be of one picture, and so draw it more often, but not of parts of each other."""
+    last: Entry | None = None
+    for entry in sorted(entries, key=lambda e: (e.offset, e.size)):
+        if last is not None and entry.offset < last.offset + last.size and entry[2:4] != last[2:4]:
+            raise DataError(f"{name}: {_short(last.name)} and {_short(entry.name)} overlap; the index is damaged")
+        last = entry
+
+
+def _short(value: object) -> str:
+    line = " ".join(str(value).split())
+    return line if len(line) <= 100 else f"{line[:99]}…"
 
 
 def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
@@ -118,8 +160,8 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
         raise DataError(f"{path}: no such index of {tar}; make it with: flowmo data index {tar}")
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not an index, a list of name, offset and size ({error!r})") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path}: not an index, a list of name, offset and size ({_short(repr(error))})") from None
     return read_index(tar, rows, path)
 
 
@@ -171,10 +213,13 @@ class TarSource:
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
         entry = self.entries[index]
-        if entry.tar not in self._descriptors:
-            self._descriptors[entry.tar] = os.open(entry.tar, os.O_RDONLY)
-        # pread has no file position, so that forked workers may share the descriptor
-        content = os.pread(self._descriptors[entry.tar], entry.size, entry.offset)
+        try:
+            if entry.tar not in self._descriptors:
+                self._descriptors[entry.tar] = os.open(entry.tar, os.O_RDONLY)
+            # pread has no file position, so that forked workers may share the descriptor
+            content = os.pread(self._descriptors[entry.tar], entry.size, entry.offset)
+        except OSError as error:  # the file has gone, or the disk fails
+            raise PictureError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
         return read_picture(io.BytesIO(content), self.name(index), side)
 
     def __getstate__(self) -> Mapping:

@@ -39,6 +39,9 @@ MAGIC = b"FLMT"
 HEADER = struct.Struct("<4sB8sBIIQI")
 CRC = struct.Struct("<I")
 IDENTITY_BYTES = 8
+MAX_SHARD_BYTES = 1 << 30
+"""A shard of the usual 4096 pictures has about a megabyte."""
+MAX_CLASSES = 1_000_000
 NO_CLASS, UNREADABLE = -1, -2
 
 
@@ -149,21 +152,27 @@ def read_facts(folder: str | Path) -> tuple[TokenFacts, dict[str, Any]]:
     """
     path = Path(folder) / MANIFEST
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
         if tree.pop("flowmo_tokens") != FORMAT:
             raise DataError(f"{path}: of another version of the format; this flowmo reads version {FORMAT}")
         names = {name for name in TokenFacts.__dataclass_fields__ if name in tree}
         facts = TokenFacts(**{name: tree.pop(name) for name in names})
         numbers = (facts.image_size, facts.tokens, facts.sub_tokens, facts.count, facts.shard_size)
-        if not all(isinstance(n, int) and n > 0 for n in numbers) or not 0 < facts.id_bits <= 32:
+        if not all(isinstance(n, int) and 0 < n < 1 << 32 for n in (*numbers, facts.id_bits)) or facts.id_bits > 32:
             raise ValueError("a size that is none")
-        if len(bytes.fromhex(facts.tokenizer)) != IDENTITY_BYTES or not isinstance(facts.classes, list):
-            raise ValueError("no identity, or no list of classes")
+        if facts.shard_bytes(0) > MAX_SHARD_BYTES:
+            raise ValueError(f"shards of more than {MAX_SHARD_BYTES} bytes")
+        if len(bytes.fromhex(facts.tokenizer)) != IDENTITY_BYTES:
+            raise ValueError("no identity of a tokenizer")
+        if not isinstance(facts.classes, list) or not all(isinstance(name, str) for name in facts.classes):
+            raise ValueError("no list of classes")
+        if len(facts.classes) > MAX_CLASSES:
+            raise ValueError(f"more than {MAX_CLASSES} classes")
     except FileNotFoundError:
         raise DataError(
             f"{folder}: holds no {MANIFEST}; make tokens with `flowmo tokenize DATA --out {folder}`"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: not what `flowmo tokenize` wrote ({' '.join(str(error).split())[:100]})") from None
     return TokenFacts(**{**asdict(facts), "classes": tuple(facts.classes)}), tree
 
@@ -195,6 +204,8 @@ class Tokens(Dataset):
             content = read_shard(self._shard(number), self.facts, number)
             labels.append(np.frombuffer(content[: -CRC.size], "<i4", offset=self._labels(number)))
         self.labels = np.concatenate(labels)
+        if self.labels.min() < UNREADABLE or self.labels.max() >= len(self.classes):
+            raise DataError(f"{path}: labels run from {self.labels.min()} to {self.labels.max()}, beyond its classes")
         self.samples = np.flatnonzero(self.labels != UNREADABLE)
         if not len(self.samples):
             raise DataError(f"{path}: none of its pictures could be read")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +53,11 @@ def expand(pattern: str) -> list[Path]:
     parts = RANGE.split(pattern)  # text, first, last, text, first, last, …, text
     choices = []
     for first, last in zip(parts[1::3], parts[2::3], strict=True):
-        if not int(first) <= int(last) < int(first) + MAX_SHARDS:
-            raise DataError(f"{pattern}: {{{first}..{last}}} is no range of shards")
+        if max(len(first), len(last)) > 9 or not int(first) <= int(last) < int(first) + MAX_SHARDS:
+            raise DataError(f"{pattern[:100]}: {{{first[:20]}..{last[:20]}}} is no range of shards")
         choices.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
+    if math.prod(map(len, choices)) > MAX_SHARDS:
+        raise DataError(f"{pattern[:100]}: names more than {MAX_SHARDS} shards")
     names = []
     for numbers in itertools.product(*choices):
         names.append("".join(itertools.chain.from_iterable(zip(parts[::3], (*numbers, ""), strict=True))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from flowmo.evaluate.features import FeatureNetworkError, Features
 from flowmo.perceptual import find_weights
 from flowmo.pictures import to_bytes
+from flowmo.pth import PthError, read_pth
 from flowmo.torchvision_import import import_torchvision
 
 WEIGHTS = (
@@ -52,11 +52,11 @@ class FIDInception(nn.Module):
             raise FeatureNetworkError("this needs torch-fidelity: pip install 'flowmo[evaluate]'") from None
         path = find_weights(*WEIGHTS, weights, download)
         try:
-            torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run code from the file
+            read_pth(path)  # torch-fidelity would run code from the file
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
-        except (pickle.UnpicklingError, RuntimeError, OSError, KeyError) as error:
+        except (PthError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:150]
             raise FeatureNetworkError(f"{path}: not the weights of FID's Inception ({reason})") from None
         self.has_logits = bool(self.network.fc.weight.any())

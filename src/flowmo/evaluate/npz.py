@@ -1,13 +1,16 @@
 """Pictures and statistics in the ``.npz`` files of the ADM evaluator, read and written a batch at a time.
 
 Such a file holds ``arr_0``, uint8 pictures N × h × w × 3, ten gigabytes for 50 000 at 256 pixels, and in a reference
-batch also ``mu``, ``sigma`` of the pooled and ``mu_s``, ``sigma_s`` of the spatial features. No pickles are read.
+batch also ``mu``, ``sigma`` of the pooled and ``mu_s``, ``sigma_s`` of the spatial features. No pickles are read, and
+what a header claims is bounded before anything is read: a few compressed bytes can stand for any number of zeros.
 """
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +23,9 @@ from flowmo.data import DataError
 
 PICTURES = "arr_0"
 STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-MAX_CHANNELS = 20_000
+MAX_CHANNELS = 4096
+MAX_PIXELS = 1 << 24
+"""Of one picture; the evaluator's have 2^16."""
 
 
 class NpzError(DataError):
@@ -40,28 +45,42 @@ class NpzFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.shape: tuple[int, int, int, int] | None = None
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                self.names = {name.removesuffix(".npy") for name in archive.namelist()}
-        except (OSError, zipfile.BadZipFile) as error:
-            raise NpzError(f"{path}: no .npz file ({error})") from None
+        with self._reading("it is no .npz file"), zipfile.ZipFile(self.path) as archive:
+            self.names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
         if PICTURES in self.names:
-            with self._open(PICTURES) as member:
-                shape, dtype, fortran = self._header(member, PICTURES)
+            with self._member(PICTURES) as member:
+                shape, dtype, fortran = self._header(member)
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
-                raise NpzError(f"{path}: {PICTURES} is {dtype} {shape}, not uint8 pictures N × height × width × 3")
+                what = f"{dtype} {shape}"[:100]
+                raise NpzError(f"{path}: {PICTURES} is {what}, not uint8 pictures N × height × width × 3")
+            if shape[1] * shape[2] > MAX_PIXELS:
+                raise NpzError(f"{path}: its pictures have {shape[1]}×{shape[2]} pixels, more than {MAX_PIXELS:,}")
             self.shape = shape
 
-    def _open(self, name: str) -> BinaryIO:
-        return zipfile.ZipFile(self.path).open(f"{name}.npy")
-
-    def _header(self, member: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype, bool]:
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Turns whatever ``zipfile`` and numpy raise on a damaged file into one ``NpzError``."""
         try:
-            version = npy.read_magic(member)
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = read(member)
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise NpzError(f"{self.path}: {name} is damaged ({' '.join(str(error).split())[:100]})") from None
+            yield
+        except NpzError:
+            raise
+        except Exception as error:  # numpy evaluates a header as Python, and raises as Python does
+            raise NpzError(f"{self.path}: {what} ({' '.join(str(error).split())[:100]})") from None
+
+    @contextmanager
+    def _member(self, name: str) -> Iterator[BinaryIO]:
+        with (
+            self._reading(f"{name} is damaged"),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open(f"{name}.npy") as member,
+        ):
+            yield member
+
+    @staticmethod
+    def _header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype, bool]:
+        version = npy.read_magic(member)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read(member)
         return shape, dtype, fortran
 
     def batches(self, size: int) -> Iterator[Tensor]:
@@ -73,15 +92,12 @@ class NpzFile:
         if self.shape is None:
             raise NpzError(f"{self.path}: holds no pictures ({PICTURES})")
         count, *one = self.shape
-        length = int(np.prod(one))
-        with self._open(PICTURES) as member:
-            self._header(member, PICTURES)
+        length = math.prod(one)
+        with self._member(PICTURES) as member:
+            self._header(member)
             for start in range(0, count, size):
                 wanted = min(size, count - start)
-                try:
-                    data = member.read(wanted * length)
-                except (OSError, EOFError, zipfile.BadZipFile) as error:
-                    raise NpzError(f"{self.path}: {PICTURES} is damaged ({error})") from None
+                data = member.read(wanted * length)
                 if len(data) < wanted * length:
                     raise NpzError(f"{self.path}: ends within picture {start + len(data) // length} of {count}")
                 pictures = np.frombuffer(bytearray(data), np.uint8).reshape(wanted, *one)
@@ -97,12 +113,14 @@ class NpzFile:
             return None
         arrays = []
         for name, dimensions in zip(STATISTICS[kind], (1, 2), strict=True):
-            with self._open(name) as member:
-                shape, dtype, fortran = self._header(member, name)
-                if len(shape) != dimensions or max(shape, default=0) > MAX_CHANNELS or dtype.kind != "f":
-                    raise NpzError(f"{self.path}: {name} is {dtype} {shape}, not a mean or covariance")
-                data = member.read(int(np.prod(shape)) * dtype.itemsize)
-            if len(data) < int(np.prod(shape)) * dtype.itemsize:
+            with self._member(name) as member:
+                shape, dtype, fortran = self._header(member)
+                sizes = len(shape) == dimensions and all(1 <= n <= MAX_CHANNELS for n in shape)
+                if not sizes or dtype.kind != "f":
+                    what = f"{dtype} {shape}"[:100]
+                    raise NpzError(f"{self.path}: {name} is {what}, not a mean or covariance")
+                data = member.read(math.prod(shape) * dtype.itemsize)
+            if len(data) < math.prod(shape) * dtype.itemsize:
                 raise NpzError(f"{self.path}: {name} ends early")
             array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
             arrays.append(torch.from_numpy(array.astype(np.float64)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from flowmo.evaluate.figures import squared_error, ssim
 from flowmo.evaluate.measurement import COLUMNS, Measurement
 from flowmo.perceptual import LPIPS, WeightsNotFoundError
 from flowmo.pictures import Tiling, resize_and_crop, to_bytes, to_picture, to_tensor
+from flowmo.pth import PthError, read_pth
 from flowmo.sample import picture_seed
 from flowmo.tokenizer import Codes, FlowMo
 
@@ -321,9 +321,9 @@ class Parts:
 
     def _read(self, path: Path) -> Measurement:
         try:
-            content = torch.load(path, weights_only=True)
+            content = read_pth(path)
             identity, state = content["identity"], content["measurement"]
-        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        except (PthError, KeyError) as error:
             raise EvaluationError(f"{path}: not part of an evaluation ({' '.join(str(error).split())[:100]})") from None
         if identity != self.identity:
             raise EvaluationError(f"{self.folder} holds another evaluation; name an empty folder, or remove it")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.checkpoint import GENERATOR as STAGE
-from flowmo.checkpoint import CheckpointError, read_pth, read_shards, write_whole
+from flowmo.checkpoint import CheckpointError, finite, on_meta, read_pth, read_shards, write_whole
 from flowmo.config import Config, ConfigError
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.classes import GenerationError, display_name, find_class
@@ -27,6 +27,7 @@ from flowmo.sharded import is_sharded
 from flowmo.tokenizer import identity_of
 
 FORMAT = "flowmo-generator-1"
+MAX_ID_BITS = 32
 
 
 class Generator(nn.Module):
@@ -341,30 +342,35 @@ def _read_safetensors(path: Path) -> tuple[Config, Vocabulary, Mapping[str, Tens
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except CheckpointError:
         raise
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({reason})") from None
     return *_parsed(path, config, vocabulary), state
 
 
 def _parsed(path: Path, config: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> tuple[Config, Vocabulary]:
     try:
-        return Config.from_dict(config), Vocabulary(**{**vocabulary, "classes": tuple(vocabulary["classes"])})
+        facts = Vocabulary(**{**vocabulary, "classes": tuple(vocabulary["classes"])})
+        numbers = (facts.image_size, facts.tokens, facts.sub_tokens, facts.id_bits)
+        if not all(isinstance(n, int) and n > 0 for n in numbers) or facts.id_bits > MAX_ID_BITS:
+            raise TypeError("a vocabulary of no ids")
+        if not all(isinstance(text, str) for text in (facts.tokenizer, facts.model, *facts.classes)):
+            raise TypeError("names that are no text")
+        return Config.from_dict(config), facts
     except (ConfigError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: holds settings that do not work: {error}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: holds settings that do not work: {reason}") from None
 
 
 def build_generator(
     config: Config, vocabulary: Vocabulary, state: Mapping[str, Tensor], name: str | Path = "checkpoint"
 ) -> Generator:
     """A generator with the weights of ``state``, in float32 and evaluation mode. Raises ``CheckpointError``."""
-    with torch.device("meta"):
-        generator = Generator(config, vocabulary)
+    generator = on_meta(lambda: Generator(config, vocabulary), config.generator.depth, state, name)
     wanted = generator.state_dict()
     if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in wanted.items()}:
         raise CheckpointError(f"{name}: weights of another architecture")
-    if not all(torch.isfinite(value).all() for value in state.values()):
-        raise CheckpointError(f"{name}: holds NaN or infinite values")
-    generator.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    generator.load_state_dict(finite(state, name), assign=True)
     return generator.eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowmo.generate.classes import imagenet_names
 from flowmo.perceptual import find_weights
+from flowmo.pth import read_pth
 from flowmo.torchvision_import import import_torchvision
 
 NAME = "mobilenet_v2-b0353104.pth"
@@ -36,7 +37,7 @@ class Classifier:
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no WordNet id of ImageNet-1K")
         self.columns = torch.tensor([numbers[name] for name in classes])
-        state = torch.load(find_weights((NAME,), URL), weights_only=True)
+        state = read_pth(find_weights((NAME,), URL))
         self.network = import_torchvision().models.mobilenet_v2()
         self.network.load_state_dict(state)
         self.network.eval().requires_grad_(False)

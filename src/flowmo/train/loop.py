@@ -380,7 +380,10 @@ class Run:
         for part, weights in self.task.foreign_weights(path):
             state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in weights.items()})
         self.norm_control.remember()
-        self.step = int(facts.get("total_steps", 0))
+        steps = facts.get("total_steps", 0)
+        if not isinstance(steps, int) or steps < 0:
+            raise TrainingError(f"{path}: total_steps is no number of steps")
+        self.step = steps
         self.images = self.step * PAPER_BATCH
         self.journal.report(f"starting from the weights of {path}")
 

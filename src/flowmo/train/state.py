@@ -127,11 +127,27 @@ def read_facts(path: Path) -> dict[str, Any]:
     """
     if path.is_dir():
         try:
-            return json.loads((path / FACTS).read_text())
-        except (OSError, ValueError) as error:
+            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise StateError(f"{path}: damaged or not a training checkpoint ({error})") from None
-    content = checkpoint.read_pth(path)
-    return {name: value for name, value in content.items() if name not in PARTS}
+    else:
+        facts = {name: value for name, value in checkpoint.read_pth(path).items() if name not in PARTS}
+    wrong = _wrong_fact(facts)
+    if wrong:
+        raise StateError(f"{path}: damaged or not a training checkpoint ({wrong} is missing or no such thing)")
+    return facts
+
+
+def _wrong_fact(facts: Any) -> str | None:
+    """What a checkpoint of ours should tell and does not, if anything; others' may tell what they like."""
+    if not isinstance(facts, dict):
+        return "its table"
+    if facts.get("flowmo") != FORMAT:
+        return None
+    for name, kind in (("config", dict), ("stage", str), ("step", int), ("images", int), ("skipped", int)):
+        if not isinstance(facts.get(name), kind) or (kind is int and facts[name] < 0):
+            return name
+    return None
 
 
 def restore(path: Path, state: State, optimizer: bool = True) -> None:
@@ -145,7 +161,11 @@ def restore(path: Path, state: State, optimizer: bool = True) -> None:
         sharded.read_into(path, targets)
         return
     content = checkpoint.read_pth(path)
-    found = {f"{part}.{name}": value for part in PARTS for name, value in content.get(part, {}).items()}
+    parts = {part: content.get(part, {}) for part in PARTS}
+    wrong = next((part for part, values in parts.items() if not isinstance(values, dict)), None)
+    if wrong:
+        raise StateError(f"{path}: damaged, its {wrong} has no names")
+    found = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     lacking = next((name for name in targets if name not in found), None)
     if lacking:
         raise StateError(f"{path}: has no {lacking}; it is of another model or version")
@@ -156,6 +176,8 @@ def fill(path: Path, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]
     """Copy whole tensors, from file ``path``, into those of a run by the same names, sharded or not."""
     for name, value in values.items():
         target = targets.get(name)
+        if not isinstance(value, Tensor):
+            raise StateError(f"{path}: {name} is no tensor")
         if target is None or target.shape != value.shape:
             there = "no such tensor" if target is None else f"not {tuple(target.shape)}"
             raise StateError(f"{path}: {name} is {tuple(value.shape)}, here {there}; it is of another model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.reconstruction import Reconstruction
+from flowmo.pth import PthError, read_pth
 
 SIDE = 256
 """All of Table 1 is measured at 256 × 256."""
@@ -75,8 +75,8 @@ def read_weights(path: str | Path, *within: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        content: Mapping = read_pth(path)
+    except (OSError, PthError, SafetensorError) as error:
         raise PeerError(f"{path}: cannot be read ({' '.join(str(error).split())[:150]})") from None
     for key in within:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
