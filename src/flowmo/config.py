@@ -110,6 +110,9 @@ class DataConfig:
     max_bad_share: float = setting(
         0.01, "share of unreadable pictures, replaced by others, that ends a run if exceeded"
     )
+    read_timeout: float = setting(
+        120.0, "seconds after which a picture that is still being read counts as unreadable; 0 waits for ever"
+    )
     draft: bool = setting(True, "decode training JPEGs of more than four times the size at a reduced one, for speed")
     random_crop: bool = setting(True, "crop training pictures at a random place rather than at their centre")
     random_flip: bool = setting(False, "mirror half of the training pictures; the paper does not")
@@ -788,6 +791,7 @@ def check(config: Config) -> None:
         ("data.global_batch_size", d.global_batch_size),
         ("data.batch_size", d.batch_size),
         ("data.max_microbatch", d.max_microbatch),
+        ("data.read_timeout", d.read_timeout),
         ("trainer.patience", t.patience),
     ):
         require(value >= 0, f"{name}={value} must not be negative; 0 switches it off")

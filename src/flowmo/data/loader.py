@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flowmo.data.source import DataError
+from flowmo.data.views import ATTEMPTS
 from flowmo.sample import picture_seed
 
 
@@ -89,12 +90,15 @@ def batches(
     *,
     stride: int | None = None,
     pin_memory: bool = False,
+    timeout: float = 0,
 ) -> Iterator[Tensor]:
     """Endless batches of stacked items, pictures b × 3 × side × side, starting with the item at ``place`` of the run.
 
     Args:
         stride: places from one batch to the next; more than ``batch_size`` where other processes take the rest.
         on_bad: called with the pictures of a batch that could not be read and were replaced, name to message.
+        timeout: seconds that an item may take before its source is taken to hang; workers that hang where no signal
+            reaches them are given up when a whole batch could have taken so long. 0 waits for ever.
 
     Raises:
         DataError: a picture cannot be read, nor can those drawn in its place.
@@ -107,6 +111,7 @@ def batches(
         collate_fn=_collate,
         worker_init_fn=_leave_signals_to_the_run,
         pin_memory=pin_memory,
+        timeout=timeout * (batch_size + ATTEMPTS) if workers else 0,
     )
     for images, bad, failure in loader:
         if failure:

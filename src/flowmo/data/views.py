@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -11,6 +16,25 @@ from flowmo.pictures import PictureError, resize_and_crop, to_tensor
 from flowmo.sample import picture_seed
 
 ATTEMPTS = 8
+
+
+@contextmanager
+def time_limit(seconds: float, name: str) -> Iterator[None]:
+    """Raise ``PictureError`` within the context when it takes longer, in a main thread of a system with timers."""
+    if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def give_up(number: int, frame: object) -> None:
+        raise PictureError(f"{name}: still being read after {seconds:g} s (data.read_timeout)")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Views(Dataset):
@@ -23,16 +47,24 @@ class Views(Dataset):
         random_crop: crop at a random place along the longer side; otherwise at the centre.
         random_flip: mirror half of the pictures.
         draft: decode much larger JPEGs at a reduced size, see ``read_picture``.
+        timeout: seconds after which a picture that is still being read counts as unreadable; 0 waits for ever.
     """
 
     def __init__(
-        self, source: Source, side: int, random_crop: bool = False, random_flip: bool = False, draft: bool = False
+        self,
+        source: Source,
+        side: int,
+        random_crop: bool = False,
+        random_flip: bool = False,
+        draft: bool = False,
+        timeout: float = 0,
     ):
         self.source = source
         self.side = side
         self.random_crop = random_crop
         self.random_flip = random_flip
         self.draft = draft
+        self.timeout = timeout
 
     def __len__(self) -> int:
         return len(self.source)
@@ -64,7 +96,8 @@ class Views(Dataset):
         bad: dict[str, str] = {}
         for attempt in range(ATTEMPTS):
             try:
-                return self[index, seed], bad
+                with time_limit(self.timeout, self.source.name(index)):
+                    return self[index, seed], bad
             except PictureError as error:
                 bad[self.source.name(index)] = str(error)
                 index = picture_seed(seed, attempt) % len(self)

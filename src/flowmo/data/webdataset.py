@@ -51,15 +51,18 @@ def find_shards(path: str | Path) -> list[Path]:
 def expand(pattern: str) -> list[Path]:
     """``train-{000..002}.tar`` -> its three files; several ranges give every combination."""
     parts = RANGE.split(pattern)  # text, first, last, text, first, last, …, text
-    choices = []
+    choices: list[range] = []
+    widths: list[int] = []
     for first, last in zip(parts[1::3], parts[2::3], strict=True):
         if max(len(first), len(last)) > 9 or not int(first) <= int(last) < int(first) + MAX_SHARDS:
             raise DataError(f"{pattern[:100]}: {{{first[:20]}..{last[:20]}}} is no range of shards")
-        choices.append([f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)])
+        choices.append(range(int(first), int(last) + 1))
+        widths.append(len(first))
     if math.prod(map(len, choices)) > MAX_SHARDS:
         raise DataError(f"{pattern[:100]}: names more than {MAX_SHARDS} shards")
     names = []
-    for numbers in itertools.product(*choices):
+    for chosen in itertools.product(*choices):
+        numbers = [f"{i:0{width}d}" for i, width in zip(chosen, widths, strict=True)]
         names.append("".join(itertools.chain.from_iterable(zip(parts[::3], (*numbers, ""), strict=True))))
     return [Path(name) for name in names]
 

@@ -33,6 +33,7 @@ from flowmo.sharded import ShardedError
 from flowmo.train import state
 from flowmo.train.account import peak_flops
 from flowmo.train.distributed import accumulating, prepare, synchronise
+from flowmo.train.failures import in_one_line
 from flowmo.train.guard import Guard, plot
 from flowmo.train.journal import Journal
 from flowmo.train.optimizer import (
@@ -135,7 +136,7 @@ class Run:
         self.journal.open(self.step, self.images, self.config.to_dict())
         self.journal.report(self._describe())
         try:
-            with self._stop_on_signals():
+            with self._stop_on_signals(), in_one_line():
                 self._loop()
             if self.stopping and self.images < self.times.duration:
                 if self.saved_at != self.step:
@@ -162,6 +163,7 @@ class Run:
             self._on_bad,
             stride=plan.total,
             pin_memory=self.device.type == "cuda",
+            timeout=config.data.read_timeout,
         )
         meter = Meter(self.world)
         while self.images < times.duration and not self.stopping and not self.guard.exhausted:

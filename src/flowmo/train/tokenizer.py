@@ -43,7 +43,9 @@ class TokenizerTask:
         self.stage = config.stage
         data = config.data
         pictures = open_source(data.train, data.train_index)
-        self.source = Views(pictures, data.image_size, data.random_crop, data.random_flip, data.draft)
+        self.source = Views(
+            pictures, data.image_size, data.random_crop, data.random_flip, data.draft, data.read_timeout
+        )
         self.held_out = self._held_out(pictures) if world.main else None
         self.perceptual = None
         if config.opt.lpips_weight:
