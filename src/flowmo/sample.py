@@ -17,7 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flowmo.errors import FlowMoError
 from flowmo.transformer import Decoder, select_timestep
+
+
+class NotFiniteError(FlowMoError, ValueError):
+    """A sample that left what numbers can hold: extreme guidance, or weights that are no tokenizer's."""
+
 
 Velocity = Callable[[Tensor, float], Tensor]
 

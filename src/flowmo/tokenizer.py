@@ -210,6 +210,7 @@ class FlowMo(nn.Module):
         Raises:
             TypeError, ValueError: ids of the wrong kind, shape or range; a seed count other than b; a negative or
                 infinite scale.
+            NotFiniteError: guidance, or weights, so extreme that a sample is no picture.
         """
         if not 0 <= noise_scale < math.inf:
             raise ValueError(f"noise_scale {noise_scale} must be finite and at least 0")
@@ -271,7 +272,12 @@ class FlowMo(nn.Module):
             done = min(done + len(z), len(noise))
             if progress:
                 progress(done, len(noise))
-        return torch.cat(out)[: len(noise)] if out else noise.to(self.device)
+        if not out:
+            return noise.to(self.device)
+        pictures = torch.cat(out)[: len(noise)]
+        if not torch.isfinite(pictures).all():
+            raise sample.NotFiniteError(f"the sample is not finite with guidance {guidance:g}; nearer to 1 it may be")
+        return pictures
 
     def _chunks(self, x: Tensor) -> Iterator[Tensor]:
         """Rows of ``x`` in batches of one size; the last is padded with zeros."""

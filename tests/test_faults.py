@@ -1,0 +1,224 @@
+"""What can happen to a training run: kills, full and read-only disks, data that go away or hang, clocks that jump."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from flowmo import Config, checkpoint
+from flowmo.data import DataError, FolderSource, TarSource, Views, batches, build_index
+from flowmo.data.tar import read_index
+from flowmo.pictures import PictureError
+from flowmo.runs import listing
+from flowmo.train.failures import in_one_line
+from flowmo.train.loop import Run
+from flowmo.train.state import StateError
+
+HERE = Path(__file__).parent
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture
+def folder(tmp_path, picture_files):
+    (tmp_path / "pictures").mkdir()
+    for file in picture_files[:4]:
+        shutil.copy(file, tmp_path / "pictures")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def config(folder):
+    return Config.from_dict(TINY).override(
+        f"data.train={folder}",
+        "data.global_batch_size=4",
+        "data.num_workers=0",
+        "opt.lpips_weight=0",
+        "opt.mup_base_width=0",
+        "trainer.max_steps=4",
+        "trainer.log_every=2",
+        "trainer.sample_every=0",
+        "trainer.checkpoint_every=2",
+        "trainer.enable_bfloat16=false",
+        "trainer.tensorboard=false",
+    )
+
+
+def last(run_folder):
+    content = checkpoint.read_pth(listing(run_folder / "checkpoints")[-1])
+    return {f"{part}.{name}": x for part in ("model", "ema", "optimizer") for name, x in content[part].items()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_kills_in_every_stage():
+    """``tests/kills.py`` does it with two processes too, and more often."""
+    words = ["--kills", "8", "--steps", "5", "--way", "1"]
+    done = subprocess.run(
+        [sys.executable, HERE / "kills.py", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    assert [row.split()[0] for row in rows] == ["pretrain", "posttrain", "distill", "generator", "in"]
+    assert "'kills': 8" in rows[-1]
+
+
+# Disks
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A function that mounts a small file system over a folder, or changes how it is mounted."""
+    places = []
+
+    def mount(place, options):
+        again = place in places
+        place.mkdir(parents=True, exist_ok=True)
+        words = ["mount", "-o", f"remount,{options}", place] if again else ["mount", "-t", "tmpfs", "-o", options]
+        words += [] if again else ["tmpfs", place]
+        if subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("may not mount file systems here")
+        places.append(place)
+
+    yield mount
+    for place in set(places):
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="has no mount")
+def test_a_disk_fills_up_is_made_read_only_and_mended(config, mounted, tmp_path):
+    Run(config, tmp_path / "whole", report=quiet).train()
+    size = listing(tmp_path / "whole" / "checkpoints")[-1].stat().st_size
+    checkpoints = tmp_path / "run" / "checkpoints"
+    mounted(checkpoints, f"size={int(size * 1.5)}")
+    with pytest.raises(StateError, match=r"No space left.*00000002.pth is sound"):
+        Run(config, tmp_path / "run", report=quiet).train()
+    assert [path.name for path in checkpoints.iterdir()] == ["00000002.pth"]
+    mounted(checkpoints, "ro")
+    with pytest.raises(StateError, match=r"Read-only file system.*00000002.pth is sound"):
+        Run(config, tmp_path / "run", report=quiet).train()
+    mounted(checkpoints, f"rw,size={size * 4}")
+    Run(config, tmp_path / "run", report=quiet).train()
+    assert same(last(tmp_path / "run"), last(tmp_path / "whole"))
+
+
+def test_a_file_in_the_way_of_the_checkpoints(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    with pytest.raises(StateError, match="there is none yet") as error:
+        Run(config, tmp_path / "run", report=quiet).train()
+    assert len(str(error.value).splitlines()) == 1
+
+
+# Data
+
+
+def test_a_picture_that_disappears_is_named_and_left_out(config, folder, tmp_path):
+    lines = []
+    run = Run(config.override("data.max_bad_share=0.5"), tmp_path / "run", report=lines.append)
+    gone = sorted(folder.glob("*"))[0]
+    gone.unlink()
+    run.train()
+    assert [line for line in lines if line == f"left out: {gone}: no such file"]
+    assert run.step == 4
+
+
+def test_a_tar_that_disappears_is_named(picture_files, tmp_path):
+    tar = tmp_path / "a.tar"
+    subprocess.run(["tar", "cf", tar, "-C", picture_files[0].parent, picture_files[0].name], check=True)
+    source = TarSource([tar], entries=read_index(tar, build_index(tar), tar))
+    tar.unlink()
+    with pytest.raises(PictureError, match=rf"{tar}:{picture_files[0].name}: cannot be read"):
+        source.read(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a pipe with a name")
+def test_a_source_that_hangs_is_named(folder):
+    """A pipe that nobody writes to: opening it waits for ever, as a server that has gone does."""
+    source = FolderSource(folder)
+    source.files[0].unlink()
+    os.mkfifo(source.files[0])
+    image, bad = Views(source, 32, timeout=0.3).readable(0, seed=0)
+    assert image.shape == (3, 32, 32)
+    assert list(bad) == [str(source.files[0])]
+    assert "still being read after 0.3 s (data.read_timeout)" in bad[str(source.files[0])]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_source_that_is_slow_for_ever_ends_in_one_line(folder):
+    class Slow(FolderSource):
+        def read(self, index, side=None):
+            time.sleep(100)
+
+    views = Views(Slow(folder), 32, timeout=0.05)
+    stream = batches(views, 2, seed=0, place=0, workers=0)
+    with pytest.raises(DataError, match=r"8 pictures in a row cannot be read, the first: .*still being read"):
+        next(stream)
+
+
+FATAL = """
+import os, signal, sys, torch
+from flowmo.data import DataError, batches
+from flowmo.train.failures import in_one_line
+
+class Items:
+    def __len__(self):
+        return 4
+    def readable(self, index, seed):
+        if index == 2:  # takes its reader with it
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(1), {}
+
+try:
+    with in_one_line():
+        for _ in batches(Items(), 1, seed=0, place=0, workers=1):
+            pass
+except DataError as error:
+    os.write(1, str(error).encode())
+    os._exit(0)
+"""
+
+
+def test_a_worker_killed_alone_ends_the_run_in_one_line():
+    done = subprocess.run([sys.executable, "-c", FATAL], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
+    assert "reading pictures failed: DataLoader worker" in done.stdout
+    assert done.stdout.endswith("the same command goes on from the last checkpoint")
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="another matter"), in_one_line():
+        raise RuntimeError("another matter")
+    with pytest.raises(StateError, match="gloo"), in_one_line():
+        raise StateError("gloo")
+
+
+# Clocks
+
+
+def test_clocks_that_jump_change_nothing(config, monkeypatch, tmp_path):
+    Run(config, tmp_path / "whole", report=quiet).train()
+    real, jumps = time.time, iter(range(10**6))
+    monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(jumps) * 10**8)
+    Run(config.override("trainer.max_steps=2"), tmp_path / "broken", report=quiet).train()
+    newest = listing(tmp_path / "broken" / "checkpoints")[-1]
+    os.utime(newest, (0, 0))  # as if the clock had been set back before it was written
+    Run(config, tmp_path / "broken", report=quiet).train()
+    assert same(last(tmp_path / "broken"), last(tmp_path / "whole"))
+    assert [path.stem for path in listing(tmp_path / "broken" / "checkpoints")] == ["00000002", "00000004"]
