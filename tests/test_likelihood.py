@@ -42,7 +42,10 @@ def test_a_gaussian_has_its_density(x, divergence):
 
 def test_more_steps_come_closer(x):
     errors = [
-        (log_likelihood(gaussian_velocity, x, torch.linspace(0, 1, n + 1).tolist(), "exact")[0] - gaussian_log_density(x))
+        (
+            log_likelihood(gaussian_velocity, x, torch.linspace(0, 1, n + 1).tolist(), "exact")[0]
+            - gaussian_log_density(x)
+        )
         .abs()
         .max()
         for n in (10, 20, 40)
