@@ -17,7 +17,7 @@ from PIL import Image
 from test_codec import peaked
 
 from flowmo import preset
-from flowmo.codec import Codec
+from flowmo.codec import Codec, number
 from flowmo.data.tokens import Vocabulary
 from flowmo.demo import FLIPPED, MOST_DRAWN, MOST_PIXELS, MOST_SAMPLES, RANDOM, TYPED, DemoError, Page, shown_ids
 from flowmo.evaluate.figures import heat_map
@@ -138,8 +138,11 @@ def test_what_is_too_large_or_broken_is_refused(page, tmp_path, photo):
     broken.write_bytes(b"\xff\xd8\xff not a picture")
     code = tmp_path / "code.flowmo"
     code.write_bytes(b"FLM\x02 no code either")
+    vast = tmp_path / "vast.flowmo"  # a header, which is enough to refuse it
+    vast.write_bytes(b"FLM\x02" + page.codec.identity + number(2999) + number(1999) + number(31) + bytes(9))
     for file, message in (
         (large, "more than 4,000,000"),
+        (vast, "vast.flowmo: 3000×2000 are more than 4,000,000"),
         (broken, "not a picture"),
         (code, "code.flowmo"),
         (None, "choose"),

@@ -25,8 +25,9 @@ NEEDS_FILES_OF_YOURS = ("PICTURES", "flowmo_lo")
 
 def blocks(page, language):
     """Contents of the fenced blocks of a language, lines that go on joined."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [block.replace("\\\n", " ") for block in found]
+    # All of them, or the end of one would pass for the start of the next.
+    found = re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [block.replace("\\\n", " ") for name, block in found if name == language]
 
 
 def commands(page, language):

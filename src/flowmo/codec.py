@@ -41,8 +41,9 @@ CRC = struct.Struct("<I")
 LONGEST_NUMBER = 5
 SHORTEST = len(MAGIC) + 1 + IDENTITY_BYTES + 3 + CRC.size
 MAX_BYTES = 1 << 28
-MAX_TILED_PIXELS = 4 * MAX_PIXELS
-"""Of all tiles together. A line of pixels in square tiles would be worth gigabytes of ids in a file of kilobytes."""
+MOST_TILED = 4
+"""Times the most pixels that a picture may have, those of all its tiles together may have. A line of pixels in square
+tiles would be worth gigabytes of ids in a file of kilobytes."""
 CONTEXT_SUFFIX = ".context.safetensors"
 
 
@@ -93,7 +94,7 @@ class Codec:
         ids = codes.ids.cpu().numpy()
         if ids.shape != (tiling.count, self.tokens, self.sub_tokens) or codes.id_count != self.id_count:
             raise CodecError(f"ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer")
-        if tiling.count * tiling.tile**2 > MAX_TILED_PIXELS:
+        if tiling.count * tiling.tile**2 > MOST_TILED * MAX_PIXELS:
             raise CodecError(f"{tiling.count} tiles are too many for a file")
         packed = pack_ids(ids, self.bits)
         coded, coding, name = packed, PACKED, b""
@@ -106,11 +107,15 @@ class Codec:
         head = MAGIC + bytes([VERSION | coding << 4]) + self.identity + sizes + name
         return head + coded + CRC.pack(zlib.crc32(head + packed))
 
-    def unpack(self, content: bytes) -> Codes:
+    def unpack(self, content: bytes, most_pixels: int = MAX_PIXELS) -> Codes:
         """The codes in the bytes of a ``.flowmo`` file; every byte is accounted for before anything is allocated.
 
+        Args:
+            most_pixels: of the picture; a file that says more is refused before its ids are decoded.
+
         Raises:
-            CodecError: not such a file, damaged, or written by another tokenizer or with another context model.
+            CodecError: not such a file, damaged, too large, or written by another tokenizer or with another context
+                model.
             ContextError: it is entropy-coded, and constriction is not installed.
         """
         if content[:3] != MAGIC or len(content) < SHORTEST:
@@ -129,8 +134,10 @@ class Codec:
         height, width, tile = sizes
         if tile != self.tile or height * width > MAX_PIXELS:
             raise CodecError(f"damaged: {height}×{width} pixels in tiles of {tile}")
+        if height * width > most_pixels:
+            raise CodecError(f"{height}×{width} are more than {most_pixels:,} pixels, the most that is taken here")
         tiling = Tiling(height, width, tile)
-        if tiling.count * tile**2 > MAX_TILED_PIXELS:
+        if tiling.count > 1 and tiling.count * tile**2 > MOST_TILED * most_pixels:
             raise CodecError(f"damaged: {height}×{width} pixels in {tiling.count} tiles")
         if coding == CONTEXT:
             self._check_context(content[place : place + CONTEXT_BYTES])

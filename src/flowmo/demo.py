@@ -91,12 +91,9 @@ class Page:
         path = Path(file)
         if path.suffix == ".flowmo":
             try:
-                codes = self.codec.unpack(path.read_bytes())
+                return None, self.codec.unpack(path.read_bytes(), MOST_PIXELS)
             except CodecError as error:
                 raise DemoError(f"{path.name}: {error}") from None
-            if codes.tiling.height * codes.tiling.width > MOST_PIXELS:
-                raise DemoError(f"{path.name}: more than {MOST_PIXELS:,} pixels, the most that this page takes")
-            return None, codes
         with path.open("rb") as content:
             picture = self._bounded(content, path.name)
         if fit == "crop":
