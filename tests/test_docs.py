@@ -2,6 +2,7 @@
 understood, links lead somewhere, and the site builds without a warning."""
 
 import argparse
+import importlib
 import re
 import shlex
 import shutil
@@ -13,9 +14,10 @@ from conftest import ROOT
 
 import flowmo
 from flowmo.cli import SETTING, build_parser, main
-from flowmo.config import Config, preset
+from flowmo.config import FIELDS, Config, flatten, preset
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
+from flowmo.studies import STUDIES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "src" / "flowmo" / "pretrained" / "nano.md"]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
@@ -146,6 +148,12 @@ def test_a_context_model_as_printed(checkout, capsys):
 LONG = [(page, line) for page in PAGES for language in ("", "sh") for line in commands(page, language)]
 
 
+TOLD = [ROOT / "docs" / name for name in ("paper-map.md", "reproduction.md")]
+"""Pages that have their commands in tables."""
+IN_TABLES = {page: dict.fromkeys(re.findall(r"`((?:flowmo|torchrun) [^`]+)`", page.read_text())) for page in TOLD}
+LONG += [(page, line) for page, lines in IN_TABLES.items() for line in lines]
+
+
 @pytest.mark.parametrize(("page", "line"), LONG, ids=[f"{page.name}: {line[:50]}" for page, line in LONG])
 def test_every_command_is_understood(page, line, monkeypatch):
     """Its options and settings exist, and so do the files of this project that it names."""
@@ -170,6 +178,44 @@ def test_every_command_is_understood(page, line, monkeypatch):
     if getattr(arguments, "config", None):
         config = Config.from_yaml(arguments.config, config)
     config.override(*settings)
+
+
+def find(name):
+    """A module, or what lies in one, by its full name."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return getattr(find(module), attribute)
+
+
+def test_the_map_of_the_paper_is_whole_and_leads_somewhere():
+    text = TOLD[0].read_text()
+    named = set(re.findall(r"`(flowmo(?:\.\w+)+)`", text))
+    assert len(named) > 40
+    for name in named:
+        assert find(name) is not None, name
+    settings = set(re.findall(r"`((?:data|model|opt|trainer|eval|generator)\.[\w.]+)`", text))
+    assert settings - {"data.train"} <= set(FIELDS)
+    for path in re.findall(r"`(configs/\S+?)`", text):
+        assert (ROOT / path).is_file(), path
+    first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    for kind, numbers in (("table", range(1, 8)), ("figure", range(1, 14))):
+        told = {int(n) for cell in first if cell.strip().startswith(kind) for n in re.findall(r"\d+", cell)}
+        assert told == set(numbers), kind
+    assert {int(n) for cell in first for n in re.findall(r"\((\d+)\)", cell)} == set(range(1, 15)), "equations"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    defaults = {row[2].split("`")[1]: row[3] for row in rows if row[2].startswith("`") and row[2].count("`") == 2}
+    flat = flatten(Config())
+    shown = {name: f"{flat[name]:g}" if isinstance(flat[name], float) else str(flat[name]).lower() for name in defaults}
+    wrong = {name: told for name, told in defaults.items() if shown[name].replace("1e-04", "0.0001") not in told}
+    assert not wrong, "what the map gives as defaults are the defaults"
+
+
+def test_every_study_is_on_the_reproduction_page():
+    text = TOLD[1].read_text()
+    for name in STUDIES:
+        assert f"`flowmo study {name} " in text, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))

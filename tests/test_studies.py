@@ -1,13 +1,29 @@
 """Studies at their smallest scale, which proves the machinery and no claim."""
 
+import importlib
 import json
 
 import pytest
-from conftest import PICTURES
+import torch
+from conftest import PICTURES, open_gates
 
+from flowmo import FlowMo, save
 from flowmo.cli import main
+from flowmo.evaluate.reconstruction import Judges
 from flowmo.studies import SCALES, STUDIES
-from flowmo.studies.study import StudyError, cell, markdown_table, mean_and_deviation, read_results
+from flowmo.studies.page import (
+    COLUMNS,
+    against_paper,
+    cell,
+    gain,
+    groups_of,
+    in_words,
+    markdown_table,
+    mean_and_deviation,
+)
+from flowmo.studies.study import Place, StudyError, named_models, read_results, with_settings
+from flowmo.studies.variance import correlation, detail, figures
+from flowmo.train.loop import Run
 
 
 def test_means_and_cells():
@@ -22,8 +38,6 @@ def test_means_and_cells():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_every_scale(name):
-    import importlib
-
     study = importlib.import_module(STUDIES[name])
     assert set(study.SCALES) == set(SCALES)
     for scale in study.SCALES.values():
@@ -84,12 +98,156 @@ def test_generate_needs_classes(trained_weights, tiny_model, tmp_path, monkeypat
     assert "one folder a class" in capsys.readouterr().err
 
 
+@pytest.fixture
+def judges(trained_weights, monkeypatch):
+    """The quickest alone."""
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    found, _ = Judges.find(("alex",), "none")
+    found.remember = True
+    return found
+
+
+def place_of(name, folder, *models):
+    pictures = str(PICTURES)
+    return Place(name, "smoke", pictures, pictures, folder / "results", folder / "out", report=str, models=models)
+
+
+def run_study(place, judges, monkeypatch):
+    """A study's rows and page; run and drawn again, it has the same page and trains nothing."""
+    pytest.importorskip("matplotlib")
+    recipe = importlib.import_module(STUDIES[place.name])
+    recipe.run(place, judges)
+    page = place.out / f"{place.stem}.md"
+    text = page.read_text()
+    assert (place.out / f"{place.stem}.png").stat().st_size > 3000
+    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trains again"))
+    for again in (lambda: recipe.run(place, judges), lambda: recipe.draw(place)):
+        page.unlink()
+        again()
+        assert page.read_text() == text
+    return read_results(place)["rows"], text
+
+
+def test_ablations_smoke(judges, tmp_path, monkeypatch):
+    """And the start noise at three rates, whose middle one is the baseline's weights."""
+    place = place_of("ablations", tmp_path)
+    rows, text = run_study(place, judges, monkeypatch)
+    by_arm = {row["arm"]: row for row in rows}
+    assert list(by_arm) == [
+        *("baseline", "patch", "mse", "no-lpips", "fsq", "logit-normal", "no-anchor", "rho-1", "no-guidance"),
+    ]
+    assert len({row["psnr"] for row in rows}) >= len(rows) - 1, "rows differ, but two steps hardly meet the thick tail"
+    assert {row["bits_per_pixel"] for row in rows} == {4 * 9 / 32**2}
+    assert by_arm["rho-1"]["seconds"] == by_arm["baseline"]["seconds"], "sampled from the baseline's weights"
+    assert all(row["colour_error"] > 0 for row in rows)
+    assert text.count("| PSNR (dB) | ") == 7, "beside each of table 4's rows"
+    for name in ("pictures", "figure7"):
+        assert (place.folder(name + ".png")).stat().st_size > 3000
+    assert (place.folder("baseline-seed1") / "checkpoints").is_dir()
+    assert not (place.folder("autoencoder-seed1") / "checkpoints").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("flowmo.studies.ablations.make", lambda *_: pytest.fail("the baseline is there"))
+    rows, text = run_study(place_of("noise", tmp_path), judges, monkeypatch)
+    assert [(row["noise"], row["rate"]) for row in rows] == [
+        (noise, f"{bits * 4 / 32**2:.4g} bits a pixel") for bits in (3, 9, 18) for noise in (0.8, 1.0)
+    ]
+    baseline = next(row for row in rows if row["noise"] == 1 and row["run"].startswith("bits9-"))
+    assert baseline["psnr"] == by_arm["baseline"]["psnr"]
+    assert text.count("the best scale is") == 9
+
+
+def test_continuous_smoke(judges, tmp_path, monkeypatch):
+    rows, text = run_study(place_of("continuous", tmp_path), judges, monkeypatch)
+    assert [row["arm"] for row in rows] == ["layernorm", "kl", "noop"]
+    assert {row["bits_per_pixel"] for row in rows} == {4 * 4 * 32 / 32**2}
+    assert "| DiTo | 0.78 | 24.1 | 0.706 | 0.102 |" in text
+
+
+def test_studies_of_trained_models_smoke(judges, tiny_config, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    sampling = ("eval.sampling.sample_steps=2", "model.prediction=picture")
+    for name in ("a", "b"):
+        save(open_gates(FlowMo(tiny_config.override(*sampling))).eval(), tmp_path / f"{name}.safetensors")
+    models = [str(tmp_path / f"{name}.safetensors") for name in ("a", "b")]
+    place = place_of("variance", tmp_path, *models)
+    rows, _ = run_study(place, judges, monkeypatch)
+    assert [row["arm"] for row in rows] == ["a", "b"]
+    assert all(row["spread"] > 0 and row["psnr_of_mean"] > row["psnr"] and row["lpips_between"] > 0 for row in rows)
+    assert (place.folder("a") / "figure8.png").stat().st_size > 1000
+    rows, _ = run_study(place_of("sampler", tmp_path, models[0]), judges, monkeypatch)
+    assert [row["part"] for row in rows] == ["shift", "shift", "guidance", "solver", "solver"]
+    assert [row["passes"] for row in rows] == [1, 2 + 1, 2, 1, 3], "guidance counts where its interval is met"
+    rows, text = run_study(place_of("likelihood", tmp_path, models[0]), judges, monkeypatch)
+    assert [row["kind"] for row in rows] == ["own", "other", "null", "sample"]
+    assert len({row["bits"] for row in rows}) == 4
+    assert "a picture's code (48 bits) saves" in text
+
+
+def test_peer_smoke(judges, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr("flowmo.studies.peer.TIMED", 2)
+    place = place_of("peer", tmp_path)
+    rows, text = run_study(place, judges, monkeypatch)
+    assert [row["arm"] for row in rows] == ["flowmo", "convolutional"]
+    assert {row["bits_per_pixel"] for row in rows} == {4 * 9 / 32**2}
+    assert all(row["decode_alone"] > 0 and row["decode_together"] > 0 for row in rows)
+    counted = read_results(place)
+    ours, theirs = (counted["parameters"][kind] for kind in ("flowmo", "convolutional"))
+    assert 0.5 < theirs / ours < 2, "widths are coarse at this size"
+    assert "FlowMo is" in text
+
+
+def test_figures_of_samples():
+    torch.manual_seed(0)
+    x = torch.zeros(3, 16, 16)
+    x[:, :, 8:] = torch.rand(3, 16, 8) - 0.5
+    samples = x + 0.2 * torch.randn(50, 3, 16, 16) * (torch.arange(16) >= 8)
+    found = figures(x, samples)
+    assert found["spread"] == pytest.approx(0.2 / 2 * 127.5, rel=0.05)
+    assert found["with_detail"] > 0.8, "samples differ where the picture varies"
+    assert found["with_error"] > 0.6
+    assert found["psnr_of_mean"] > found["psnr"] + 10
+    assert detail(torch.ones(3, 8, 8)).max() < 1e-3
+    assert correlation(torch.ones(4, 4), torch.rand(4, 4)) == 0
+
+
+def test_directions_against_the_paper():
+    def rows(arm, *psnrs):
+        return [{"arm": arm, "label": arm.upper(), "psnr": psnr} for psnr in psnrs]
+
+    measured = (*rows("base", 20.0, 20.2), *rows("up", 21.0, 21.2), *rows("down", 19.0, 19.2), *rows("same", 20.1))
+    groups = groups_of(measured)
+    psnr = COLUMNS[0]
+    assert gain(groups[1], groups[0], psnr) == (pytest.approx(1.0), pytest.approx(0.2))
+    assert [in_words(better, 0.2) for better in (0.5, 0.3, -0.5)] == ["better than", "not apart from", "worse than"]
+    published = {name: {"psnr": figure} for name, figure in {"base": 20, "up": 22, "down": 22, "same": 22}.items()}
+    text = against_paper(groups, published)
+    directions = [line.split(" | ")[-1] for line in text.splitlines()[2:]]
+    assert directions == ["holds |", "does not hold |", "within the spread |"]
+    assert "| UP | PSNR (dB) | +2 | +1.00 (spread 0.20) | holds |" in text
+
+
+def test_models_have_names_of_their_own(tiny_model, tmp_path):
+    place = place_of("variance", tmp_path, str(tiny_model), str(tiny_model))
+    assert [name for name, _ in named_models(place)] == ["tiny", "tiny-2"]
+    _, tokenizer = next(iter(named_models(place)))
+    other = with_settings(tokenizer, "eval.sampling.rho=1")
+    assert other.config.eval.sampling.rho == 1
+    assert tokenizer.config.eval.sampling.rho == 4
+    assert other.decoder is tokenizer.decoder
+
+
+def test_a_study_that_does_not_exist_names_those_that_do(capsys):
+    with pytest.raises(SystemExit):
+        main(["study", "ablation"])
+    told = capsys.readouterr().err
+    assert all(name in told for name in STUDIES)
+
+
 def test_studies_that_cannot_start(tmp_path, capsys):
     assert main(["study", "posttrain", "--out", str(tmp_path)]) == 2
     assert "name the pictures" in capsys.readouterr().err
     assert main(["study", "posttrain", "--redraw", "--out", str(tmp_path)]) == 2
     assert "no results to draw" in capsys.readouterr().err
-    from flowmo.studies.study import Place
-
     with pytest.raises(StudyError, match="without --redraw"):
         read_results(Place("posttrain", "cpu", "", "", tmp_path, tmp_path))

@@ -171,6 +171,7 @@ def mse_encoder(base: Config, seed: int, place: Place) -> Callable[[Run], None]:
         model.encoder.load_state_dict(taken.encoder.state_dict())
         fresh.average = Average(model, fresh.plan.total)
         fresh.norm_control.remember()
+        place.world.wait()  # until all processes have it
         forget_checkpoints(name, place)
 
     return begin

@@ -41,7 +41,16 @@ from flowmo.studies.page import (
     versions_line,
     write_page,
 )
-from flowmo.studies.study import Place, figures_of, forget_checkpoints, once, read_results, train, write_results
+from flowmo.studies.study import (
+    Place,
+    StudyError,
+    figures_of,
+    forget_checkpoints,
+    once,
+    read_results,
+    train,
+    write_results,
+)
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import training_cost
 from flowmo.train.plan import Timetable
@@ -91,7 +100,7 @@ SCALES = {
     "paper": Scale(
         preset("lo").override("data.global_batch_size=128"),
         *(1, 50_000),
-        "two trainings of 197 hours on 8 H100 at 40 % of their peak, by arithmetic, and a twentieth for rates",
+        "two trainings of 1600 hours on one H100 at 40 % of its peak, by arithmetic, and a twentieth for rates",
         *((1e-4, 2e-4), 0.02),
     ),
 }
@@ -128,6 +137,8 @@ class Match:
 
 def run(place: Place, judges: Judges) -> None:
     """Match, tune, train, measure and draw; what is already there is not made again."""
+    if place.world.size > 1:
+        raise StudyError("the peer is trained by one process; start the study without torchrun")
     scale = SCALES[place.scale]
     match = Match.of(scale.base, len(open_source(place.train)))
     rates = {kind: best_rate(kind, match, place, judges) for kind in KINDS}

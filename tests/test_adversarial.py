@@ -1,0 +1,143 @@
+"""The convolutional peer: its bits, its match with a FlowMo, its losses, and training that can be interrupted."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import PICTURES
+from torch import nn
+
+from flowmo import FlowMo
+from flowmo.distributed import World
+from flowmo.evaluate.reconstruction import Judges
+from flowmo.studies.bases import SMOKE_BASE
+from flowmo.studies.peer import SCALES, run
+from flowmo.studies.study import Place, StudyError
+
+pytest.importorskip("diffusers")
+
+from flowmo.studies.adversarial import STATE, train_peer
+from flowmo.studies.convolutional import (
+    Adversaries,
+    ConvolutionalReconstructor,
+    ConvolutionalTokenizer,
+    fitting_width,
+    step_flops,
+)
+
+CONFIG = SMOKE_BASE.override("opt.lpips_weight=0", "trainer.enable_bfloat16=false", "opt.warmup=0")
+WIDTH = 8
+
+
+def test_bits_and_ids():
+    torch.manual_seed(0)
+    tokenizer = ConvolutionalTokenizer(CONFIG, WIDTH)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    candidate = ConvolutionalReconstructor(tokenizer, torch.device("cpu"))
+    made = candidate.reconstruct(images, range(2))
+    assert made.ids.shape == (2, 4, 1)
+    assert made.ids.max() < candidate.id_count == 512
+    assert made.bits.tolist() == [CONFIG.bits_per_picture] * 2
+    assert torch.equal(made.images, tokenizer.decode(made.ids))
+    assert made.images.shape == images.shape
+    signs, ids = tokenizer.quantizer.quantize(tokenizer.code(images))
+    assert torch.equal(tokenizer.quantizer.code_from_ids(ids), signs)
+    with pytest.raises(StudyError, match="no lattice"):
+        ConvolutionalTokenizer(CONFIG.override("model.code_length=6"), WIDTH)
+
+
+def test_the_fight_that_is_reported_is_of_equal_parameters():
+    config = SCALES["cpu"].base
+
+    def count(width):
+        return sum(p.numel() for p in ConvolutionalTokenizer(config, width).parameters())
+
+    ours = sum(p.numel() for p in FlowMo(config).parameters())
+    width = fitting_width(config, ours)
+    assert count(width) == pytest.approx(ours, rel=0.1)
+    assert abs(count(width) - ours) <= min(abs(count(width + step) - ours) for step in (-4, 4))
+
+
+def test_several_processes_are_refused(place):
+    with pytest.raises(StudyError, match="without torchrun"):
+        run(replace(place, world=World(size=2)), Judges())
+
+
+def test_flops_by_hand(monkeypatch):
+    """Convolutions of known size in the place of all networks: forward, and backward to weights and inputs."""
+
+    class Plain(nn.Module):
+        def __init__(self, config, width):
+            super().__init__()
+            self.config, self.decoder = config, nn.Conv2d(3, 3, 1, bias=False)
+            self.quantizer = lambda code: type("Quantized", (), {"code": code, "losses": {"none": code.sum() * 0}})
+            self.last_layer = self.decoder.weight
+
+        def code(self, images):
+            return images
+
+        def picture(self, code):
+            return self.decoder(code)
+
+    monkeypatch.setattr("flowmo.studies.convolutional.ConvolutionalTokenizer", Plain)
+    monkeypatch.setattr("flowmo.studies.convolutional.Discriminator", lambda: nn.Conv2d(3, 1, 1, bias=False))
+    one = 2 * 3 * 32 * 32  # a 1 × 1 convolution to one channel
+    without = 3 * one * 2  # forward, and the weights' gradient
+    # Adapting the weight: both losses back to the last layer; the tokenizer's loss through the discriminator; then the
+    # discriminator on both pictures, forward and its weights' gradient.
+    pleased = one + (3 * one) + (one + 3 * one) + one
+    judging = 2 * one * 2
+    assert step_flops(CONFIG, WIDTH, None) == pytest.approx(0.5 * without + 0.5 * (without + pleased + judging))
+
+
+def test_both_learn_what_is_theirs():
+    torch.manual_seed(0)
+    both = Adversaries(ConvolutionalTokenizer(CONFIG, WIDTH), None)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert len(both.losses(images, adversarial=False)) == 1
+    loss, other = both.losses(images, adversarial=True)
+    other.backward(retain_graph=True)
+    assert all(p.grad is None for p in both.tokenizer.parameters())
+    idle = {name for name, p in both.discriminator.named_parameters() if not p.grad.abs().sum() > 0}
+    assert idle <= {"8.bias"}, "real and made pictures pull the last bias in opposite ways, at first as much"
+    loss.backward()
+    without = {name for name, p in both.tokenizer.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    # A softmax over keys does not see what all keys have in common.
+    assert without <= {f"{net}.mid_block.attentions.0.to_k.bias" for net in ("encoder", "decoder")}
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place("peer", "smoke", str(PICTURES), str(PICTURES), tmp_path / "results", tmp_path / "out", report=str)
+
+
+def test_an_interrupted_training_ends_like_an_unbroken_one(place, monkeypatch):
+    config = CONFIG.override("trainer.duration=4 steps", "trainer.checkpoint_every=2 steps")
+    whole, _ = train_peer(config, WIDTH, "whole", place)
+    saves = []
+
+    def save_and_die(path, *rest):
+        real(path, *rest)
+        saves.append(path)
+        raise KeyboardInterrupt
+
+    from flowmo.studies import adversarial
+
+    real = adversarial.save
+    monkeypatch.setattr(adversarial, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train_peer(config, WIDTH, "broken", place)
+    monkeypatch.setattr(adversarial, "save", real)
+    again, seconds = train_peer(config, WIDTH, "broken", place)
+    assert saves == [place.folder("broken") / STATE]
+    assert seconds > 0
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, msg=name)
+    shutil.rmtree(place.folder("broken"))
+
+
+def test_a_loss_that_is_not_finite_ends_it(place):
+    config = CONFIG.override("opt.lr=1e30", "trainer.duration=8 steps", "opt.max_grad_norm=0")
+    with pytest.raises(StudyError, match="no longer finite"):
+        train_peer(config, WIDTH, "wild", place)
