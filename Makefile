@@ -4,7 +4,7 @@ VENV := .venv
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format types docs lock clean
 
 # The pinned torch first: the index's plain release, or a local CPU wheel where there is one. Named again, or torchvision
 # would bring the newest torch of its own.
@@ -33,6 +33,17 @@ lint: $(VENV)/dev
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+types: $(VENV)/dev  ## mypy over src, strict but for what pyproject.toml names
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mypy>=1.15' types-PyYAML
+	$(BIN)/mypy
+
+lock: $(VENV)/dev  ## exact versions with hashes, see docs/licences.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	(sed -n '/^#/p' requirements-dev.txt; echo "$(TORCH)" | $(BIN)/uv pip compile pyproject.toml --extra dev \
+		--constraint - --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28) > requirements-dev.new
+	mv requirements-dev.new requirements-dev.txt
 
 docs: $(VENV)/dev  ## the site, in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build

@@ -253,7 +253,7 @@ def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32
     write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
 
 
-def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
+def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
     """Have ``write`` fill a temporary file beside ``path``, then put it in place in one step, on disk for good."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

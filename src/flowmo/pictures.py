@@ -40,7 +40,7 @@ def read_picture(file: str | Path | BinaryIO, name: str | None = None, side: int
     Raises:
         PictureError: the file is missing, not a picture, truncated, without pixels, or above ``MAX_PIXELS``.
     """
-    path = name or file
+    path = name or str(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

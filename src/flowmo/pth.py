@@ -23,12 +23,14 @@ class PthError(FlowMoError, ValueError):
     """A file that is damaged, unsafe or no mapping of names to tensors and values; the message is one line."""
 
 
-class CountingUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class CountingUnpickler(pickle._Unpickler):
     """Refuses tuples of many leaves. A tuple of twice the same tuple of twice the same … has 2^n of them in a few
     bytes, and hashing it visits them all.
 
     It is Python's own in Python: that in C allocates as much memory as a pickle names as the place of a value.
     """
+
+    stack: list[Any]
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
@@ -42,7 +44,7 @@ class CountingUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
             raise pickle.UnpicklingError("it holds a tuple of millions of values")
 
 
-def _counted(load: Callable[[CountingUnpickler], None]) -> Callable[[CountingUnpickler], None]:
+def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
     def run(self: CountingUnpickler) -> None:
         load(self)
         self.count(self.stack[-1])
@@ -51,9 +53,9 @@ def _counted(load: Callable[[CountingUnpickler], None]) -> Callable[[CountingUnp
 
 
 CountingUnpickler.dispatch = {
-    **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+    **pickle._Unpickler.dispatch,
     **{
-        code[0]: _counted(pickle._Unpickler.dispatch[code[0]])  # type: ignore[attr-defined]
+        code[0]: _counted(pickle._Unpickler.dispatch[code[0]])
         for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
     },
 }

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -39,7 +39,7 @@ NEIGHBOURS = {
 FORMAT = "1"
 IDENTITY_BYTES = 4
 
-Bits = np.ndarray
+Bits: TypeAlias = np.ndarray
 """0 or 1, int8: pictures × tokens × bits of a token."""
 
 
@@ -85,9 +85,14 @@ class BitModel(Protocol):
         identity: names the model in files that need it.
     """
 
-    tokenizer: str
-    shape: tuple[int, int]
-    identity: bytes
+    @property
+    def tokenizer(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def identity(self) -> bytes: ...
 
     def run(self, pictures: int, code: BitCoder) -> Bits:
         """All bits of some pictures, each through ``code``, in the order of coding."""

@@ -22,8 +22,9 @@ class DataError(FlowMoError, ValueError):
 class Source(Protocol):
     """Pictures in a fixed order, the same in every process; ``read`` may be called in any of them."""
 
-    classes: Sequence[str]
-    """Names of the classes by label; empty where the source has none."""
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes by label; empty where the source has none."""
 
     def __len__(self) -> int: ...
 

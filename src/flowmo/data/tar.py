@@ -13,7 +13,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from PIL import Image
 
@@ -69,7 +69,7 @@ class _Headers:
 def _pictures(file: IO[bytes] | _Headers, start: int, prefix: str, depth: int) -> Iterator[dict]:
     found, labels = [], {}
     last = -1
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
         for member in tar:
             if member.size < 0 or member.offset_data <= last:  # it would be read again and again
                 raise tarfile.ReadError(f"{member.name} has a negative size")
@@ -105,7 +105,7 @@ class Entry(NamedTuple):
     label: int | None
 
 
-def read_index(tar: Path, rows: object, name: str | Path) -> list[Entry]:
+def read_index(tar: Path, rows: Any, name: str | Path) -> list[Entry]:
     """Entries of an index of ``tar``, from file ``name``.
 
     Raises:
@@ -192,8 +192,8 @@ class TarSource:
         self._descriptors: dict[Path, int] = {}
 
     def _classes(self) -> tuple[tuple[str, ...], list[int]]:
-        given = [entry.label for entry in self.entries]
-        if all(label is not None for label in given):
+        given = [entry.label for entry in self.entries if entry.label is not None]
+        if len(given) == len(self.entries):
             return tuple(str(label) for label in range(max(given) + 1)), given
         folders = []
         for entry in self.entries:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class NpzFile:
             raise NpzError(f"{self.path}: {what} ({' '.join(str(error).split())[:100]})") from None
 
     @contextmanager
-    def _member(self, name: str) -> Iterator[BinaryIO]:
+    def _member(self, name: str) -> Iterator[IO[bytes]]:
         with (
             self._reading(f"{name} is damaged"),
             zipfile.ZipFile(self.path) as archive,
@@ -77,7 +77,7 @@ class NpzFile:
             yield member
 
     @staticmethod
-    def _header(member: BinaryIO) -> tuple[tuple[int, ...], np.dtype, bool]:
+    def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
         version = npy.read_magic(member)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read(member)

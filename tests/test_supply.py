@@ -1,0 +1,46 @@
+"""What development installs is locked by hashes, and every licence is told."""
+
+import re
+import tomllib
+
+from conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def direct():
+    """Names of all packages that the project names itself."""
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    names = {re.split(r"[\[<>=;! ]", words)[0].lower() for some in lists for words in some}
+    return names - {"flowmo"}
+
+
+def locked():
+    """Name -> (version, hashes) of the lock."""
+    text = (ROOT / "requirements-dev.txt").read_text()
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", " ")
+    rows = [line.split() for line in text.splitlines() if line.strip()]
+    return {row[0].partition("==")[0]: (row[0].partition("==")[2], row[1:]) for row in rows}
+
+
+def test_every_dependency_of_development_is_locked():
+    optional = {"wandb"}  # in no extra that development installs
+    assert {name.replace("_", "-") for name in direct() - optional} <= locked().keys()
+
+
+def test_every_lock_has_a_version_and_hashes_and_no_host():
+    for name, (version, rest) in locked().items():
+        assert version, name
+        hashes = [word for word in rest if word.startswith("--hash=sha256:")]
+        assert hashes, name
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", word) for word in hashes), name
+    assert "://" not in (ROOT / "requirements-dev.txt").read_text()
+
+
+def test_the_locked_torch_is_that_of_the_makefile():
+    assert f"TORCH := torch=={locked()['torch'][0]}" in (ROOT / "Makefile").read_text()
+
+
+def test_every_dependency_has_a_licence_in_the_table():
+    table = (ROOT / "docs" / "licences.md").read_text()
+    assert not [name for name in direct() if f"`{name}`" not in table]
