@@ -20,7 +20,7 @@ $(VENV)/dev: $(VENV)/base
 	touch $@
 
 demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and back
-	$(BIN)/flowmo reconstruct examples/pictures/*.jpg --fit crop --out demo
+	$(BIN)/flowmo reconstruct examples/pictures/*.jpg --fit crop --out demo --grid demo/all.png
 
 # A process a core with a thread each: the tests' own processes and networks are small.
 test: $(VENV)/dev lint

@@ -61,6 +61,22 @@ def test_reconstruct_crop(capsys, tmp_path, weights, photo):
         assert pair.size == (32 + 2 + 32, 32)
 
 
+def test_reconstruct_in_a_grid(capsys, tmp_path, weights, photo):
+    """Two squares: originals above, and the same as in the pictures of their own."""
+    other, file = tmp_path / "other.png", tmp_path / "grid.png"
+    Image.open(photo).rotate(90).save(other)
+    out = tmp_path / "out"
+    words = ("reconstruct", photo, other, "--model", weights, "--out", out, "--steps", 1, "--grid", file)
+    assert run(capsys, *words)[0] == 2, "pictures of any size make no grid"
+    status, printed, _ = run(capsys, *words, "--fit", "crop")
+    assert status == 0
+    assert str(file) in printed
+    with Image.open(file) as whole, Image.open(out / "other.png") as pair:
+        assert whole.size == (32 + 2 + 32, 32 + 2 + 32)
+        assert whole.crop((34, 0, 66, 32)).tobytes() == pair.crop((0, 0, 32, 32)).tobytes()
+        assert whole.crop((34, 34, 66, 66)).tobytes() == pair.crop((34, 0, 66, 32)).tobytes()
+
+
 def test_encode_then_decode(capsys, tmp_path, weights, photo):
     file = tmp_path / "photo.flowmo"
     assert run(capsys, "encode", photo, "-o", file, "--model", weights)[0] == 0

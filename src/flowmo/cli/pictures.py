@@ -48,10 +48,16 @@ DRAWN = {
 
 
 def reconstruct(arguments: argparse.Namespace) -> None:
-    """Encode and decode pictures; write each beside its original and print what it cost."""
+    """Encode and decode pictures; write each beside its original and print what it cost.
+
+    With --grid and --fit crop all of them are written as one picture too, originals above.
+    """
+    if arguments.grid and arguments.fit != "crop":
+        raise UsageError("--grid puts squares beside each other; add --fit crop")
     tokenizer = load(arguments)
     outputs = [arguments.out / f"{path.stem}.png" for path in arguments.pictures]
-    refuse_clash(outputs)
+    refuse_clash([*outputs, *([arguments.grid] if arguments.grid else [])])
+    pairs: list[torch.Tensor] = []
     if not arguments.json:
         print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
 
@@ -63,6 +69,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         decoded = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
         pair = torch.stack((to_tensor(original), to_tensor(decoded)))
         checkpoint.write_whole(output, lambda name: to_picture(grid([pair])).save(name, "PNG"))
+        if arguments.grid:
+            pairs.append(pair)
         quality = float(psnr(pair[:1], pair[1:]))
         size = f"{original.width}×{original.height}"
         facts = {
@@ -75,8 +83,13 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         return facts, f"{path.name[:28]:28} {size:>11} {codes.nbytes:>7} {codes.bits_per_pixel:>10.4f} {quality:>8.2f}"
 
     each(list(zip(arguments.pictures, outputs, strict=True)), work, arguments.json)
+    if pairs:
+        rows = list(torch.stack(pairs, dim=1))
+        checkpoint.write_whole(arguments.grid, lambda name: to_picture(grid(rows)).save(name, "PNG"))
     if not arguments.json:
         print(f"original | reconstruction in {arguments.out}/")
+        if pairs:
+            print(f"originals above reconstructions in {arguments.grid}")
 
 
 def encode(arguments: argparse.Namespace) -> None:
@@ -262,6 +275,7 @@ def add_to(commands: Any) -> None:
     sub = command(reconstruct, "pictures beside what their bits decode to", commands)
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
     sub.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder to write to (reconstructions)")
+    sub.add_argument("--grid", type=Path, metavar="FILE", help="with --fit crop, all in one picture too, as PNG")
     with_model(sub), with_sampling(sub), with_fit(sub), with_json(sub)
 
     context = "context model of the ids (the one beside the tokenizer)"
