@@ -503,8 +503,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hi": {"model": {"context_dim": 56, "codebook_size_for_entropy": 14}},
 }
 """``small``, ``lo`` and ``hi`` are the paper's (table 6); ``nano`` is sized to train and decode on a CPU: 288 bytes a
-128 × 128 picture. Its 16 pixel patches hold more channels than it is wide, so its decoder predicts the picture; it is
-trained mostly at t = 1 and decodes in one pass."""
+128 × 128 picture. Its decoder predicts the picture, is trained mostly at t = 1, and decodes in one pass."""
 
 GENERATOR_PRESETS: dict[str, dict[str, Any]] = {
     "maskgit": {
