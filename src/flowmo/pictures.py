@@ -123,20 +123,21 @@ class Tiling:
     width: int
     tile: int
 
+    def along(self, length: int) -> int:
+        """Tiles along a side of so many pixels."""
+        overlap = self.tile // 8
+        return max(math.ceil((length - overlap) / (self.tile - overlap)), 1)
+
     def starts(self, length: int) -> list[int]:
-        if length <= self.tile:
+        count = self.along(length)
+        if count == 1:
             return [0]
-        count = self._count(length)
         return [round(i * (length - self.tile) / (count - 1)) for i in range(count)]
 
     @property
     def count(self) -> int:
         """Tiles in all."""
-        return self._count(self.height) * self._count(self.width)
-
-    def _count(self, length: int) -> int:
-        overlap = self.tile // 8
-        return 1 if length <= self.tile else math.ceil((length - overlap) / (self.tile - overlap))
+        return self.along(self.height) * self.along(self.width)
 
     @property
     def corners(self) -> list[tuple[int, int]]:
