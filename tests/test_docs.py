@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import flowmo
 from flowmo.cli import SETTING, build_parser, main
-from flowmo.config import FIELDS, Config, flatten, preset
+from flowmo.config import FIELDS, Config, Span, flatten, preset
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from flowmo.studies import STUDIES
@@ -205,10 +205,16 @@ def test_the_map_of_the_paper_is_whole_and_leads_somewhere():
         assert told == set(numbers), kind
     assert {int(n) for cell in first for n in re.findall(r"\((\d+)\)", cell)} == set(range(1, 15)), "equations"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    defaults = {row[2].split("`")[1]: row[3] for row in rows if row[2].startswith("`") and row[2].count("`") == 2}
-    flat = flatten(Config())
-    shown = {name: f"{flat[name]:g}" if isinstance(flat[name], float) else str(flat[name]).lower() for name in defaults}
-    wrong = {name: told for name, told in defaults.items() if shown[name].replace("1e-04", "0.0001") not in told}
+    told = {row[2].strip("`"): row[3] for row in rows if row[2].strip("`") in FIELDS}
+    defaults = flatten(Config())
+
+    def shown(value):
+        if isinstance(value, Span):
+            return f"{value.amount / 1e6:g}M {value.unit}"
+        return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+    assert len(told) > 15
+    wrong = [name for name, text in told.items() if shown(defaults[name]) not in text]
     assert not wrong, "what the map gives as defaults are the defaults"
 
 

@@ -8,6 +8,7 @@ from flowmo import load, save
 from flowmo.config import Config, ConfigError
 from flowmo.quantize import BSQ, FSQ, KL, LFQ, VQ, Identity, LayerNorm, Learner, build_quantizer, check_ids
 from flowmo.tokenizer import FlowMo
+from flowmo.train.account import training_cost
 from flowmo.train.stages import Draws, pretrain_loss
 
 
@@ -325,3 +326,11 @@ def test_a_codebook_is_in_files(tiny_config, images, tmp_path):
     again = load(tmp_path / "vq.safetensors")
     assert torch.equal(again.quantizer.codebook, tokenizer.quantizer.codebook)
     assert torch.equal(again.encode(images).ids, tokenizer.encode(images).ids)
+
+
+def test_what_training_with_a_codebook_costs(tiny_config):
+    """Counted on tensors without contents, which nothing that a pass does may depend on."""
+    without = tiny_config.override("model.quantization_type=noop", "opt.lpips_weight=0")
+    vq = without.override("model.quantization_type=vq", "model.vq_entries=16")
+    search = 2 * 16 * 4 * 6 * vq.model.vq_sub_tokens  # every entry with every sub-token
+    assert training_cost(vq).flops == training_cost(without).flops + search

@@ -257,3 +257,15 @@ def test_sampling_arguments_that_make_no_sense(tiny, images, arguments, error, s
 def test_what_is_not_a_picture_is_refused(tiny, images):
     with pytest.raises(TypeError, match="PIL picture"):
         tiny.encode_image(images)
+
+
+def test_the_scale_of_the_start_noise(tiny, images):
+    codes = tiny.encode(images[:2])
+    default = tiny.decode(codes, steps=2, seed=3)
+    assert torch.equal(tiny.decode(codes, steps=2, seed=3, noise_scale=1.0), default)
+    assert not torch.equal(tiny.decode(codes, steps=2, seed=3, noise_scale=0.8), default)
+    still = tiny.decode(codes, steps=2, seed=3, noise_scale=0.0)
+    assert torch.equal(tiny.decode(codes, steps=2, seed=4, noise_scale=0.0), still), "without noise no seed matters"
+    for scale in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="finite and at least 0"):
+            tiny.decode(codes, noise_scale=scale)
