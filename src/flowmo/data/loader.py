@@ -15,6 +15,8 @@ from flowmo.data.source import DataError
 from flowmo.data.views import ATTEMPTS
 from flowmo.sample import picture_seed
 
+GO_ON = "the same command goes on from the last checkpoint"
+
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """A permutation of ``count`` pictures: every picture once an epoch, in another order each time."""
@@ -113,7 +115,13 @@ def batches(
         pin_memory=pin_memory,
         timeout=timeout * (batch_size + ATTEMPTS) if workers else 0,
     )
-    for images, bad, failure in loader:
+    stream = iter(loader)
+    while True:
+        try:
+            images, bad, failure = next(stream)
+        except (OSError, EOFError) as error:  # a worker that is killed while it hands over what it read
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"reading pictures failed: {reason}; {GO_ON}") from None
         if failure:
             raise DataError(failure)
         if bad:

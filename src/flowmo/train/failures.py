@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flowmo.data import DataError
+from flowmo.data.loader import GO_ON
 from flowmo.distributed import DistributedError
 from flowmo.errors import FlowMoError
 
 LOADER = ("DataLoader worker", "DataLoader timed out")
 FELLOW = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-ADVICE = "the same command goes on from the last checkpoint"
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def in_one_line() -> Iterator[None]:
         if isinstance(error, FlowMoError):
             raise
         if any(mark in text for mark in LOADER):
-            raise DataError(f"reading pictures failed: {text[:200]}; {ADVICE}") from None
+            raise DataError(f"reading pictures failed: {text[:200]}; {GO_ON}") from None
         if any(mark in text for mark in FELLOW):
-            raise DistributedError(f"another process of the run has ended: {text[:200]}; {ADVICE}") from None
+            raise DistributedError(f"another process of the run has ended: {text[:200]}; {GO_ON}") from None
         raise

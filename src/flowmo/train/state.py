@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,29 @@ def save(folder: Path, step: int, state: State, facts: Mapping[str, Any], world:
 
 def _write(content: dict, path: str) -> None:
     with open(path, "wb") as file:  # through Python's file: its errors say what is wrong, such as a full disk
-        torch.save(content, file)
+        watched = _Watched(file)
+        try:
+            torch.save(content, watched)
+        except RuntimeError:
+            if watched.error is not None:  # torch's own, which follows, counts bytes
+                raise watched.error from None
+            raise
+
+
+class _Watched:
+    """A file to write to, which remembers what went wrong first."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.error: OSError | None = None
+        self.flush = file.flush
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
 
 def _save_shards(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any], world: World) -> Path:
