@@ -131,6 +131,15 @@ def test_pictures_of_a_class(page, tiny, generator_file):
     assert len(ours.generate(1, 1000, 0, 1.5)) == MOST_DRAWN
 
 
+def test_what_was_just_made_is_kept_whatever_the_clock_says(page, monkeypatch):
+    monkeypatch.setattr("flowmo.demo.MOST_FILES", 2)
+    for i in range(5):
+        file = page._keep(bytes([i]), "a.flowmo")
+        assert file.is_file()
+        assert len(list(page.folder.iterdir())) <= 2
+        os.utime(file.parent, (10**10, 10**10))  # later than all that is still to come
+
+
 def test_what_is_too_large_or_broken_is_refused(page, tmp_path, photo):
     large = tmp_path / "large.png"
     Image.new("1", (MOST_PIXELS // 1000 + 1, 1000)).save(large)
