@@ -68,6 +68,7 @@ def test_reconstruct_in_a_grid(capsys, tmp_path, weights, photo):
     out = tmp_path / "out"
     words = ("reconstruct", photo, other, "--model", weights, "--out", out, "--steps", 1, "--grid", file)
     assert run(capsys, *words)[0] == 2, "pictures of any size make no grid"
+    assert run(capsys, *words[:-1], tmp_path / "grid.txt", "--fit", "crop")[0] == 2
     status, printed, _ = run(capsys, *words, "--fit", "crop")
     assert status == 0
     assert str(file) in printed

@@ -54,6 +54,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     """
     if arguments.grid and arguments.fit != "crop":
         raise UsageError("--grid puts squares beside each other; add --fit crop")
+    if arguments.grid and arguments.grid.suffix.lower() not in DRAWN:
+        raise UsageError(f"{arguments.grid}: name a picture that ends in {', '.join(DRAWN)}")
     tokenizer = load(arguments)
     outputs = [arguments.out / f"{path.stem}.png" for path in arguments.pictures]
     refuse_clash([*outputs, *([arguments.grid] if arguments.grid else [])])
@@ -85,7 +87,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     each(list(zip(arguments.pictures, outputs, strict=True)), work, arguments.json)
     if pairs:
         rows = list(torch.stack(pairs, dim=1))
-        checkpoint.write_whole(arguments.grid, lambda name: to_picture(grid(rows)).save(name, "PNG"))
+        form = DRAWN[arguments.grid.suffix.lower()]
+        checkpoint.write_whole(arguments.grid, lambda name: to_picture(grid(rows)).save(name, **form))
     if not arguments.json:
         print(f"original | reconstruction in {arguments.out}/")
         if pairs:
@@ -275,7 +278,7 @@ def add_to(commands: Any) -> None:
     sub = command(reconstruct, "pictures beside what their bits decode to", commands)
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
     sub.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder to write to (reconstructions)")
-    sub.add_argument("--grid", type=Path, metavar="FILE", help="with --fit crop, all in one picture too, as PNG")
+    sub.add_argument("--grid", type=Path, metavar="FILE", help="with --fit crop, all in one picture too")
     with_model(sub), with_sampling(sub), with_fit(sub), with_json(sub)
 
     context = "context model of the ids (the one beside the tokenizer)"
