@@ -93,7 +93,7 @@ SCALES = {
     "gpu": Scale(
         GPU_BASE,
         (*SHORT, "opt.lr=1e-4", "model.ema_decay=0.97"),
-        *(16384, (0.001, 0.01, 0.1), (0.001, 0.01, 0.1), 3, 1000),
+        *(16384, (0.001, 0.01, 0.1), (0.0001, 0.001, 0.01, 0.1), 3, 1000),
         "about 25 minutes on one H100 by arithmetic, at a fifth of its peak",
     ),
     "paper": Scale(
