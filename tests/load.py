@@ -90,10 +90,10 @@ def png(width: int, height: int, colour: Sequence[int] = (9, 80, 200)) -> bytes:
     return content.getvalue()
 
 
-def visit(address: str, number: int) -> None:
+def visit(address: str, button: int, number: int) -> None:
     """One request for a picture of a size that no other has; its answer must be about that size."""
     width, height = 8 + number % 23, 8 + number // 23
-    client = Client(address, 0)
+    client = Client(address, button)
     file = client.upload(png(width, height))
     message = client.press([file, "tile", 1, number, 1])
     assert message["success"], message
@@ -103,18 +103,20 @@ def visit(address: str, number: int) -> None:
 
 def load_page(count: int) -> tuple[int, int]:
     """Requests all at once, each with a connection of its own; bytes held after a first round and after all."""
-    from flowmo.demo import Page, serve
+    from flowmo.demo import Page
+    from flowmo.web import serve
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load(tiny_file(Path(folder)))
         (Path(folder) / "kept").mkdir()
         blocks = serve(Page(tokenizer, Codec(tokenizer), Path(folder) / "kept"), port=free_port())
+        button = next(number for number, function in blocks.fns.items() if function.name == "reconstruct")
         try:
             for number in range(max(count // 10, 1)):
-                visit(blocks.local_url, number)
+                visit(blocks.local_url, button, number)
             before = resident(os.getpid())
             with ThreadPoolExecutor(count) as visitors:
-                for done in [visitors.submit(visit, blocks.local_url, number) for number in range(count)]:
+                for done in [visitors.submit(visit, blocks.local_url, button, number) for number in range(count)]:
                     done.result()
             after = resident(os.getpid())
         finally:

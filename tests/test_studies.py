@@ -120,11 +120,12 @@ def run_study(place, judges, monkeypatch):
     page = place.out / f"{place.stem}.md"
     text = page.read_text()
     assert (place.out / f"{place.stem}.png").stat().st_size > 3000
-    monkeypatch.setattr(Run, "train", lambda self: pytest.fail("trains again"))
-    for again in (lambda: recipe.run(place, judges), lambda: recipe.draw(place)):
-        page.unlink()
-        again()
-        assert page.read_text() == text
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "train", lambda self: pytest.fail("trains again"))
+        for again in (lambda: recipe.run(place, judges), lambda: recipe.draw(place)):
+            page.unlink()
+            again()
+            assert page.read_text() == text
     return read_results(place)["rows"], text
 
 
@@ -145,7 +146,6 @@ def test_ablations_smoke(judges, tmp_path, monkeypatch):
         assert (place.folder(name + ".png")).stat().st_size > 3000
     assert (place.folder("baseline-seed1") / "checkpoints").is_dir()
     assert not (place.folder("autoencoder-seed1") / "checkpoints").exists()
-    monkeypatch.undo()
     monkeypatch.setattr("flowmo.studies.ablations.make", lambda *_: pytest.fail("the baseline is there"))
     rows, text = run_study(place_of("noise", tmp_path), judges, monkeypatch)
     assert [(row["noise"], row["rate"]) for row in rows] == [
