@@ -9,7 +9,7 @@
 #
 # PROCESSES  how many train together (2); one core or one GPU each
 # DEVICE     cpu or cuda (cpu); with cuda, stage 1A is configs/nano_gpu.yaml: 50 times the images, LPIPS on VGG
-# IMAGES, POSTTRAIN_IMAGES  length of the stages (112 000, with cuda 6 million; and 8 000)
+# IMAGES, POSTTRAIN_IMAGES  length of the stages (112 000, with cuda 6 million; and 2 000)
 # WITHOUT    folders, separated by spaces, whose photographs must not be trained on
 # SETTINGS   section.name=value settings of both stages, separated by spaces; for a smaller trial of the whole
 #
@@ -37,8 +37,9 @@ if [ ! -f "$out/pictures.txt" ]; then
     mv "$out/pictures.partial" "$out/pictures.txt"
 fi
 if [ "${DEVICE:-cpu}" = cuda ]; then recipe=nano_gpu images=6000000; else recipe=nano images=112000; fi
-stage nano "$recipe" trainer.duration="${IMAGES:-$images} images"
+if command -v c++ > /dev/null; then compile=true; else compile=false; fi
+stage nano "$recipe" trainer.duration="${IMAGES:-$images} images" trainer.compile=$compile
 stage nano_posttrain nano_posttrain --resume-from-ckpt "$(newest nano)" \
-    trainer.duration="$((${IMAGES:-$images} + ${POSTTRAIN_IMAGES:-8000})) images"
+    trainer.duration="$((${IMAGES:-$images} + ${POSTTRAIN_IMAGES:-2000})) images"
 flowmo convert "$out/results/nano_posttrain" "$out/nano.safetensors" --dtype float16
 flowmo evaluate "$held_out" --model "$out/nano.safetensors" --limit 500
