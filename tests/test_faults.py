@@ -65,7 +65,7 @@ def same(ours, theirs):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_kills_in_every_stage():
     """``tests/kills.py`` does it with two processes too, and more often."""
-    words = ["--kills", "8", "--steps", "5", "--way", "1"]
+    words = ["--kills", "8", "--steps", "12", "--way", "1"]
     done = subprocess.run(
         [sys.executable, HERE / "kills.py", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
