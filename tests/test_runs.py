@@ -39,9 +39,11 @@ def test_nano_from_photographs_to_the_file(picture_files, trained_weights, tmp_p
     report = (tmp_path / "out" / "pictures.txt").read_text()
     assert f"held out: {photographs / picture_files[3].name} looks like {held_out / picture_files[3].name}" in report
     assert "3 photographs of 4" in report
-    views = [Image.open(path) for path in (tmp_path / "out" / "pictures").rglob("*.jpg")]
-    assert {view.size for view in views} == {(128, 128)}
-    assert len(views) == 6, "each whole and a closer square of it"
+    sizes = []
+    for path in (tmp_path / "out" / "pictures").rglob("*.jpg"):
+        with Image.open(path) as view:
+            sizes.append(view.size)
+    assert sizes == [(128, 128)] * 6, "each whole and a closer square of it"
     tokenizer = flowmo.load(tmp_path / "out" / "nano.safetensors")
     assert tokenizer.config.model.posttrain_sample
     assert "PSNR" in done.stdout
