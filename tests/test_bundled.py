@@ -8,12 +8,13 @@ from PIL import Image
 import flowmo
 from flowmo.checkpoint import BUNDLED
 from flowmo.data import open_source
-from flowmo.evaluate.figures import psnr
+from flowmo.evaluate.figures import psnr, ssim
 from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import LPIPS
-from flowmo.pictures import resize_and_crop, to_tensor
+from flowmo.pictures import resize_and_crop, to_bytes, to_tensor
 
+PSNR_OF_SIXTEEN, SSIM_OF_SIXTEEN = 23.09, 0.673
 HELD_OUT = SHARED / "data" / "imagenette_128" / "val"
 
 
@@ -45,6 +46,14 @@ def test_unseen_photographs_are_recognised_by_their_pixels(nano, photographs):
     assert own.mean() > flat.mean() + 2
     for i, picture in enumerate(decoded):
         assert psnr(photographs, picture.expand_as(photographs)).argmax() == i
+
+
+def test_figures_of_sixteen_pictures(nano, photographs):
+    """The example photographs and their mirror images, to what another processor's rounding may change."""
+    pictures = torch.cat((photographs, photographs.flip(-1)))
+    decoded = nano.decode(nano.encode(pictures).ids)
+    assert float(psnr(pictures, decoded).mean()) == pytest.approx(PSNR_OF_SIXTEEN, abs=0.1)
+    assert float(ssim(to_bytes(pictures), to_bytes(decoded)).mean()) == pytest.approx(SSIM_OF_SIXTEEN, abs=0.01)
 
 
 def test_whole_pictures_through_tiles(nano, picture):
