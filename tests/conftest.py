@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from flowmo import Config, FlowMo, save
+from flowmo.cli import main
 from flowmo.torchvision_import import before_importing
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,13 @@ def open_gates(tokenizer: FlowMo) -> FlowMo:
             if "modulation" in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return tokenizer
+
+
+def run_command(capsys, *words) -> tuple[int, str, str]:
+    """``flowmo`` with these words: its exit code, and what it printed on the two outputs."""
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
 def write_language_model(path: Path, **shape: int) -> None:
@@ -83,6 +91,14 @@ def picture_files() -> list[Path]:
 @pytest.fixture
 def picture(picture_files) -> Image.Image:
     return Image.open(picture_files[0]).convert("RGB")
+
+
+@pytest.fixture
+def photo(tmp_path, picture) -> Path:
+    """A photograph of 70 × 50 pixels as a file."""
+    path = tmp_path / "photo.jpg"
+    picture.resize((70, 50)).save(path)
+    return path
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import zlib
 
 import pytest
 import torch
+from conftest import run_command as run
 from PIL import Image
 
 import flowmo
@@ -21,19 +22,6 @@ def weights(tiny, tmp_path):
     path = tmp_path / "weights" / "model.safetensors"
     flowmo.save(tiny, path)
     return path
-
-
-@pytest.fixture
-def photo(tmp_path, picture):
-    path = tmp_path / "photo.jpg"
-    picture.resize((70, 50)).save(path)
-    return path
-
-
-def run(capsys, *words):
-    status = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_reconstruct(capsys, tmp_path, weights, photo):

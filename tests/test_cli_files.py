@@ -14,6 +14,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from conftest import run_command as run
 from PIL import Image
 
 import flowmo
@@ -23,19 +24,6 @@ from flowmo.cli import main
 @pytest.fixture
 def weights(tiny_model):
     return tiny_model
-
-
-@pytest.fixture
-def photo(tmp_path, picture):
-    path = tmp_path / "photo.jpg"
-    picture.resize((70, 50)).save(path)
-    return path
-
-
-def run(capsys, *words):
-    status = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_decoding_leaves_the_original_alone(capsys, tmp_path, weights, photo):
