@@ -26,6 +26,7 @@ import urllib.request
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,10 @@ def encode(folder: Path, count: int, interrupt_at: int = 0) -> tuple[list[Path],
     command += ["--model", tiny_file(folder)]
     held: list[int] = []
     lines: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests themselves ignore it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heard
+    ) as process:
         for number, line in enumerate(process.stdout, 1):
             lines.append(line)
             if number % max(count // 10, 1) == 0 and process.poll() is None:
