@@ -140,6 +140,13 @@ def test_levels_of_fsq():
         FSQ(4, 1, 9)
 
 
+def test_a_bit_that_all_tokens_set_has_a_finite_gradient():
+    code = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]], requires_grad=True)
+    _, loss = BSQ(2, 1, entropy_weight=1.0).entropies(code)
+    loss.backward()
+    assert torch.isfinite(code.grad).all()
+
+
 def test_bsq_lies_on_the_sphere_and_its_entropy_is_bounded_by_its_bits():
     quantizer = BSQ(18, 9)
     result = quantizer(torch.randn(4, 50, 18))

@@ -15,6 +15,8 @@ from flowmo.quantize.contract import WholeBatch, alone
 from flowmo.quantize.lfq import LFQ
 
 TEMPERATURE = 0.01
+SURE = torch.finfo(torch.float32).eps
+"""Least probability of a bit's rarer value in a batch."""
 
 
 class BSQ(LFQ):
@@ -46,4 +48,6 @@ class BSQ(LFQ):
         mean = p.flatten(0, -2).mean(dim=0)
         if whole_batch is not alone:
             mean = mean + (whole_batch(mean.detach()) - mean.detach())
+        # A bit that every token sets has a mean of 1 in float32, where the entropy's slope is infinite.
+        mean = mean.clamp(SURE, 1 - SURE)
         return sample_entropy, torch.special.entr(torch.stack((mean, 1 - mean))).sum()
