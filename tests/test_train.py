@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from flowmo.train.loop import Run, TrainingError
 from flowmo.train.optimizer import Average, NormControl, build_optimizer
 from flowmo.train.plan import Timetable
 from flowmo.train.stages import Draws, pretrain_loss
+from flowmo.train.task import autocast
 
 has_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with PyTorch 2.9")
 
@@ -69,6 +71,16 @@ def test_the_log_is_in_float32(tiny_config, images):
         loss = pretrain_loss(tokenizer, images, Draws.of(tokenizer.config, images, range(5)), half_distance)
     assert {name: value.dtype for name, value in loss.parts.items() if value.dtype != torch.float32} == {}
     assert abs(loss.parts["lpips"] - 0.123456) < 1e-3
+
+
+@pytest.mark.parametrize(("can", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_used_only_where_the_device_multiplies_it(can, dtype, tiny_config, monkeypatch):
+    monkeypatch.setattr("flowmo.train.task.multiplies_bfloat16", lambda device: can)
+    square = torch.eye(2)
+    with autocast(tiny_config, torch.device("cpu")):
+        assert (square @ square).dtype == dtype
+    with autocast(tiny_config.override("trainer.enable_bfloat16=false"), torch.device("cpu")):
+        assert (square @ square).dtype == torch.float32
 
 
 def test_the_perceptual_loss_sees_both_pictures_cut_alike(tiny_config, images):
@@ -412,6 +424,7 @@ def test_too_many_unreadable_pictures_end_the_run(config, folder, tmp_path, work
     with pytest.raises(TrainingError, match="of 7 pictures cannot be read") as error:
         run.train()
     assert "Traceback" not in str(error.value)
+    assert multiprocessing.active_children() == []  # or Python would wait for them for ever when it ends
 
 
 def test_nothing_readable_at_all(config, tmp_path):

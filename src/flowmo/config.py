@@ -224,7 +224,7 @@ class TrainerConfig:
     activation_checkpointing: bool = setting(
         False, "keep only each block's input and compute the block again in the backward pass: less memory, more time"
     )
-    enable_bfloat16: bool = setting(True, "matrix products in bfloat16; sums, norms and losses stay float32")
+    enable_bfloat16: bool = setting(True, "matrix products in bfloat16, if the device can; the rest stays float32")
     compile: bool = setting(False, "torch.compile the blocks; pays off on a GPU, and on a CPU that has a C++ compiler")
     log_every: Span = setting(Span("12.8k images"), "period of the lines of the log")
     sample_every: Span = setting(Span("640k images"), "period of sample grids and held-out figures; 0 makes none")

@@ -116,14 +116,17 @@ def batches(
         timeout=timeout * (batch_size + ATTEMPTS) if workers else 0,
     )
     stream = iter(loader)
-    while True:
-        try:
-            images, bad, failure = next(stream)
-        except (OSError, EOFError) as error:  # a worker that is killed while it hands over what it read
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"reading pictures failed: {reason}; {GO_ON}") from None
-        if failure:
-            raise DataError(failure)
-        if bad:
-            on_bad(bad)
-        yield images
+    try:
+        while True:
+            try:
+                images, bad, failure = next(stream)
+            except (OSError, EOFError) as error:  # a worker that is killed while it hands over what it read
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise DataError(f"reading pictures failed: {reason}; {GO_ON}") from None
+            if failure:
+                raise DataError(failure)
+            if bad:
+                on_bad(bad)
+            yield images
+    finally:
+        stream = None  # its workers end with it, and must, even where an error's traceback keeps this frame

@@ -39,6 +39,7 @@ from flowmo.studies.page import markdown_table, subplots
 from flowmo.studies.study import Place, StudyError, once, read_results, train, write_results
 from flowmo.tokenizer import FlowMo
 from flowmo.train.state import read_facts
+from flowmo.train.task import multiplies_bfloat16
 
 TITLE = "pictures from tokens (section 4.3, table 2)"
 COLUMNS = (
@@ -282,7 +283,7 @@ def sampled(generator: Generator, tokenizer: FlowMo, labels: Tensor, drawing: Dr
     device = place.world.device
     for start in chunks[place.world.rank :: place.world.size]:
         numbers = list(range(start, min(start + BATCH, len(labels))))
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
             drawn = produce.draw(generator, tokenizer, labels[numbers].tolist(), numbers, drawing)
         images[numbers] = to_bytes(drawn.float()).cpu().int()
     return place.world.sum(images).to(torch.uint8)

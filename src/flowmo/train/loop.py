@@ -44,7 +44,7 @@ from flowmo.train.optimizer import (
     set_learning_rate,
 )
 from flowmo.train.plan import PAPER_BATCH, BatchPlan, Position, Timetable
-from flowmo.train.task import TrainingError, build_task
+from flowmo.train.task import TrainingError, build_task, in_bfloat16, multiplies_bfloat16
 
 __all__ = ["Run", "TrainingError"]
 
@@ -118,7 +118,7 @@ class Run:
         if self.config.data.max_microbatch:
             return None
         on_gpu = self.device.type == "cuda"
-        cost = self.task.cost(fused=on_gpu or not self.config.trainer.enable_bfloat16)
+        cost = self.task.cost(fused=on_gpu or not in_bfloat16(self.config, self.device))
         shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
         if on_gpu:
             return cost.most_pictures(torch.cuda.get_device_properties(self.device).total_memory, shards)
@@ -190,6 +190,7 @@ class Run:
         return (
             f"{len(self.task.source)} pictures, {parameters / 1e6:.1f} M parameters, batch {plan.total} = {shared}, "
             f"from step {self.step} ({self.images} images)"
+            + ("" if multiplies_bfloat16(self.device) else ", in float32: this CPU multiplies no bfloat16")
         )
 
     @contextmanager
@@ -273,7 +274,7 @@ class Run:
 
     def _utilisation(self, rate: float) -> float:
         """Model FLOP utilisation: FLOPs of the training step a second over the devices' peak."""
-        peak, _ = peak_flops(self.device, self.config.trainer.enable_bfloat16)
+        peak, _ = peak_flops(self.device, in_bfloat16(self.config, self.device))
         return self.task.cost().flops * rate / (peak * self.world.size)
 
     def _log(self, meter: Meter) -> None:
