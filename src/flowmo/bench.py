@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flowmo.sample import evaluations, network_passes, seeded_noise, shifted_times
 from flowmo.tokenizer import FlowMo
-from flowmo.train.account import peak_flops
+from flowmo.train.account import matrix_rate
 
 COPIED = 256 * 2**20
 
@@ -38,7 +38,8 @@ class Timing:
         flops: of matrix products, counted.
         moved: bytes that must move: weights once a pass, the residual streams in and out of every block.
         seconds: median over repeats.
-        matrix_rate, copy_rate: measured, FLOPs and bytes a second.
+        matrix_rate, copy_rate: FLOPs and bytes a second; the former is measured before every repeat, its median taken.
+        other_seconds: of another way to do the same, where one was timed in turns with ours.
     """
 
     part: str
@@ -49,6 +50,7 @@ class Timing:
     seconds: float
     matrix_rate: float
     copy_rate: float
+    other_seconds: float | None = None
 
     @property
     def floor(self) -> float:
@@ -119,22 +121,46 @@ def moved_bytes(network: torch.nn.Module, tokens: int, item: int) -> float:
     return weights + 2 * 4 * tokens * network.shape.width * len(network.blocks)
 
 
+def in_turns(
+    works: Sequence[Callable[[], object]], device: torch.device, bfloat16: bool, repeats: int
+) -> tuple[float, list[float]]:
+    """The matrix rate and the seconds of each work, medians over rounds of all of them: a machine's clock wanders."""
+    rates, seconds = [], []
+    for _ in range(repeats):
+        rates.append(matrix_rate(device, bfloat16))
+        with precision(device, bfloat16):
+            seconds.append([timed(work, device) for work in works])
+    return statistics.median(rates), [statistics.median(column) for column in zip(*seconds, strict=True)]
+
+
 @torch.no_grad()
-def measure(tokenizer: FlowMo, pictures: int = 1, bfloat16: bool = False, repeats: int = 5) -> list[Timing]:
-    """Time encoding, one decoder pass and decoding of a batch, each after a first run that does not count."""
+def measure(
+    tokenizer: FlowMo,
+    pictures: int = 1,
+    bfloat16: bool = False,
+    repeats: Mapping[str, int] | int = 5,
+    others: Mapping[str, Callable[[], object]] | None = None,
+) -> list[Timing]:
+    """Time encoding, one decoder pass and decoding of a batch, each after a first run that does not count.
+
+    Args:
+        repeats: of each part, or of all.
+        others: for each part another way to do it, timed in turns with ours.
+    """
     device, config = tokenizer.device, tokenizer.config
     tokenizer.chunk_size = pictures
     tokens = pictures * ((config.data.image_size // config.model.patch_size) ** 2 + tokenizer.code_length)
-    item = 2 if bfloat16 else 4
-    passes = passes_of(tokenizer)
-    rate, copied = peak_flops(device, bfloat16)[0], copy_rate(device)
-    found = []
+    copied, found, flops = copy_rate(device), [], 0.0
     for part, work in parts(tokenizer, pictures).items():
-        with precision(device, bfloat16):
-            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        other = [] if others is None else [others[part]]
+        passes = passes_of(tokenizer) if part == "decode" else 1
+        if part != "decode":  # which is passes, and as warm after them
+            with precision(device, bfloat16), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
                 work()
-            seconds = statistics.median(timed(work, device) for _ in range(repeats))
-        count = passes if part == "decode" else 1
-        moved = count * moved_bytes(tokenizer.encoder if part == "encode" else tokenizer.decoder, tokens, item)
-        found.append(Timing(part, pictures, count, counter.get_total_flops(), moved, seconds, rate, copied))
+            flops = counter.get_total_flops()
+        network = tokenizer.encoder if part == "encode" else tokenizer.decoder
+        moved = passes * moved_bytes(network, tokens, 2 if bfloat16 else 4)
+        count = repeats if isinstance(repeats, int) else repeats[part]
+        rate, seconds = in_turns([work, *other], device, bfloat16, count)
+        found.append(Timing(part, pictures, passes, passes * flops, moved, seconds[0], rate, copied, *seconds[1:]))
     return found

@@ -14,6 +14,7 @@ Nothing here knows of training, data, files or devices.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -77,10 +78,13 @@ def rotary_table(code_length: int, rows: int, columns: int, head_dim: int, layou
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn interleaved channel pairs of ``x`` (b n h d) by the angles of ``table`` (2 n d/2)."""
-    cos, sin = table[:, :, None]  # n 1 d/2
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2)
+    """Turn interleaved channel pairs of ``x`` (b n … d) by the angles of ``table`` (2 n d/2)."""
+    cos, sin = table.unflatten(1, (-1,) + (1,) * (x.ndim - 3))  # n 1 … d/2
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses the parts with what is around them, but no complex numbers
+        even, odd = pairs.unbind(-1)
+        return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
 
 
 def timestep_embedding(t: Tensor) -> Tensor:
@@ -153,7 +157,13 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x if x.dtype == torch.float64 else x.float(), self.scale.shape, self.scale, NORM_EPS)
+        return self.together([self], x[..., None, None, :])[..., 0, 0, :]
+
+    @staticmethod
+    def together(norms: Sequence[RMSNorm], x: Tensor) -> Tensor:
+        """Several norms at once, one for each entry of the third to last axis of ``x`` (… norms h d)."""
+        x = x if x.dtype == torch.float64 else x.float()
+        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * torch.stack([norm.scale for norm in norms])[:, None]
 
 
 class Modulation(NamedTuple):
@@ -172,6 +182,19 @@ def modulated_norm(x: Tensor, modulation: Modulation | None) -> Tensor:
     if shift.shape[0] == 1:  # one timestep for the whole batch: the norm's own affine does it in one pass
         return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), NORM_EPS)
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU, the form with tanh."""
+    if x.requires_grad or x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # x · (1 + tanh u) / 2 = x · sigmoid(2u) with u = √(2/π) · (x + 0.044715 x³). CPUs take three times as long for tanh
+    # as for the exponential of a sigmoid.
+    double_u = torch.addcmul(x.new_tensor(GELU_SLOPE), x, x, value=GELU_SLOPE * 0.044715).mul_(x)
+    return double_u.sigmoid_().mul_(x)
+
+
+GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
 
 def gated_residual(x: Tensor, update: Tensor, modulation: Modulation | None) -> Tensor:
@@ -230,19 +253,18 @@ class Stream(nn.Module):
 
     def project(self, x: Tensor, modulation: Modulation | None, table: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Queries (``None`` when keys only), keys and values, each b n h d, turned by the rotary table."""
-        x = modulated_norm(x, modulation)
-        if self.keys_only:
-            key, value = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
-            return None, rotate(self.key_norm(key), table).to(value.dtype), value
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        query = rotate(self.query_norm(query), table).to(value.dtype)
-        return query, rotate(self.key_norm(key), table).to(value.dtype), value
+        norms = [self.key_norm] if self.keys_only else [self.query_norm, self.key_norm]
+        layer = self.kv if self.keys_only else self.qkv
+        parts = layer(modulated_norm(x, modulation)).unflatten(-1, (len(norms) + 1, self.heads, -1))
+        turned, value = rotate(RMSNorm.together(norms, parts[:, :, :-1]), table), parts[:, :, -1]
+        query, key = (None, *turned.to(value.dtype).unbind(2))[-2:]
+        return query, key, value
 
     def finish(self, x: Tensor, attended: Tensor, modulations: tuple[Modulation, ...] | None) -> Tensor:
         """Residual additions of the attention's output (b n c) and of the MLP."""
         attention, mlp = modulations or (None, None)
         x = gated_residual(x, self.proj(attended), attention)
-        hidden = F.gelu(self.mlp_in(modulated_norm(x, mlp)), approximate="tanh")
+        hidden = gelu(self.mlp_in(modulated_norm(x, mlp)))
         return gated_residual(x, self.mlp_out(hidden), mlp)
 
 

@@ -212,6 +212,11 @@ def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
         sheet = next((flops for part, flops in PEAKS.items() if part in name), None)
         if sheet:
             return sheet, "data sheet"
+    return matrix_rate(device, bfloat16), "measured"
+
+
+def matrix_rate(device: torch.device, bfloat16: bool) -> float:
+    """FLOPs a second that the device reaches now, at best, in products of large square matrices."""
     side = 4096 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     best = float("inf")
@@ -223,4 +228,4 @@ def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best, "measured"
+    return 2 * side**3 / best
