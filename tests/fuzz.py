@@ -428,7 +428,7 @@ def main() -> None:
                 (arguments.found / name).write_bytes(data)
                 print(f"FOUND {name}: {wrong[:300]}", flush=True)
 
-        options = [f"-max_total_time={arguments.seconds}", "-timeout=60", "-rss_limit_mb=6000", "-max_len=20000"]
+        options = [f"-max_total_time={arguments.seconds}", "-timeout=300", "-rss_limit_mb=6000", "-max_len=20000"]
         options += [f"-artifact_prefix={arguments.found}/", "-print_final_stats=1", str(Path(scratch) / "seeds")]
         atheris.Setup([sys.argv[0], *options], once)
         atheris.Fuzz()

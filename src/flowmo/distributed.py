@@ -19,11 +19,18 @@ from torch import Tensor
 
 from flowmo.errors import FlowMoError
 
+MEET = timedelta(minutes=5)
+"""How long one process waits for the others to come at all. One that was killed by then is never heard of; the end of
+one that came is noticed at once, by its connections."""
+
 TIMEOUT = timedelta(minutes=30)
-"""How long one process waits for the others, the longest checkpoint included."""
+"""How long one process waits for others that came, the longest checkpoint included."""
 
 SETTLE = 0.1
 """Seconds at the end in which gloo's threads let go of the last results."""
+
+FELLOW = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""Words of torch's errors about another process that has ended."""
 
 
 class DistributedError(FlowMoError, RuntimeError):
@@ -87,7 +94,8 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
         group: connect even a process that is alone, which FSDP2 needs.
 
     Raises:
-        DistributedError: more processes on a machine than it has GPUs, or they cannot meet.
+        DistributedError: more processes on a machine than it has GPUs, they cannot meet, or one has ended before
+            the others.
     """
     size, rank, place = (
         int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
@@ -106,18 +114,29 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
         yield world
         return
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-    start = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore(), "rank": rank, "world_size": size}
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT, **start)
+        store = dist.HashStore()
+        if "MASTER_ADDR" in os.environ:
+            met, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEET))
+            met.set_timeout(TIMEOUT)
+            store = dist.PrefixStore("flowmo", met)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:150]
         raise DistributedError(
-            f"process {rank} of {size} cannot meet the others ({reason}); start it with torchrun"
+            f"process {rank} of {size} cannot meet the others ({_one_line(error)}); start it with torchrun"
         ) from None
     try:
         yield world
+    except RuntimeError as error:
+        if isinstance(error, FlowMoError) or not any(mark in str(error) for mark in FELLOW):
+            raise
+        raise DistributedError(f"another process of the run has ended: {_one_line(error)}") from None
     finally:
         dist.destroy_process_group()
         # FSDP2 caches its mesh for good, and with it gloo's threads. One that still holds a tensor needs the
         # interpreter's lock to drop it; an interpreter that is ending refuses, and the process would abort.
         time.sleep(SETTLE)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:150]

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 from flowmo.data import DataError
 from flowmo.data.loader import GO_ON
-from flowmo.distributed import DistributedError
+from flowmo.distributed import FELLOW, DistributedError
 from flowmo.errors import FlowMoError
 
 LOADER = ("DataLoader worker", "DataLoader timed out")
-FELLOW = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 @contextmanager
