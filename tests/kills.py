@@ -215,7 +215,7 @@ def kill_often(config: Config, processes: int, scratch: Path, kills: int, chance
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         left = [pid for pid in pids if pid not in statuses]
-        left = [pid for pid in left if pid not in ended(left, PATIENCE)]
+        left = sorted(set(left) - ended(left, PATIENCE).keys())
         if len(victims) < len(pids):
             seen["of one of two alone"] += 1
             seen["whose fellow was ended, not by itself"] += len(left)
@@ -232,19 +232,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=120)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--way", choices=WAYS, action="append", help="processes and how they share (all ways)")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="what is trained (all stages)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     chance = random.Random(arguments.seed)
     ways = {way: WAYS[way] for way in arguments.way or WAYS}
-    each = -(-arguments.kills // (len(STAGES) * len(ways)))
+    stages = arguments.stage or list(STAGES)
+    each = -(-arguments.kills // (len(stages) * len(ways)))
     total: Counter = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         configs = make_configs(Path(scratch), arguments.steps)
         warm = configs["pretrain"].override("trainer.parallel=fsdp", "trainer.duration=2 steps")
         (Path(scratch) / "warm").mkdir()
         import_what_runs_import(warm, Path(scratch) / "warm")
-        for stage, config in configs.items():
+        for stage, config in ((stage, configs[stage]) for stage in stages):
             for way, (processes, settings) in ways.items():
                 folder = Path(scratch) / f"{stage}-{way}"
                 seen = kill_often(config.override(*settings), processes, folder, each, chance)

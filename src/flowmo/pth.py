@@ -52,8 +52,13 @@ def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
     return run
 
 
+def _refused(_: CountingUnpickler) -> None:
+    raise pickle.UnpicklingError("it holds a bytearray")
+
+
 CountingUnpickler.dispatch = {
     **pickle._Unpickler.dispatch,
+    pickle.BYTEARRAY8[0]: _refused,  # made as long as it claims before a byte is read; torch.save writes none
     **{
         code[0]: _counted(pickle._Unpickler.dispatch[code[0]])
         for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
