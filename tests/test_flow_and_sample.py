@@ -26,6 +26,23 @@ def test_path_and_estimate_are_inverse():
     assert flow.flow_loss(noise - x, noise - x) == 0
 
 
+def test_loss_of_the_picture_is_that_of_the_one_step_estimate():
+    x, noise, t, velocity = torch.randn(3, 3, 2, 2), torch.randn(3, 3, 2, 2), torch.rand(3), torch.randn(3, 3, 2, 2)
+    estimate = flow.denoise(flow.interpolate(x, noise, t), velocity, t)
+    torch.testing.assert_close(flow.flow_loss(velocity, noise - x, t), (estimate - x).square().mean())
+
+
+def test_random_steps_lead_from_noise_to_picture():
+    times = flow.random_steps(torch.rand(50, 8, generator=torch.Generator().manual_seed(0)))
+    assert times.shape == (50, 9)
+    assert torch.equal(times[:, 0], torch.ones(50))
+    assert torch.allclose(times[:, -1], torch.zeros(50), atol=1e-6)
+    steps = -times.diff(dim=1)
+    assert (steps > 0).all()
+    assert steps.std() > 0.02  # every picture has steps of its own
+    torch.testing.assert_close(flow.random_steps(torch.ones(1, 4)), torch.tensor([[1, 0.75, 0.5, 0.25, 0]]))
+
+
 def cdf_distance(sample, cdf):
     """Kolmogorov-Smirnov statistic."""
     ordered = sample.sort().values.double()

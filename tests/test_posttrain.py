@@ -27,17 +27,6 @@ def posttrained(tiny_config):
     return tiny_config.override("model.posttrain_sample=true", "model.posttrain_sample_k=3", "opt.lpips_weight=0.01")
 
 
-def test_random_steps_lead_from_noise_to_picture():
-    times = flow.random_steps(torch.rand(50, 8, generator=torch.Generator().manual_seed(0)))
-    assert times.shape == (50, 9)
-    assert torch.equal(times[:, 0], torch.ones(50))
-    assert torch.allclose(times[:, -1], torch.zeros(50), atol=1e-6)
-    steps = -times.diff(dim=1)
-    assert (steps > 0).all()
-    assert steps.std() > 0.02  # every picture has steps of its own
-    torch.testing.assert_close(flow.random_steps(torch.ones(1, 4)), torch.tensor([[1, 0.75, 0.5, 0.25, 0]]))
-
-
 def test_the_chain_is_the_sampler(tiny, images):
     """With its steps all equal, the chain draws what the linear sampler without guidance draws."""
     codes = tiny.encode(images)
