@@ -40,11 +40,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if arguments.reference:
             if not arguments.pictures or arguments.features == "none":
                 raise UsageError("--reference compares generated PICTURES by a feature network; name both")
-            sets = [open_pictures(path) for path in (arguments.pictures, arguments.reference)]
+            sets = open_pictures(arguments.pictures), open_pictures(arguments.reference)
             network = build_features(arguments.features).to(world.device)
             show = progress_bar("looking")
-            seen = [look(pictures, network, device=world.device, world=world, progress=show) for pictures in sets]
-            found = GenerationSummary.of(*seen, network, tuple(pictures.name for pictures in sets))
+            generated, reference = (
+                look(pictures, network, device=world.device, world=world, progress=show) for pictures in sets
+            )
+            found = GenerationSummary.of(generated, reference, network, (sets[0].name, sets[1].name))
             say(json.dumps(found.as_dict(), indent=1) if arguments.json else "\n".join(found.lines()))
             return
         source = open_source(arguments.pictures) if arguments.pictures else None
@@ -160,4 +162,6 @@ def add_to(commands: Any) -> None:
         "--experiment-name", default="my_evaluation", help="folder of an evaluation of a run's checkpoints"
     )
     sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where that folder is (results)")
-    with_model(sub), with_sampling(sub), with_json(sub)
+    with_model(sub)
+    with_sampling(sub)
+    with_json(sub)

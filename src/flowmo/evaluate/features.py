@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +37,26 @@ class FeatureNetwork(Protocol):
         channels, classes, spatial_channels: widths of what it gives; 0 of what it does not.
     """
 
-    name: str
-    channels: int
-    classes: int
-    spatial_channels: int
-    is_fid: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def classes(self) -> int: ...
+
+    @property
+    def spatial_channels(self) -> int: ...
+
+    @property
+    def is_fid(self) -> bool: ...
 
     def __call__(self, images: Tensor) -> Features:
         """Of pictures b 3 h w in [−1, 1]."""
+
+    def to(self, device: torch.device) -> Self:
+        """The network itself, moved there."""
 
 
 class ResNetFeatures(nn.Module):
@@ -102,7 +114,11 @@ def build_features(kind: str = "auto", weights: str | Path | None = None, downlo
     """
     from flowmo.evaluate.inception import FIDInception
 
-    kinds = {"inception": [FIDInception], "resnet": [ResNetFeatures], "auto": [FIDInception, ResNetFeatures]}
+    kinds: dict[str, list[Callable[[str | Path | None, bool], FeatureNetwork]]] = {
+        "inception": [FIDInception],
+        "resnet": [ResNetFeatures],
+        "auto": [FIDInception, ResNetFeatures],
+    }
     reasons = []
     for network in kinds[kind]:
         try:

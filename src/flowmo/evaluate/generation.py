@@ -30,7 +30,8 @@ AT_ONCE = 2048
 class PictureSet(Protocol):
     """A set of pictures of one size, in a fixed order."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -186,9 +187,9 @@ class GenerationSummary:
         facts: dict[str, Any] = {}
         missing = []
         for kind in ("pooled", "spatial"):
-            pair = [seen.gaussians.get(kind) for seen in (generated, reference)]
-            if None not in pair:
-                (mean, covariance), (mean_2, covariance_2) = pair
+            ours, theirs = generated.gaussians.get(kind), reference.gaussians.get(kind)
+            if ours is not None and theirs is not None:
+                (mean, covariance), (mean_2, covariance_2) = ours, theirs
                 if mean.shape != mean_2.shape:
                     raise StatisticsError(f"statistics of {len(mean)} and {len(mean_2)} channels; another network's?")
                 facts[kind] = frechet_distance(mean, covariance, mean_2, covariance_2)
@@ -202,8 +203,9 @@ class GenerationSummary:
             facts["precision"], facts["recall"] = precision_and_recall(reference.pooled, generated.pooled)
         else:
             missing.append("no kernel distance, precision and recall: the reference is statistics only, not pictures")
-        score = inception_score(generated.logits) if generated.logits.shape[1] else (None, None)
-        if score[0] is None:
+        if generated.logits.shape[1]:
+            facts["score"], facts["score_spread"] = inception_score(generated.logits)
+        else:
             missing.append("no Inception Score: these weights come without a classifier")
         return cls(
             *names,
@@ -215,7 +217,8 @@ class GenerationSummary:
             facts.get("bias"),
             facts.get("spatial"),
             facts.get("kernel"),
-            *score,
+            facts.get("score"),
+            facts.get("score_spread"),
             facts.get("precision"),
             facts.get("recall"),
             tuple(missing),

@@ -54,8 +54,11 @@ class Reconstructor(Protocol):
         id_count: ids run from 0 to ``id_count`` − 1; ``None`` where there are none.
     """
 
-    name: str
-    id_count: int | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def id_count(self) -> int | None: ...
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         """Pictures b 3 h w in [−1, 1], on the CPU; ``indices``, theirs in their source, seed what is random."""
@@ -129,10 +132,13 @@ class Judges:
         Args:
             features: see ``build_features``; or ``none``.
         """
-        builders = {f"lpips_{net}": partial(LPIPS, net) for net in lpips}
+        builders: dict[str, Callable[[], LPIPS | FeatureNetwork]] = {
+            f"lpips_{net}": partial(LPIPS, net) for net in lpips
+        }
         if features != "none":
             builders["features"] = partial(build_features, features)
-        found, missing = {}, []
+        found: dict[str, Any] = {}
+        missing = []
         for name, build in builders.items():
             try:
                 found[name] = build()
@@ -168,18 +174,16 @@ class Judges:
             if getattr(self, name) is not None:
                 values[name] = in_one_shape(getattr(self, name), x, y)
         if self.features is not None:
-            measurement.add_features(places, self._features_of_originals(x), self._pooled(y))
+            originals = self._features_of_originals(self.features, x)
+            measurement.add_features(places, originals, features_of(self.features, y).pooled)
         measurement.add(places, values, result.ids)
 
-    def _pooled(self, images: Tensor) -> Tensor:
-        return features_of(self.features, images).pooled
-
-    def _features_of_originals(self, x: Tensor) -> Tensor:
+    def _features_of_originals(self, network: FeatureNetwork, x: Tensor) -> Tensor:
         if not self.remember:
-            return self._pooled(x)
+            return features_of(network, x).pooled
         names = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in to_bytes(x).cpu()]
         if not self._remembered.keys() >= set(names):
-            self._remembered |= dict(zip(names, self._pooled(x).cpu(), strict=True))
+            self._remembered |= dict(zip(names, features_of(network, x).pooled.cpu(), strict=True))
         return torch.stack([self._remembered[name] for name in names])
 
 

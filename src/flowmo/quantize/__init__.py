@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from flowmo.quantize.bsq import BSQ
@@ -39,7 +40,7 @@ __all__ = [
 def build_quantizer(model: ModelConfig) -> Quantizer:
     """The bottleneck that ``model.quantization_type`` names, with that section's settings."""
     bits = (model.context_dim, model.codebook_size_for_entropy, model.entropy_loss_weight, model.commit_loss_weight)
-    builders = {
+    builders: dict[str, Callable[[], Quantizer]] = {
         "lfq": lambda: LFQ(*bits),
         "bsq": lambda: BSQ(*bits),
         "fsq": lambda: FSQ(model.context_dim, model.fsq_levels, model.codebook_size_for_entropy),

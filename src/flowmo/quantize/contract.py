@@ -40,16 +40,26 @@ class Quantized:
 class Quantizer(Protocol):
     """A bottleneck. ``channels`` is the width of ``Quantized.code``, ``encoder_channels`` what the encoder emits."""
 
-    channels: int
-    encoder_channels: int
-    sub_tokens: int | None
-    """Ids a token, or ``None`` where the bottleneck is continuous."""
-    id_count: int | None
-    """Ids run from 0 to ``id_count`` − 1."""
-    bits_per_token: float | None
+    @property
+    def channels(self) -> int: ...
 
-    needs_whole_batch: bool
-    """Whether a loss depends on a mean over the batch otherwise than linearly, and so calls ``whole_batch``."""
+    @property
+    def encoder_channels(self) -> int: ...
+
+    @property
+    def sub_tokens(self) -> int | None:
+        """Ids a token, or ``None`` where the bottleneck is continuous."""
+
+    @property
+    def id_count(self) -> int | None:
+        """Ids run from 0 to ``id_count`` − 1; ``None`` where the bottleneck is continuous."""
+
+    @property
+    def bits_per_token(self) -> float | None: ...
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a loss depends on a mean over the batch otherwise than linearly, and so calls ``whole_batch``."""
 
     def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         """Training: code b × tokens × encoder_channels, with losses.

@@ -39,11 +39,20 @@ class Task(Protocol):
         norm_controlled: networks of the model, by name, whose blocks' weights keep their initial norms.
     """
 
-    stage: str
-    source: Items
-    model: nn.Module
-    module: nn.Module
-    norm_controlled: Mapping[str, nn.Module]
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def source(self) -> Items: ...
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def norm_controlled(self) -> Mapping[str, nn.Module]: ...
 
     def cost(self, fused: bool = True) -> Cost:
         """Of the stage as it is now, see ``training_cost``."""
