@@ -277,6 +277,15 @@ def test_continuous_tokenizers_write_nothing(tiny_config):
         Codec(FlowMo(tiny_config.override("model.quantization_type=kl")))
 
 
+def test_a_continuous_code_is_refused_by_name(tiny, tiny_config, codes):
+    continuous = FlowMo(tiny_config.override("model.quantization_type=kl"))
+    code = continuous.encode_image(Image.new("RGB", (32, 32)))
+    with pytest.raises(CodecError, match="continuous code has no ids"):
+        Codec(tiny).pack(code)
+    with pytest.raises(TypeError, match="id_count"):
+        _ = Codes(codes.ids, codes.size).bits
+
+
 @pytest.fixture
 def generator(tiny):
     """One of random weights that expects large ids."""

@@ -65,7 +65,7 @@ class Codec:
 
     def __init__(self, tokenizer: FlowMo, context: BitModel | None = None):
         quantizer, identity = tokenizer.quantizer, tokenizer.identity()
-        if quantizer.id_count is None:
+        if quantizer.id_count is None or quantizer.sub_tokens is None:
             raise CodecError("this tokenizer is continuous and has no ids to write")
         self.context = context
         self.identity = bytes.fromhex(identity)[:IDENTITY_BYTES]
@@ -91,6 +91,8 @@ class Codec:
         tiling = codes.tiling
         if tiling is None:
             raise CodecError("only the ids of one picture, from encode_image, can be written")
+        if codes.ids is None:
+            raise CodecError("a continuous code has no ids to write")
         ids = codes.ids.cpu().numpy()
         if ids.shape != (tiling.count, self.tokens, self.sub_tokens) or codes.id_count != self.id_count:
             raise CodecError(f"ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer")
@@ -139,11 +141,12 @@ class Codec:
         tiling = Tiling(height, width, tile)
         if tiling.count > 1 and tiling.count * tile**2 > MOST_TILED * most_pixels:
             raise CodecError(f"damaged: {height}×{width} pixels in {tiling.count} tiles")
+        context = None
         if coding == CONTEXT:
-            self._check_context(content[place : place + CONTEXT_BYTES])
+            context = self._context(content[place : place + CONTEXT_BYTES])
             place += CONTEXT_BYTES
         head, coded = content[:place], content[place : -CRC.size]
-        packed = self._packed(coded, coding, tiling.count)
+        packed = self._packed(coded, context, tiling.count)
         if zlib.crc32(head + packed) != CRC.unpack(content[-CRC.size :])[0]:
             raise CodecError("damaged: its checksum does not fit")
         shape = (tiling.count, self.tokens, self.sub_tokens)
@@ -152,25 +155,27 @@ class Codec:
             raise CodecError(f"damaged: id {ids.max()} where {self.id_count - 1} is the largest")
         return Codes(ids, (tile, tile), self.id_count, tiling)
 
-    def _check_context(self, name: bytes) -> None:
+    def _context(self, name: bytes) -> BitModel:
+        """The context model, where it is the one of that name."""
         if self.context is None:
             range_coder.library()
             raise CodecError(f"coded with context model {name.hex()}, which is not at hand")
         ours = self.context.identity[:CONTEXT_BYTES]
         if name != ours:
             raise CodecError(f"coded with context model {name.hex()}, not with the one at hand ({ours.hex()})")
+        return self.context
 
-    def _packed(self, coded: bytes, coding: int, tiles: int) -> bytes:
-        """The packed ids of so many tiles."""
+    def _packed(self, coded: bytes, context: BitModel | None, tiles: int) -> bytes:
+        """The packed ids of so many tiles, out of what a context model made of them, or of themselves."""
         size = packed_size(tiles * self.tokens * self.sub_tokens, self.bits)
-        if coding == PACKED:
+        if context is None:
             if len(coded) != size:
                 raise CodecError("damaged: its length is not what its header says")
             return coded
         if not tiles <= len(coded) < size or coded != coded.rstrip(b"\0").ljust(tiles, b"\0"):
             raise CodecError("damaged: its length is not what its header says")
         try:
-            return pack_ids(ids_of_bits(range_coder.decode(self.context, coded, tiles), self.bits), self.bits)
+            return pack_ids(ids_of_bits(range_coder.decode(context, coded, tiles), self.bits), self.bits)
         except ContextError as error:
             raise CodecError(f"damaged: {error}") from None
 

@@ -86,9 +86,7 @@ class Page:
 
     def open(self, file: str | None, fit: str) -> tuple[Image.Image | None, Codes]:
         """An upload as a picture and its codes; a ``.flowmo`` file has no picture."""
-        if not file:
-            raise DemoError("choose a picture first")
-        path = Path(file)
+        path = chosen(file)
         if path.suffix == ".flowmo":
             try:
                 return None, self.codec.unpack(path.read_bytes(), MOST_PIXELS)
@@ -134,16 +132,16 @@ class Page:
         picture, codes = self.open(file, fit)
         decoded = self.decode(codes, steps, seed, guidance)
         content = self.codec.pack(codes)
-        height, width = codes.tiling.height, codes.tiling.width
+        height, width = codes.picture_size
         facts = {
             "file": f"{len(content):,} bytes",
             "bits per pixel": f"{8 * len(content) / (height * width):.4f}",
-            "ids": f"{codes.ids.numel():,} in {codes.nbytes:,} bytes packed",
-            "picture": f"{width} × {height} pixels, {plural(codes.tiling.count, 'tile')}",
+            "ids": f"{len(codes) * self.codec.tokens * self.codec.sub_tokens:,} in {codes.nbytes:,} bytes packed",
+            "picture": f"{width} × {height} pixels, {plural(len(codes), 'tile')}",
         }
         if picture is not None:
             facts["PSNR"] = f"{float(psnr(to_tensor(picture)[None], to_tensor(decoded)[None])):.2f} dB"
-        path = self._keep(content, f"{Path(file).stem[:60]}.flowmo")
+        path = self._keep(content, f"{chosen(file).stem[:60]}.flowmo")
         return Result(picture, decoded, codes, str(path), facts)
 
     def _keep(self, content: bytes, name: str) -> Path:
@@ -205,18 +203,18 @@ class Page:
             how: ``RANDOM`` by the seed, ``FLIPPED``, or ``TYPED``.
             typed: ids as ``shown_ids`` writes them, for the last of these.
         """
-        if codes is None:
+        if codes is None or codes.ids is None:
             raise DemoError("encode a picture first")
         first, last = sorted((int(first), int(last)))
         changed = codes.ids.clone()
         part = changed[:, first : last + 1]
         if how == FLIPPED:
-            part.copy_(codes.id_count - 1 - part)
+            part.copy_(self.codec.id_count - 1 - part)
         elif how == TYPED:
             part.copy_(self._typed_ids(typed, part.shape[1:]))
         else:
             generator = torch.Generator().manual_seed(int(seed))
-            part.copy_(torch.randint(codes.id_count, part.shape, generator=generator))
+            part.copy_(torch.randint(self.codec.id_count, part.shape, generator=generator))
         edited = Codes(changed, codes.size, codes.id_count, codes.tiling)
         return self.decode(codes, steps, seed, guidance), self.decode(edited, steps, seed, guidance)
 
@@ -232,15 +230,24 @@ class Page:
 
     def generate(self, name: str | int | None, count: int, seed: int, guidance: float) -> list[Image.Image]:
         """Pictures of a class, or of none where that is ``None``."""
+        if self.generator is None:
+            raise DemoError("this page has no generator")
         count = min(int(count), MOST_DRAWN)
         drawing = Drawing(seed=int(seed), guidance=float(guidance))
         labels = [self.generator.label(-1 if name is None else name)] * count
         return [to_picture(x) for x in draw(self.generator, self.tokenizer, labels, range(count), drawing)]
 
 
+def chosen(file: str | None) -> Path:
+    """The upload. Raises ``DemoError`` where there is none."""
+    if not file:
+        raise DemoError("choose a picture first")
+    return Path(file)
+
+
 def shown_ids(codes: Codes | None, first: int = 0, last: int | None = None) -> str:
     """The ids of some tokens of the first tile, a token a line."""
-    if codes is None:
+    if codes is None or codes.ids is None:
         return ""
     first, last = sorted((int(first), len(codes.ids[0]) - 1 if last is None else int(last)))
     rows = codes.ids[0, first : last + 1].tolist()

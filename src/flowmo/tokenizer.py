@@ -51,7 +51,7 @@ class Codes:
     code: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.code if self.ids is None else self.ids)
+        return len(self._values)
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> Codes:
         """The codes of some rows, as a batch of their own."""
@@ -61,10 +61,19 @@ class Codes:
         return replace(self, ids=pick(self.ids), code=pick(self.code), tiling=None)
 
     @property
+    def _values(self) -> Tensor:
+        values = self.code if self.ids is None else self.ids
+        if values is None:
+            raise TypeError("codes of neither ids nor a continuous code")
+        return values
+
+    @property
     def bits(self) -> int:
         """Bits of all ids together; of a continuous code as stored, in float32."""
         if self.ids is None:
-            return self.code.numel() * 32
+            return self._values.numel() * 32
+        if self.id_count is None:
+            raise TypeError("how many bits an id takes is not known without id_count")
         return self.ids.numel() * (self.id_count - 1).bit_length()
 
     @property
@@ -73,8 +82,13 @@ class Codes:
         return (self.bits + 7) // 8
 
     @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the picture that all rows tile together; ``size`` where each is one of its own."""
+        return (self.tiling.height, self.tiling.width) if self.tiling else self.size
+
+    @property
     def bits_per_pixel(self) -> float:
-        height, width = (self.tiling.height, self.tiling.width) if self.tiling else self.size
+        height, width = self.picture_size
         pixels = height * width * (1 if self.tiling else len(self))
         return self.bits / pixels
 
@@ -225,12 +239,13 @@ class FlowMo(nn.Module):
         """Code as the decoder sees it, and the size of the pictures to make."""
         if not isinstance(codes, Codes):
             codes = Codes(codes, size or (self.config.data.image_size,) * 2, self.quantizer.id_count)
-        if self.quantizer.id_count is None:
+        sub_tokens, id_count = self.quantizer.sub_tokens, self.quantizer.id_count
+        if sub_tokens is None or id_count is None:
             if codes.code is None:
                 raise TypeError("this tokenizer is continuous and has no ids; decode the Codes that encode returned")
             code = codes.code.to(self.device, torch.float32)
         else:
-            ids = check_ids(codes.ids, self.code_length, self.quantizer.sub_tokens, self.quantizer.id_count)
+            ids = check_ids(codes.ids, self.code_length, sub_tokens, id_count)
             code = self.quantizer.code_from_ids(ids.to(self.device))
         height, width = size or codes.size
         self._check_size(height, width)

@@ -137,7 +137,9 @@ def generate(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{count} pictures are too many for one; name a folder or an .npz with --out")
         ids = keep = None
         if arguments.edit:
-            ids = tokenizer.encode_image(read_picture(arguments.edit), "crop").ids.expand(count, -1, -1)
+            codes = tokenizer.encode_image(read_picture(arguments.edit), "crop")
+            assert codes.ids is not None  # the generator has learnt ids of this tokenizer
+            ids = codes.ids.expand(count, -1, -1)
             keep = parse_places(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
         show = progress_bar("drawing")
         drawn = draw(generator, tokenizer, labels, range(count), drawing, ids, keep, show)
@@ -160,7 +162,8 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--seed", type=seed, default=0, help="seed of random crops (0)")
     sub.add_argument("--shard-size", type=positive, default=4096, help="samples a shard, which are lost at most (4096)")
     sub.add_argument("--workers", type=int, default=0, help="processes that read pictures (0)")
-    with_model(sub), with_json(sub)
+    with_model(sub)
+    with_json(sub)
 
     sub = command(context, "a model of a tokenizer's ids that makes .flowmo files shorter", commands)
     sub.add_argument("tokens", metavar="TOKENS", help="folder that flowmo tokenize wrote")
@@ -190,4 +193,5 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--seed", type=seed, default=0, help="seed of everything (0)")
     sub.add_argument("--decode-steps", type=positive, help="Euler steps of the tokenizer (its own)")
     sub.add_argument("--decode-guidance", type=finite, help="guidance of the tokenizer (its own)")
-    with_model(sub), with_json(sub)
+    with_model(sub)
+    with_json(sub)

@@ -37,7 +37,7 @@ from flowmo.tokenizer import FlowMo
 SUFFIX = ".flowmo"
 PIPE = Path("-")
 """Standard input or output in place of a file."""
-DRAWN = {
+DRAWN: dict[str, dict[str, Any]] = {
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95},
     ".jpeg": {"format": "JPEG", "quality": 95},
@@ -110,11 +110,11 @@ def encode(arguments: argparse.Namespace) -> None:
         codes = tokenizer.encode_image(original or read_picture(path), arguments.fit)
         content = codec.pack(codes)
         write(output, content)
-        tiling = codes.tiling
-        pixels = tiling.height * tiling.width
+        height, width = codes.picture_size
+        pixels = height * width
         facts = {
-            "height": tiling.height,
-            "width": tiling.width,
+            "height": height,
+            "width": width,
             "bytes": len(content),
             "bytes_of_ids": codes.nbytes,
             "bits_per_pixel": round(8 * len(content) / pixels, 5),
@@ -150,6 +150,7 @@ def decode(arguments: argparse.Namespace) -> None:
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from None
         if arguments.ids:
+            assert codes.ids is not None  # only continuous tokenizers' codes have none, and those have no files
             ids = codes.ids.tolist()
             return {"output": None, "bytes_of_ids": codes.nbytes, "ids": ids}, json.dumps(ids)
         picture = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
@@ -279,7 +280,10 @@ def add_to(commands: Any) -> None:
     sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
     sub.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder to write to (reconstructions)")
     sub.add_argument("--grid", type=Path, metavar="FILE", help="with --fit crop, all in one picture too")
-    with_model(sub), with_sampling(sub), with_fit(sub), with_json(sub)
+    with_model(sub)
+    with_sampling(sub)
+    with_fit(sub)
+    with_json(sub)
 
     context = "context model of the ids (the one beside the tokenizer)"
     generator = "a generator of the ids in the place of a context model; slower"
@@ -290,7 +294,9 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--context", type=Path, metavar="FILE", help=context)
     sub.add_argument("--generator", type=Path, metavar="FILE", help=generator)
     sub.add_argument("--packed", action="store_true", help="pack the ids rather than code them by what is likely")
-    with_model(sub), with_fit(sub), with_json(sub)
+    with_model(sub)
+    with_fit(sub)
+    with_json(sub)
 
     sub = command(decode, ".flowmo files to pictures", commands)
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
@@ -299,4 +305,6 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--context", type=Path, metavar="FILE", help=context)
     sub.add_argument("--generator", type=Path, metavar="FILE", help=generator)
     sub.add_argument("--ids", action="store_true", help="print the ids as JSON instead of drawing the picture")
-    with_model(sub), with_sampling(sub), with_json(sub)
+    with_model(sub)
+    with_sampling(sub)
+    with_json(sub)

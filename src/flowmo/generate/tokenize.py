@@ -85,15 +85,16 @@ def tokenize(
         DataError: the folder holds something else, or the tokenizer has no ids. A picture that cannot be read is no
             error; it is marked, and whoever reads the folder passes over it.
     """
-    if tokenizer.quantizer.id_count is None:
+    sub_tokens, id_count = tokenizer.quantizer.sub_tokens, tokenizer.quantizer.id_count
+    if sub_tokens is None or id_count is None:
         raise DataError("this tokenizer is continuous and has no ids")
     facts = TokenFacts(
         tokenizer=tokenizer.identity(),
         model=model,
         image_size=tokenizer.config.data.image_size,
         tokens=tokenizer.code_length,
-        sub_tokens=tokenizer.quantizer.sub_tokens,
-        id_bits=(tokenizer.quantizer.id_count - 1).bit_length(),
+        sub_tokens=sub_tokens,
+        id_bits=(id_count - 1).bit_length(),
         source=name,
         count=len(source) * crops * (2 if flip else 1),
         shard_size=shard_size,
@@ -119,7 +120,11 @@ def tokenize(
             if progress:
                 progress(done, total)
         content = pack_shard(facts, shard, torch.cat(rows).numpy(), labels)
-        write_whole(out / path, lambda temporary, content=content: Path(temporary).write_bytes(content))
+
+        def write(temporary: str, content: bytes = content) -> None:
+            Path(temporary).write_bytes(content)
+
+        write_whole(out / path, write)
     world.wait()
     if world.main:
         _write(out, facts, complete=True)
