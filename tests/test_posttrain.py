@@ -9,6 +9,7 @@ from conftest import SHARED, open_gates
 from test_checkpoint import release_file
 
 from flowmo import ConfigError, FlowMo, checkpoint, flow, load
+from flowmo.evaluate.reconstruction import FlowMoReconstructor, Reconstruction
 from flowmo.train.guard import Guard
 from flowmo.train.loop import Run, TrainingError
 from flowmo.train.stages import Chain, Draws, posttrain_loss, sample_chain
@@ -218,6 +219,20 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
     assert again.step == run.step, "an ended run stays ended"
     best, chosen = load(run.checkpoints()[0]), load(tmp_path / "run")
     assert chosen.identity() == best.identity() != load(run.checkpoints()[-1]).identity()
+
+
+def test_reconstructions_that_all_equal_their_originals_are_the_best(settings, tmp_path, monkeypatch):
+    """Their PSNR is infinite: there is no mean of finite values to tell."""
+
+    def perfect(self, images, indices):
+        return Reconstruction(images, torch.ones(len(images)))
+
+    monkeypatch.setattr(FlowMoReconstructor, "reconstruct", perfect)
+    held_out = (f"data.val={settings.data.train}", "eval.pictures=2", "trainer.best_metric=psnr")
+    run = Run(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
+    run.train()
+    assert (run.guard.step, run.guard.value) == (1, float("inf"))
+    assert Run(run.config, tmp_path / "run", report=quiet).guard.value == float("inf"), "kept in the checkpoint"
 
 
 def test_a_guard_needs_held_out_pictures(settings, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,11 +159,15 @@ class TokenizerTask:
                 enlarge=True,
             )
         summary = Summary.of(candidate.name, measured, data.image_size)
-        return {"psnr": summary.psnr} | ({} if self.judging is None else {"lpips": summary.lpips_alex})
+        # Of pictures that all equal their originals there is no mean of finite values; no checkpoint can be better.
+        figures = {"psnr": math.inf if summary.psnr is None else summary.psnr}
+        return figures if summary.lpips_alex is None else {**figures, "lpips": summary.lpips_alex}
 
     @torch.no_grad()
     def show(self, model: FlowMo) -> tuple[Image.Image, dict[str, float]]:
         """Held-out pictures through the tokenizer: a grid, originals above, and their figures."""
+        if self.held_out is None:
+            raise RuntimeError("the main process alone shows pictures, and has read them")
         x = self.held_out
         model.chunk_size = len(x)
         with autocast(self.config, self.world.device):
