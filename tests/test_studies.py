@@ -10,7 +10,7 @@ from conftest import PICTURES, open_gates
 from flowmo import FlowMo, save
 from flowmo.cli import main
 from flowmo.evaluate.reconstruction import Judges
-from flowmo.studies import SCALES, STUDIES
+from flowmo.studies import SCALES, STUDIES, noise, posttrain
 from flowmo.studies.page import (
     COLUMNS,
     against_paper,
@@ -69,6 +69,26 @@ def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch, capsys):
     (tmp_path / "out" / "posttrain-smoke.md").unlink()
     assert main(["study", "posttrain", "--redraw", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "posttrain-smoke.md").read_text() == text
+
+
+def test_a_figure_that_some_rows_lack_is_left_out(tmp_path):
+    """A study that goes on where a judge is missing has rows with its figures and rows without."""
+    pytest.importorskip("matplotlib")
+    place = Place("some", "smoke", "", "", tmp_path, tmp_path)
+    complete, incomplete = {"psnr": 20.0, "lpips_alex": 0.3}, {"psnr": 21.0, "lpips_alex": None}
+
+    def row(kind, figures):
+        return {"kind": kind, "label": kind, "weight": 0.1, **figures}
+
+    rows = [[row("base", complete)], *([row(kind, incomplete)] for kind in ("more", "one-step", "sample"))]
+    posttrain.plot(rows, place)
+    assert "LPIPS" not in posttrain.verdict(rows)
+    rate = [{"rate": "1 bit", "noise": noise, **complete} for noise in (0.8, 0.9)]
+    rate.append({"rate": "1 bit", "noise": 1.0, **incomplete})
+    noise.plot([rate], COLUMNS[2], place)
+    text = noise.verdict([rate], COLUMNS[:3:2])
+    assert text == "- 1 bit, PSNR (dB): the best scale is 1 itself, by 0.00.\n"
+    assert (tmp_path / "some-smoke.png").stat().st_size > 5000
 
 
 def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, monkeypatch):

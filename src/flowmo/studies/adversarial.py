@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from flowmo.checkpoint import write_whole
 from flowmo.config import Config
@@ -64,7 +65,8 @@ def step(
     both: Adversaries, adams: list[torch.optim.Optimizer], losses: tuple[torch.Tensor, ...], longest: float
 ) -> None:
     """One step of the tokenizer and, where there is a loss of it, one of the discriminator."""
-    for part, adam, loss in zip((both.tokenizer, both.discriminator), adams, losses, strict=False):
+    parts: tuple[nn.Module, ...] = (both.tokenizer, both.discriminator)
+    for part, adam, loss in zip(parts, adams, losses, strict=False):
         parameters = list(part.parameters())
         part.zero_grad(set_to_none=True)
         loss.backward(inputs=parameters)

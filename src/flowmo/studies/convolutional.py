@@ -145,7 +145,7 @@ def step_flops(config: Config, width: int, perceptual: LPIPS | None) -> float:
     found = []
     for adversarial in (False, True):
         with FlopCounterMode(display=False) as counter:
-            parts = (both.tokenizer, both.discriminator)
+            parts: tuple[nn.Module, ...] = (both.tokenizer, both.discriminator)
             for part, loss in zip(parts, both.losses(images, adversarial), strict=False):
                 loss.backward(inputs=list(part.parameters()))
         found.append(counter.get_total_flops())

@@ -25,6 +25,7 @@ from flowmo.config import Config, preset
 from flowmo.data import evenly_spread, open_source
 from flowmo.data.tokens import Tokens
 from flowmo.errors import FlowMoError
+from flowmo.evaluate.features import FeatureNetwork
 from flowmo.evaluate.figures import grid
 from flowmo.evaluate.generation import GenerationSummary, Seen, look
 from flowmo.evaluate.reconstruction import Judges, read_crops
@@ -132,11 +133,15 @@ def run(place: Place, judges: Judges) -> None:
     rows: list[dict[str, Any]] = []
     for number, model in enumerate(place.models):
         tokenizer = flowmo.load(model, device=str(place.world.device))
-        judge = Judge(tokenizer, Path(place.train), scale, place, judges, classifier)
+        judge = Judge(tokenizer, Path(place.train), scale, place, judges.features, classifier)
         for row in study_tokenizer(Path(model).stem, number, tokenizer, judge, scale, place):
             rows.append(row)
-            facts = {"pictures": scale.pictures, "steps": scale.steps, "falling": scale.falling}
-            facts["classes"] = [display_name(name) for name in source.classes]
+            facts = {
+                "pictures": scale.pictures,
+                "steps": scale.steps,
+                "falling": scale.falling,
+                "classes": [display_name(name) for name in source.classes],
+            }
             network = scale.generator.to_dict()["generator"]
             write_results(place, {**facts, "judges": judges.describe(), "generator": network}, rows)
     if place.world.main:
@@ -160,10 +165,10 @@ class Judge:
         train: Path,
         scale: Scale,
         place: Place,
-        judges: Judges,
+        network: FeatureNetwork,
         classifier: Classifier | None,
     ):
-        self.network, self.classifier, self.world = judges.features, classifier, place.world
+        self.network, self.classifier, self.world = network, classifier, place.world
         source = open_source(train)
         self.places = evenly_spread(scale.pictures, len(source))
         side = tokenizer.config.data.image_size
@@ -195,8 +200,15 @@ def study_tokenizer(
     folders = {}
     for part, pictures in (("train", place.train), ("held_out", place.held_out)):
         folders[part] = place.folder(f"{name}-tokens") / part
-        about = {"name": Path(pictures).name, "model": name, "flip": part == "train"}
-        tokenize(tokenizer, open_source(pictures), folders[part], **about, world=place.world)
+        tokenize(
+            tokenizer,
+            open_source(pictures),
+            folders[part],
+            name=Path(pictures).name,
+            model=name,
+            flip=part == "train",
+            world=place.world,
+        )
     tokens = Tokens(folders["train"], tokenizer.identity())
 
     def row(kind: str, label: str, **facts: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the distance of features is drawn over PSNR: no scale should be the best of both
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,15 +153,19 @@ on {results["pictures"]} pictures that nothing was trained on. {judged_by(result
     write_page(place, text)
 
 
-def verdict(rates: list[Group], columns: list[Column]) -> str:
+def verdict(rates: Sequence[Group], columns: list[Column]) -> str:
     """Of every rate: which scale is the best for each figure, and by how much it is better than 1."""
     lines = []
     for rate in rates:
         by_scale = {group[0]["noise"]: group for group in groups_of(rate, "noise")}
         for column in columns:
-            known = {noise: mean_and_deviation(column.values(group)) for noise, group in by_scale.items()}
-            best = (max if column.rising else min)(known, key=lambda noise, known=known: known[noise][0])
-            better, spread = gain(by_scale[best], by_scale[1.0], column)
+            known = ((noise, mean_and_deviation(column.values(group))) for noise, group in by_scale.items())
+            means = {noise: figures[0] for noise, figures in known if figures is not None}
+            best = (max if column.rising else min)(means, key=means.__getitem__, default=1.0)
+            found = gain(by_scale[best], by_scale[1.0], column)
+            if found is None:  # a judge was missing
+                continue
+            better, spread = found
             word = "1 itself" if best == 1.0 else f"{best:g}, {in_words(better, spread)} 1"
             lines.append(
                 f"- {rate[0]['rate']}, {column.name}: the best scale is {word}, by {better:.{column.places}f}."
@@ -169,17 +173,18 @@ def verdict(rates: list[Group], columns: list[Column]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rates: list[Group], perception: Column, place: Place) -> None:
+def plot(rates: Sequence[Group], perception: Column, place: Place) -> None:
     figure, axes = subplots(1, 1, (6, 4))
     axis = axes.flat[0]
     for rate in rates:
         points = []
         for group in sorted(groups_of(rate, "noise"), key=lambda group: group[0]["noise"]):
-            psnr, other = (mean_and_deviation(column.values(group))[0] for column in (COLUMNS[0], perception))
-            points.append((psnr, other))
-            axis.annotate(
-                f"{group[0]['noise']:g}", (psnr, other), fontsize=7, xytext=(3, 3), textcoords="offset points"
-            )
+            psnr, other = (mean_and_deviation(column.values(group)) for column in (COLUMNS[0], perception))
+            if psnr is None or other is None:
+                continue
+            point = (psnr[0], other[0])
+            points.append(point)
+            axis.annotate(f"{group[0]['noise']:g}", point, fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.plot(*zip(*points, strict=True), marker="o", label=rate[0]["rate"])
     axis.set(xlabel=COLUMNS[0].heading, ylabel=perception.heading)
     axis.legend(fontsize=8)

@@ -76,10 +76,11 @@ def groups_of(rows: Iterable[Row], key: str = "arm") -> list[list[Row]]:
 def mean_and_deviation(values: Iterable[float | None]) -> tuple[float, float] | None:
     """Mean and unbiased standard deviation over seeds, 0 of a single one; ``None`` where a value is missing."""
     values = list(values)
-    if not values or None in values:
+    known = [value for value in values if value is not None]
+    if not values or len(known) < len(values):
         return None
-    mean = math.fsum(values) / len(values)
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+    mean = math.fsum(known) / len(known)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1)) if len(known) > 1 else 0.0
     return mean, deviation
 
 

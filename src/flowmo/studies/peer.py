@@ -8,7 +8,7 @@ judged on training pictures, and is then trained with its best at every seed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from flowmo.studies.convolutional import ConvolutionalReconstructor, Convolution
 from flowmo.studies.page import (
     COLUMNS,
     Column,
+    Group,
     bars,
     figures_table,
     gain,
@@ -199,6 +200,8 @@ def make_row(
     side = config.data.image_size
     _, x = held_out(place, TIMED, side)
     made = candidate.reconstruct(x, range(len(x)))
+    if made.ids is None:
+        raise StudyError("decoding is timed from ids, and this bottleneck has none")
     keep_pictures({"originals": x[:6], "samples": made.images[:6].cpu()}, name, place)
     figures = figures_of(candidate, side, place, judges, scale.pictures)
     return {**facts, "seconds": seconds, **timed(decode, made.ids.to(device)), **figures}
@@ -265,7 +268,7 @@ Means ± standard deviations over seeds of the figures on {results["pictures"]} 
     write_page(place, text)
 
 
-def verdict(groups: list[list[dict[str, Any]]]) -> str:
+def verdict(groups: Sequence[Group]) -> str:
     """Who wins which figure."""
     ours, peer = groups
     lines = []

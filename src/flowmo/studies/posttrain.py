@@ -194,14 +194,17 @@ def verdict(groups: Sequence[Group]) -> str:
         best: dict[str, Group] = {}
         for group in groups:
             kind = group[0]["kind"]
-            better = gain(group, best.get(kind, group), column)
-            if better is not None and (kind not in best or better[0] > 0):
+            found = gain(group, best.get(kind, group), column)
+            if found is not None and (kind not in best or found[0] > 0):
                 best[kind] = group
         if not {"sample", "one-step", "more"} <= best.keys():
             continue
         ours = best["sample"]
         for kind in ("one-step", "more"):
-            better, spread = gain(ours, best[kind], column)
+            found = gain(ours, best[kind], column)
+            if found is None:
+                continue
+            better, spread = found
             labels = f"{ours[0]['label']} is {in_words(better, spread)} {best[kind][0]['label']}"
             by = f"{better:.{column.places}f} (spread {spread:.{column.places}f})"
             lines.append(f"- {column.name}: {labels}, by {by}.")
@@ -219,9 +222,9 @@ def plot(groups: Sequence[Group], place: Place) -> None:
     for axis, column in zip(axes.flat, columns, strict=False):
         for kind, colour in colours.items():
             points = [(g[0]["weight"], column.values(g)) for g in groups if g[0]["kind"] == kind]
-            if not points:
+            found = [(weight, *known) for weight, values in points if (known := mean_and_deviation(values)) is not None]
+            if not found:  # a judge was missing
                 continue
-            found = [(weight, *mean_and_deviation(values)) for weight, values in points]
             if kind in ("base", "more"):
                 _, mean, deviation = found[0]
                 axis.axhline(mean, color=colour, linestyle="--", label=names[kind])

@@ -123,8 +123,8 @@ def measure_setting(setting: Setting, model: str, tokenizer: FlowMo, place: Plac
     own = tokenizer.config.eval.sampling
     times = evaluations(setting.solver, shifted_times(setting.steps, setting.rho))
     passes = network_passes(times, setting.guidance, own.guidance_low, own.guidance_high)
-    facts = {"model": model, "part": setting.part, "curve": setting.curve, "arm": f"{model}-{setting.name}"}
-    facts |= {"label": setting.label, "passes": passes, "guidance": setting.guidance}
+    facts: dict[str, Any] = {"model": model, "part": setting.part, "curve": setting.curve}
+    facts |= {"arm": f"{model}-{setting.name}", "label": setting.label, "passes": passes, "guidance": setting.guidance}
     sampled = with_settings(tokenizer, *setting.settings)
     return {**facts, **measured(sampled, place, judges, SCALES[place.scale].pictures)}
 
