@@ -92,8 +92,8 @@ def find(source: str | Path) -> Path:
 def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple[Config, dict[str, Tensor]]:
     """Settings and weights of any accepted file, the weights under this project's names."""
     if path.suffix == ".safetensors":
-        config, state = read_safetensors(path)
-        return config.override(*overrides), state
+        config, weights = read_safetensors(path)
+        return config.override(*overrides), weights
     content = {} if path.is_dir() else read_pth(path)
     if path.is_dir() or "flowmo" in content:
         facts, state = read_shards(path, ema) if path.is_dir() else (content, content.get("ema" if ema else "model"))

@@ -527,7 +527,7 @@ def _fields(section: type, prefix: str = "") -> Iterable[tuple[str, dataclasses.
     hints = typing.get_type_hints(section)
     for f in dataclasses.fields(section):
         f.type = hints[f.name]
-        if dataclasses.is_dataclass(f.type):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
             yield from _fields(f.type, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", f
@@ -560,8 +560,10 @@ def build(flat: Mapping[str, Any]) -> Config:
     def make(section: type, prefix: str) -> Any:
         values = {}
         for f in dataclasses.fields(section):
-            nested = dataclasses.is_dataclass(f.type)
-            values[f.name] = make(f.type, f"{prefix}{f.name}.") if nested else flat[f"{prefix}{f.name}"]
+            if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+                values[f.name] = make(f.type, f"{prefix}{f.name}.")
+            else:
+                values[f.name] = flat[f"{prefix}{f.name}"]
         return section(**values)
 
     return make(Config, "")

@@ -237,7 +237,7 @@ class Stream(nn.Module):
         self.proj = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
-        if modulated:
+        if self.modulation is not None:
             with torch.no_grad():
                 for gate in (2, 5):
                     rows = slice(gate * width, (gate + 1) * width)
@@ -291,9 +291,9 @@ class DoubleStreamBlock(nn.Module):
         """code: b m c, picture: b n c, table: rotary table of the m + n tokens. A stream not read comes back as is."""
         length = code.shape[1]
         for_code, for_picture = modulations
-        code_q, code_k, code_v = self.code.project(code, for_code and for_code[0], table[:, :length])
+        code_q, code_k, code_v = self.code.project(code, for_code[0] if for_code else None, table[:, :length])
         picture_q, picture_k, picture_v = self.picture.project(
-            picture, for_picture and for_picture[0], table[:, length:]
+            picture, for_picture[0] if for_picture else None, table[:, length:]
         )
         query = torch.cat([q for q in (code_q, picture_q) if q is not None], dim=1)
         attended = attend(

@@ -64,7 +64,7 @@ def describe(tokenizer: FlowMo) -> dict:
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    bits = config.bits_per_picture
+    bits, rate = config.bits_per_picture, config.bits_per_pixel
     return {
         "parameters": count(tokenizer),
         "encoder_parameters": count(tokenizer.encoder),
@@ -75,7 +75,7 @@ def describe(tokenizer: FlowMo) -> dict:
         "ids_per_token": tokenizer.quantizer.sub_tokens,
         "id_count": tokenizer.quantizer.id_count,
         "bytes_per_picture": None if bits is None else math.ceil(bits / 8),
-        "bits_per_pixel": None if bits is None else round(config.bits_per_pixel, 4),
+        "bits_per_pixel": None if rate is None else round(rate, 4),
         "sampling_steps": s.sample_steps,
         "passes_per_picture": sample.network_passes(times, s.guidance, s.guidance_low, s.guidance_high),
         "settings": config.to_dict(),
@@ -87,9 +87,11 @@ def describe_generator(config: Config) -> dict:
     from flowmo.data.tokens import Vocabulary
     from flowmo.generate.generator import Generator
 
-    shape = {"tokens": 256, "sub_tokens": 2, "id_bits": 9, "classes": ("",) * 1000}
+    vocabulary = Vocabulary(
+        tokenizer="", model="", image_size=256, tokens=256, sub_tokens=2, id_bits=9, classes=("",) * 1000
+    )
     with torch.device("meta"):
-        generator = Generator(config, Vocabulary(tokenizer="", model="", image_size=256, **shape))
+        generator = Generator(config, vocabulary)
     own = config.generator
     return {
         "parameters": sum(p.numel() for p in generator.parameters()),
@@ -178,7 +180,8 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--batch", type=positive, default=1, help="pictures at a time (1)")
     sub.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
     sub.add_argument("--repeats", type=positive, default=5, help="runs that the median is taken of (5)")
-    with_model(sub), with_json(sub)
+    with_model(sub)
+    with_json(sub)
 
     sub = command(convert, "any checkpoint to .safetensors", commands)
     sub.add_argument("source", help="authors' or training checkpoint (.pth), or any other weights")

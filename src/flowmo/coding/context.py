@@ -60,7 +60,7 @@ def token_bits(ids: np.ndarray, id_bits: int) -> Bits:
 
 def ids_of_bits(bits: Bits, id_bits: int) -> np.ndarray:
     """The inverse of ``token_bits``, int64."""
-    spread = bits.reshape(*bits.shape[:2], -1, id_bits).astype(np.int64)
+    spread: np.ndarray = bits.reshape(*bits.shape[:2], -1, id_bits).astype(np.int64)
     return (spread << np.arange(id_bits)).sum(axis=-1)
 
 
@@ -171,17 +171,17 @@ class ContextModel:
         tokens, bits = self.shape
         rows, columns = code_lattice(tokens)
         table, largest = logistic_table(), LARGEST_LOGIT << FRACTION
-        known = np.zeros((pictures, tokens, bits), np.int8)
-        signs = np.zeros((pictures, tokens, bits), np.int64)
+        known: Bits = np.zeros((pictures, tokens, bits), np.int8)
+        signs: np.ndarray = np.zeros((pictures, tokens, bits), np.int64)
         for token in range(tokens):
             row, column = divmod(token, columns)
-            seen = np.zeros((pictures, len(self.neighbours), bits), np.int64)
+            seen: np.ndarray = np.zeros((pictures, len(self.neighbours), bits), np.int64)
             for place, (down, right) in enumerate(self.neighbours):
                 if 0 <= row + down < rows and 0 <= column + right < columns:
                     seen[:, place] = signs[:, (row + down) * columns + column + right]
-            seen = seen.reshape(pictures, -1)
-            hidden = self.place[token] + seen @ self.hidden
-            direct = self.bias[token] + seen @ self.direct
+            inputs = seen.reshape(pictures, -1)
+            hidden = self.place[token] + inputs @ self.hidden
+            direct = self.bias[token] + inputs @ self.direct
             for bit in range(bits):
                 own = signs[:, token]
                 logit = direct[:, bit] + own @ self.earlier[bit]

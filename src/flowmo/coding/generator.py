@@ -51,7 +51,7 @@ class GeneratorModel:
         """As ``ContextModel.run``, in another order: that of the generator, each id from its highest bit."""
         v, rows = self.generator.vocabulary, np.arange(pictures)
         ids = torch.zeros(pictures, v.ids, dtype=torch.int64)
-        known = np.zeros((pictures, *self.shape), np.int8)
+        known: Bits = np.zeros((pictures, *self.shape), np.int8)
         nobody = torch.full((1,), self.generator.null_class)
         for hidden, revealed in self.generator.reveal_plan(self.steps, "halton"):
             shares = torch.cat([self.network(row[None], hidden[None], nobody)[:, revealed] for row in ids])

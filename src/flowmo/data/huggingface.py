@@ -38,10 +38,8 @@ class HuggingFaceSource:
         if not len(table):
             raise DataError(f"{spec}: holds no pictures")
         self.column = column
-        self.label_column, kind = next(
-            ((key, kind) for key, kind in features if isinstance(kind, datasets.ClassLabel)), (None, None)
-        )
-        self.classes = tuple(kind.names) if kind is not None else ()
+        self.label_column = next((key for key, kind in features if isinstance(kind, datasets.ClassLabel)), None)
+        self.classes = () if self.label_column is None else tuple(table.features[self.label_column].names)
         # The files' bytes, so that pictures are decoded as those of every other source.
         self.table = table.cast_column(column, datasets.Image(decode=False))
 

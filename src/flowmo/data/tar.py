@@ -67,7 +67,8 @@ class _Headers:
 
 
 def _pictures(file: IO[bytes] | _Headers, start: int, prefix: str, depth: int) -> Iterator[dict]:
-    found, labels = [], {}
+    found: list[dict[str, Any]] = []
+    labels: dict[str, int] = {}
     last = -1
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
         for member in tar:
@@ -80,15 +81,22 @@ def _pictures(file: IO[bytes] | _Headers, start: int, prefix: str, depth: int) -
             if name.lower().endswith(EXTENSIONS):
                 found.append({"name": name, "offset": offset, "size": member.size})
             elif name.endswith(".cls") and member.size <= MAX_LABEL_BYTES:
-                text = tar.extractfile(member).read().decode("ascii", "replace").strip()
+                text = _opened(tar, member).read().decode("ascii", "replace").strip()
                 if text.isdigit():
                     labels[_key(name)] = int(text)
             elif name.endswith(".tar") and depth < MAX_NESTING:
-                inner = _Headers(tar.extractfile(member))
+                inner = _Headers(_opened(tar, member))
                 yield from _pictures(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1)
     for entry in found:
         label = labels.get(_key(entry["name"]))
         yield entry if label is None else {**entry, "label": label}
+
+
+def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    file = tar.extractfile(member)
+    if file is None:
+        raise tarfile.ReadError(f"{member.name} is no file")
+    return file
 
 
 def _key(name: str) -> str:

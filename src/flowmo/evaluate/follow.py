@@ -61,14 +61,14 @@ class Follower:
         if wanted.force_ckpt_path:
             self._evaluate(Path(wanted.force_ckpt_path))
             return
-        waiting = False
+        run, waiting = Path(wanted.eval_dir), False
         while True:
-            ended = self.world.agree(has_ended(self.run))  # asked before the listing, so that none is missed
-            there = self.world.agree([str(path) for path in listing(self.run / CHECKPOINTS)])
+            ended = self.world.agree(has_ended(run))  # asked before the listing, so that none is missed
+            there = self.world.agree([str(path) for path in listing(run / CHECKPOINTS)])
             left = [Path(path) for path in there if Path(path).name not in self._evaluated()]
             if not wanted.continuous:
                 if not there:
-                    raise EvaluationError(f"{self.run}: no checkpoint yet; eval.continuous=true waits for one")
+                    raise EvaluationError(f"{run}: no checkpoint yet; eval.continuous=true waits for one")
                 left = [Path(there[-1])]
             for path in left[:1]:
                 self._try(path)
@@ -77,7 +77,7 @@ class Follower:
                 return
             if not left:
                 if not waiting:
-                    self.report(f"waiting for the next checkpoint of {self.run}")
+                    self.report(f"waiting for the next checkpoint of {run}")
                 waiting = True
                 time.sleep(POLL_SECONDS)
 
@@ -126,6 +126,8 @@ class Follower:
         return summary
 
     def _of_the_run(self, name: str) -> str:
+        if self.run is None:
+            return ""
         try:
             return json.loads((self.run / SETTINGS).read_text())["data"][name]
         except (OSError, ValueError, KeyError, TypeError):

@@ -72,14 +72,15 @@ class Measurement:
             self.usage += torch.bincount(ids.flatten().cpu(), minlength=len(self.usage))
 
     def add_features(self, places: Tensor, originals: Tensor, results: Tensor) -> None:
-        """Take in some pictures' features, b × channels."""
-        kept = torch.tensor(evenly_spread(self.kept.shape[1], self.values.shape[1]))
-        slots = torch.searchsorted(kept, places).clamp(max=len(kept) - 1)
-        keep = kept[slots] == places
+        """Take in some pictures' features, b × channels. Raises ``StatisticsError`` where none are kept."""
+        kept = self._kept()
+        chosen = torch.tensor(evenly_spread(kept.shape[1], self.values.shape[1]))
+        slots = torch.searchsorted(chosen, places).clamp(max=len(chosen) - 1)
+        keep = chosen[slots] == places
         for i, (features, moments) in enumerate(((originals, self.originals), (results, self.results))):
             for half in range(HALVES):
                 moments[half].add(features[(places % HALVES == half).to(features.device)])
-            self.kept[i, slots[keep]] = features.float().cpu()[keep]
+            kept[i, slots[keep]] = features.float().cpu()[keep]
 
     def merge(self, other: Measurement) -> Measurement:
         """Both together.
@@ -149,4 +150,10 @@ class Measurement:
 
     def kernel(self) -> float:
         """Kernel distance of the kept features. Raises ``StatisticsError`` for fewer than two pictures."""
-        return kernel_distance(self.kept[0], self.kept[1], paired=True)
+        ours, theirs = self._kept()
+        return kernel_distance(ours, theirs, paired=True)
+
+    def _kept(self) -> Tensor:
+        if self.kept is None:
+            raise StatisticsError("an evaluation without a feature network keeps no features")
+        return self.kept

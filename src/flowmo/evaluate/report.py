@@ -86,7 +86,11 @@ def write_report(
         ("report.tex", latex(rows)),
         ("index.html", page(out, rows, header, pictures)),
     ):
-        write_whole(out / name, lambda temporary, text=text: Path(temporary).write_text(text))
+
+        def write(temporary: str, text: str = text) -> None:
+            Path(temporary).write_text(text)
+
+        write_whole(out / name, write)
 
 
 def speed(entries: Sequence[Entry]) -> dict[str, str]:
@@ -243,10 +247,10 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
     axis = figure.subplots()
     published = [row for row in TABLE_1 if row.bits_per_pixel is not None]
     axis.plot([r.bits_per_pixel for r in published], [r.rfid for r in published], "x", color="gray", label="published")
-    for row in published:
+    for point in published:
         axis.annotate(
-            row.name,
-            (row.bits_per_pixel, row.rfid),
+            point.name,
+            (point.bits_per_pixel, point.rfid),
             fontsize=6,
             color="gray",
             xytext=(3, 3),

@@ -202,20 +202,20 @@ class Generator(nn.Module):
         Raises:
             GenerationError: ids or labels out of range, or another order.
         """
-        labels = self._labels(labels if labels is not None else [-1] * len(ids))
+        classes = self._labels(labels if labels is not None else [-1] * len(ids))
         flat = self._flat(ids)
-        if len(flat) != len(labels):
-            raise GenerationError(f"{len(labels)} labels for {len(flat)} pictures")
+        if len(flat) != len(classes):
+            raise GenerationError(f"{len(classes)} labels for {len(flat)} pictures")
         totals = []
-        for chunk in self._chunks(len(labels)):
+        for chunk in self._chunks(len(classes)):
             x, total = flat[chunk].to(self.device), torch.zeros(len(chunk), dtype=torch.float64)
             for hidden, revealed in self.reveal_plan(steps, order):
                 mask = hidden.to(self.device).expand(len(chunk), -1)
-                logits = self.guided_logits(x.masked_fill(mask, 0), mask, labels[chunk])
+                logits = self.guided_logits(x.masked_fill(mask, 0), mask, classes[chunk])
                 shares = logits[:, revealed].log_softmax(dim=-1).gather(-1, x[:, revealed, None])[..., 0]
                 total += shares.double().sum(dim=1).cpu()
             totals.append(total)
-        return torch.cat(totals)[: len(labels)]
+        return torch.cat(totals)[: len(classes)]
 
     def reveal_plan(self, steps: int | None = None, order: str = "halton") -> Iterator[tuple[Tensor, Tensor]]:
         """For each step of a fixed order: what is hidden before it, bool n, and the places that it reveals, int64."""
@@ -265,7 +265,7 @@ class Generator(nn.Module):
         n = self.vocabulary.ids
         if (ids is None) != (keep is None):
             raise GenerationError("give ids and keep together, or neither")
-        if ids is None:
+        if ids is None or keep is None:
             return torch.zeros(count, n, dtype=torch.int64), torch.ones(count, n, dtype=torch.bool)
         kept = keep.expand(ids.shape) if keep.shape == ids.shape[1:] else keep
         if len(ids) != count or kept.shape != ids.shape or kept.dtype != torch.bool:
@@ -320,6 +320,7 @@ def load_generator(
 
 
 def _read_checkpoint(path: Path, ema: bool) -> tuple[Config, Vocabulary, Mapping[str, Tensor]]:
+    state: Any  # whatever a file holds, until it is looked at
     if path.is_dir():
         facts, state = read_shards(path, ema)
     else:

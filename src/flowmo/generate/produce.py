@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def produce(
         for number, picture in zip(
             some, draw(generator, tokenizer, [labels[n] for n in some], some, drawing), strict=True
         ):
-            write_whole(paths[number], lambda name, picture=picture: to_picture(picture).save(name, "PNG"))
+            write_whole(paths[number], partial(to_picture(picture).save, format="PNG"))
         if progress:
             progress(start + len(some), len(mine))
     world.wait()

@@ -6,11 +6,12 @@ Where they do, a learning rate found at a small width serves a large one (Yang e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowmo.config import Config
 from flowmo.tokenizer import FlowMo
@@ -61,9 +62,9 @@ def coordinate_check(
     return Coordinates(tuple(widths), size, change)
 
 
-def _mean(values) -> float:
-    values = [float(value) for value in values]
-    return math.fsum(values) / len(values)
+def _mean(values: Iterable[Tensor]) -> float:
+    numbers = [float(value) for value in values]
+    return math.fsum(numbers) / len(numbers)
 
 
 def _one_run(config: Config, width: int, images: Tensor, steps: int, seed: int) -> list[dict[str, Tensor]]:
@@ -94,8 +95,8 @@ def _one_run(config: Config, width: int, images: Tensor, steps: int, seed: int) 
 def _record(tokenizer: FlowMo, activations: dict[str, Tensor]) -> list:
     """Hooks that keep the outputs of every block and of both readouts."""
 
-    def keep(name: str):
-        def hook(module, inputs, output) -> None:
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
             if isinstance(output, tuple):
                 output = output[0] if name.startswith("encoder") else output[1]
             activations[name] = output.detach().float()

@@ -152,11 +152,14 @@ class GeneratorTask:
 
     def judge(self, model: Generator) -> dict[str, float]:
         """Cross-entropy of the hidden ids of held-out pictures, hidden alike each time."""
-        chosen = evenly_spread(self.config.eval.pictures, len(self.held_out))
+        held_out = self.held_out
+        if held_out is None:
+            raise TrainingError("no held-out tokens to judge by; write data.val=TOKENS")
+        chosen = evenly_spread(self.config.eval.pictures, len(held_out))
         total = count = 0.0
         for start in range(0, len(chosen), self.config.eval.batch_size):
             places = chosen[start : start + self.config.eval.batch_size]
-            rows = torch.stack([self.held_out.readable(index, 0)[0] for index in places]).to(self.world.device)
+            rows = torch.stack([held_out.readable(index, 0)[0] for index in places]).to(self.world.device)
             settings = self.config.override(f"trainer.seed={HELD_OUT_SEED}")
             draws = Hidden.of(settings, self.vocabulary.ids, places, self.world.device)
             labels = self._labels(rows[:, 0], torch.ones_like(draws.keep))

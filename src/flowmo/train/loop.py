@@ -203,7 +203,7 @@ class Run:
         def stop(number: int, _: object) -> None:
             self.asked_to_stop = True
             if number == signal.SIGINT:  # torchrun sends SIGTERM to a process and to its group: it comes twice
-                signal.signal(number, before[number])
+                signal.signal(signal.SIGINT, before[signal.SIGINT])
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -113,8 +113,8 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer | Together:
         return adam
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(f"opt.optimizer=muon needs PyTorch 2.9 or newer, not {torch.__version__}; write adam")
-    groups = [{"params": matrices, "scale": opt.muon_lr / opt.lr}]
-    muon = torch.optim.Muon(groups, lr=opt.muon_lr, weight_decay=opt.weight_decay)
+    group = {"params": matrices, "scale": opt.muon_lr / opt.lr}
+    muon = torch.optim.Muon([group], lr=opt.muon_lr, weight_decay=opt.weight_decay)
     for parameter in matrices:
         muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
     return Together(adam, muon)

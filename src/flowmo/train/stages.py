@@ -142,10 +142,10 @@ def pretrain_loss(
     flow_loss, estimate = one_step(tokenizer, quantized.code, images, draws)
     distances = {}
     if perceptual is not None:
-        pair = (images, estimate())
+        x, y = images, estimate()
         if draws.cut is not None:
-            pair = (cut_out(x, draws.cut, tokenizer.config.opt.lpips_jitter) for x in pair)
-        distances["lpips"] = perceptual(*pair).float().mean()
+            x, y = (cut_out(picture, draws.cut, tokenizer.config.opt.lpips_jitter) for picture in (x, y))
+        distances["lpips"] = perceptual(x, y).float().mean()
     return _sum(tokenizer, {} if freeze_encoder else quantized.losses, flow_loss, distances, quantized)
 
 
@@ -166,6 +166,8 @@ def posttrain_loss(
     flow_loss, _ = one_step(tokenizer, quantized.code, images, draws)
     distances = {}
     if perceptual is not None:
+        if draws.chain is None:
+            raise ValueError("stage 1B needs draws of its samples, and these are another stage's")
         sample = sample_chain(tokenizer, quantized.code, draws.chain)
         distances["sample_distance"] = perceptual(images, sample).float().mean()
     return _sum(tokenizer, {}, flow_loss, distances, quantized)
@@ -187,6 +189,8 @@ def distill_loss(
     points of that path, and its jumps to the end should look like the sample, or like the picture itself.
     Arguments as in ``pretrain_loss``; the encoder never learns, and is the teacher's.
     """
+    if draws.jumps is None:
+        raise ValueError("stage 1C needs draws of its jumps, and these are another stage's")
     noise, starts, ends = draws.jumps
     b, jumps = starts.shape
     with torch.no_grad():
@@ -299,8 +303,10 @@ class Stage(nn.Module):
         self.networks = tuple(tokenizer.networks.values())
         # In a tuple and a partial function, so that they are no part of what is trained, sharded and saved.
         self.others = (perceptual,)
-        losses = {"pretrain": pretrain_loss, "posttrain": posttrain_loss}
-        self.loss = losses.get(tokenizer.config.stage) or partial(distill_loss, teacher=teacher)
+        losses: dict[str, Callable[..., Loss]] = {"pretrain": pretrain_loss, "posttrain": posttrain_loss}
+        if teacher is not None:
+            losses["distill"] = partial(distill_loss, teacher=teacher)
+        self.loss = losses[tokenizer.config.stage]
 
     def forward(
         self, images: Tensor, draws: Draws | None, whole_batch: WholeBatch = alone, freeze_encoder: bool = False

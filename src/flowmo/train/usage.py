@@ -32,10 +32,9 @@ class CodeUsage:
         counts = self.world.sum(self.counts).double()
         self.counts = None
         share = counts / counts.sum()
-        bits = (self.id_count - 1).bit_length()
-        is_set = (
-            torch.arange(self.id_count, device=share.device)[:, None] >> torch.arange(bits, device=share.device)
-        ) & 1
+        bits = (len(counts) - 1).bit_length()
+        every_id, every_bit = (torch.arange(count, device=share.device) for count in (len(counts), bits))
+        is_set = (every_id[:, None] >> every_bit) & 1
         p = (share[:, None] * is_set).sum(dim=0)
         entropy = -torch.special.xlogy(share, share).sum() / torch.log(torch.tensor(2.0)) / bits
         bit_entropy = torch.special.entr(torch.stack((p, 1 - p))).sum(dim=0).mean() / torch.log(torch.tensor(2.0))
