@@ -4,7 +4,7 @@ VENV := .venv
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format types docs lock clean
+.PHONY: demo test lint format docs lock clean
 
 # The pinned torch first: the index's plain release, or a local CPU wheel where there is one. Named again, or torchvision
 # would bring the newest torch of its own.
@@ -26,17 +26,14 @@ demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and 
 test: $(VENV)/dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-lint: $(VENV)/dev
+lint: $(VENV)/dev  ## style, and types strict but for what pyproject.toml names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-types: $(VENV)/dev  ## mypy over src, strict but for what pyproject.toml names
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mypy>=1.15' types-PyYAML
-	$(BIN)/mypy
 
 lock: $(VENV)/dev  ## exact versions with hashes, see docs/licences.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

@@ -52,7 +52,7 @@ def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
     return run
 
 
-def _refused(_: CountingUnpickler) -> None:
+def _refused(_: Any) -> None:
     raise pickle.UnpicklingError("it holds a bytearray")
 
 
