@@ -64,6 +64,10 @@ def test_straight_through_gradient():
 
 
 def test_losses_reach_the_code():
+    made = LFQ(4, 4, entropy_weight=0.5, commitment_weight=0.25)(torch.randn(2, 3, 4))
+    seen = made.statistics
+    assert made.losses["entropy"] == 0.5 * (seen["sample_entropy"] - seen["codebook_entropy"])  # sure and spread out
+    assert made.losses["commitment"] == 0.25 * seen["commitment"]
     for name in ("entropy", "commitment"):
         code = torch.randn(2, 3, 4, requires_grad=True)
         LFQ(4, 4)(code).losses[name].backward()
@@ -86,9 +90,21 @@ def test_kl_of_a_standard_normal_is_zero_and_samples_follow_the_moments():
     assert sample.std().item() == pytest.approx(torch.tensor(-1.0).exp().item(), rel=0.05)
 
 
+def test_kl_is_that_of_two_normals():
+    quantizer, code = KL(3), 2 * torch.randn(4, 5, 6)
+    mean, log_variance = code.chunk(2, dim=-1)
+    normal = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(dim=(1, 2)).mean()
+    torch.testing.assert_close(quantizer(code).losses["kl"], expected)
+    assert torch.equal(quantizer.quantize(code)[0], mean)
+    far = quantizer.moments(torch.tensor([[[0.0, 0, 0, -1e4, 0, 1e4]]]))[1]
+    assert far.tolist() == [[[-30, 0, 20]]]
+
+
 def test_identity_passes_on():
     code = torch.randn(1, 2, 3)
     assert torch.equal(Identity(3)(code).code, code)
+    assert torch.equal(Identity(3).quantize(code)[0], code)
 
 
 @pytest.mark.parametrize("kind", ["lfq", "bsq", "fsq", "vq", "kl", "layernorm", "noop"])
@@ -138,6 +154,7 @@ def test_levels_of_fsq():
         FSQ(4, 8, 9)
     with pytest.raises(ValueError, match="at least 2"):
         FSQ(4, 1, 9)
+    assert FSQ(9, 2, 9).id_count == 512  # two levels are bits
 
 
 def test_a_bit_that_all_tokens_set_has_a_finite_gradient():
@@ -154,6 +171,16 @@ def test_bsq_lies_on_the_sphere_and_its_entropy_is_bounded_by_its_bits():
     assert 0 <= result.statistics["sample_entropy"] <= result.statistics["codebook_entropy"] <= 18 * math.log(2) + 1e-4
     same = quantizer(torch.randn(1, 1, 18).expand(4, 50, -1))
     torch.testing.assert_close(same.statistics["sample_entropy"], same.statistics["codebook_entropy"])
+
+
+def test_bsq_scales_each_token_and_draws_it_to_its_corner():
+    quantizer, code = BSQ(2, 1), torch.tensor([[[3.0, 4.0], [2.0, 0.0], [0.0, 5.0]]])
+    on_sphere = quantizer.bounded(code)
+    torch.testing.assert_close(on_sphere, torch.tensor([[[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]]]))
+    half = 2**-0.5
+    squared = [(0.6 - half) ** 2 + (0.8 - half) ** 2, (1 - half) ** 2 + half**2, half**2 + (1 - half) ** 2]
+    distance = quantizer.commitment(on_sphere, quantizer.corner(on_sphere))
+    assert distance.item() == pytest.approx(sum(squared) / 3, rel=1e-5)
 
 
 def test_parts_of_a_batch_have_its_gradient():
