@@ -305,7 +305,7 @@ def test_kills_at_random_moments_lose_nothing(base, tmp_path, parallel, kills, s
         found = listing(tmp_path / "killed" / "checkpoints")
         reached.append(int(found[-1].stem) if found else 0)
     assert reached == sorted(reached), "a kill lost a checkpoint"
-    assert len(set(reached)) > kills // 2, reached
+    assert len(set(reached)) > 2, f"kills between hardly different checkpoints: {reached}"
     for name in ("killed", "whole"):
         done = subprocess.run([*command, name], env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

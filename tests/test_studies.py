@@ -157,7 +157,9 @@ def test_ablations_smoke(judges, tmp_path, monkeypatch):
     assert list(by_arm) == [
         *("baseline", "patch", "mse", "no-lpips", "fsq", "logit-normal", "no-anchor", "rho-1", "no-guidance"),
     ]
-    assert len({row["psnr"] for row in rows}) >= len(rows) - 1, "rows differ, but two steps hardly meet the thick tail"
+    # Of two sampling steps none is in guidance's interval, and two of training may leave every bit of a code as it was.
+    same = {"no-guidance", "mse"}
+    assert len({row["psnr"] for row in rows if row["arm"] not in same}) == len(rows) - len(same)
     assert {row["bits_per_pixel"] for row in rows} == {4 * 9 / 32**2}
     assert by_arm["rho-1"]["seconds"] == by_arm["baseline"]["seconds"], "sampled from the baseline's weights"
     assert all(row["colour_error"] > 0 for row in rows)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import signal
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -16,6 +18,8 @@ from flowmo.data.views import ATTEMPTS
 from flowmo.sample import picture_seed
 
 GO_ON = "the same command goes on from the last checkpoint"
+SIGNAL_ARRIVES = 0.1
+"""Seconds after a reader's last word within which the signal of its end has come."""
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -121,6 +125,8 @@ def batches(
             try:
                 images, bad, failure = next(stream)
             except (OSError, EOFError) as error:  # a worker that is killed while it hands over what it read
+                with suppress(RuntimeError):  # torch's, when the signal of that end arrives, wherever we are by then
+                    time.sleep(SIGNAL_ARRIVES)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise DataError(f"reading pictures failed: {reason}; {GO_ON}") from None
             if failure:
