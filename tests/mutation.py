@@ -101,7 +101,13 @@ class Finder:
         self.name, self.path, self.tree = name, path, tree
 
     def find_spec(self, name: str, *_: object) -> object:
-        return importlib.util.spec_from_loader(name, self, origin=str(self.path)) if name == self.name else None
+        if name != self.name:
+            return None
+        package = self.path.name == "__init__.py"
+        spec = importlib.util.spec_from_loader(name, self, origin=str(self.path), is_package=package)
+        if package:
+            spec.submodule_search_locations = [str(self.path.parent)]
+        return spec
 
     def create_module(self, spec: object) -> None:
         return None

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, open_gates
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import FlowMo, preset
@@ -10,10 +11,13 @@ from flowmo.bench import UNCOUNTED
 from flowmo.config import PRESETS
 from flowmo.release import CheckpointMismatchError, convert_release, expected_shapes, release_config
 from flowmo.transformer import (
+    NORM_EPS,
+    RMSNorm,
     Shape,
     attend,
     code_lattice,
     code_positions,
+    gelu,
     patchify,
     rotary_table,
     rotate,
@@ -140,6 +144,21 @@ def test_patches_are_rows_first_and_channels_innermost():
     assert patches.shape == (2, 6, 48)
     assert torch.equal(patches[0, 1, :3], images[0, :, 0, 4])
     assert torch.equal(unpatchify(patches, 4, 8, 12), images)
+
+
+def test_what_is_faster_on_cpus_or_uncompiled_is_the_same(monkeypatch):
+    x = torch.linspace(-12, 12, 10_001)
+    torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=1e-6)
+    x, table = torch.randn(2, 20, 2, 3, 32), rotary_table(0, 4, 5, 32, "diagonal", CPU)
+    turned = rotate(x, table)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x, table), turned, rtol=1e-6, atol=1e-6)
+    norms = [RMSNorm(32), RMSNorm(32)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.scale)
+    each = torch.stack([F.rms_norm(x[:, :, i], (32,), norms[i].scale, NORM_EPS) for i in (0, 1)], dim=2)
+    torch.testing.assert_close(RMSNorm.together(norms, x), each)
+    torch.testing.assert_close(norms[0](x[:, :, 0]), each[:, :, 0])
 
 
 def test_rotation_keeps_lengths_and_depends_on_differences_only():

@@ -271,6 +271,12 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
     flush_folder(path.parent)
 
 
+def write_content(path: str | Path, content: str | bytes) -> None:
+    """A text, in UTF-8, or bytes, as ``write_whole`` writes."""
+    data = content.encode() if isinstance(content, str) else content
+    write_whole(path, lambda temporary: Path(temporary).write_bytes(data))
+
+
 def flush_folder(folder: Path) -> None:
     """Have the names in a folder written to disk, where the system can."""
     if os.name == "posix":

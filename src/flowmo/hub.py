@@ -67,12 +67,12 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
 
 def write_folder(tokenizer: Any, folder: Path, context: bytes | None = None, name: str = "owner/name") -> None:
     """A tokenizer as a folder in the Hub's layout, which ``flowmo.load`` takes too."""
-    from flowmo.checkpoint import save, write_whole
+    from flowmo.checkpoint import save, write_content
 
     save(tokenizer, folder / MODEL_FILE)
-    write_whole(folder / CARD_FILE, lambda path: Path(path).write_text(card(tokenizer, name), encoding="utf-8"))
+    write_content(folder / CARD_FILE, card(tokenizer, name))
     if context is not None:
-        write_whole(folder / CONTEXT_FILE, lambda path: Path(path).write_bytes(context))
+        write_content(folder / CONTEXT_FILE, context)
 
 
 def card(tokenizer: Any, name: str) -> str:

@@ -157,11 +157,12 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.together([self], x[..., None, None, :])[..., 0, 0, :]
+        return self.together([self], x)
 
     @staticmethod
     def together(norms: Sequence[RMSNorm], x: Tensor) -> Tensor:
-        """Several norms at once, one for each entry of the third to last axis of ``x`` (… norms h d)."""
+        """Several norms at once, one for each entry of the third to last axis of ``x`` (… norms h d); a single one is
+        that of every entry."""
         x = x if x.dtype == torch.float64 else x.float()
         return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS) * torch.stack([norm.scale for norm in norms])[:, None]
 
@@ -184,6 +185,9 @@ def modulated_norm(x: Tensor, modulation: Modulation | None) -> Tensor:
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS))
 
 
+GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
+
+
 def gelu(x: Tensor) -> Tensor:
     """GELU, the form with tanh."""
     if x.requires_grad or x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
@@ -192,9 +196,6 @@ def gelu(x: Tensor) -> Tensor:
     # as for the exponential of a sigmoid.
     double_u = torch.addcmul(x.new_tensor(GELU_SLOPE), x, x, value=GELU_SLOPE * 0.044715).mul_(x)
     return double_u.sigmoid_().mul_(x)
-
-
-GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 
 
 def gated_residual(x: Tensor, update: Tensor, modulation: Modulation | None) -> Tensor:

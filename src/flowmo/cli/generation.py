@@ -83,7 +83,7 @@ def context(arguments: argparse.Namespace) -> None:
         models["context"] = fit(tokens, layout, arguments.hidden, arguments.fit_steps, arguments.seed, show)
     chosen = list(models.values())[-1]
     content = chosen.save()
-    checkpoint.write_whole(arguments.out, lambda name: Path(name).write_bytes(content))
+    checkpoint.write_content(arguments.out, content)
     facts: dict[str, Any] = {"file": str(arguments.out), "bytes": len(content), "identity": chosen.identity.hex()}
     lines = [f"{arguments.out}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}"]
     if arguments.held_out:

@@ -270,7 +270,7 @@ def write(output: Path, content: bytes) -> None:
         sys.stdout.buffer.flush()
         return
     try:
-        checkpoint.write_whole(output, lambda name: Path(name).write_bytes(content))
+        checkpoint.write_content(output, content)
     except OSError as error:  # which names a temporary file
         raise UsageError(f"{output}: cannot be written ({error.strerror})") from None
 

@@ -29,11 +29,7 @@ def index(arguments: argparse.Namespace) -> None:
     for tar in arguments.tars:
         output = arguments.output or default_index(tar)
         entries = build_index(tar)
-
-        def write(temporary: str, entries: list[dict] = entries) -> None:
-            Path(temporary).write_text(json.dumps(entries))
-
-        checkpoint.write_whole(output, write)
+        checkpoint.write_content(output, json.dumps(entries))
         done.append({"tar": str(tar), "index": str(output), "pictures": len(entries)})
         if not arguments.json:
             print(f"{output}: {len(entries)} pictures", flush=True)

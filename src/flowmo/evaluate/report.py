@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import flowmo
-from flowmo.checkpoint import write_whole
+from flowmo.checkpoint import write_content
 from flowmo.data import Source
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid
@@ -86,11 +86,7 @@ def write_report(
         ("report.tex", latex(rows)),
         ("index.html", page(out, rows, header, pictures)),
     ):
-
-        def write(temporary: str, text: str = text) -> None:
-            Path(temporary).write_text(text)
-
-        write_whole(out / name, write)
+        write_content(out / name, text)
 
 
 def speed(entries: Sequence[Entry]) -> dict[str, str]:

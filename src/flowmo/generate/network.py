@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.config import GeneratorConfig
-from flowmo.transformer import RMSNorm, attend
+from flowmo.transformer import RMSNorm, attend, gelu
 
 
 class MaskGiT(nn.Module):
@@ -84,7 +84,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = attend(self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype), v, q.shape[-1] ** -0.5)
         x = x + self._drop(self.proj(mixed.transpose(1, 2).flatten(2)))
-        return x + self._drop(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh")))
+        return x + self._drop(self.mlp_out(gelu(self.mlp_in(self.mlp_norm(x)))))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmo.checkpoint import write_whole
+from flowmo.checkpoint import write_content, write_whole
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.npz import write_npz
@@ -132,7 +132,7 @@ def _claim(folder: Path, generator: Generator, labels: Sequence[int], drawing: D
         return
     if any(folder.iterdir()):
         raise ProductionError(f"{folder} holds other pictures; name an empty folder")
-    write_whole(path, lambda name: Path(name).write_text(json.dumps(facts)))
+    write_content(path, json.dumps(facts))
 
 
 def _read(paths: Sequence[Path], batch_size: int) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flowmo.checkpoint import write_whole
+from flowmo.checkpoint import write_content
 from flowmo.data import DataError, Source, Views
 from flowmo.data.tokens import (
     MANIFEST,
@@ -119,12 +119,7 @@ def tokenize(
             done += len(some)
             if progress:
                 progress(done, total)
-        content = pack_shard(facts, shard, torch.cat(rows).numpy(), labels)
-
-        def write(temporary: str, content: bytes = content) -> None:
-            Path(temporary).write_bytes(content)
-
-        write_whole(out / path, write)
+        write_content(out / path, pack_shard(facts, shard, torch.cat(rows).numpy(), labels))
     world.wait()
     if world.main:
         _write(out, facts, complete=True)
@@ -155,5 +150,4 @@ def _is_sound(out: Path, facts: TokenFacts, number: int) -> bool:
 
 
 def _write(out: Path, facts: TokenFacts, complete: bool) -> None:
-    content = describe(facts, complete=complete)
-    write_whole(out / MANIFEST, lambda temporary: Path(temporary).write_text(content))
+    write_content(out / MANIFEST, describe(facts, complete=complete))

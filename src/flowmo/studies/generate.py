@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import flowmo
-from flowmo.checkpoint import write_whole
+from flowmo.checkpoint import write_content
 from flowmo.config import Config, preset
 from flowmo.data import evenly_spread, open_source
 from flowmo.data.tokens import Tokens
@@ -343,7 +343,7 @@ recognised: by MobileNet V2 (ImageNet, torchvision's weights), among {", ".join(
 
 {results["machine"]}, {versions}
 """
-    write_whole(place.out / f"{place.stem}.md", lambda temporary: Path(temporary).write_text(text))
+    write_content(place.out / f"{place.stem}.md", text)
 
 
 def cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, int]], several: bool) -> list[str]:

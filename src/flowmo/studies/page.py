@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from flowmo.checkpoint import write_whole
+from flowmo.checkpoint import write_content
 from flowmo.data import evenly_spread, open_source
 from flowmo.evaluate.figures import grid
 from flowmo.evaluate.reconstruction import read_crops
@@ -162,7 +162,7 @@ def against_paper(
 
 
 def write_page(place: Place, text: str) -> None:
-    write_whole(place.out / f"{place.stem}.md", lambda temporary: Path(temporary).write_text(text))
+    write_content(place.out / f"{place.stem}.md", text)
 
 
 def versions_line(results: Mapping[str, Any]) -> str:

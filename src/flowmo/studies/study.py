@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import flowmo
-from flowmo.checkpoint import write_whole
+from flowmo.checkpoint import write_content
 from flowmo.config import Config
 from flowmo.data import open_source
 from flowmo.distributed import World
@@ -113,8 +113,7 @@ def once(run: str, place: Place, make: Callable[[], dict[str, Any]]) -> dict[str
         return json.loads(path.read_text())
     row = {"run": run, **make()}
     if place.world.main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: Path(temporary).write_text(json.dumps(row, indent=1)))
+        write_content(path, json.dumps(row, indent=1))
     return row
 
 
@@ -181,7 +180,7 @@ def write_results(place: Place, facts: Mapping[str, Any], rows: Sequence[Mapping
     place.out.mkdir(parents=True, exist_ok=True)
     path = place.out / f"{place.stem}.json"
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_whole(path, lambda temporary: Path(temporary).write_text(text))
+    write_content(path, text)
 
 
 def read_results(place: Place) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flowmo.checkpoint import CheckpointError, write_whole
+from flowmo.checkpoint import CheckpointError, write_content
 from flowmo.config import Config, ConfigError
 from flowmo.data import batches
 from flowmo.distributed import World
@@ -348,7 +348,7 @@ class Run:
         self.saved_at = self.step
         if self.world.main:
             if self.guard.step == self.step:
-                write_whole(self.folder / BEST, lambda temporary: Path(temporary).write_text(path.stem))
+                write_content(self.folder / BEST, path.stem)
             for old in self.checkpoints()[: -self.config.trainer.keep_last]:
                 if not self._kept(int(old.stem)) and int(old.stem) != self.guard.step:
                     state.remove(old)
