@@ -4,7 +4,7 @@ VENV := .venv
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format docs lock clean
+.PHONY: demo test lint format docs lock audit clean
 
 # The pinned torch first: the index's plain release, or a local CPU wheel where there is one. Named again, or torchvision
 # would bring the newest torch of its own.
@@ -41,6 +41,10 @@ lock: $(VENV)/dev  ## exact versions with hashes, see docs/licences.md
 		--constraint - --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28) > requirements-dev.new
 	mv requirements-dev.new requirements-dev.txt
+
+audit: $(VENV)/base  ## known vulnerabilities of what is locked, where they can be looked up
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python tests/audit.py
 
 docs: $(VENV)/dev  ## the site, in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build

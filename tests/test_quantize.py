@@ -330,6 +330,72 @@ def test_commitment_of_parts_has_the_gradient_of_the_whole():
     torch.testing.assert_close(parts.grad, whole.grad)
 
 
+def test_the_first_batch_spreads_a_codebook_over_itself():
+    generator = torch.Generator().manual_seed(0)
+    mean, deviation = torch.tensor([5.0, -3.0]), torch.tensor([0.5, 2.0])
+    quantizer = VQ(4, 4096, 2)
+    quantizer(mean.repeat(2) + deviation.repeat(2) * torch.randn(8, 500, 4, generator=generator))
+    quantizer.learn()
+    torch.testing.assert_close(quantizer.codebook.mean(dim=0), mean, rtol=0, atol=0.15)
+    torch.testing.assert_close(quantizer.codebook.std(dim=0), deviation, rtol=0.05, atol=0)
+    torch.testing.assert_close(quantizer.members / quantizer.use[:, None], quantizer.codebook)
+    torch.testing.assert_close(quantizer.use.sum(), torch.tensor(1.0))
+
+
+def test_a_codebook_follows_moving_averages_of_counts_and_sums():
+    """As in van den Oord et al., appendix A.1, by a plain loop over sub-tokens."""
+    torch.manual_seed(0)
+    quantizer = VQ(6, 5, 2, decay=0.9)
+    code = torch.randn(4, 7, 6)
+    train_codebook(quantizer, code, 1)
+    use, sums = 0.9 * quantizer.use, 0.9 * quantizer.members
+    code = torch.randn(4, 7, 6)
+    for sub_token in code.reshape(-1, 3):
+        nearest = (quantizer.codebook - sub_token).norm(dim=1).argmin()
+        use[nearest] += 0.1 / 56
+        sums[nearest] += 0.1 * sub_token / 56
+    train_codebook(quantizer, code, 1)
+    torch.testing.assert_close(quantizer.use, use)
+    torch.testing.assert_close(quantizer.members, sums)
+    torch.testing.assert_close(quantizer.codebook, sums / use[:, None])
+
+
+def test_an_entry_out_of_use_restarts_beside_the_most_used_one():
+    """Away from it by as much as sub-tokens are from their entries, and with half of its members."""
+    torch.manual_seed(0)
+    wide = 512
+    quantizer = VQ(wide, 3, 1, decay=0.5)
+    quantizer.codebook.copy_(torch.stack((torch.zeros(wide), torch.ones(wide), torch.full((wide,), 100.0))))
+    quantizer.use.copy_(torch.tensor([0.6, 0.4, 1e-6]))
+    quantizer.members.copy_(quantizer.codebook * quantizer.use[:, None])
+    quantizer.steps += 1
+    code = torch.cat((torch.zeros(60, wide), torch.ones(40, wide))) + 0.1 * torch.randn(100, wide)
+    train_codebook(quantizer, code[None], 1)
+    torch.testing.assert_close(quantizer.use, torch.tensor([0.3, 0.4, 0.3]))
+    torch.testing.assert_close(quantizer.members, quantizer.codebook * quantizer.use[:, None])
+    offset = (quantizer.codebook[2] - quantizer.codebook[0]).square().mean().sqrt()
+    assert offset == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_codebook_passes_gradients_straight_through_and_tells_its_entropy():
+    torch.manual_seed(0)
+    quantizer, code = VQ(8, 16, 2), torch.randn(6, 5, 8, requires_grad=True)
+    made = quantizer(code)
+    made.code.sum().backward()
+    torch.testing.assert_close(code.grad, torch.ones_like(code))
+    shares = made.ids.flatten().bincount(minlength=16) / made.ids.numel()
+    torch.testing.assert_close(made.statistics["codebook_entropy"], torch.special.entr(shares).sum())
+
+
+def test_nearest_entries_are_found_in_float32_under_autocast():
+    """In bfloat16 1000 and 1001 are the same number."""
+    quantizer = VQ(1, 2, 1)
+    quantizer.codebook.copy_(torch.tensor([[1000.0], [1001.0]]))
+    code = torch.tensor([[[1000.0], [1001.0], [1000.4], [1000.6]]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantizer.quantize(code)[1].flatten().tolist() == [0, 1, 0, 1]
+
+
 def test_codebooks_that_do_not_fit(tiny_config):
     with pytest.raises(ValueError, match="8 channels do not split into 3"):
         VQ(8, 16, 3)

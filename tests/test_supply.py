@@ -3,6 +3,7 @@
 import re
 import tomllib
 
+from audit import verdict
 from conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -44,3 +45,13 @@ def test_the_locked_torch_is_that_of_the_makefile():
 def test_every_dependency_has_a_licence_in_the_table():
     table = (ROOT / "docs" / "licences.md").read_text()
     assert not [name for name in direct() if f"`{name}`" not in table]
+
+
+def test_an_audit_fails_for_what_is_known_and_counts_what_it_could_not_look_up():
+    sound = {"name": "a", "version": "1.0", "vulns": []}
+    holed = {"name": "b", "version": "2.0", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}]}
+    unknown = {"name": "c", "skip_reason": "not found"}
+    lines, status = verdict({"dependencies": [sound, holed, unknown]})
+    assert lines == ["b 2.0: CVE-1, mended in 2.1", "2 of 3 packages could be looked up, 1 known vulnerabilities"]
+    assert status == 1
+    assert verdict({"dependencies": [sound, unknown]})[1] == 0
