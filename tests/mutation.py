@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("tests", nargs="+")
     parser.add_argument("--sample", type=int, default=0, help="so many of the changes, spread at random; 0 is all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", type=int, nargs="+", help="changes on these lines only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = arguments.file.resolve()
@@ -154,9 +155,9 @@ def main() -> None:
     tree = ast.parse(path.read_text())
     assert survives(name, path, tree, arguments.tests), "the tests fail without any change"
     every = list(mutants(tree))
-    chosen = every
+    chosen = [mutant for mutant in every if not arguments.lines or mutant[0] in arguments.lines]
     if arguments.sample:
-        chosen = random.Random(arguments.seed).sample(every, min(arguments.sample, len(every)))
+        chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
     left = 0
     for line, what, changed in sorted(chosen, key=lambda mutant: mutant[0]):
         if survives(name, path, changed, arguments.tests):

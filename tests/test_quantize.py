@@ -377,6 +377,33 @@ def test_an_entry_out_of_use_restarts_beside_the_most_used_one():
     assert offset == pytest.approx(0.1, rel=0.1)
 
 
+def test_where_most_entries_are_out_of_use_as_many_restart_as_there_are_others():
+    torch.manual_seed(0)
+    quantizer = VQ(2, 4, 1, decay=0.5)
+    quantizer.codebook.copy_(torch.tensor([[0.0, 0], [100, 0], [0, 100], [100, 100]]))
+    quantizer.use.copy_(torch.tensor([1.0, 1e-6, 1e-6, 1e-6]))
+    quantizer.members.copy_(quantizer.codebook * quantizer.use[:, None])
+    quantizer.steps += 1
+    code = 0.1 * torch.randn(1, 50, 2)
+    train_codebook(quantizer, code, 1)
+    torch.testing.assert_close(quantizer.use, torch.tensor([0.5, 0.5, 5e-7, 5e-7]))
+    train_codebook(quantizer, code, 1)
+    assert (quantizer.use > 0.1).all(), "the rest follow in the next step"
+
+
+def test_an_entry_in_a_little_use_stays():
+    """A fiftieth of an even share is out of use, a tenth is not."""
+    torch.manual_seed(0)
+    quantizer = VQ(2, 4, 1, decay=1.0)
+    quantizer.codebook.copy_(torch.tensor([[0.0, 0], [100, 0], [0, 100], [100, 100]]))
+    quantizer.use.copy_(torch.tensor([0.5, 0.5, 0.1 / 4, 0.02 / 4]))
+    quantizer.members.copy_(quantizer.codebook * quantizer.use[:, None])
+    quantizer.steps += 1
+    train_codebook(quantizer, 0.1 * torch.randn(1, 50, 2), 1)
+    assert torch.equal(quantizer.codebook[2], torch.tensor([0.0, 100]))
+    assert not torch.equal(quantizer.codebook[3], torch.tensor([100.0, 100]))
+
+
 def test_a_codebook_passes_gradients_straight_through_and_tells_its_entropy():
     torch.manual_seed(0)
     quantizer, code = VQ(8, 16, 2), torch.randn(6, 5, 8, requires_grad=True)
