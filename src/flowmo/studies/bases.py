@@ -63,6 +63,6 @@ PAPERS_SAMPLER = ("opt.schedule=fat_lognormal", "eval.sampling.rho=4")
 TINY_BASE = SMALL_BASE.override(
     *PAPERS_SAMPLER,
     *("model.hidden_size=192", "model.num_heads=3", "model.dec_depth=3", "model.enc_depth=2"),
-    *("trainer.duration=1200 steps", "trainer.sample_every=0"),
+    *("trainer.duration=600 steps", "opt.warmup=100 steps", "trainer.sample_every=0"),
 )
-"""5 M parameters, three minutes of training on two CPU cores: for studies that train dozens."""
+"""4.4 M parameters, six minutes of training on one CPU core: for studies that train dozens."""

@@ -23,7 +23,16 @@ from flowmo.studies.page import (
     versions_line,
     write_page,
 )
-from flowmo.studies.study import Place, forget_checkpoints, measured, once, read_results, train, write_results
+from flowmo.studies.study import (
+    Place,
+    forget_checkpoints,
+    judged_count,
+    measured,
+    once,
+    read_results,
+    train,
+    write_results,
+)
 
 TITLE = "continuous bottlenecks (section 4.1, table 3)"
 BOTTLENECKS = {
@@ -75,7 +84,11 @@ def run(place: Place, judges: Judges) -> None:
             rows.append(once(name, place, partial(make, kind, seed, name, place, judges)))
             forget_checkpoints(name, place)
             model = scale.base.model
-            facts = {"pictures": scale.pictures, "judges": judges.describe(), "images": rows[0]["images"]}
+            facts = {
+                "pictures": judged_count(place, scale.pictures),
+                "judges": judges.describe(),
+                "images": rows[0]["images"],
+            }
             facts |= {"code_length": model.code_length, "context_dim": model.context_dim}
             write_results(place, {**facts, "side": scale.base.data.image_size}, rows)
     if place.world.main:

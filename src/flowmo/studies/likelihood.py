@@ -29,7 +29,7 @@ from flowmo.studies.page import (
     versions_line,
     write_page,
 )
-from flowmo.studies.study import Place, named_models, once, read_results, write_results
+from flowmo.studies.study import Place, judged_count, named_models, once, read_results, write_results
 from flowmo.tokenizer import FlowMo
 from flowmo.transformer import MIN_PREDICTION_TIME
 
@@ -80,7 +80,7 @@ def run(place: Place, judges: Judges) -> None:
                 return {**facts, **likelihood(tokenizer, kind, scale, place)}
 
             rows.append(once(f"{name}-{kind}", place, make))
-            facts = {"pictures": scale.pictures, "steps": scale.steps, "probes": scale.probes}
+            facts = {"pictures": judged_count(place, scale.pictures), "steps": scale.steps, "probes": scale.probes}
             write_results(place, facts, rows)
     if place.world.main:
         draw(place)

@@ -29,15 +29,7 @@ from flowmo.studies.page import (
     versions_line,
     write_page,
 )
-from flowmo.studies.study import (
-    Place,
-    measured,
-    named_models,
-    once,
-    read_results,
-    train,
-    write_results,
-)
+from flowmo.studies.study import Place, judged_count, measured, named_models, once, read_results, train, write_results
 from flowmo.tokenizer import FlowMo
 
 TITLE = "the scale of the start noise (appendix C, figure 9)"
@@ -74,7 +66,7 @@ SCALES = {
     "smoke": Scale(*of_ablations("smoke"), (0.8, 1.0), 4, "half a minute on two CPU cores; its figures mean nothing"),
     "cpu": Scale(
         *of_ablations("cpu"),
-        *((0.6, 0.8, 0.9, 1.0, 1.1), 300),
+        *((0.6, 0.8, 1.0, 1.1), 100),
         "half an hour on two CPU cores after ablations, whose baseline it shares: two trainings for each seed",
     ),
     "gpu": Scale(
@@ -107,7 +99,7 @@ def run(place: Place, judges: Judges) -> None:
                 return {**facts, "noise": noise, **figures}
 
             rows.append(once(f"{name}-noise{noise:g}", place, make))
-            write_results(place, {"pictures": scale.pictures, "judges": judges.describe()}, rows)
+            write_results(place, {"pictures": judged_count(place, scale.pictures), "judges": judges.describe()}, rows)
     if place.world.main:
         draw(place)
 

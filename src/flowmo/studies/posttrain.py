@@ -38,6 +38,7 @@ from flowmo.studies.page import (
 from flowmo.studies.study import (
     Place,
     forget_checkpoints,
+    judged_count,
     measured,
     once,
     read_results,
@@ -152,7 +153,12 @@ def run(place: Place, judges: Judges) -> None:
             name = f"{arm.name}-seed{seed}"
             rows.append(once(name, place, partial(go_on, arm, seed, name)))
             forget_checkpoints(name, place)
-            facts = {"base_images": start, "images": scale.images, "pictures": scale.pictures, "distance": distance}
+            facts = {
+                "base_images": start,
+                "images": scale.images,
+                "pictures": judged_count(place, scale.pictures),
+                "distance": distance,
+            }
             write_results(place, {**facts, "judges": judges.describe(), "settings": list(scale.arms)}, rows)
     if place.world.main:
         show_samples(rows, "base", place)

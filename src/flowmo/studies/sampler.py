@@ -20,7 +20,16 @@ from flowmo.studies.page import (
     versions_line,
     write_page,
 )
-from flowmo.studies.study import Place, measured, named_models, once, read_results, with_settings, write_results
+from flowmo.studies.study import (
+    Place,
+    judged_count,
+    measured,
+    named_models,
+    once,
+    read_results,
+    with_settings,
+    write_results,
+)
 from flowmo.tokenizer import FlowMo
 
 TITLE = "steps, shift, guidance and solver (section 3.4, equation 14)"
@@ -114,7 +123,7 @@ def run(place: Place, judges: Judges) -> None:
         for setting in settings_of(scale, tokenizer):
             make = partial(measure_setting, setting, name, tokenizer, place, judges)
             rows.append(once(f"{name}-{setting.name}", place, make))
-            write_results(place, {"pictures": scale.pictures, "judges": judges.describe()}, rows)
+            write_results(place, {"pictures": judged_count(place, scale.pictures), "judges": judges.describe()}, rows)
     if place.world.main:
         draw(place)
 

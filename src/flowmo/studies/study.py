@@ -99,10 +99,13 @@ def train(
     if training.images < training.times.duration:
         raise StudyError(f"stopped in {run}; the same command goes on from here")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds, before = 0.0, read_facts(start)["images"] if start else 0
+    begun = read_facts(start)["images"] if start else 0
+    seconds, before = 0.0, begun
     for line in lines:
         if "images_per_second" in line:
             seconds, before = seconds + (line["images"] - before) / line["images_per_second"], line["images"]
+    if before > begun:  # what came after the last line went as fast
+        seconds *= (training.images - begun) / (before - begun)
     return Trained(training.checkpoints()[-1], training.images, seconds)
 
 
@@ -123,6 +126,11 @@ def measured(
     """Figures of a tokenizer on held-out pictures."""
     candidate = FlowMoReconstructor(tokenizer, noise_scale=noise_scale)
     return figures_of(candidate, tokenizer.config.data.image_size, place, judges, pictures)
+
+
+def judged_count(place: Place, most: int) -> int:
+    """Of how many held-out pictures figures are: ``most``, or all where there are fewer."""
+    return min(most, len(open_source(place.held_out)))
 
 
 def figures_of(

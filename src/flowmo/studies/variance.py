@@ -30,7 +30,7 @@ from flowmo.studies.page import (
     versions_line,
     write_page,
 )
-from flowmo.studies.study import Place, named_models, once, read_results, write_results
+from flowmo.studies.study import Place, judged_count, named_models, once, read_results, write_results
 from flowmo.tokenizer import FlowMo
 
 TITLE = "several samples of one code (section 4.2, figure 8)"
@@ -75,7 +75,7 @@ def run(place: Place, judges: Judges) -> None:
             return {"arm": name, "label": name, **spread(tokenizer, name, place, judges)}
 
         rows.append(once(name, place, make))
-        write_results(place, {"pictures": scale.pictures, "samples": scale.samples}, rows)
+        write_results(place, {"pictures": judged_count(place, scale.pictures), "samples": scale.samples}, rows)
     if place.world.main:
         draw(place)
 
