@@ -57,6 +57,8 @@ COLOUR_PICTURES = 32
 FSQ_LEVELS = 8
 KEPT = (BASELINE, "logit-normal")
 """Rows whose checkpoints stay: other studies start from the former, figure 7 is of both."""
+SAMPLED = ("rho-1", "no-guidance")
+"""Rows of the baseline's weights."""
 MSE = ("opt.anchor=1", "opt.loss_space=picture", "opt.lpips_weight=0", "model.enable_cfg=false")
 """At t = 1 the decoder sees noise and the code; its error there, as one of pictures, is an autoencoder's MSE."""
 
@@ -219,9 +221,10 @@ Colour error: how far a reconstruction's mean colour is from its picture's (figu
 ({results["machine"]}); the last two rows are sampled from the baseline's weights.
 
 {figures_table(groups, columns, last=seconds)}
-Against the paper's table 4, as improvements over the baseline; a direction needs more than two spreads:
+Against the paper's table 4, as improvements over the baseline; a direction needs more than two spreads, which for
+rows of the same weights are those of the differences:
 
-{against_paper(groups, published, COLUMNS)}
+{against_paper(groups, published, COLUMNS, SAMPLED)}
 ![figures of every row]({place.stem}.png)
 
 {versions_line(results)}

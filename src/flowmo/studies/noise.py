@@ -154,14 +154,14 @@ def verdict(rates: Sequence[Group], columns: list[Column]) -> str:
             known = ((noise, mean_and_deviation(column.values(group))) for noise, group in by_scale.items())
             means = {noise: figures[0] for noise, figures in known if figures is not None}
             best = (max if column.rising else min)(means, key=means.__getitem__, default=1.0)
-            found = gain(by_scale[best], by_scale[1.0], column)
+            found = gain(by_scale[best], by_scale[1.0], column, same_weights=True)
             if found is None:  # a judge was missing
                 continue
             better, spread = found
-            word = "1 itself" if best == 1.0 else f"{best:g}, {in_words(better, spread)} 1"
-            lines.append(
-                f"- {rate[0]['rate']}, {column.name}: the best scale is {word}, by {better:.{column.places}f}."
+            word = (
+                "1 itself" if best == 1.0 else f"{best:g}, {in_words(better, spread)} 1 by {better:.{column.places}f}"
             )
+            lines.append(f"- {rate[0]['rate']}, {column.name}: the best scale is {word}.")
     return "\n".join(lines) + "\n"
 
 

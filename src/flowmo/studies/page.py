@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,12 +121,25 @@ def figures_table(
     )
 
 
-def gain(ours: Group, other: Group, column: Column) -> tuple[float, float] | None:
-    """By how much ``ours`` is better, in the units shown, and the spread of that over seeds."""
-    found, theirs = (mean_and_deviation(column.values(group)) for group in (ours, other))
+def gain(ours: Group, other: Group, column: Column, same_weights: bool = False) -> tuple[float, float] | None:
+    """By how much ``ours`` is better, in the units shown, and the spread of that over seeds.
+
+    Args:
+        same_weights: both are of the same trainings, in the same order: the spread is that of their differences, in
+            which what a training's seed does to both cancels.
+    """
+    sign = 1 if column.rising else -1
+    values, others = list(column.values(ours)), list(column.values(other))
+    if same_weights:
+        if len(values) != len(others):  # a study that is not done
+            return None
+        known = [(a, b) for a, b in zip(values, others, strict=True) if a is not None and b is not None]
+        found = mean_and_deviation(a - b for a, b in known) if len(known) == len(values) else None
+        return None if found is None else (sign * found[0], found[1])
+    found, theirs = mean_and_deviation(values), mean_and_deviation(others)
     if found is None or theirs is None:
         return None
-    return (found[0] - theirs[0]) * (1 if column.rising else -1), math.hypot(found[1], theirs[1])
+    return sign * (found[0] - theirs[0]), math.hypot(found[1], theirs[1])
 
 
 def in_words(better: float, spread: float) -> str:
@@ -135,20 +148,24 @@ def in_words(better: float, spread: float) -> str:
 
 
 def against_paper(
-    groups: Sequence[Group], published: Mapping[str, Mapping[str, float]], columns: Sequence[Column] = COLUMNS
+    groups: Sequence[Group],
+    published: Mapping[str, Mapping[str, float]],
+    columns: Sequence[Column] = COLUMNS,
+    same_weights: Collection[str] = (),
 ) -> str:
     """Of each group that the paper has: the paper's figure beside the first group's, ours likewise, and whether the
     change has the same direction.
 
     Args:
         published: by a row's ``arm``, by a column's key; holds the first group's arm.
+        same_weights: arms that are of the first group's trainings.
     """
     base, lines = groups[0], []
     origin = published[base[0]["arm"]]
     for group in groups[1:]:
         paper = published.get(group[0]["arm"], {})
         for column in columns:
-            found = gain(group, base, column)
+            found = gain(group, base, column, group[0]["arm"] in same_weights)
             if column.key not in paper or found is None:
                 continue
             theirs = (paper[column.key] - origin[column.key]) * (1 if column.rising else -1)
