@@ -53,7 +53,7 @@ SCALES = {
     "cpu": Scale(
         TINY_BASE.override(CONTINUOUS, "model.code_length=16", "model.context_dim=16"),
         *(2, 300),
-        "25 minutes on two CPU cores: three trainings of three minutes for each seed; as much code a pixel as DiTo's",
+        "an hour on one CPU core, by arithmetic: three trainings for each seed; as much code a pixel as DiTo's",
     ),
     "gpu": Scale(
         GPU_BASE.override(

@@ -67,7 +67,7 @@ SCALES = {
     "cpu": Scale(
         *of_ablations("cpu"),
         *((0.6, 0.8, 1.0, 1.1), 100),
-        "half an hour on two CPU cores after ablations, whose baseline it shares: two trainings for each seed",
+        "half an hour for each seed on one CPU core after ablations, whose baseline it shares",
     ),
     "gpu": Scale(
         *of_ablations("gpu"),
