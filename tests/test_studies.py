@@ -87,8 +87,16 @@ def test_a_figure_that_some_rows_lack_is_left_out(tmp_path):
     rate.append({"rate": "1 bit", "noise": 1.0, **incomplete})
     noise.plot([rate], COLUMNS[2], place)
     text = noise.verdict([rate], COLUMNS[:3:2])
-    assert text == "- 1 bit, PSNR (dB): the best scale is 1 itself, by 0.00.\n"
+    assert text == "- 1 bit, PSNR (dB): the best scale is 1 itself.\n"
     assert (tmp_path / "some-smoke.png").stat().st_size > 5000
+
+
+def test_rows_of_the_same_weights_are_compared_by_their_differences():
+    """Seeds differ by 2 dB, what is done to both by 0.5 ± 0.07."""
+    ours, other = ([{"psnr": value} for value in values] for values in ((14.5, 16.6), (14.0, 16.0)))
+    assert gain(ours, other, COLUMNS[0], same_weights=True) == pytest.approx((0.55, 0.0707), rel=1e-3)
+    assert gain(ours, other, COLUMNS[0])[1] > 2
+    assert gain(ours, other[:1], COLUMNS[0], same_weights=True) is None
 
 
 def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, monkeypatch):
