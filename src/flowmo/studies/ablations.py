@@ -57,8 +57,6 @@ COLOUR_PICTURES = 32
 FSQ_LEVELS = 8
 KEPT = (BASELINE, "logit-normal")
 """Rows whose checkpoints stay: other studies start from the former, figure 7 is of both."""
-SAMPLED = ("rho-1", "no-guidance")
-"""Rows of the baseline's weights."""
 MSE = ("opt.anchor=1", "opt.loss_space=picture", "opt.lpips_weight=0", "model.enable_cfg=false")
 """At t = 1 the decoder sees noise and the code; its error there, as one of pictures, is an autoencoder's MSE."""
 
@@ -211,6 +209,7 @@ def draw(place: Place) -> None:
     seconds = {"s": lambda group: f"{statistics.median(row['seconds'] for row in group):.0f}"}
     keys = ("frechet_distance", "psnr", "lpips_alex")
     published = {name: dict(zip(keys, figures, strict=True)) for name, figures in PUBLISHED.items()}
+    sampled = {row.name for row in rows_of(SCALES[place.scale].base) if row.sampling}
     text = f"""# Study: {TITLE}, at scale `{place.scale}`
 
     flowmo study {place.name} --scale {place.scale} --data PICTURES --held-out HELD_OUT
@@ -224,7 +223,7 @@ Colour error: how far a reconstruction's mean colour is from its picture's (figu
 Against the paper's table 4, as improvements over the baseline; a direction needs more than two spreads, which for
 rows of the same weights are those of the differences:
 
-{against_paper(groups, published, COLUMNS, SAMPLED)}
+{against_paper(groups, published, COLUMNS, sampled)}
 ![figures of every row]({place.stem}.png)
 
 {versions_line(results)}
