@@ -133,9 +133,8 @@ def gain(ours: Group, other: Group, column: Column, same_weights: bool = False) 
     if same_weights:
         if len(values) != len(others):  # a study that is not done
             return None
-        known = [(a, b) for a, b in zip(values, others, strict=True) if a is not None and b is not None]
-        found = mean_and_deviation(a - b for a, b in known) if len(known) == len(values) else None
-        return None if found is None else (sign * found[0], found[1])
+        pairs = zip(values, others, strict=True)
+        return mean_and_deviation(None if a is None or b is None else sign * (a - b) for a, b in pairs)
     found, theirs = mean_and_deviation(values), mean_and_deviation(others)
     if found is None or theirs is None:
         return None
