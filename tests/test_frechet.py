@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowmo.evaluate.frechet import Moments, StatisticsError, frechet_distance
+from flowmo.evaluate.frechet import Moments, StatisticsError, distance_between, frechet_distance
 
 
 def random_features(count, channels, seed=0):
@@ -41,6 +41,14 @@ def test_equals_scipy_where_covariances_are_nearly_singular():
     noise = 1e-9 * torch.eye(60, dtype=torch.float64)
     pair = (ours.mean(), ours.covariance() + noise, theirs.mean(), theirs.covariance() + noise)
     assert frechet_distance(*pair) == pytest.approx(scipy_distance(*pair), rel=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(30, 500), (500, 30), (30, 20), (61, 60)])
+def test_of_few_pictures_it_is_taken_in_their_subspace(counts):
+    ours, theirs = (moments(random_features(count, 60, seed)) for seed, count in enumerate(counts))
+    pair = (ours.mean(), ours.covariance(), theirs.mean(), theirs.covariance())
+    assert frechet_distance(*pair, counts) == pytest.approx(frechet_distance(*pair), rel=1e-6)
+    assert distance_between(ours, theirs) == frechet_distance(*pair, counts)
 
 
 def test_distance_of_equals_is_zero():

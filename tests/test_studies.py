@@ -23,6 +23,7 @@ from flowmo.studies.page import (
 )
 from flowmo.studies.study import Place, StudyError, named_models, read_results, with_settings
 from flowmo.studies.variance import correlation, detail, figures
+from flowmo.torchvision_import import before_importing
 from flowmo.train.loop import Run
 
 
@@ -106,12 +107,15 @@ def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, mon
     words = ["study", "generate", "--data", class_folder, "--held-out", class_folder, *places, "--device", "cpu"]
     assert main([str(word) for word in words]) == 0
     found = json.loads((tmp_path / "out" / "generate-smoke.json").read_text())
-    kinds = ["originals", "floor", "ceiling", "t1-g1.5", "halton", "bits"]
+    kinds = ["originals", "others", "floor", "ceiling", "t1-g1.5", "halton", "bits"]
     assert [row["kind"] for row in found["rows"]] == kinds
     assert found["rows"][0]["frechet_distance"] == pytest.approx(0, abs=1e-2)
     assert found["classes"] == ["tench", "English springer", "parachute"]
+    nats = [row["cross_entropy"] for row in found["rows"] if "cross_entropy" in row]
+    assert len(nats) == 3
+    assert nats[0] == nats[1] != nats[2], "one generator with a table of ids, one with bit tokens"
     text = (tmp_path / "out" / "generate-smoke.md").read_text()
-    assert text.count("\n| ") == 8
+    assert text.count("\n| ") == 9 + 4
     assert (tmp_path / "out" / "generate-smoke.png").stat().st_size > 5000
     assert (tmp_path / "results" / "generate-smoke" / "tiny-bits" / "classes.png").stat().st_size > 1000
     (tmp_path / "out" / "generate-smoke.md").unlink()
@@ -119,9 +123,35 @@ def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, mon
     assert (tmp_path / "out" / "generate-smoke.md").read_text() == text
 
 
-def test_generate_needs_classes(trained_weights, tiny_model, tmp_path, monkeypatch, capsys):
+def test_tokenizers_smoke(trained_weights, class_folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    before_importing("diffusers")
+    pytest.importorskip("diffusers")
     monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
-    words = ["study", "generate", "--data", PICTURES, "--held-out", PICTURES, "--models", tiny_model]
+    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out"]
+    words = ["study", "tokenizers", "--data", class_folder, "--held-out", class_folder, *places, "--device", "cpu"]
+    assert main([str(word) for word in words]) == 0
+    found = json.loads((tmp_path / "out" / "tokenizers-smoke.json").read_text())
+    arms = ["pretrained", "posttrained", "convolutional"]
+    assert [(row["arm"], row["kind"]) for row in found["rows"]] == [
+        (arm, kind) for arm in arms for kind in ("reconstructed", "generated")
+    ]
+    assert len({row["tokenizer"] for row in found["rows"]}) == 3, "each has weights of its own"
+    assert len({row["frechet_distance"] for row in found["rows"]}) == 6
+    text = (tmp_path / "out" / "tokenizers-smoke.md").read_text()
+    assert text.count("\n| ") == 4 + 5 + 5
+    assert "FlowMo, stages 1A and 1B is" in text
+    assert (tmp_path / "out" / "tokenizers-smoke.png").stat().st_size > 5000
+    assert (tmp_path / "results" / "tokenizers-smoke" / "pretrained-reconstructed" / "classes.png").is_file()
+    (tmp_path / "out" / "tokenizers-smoke.md").unlink()
+    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
+    assert (tmp_path / "out" / "tokenizers-smoke.md").read_text() == text
+
+
+@pytest.mark.parametrize("study", ["generate", "tokenizers"])
+def test_generators_need_classes(study, trained_weights, tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    words = ["study", study, "--data", PICTURES, "--held-out", PICTURES, "--models", tiny_model]
     assert main([str(word) for word in [*words, "--results-dir", tmp_path, "--out", tmp_path]]) == 2
     assert "one folder a class" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowmo.data import DataError, Source, evenly_spread, open_source
 from flowmo.distributed import World
 from flowmo.evaluate.features import FeatureNetwork, features_of
-from flowmo.evaluate.frechet import Moments, StatisticsError, frechet_distance
+from flowmo.evaluate.frechet import Moments, StatisticsError, distance_between, frechet_distance
 from flowmo.evaluate.kernel import kernel_distance
 from flowmo.evaluate.measurement import KERNEL_PICTURES
 from flowmo.evaluate.npz import STATISTICS, NpzFile
@@ -192,7 +192,8 @@ class GenerationSummary:
                 (mean, covariance), (mean_2, covariance_2) = ours, theirs
                 if mean.shape != mean_2.shape:
                     raise StatisticsError(f"statistics of {len(mean)} and {len(mean_2)} channels; another network's?")
-                facts[kind] = frechet_distance(mean, covariance, mean_2, covariance_2)
+                counts = (generated.count, reference.count) if generated.count and reference.count else None
+                facts[kind] = frechet_distance(mean, covariance, mean_2, covariance_2, counts)
             elif kind == "pooled":
                 raise StatisticsError(f"{names}: no statistics of pooled features")
             else:
@@ -259,12 +260,10 @@ def halves_bias(rows: Tensor, rows_2: Tensor, whole: float) -> float | None:
         return None
     total = 0.0
     for half in range(2):
-        pairs = []
-        for x in (rows[half::2], rows_2[half::2]):
-            moments = Moments.empty(x.shape[1])
-            moments.add(x)
-            pairs += [moments.mean(), moments.covariance()]
-        total += frechet_distance(*pairs)
+        halves = [Moments.empty(x.shape[1]) for x in (rows, rows_2)]
+        for moments, x in zip(halves, (rows, rows_2), strict=True):
+            moments.add(x[half::2])
+        total += distance_between(*halves)
     return total / 2 - whole
 
 

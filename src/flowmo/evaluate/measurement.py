@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowmo.data import evenly_spread
 from flowmo.distributed import World
-from flowmo.evaluate.frechet import Moments, StatisticsError, frechet_distance
+from flowmo.evaluate.frechet import Moments, StatisticsError, distance_between
 from flowmo.evaluate.kernel import kernel_distance
 
 COLUMNS = ("bits", "file_bits", "squared_error", "truncated_squared_error", "ssim", "lpips_alex", "lpips_vgg")
@@ -140,12 +140,8 @@ class Measurement:
         Raises:
             StatisticsError: fewer than two pictures a half.
         """
-
-        def distance(ours: Moments, theirs: Moments) -> float:
-            return frechet_distance(ours.mean(), ours.covariance(), theirs.mean(), theirs.covariance())
-
-        halves = [distance(a, b) for a, b in zip(self.originals, self.results, strict=True)]
-        whole = distance(self.originals[0].merge(self.originals[1]), self.results[0].merge(self.results[1]))
+        halves = [distance_between(a, b) for a, b in zip(self.originals, self.results, strict=True)]
+        whole = distance_between(self.originals[0].merge(self.originals[1]), self.results[0].merge(self.results[1]))
         return whole, sum(halves) / HALVES - whole
 
     def kernel(self) -> float:

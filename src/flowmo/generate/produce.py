@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,11 @@ class Drawing:
         return {name: getattr(self, name) for name in names}
 
 
+def picture_seeds(seed: int, numbers: Iterable[int]) -> list[int]:
+    """Of the pictures with these numbers in a larger set."""
+    return [picture_seed(seed, f"picture {number}") for number in numbers]
+
+
 def check_pair(generator: Generator, tokenizer: FlowMo) -> None:
     """Raise ``ProductionError`` where the generator's ids are not this tokenizer's."""
     ours, theirs = tokenizer.identity(), generator.vocabulary.tokenizer
@@ -76,7 +81,7 @@ def draw(
         numbers: theirs in a larger set, which with the seed decide all that is random.
         ids, keep: see ``Generator.sample``.
     """
-    seeds = [picture_seed(drawing.seed, f"picture {number}") for number in numbers]
+    seeds = picture_seeds(drawing.seed, numbers)
     drawn = generator.sample(labels, seeds, **drawing.sampling(), ids=ids, keep=keep, progress=progress)
     return tokenizer.decode(drawn, drawing.decode_steps, seeds, guidance=drawing.decode_guidance)
 

@@ -6,15 +6,17 @@ or not at all, so however often the work is broken off, no sample is lost and no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowmo.checkpoint import write_content
+from flowmo.config import Config
 from flowmo.data import DataError, Source, Views
 from flowmo.data.tokens import (
     MANIFEST,
@@ -28,10 +30,27 @@ from flowmo.data.tokens import (
 )
 from flowmo.distributed import World
 from flowmo.pictures import PictureError
+from flowmo.quantize import Quantizer
 from flowmo.sample import picture_seed
-from flowmo.tokenizer import FlowMo
+from flowmo.tokenizer import Codes
 
 SHARD_SIZE = 4096
+
+
+class Tokenizer(Protocol):
+    """What a generator needs of a tokenizer: a ``FlowMo``, or another that pictures are drawn with for comparison."""
+
+    config: Config
+    quantizer: Quantizer
+
+    @property
+    def code_length(self) -> int: ...
+
+    def identity(self) -> str: ...
+
+    def encode(self, images: Tensor) -> Codes: ...
+
+    def decode(self, codes: Codes | Tensor, *, seed: int | Sequence[int] = 0) -> Tensor: ...
 
 
 class Samples(Dataset):
@@ -56,7 +75,7 @@ class Samples(Dataset):
 
 
 def tokenize(
-    tokenizer: FlowMo,
+    tokenizer: Tokenizer,
     source: Source,
     out: Path,
     *,
@@ -114,7 +133,9 @@ def tokenize(
         path, numbers = facts.shard(shard)
         rows, labels = [], []
         for images, some in DataLoader(samples, batch_size, sampler=numbers, num_workers=workers):
-            rows.append(tokenizer.encode(images).ids.cpu())
+            ids = tokenizer.encode(images).ids
+            assert ids is not None, "its bottleneck has ids"
+            rows.append(ids.cpu())
             labels += some.tolist()
             done += len(some)
             if progress:

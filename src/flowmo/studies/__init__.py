@@ -8,6 +8,6 @@ STUDIES = {
     name: f"flowmo.studies.{name}"
     for name in (
         *("ablations", "continuous", "posttrain", "variance", "noise", "sampler", "likelihood"),
-        *("peer", "generate"),
+        *("peer", "generate", "tokenizers"),
     )
 }

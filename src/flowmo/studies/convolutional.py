@@ -20,6 +20,7 @@ from flowmo.evaluate.reconstruction import Reconstruction
 from flowmo.perceptual import LPIPS
 from flowmo.quantize import build_quantizer
 from flowmo.studies.study import StudyError
+from flowmo.tokenizer import Codes, identity_of
 from flowmo.torchvision_import import before_importing
 from flowmo.transformer import code_lattice
 
@@ -69,15 +70,31 @@ class ConvolutionalTokenizer(nn.Module):
         """b × tokens × channels -> b 3 h w."""
         return self.decoder(code.transpose(1, 2).unflatten(2, (self.side, self.side)))
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Ids, int64 b × tokens × sub-tokens."""
-        return self.quantizer.quantize(self.code(images))[1]
+    # As a FlowMo does it
+
+    @property
+    def device(self) -> torch.device:
+        return self.last_layer.device
+
+    @property
+    def code_length(self) -> int:
+        return self.config.model.code_length
+
+    def identity(self) -> str:
+        return identity_of({**self.config.architecture(), "width": self.width}, self)
 
     @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
-        """Pictures b 3 h w in [−1, 1]."""
-        return self.picture(self.quantizer.code_from_ids(ids)).clamp(-1, 1)
+    def encode(self, images: Tensor) -> Codes:
+        """Pictures b 3 h w in [−1, 1] to their ids."""
+        ids = self.quantizer.quantize(self.code(images.to(self.device)))[1]
+        return Codes(ids, (images.shape[-2], images.shape[-1]), self.quantizer.id_count)
+
+    @torch.no_grad()
+    def decode(self, codes: Codes | Tensor, *, seed: int | Sequence[int] = 0) -> Tensor:
+        """Codes, or bare ids, to pictures b 3 h w in [−1, 1]; the same ones whatever the seed."""
+        ids = codes.ids if isinstance(codes, Codes) else codes
+        assert ids is not None, "its bottleneck has ids"
+        return self.picture(self.quantizer.code_from_ids(ids.to(self.device))).clamp(-1, 1)
 
 
 def diffusers_vae() -> Any:
@@ -172,9 +189,9 @@ class ConvolutionalReconstructor:
 
     def __init__(self, tokenizer: ConvolutionalTokenizer, device: torch.device):
         self.tokenizer = tokenizer.eval().requires_grad_(False).to(device)
-        self.device, self.id_count = device, tokenizer.quantizer.id_count
+        self.id_count = tokenizer.quantizer.id_count
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
-        ids = self.tokenizer.encode(images.to(self.device))
+        ids = self.tokenizer.encode(images).ids
         bits = torch.full((len(images),), float(self.tokenizer.config.bits_per_picture))
         return Reconstruction(self.tokenizer.decode(ids).cpu(), bits, ids.cpu())
