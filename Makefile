@@ -4,7 +4,7 @@ VENV := .venv
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format docs lock audit clean
+.PHONY: demo test coverage lint format docs lock audit clean
 
 # The pinned torch first: the index's plain release, or a local CPU wheel where there is one. Named again, or torchvision
 # would bring the newest torch of its own.
@@ -25,6 +25,12 @@ demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and 
 # A process a core with a thread each: the tests' own processes and networks are small.
 test: $(VENV)/dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+coverage: $(VENV)/dev  ## lines of src/ that no test runs, processes that tests start included
+	$(BIN)/python -m coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n auto
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --show-missing --skip-covered --fail-under=90
 
 lint: $(VENV)/dev  ## style, and types strict but for what pyproject.toml names
 	$(BIN)/ruff check .

@@ -112,6 +112,19 @@ def test_info_allocates_nothing():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_info_of_training(capsys):
+    """What a run costs, by arithmetic: the paper's batch and length, and what checkpointing saves."""
+    status, out, _ = run(capsys, "info", "nano", "--training", "--json")
+    assert status == 0
+    found = json.loads(out)
+    whole, frozen = (
+        found["training_images"] * found[f"tflop_per_image{part}"] / 1e6 for part in ("", "_encoder_frozen")
+    )
+    assert 0.95 * frozen < found["exaflop_of_the_run"] < whole
+    assert found["gib_with_activation_checkpointing"] < found["gib_of_activations_per_image"]
+    assert found["gib_of_state"] == pytest.approx(5 * 4 * 17.79e6 / 2**30, abs=0.01)
+
+
 def test_convert(capsys, tmp_path, weights, tiny):
     target = tmp_path / "half.safetensors"
     assert run(capsys, "convert", weights, target, "--dtype", "float16")[0] == 0
@@ -270,6 +283,7 @@ def test_two_pictures_of_one_name(capsys, tmp_path, weights, photo):
         ("reconstruct", "a.jpg", "--steps", "0"),
         ("reconstruct", "a.jpg", "--seed", "-1"),
         ("reconstruct", "a.jpg", "--device", "abacus"),
+        ("reconstruct", "a.jpg", "--guidance", "nan"),
         ("demo", "--port", "99999"),
     ],
 )

@@ -7,6 +7,7 @@ import time
 import pytest
 from conftest import PICTURES
 
+from flowmo.checkpoint import CheckpointError
 from flowmo.evaluate import follow
 from flowmo.evaluate.follow import LOG, Follower
 from flowmo.evaluate.reconstruction import EvaluationError, Judges
@@ -85,3 +86,25 @@ def test_nothing_to_evaluate(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(EvaluationError, match="no checkpoint yet"):
         Follower((f"eval.eval_dir={tmp_path}/empty",), tmp_path, Judges()).evaluate()
+
+
+def test_a_checkpoint_that_is_removed_meanwhile(config, tmp_path, monkeypatch):
+    """Runs keep the newest few; one that goes while it is read is told and passed over, a damaged one is an error."""
+    run, said = tmp_path / "run", []
+    Run(config, run, report=lambda line: None).train()
+    newest = run / "checkpoints" / "00000004.pth"
+    follower = Follower((f"eval.eval_dir={run}", *EVALUATION), tmp_path / "a", Judges(), report=said.append)
+    content = newest.read_bytes()
+    newest.write_bytes(content[:1000])
+    with pytest.raises(CheckpointError):
+        follower.evaluate()
+    newest.write_bytes(content)
+
+    def gone(*arguments, **settings):
+        newest.unlink()
+        raise CheckpointError("no such file")
+
+    monkeypatch.setattr("flowmo.load", gone)
+    follower.evaluate()
+    assert said[-1] == "00000004.pth was removed before it was evaluated"
+    assert logged(tmp_path / "a") == [{"checkpoint": "00000004.pth", "removed": True}]

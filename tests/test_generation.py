@@ -1,13 +1,14 @@
 """Figures of generated pictures: against definitions, against torch-fidelity, and on files that are wrong."""
 
 import io
+import json
 import zipfile
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES
+from conftest import PICTURES, run_command
 from PIL import Image
 
 from flowmo.data import DataError
@@ -87,6 +88,27 @@ def test_reference_statistics_instead_of_pictures(tmp_path):
     write_npz(tmp_path / "both.npz", [theirs], 25, seen.gaussians)
     read = NpzFile(tmp_path / "both.npz").statistics("spatial")
     assert torch.equal(read[1], covariance_s)
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    """``flowmo evaluate PICTURES --reference OTHERS``, as lines and as JSON, and what it refuses."""
+    monkeypatch.setattr("flowmo.evaluate.features.build_features", lambda kind: Colours())
+    ours, theirs = as_folder(tmp_path / "a", random_pictures(30)), tmp_path / "b.npz"
+    write_npz(theirs, random_pictures(25, 1).split(7), 25)
+    status, out, _ = run_command(capsys, "evaluate", ours, "--reference", theirs)
+    assert status == 0
+    assert out.startswith("30 pictures against 25\n")
+    expected = summary(ours, theirs)
+    for name, value in (("Fréchet distance", expected.frechet_distance), ("recall", expected.recall)):
+        line = next(line for line in out.splitlines() if line.startswith(name))
+        assert float(line.removeprefix(name).split()[0]) == pytest.approx(value, abs=0.01)
+    status, out, _ = run_command(capsys, "evaluate", ours, "--reference", theirs, "--json")
+    assert status == 0
+    assert json.loads(out)["frechet_distance"] == expected.frechet_distance
+    for words in (["--reference", theirs], [ours, "--reference", theirs, "--features", "none"]):
+        status, _, err = run_command(capsys, "evaluate", *words)
+        assert status == 2
+        assert "name both" in err
 
 
 def test_inception_score_by_its_definition():

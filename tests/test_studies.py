@@ -1,5 +1,6 @@
 """Studies at their smallest scale, which proves the machinery and no claim."""
 
+import dataclasses
 import importlib
 import json
 
@@ -10,7 +11,7 @@ from conftest import PICTURES, open_gates
 from flowmo import FlowMo, save
 from flowmo.cli import main
 from flowmo.evaluate.reconstruction import Judges
-from flowmo.studies import SCALES, STUDIES, noise, posttrain
+from flowmo.studies import SCALES, STUDIES, noise, peer, posttrain
 from flowmo.studies.page import (
     COLUMNS,
     against_paper,
@@ -146,6 +147,24 @@ def test_tokenizers_smoke(trained_weights, class_folder, tmp_path, monkeypatch):
     (tmp_path / "out" / "tokenizers-smoke.md").unlink()
     assert main([str(word) for word in words]) == 0  # trains and measures nothing again
     assert (tmp_path / "out" / "tokenizers-smoke.md").read_text() == text
+
+
+def test_the_peer_takes_the_rate_that_trains_best(tmp_path, monkeypatch):
+    """Each rate on the training pictures, by LPIPS, or by PSNR without it; what was tried leaves no weights behind."""
+    rates = {5e-4: 0.4, 1e-3: 0.2, 2e-3: 0.3}
+    monkeypatch.setitem(peer.SCALES, "smoke", dataclasses.replace(peer.SCALES["smoke"], rates=tuple(rates)))
+    place = Place("peer", "smoke", "train", "held out", tmp_path, tmp_path)
+
+    def trial(facts, settings, match, name, there, judges, share):
+        assert there.held_out == "train"
+        (there.folder(name) / "checkpoints").mkdir(parents=True)
+        lpips = rates[facts["rate"]]
+        return {"psnr": 10 * lpips, "lpips_alex": lpips if name.startswith("trial-flowmo") else None}
+
+    monkeypatch.setattr(peer, "make_row", trial)
+    assert peer.best_rate("flowmo", None, place, None) == 1e-3
+    assert peer.best_rate("convolutional", None, place, None) == 5e-4
+    assert not list(tmp_path.rglob("checkpoints"))
 
 
 @pytest.mark.parametrize("study", ["generate", "tokenizers"])
