@@ -7,7 +7,7 @@ SCALES = ("smoke", "cpu", "gpu", "paper")
 STUDIES = {
     name: f"flowmo.studies.{name}"
     for name in (
-        *("ablations", "continuous", "posttrain", "variance", "noise", "sampler", "likelihood"),
+        *("ablations", "continuous", "posttrain", "distill", "variance", "noise", "sampler", "likelihood"),
         *("peer", "generate", "tokenizers"),
     )
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from flowmo.config import Config
 from flowmo.evaluate.reconstruction import Judges
 from flowmo.sample import evaluations, network_passes, shifted_times
 from flowmo.studies.page import (
@@ -128,10 +129,15 @@ def run(place: Place, judges: Judges) -> None:
         draw(place)
 
 
-def measure_setting(setting: Setting, model: str, tokenizer: FlowMo, place: Place, judges: Judges) -> dict[str, Any]:
-    own = tokenizer.config.eval.sampling
+def passes_of(config: Config, setting: Setting) -> int:
+    """Passes of the decoder a picture, those for guidance included."""
+    own = config.eval.sampling
     times = evaluations(setting.solver, shifted_times(setting.steps, setting.rho))
-    passes = network_passes(times, setting.guidance, own.guidance_low, own.guidance_high)
+    return network_passes(times, setting.guidance, own.guidance_low, own.guidance_high)
+
+
+def measure_setting(setting: Setting, model: str, tokenizer: FlowMo, place: Place, judges: Judges) -> dict[str, Any]:
+    passes = passes_of(tokenizer.config, setting)
     facts: dict[str, Any] = {"model": model, "part": setting.part, "curve": setting.curve}
     facts |= {"arm": f"{model}-{setting.name}", "label": setting.label, "passes": passes, "guidance": setting.guidance}
     sampled = with_settings(tokenizer, *setting.settings)
