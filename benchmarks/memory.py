@@ -1,0 +1,190 @@
+"""Memory of training and of decoding over the batch: by arithmetic for every preset, and measured beside it.
+
+    python benchmarks/memory.py --json docs/performance/memory.json           # arithmetic, and nano and small on a CPU
+    python benchmarks/memory.py --device cuda --measure small lo              # measured on a GPU
+
+Two policies of training are compared: every activation kept for the backward pass, or each block's input alone, from
+which the block is computed again (``trainer.activation_checkpointing``). Arithmetic counts the state (weights,
+gradients, Adam's moments, averaged weights), what the forward pass keeps, and with recomputation one block besides.
+Each measurement is the peak of a process of its own: resident set on a CPU, allocated memory on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import flowmo
+from flowmo import Config, FlowMo
+from flowmo.distributed import World
+from flowmo.train.account import training_cost
+from flowmo.train.distributed import prepare
+from flowmo.train.loop import used_memory
+from flowmo.train.optimizer import Average, build_optimizer
+from flowmo.train.stages import Draws, Stage
+
+GIB = 2**30
+POLICIES = {"kept": "false", "recomputed": "true"}
+BATCHES = (1, 2, 4, 8, 16, 32)
+CARDS = (24, 80, 141)
+"""GiB of the GPUs that the table says what fits on."""
+STAGES = {
+    "nano": ("nano", ()),
+    "small": ("small", ()),
+    "Lo and Hi": ("lo", ()),
+    "Lo, stage 1B": ("lo", ("model.posttrain_sample=true", "opt.lpips_mode=resnet")),
+}
+
+
+def settings(preset: str, policy: str, *more: str) -> Config:
+    return flowmo.preset(preset).override(f"trainer.activation_checkpointing={POLICIES[policy]}", *more)
+
+
+# By arithmetic
+
+
+def expected(preset: str, policy: str, more: tuple[str, ...], fused: bool = True) -> tuple[float, float]:
+    """GiB of the state, and of each picture."""
+    kept = training_cost(settings(preset, "kept", *more), fused=fused)
+    if policy == "kept":
+        return kept.state_bytes / GIB, kept.activation_bytes / GIB
+    config = settings(preset, policy, *more)
+    recomputed = training_cost(config, fused=fused).activation_bytes
+    blocks = config.model.enc_depth + config.model.dec_depth
+    return kept.state_bytes / GIB, (recomputed + (kept.activation_bytes - recomputed) / blocks) / GIB
+
+
+def arithmetic() -> list[dict]:
+    rows = []
+    for name, (preset, more) in STAGES.items():
+        for policy in POLICIES:
+            state, picture = expected(preset, policy, more)
+            fits = {str(card): max(int((0.9 * card - state) / picture), 0) for card in CARDS}
+            rows.append({"what": name, "policy": policy, "state": state, "picture": picture, "fits": fits})
+    return rows
+
+
+# Measured
+
+
+def train_once(preset: str, policy: str, batch: int, device: torch.device) -> None:
+    """Two steps, so that Adam's moments are there when the second one's activations are."""
+    config = settings(preset, policy, "opt.lpips_weight=0")
+    tokenizer = FlowMo(config).to(device)
+    stage = prepare(Stage(tokenizer, None), World(device=device), config.trainer)
+    optimizer, average = build_optimizer(tokenizer), Average(tokenizer, batch)
+    side = config.data.image_size
+    images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
+    for step in range(2):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = stage(images, Draws.of(config, images, range(batch)))
+        loss.total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)  # gradients count to the state
+        average.update(step)
+
+
+@torch.no_grad()
+def decode_once(preset: str, batch: int, device: torch.device) -> None:
+    tokenizer = FlowMo(flowmo.preset(preset)).eval().to(device)
+    tokenizer.chunk_size = batch
+    side = tokenizer.config.data.image_size
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        tokenizer.decode(tokenizer.encode(torch.zeros(batch, 3, side, side)), 2)
+
+
+def measure(what: str, preset: str, policy: str, batch: int, device: str) -> float:
+    """GiB at most, beyond those of a process that does nothing with the same libraries."""
+    # Freed blocks go back to the system at once, so that the resident set is what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--device", device, "--one", what, preset, policy, str(batch)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout) / GIB
+
+
+def measured(presets: list[str], batches: list[int], device: str) -> list[dict]:
+    nothing = measure("nothing", "nano", "kept", 0, device)
+    rows = []
+    for preset in presets:
+        weights = sum(p.numel() for p in FlowMo(flowmo.preset(preset)).parameters()) * 4 / GIB
+        for what, policy in (("training", "kept"), ("training", "recomputed"), ("decoding", "kept")):
+            found = [measure(what, preset, policy, batch, device) - nothing for batch in batches]
+            row = {"what": what, "preset": preset, "policy": policy, "gib": dict(zip(batches, found, strict=True))}
+            if what == "training":
+                row["expected_state"], row["expected_picture"] = expected(
+                    preset,
+                    policy,
+                    ("opt.lpips_weight=0", f"trainer.enable_bfloat16={str(device != 'cpu').lower()}"),
+                    fused=device != "cpu",
+                )
+            else:
+                row["expected_state"], row["expected_picture"] = weights, None
+            row["picture"] = (found[-1] - found[0]) / (batches[-1] - batches[0])
+            rows.append(row)
+    return rows
+
+
+def tables(found: dict) -> str:
+    lines = [
+        "By arithmetic, GiB, with LPIPS on VGG, or stage 1B's ResNet-50, in bfloat16; what fits leaves a tenth free:",
+        "",
+        f"| training | activations | state | a picture | {' | '.join(f'batch {b}' for b in BATCHES)} | "
+        + " | ".join(f"fit in {card}" for card in CARDS)
+        + " |",
+        "|" + "---|" * (4 + len(BATCHES) + len(CARDS)),
+    ]
+    for row in found["arithmetic"]:
+        peaks = (f"{row['state'] + batch * row['picture']:.1f}" for batch in BATCHES)
+        cells = [row["what"], row["policy"], f"{row['state']:.1f}", f"{row['picture']:.2f}", *peaks]
+        lines.append("| " + " | ".join([*cells, *map(str, row["fits"].values())]) + " |")
+    if found["measured"]:
+        batches = list(found["measured"][0]["gib"])
+        lines += [
+            "",
+            f"Measured ({found['machine']}), GiB at most, without a perceptual network:",
+            "",
+            f"| | preset | activations | {' | '.join(f'batch {b}' for b in batches)} | a picture | by arithmetic |",
+            "|" + "---|" * (5 + len(batches)),
+        ]
+        for row in found["measured"]:
+            arithmetic_ = "–" if row["expected_picture"] is None else f"{row['expected_picture']:.3f}"
+            cells = [row["what"], row["preset"], row["policy"] if row["what"] == "training" else "–"]
+            cells += [f"{value:.2f}" for value in row["gib"].values()]
+            lines.append("| " + " | ".join([*cells, f"{row['picture']:.3f}", arithmetic_]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--measure", nargs="*", default=["nano"], help="presets that are run (nano)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="theirs (1 4 16)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file too")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if arguments.one:
+        what, preset, policy, batch = arguments.one
+        if what == "training":
+            train_once(preset, policy, int(batch), device)
+        elif what == "decoding":
+            decode_once(preset, int(batch), device)
+        print(used_memory(device))
+        return
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, float32, resident set"
+    found: dict = {"torch": torch.__version__, "machine": machine}
+    # First, while this process is small: the resident set of a process it starts is at least its own.
+    found["measured"] = measured(arguments.measure, arguments.batches, arguments.device)
+    found["arithmetic"] = arithmetic()
+    print(tables(found))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
