@@ -8,7 +8,7 @@ compared with the training pictures, beside what the tokenizer itself makes of t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ KINDS = {
     "posttrained": "FlowMo, stages 1A and 1B",
     "convolutional": "convolutional, adversarial",
 }
-BITS = Column("bits", "bits to predict a hidden id ↓", 2, 1 / math.log(2))
+BITS = Column("cross_entropy", "bits to predict a hidden id ↓", 2, 1 / math.log(2))
 
 
 @dataclass(frozen=True)
@@ -134,36 +134,36 @@ def run(place: Place, judges: Judges) -> None:
     scale = SCALES[place.scale]
     judge = Judge(place, judges, scale.pictures, scale.base.data.image_size)
     match = Match.of(scale.base, len(open_source(place.train)))
+    facts = {
+        **{"pictures": scale.pictures, "steps": scale.steps, "posttraining": scale.posttraining},
+        **{"bits_per_picture": scale.base.bits_per_picture, "side": scale.base.data.image_size},
+        **{"classes": [display_name(name) for name in judge.classes], "match": asdict(match)},
+        **{"generator": scale.generator.to_dict()["generator"], "judges": judges.describe()},
+        "rates": [scale.base.opt.lr, scale.peer_rate],
+    }
     rows: list[dict[str, Any]] = []
     for kind in KINDS:
         for row in study_tokenizer(kind, match, judge, place):
             rows.append(row)
-            facts = {
-                **{"pictures": scale.pictures, "steps": scale.steps, "posttraining": scale.posttraining},
-                **{"bits_per_picture": scale.base.bits_per_picture, "side": scale.base.data.image_size},
-                **{"classes": [display_name(name) for name in judge.classes], "match": asdict(match)},
-                **{"generator": scale.generator.to_dict()["generator"], "judges": judges.describe()},
-            }
             write_results(place, facts, rows)
     if place.world.main:
         draw(place)
 
 
-def study_tokenizer(kind: str, match: Match, judge: Judge, place: Place) -> Sequence[dict[str, Any]]:
+def study_tokenizer(kind: str, match: Match, judge: Judge, place: Place) -> Iterator[dict[str, Any]]:
     """The tokenizer's own pictures, then those of a generator a seed."""
     scale = SCALES[place.scale]
     tokenizer = train_tokenizer(kind, match, place)
     facts = {"arm": kind, "tokenizer": tokenizer.identity()}
     make = partial(reconstructions, tokenizer, judge.originals, judge.places)
-    rows = [judged(f"{kind}-reconstructed", KINDS[kind], judge, place, make, kind="reconstructed", **facts)]
+    yield judged(f"{kind}-reconstructed", KINDS[kind], judge, place, make, kind="reconstructed", **facts)
     tokens = make_tokens(tokenizer, kind, place)
     for seed in range(1, scale.seeds + 1):
         name = f"{kind}-generator-seed{seed}"
         generator, nats = train_generator(scale.generator.override(f"trainer.seed={seed}"), name, tokens)
         drawing = Drawing(seed=seed, steps=scale.steps)
         make = partial(generated, generator, tokenizer, judge.evenly(), drawing, place)
-        rows.append(judged(name, KINDS[kind], judge, place, make, kind="generated", seed=seed, bits=nats, **facts))
-    return rows
+        yield judged(name, KINDS[kind], judge, place, make, kind="generated", seed=seed, cross_entropy=nats, **facts)
 
 
 def train_tokenizer(kind: str, match: Match, place: Place) -> Tokenizer:
@@ -187,7 +187,7 @@ def draw(place: Place) -> None:
     found = {kind: groups_of([row for row in results["rows"] if row["kind"] == kind]) for kind in WORDS}
     columns = measured_columns(results["rows"], COLUMNS)
     bars(found["generated"], [*columns, BITS], place)
-    network, match = results["generator"], results["match"]
+    network, match, rates = results["generator"], results["match"], results["rates"]
     sizes = [
         (KINDS[kind], f"{match['parameters'][of] / 1e6:.2f}", f"{match['flops'][of] / 1e12:.0f}", match["images"][of])
         for kind, of in (("pretrained", "flowmo"), ("convolutional", "convolutional"))
@@ -197,7 +197,8 @@ def draw(place: Place) -> None:
 
     flowmo study {place.name} --scale {place.scale} --data PICTURES --held-out HELD_OUT
 
-{results["bits_per_picture"]} bits a picture of {results["side"]} × {results["side"]} pixels, of one bottleneck.
+{results["bits_per_picture"]:g} bits a picture of {results["side"]} × {results["side"]} pixels, of one bottleneck.
+Learning rates: FlowMo {rates[0]:g}, its peer {rates[1]:g}, at scale `cpu` those that the study `peer` chose.
 
 {markdown_table(header, ([str(value) for value in size] for size in sizes))}
 Stage 1B: {results["posttraining"]} images more, for the decoder alone. Generators of {network["depth"]} blocks of width
