@@ -91,6 +91,7 @@ def cell(values: Iterable[float | None], places: int) -> str:
     if found is None:
         return "–"
     mean, deviation = found
+    mean = round(mean, places) + 0.0  # no "-0.0"
     return f"{mean:.{places}f} ± {deviation:.{places}f}" if len(values) > 1 else f"{mean:.{places}f}"
 
 
