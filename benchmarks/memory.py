@@ -1,6 +1,6 @@
 """Memory of training and of decoding over the batch: by arithmetic for every preset, and measured beside it.
 
-    python benchmarks/memory.py --json docs/performance/memory.json           # arithmetic, and nano and small on a CPU
+    python benchmarks/memory.py --json docs/performance/memory.json           # arithmetic, and nano on a CPU
     python benchmarks/memory.py --device cuda --measure small lo              # measured on a GPU
 
 Two policies of training are compared: every activation kept for the backward pass, or each block's input alone, from

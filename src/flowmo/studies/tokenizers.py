@@ -1,7 +1,7 @@
 """Which tokenizer a generator draws best from (table 2's question), at equal bits and with all else equal.
 
-A FlowMo after stage 1A alone, the same one after stage 1B, and a convolutional, adversarial tokenizer of the same bits,
-parameters and training FLOPs. On the ids of each the same MaskGiT learns from several seeds, and what it draws is
+A FlowMo after stage 1A alone, the same one after stage 1B, and a convolutional, adversarial tokenizer of the bits,
+parameters and training FLOPs of stage 1A. On the ids of each the same MaskGiT learns from several seeds, and what it draws is
 compared with the training pictures, beside what the tokenizer itself makes of them.
 """
 
@@ -219,7 +219,7 @@ tokenizer was trained once. Class recognised: by MobileNet V2 (ImageNet, torchvi
 
 
 WORDS = {
-    "reconstructed": "What each tokenizer makes of the training pictures, which no generator can be expected to beat",
+    "reconstructed": "What each tokenizer makes of the training pictures",
     "generated": "What generators draw",
 }
 
