@@ -660,7 +660,7 @@ def test_the_commands(class_folder, tokenizer, trained, tmp_path, capsys):
     ):
         assert command(*base, "--out", out, *words) == 2
         assert message in capsys.readouterr().err
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29641"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += ["-m", "flowmo.generate", *base[1:], "--count", 5, "--out", tmp_path / "by_two.npz"]
     subprocess.run([str(word) for word in words], check=True, capture_output=True, timeout=300)
     assert (np.load(tmp_path / "by_two.npz")["arr_0"] == pictures).all(), "the same pictures from two processes"

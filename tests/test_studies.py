@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from conftest import PICTURES, open_gates
 from flowmo import FlowMo, save
 from flowmo.cli import main
 from flowmo.evaluate.reconstruction import Judges
-from flowmo.studies import SCALES, STUDIES, noise, peer, posttrain
+from flowmo.studies import SCALES, STUDIES, distill, noise, peer, posttrain
+from flowmo.studies.generation import Judge
 from flowmo.studies.page import (
     COLUMNS,
     against_paper,
@@ -192,6 +194,27 @@ def test_the_peer_takes_the_rate_that_trains_best(tmp_path, monkeypatch):
     assert peer.best_rate("flowmo", None, place, None) == 1e-3
     assert peer.best_rate("convolutional", None, place, None) == 5e-4
     assert not list(tmp_path.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize("sampler", [("euler", 1.5), ("heun", 1.5), ("heun", 1.0), ("midpoint", 1.0)])
+def test_a_teachers_own_setting_is_measured_once(sampler, tiny_config):
+    """Students are held against it, whatever its solver and guidance."""
+    solver, guidance = sampler
+    config = tiny_config.override(f"eval.sampling.solver={solver}", f"eval.sampling.guidance={guidance}")
+    settings = list(distill.teachers_settings(config, distill.SCALES["smoke"]))
+    assert [distill.is_own(config, setting) for _, setting in settings].count(True) == 1
+    assert len(set(settings)) == len(settings)
+
+
+def test_held_out_pictures_have_the_classes_of_the_others(class_folder, judges, tmp_path):
+    """Labels are numbers of a source's own classes."""
+    other = tmp_path / "other"
+    shutil.copytree(class_folder, other)
+    shutil.rmtree(other / "n01440764")
+    judges.features = object()
+    place = dataclasses.replace(place_of("generate", tmp_path), train=str(class_folder), held_out=str(other))
+    with pytest.raises(StudyError, match="other classes"):
+        Judge(place, judges, 4, 32)
 
 
 @pytest.mark.parametrize("study", ["generate", "tokenizers"])

@@ -135,7 +135,10 @@ def study_teacher(
 
     def measure(run: str, curve: str, tokenizer: FlowMo, setting: Setting, **facts: Any) -> dict[str, Any]:
         passes = passes_of(tokenizer.config, setting)
-        about = {"model": name, "curve": curve, "arm": f"{run}-{setting.steps}", "passes": passes, **facts}
+        arm = (
+            f"{name}-{curve}-{setting.guidance:g}-{setting.steps}"  # no seed: figures are averaged over it
+        )
+        about = {"model": name, "curve": curve, "arm": arm, "passes": passes, **facts}
 
         def make() -> dict[str, Any]:
             sampled = with_settings(tokenizer, *setting.settings)
@@ -160,6 +163,8 @@ def teachers_settings(config: Config, scale: Scale) -> Iterator[tuple[str, Setti
     """Ways to sample the teacher, and the curve that each is a point of; its own among them."""
     own = config.eval.sampling
     steps = sorted({*scale.steps, own.sample_steps})
+    if own.solver != "euler":  # its own setting, which students are held against, is on no curve below
+        yield f"teacher, {own.solver}", Setting("shift", own.sample_steps, own.rho, own.guidance, own.solver)
     for count in steps:
         yield "teacher, Euler", Setting("shift", count, own.rho, own.guidance)
     for rho in scale.rhos:
@@ -168,6 +173,8 @@ def teachers_settings(config: Config, scale: Scale) -> Iterator[tuple[str, Setti
                 yield f"teacher, ρ = {rho:g}", Setting("shift", count, rho, own.guidance)
     for solver in scale.solvers:
         for count in steps:
+            if (solver, count, 1.0) == (own.solver, own.sample_steps, own.guidance):
+                continue
             yield f"teacher, {solver}", Setting("solver", count, own.rho, 1.0, solver)
 
 

@@ -81,6 +81,8 @@ class Judge:
         self.places = evenly_spread(min(count, len(source)), len(source))
         self.originals = read(source, self.places, side)
         other = open_source(place.held_out)
+        if list(other.classes) != list(source.classes):
+            raise StudyError(f"{place.held_out}: has other classes than {place.train}")
         self.others = read(other, evenly_spread(min(count, len(other)), len(other)), side)
         self._reference: Seen | None = None
 

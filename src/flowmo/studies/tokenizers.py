@@ -1,8 +1,8 @@
 """Which tokenizer a generator draws best from (table 2's question), at equal bits and with all else equal.
 
 A FlowMo after stage 1A alone, the same one after stage 1B, and a convolutional, adversarial tokenizer of the bits,
-parameters and training FLOPs of stage 1A. On the ids of each the same MaskGiT learns from several seeds, and what it draws is
-compared with the training pictures, beside what the tokenizer itself makes of them.
+parameters and training FLOPs of stage 1A. On the ids of each the same MaskGiT learns from several seeds, and what it
+draws is compared with the training pictures, beside what the tokenizer itself makes of them.
 """
 
 from __future__ import annotations
@@ -146,8 +146,7 @@ def run(place: Place, judges: Judges) -> None:
         for row in study_tokenizer(kind, match, judge, place):
             rows.append(row)
             write_results(place, facts, rows)
-    if place.world.main:
-        draw(place)
+    draw(place)
 
 
 def study_tokenizer(kind: str, match: Match, judge: Judge, place: Place) -> Iterator[dict[str, Any]]:
