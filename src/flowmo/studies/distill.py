@@ -135,9 +135,7 @@ def study_teacher(
 
     def measure(run: str, curve: str, tokenizer: FlowMo, setting: Setting, **facts: Any) -> dict[str, Any]:
         passes = passes_of(tokenizer.config, setting)
-        arm = (
-            f"{name}-{curve}-{setting.guidance:g}-{setting.steps}"  # no seed: figures are averaged over it
-        )
+        arm = f"{name}-{curve}-{setting.guidance:g}-{setting.steps}"  # no seed: figures are averaged over it
         about = {"model": name, "curve": curve, "arm": arm, "passes": passes, **facts}
 
         def make() -> dict[str, Any]:
