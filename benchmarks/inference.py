@@ -1,69 +1,133 @@
-"""Encoding and decoding against the machine's limits and against the plain reading of the paper.
+"""Encoding and decoding against the machine's limits, the plain reading of the paper and the authors' own model.
 
     python benchmarks/inference.py                                             # nano and small on a CPU
+    python benchmarks/inference.py --compile --authors FlowMo --presets nano narrow small
     python benchmarks/inference.py --device cuda --bfloat16 --presets small lo # on a GPU
 
 Weights are random, which changes no time. FLOPs are counted, not estimated; the floor is the larger of FLOPs over the
 measured matrix rate and bytes (weights once, the residual streams in and out of every block) over the measured copy
-rate. ``plain`` is ``benchmarks/plain.py`` on the same weights in the same run; it, ours and the matrix rate are
-measured in turns, a large preset's decoding once. Before anything is timed, the two must agree.
+rate. The ways to do the work are measured in turns on the same weights, and the matrix rate before each turn; large
+presets decode once. Before anything is timed, all ways must agree.
+
+- ``loaded``: a tokenizer as ``flowmo.load`` gives it.
+- ``packed``: after ``.pack()``, on CPUs in float32; ``compiled``: after ``.compile()`` besides, with ``--compile``.
+- ``plain``: ``benchmarks/plain.py``.
+- ``authors``: their code run as it is written, with ``--authors FOLDER`` (see ``benchmarks/authors.py``), and
+  ``authors compiled``: as they run it, under ``torch.compile``. Of the presets that their model has the form of;
+  ``narrow`` is such a one about as large as nano.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import authors
 import plain
 import torch
 
 import flowmo
+from flowmo import Config, FlowMo
 from flowmo.bench import Timing, measure, parts
+from flowmo.packed import available
 from flowmo.studies.study import machine
 
 AGREEMENT = 1e-4
+NARROW = ("mup_width=2", "enc_mup_width=2", "enc_depth=4", "dec_depth=8", "patch_size=8", "code_length=128")
+QUICK = ("nano", "narrow")
+WAYS = ("loaded", "packed", "compiled", "plain", "authors", "authors compiled")
+Parts = dict[str, Callable[[], torch.Tensor]]
 
 
-def compare(name: str, device: torch.device, bfloat16: bool, repeats: int) -> list[dict]:
-    """Rows of one preset: ours by ``flowmo.bench``, then ours and the plain way alternating."""
-    torch.manual_seed(0)
-    tokenizer = flowmo.FlowMo(flowmo.preset(name)).to(device).eval().requires_grad_(False)
+def settings(name: str) -> Config:
+    if name == "narrow":
+        return Config().override("data.image_size=128", *(f"model.{setting}" for setting in NARROW))
+    return flowmo.preset(name)
+
+
+def opened(tokenizer: FlowMo) -> FlowMo:
     for parameter in tokenizer.decoder.parameters():  # open the gates, or the blocks would not show
         parameter.add_(0.02 * torch.randn_like(parameter))
-    own, side = tokenizer.config.eval.sampling, tokenizer.config.data.image_size
-    ours = parts(tokenizer)
+    return tokenizer
+
+
+def plain_parts(tokenizer: FlowMo) -> Parts:
+    own = tokenizer.config.eval.sampling
     images, noise, code = plain.inputs(tokenizer)
-    theirs = {
-        "encode": lambda: plain.encode(tokenizer, images),
-        "decoder pass": lambda: plain.velocity(tokenizer, noise, plain.marked(code), 1.0),
-        "decode": lambda: plain.decode(tokenizer, code, own.sample_steps, own.guidance, noise),
+    return {
+        "encode": partial(plain.encode, tokenizer, images),
+        "decoder pass": partial(plain.velocity, tokenizer, noise, plain.marked(code), 1.0),
+        "decode": partial(plain.decode, tokenizer, code, own.sample_steps, own.guidance, noise),
     }
+
+
+def authors_parts(tokenizer: FlowMo, theirs: dict[str, Callable[..., torch.Tensor]], stance: str) -> Parts:
+    images, noise, code = plain.inputs(tokenizer)
+    arguments = {
+        "encode": (images,),
+        "decoder pass": (noise, plain.marked(code)),
+        "decode": (noise, plain.marked(code)),
+    }
+
+    def run(part: str) -> torch.Tensor:
+        with torch.compiler.set_stance(stance):
+            return theirs[part](*arguments[part])
+
+    return {part: partial(run, part) for part in arguments}
+
+
+def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
+    """Rows of one preset."""
+    device, config = arguments.device, settings(name)
+    torch.manual_seed(0)
     with torch.no_grad():
+        if arguments.authors and config.model.code_layout == "diagonal" and config.model.prediction == "velocity":
+            tokenizer, theirs = authors.both(arguments.authors, config)
+        else:
+            tokenizer, theirs = opened(FlowMo(config).eval().requires_grad_(False)), None
+    tokenizer.to(device)
+    ways = {"plain": plain_parts(tokenizer)}
+    if theirs and device.type == "cpu":
+        ways["authors"] = authors_parts(tokenizer, theirs, "force_eager")
+        if arguments.compile:
+            ways["authors compiled"] = authors_parts(tokenizer, theirs, "default")
+    if device.type == "cpu" and not arguments.bfloat16 and available():
+        ways["packed"] = parts(copy.deepcopy(tokenizer).pack())
+        if arguments.compile:
+            ways["compiled"] = parts(copy.deepcopy(tokenizer).pack().compile())
+    elif arguments.compile:
+        ways["compiled"] = parts(copy.deepcopy(tokenizer).compile())
+    with torch.no_grad():
+        ours = parts(tokenizer)
         for part in ("encode", "decoder pass"):
-            difference = (ours[part]() - theirs[part]()).abs().max()
-            assert difference < AGREEMENT, f"{name} at {side}: {part} differs by {difference}"
+            expected = ours[part]()
+            for way, functions in ways.items():
+                difference = (functions[part]() - expected).abs().max()
+                assert difference < AGREEMENT, f"{name}: {part}, {way} differs by {difference}"
+        for way in ways:
+            if "compiled" in way:  # pictures with and without the null code are two shapes
+                ways[way]["decode"]()
+    fewer = {"encode": 3, "decoder pass": 3, "decode": 1}
+    count = arguments.repeats if name in QUICK else fewer
     rows = []
-    count = dict.fromkeys(theirs, repeats) if name == "nano" else {"encode": 3, "decoder pass": 3, "decode": 1}
-    for timing in measure(tokenizer, 1, bfloat16, count, theirs):
+    for timing in measure(tokenizer, 1, arguments.bfloat16, count, ways):
         facts = dataclasses.asdict(timing)
-        rows.append({"preset": name, "floor": timing.floor, "plain_seconds": facts.pop("other_seconds"), **facts})
-        print(line(name, timing), flush=True)
+        seconds = {"loaded": facts.pop("seconds"), **facts.pop("other_seconds")}
+        rows.append({"preset": name, "floor": timing.floor, **facts, "seconds": seconds})
+        print(line(name, timing, seconds), flush=True)
     return rows
 
 
-def line(name: str, timing: Timing) -> str:
-    return (
-        f"| {name} | {timing.part} | {timing.flops / 1e9:.1f} | {timing.moved / 1e6:.0f} | {1e3 * timing.floor:.1f} | "
-        f"{1e3 * timing.seconds:.1f} | {timing.matrix_share:.0%} | {timing.other_seconds / timing.seconds:.2f} |"
-    )
-
-
-HEADER = (
-    "| preset | part | GFLOP | MB | floor, ms | measured, ms | of the matrix rate | plain / ours |\n"
-    "|---|---|---|---|---|---|---|---|"
-)
+def line(name: str, timing: Timing, seconds: dict[str, float]) -> str:
+    share = timing.flops / timing.matrix_rate
+    cells = (f"{1e3 * seconds[way]:.1f} ({share / seconds[way]:.0%})" if way in seconds else "–" for way in WAYS)
+    facts = f"{timing.flops / 1e9:.1f} | {timing.moved / 1e6:.0f} | {1e3 * timing.floor:.1f}"
+    return f"| {name} | {timing.part} | {facts} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -71,18 +135,18 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["nano", "small"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="compiled networks too")
+    parser.add_argument("--authors", type=Path, metavar="FOLDER", help="a clone of the authors' repository")
+    parser.add_argument("--repeats", type=int, default=21, help="of the small ones (21)")
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
-    print(HEADER)
-    rows = [
-        row
-        for name in arguments.presets
-        for row in compare(name, arguments.device, arguments.bfloat16, arguments.repeats)
-    ]
+    print("Milliseconds, and of the matrix rate:\n")
+    print("| preset | part | GFLOP | MB | floor, ms | " + " | ".join(WAYS) + " |")
+    print("|" + "---|" * (5 + len(WAYS)))
+    rows = [row for name in arguments.presets for row in compare(name, arguments)]
     about = {"machine": machine(arguments.device), "torch": torch.__version__, "bfloat16": arguments.bfloat16}
     if arguments.json:
-        arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
+        arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

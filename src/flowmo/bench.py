@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Timing:
         moved: bytes that must move: weights once a pass, the residual streams in and out of every block.
         seconds: median over repeats.
         matrix_rate, copy_rate: FLOPs and bytes a second; the former is measured before every repeat, its median taken.
-        other_seconds: of another way to do the same, where one was timed in turns with ours.
+        other_seconds: of other ways to do the same that were timed in turns with ours, by name.
     """
 
     part: str
@@ -50,7 +50,7 @@ class Timing:
     seconds: float
     matrix_rate: float
     copy_rate: float
-    other_seconds: float | None = None
+    other_seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:
@@ -91,6 +91,7 @@ def copy_rate(device: torch.device) -> float:
     return 2 * a.nbytes / min(timed(lambda: b.copy_(a), device) for _ in range(5))
 
 
+@torch.no_grad()
 def parts(tokenizer: FlowMo, pictures: int = 1) -> dict[str, Callable[[], torch.Tensor]]:
     """The work by part, on pictures and codes without a meaning."""
     config, device, side = tokenizer.config, tokenizer.device, tokenizer.config.data.image_size
@@ -133,34 +134,61 @@ def in_turns(
     return statistics.median(rates), [statistics.median(column) for column in zip(*seconds, strict=True)]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one part asks of a machine; see ``Timing``."""
+
+    passes: int
+    flops: float
+    moved: float
+
+
+@torch.no_grad()
+def account(tokenizer: FlowMo, pictures: int = 1, bfloat16: bool = False) -> dict[str, Work]:
+    """The work by part, counted by doing it once; of a tokenizer that is neither packed nor compiled."""
+    config = tokenizer.config
+    tokens = pictures * ((config.data.image_size // config.model.patch_size) ** 2 + tokenizer.code_length)
+    works, functions = {}, parts(tokenizer, pictures)
+    for part, network in (("encode", tokenizer.encoder), ("decoder pass", tokenizer.decoder)):
+        counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+        with precision(tokenizer.device, bfloat16), counter:
+            functions[part]()
+        works[part] = Work(1, counter.get_total_flops(), moved_bytes(network, tokens, 2 if bfloat16 else 4))
+    one, passes = works["decoder pass"], passes_of(tokenizer)
+    return {**works, "decode": Work(passes, passes * one.flops, passes * one.moved)}
+
+
 @torch.no_grad()
 def measure(
     tokenizer: FlowMo,
     pictures: int = 1,
     bfloat16: bool = False,
     repeats: Mapping[str, int] | int = 5,
-    others: Mapping[str, Callable[[], object]] | None = None,
+    others: Mapping[str, Mapping[str, Callable[[], object]]] | None = None,
+    ready: Callable[[FlowMo], object] | None = None,
 ) -> list[Timing]:
     """Time encoding, one decoder pass and decoding of a batch, each after a first run that does not count.
 
     Args:
         repeats: of each part, or of all.
-        others: for each part another way to do it, timed in turns with ours.
+        others: other ways to do each part, by name, timed in turns with ours.
+        ready: packs or compiles the tokenizer, once its work has been counted.
     """
-    device, config = tokenizer.device, tokenizer.config
+    device = tokenizer.device
     tokenizer.chunk_size = pictures
-    tokens = pictures * ((config.data.image_size // config.model.patch_size) ** 2 + tokenizer.code_length)
-    copied, found, flops = copy_rate(device), [], 0.0
-    for part, work in parts(tokenizer, pictures).items():
-        other = [] if others is None else [others[part]]
-        passes = passes_of(tokenizer) if part == "decode" else 1
+    works, copied, found = account(tokenizer, pictures, bfloat16), copy_rate(device), []
+    if ready:
+        ready(tokenizer)
+    for part, function in parts(tokenizer, pictures).items():
+        ways = {name: way[part] for name, way in (others or {}).items() if part in way}
+        functions = [function, *ways.values()]
         if part != "decode":  # which is passes, and as warm after them
-            with precision(device, bfloat16), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-                work()
-            flops = counter.get_total_flops()
-        network = tokenizer.encoder if part == "encode" else tokenizer.decoder
-        moved = passes * moved_bytes(network, tokens, 2 if bfloat16 else 4)
+            with precision(device, bfloat16):
+                for work in functions:
+                    work()
         count = repeats if isinstance(repeats, int) else repeats[part]
-        rate, seconds = in_turns([work, *other], device, bfloat16, count)
-        found.append(Timing(part, pictures, passes, passes * flops, moved, seconds[0], rate, copied, *seconds[1:]))
+        rate, (ours, *theirs) = in_turns(functions, device, bfloat16, count)
+        work = works[part]
+        by_name = dict(zip(ways, theirs, strict=True))
+        found.append(Timing(part, pictures, work.passes, work.flops, work.moved, ours, rate, copied, by_name))
     return found

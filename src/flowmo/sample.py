@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flowmo.errors import FlowMoError
-from flowmo.transformer import Decoder, select_timestep
+from flowmo.transformer import Conditioning, Decoder, select_timestep
 
 
 class NotFiniteError(FlowMoError, ValueError):
@@ -97,6 +97,12 @@ def evaluations(solver: str, times: Sequence[float]) -> list[float]:
     return asked
 
 
+def conditioning(decoder: Decoder, times: Sequence[float], ends: Sequence[float] | None = None) -> Conditioning:
+    """What the decoder needs of all ``times`` of a run, and of the ``ends`` of their steps: the same for every code."""
+    as_tensor = partial(torch.tensor, dtype=torch.float32, device=next(decoder.parameters()).device)
+    return decoder.modulate(as_tensor(times), None if ends is None else as_tensor(ends))
+
+
 def guided_velocity(
     decoder: Decoder,
     code: Tensor,
@@ -104,7 +110,7 @@ def guided_velocity(
     guidance: float = 1.0,
     low: float = 0.0,
     high: float = 1.0,
-    ends: Sequence[float] | None = None,
+    at_times: Conditioning | None = None,
 ) -> Velocity:
     """The decoder's velocity for ``code``, with classifier-free guidance where low ≤ t ≤ high.
 
@@ -114,15 +120,14 @@ def guided_velocity(
     Args:
         code: b × tokens × channels.
         guidance: velocity = null + guidance · (conditional − null); 1 needs no null pass.
-        ends: where the step from each of ``times`` ends, for a decoder of mean velocities.
+        at_times: of ``conditioning``, where it is at hand; a decoder of mean velocities needs it, with its ends.
 
     Raises:
         ValueError: guidance is not finite.
     """
     if not math.isfinite(guidance):
         raise ValueError(f"guidance {guidance} is not a finite number")
-    as_tensor = partial(torch.tensor, dtype=torch.float32, device=code.device)
-    modulations = decoder.modulate(as_tensor(times), None if ends is None else as_tensor(ends))
+    modulations = conditioning(decoder, times) if at_times is None else at_times
     index = {t: i for i, t in enumerate(times)}
     embedded = decoder.embed_code(code)
     if guidance != 1.0:

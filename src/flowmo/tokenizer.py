@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from flowmo import pictures, sample
 from flowmo.config import Config
+from flowmo.packed import Packable
 from flowmo.pictures import Tiling
 from flowmo.quantize import build_quantizer, check_ids
-from flowmo.transformer import Decoder, Encoder
+from flowmo.transformer import Conditioning, Decoder, Encoder
 
 RANGE_TOLERANCE = 1e-4
 
@@ -102,11 +103,11 @@ def identity_of(facts: Mapping[str, Any], network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class FlowMo(nn.Module):
+class FlowMo(Packable):
     """The tokenizer: an encoder, a bottleneck and a rectified-flow decoder built from a ``Config``.
 
-    Fresh weights are random; ``flowmo.load`` gives trained ones. Device, precision and compilation are the caller's
-    choice: ``.to(device)``, ``torch.autocast``, ``torch.compile``.
+    Fresh weights are random; ``flowmo.load`` gives trained ones. Device, precision, packing and compilation are the
+    caller's choice: ``.to(device)``, ``torch.autocast``, ``.pack()``, ``.compile()``.
     """
 
     def __init__(self, config: Config | None = None):
@@ -117,6 +118,7 @@ class FlowMo(nn.Module):
         self.encoder = Encoder(self.config.encoder_shape, model.code_length, self.quantizer.encoder_channels)
         self.decoder = Decoder(self.config.decoder_shape, model.context_dim)
         self.chunk_size: int | None = None
+        self._kept: tuple[tuple[list[float], list[float] | None], Conditioning] | None = None
 
     # The names that users of other libraries look for
 
@@ -272,14 +274,15 @@ class FlowMo(nn.Module):
             raise ValueError(
                 "a distilled tokenizer has guidance folded in and makes Euler's steps; leave both as they are"
             )
+        asked = sample.evaluations(solver, times)
         guided = partial(
             sample.guided_velocity,
             self.decoder,
-            times=sample.evaluations(solver, times),
+            times=asked,
             guidance=guidance,
             low=preset.guidance_low,
             high=preset.guidance_high,
-            ends=times[1:] if mean else None,
+            at_times=self._conditioning(asked, times[1:] if mean else None),
         )
         out, done = [], 0
         for z, c in zip(self._chunks(noise.to(self.device)), self._chunks(code), strict=True):
@@ -293,6 +296,14 @@ class FlowMo(nn.Module):
         if not torch.isfinite(pictures).all():
             raise sample.NotFiniteError(f"the sample is not finite with guidance {guidance:g}; nearer to 1 it may be")
         return pictures
+
+    def _conditioning(self, times: list[float], ends: list[float] | None) -> Conditioning:
+        """Kept for the next call once the weights are packed, for then they no longer change."""
+        if not self.packed:
+            return sample.conditioning(self.decoder, times, ends)
+        if self._kept is None or self._kept[0] != (times, ends):
+            self._kept = (times, ends), sample.conditioning(self.decoder, times, ends)
+        return self._kept[1]
 
     def _chunks(self, x: Tensor) -> Iterator[Tensor]:
         """Rows of ``x`` in batches of one size; the last is padded with zeros."""

@@ -198,6 +198,13 @@ def gelu(x: Tensor) -> Tensor:
     return double_u.sigmoid_().mul_(x)
 
 
+class GELU(nn.Module):
+    """``gelu`` as a module, so that a packed layer can take it over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
+
+
 def gated_residual(x: Tensor, update: Tensor, modulation: Modulation | None) -> Tensor:
     if modulation is None:
         return x + update
@@ -237,6 +244,7 @@ class Stream(nn.Module):
         self.query_norm = RMSNorm(shape.head_dim)
         self.proj = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, hidden)
+        self.gelu = GELU()
         self.mlp_out = nn.Linear(hidden, width)
         if self.modulation is not None:
             with torch.no_grad():
@@ -265,7 +273,7 @@ class Stream(nn.Module):
         """Residual additions of the attention's output (b n c) and of the MLP."""
         attention, mlp = modulations or (None, None)
         x = gated_residual(x, self.proj(attended), attention)
-        hidden = gelu(self.mlp_in(modulated_norm(x, mlp)))
+        hidden = self.gelu(self.mlp_in(modulated_norm(x, mlp)))
         return gated_residual(x, self.mlp_out(hidden), mlp)
 
 

@@ -11,8 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flowmo
-from flowmo.cli.shared import UsageError, command, positive, progress_bar, with_json, with_model, with_sampling
+from flowmo.cli.shared import (
+    UsageError,
+    command,
+    hasten,
+    load,
+    positive,
+    progress_bar,
+    with_json,
+    with_model,
+    with_sampling,
+)
 from flowmo.codec import Codec, find_context
 from flowmo.data import Source, evenly_spread, open_source
 from flowmo.distributed import World
@@ -55,6 +64,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if source is None:
             folder = arguments.results_dir / arguments.experiment_name
             follower = Follower(arguments.settings, folder, judges, world, say)
+            follower.ready = partial(hasten, arguments=arguments)
             if arguments.json:  # a line of it a checkpoint, as each is done; what people read goes the other way
                 follower.report, follower.found = partial(say, to=sys.stderr), lambda row: say(json.dumps(row))
             follower.evaluate()
@@ -72,7 +82,7 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
     from flowmo.evaluate.report import Entry, weights_hash, write_report
     from flowmo.evaluate.summary import Summary
 
-    tokenizer = flowmo.load(arguments.model, *arguments.settings, device=str(world.device))
+    tokenizer = load(arguments, str(world.device))
     own, preset = tokenizer.config.data.image_size, tokenizer.config.eval
     side = arguments.size or own
     steps, guidance = arguments.steps or preset.sampling.sample_steps, arguments.guidance or preset.sampling.guidance

@@ -10,7 +10,19 @@ import torch
 
 import flowmo
 from flowmo import checkpoint
-from flowmo.cli.shared import UsageError, command, finite, positive, progress_bar, seed, tell, with_json, with_model
+from flowmo.cli.shared import (
+    UsageError,
+    command,
+    finite,
+    hasten,
+    load,
+    positive,
+    progress_bar,
+    seed,
+    tell,
+    with_json,
+    with_model,
+)
 from flowmo.config import REVEALING_ORDERS
 from flowmo.data import open_source
 from flowmo.evaluate.figures import grid
@@ -30,7 +42,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
     from flowmo.generate.tokenize import tokenize as write_tokens
 
     with join(arguments.device) as world:
-        tokenizer = flowmo.load(arguments.model, *arguments.settings, device=str(world.device))
+        tokenizer = load(arguments, str(world.device))
         facts = write_tokens(
             tokenizer,
             open_source(arguments.pictures),
@@ -110,7 +122,8 @@ def generate(arguments: argparse.Namespace) -> None:
 
     with join(arguments.device) as world:
         generator = load_generator(arguments.generator, *arguments.settings, device=str(world.device))
-        tokenizer = flowmo.load(arguments.model, device=str(world.device))
+        generator = hasten(generator, arguments)
+        tokenizer = hasten(flowmo.load(arguments.model, device=str(world.device)), arguments)
         check_pair(generator, tokenizer)
         names = arguments.classes or [str(i) for i in range(len(generator.vocabulary.classes))] or ["-1"]
         classes = [generator.label(name) for name in names]

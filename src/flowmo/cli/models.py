@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 import flowmo
 from flowmo import checkpoint, codec, sample
-from flowmo.cli.shared import UsageError, command, load, positive, tell, with_json, with_model
+from flowmo.cli.shared import UsageError, command, hasten, positive, tell, with_json, with_model
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config
 from flowmo.sharded import is_sharded
 from flowmo.tokenizer import FlowMo
@@ -108,8 +109,11 @@ def bench(arguments: argparse.Namespace) -> None:
     """How fast a model encodes and decodes here, beside what the machine can do at most."""
     from flowmo.bench import measure
 
-    tokenizer = load(arguments)
-    timings = measure(tokenizer, arguments.batch, arguments.bfloat16, arguments.repeats)
+    if arguments.pack and arguments.bfloat16:
+        raise UsageError("packed weights are float32; leave out --pack or --bfloat16")
+    tokenizer = flowmo.load(arguments.model, *arguments.settings, device=arguments.device)
+    ready = partial(hasten, arguments=arguments)
+    timings = measure(tokenizer, arguments.batch, arguments.bfloat16, arguments.repeats, ready=ready)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(timing) for timing in timings], indent=1))
         return

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flowmo.cli.shared import command, load, with_model
+from flowmo.cli.shared import command, hasten, load, with_model
 from flowmo.codec import Codec, find_context
 
 
@@ -20,7 +20,7 @@ def demo(arguments: argparse.Namespace) -> None:
     if arguments.generator:
         from flowmo.generate.generator import load_generator
 
-        generator = load_generator(arguments.generator, device=arguments.device)
+        generator = hasten(load_generator(arguments.generator, device=arguments.device), arguments)
     codec = Codec(tokenizer, find_context(arguments.model, tokenizer))
     with tempfile.TemporaryDirectory(prefix="flowmo-") as folder:
         page = Page(tokenizer, codec, Path(folder), generator, Path(arguments.model).name)

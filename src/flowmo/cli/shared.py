@@ -9,14 +9,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import flowmo
 from flowmo.errors import FlowMoError
+from flowmo.packed import Packable
 from flowmo.tokenizer import FlowMo
 
+Model = TypeVar("Model", bound=Packable)
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -35,6 +37,10 @@ def command(run: Callable, text: str, commands: Any) -> argparse.ArgumentParser:
 def with_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default="nano", help="preset, file, folder or Hub id of the weights (nano)")
     sub.add_argument("--device", type=device, default="cpu", help="cpu, cuda, mps … (cpu)")
+    packing = "lay the weights out for this CPU: the same sooner, but for the last bits"
+    sub.add_argument("--pack", action="store_true", help=packing)
+    compiling = "compile first, for half a minute, where a C++ compiler is: sooner again"
+    sub.add_argument("--compile", action="store_true", help=compiling)
 
 
 def with_sampling(sub: argparse.ArgumentParser) -> None:
@@ -49,8 +55,18 @@ def with_fit(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--fit", choices=("tile", "crop"), default="tile", help=fit)
 
 
-def load(arguments: argparse.Namespace) -> FlowMo:
-    return flowmo.load(arguments.model, *arguments.settings, device=arguments.device)
+def load(arguments: argparse.Namespace, device: str | None = None) -> FlowMo:
+    """The tokenizer of ``with_model``, on another device where one is given."""
+    return hasten(flowmo.load(arguments.model, *arguments.settings, device=device or arguments.device), arguments)
+
+
+def hasten(model: Model, arguments: argparse.Namespace) -> Model:
+    """A tokenizer or generator, packed and compiled as asked."""
+    if arguments.pack:
+        model.pack()
+    if arguments.compile:
+        model.compile()
+    return model
 
 
 def sampling(arguments: argparse.Namespace) -> dict:

@@ -17,6 +17,7 @@ from flowmo.distributed import World
 from flowmo.evaluate.reconstruction import EvaluationError, FlowMoReconstructor, Judges, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.runs import CHECKPOINTS, SETTINGS, has_ended, listing
+from flowmo.tokenizer import FlowMo
 
 LOG = "evaluations.jsonl"
 POLL_SECONDS = 10.0
@@ -31,6 +32,7 @@ class Follower:
         folder: of this evaluation; its log is ``evaluations.jsonl``, and so is the line added to the run's folder.
         report: takes each line.
         found: takes the figures of each checkpoint, as the log does.
+        ready: packs or compiles each tokenizer.
 
     Raises:
         EvaluationError: there is neither a run nor a checkpoint, or no held-out pictures are named.
@@ -42,6 +44,7 @@ class Follower:
     world: World = World()
     report: Callable[[str], None] = print
     found: Callable[[dict[str, Any]], None] | None = None
+    ready: Callable[[FlowMo], object] | None = None
     config: Config = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +101,8 @@ class Follower:
 
     def _evaluate(self, path: Path) -> Summary:
         tokenizer = flowmo.load(path, *self.settings, device=str(self.world.device))
+        if self.ready:
+            self.ready(tokenizer)
         config = tokenizer.config
         val = self.config.data.val or config.data.val or self._of_the_run("val")
         if not val:

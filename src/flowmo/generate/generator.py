@@ -22,6 +22,7 @@ from flowmo.data.tokens import Vocabulary
 from flowmo.generate.classes import GenerationError, display_name, find_class
 from flowmo.generate.network import MaskGiT
 from flowmo.generate.schedules import halton_order, hidden_counts
+from flowmo.packed import Packable
 from flowmo.sample import picture_seed
 from flowmo.sharded import is_sharded
 from flowmo.tokenizer import identity_of
@@ -30,7 +31,7 @@ FORMAT = "flowmo-generator-1"
 MAX_ID_BITS = 32
 
 
-class Generator(nn.Module):
+class Generator(Packable):
     """Draws ids of pictures of a class, all at once in a few steps (Chang et al. 2022).
 
     Fresh weights are random; ``load_generator`` gives trained ones.

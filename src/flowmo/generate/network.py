@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.config import GeneratorConfig
-from flowmo.transformer import RMSNorm, attend, gelu
+from flowmo.transformer import GELU, RMSNorm, attend
 
 
 class MaskGiT(nn.Module):
@@ -77,6 +77,7 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.mlp_in = nn.Linear(width, int(mlp_ratio * width))
+        self.gelu = GELU()
         self.mlp_out = nn.Linear(int(mlp_ratio * width), width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = attend(self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype), v, q.shape[-1] ** -0.5)
         x = x + self._drop(self.proj(mixed.transpose(1, 2).flatten(2)))
-        return x + self._drop(self.mlp_out(gelu(self.mlp_in(self.mlp_norm(x)))))
+        return x + self._drop(self.mlp_out(self.gelu(self.mlp_in(self.mlp_norm(x)))))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

@@ -1,6 +1,6 @@
 """Does µP transfer? Coordinate check and learning-rate sweeps over widths, with and without it: a table and a plot.
 
-    python benchmarks/mup.py --data PICTURES --out docs/pictures/mup.png
+    python benchmarks/mup_transfer.py --data PICTURES --out docs/pictures/mup.png
 
 Takes about ten minutes on two cores; ``--quick`` half of one.
 """

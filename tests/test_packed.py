@@ -1,0 +1,109 @@
+"""Packed and compiled tokenizers: the same mathematics, refused where they would be wrong."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import flowmo
+from flowmo import FlowMo
+from flowmo.packed import PackedLinear, available
+
+pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
+TOLERANCE = 2e-5
+
+
+@pytest.fixture
+def tokenizer(tiny_config):
+    torch.manual_seed(0)
+    tokenizer = FlowMo(tiny_config).eval()
+    with torch.no_grad():
+        for parameter in tokenizer.decoder.parameters():  # open the gates, or the blocks would not show
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return tokenizer
+
+
+def results(tokenizer, images):
+    """The code before quantization and samples of fixed ids, with guidance."""
+    with torch.no_grad():
+        code = tokenizer.encoder(images[:1])
+    ids = torch.randint(tokenizer.quantizer.id_count, (2, tokenizer.code_length, tokenizer.quantizer.sub_tokens))
+    return code, tokenizer.decode(ids, steps=3, guidance=2.0, rho=1.0)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_packed_layer(gelu, bias):
+    layer = nn.Linear(24, 40, bias=bias)
+    x = torch.randn(2, 7, 24)
+    expected = F.gelu(layer(x), approximate="tanh") if gelu else layer(x)
+    packed = PackedLinear(layer, gelu)
+    torch.testing.assert_close(packed(x), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(packed(x[:, ::2]), expected[:, ::2], rtol=0, atol=TOLERANCE)
+    assert packed(x[:, :0]).shape == (2, 0, 40)
+    assert packed(x.bfloat16()).dtype == torch.float32
+
+
+def test_packing_changes_rounding_alone(tokenizer, images):
+    torch.manual_seed(1)
+    code, pictures = results(tokenizer, images)
+    torch.manual_seed(1)
+    packed_code, packed_pictures = results(tokenizer.pack(), images)
+    assert not any(isinstance(module, nn.Linear) for module in tokenizer.modules())
+    torch.testing.assert_close(packed_code, code, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(packed_pictures, pictures, rtol=0, atol=TOLERANCE)
+    assert pictures.std() > 0.1
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_compiled(tokenizer, images):
+    torch.manual_seed(1)
+    code, pictures = results(tokenizer, images)
+    torch.manual_seed(1)
+    compiled_code, compiled_pictures = results(tokenizer.pack().compile(), images)
+    torch.testing.assert_close(compiled_code, code, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(compiled_pictures, pictures, rtol=0, atol=TOLERANCE)
+
+
+def test_weights_stay_the_same(tokenizer, tmp_path):
+    identity = tokenizer.identity()
+    state = copy.deepcopy(tokenizer.state_dict())
+    packed = copy.deepcopy(tokenizer).pack()
+    assert packed.identity() == identity
+    assert packed.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in packed.state_dict().items())
+    flowmo.save(packed, tmp_path / "packed.safetensors")
+    assert flowmo.load(tmp_path / "packed.safetensors").identity() == identity
+
+
+@torch.no_grad()
+def test_packed_networks_can_be_copied(tokenizer, images):
+    packed = tokenizer.pack().encoder
+    code = packed(images[:1])
+    assert torch.equal(copy.deepcopy(packed)(images[:1]), code)
+    assert torch.equal(pickle.load(io.BytesIO(pickle.dumps(packed)))(images[:1]), code)
+
+
+def test_what_would_go_wrong_is_refused(tokenizer, images):
+    state = tokenizer.state_dict()
+    tokenizer.pack()
+    with pytest.raises(RuntimeError, match="for inference"):
+        tokenizer.encoder(images[:1])
+    with pytest.raises(RuntimeError, match="load others before packing"):
+        tokenizer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="stays on the CPU in float32"):
+        tokenizer.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="stays on the CPU in float32"):
+        tokenizer.to("meta")
+    assert tokenizer.to("cpu").float() is tokenizer
+    with pytest.raises(RuntimeError, match="packing is for float32 on a CPU"):
+        FlowMo(tokenizer.config).double().pack()
+    assert tokenizer.pack() is tokenizer  # twice is once
