@@ -3,8 +3,9 @@
     python benchmarks/memory.py --json docs/performance/memory.json           # arithmetic, and nano on a CPU
     python benchmarks/memory.py --device cuda --measure small lo              # measured on a GPU
 
-Two policies of training are compared: every activation kept for the backward pass, or each block's input alone, from
-which the block is computed again (``trainer.activation_checkpointing``). Arithmetic counts the state (weights,
+Four policies of training are compared: every activation kept for the backward pass, or of each block (with
+``trainer.activation_checkpointing``) its inputs and what ``trainer.checkpoint_keeps`` names: the results of all matrix
+products, those of attention, or nothing more. The rest is computed again. Arithmetic counts the state (weights,
 gradients, Adam's moments, averaged weights), what the forward pass keeps, and with recomputation one block besides.
 Each measurement is the peak of a process of its own: resident set on a CPU, allocated memory on a GPU.
 """
@@ -30,8 +31,8 @@ from flowmo.train.optimizer import Average, build_optimizer
 from flowmo.train.stages import Draws, Stage
 
 GIB = 2**30
-POLICIES = {"kept": "false", "recomputed": "true"}
-BATCHES = (1, 2, 4, 8, 16, 32)
+POLICIES = ("all", "products", "attention", "inputs")
+BATCHES = (2, 16, 32)
 CARDS = (24, 80, 141)
 """GiB of the GPUs that the table says what fits on."""
 STAGES = {
@@ -43,7 +44,10 @@ STAGES = {
 
 
 def settings(preset: str, policy: str, *more: str) -> Config:
-    return flowmo.preset(preset).override(f"trainer.activation_checkpointing={POLICIES[policy]}", *more)
+    if policy == "all":
+        return flowmo.preset(preset).override("trainer.activation_checkpointing=false", *more)
+    checkpointing = "trainer.activation_checkpointing=true", f"trainer.checkpoint_keeps={policy}"
+    return flowmo.preset(preset).override(*checkpointing, *more)
 
 
 # By arithmetic
@@ -51,8 +55,8 @@ def settings(preset: str, policy: str, *more: str) -> Config:
 
 def expected(preset: str, policy: str, more: tuple[str, ...], fused: bool = True) -> tuple[float, float]:
     """GiB of the state, and of each picture."""
-    kept = training_cost(settings(preset, "kept", *more), fused=fused)
-    if policy == "kept":
+    kept = training_cost(settings(preset, "all", *more), fused=fused)
+    if policy == "all":
         return kept.state_bytes / GIB, kept.activation_bytes / GIB
     config = settings(preset, policy, *more)
     recomputed = training_cost(config, fused=fused).activation_bytes
@@ -108,22 +112,16 @@ def measure(what: str, preset: str, policy: str, batch: int, device: str) -> flo
 
 
 def measured(presets: list[str], batches: list[int], device: str) -> list[dict]:
-    nothing = measure("nothing", "nano", "kept", 0, device)
+    nothing = measure("nothing", "nano", "all", 0, device)
     rows = []
     for preset in presets:
-        weights = sum(p.numel() for p in FlowMo(flowmo.preset(preset)).parameters()) * 4 / GIB
-        for what, policy in (("training", "kept"), ("training", "recomputed"), ("decoding", "kept")):
+        for what, policy in (*(("training", policy) for policy in POLICIES), ("decoding", "all")):
             found = [measure(what, preset, policy, batch, device) - nothing for batch in batches]
             row = {"what": what, "preset": preset, "policy": policy, "gib": dict(zip(batches, found, strict=True))}
+            row["expected_picture"] = None
             if what == "training":
-                row["expected_state"], row["expected_picture"] = expected(
-                    preset,
-                    policy,
-                    ("opt.lpips_weight=0", f"trainer.enable_bfloat16={str(device != 'cpu').lower()}"),
-                    fused=device != "cpu",
-                )
-            else:
-                row["expected_state"], row["expected_picture"] = weights, None
+                more = "opt.lpips_weight=0", f"trainer.enable_bfloat16={str(device != 'cpu').lower()}"
+                row["expected_picture"] = expected(preset, policy, more, fused=device != "cpu")[1]
             row["picture"] = (found[-1] - found[0]) / (batches[-1] - batches[0])
             rows.append(row)
     return rows
@@ -133,7 +131,7 @@ def tables(found: dict) -> str:
     lines = [
         "By arithmetic, GiB, with LPIPS on VGG, or stage 1B's ResNet-50, in bfloat16; what fits leaves a tenth free:",
         "",
-        f"| training | activations | state | a picture | {' | '.join(f'batch {b}' for b in BATCHES)} | "
+        f"| training | kept | state | a picture | {' | '.join(f'batch {b}' for b in BATCHES)} | "
         + " | ".join(f"fit in {card}" for card in CARDS)
         + " |",
         "|" + "---|" * (4 + len(BATCHES) + len(CARDS)),
@@ -148,7 +146,7 @@ def tables(found: dict) -> str:
             "",
             f"Measured ({found['machine']}), GiB at most, without a perceptual network:",
             "",
-            f"| | preset | activations | {' | '.join(f'batch {b}' for b in batches)} | a picture | by arithmetic |",
+            f"| | preset | kept | {' | '.join(f'batch {b}' for b in batches)} | a picture | by arithmetic |",
             "|" + "---|" * (5 + len(batches)),
         ]
         for row in found["measured"]:

@@ -18,7 +18,7 @@ import time
 import torch
 
 import flowmo
-from flowmo.config import Config
+from flowmo.config import CHECKPOINTED, Config
 from flowmo.distributed import World
 from flowmo.perceptual import blank_distance
 from flowmo.train.account import peak_flops, training_cost
@@ -80,10 +80,12 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     rows = []
     for preset in arguments.presets:
-        for recompute in ("false", "true"):
+        for policy in ("all", *reversed(CHECKPOINTED)):
+            checkpointing = ("true", policy) if policy != "all" else ("false", "inputs")
             config = flowmo.preset(preset).override(
                 f"trainer.compile={str(arguments.compile).lower()}",
-                f"trainer.activation_checkpointing={recompute}",
+                f"trainer.activation_checkpointing={checkpointing[0]}",
+                f"trainer.checkpoint_keeps={checkpointing[1]}",
                 *arguments.settings,
             )
             fused = device.type == "cuda"
@@ -107,7 +109,7 @@ def main() -> None:
             rows.append(
                 {
                     "preset": preset,
-                    "activation_checkpointing": recompute == "true",
+                    "kept": policy,
                     "microbatch": batch,
                     **figures,
                     "perceptual_share": perceptual_share,
@@ -121,7 +123,7 @@ def main() -> None:
             if not arguments.json:
                 row = rows[-1]
                 print(
-                    f"{preset:6} recompute={recompute:5} batch {batch:3}  {row['images_per_second']:8.1f} images/s  "
+                    f"{preset:6} kept={policy:9} batch {batch:3}  {row['images_per_second']:8.1f} images/s  "
                     f"MFU {row['flop_utilisation']:.1%} of {row['peak_tflops']:.1f} TFLOP/s ({source})  "
                     f"{row['memory_gib']:.1f} GiB, predicted {row['predicted_gib']:.1f}  "
                     f"perceptual network {row['perceptual_share']:.0%} of the step",

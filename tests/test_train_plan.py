@@ -4,16 +4,20 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import open_gates
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import Config, ConfigError, FlowMo, preset
+from flowmo.bench import UNCOUNTED
 from flowmo.config import Span
+from flowmo.distributed import World
 from flowmo.quantize import LFQ
 from flowmo.train.account import peak_flops, training_cost
 from flowmo.train.coordinates import coordinate_check
+from flowmo.train.distributed import KEPT, prepare
 from flowmo.train.optimizer import build_optimizer, clip_gradients, scale_initial_weights
 from flowmo.train.plan import BatchPlan, Position, Timetable
-from flowmo.train.stages import Draws, pretrain_loss
+from flowmo.train.stages import Draws, Stage, pretrain_loss
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,32 @@ def test_costs_of_the_papers_presets():
     assert recomputed < kept / 3
     assert training_cost(nano, freeze_encoder=True).flops < training_cost(nano).flops
     assert training_cost(preset("nano")).flops > 2 * training_cost(nano).flops  # LPIPS on VGG dwarfs it
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_what_checkpointing_keeps(tiny_config, images, bfloat16):
+    """The same gradients whatever is kept; the more is kept, the more memory and the fewer products."""
+    config = tiny_config.override("opt.lpips_weight=0")
+    on = "trainer.activation_checkpointing=true"
+    policies = {"all": config} | {keeps: config.override(on, f"trainer.checkpoint_keeps={keeps}") for keeps in KEPT}
+    gradients, products = {}, {}
+    for name, policy in policies.items():
+        torch.manual_seed(0)
+        tokenizer = open_gates(FlowMo(policy))
+        stage = prepare(Stage(tokenizer, None), World(), policy.trainer)
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss = stage(images, Draws.of(policy, images, range(5))).total
+            loss.backward()
+        products[name] = counter.get_total_flops()
+        gradients[name] = [p.grad.clone() for p in tokenizer.parameters() if p.grad is not None]
+    for name in KEPT:
+        assert all(torch.equal(ours, all_) for ours, all_ in zip(gradients[name], gradients["all"], strict=True)), name
+    cost = {name: training_cost(policy).activation_bytes for name, policy in policies.items()}
+    assert cost["inputs"] < cost["attention"] < cost["products"] < cost["all"]
+    assert products["all"] <= products["products"] <= products["attention"] <= products["inputs"]
+    if not bfloat16:  # which on a CPU has attention of two plain products
+        assert products["all"] == products["products"] < products["attention"] < products["inputs"]
 
 
 def test_pictures_that_fit():

@@ -14,7 +14,6 @@ import flowmo
 from flowmo.config import Config
 from flowmo.evaluate.reconstruction import Judges
 from flowmo.studies.page import (
-    COLUMNS,
     Column,
     Group,
     cell,
@@ -32,6 +31,7 @@ from flowmo.studies.page import (
 from flowmo.studies.sampler import Setting, passes_of
 from flowmo.studies.study import (
     Place,
+    StudyError,
     judged_count,
     measured,
     named_models,
@@ -124,6 +124,8 @@ def run(place: Place, judges: Judges) -> None:
             rows.append(row)
             facts = {"pictures": judged_count(place, scale.pictures), "models": list(place.models)}
             write_results(place, {**facts, "training": list(scale.training), "judges": judges.describe()}, rows)
+    if not rows:
+        raise StudyError("every model is a student itself; name a teacher with --models")
     if place.world.main:
         draw(place)
 
@@ -224,18 +226,17 @@ number of passes. {judged_by(results)}
 
 
 def verdict(groups: Sequence[Group], columns: Sequence[Column]) -> str:
-    """Students against their teacher at its own setting, and against the goals."""
-    shown = [column for column in columns if column in COLUMNS[:4]]
+    """Students, and their teacher in as few passes, against the teacher at its own setting and the goals."""
     lines = []
     for model in {group[0]["model"]: None for group in groups}:
         mine = [group for group in groups if group[0]["model"] == model]
         own = next(group for group in mine if group[0].get("own"))
         for group in mine:
-            if group[0]["kind"] == "student":
-                lines.append([model, group[0]["curve"], str(group[0]["passes"]), *changes(group, own, shown)])
+            if group is not own and (group[0]["kind"] == "student" or group[0]["passes"] in GOALS):
+                lines.append([model, group[0]["curve"], str(group[0]["passes"]), *changes(group, own, columns)])
     if not lines:
         return ""
-    header = ["model", "", "passes", *(f"{column.name}, change" for column in shown), "LPIPS goal"]
+    header = ["model", "", "passes", *(f"{column.name}, change" for column in columns), "LPIPS goal"]
     return f"Against the teacher at its own setting:\n\n{markdown_table(header, lines)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import transformer
@@ -23,7 +23,7 @@ from flowmo.perceptual import blank_distance
 from flowmo.quantize import alone
 from flowmo.quantize.infill import HUB_NAMES
 from flowmo.tokenizer import FlowMo
-from flowmo.train.distributed import prepare
+from flowmo.train.distributed import prepare, recompute
 from flowmo.train.plan import PAPER_BATCH, Timetable
 from flowmo.train.stages import Chain, Draws, Jumps, Stage
 
@@ -92,6 +92,7 @@ def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = Tr
         trainer=TrainerConfig(
             enable_bfloat16=config.trainer.enable_bfloat16,
             activation_checkpointing=config.trainer.activation_checkpointing,
+            checkpoint_keeps=config.trainer.checkpoint_keeps,
         ),
     )
     return _training_cost(relevant, freeze_encoder, fused)
@@ -125,7 +126,7 @@ def generator_cost(config: Config, vocabulary: Vocabulary, fused: bool = True) -
     def count(precise: Config) -> tuple[float, int, int]:
         network = MaskGiT(precise.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
         for block in network.blocks if precise.trainer.activation_checkpointing else ():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            recompute(block, precise.trainer.checkpoint_keeps)
         arguments = (ids, torch.empty_like(ids, dtype=torch.bool), ids[:, 0])
         flops, kept = _counted(lambda: network(*arguments).float().sum(), [network], precise.trainer.enable_bfloat16)
         return flops, kept, sum(p.numel() for p in network.parameters())
@@ -181,9 +182,16 @@ def teacher_of(config: Config) -> Config:
     return Config(data=config.data, model=model, eval=EvalConfig(sampling=sampling))
 
 
+def _alive() -> dict[int, Tensor]:
+    """Tensors that Python holds, by their storage."""
+    objects = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+    return {tensor.untyped_storage()._cdata: tensor for tensor in objects if tensor.layout == torch.strided}
+
+
 def _counted(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16: bool) -> tuple[float, int]:
     """FLOPs of a loss and its gradients, and the bytes that it keeps for these beside the modules' parameters."""
     own = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
+    before = own | _alive().keys()
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -196,6 +204,7 @@ def _counted(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16:
             torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
         ):
             total = loss()
+        kept |= {key: tensor for key, tensor in _alive().items() if key not in before}  # what checkpointing holds
         size = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
         total.backward()
     return counter.get_total_flops(), size

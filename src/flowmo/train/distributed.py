@@ -11,14 +11,32 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flowmo.config import TrainerConfig
 from flowmo.distributed import World
+
+ATTENTION = tuple(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
+    for kernel in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+)
+KEPT = {
+    "inputs": (),
+    "attention": ATTENTION,
+    "products": (*ATTENTION, torch.ops.aten.mm.default, torch.ops.aten.addmm.default),
+}
+"""Operators whose results activation checkpointing keeps, by ``trainer.checkpoint_keeps``."""
+
+
+def recompute(block: nn.Module, keeps: str = "inputs") -> None:
+    """Have a block's backward pass compute anew, in place, all but what it keeps."""
+    selective = {"context_fn": partial(create_selective_checkpoint_contexts, list(KEPT[keeps]))} if KEPT[keeps] else {}
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **selective)
 
 
 def prepare(stage: nn.Module, world: World, trainer: TrainerConfig) -> nn.Module:
@@ -30,7 +48,7 @@ def prepare(stage: nn.Module, world: World, trainer: TrainerConfig) -> nn.Module
     blocks = [block for network in stage.networks for block in network.blocks]
     for block in blocks:
         if trainer.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            recompute(block, trainer.checkpoint_keeps)
         if trainer.compile:
             block.compile()
     if trainer.parallel == "fsdp":
