@@ -47,7 +47,7 @@ from flowmo.studies.page import (
 from flowmo.studies.study import Place, named_models, read_results, write_results
 from flowmo.tokenizer import FlowMo
 
-TITLE = "pictures from tokens (section 4.3, table 2)"
+TITLE = "pictures from tokens (section 4.3)"
 
 
 @dataclass(frozen=True)

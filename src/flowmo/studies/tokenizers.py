@@ -209,7 +209,7 @@ tokenizer was trained once. Class recognised: by MobileNet V2 (ImageNet, torchvi
 {", ".join(results["classes"])}; chance is {1 / len(results["classes"]):.2f}.
 
 {tables(found, columns)}
-{verdict(found["generated"], [*columns, BITS])}
+{verdict(found["generated"], columns)}
 ![figures of what was drawn from each]({place.stem}.png)
 
 {results["machine"]}, {versions_line(results)}
@@ -243,7 +243,8 @@ def verdict(groups: Sequence[Group], columns: Sequence[Column]) -> str:
             change = gain(group, base, column)
             if change is not None:
                 better, spread = change
-                by = f"{abs(better):.{column.places}f} (spread {spread:.{column.places}f})"
                 words = in_words(better, spread)
-                lines.append(f"- {column.name}: {group[0]['label']} is {words} {base[0]['label']}, by {by}.")
+                by = ": a difference of" if words == "not apart from" else ", by"
+                size = f"{abs(better):.{column.places}f} (spread {spread:.{column.places}f})"
+                lines.append(f"- {column.name}: {group[0]['label']} is {words} {base[0]['label']}{by} {size}.")
     return "\n".join(lines) + "\n"
