@@ -217,6 +217,14 @@ def test_costs_of_the_papers_presets():
     assert training_cost(preset("nano")).flops > 2 * training_cost(nano).flops  # LPIPS on VGG dwarfs it
 
 
+@pytest.mark.parametrize("keeps", KEPT)
+def test_checkpointing_of_blocks_in_a_chain(tiny_config, keeps):
+    """Stage 1B calls every block several times within one scope of autocast."""
+    on = "trainer.activation_checkpointing=true", f"trainer.checkpoint_keeps={keeps}"
+    config = tiny_config.override("model.posttrain_sample=true", "model.posttrain_sample_k=3", "opt.lpips_mode=alex")
+    assert 0 < training_cost(config.override(*on)).activation_bytes < training_cost(config).activation_bytes
+
+
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_what_checkpointing_keeps(tiny_config, images, bfloat16):
     """The same gradients whatever is kept; the more is kept, the more memory and the fewer products."""

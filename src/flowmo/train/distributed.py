@@ -35,8 +35,25 @@ KEPT = {
 
 def recompute(block: nn.Module, keeps: str = "inputs") -> None:
     """Have a block's backward pass compute anew, in place, all but what it keeps."""
-    selective = {"context_fn": partial(create_selective_checkpoint_contexts, list(KEPT[keeps]))} if KEPT[keeps] else {}
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **selective)
+    if not KEPT[keeps]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        return
+    contexts = partial(create_selective_checkpoint_contexts, list(KEPT[keeps]))
+    selective = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+    def forward(*arguments: Any) -> Any:
+        # A block that is called twice would find its weights cast to bfloat16 by the first call. Computed again it
+        # casts them itself, and selective checkpointing wants the same operators both times.
+        if torch.compiler.is_compiling():
+            return selective(*arguments)
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return selective(*arguments)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    block.forward = forward
 
 
 def prepare(stage: nn.Module, world: World, trainer: TrainerConfig) -> nn.Module:
