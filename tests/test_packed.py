@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import flowmo
-from flowmo import FlowMo
-from flowmo.packed import PackedLinear, available
+from flowmo import Config, FlowMo
+from flowmo.data.tokens import Vocabulary
+from flowmo.generate.generator import Generator
+from flowmo.packed import PackedError, PackedLinear, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
 TOLERANCE = 2e-5
@@ -63,7 +65,7 @@ def test_packing_changes_rounding_alone(tokenizer, images):
     assert pictures.std() > 0.1
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled(tokenizer, images):
     torch.manual_seed(1)
     code, pictures = results(tokenizer, images)
@@ -71,6 +73,37 @@ def test_compiled(tokenizer, images):
     compiled_code, compiled_pictures = results(tokenizer.pack().compile(), images)
     torch.testing.assert_close(compiled_code, code, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(compiled_pictures, pictures, rtol=0, atol=TOLERANCE)
+
+
+def test_compiling_needs_a_compiler(tokenizer, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(PackedError, match=r"takes a C\+\+ compiler"):
+        tokenizer.compile()
+
+
+def test_kept_conditioning_is_of_the_times_asked_for(tokenizer):
+    ids = torch.zeros(1, tokenizer.code_length, tokenizer.quantizer.sub_tokens, dtype=torch.int64)
+    expected = [tokenizer.decode(ids, steps=steps) for steps in (1, 3)]
+    tokenizer.pack()
+    for steps, pictures in zip((1, 3, 1, 3), expected * 2, strict=True):
+        torch.testing.assert_close(tokenizer.decode(ids, steps=steps), pictures, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("bit_tokens", ["true", "false"])
+@torch.no_grad()
+def test_packed_generator(bit_tokens):
+    torch.manual_seed(0)
+    small = ("hidden_size=32", "depth=2", "num_heads=2", f"bit_tokens={bit_tokens}")
+    config = Config().override(*(f"generator.{setting}" for setting in small))
+    vocabulary = Vocabulary(
+        tokenizer="", model="", image_size=32, tokens=4, sub_tokens=2, id_bits=3, classes=("a", "b")
+    )
+    generator = Generator(config, vocabulary).eval()
+    ids, hidden = torch.randint(8, (2, 8)), torch.rand(2, 8) < 0.5
+    expected = generator.guided_logits(ids, hidden, torch.tensor([0, 1]), 2.0)
+    found = generator.pack().guided_logits(ids, hidden, torch.tensor([0, 1]), 2.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0
 
 
 def test_weights_stay_the_same(tokenizer, tmp_path):

@@ -7,6 +7,8 @@ that PyTorch's own compiler emits for CPUs.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -85,6 +87,10 @@ class Packable(nn.Module):
     packed = False
 
     @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    @property
     def networks(self) -> dict[str, nn.Module]:
         """Those made of blocks, by name."""
         raise NotImplementedError
@@ -110,7 +116,12 @@ class Packable(nn.Module):
 
         Args:
             options: of ``torch.compile``.
+
+        Raises:
+            PackedError: on a CPU, for which no C++ compiler is found.
         """
+        if self.device.type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
+            raise PackedError("compiling for a CPU takes a C++ compiler: install g++, or name another in CXX")
         torch.compiler.assume_constant_result(Shape.rotary_table)  # it need not look inside
         for network in self.networks.values():
             compile_constant(network, **options) if self.packed else network.compile(dynamic=False, **options)

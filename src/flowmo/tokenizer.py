@@ -301,9 +301,10 @@ class FlowMo(Packable):
         """Kept for the next call once the weights are packed, for then they no longer change."""
         if not self.packed:
             return sample.conditioning(self.decoder, times, ends)
-        if self._kept is None or self._kept[0] != (times, ends):
-            self._kept = (times, ends), sample.conditioning(self.decoder, times, ends)
-        return self._kept[1]
+        kept = self._kept  # read once: another thread may ask for other times
+        if kept is None or kept[0] != (times, ends):
+            kept = self._kept = (times, ends), sample.conditioning(self.decoder, times, ends)
+        return kept[1]
 
     def _chunks(self, x: Tensor) -> Iterator[Tensor]:
         """Rows of ``x`` in batches of one size; the last is padded with zeros."""

@@ -64,7 +64,7 @@ class MaskGiT(nn.Module):
         if not self.bit_tokens:
             return self.id_table(ids)
         bits = (ids[..., None] >> torch.arange(self.id_bits, device=ids.device)) & 1
-        return self.bits_in(2 * bits.to(self.bits_in.weight.dtype) - 1)
+        return self.bits_in(2 * bits.to(self.place.dtype) - 1)
 
 
 class Block(nn.Module):
