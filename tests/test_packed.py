@@ -10,6 +10,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_command as run
+from PIL import Image
 from torch import nn
 
 import flowmo
@@ -63,6 +65,23 @@ def test_packing_changes_rounding_alone(tokenizer, images):
     torch.testing.assert_close(packed_code, code, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(packed_pictures, pictures, rtol=0, atol=TOLERANCE)
     assert pictures.std() > 0.1
+
+
+def test_packed_commands(capsys, tiny_model, photo, tmp_path):
+    """One picture through every command that has a tokenizer of its own."""
+    file, out = tmp_path / "photo.flowmo", tmp_path / "out.png"
+    assert run(capsys, "encode", photo, file, "--model", tiny_model, "--pack")[0] == 0
+    assert run(capsys, "decode", file, out, "--model", tiny_model, "--pack")[0] == 0
+    with Image.open(out) as picture:
+        assert picture.size == (70, 50)
+    assert run(capsys, "reconstruct", photo, "--out", tmp_path / "out", "--model", tiny_model, "--pack")[0] == 0
+    quick = ("--no-lpips", "--features", "none", "--enlarge")
+    assert run(capsys, "evaluate", photo.parent, *quick, "--model", tiny_model, "--pack")[0] == 0
+    assert run(capsys, "tokenize", photo.parent, "--out", tmp_path / "ids", "--model", tiny_model, "--pack")[0] == 0
+    assert run(capsys, "bench", "--model", tiny_model, "--repeats", 1, "--pack")[0] == 0
+    code, _, error = run(capsys, "bench", "--model", tiny_model, "--pack", "--bfloat16")
+    assert code == 2
+    assert error == "flowmo: packed weights are float32; leave out --pack or --bfloat16\n"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -53,8 +53,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise PackedError("a packed network is for inference; call it under torch.no_grad()")
-        activation = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x.float(), self.packed, self.bias, *activation)
+        activation, form = ("gelu", "tanh") if self.gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x.float(), self.packed, self.bias, activation, [], form)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, gelu={self.gelu}"

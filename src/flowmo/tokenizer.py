@@ -253,6 +253,7 @@ class FlowMo(Packable):
         self._check_size(height, width)
         return code, height, width
 
+    @torch.no_grad()
     def _decode_from(
         self,
         noise: Tensor,

@@ -225,11 +225,10 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def _section(section: type, prefix: str, flat: Mapping[str, Any]) -> Any:
     """A section, and those in it, of the values in ``flat``."""
-    return section(
-        **{
-            f.name: _section(f.type, f"{prefix}{f.name}.", flat)
-            if dataclasses.is_dataclass(f.type)
-            else flat[f"{prefix}{f.name}"]
-            for f in dataclasses.fields(section)
-        }
-    )
+    values = {}
+    for f in dataclasses.fields(section):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            values[f.name] = _section(f.type, f"{prefix}{f.name}.", flat)
+        else:
+            values[f.name] = flat[f"{prefix}{f.name}"]
+    return section(**values)
