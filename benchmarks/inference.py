@@ -7,7 +7,8 @@
 Weights are random, which changes no time. FLOPs are counted, not estimated; the floor is the larger of FLOPs over the
 measured matrix rate and bytes (weights once, the residual streams in and out of every block) over the measured copy
 rate. The ways to do the work are measured in turns on the same weights, and the matrix rate before each turn; large
-presets decode once. Before anything is timed, all ways must agree.
+presets decode once. Before anything is timed, all ways must agree in encoding and in a
+pass.
 
 - ``loaded``: a tokenizer as ``flowmo.load`` gives it.
 - ``packed``: after ``.pack()``, on CPUs in float32; ``compiled``: after ``.compile()`` besides, with ``--compile``.
@@ -33,7 +34,7 @@ import torch
 
 import flowmo
 from flowmo import Config, FlowMo
-from flowmo.bench import Timing, measure, parts
+from flowmo.bench import Timing, measure, parts, precision
 from flowmo.packed import available
 from flowmo.studies.study import machine
 
@@ -85,6 +86,7 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
     """Rows of one preset."""
     device, config = arguments.device, settings(name)
     torch.manual_seed(0)
+    torch._dynamo.reset()  # or a second preset would be compiled for any size
     with torch.no_grad():
         if arguments.authors and config.model.code_layout == "diagonal" and config.model.prediction == "velocity":
             tokenizer, theirs = authors.both(arguments.authors, config)
@@ -111,7 +113,8 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
                 assert difference < AGREEMENT, f"{name}: {part}, {way} differs by {difference}"
         for way in ways:
             if "compiled" in way:  # pictures with and without the null code are two shapes
-                ways[way]["decode"]()
+                with precision(device, arguments.bfloat16):
+                    ways[way]["decode"]()
     fewer = {"encode": 3, "decoder pass": 3, "decode": 1}
     count = arguments.repeats if name in QUICK else fewer
     rows = []

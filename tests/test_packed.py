@@ -145,12 +145,17 @@ def test_packed_networks_can_be_copied(tokenizer, images):
 
 
 def test_what_would_go_wrong_is_refused(tokenizer, images):
-    state = tokenizer.state_dict()
+    state, identity = tokenizer.state_dict(), tokenizer.identity()
+    half = FlowMo(tokenizer.config)
+    half.decoder.bfloat16()
+    with pytest.raises(RuntimeError, match="packing is for float32 on a CPU"):
+        half.pack()
+    assert any(isinstance(module, nn.Linear) for module in half.encoder.modules())
     tokenizer.pack()
     with pytest.raises(RuntimeError, match="for inference"):
         tokenizer.encoder(images[:1])
     with pytest.raises(RuntimeError, match="load others before packing"):
-        tokenizer.load_state_dict(state)
+        tokenizer.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
     with pytest.raises(RuntimeError, match="stays on the CPU in float32"):
         tokenizer.to(torch.bfloat16)
     with pytest.raises(RuntimeError, match="stays on the CPU in float32"):
@@ -159,3 +164,6 @@ def test_what_would_go_wrong_is_refused(tokenizer, images):
     with pytest.raises(RuntimeError, match="packing is for float32 on a CPU"):
         FlowMo(tokenizer.config).double().pack()
     assert tokenizer.pack() is tokenizer  # twice is once
+    assert tokenizer.identity() == identity
+    with pytest.raises(RuntimeError, match="pack before compiling"):
+        FlowMo(tokenizer.config).compile(backend="eager").pack()

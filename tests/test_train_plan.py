@@ -1,10 +1,12 @@
 """Lengths of training, the cut of a batch, µP, and what a step is said to cost."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
 from conftest import open_gates
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import Config, ConfigError, FlowMo, preset
@@ -217,12 +219,28 @@ def test_costs_of_the_papers_presets():
     assert training_cost(preset("nano")).flops > 2 * training_cost(nano).flops  # LPIPS on VGG dwarfs it
 
 
-@pytest.mark.parametrize("keeps", KEPT)
-def test_checkpointing_of_blocks_in_a_chain(tiny_config, keeps):
-    """Stage 1B calls every block several times within one scope of autocast."""
-    on = "trainer.activation_checkpointing=true", f"trainer.checkpoint_keeps={keeps}"
+def test_checkpointing_of_blocks_in_a_chain(tiny_config):
+    """Stage 1B computes the steps of its chain again as it is; what blocks keep would come on top."""
+    on = "trainer.activation_checkpointing=true"
     config = tiny_config.override("model.posttrain_sample=true", "model.posttrain_sample_k=3", "opt.lpips_mode=alex")
-    assert 0 < training_cost(config.override(*on)).activation_bytes < training_cost(config).activation_bytes
+    assert 0 < training_cost(config.override(on)).activation_bytes < training_cost(config).activation_bytes
+    with pytest.raises(ConfigError, match="in stage 1B the chain computes its steps again"):
+        config.override(on, "trainer.checkpoint_keeps=products")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("keeps", KEPT)
+@torch.no_grad()
+def test_blocks_compile_whatever_checkpointing_keeps(tiny_config, images, keeps):
+    settings = "trainer.compile=true", "trainer.activation_checkpointing=true", f"trainer.checkpoint_keeps={keeps}"
+    config = tiny_config.override(*settings, "model.enc_depth=1", "opt.lpips_weight=0")
+    tokenizer = FlowMo(config)
+    expected = tokenizer.encoder(images)
+    torch._dynamo.reset()
+    counters.clear()
+    prepare(Stage(tokenizer, None), World(), config.trainer)
+    torch.testing.assert_close(tokenizer.encoder(images), expected, rtol=0, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])

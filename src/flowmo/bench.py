@@ -182,7 +182,7 @@ def measure(
     for part, function in parts(tokenizer, pictures).items():
         ways = {name: way[part] for name, way in (others or {}).items() if part in way}
         functions = [function, *ways.values()]
-        if part != "decode":  # which is passes, and as warm after them
+        if part != "decode" or ready:  # it is passes, and as warm after them; guidance may be compiled apart
             with precision(device, bfloat16):
                 for work in functions:
                     work()

@@ -8,6 +8,7 @@ that PyTorch's own compiler emits for CPUs.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from typing import Any, Self
@@ -23,10 +24,20 @@ class PackedError(FlowMoError, RuntimeError):
     """What cannot be packed, or cannot be done to packed weights."""
 
 
+FIXED = "a packed network keeps its weights; load others before packing"
+
+
 def available() -> bool:
     """Whether this PyTorch has oneDNN and its packed linear layers."""
     operators = ("_reorder_linear_weight", "_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+
+
+def check_move(function: Callable[[Tensor], Tensor]) -> None:
+    """Refuse what ``nn.Module.to`` and its like would do to packed weights."""
+    moved = function(torch.empty(0))
+    if moved.device.type != "cpu" or moved.dtype != torch.float32:
+        raise PackedError("a packed network stays on the CPU in float32; move it before packing")
 
 
 class PackedLinear(nn.Module):
@@ -66,12 +77,10 @@ class PackedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *_: Any) -> None:
-        raise PackedError("a packed network keeps its weights; load others before packing")
+        raise PackedError(FIXED)
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        moved = function(torch.empty(0))
-        if moved.device.type != "cpu" or moved.dtype != torch.float32:
-            raise PackedError("a packed network stays on the CPU in float32; move it before packing")
+        check_move(function)
         return super()._apply(function, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,6 +94,7 @@ class Packable(nn.Module):
     """What has networks to make ready for inference: a tokenizer or a generator."""
 
     packed = False
+    compiled = False
 
     @property
     def device(self) -> torch.device:
@@ -104,13 +114,17 @@ class Packable(nn.Module):
         Raises:
             PackedError: not in float32 on a CPU, or this PyTorch cannot.
         """
+        if self.compiled:
+            raise PackedError("pack before compiling, not after")
+        for network in self.networks.values():
+            check(network)
         for network in self.networks.values():
             pack(network)
         self.packed = True
         return self
 
     def compile(self, **options: Any) -> Self:
-        """``torch.compile`` the networks, in place; it happens on their first use, for each shape anew.
+        """``torch.compile`` the networks, in place; it happens on their first use, for each of up to eight shapes.
 
         A packed one is compiled with its weights as constants.
 
@@ -120,18 +134,29 @@ class Packable(nn.Module):
         Raises:
             PackedError: on a CPU, for which no C++ compiler is found.
         """
-        if self.device.type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
+        if self.device.type == "cpu" and shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is None:
             raise PackedError("compiling for a CPU takes a C++ compiler: install g++, or name another in CXX")
         torch.compiler.assume_constant_result(Shape.rotary_table)  # it need not look inside
         for network in self.networks.values():
             compile_constant(network, **options) if self.packed else network.compile(dynamic=False, **options)
+        self.compiled = True
         return self
 
+    # Refused as a whole, before a part is changed
 
-def pack(network: nn.Module) -> None:
-    """Replace every linear layer of a float32 network on a CPU by a packed one, in place.
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        if self.packed:
+            raise PackedError(FIXED)
+        return super().load_state_dict(*arguments, **options)
 
-    A layer ``mlp_in`` beside a ``gelu`` takes it over.
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.packed:
+            check_move(function)
+        return super()._apply(function, recurse)
+
+
+def check(network: nn.Module) -> None:
+    """Whether a network can be packed.
 
     Raises:
         PackedError: this PyTorch cannot, or the network is elsewhere or in another precision.
@@ -141,6 +166,13 @@ def pack(network: nn.Module) -> None:
     wrong = next((p for p in network.parameters() if p.device.type != "cpu" or p.dtype != torch.float32), None)
     if wrong is not None:
         raise PackedError(f"packing is for float32 on a CPU, not {wrong.dtype} on {wrong.device}")
+
+
+def pack(network: nn.Module) -> None:
+    """Replace every linear layer of a network that passes ``check`` by a packed one, in place.
+
+    A layer ``mlp_in`` beside a ``gelu`` takes it over.
+    """
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):

@@ -157,6 +157,11 @@ def check(config: Config) -> None:
     require(o.teacher_steps >= 0, f"opt.teacher_steps={o.teacher_steps} must not be negative; 0 is the teacher's own")
     require(o.jumps >= 2, f"opt.jumps={o.jumps} must be at least 2")
     require(
+        not (m.posttrain_sample and t.activation_checkpointing and t.checkpoint_keeps != "inputs"),
+        "in stage 1B the chain computes its steps again as it is, and what blocks keep comes on top; "
+        "write trainer.checkpoint_keeps=inputs",
+    )
+    require(
         m.mean_velocity or not o.teacher,
         "opt.teacher trains a student in stage 1C, whose decoder gives mean velocities; add model.mean_velocity=true",
     )

@@ -35,13 +35,13 @@ KEPT = {
 
 def recompute(block: nn.Module, keeps: str = "inputs") -> None:
     """Have a block's backward pass compute anew, in place, all but what it keeps."""
-    if not KEPT[keeps]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        return
-    contexts = partial(create_selective_checkpoint_contexts, list(KEPT[keeps]))
-    selective = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+    kept = list(KEPT[keeps])
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if kept else {}
+    selective = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
 
-    def forward(*arguments: Any) -> Any:
+    def forward(*arguments: Any) -> Any:  # a function of ours, for torch.compile leaves checkpoint itself alone
+        if not kept:
+            return selective(*arguments)
         # A block that is called twice would find its weights cast to bfloat16 by the first call. Computed again it
         # casts them itself, and selective checkpointing wants the same operators both times.
         if torch.compiler.is_compiling():
