@@ -18,6 +18,7 @@ import flowmo
 from flowmo import Config, FlowMo
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator
+from flowmo.hub import card
 from flowmo.packed import PackedError, PackedLinear, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
@@ -130,6 +131,7 @@ def test_weights_stay_the_same(tokenizer, tmp_path):
     state = copy.deepcopy(tokenizer.state_dict())
     packed = copy.deepcopy(tokenizer).pack()
     assert packed.identity() == identity
+    assert card(packed, "a/b") == card(tokenizer, "a/b")
     assert packed.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in packed.state_dict().items())
     flowmo.save(packed, tmp_path / "packed.safetensors")

@@ -78,8 +78,8 @@ def write_folder(tokenizer: Any, folder: Path, context: bytes | None = None, nam
 def card(tokenizer: Any, name: str) -> str:
     """A model card: what can be told of a tokenizer by its settings, and room for what cannot."""
     config, m = tokenizer.config, tokenizer.config.model
-    numbers = (value.numel() for network in tokenizer.networks.values() for value in network.state_dict().values())
-    parameters = (sum(numbers) + sum(p.numel() for p in tokenizer.quantizer.parameters())) / 1e6
+    buffers = dict(tokenizer.named_buffers())  # packed weights are no parameters, but in the state all the same
+    parameters = sum(v.numel() for name, v in tokenizer.state_dict().items() if name not in buffers) / 1e6
     rate = "continuous" if config.bits_per_pixel is None else f"{config.bits_per_pixel:.4f} bits per pixel"
     return f"""---
 library_name: flowmo
