@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowmo.errors import FlowMoError
 from flowmo.transformer import Conditioning, Decoder, select_timestep
+from flowmo.windowed import WindowedDecoder
 
 
 class NotFiniteError(FlowMoError, ValueError):
@@ -97,14 +98,16 @@ def evaluations(solver: str, times: Sequence[float]) -> list[float]:
     return asked
 
 
-def conditioning(decoder: Decoder, times: Sequence[float], ends: Sequence[float] | None = None) -> Conditioning:
+def conditioning(
+    decoder: Decoder | WindowedDecoder, times: Sequence[float], ends: Sequence[float] | None = None
+) -> Conditioning:
     """What the decoder needs of all ``times`` of a run, and of the ``ends`` of their steps: the same for every code."""
     as_tensor = partial(torch.tensor, dtype=torch.float32, device=next(decoder.parameters()).device)
     return decoder.modulate(as_tensor(times), None if ends is None else as_tensor(ends))
 
 
 def guided_velocity(
-    decoder: Decoder,
+    decoder: Decoder | WindowedDecoder,
     code: Tensor,
     times: Sequence[float],
     guidance: float = 1.0,

@@ -27,8 +27,9 @@ from flowmo import pictures, sample
 from flowmo.config import Config
 from flowmo.packed import Packable
 from flowmo.pictures import Tiling
-from flowmo.quantize import build_quantizer, check_ids
+from flowmo.quantize import FSQ, LFQ, build_quantizer, check_ids
 from flowmo.transformer import Conditioning, Decoder, Encoder
+from flowmo.windowed import WindowedDecoder, WindowedEncoder
 
 RANGE_TOLERANCE = 1e-4
 
@@ -115,8 +116,14 @@ class FlowMo(Packable):
         self.config = config or Config()
         model = self.config.model
         self.quantizer = build_quantizer(model)
-        self.encoder = Encoder(self.config.encoder_shape, model.code_length, self.quantizer.encoder_channels)
-        self.decoder = Decoder(self.config.decoder_shape, model.context_dim)
+        self.encoder: Encoder | WindowedEncoder
+        self.decoder: Decoder | WindowedDecoder
+        if model.network == "windowed":
+            self.encoder = WindowedEncoder(self.config.windowed_shape("encoder"), self.quantizer.encoder_channels)
+            self.decoder = WindowedDecoder(self.config.windowed_shape("decoder"), model.context_dim)
+        else:
+            self.encoder = Encoder(self.config.encoder_shape, model.code_length, self.quantizer.encoder_channels)
+            self.decoder = Decoder(self.config.decoder_shape, model.context_dim)
         self.chunk_size: int | None = None
         self._kept: tuple[tuple[list[float], list[float] | None], Conditioning] | None = None
 
@@ -149,7 +156,7 @@ class FlowMo(Packable):
 
     @property
     def device(self) -> torch.device:
-        return self.encoder.code_embedding.device
+        return next(self.parameters()).device
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -159,6 +166,30 @@ class FlowMo(Packable):
     @property
     def code_length(self) -> int:
         return self.config.model.code_length
+
+    @property
+    def native_size(self) -> bool:
+        """Whether images keep their own height and width: one code token per cell, as many as the image has."""
+        return self.config.model.network == "windowed"
+
+    def tokens(self, height: int, width: int) -> int:
+        """Code tokens of an image of so many pixels, whole patches."""
+        patch = self.config.model.patch_size
+        return (height // patch) * (width // patch) if self.native_size else self.code_length
+
+    def keep_prefix(self, code: Tensor, kept: Tensor) -> Tensor:
+        """Nested dropout: set the channels of all but the first sub-tokens to 0, which stands for "not sent".
+
+        Args:
+            code: quantized, b × tokens × channels.
+            kept: int64, broadcast to b × tokens; sub-tokens to keep, from 1.
+
+        Raises:
+            TypeError: a bottleneck without sub-tokens.
+        """
+        if not isinstance(self.quantizer, FSQ | LFQ):
+            raise TypeError("only fsq and lfq have sub-tokens to leave out")
+        return code * (self.quantizer.sub_token_of_channel.to(code.device) < kept[..., None]).to(code.dtype)
 
     def identity(self) -> str:
         """16 hex digits that name these weights and this architecture: codes of one tokenizer are noise to another."""

@@ -38,6 +38,7 @@ from flowmo.config.sections import (
     TrainerConfig,
 )
 from flowmo.transformer import Shape
+from flowmo.windowed import WindowedShape
 
 __all__ = [
     "ALIASES",
@@ -104,6 +105,14 @@ class Config:
             m.prediction,
             mean_velocity=m.mean_velocity,
         )
+
+    def windowed_shape(self, network: str) -> WindowedShape:
+        """Of the ``encoder`` or the ``decoder``, with ``model.network=windowed``."""
+        m = self.model
+        sizes = (m.hidden_size, m.num_heads, m.dec_depth)
+        if network == "encoder":
+            sizes = (m.enc_hidden_size, m.enc_num_heads, m.enc_depth)
+        return WindowedShape(*sizes, m.conv_depth, m.window, m.mlp_ratio, m.prediction)
 
     @property
     def stage(self) -> str:

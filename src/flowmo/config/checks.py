@@ -14,6 +14,7 @@ from flowmo.config.sections import (
     EMA_UPDATES,
     HIDING_SCHEDULES,
     LPIPS_MODES,
+    NETWORKS,
     OPTIMIZERS,
     PARALLEL,
     PREDICTIONS,
@@ -25,6 +26,7 @@ from flowmo.config.sections import (
 )
 from flowmo.flow import DISTRIBUTIONS
 from flowmo.transformer import rotary_axes
+from flowmo.windowed import CELL
 
 if TYPE_CHECKING:
     from flowmo.config import Config
@@ -57,8 +59,25 @@ def check(config: Config) -> None:
             )
     for name in ("enc_depth", "code_length", "context_dim", "codebook_size_for_entropy", "posttrain_sample_k"):
         require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be at least 1")
+    choose("model.network", m.network, NETWORKS)
     for prefix in ("", "enc_"):
         check_width(prefix, getattr(m, f"{prefix}hidden_size"), getattr(m, f"{prefix}num_heads"))
+    if m.network == "windowed":
+        check_windowed(config)
+    require(0 <= m.nested_dropout <= 1, f"model.nested_dropout={m.nested_dropout} must lie between 0 and 1")
+    require(
+        m.nested_dropout == 0 or (m.quantization_type in ("fsq", "lfq") and m.network == "windowed"),
+        "model.nested_dropout needs model.network=windowed and model.quantization_type=fsq or lfq",
+    )
+    for height, width in d.crops:
+        require(
+            m.patch_size <= min(height, width) and max(height, width) <= d.image_size,
+            f"data.crop_sizes={d.crop_sizes}: {height}x{width} must fit into data.image_size={d.image_size}",
+        )
+        require(
+            height % m.patch_size == 0 == width % m.patch_size,
+            f"data.crop_sizes={d.crop_sizes}: {height}x{width} is no multiple of model.patch_size={m.patch_size}",
+        )
     require(d.image_size <= MAX_SIDE, f"data.image_size={d.image_size} must be at most {MAX_SIDE}")
     require(m.mlp_ratio > 0, f"model.mlp_ratio={m.mlp_ratio} must be above 0; the paper uses 4")
     lower = max(d.image_size // m.patch_size, 1) * m.patch_size
@@ -146,6 +165,10 @@ def check(config: Config) -> None:
         0 <= o.lpips_jitter <= d.image_size // 2,
         f"opt.lpips_jitter={o.lpips_jitter} must be from 0 to half of data.image_size={d.image_size}",
     )
+    smallest = min((side for crop in d.crops for side in crop), default=d.image_size)
+    require(
+        0 <= o.lpips_crop <= smallest, f"opt.lpips_crop={o.lpips_crop} must be from 0 to the crops' side, {smallest}"
+    )
     require(0 <= t.seed < 2**63, f"trainer.seed={t.seed} must be a whole number from 0 to 2^63 − 1")
     require(
         0 < s.sample_steps <= MAX_STEPS,
@@ -179,6 +202,26 @@ def check(config: Config) -> None:
         f"guidance from t = {s.guidance_low} to {s.guidance_high} is no interval; "
         "write 0 <= eval.sampling.guidance_low <= eval.sampling.guidance_high <= 1",
     )
+
+
+def check_windowed(config: Config) -> None:
+    """What networks of windows and convolutions need."""
+    m, side = config.model, config.data.image_size
+    if m.patch_size != CELL:
+        raise ConfigError(f"model.network=windowed has cells of {CELL} pixels; write model.patch_size={CELL}")
+    if m.code_length != (side // CELL) ** 2:
+        raise ConfigError(
+            f"a windowed network has one code token per cell; write model.code_length={(side // CELL) ** 2} for "
+            f"data.image_size={side}"
+        )
+    if m.mean_velocity or config.opt.teacher:
+        raise ConfigError("stage 1C has no windowed decoder; write model.network=double_stream")
+    for name in ("hidden_size", "enc_hidden_size"):
+        if getattr(m, name) % 4:
+            raise ConfigError(f"model.{name}={getattr(m, name)} must be a multiple of 4")
+    for name in ("conv_depth", "window"):
+        if getattr(m, name) < 1:
+            raise ConfigError(f"model.{name}={getattr(m, name)} must be at least 1")
 
 
 def check_generator(config: Config) -> None:

@@ -17,6 +17,7 @@ QUANTIZATION_TYPES = ("lfq", "fsq", "bsq", "vq", "kl", "layernorm", "noop", "qwe
 LPIPS_MODES = ("vgg", "alex", "resnet")
 PREDICTIONS = ("velocity", "picture")
 CODE_LAYOUTS = ("diagonal", "lattice")
+NETWORKS = ("double_stream", "windowed")
 STATISTICS = ("batch", "process")
 EMA_UPDATES = ("every_step", "release")
 PARALLEL = ("ddp", "fsdp")
@@ -98,10 +99,30 @@ class DataConfig:
     draft: bool = setting(True, "decode training JPEGs of more than four times the size at a reduced one, for speed")
     random_crop: bool = setting(True, "crop training pictures at a random place rather than at their centre")
     random_flip: bool = setting(False, "mirror half of the training pictures; the paper does not")
+    crop_sizes: str = setting(
+        "",
+        "heights and widths of training crops in pixels, '128x128 96x192'; each step draws one of them and cuts it at "
+        "random from the square of data.image_size; empty trains on the whole square",
+    )
+
+    @property
+    def crops(self) -> list[tuple[int, int]]:
+        """Height and width of each of ``crop_sizes``."""
+        sizes = self.crop_sizes.replace(",", " ").split()
+        if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) for size in sizes):
+            raise ConfigError(f"data.crop_sizes={self.crop_sizes!r} is no list of sizes; write it as '128x128 96x192'")
+        return [(int(height), int(width)) for height, width in (size.split("x") for size in sizes)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    network: str = setting(
+        "double_stream",
+        "encoder and decoder: double_stream, the paper's, or windowed, for any image size, whose code tokens describe "
+        "one cell of patch_size pixels each: " + ", ".join(NETWORKS),
+    )
+    conv_depth: int = setting(3, "of a windowed network: residual convolution blocks at each of two resolutions")
+    window: int = setting(8, "of a windowed network: side of an attention window, in cells")
     patch_size: int = setting(4, "side of a picture token, in pixels, in encoder and decoder")
     hidden_size: int = setting(1152, "width of the decoder")
     num_heads: int = setting(12, "attention heads of the decoder")
@@ -135,6 +156,11 @@ class ModelConfig:
     )
     enable_cfg: bool = setting(
         True, "train the null code of classifier-free guidance on a tenth of the pictures", training=True
+    )
+    nested_dropout: float = setting(
+        0.0,
+        "share of the training images whose code tokens keep a random prefix of their sub-tokens, so that one model "
+        "serves every rate (Rippel et al. 2014)",
     )
     code_layout: str = setting("diagonal", "rotary positions of code tokens: " + ", ".join(CODE_LAYOUTS))
     prediction: str = setting("velocity", "what the decoder's last layer estimates: " + ", ".join(PREDICTIONS))
@@ -189,6 +215,9 @@ class OptConfig:
         0,
         "pixels by which both pictures are cut at a random place before the perceptual loss on the one-step estimate "
         "sees them, so that its network's own grid cannot be played to",
+    )
+    lpips_crop: int = setting(
+        0, "side of the random square, in pixels, that the perceptual loss on the one-step estimate sees; 0 is all"
     )
     perceptual_weights: str = setting("", "folder to look for its weights in, before FLOWMO_WEIGHTS")
     n_grad_acc: int = setting(0, "passes that a process cuts its part of a batch into; 0 is as few as fit")

@@ -37,6 +37,7 @@ class FSQ:
         self.channels = self.encoder_channels = channels
         self.levels = levels
         self.sub_tokens = channels // self.group
+        self.sub_token_of_channel = torch.arange(channels) // self.group
         self.id_count = levels**self.group
         self.bits_per_token = channels * math.log2(levels)
 

@@ -35,6 +35,7 @@ class LFQ:
         self.channels = self.encoder_channels = channels
         self.group = group
         self.sub_tokens = channels // group
+        self.sub_token_of_channel = torch.arange(channels) % self.sub_tokens
         self.id_count = 2**group
         self.bits_per_token = float(channels)
         self.entropy_weight = entropy_weight

@@ -84,6 +84,7 @@ def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = Tr
         opt=OptConfig(
             lpips_weight=config.opt.lpips_weight,
             lpips_mode=config.opt.lpips_mode,
+            lpips_crop=config.opt.lpips_crop,
             teacher="teacher" if config.opt.teacher else "",
             teacher_steps=config.opt.teacher_steps,
             jumps=config.opt.jumps,
@@ -169,7 +170,8 @@ def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]
     flags = torch.ones(COUNTED, config.model.posttrain_sample_k, dtype=torch.bool)
     chain = Chain(images, torch.empty(COUNTED, config.model.posttrain_sample_k + 1), flags)
     times = torch.empty(COUNTED, config.opt.jumps)
-    draws = Draws(torch.empty(COUNTED), images, flags[:, 0], chain, Jumps(images, times, times))
+    cut = [(0, 0)] * COUNTED if config.opt.lpips_crop else None
+    draws = Draws(torch.empty(COUNTED), images, flags[:, 0], chain, Jumps(images, times, times), cut)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
     step = partial(stage, images, draws, alone, freeze_encoder)
     return _counted(lambda: step().total, modules, config.trainer.enable_bfloat16)

@@ -7,6 +7,7 @@ has them. Stage 1C is ours: a student whose decoder jumps along the paths that t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowmo import flow
-from flowmo.config import Config
+from flowmo.config import Config, OptConfig
 from flowmo.quantize import Quantized, WholeBatch, alone
 from flowmo.sample import euler, guided_velocity, picture_seed, shifted_times
 from flowmo.tokenizer import FlowMo
@@ -50,15 +51,17 @@ class Chain(NamedTuple):
 
 class Draws(NamedTuple):
     """Random numbers of some pictures: timesteps b in [0, 1], noise b 3 h w, and b, False where the code is dropped;
-    in stage 1B also those of their samples, in stage 1C those of the jumps; with ``opt.lpips_jitter`` b × 2, the row
-    and column at which the perceptual loss cuts."""
+    in stage 1B also those of their samples, in stage 1C those of the jumps; with ``opt.lpips_jitter`` or
+    ``opt.lpips_crop`` the row and column at which the perceptual loss cuts each image; with ``model.nested_dropout`` b,
+    the sub-tokens that each image keeps."""
 
     t: Tensor
     noise: Tensor
     keep: Tensor
     chain: Chain | None = None
     jumps: Jumps | None = None
-    cut: Tensor | None = None
+    cut: Sequence[tuple[int, int]] | None = None
+    kept: Tensor | None = None
 
     @classmethod
     def of(cls, config: Config, images: Tensor, places: Sequence[int]) -> Draws:
@@ -70,7 +73,8 @@ class Draws(NamedTuple):
         model, device, stage = config.model, images.device, config.stage
         dropped = NULL_CODE_SHARE if model.enable_cfg else 0.0
         dropped_in_chain = NULL_CODE_SHARE if model.posttrain_sample_enable_cfg else 0.0
-        rows = []
+        rows: list[list[Tensor]] = []
+        cut: list[tuple[int, int]] = []
         for place in places:
             seed = picture_seed(config.trainer.seed, f"draws {place}")
             generator = torch.Generator().manual_seed(seed)
@@ -87,12 +91,37 @@ class Draws(NamedTuple):
                 row += [times, torch.rand(steps, generator=generator) >= dropped_in_chain]
             if stage == "distill":
                 row += random_jumps(config.opt.jumps, config.eval.sampling.rho, generator)
-            row.append(torch.randint(0, config.opt.lpips_jitter + 1, (2,), generator=generator))
+            margins = (n - m for n, m in zip(images.shape[2:], cut_size(config.opt, images), strict=True))
+            top, left = (int(torch.randint(0, margin + 1, (), generator=generator)) for margin in margins)
+            cut.append((top, left))
             rows.append(row)
-        t, noise, keep, *more, cut = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+        t, noise, keep, *more = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
         chain = Chain(*more) if stage == "posttrain" else None
         jumps = Jumps(*more) if stage == "distill" else None
-        return cls(t, noise, keep, chain, jumps, cut if config.opt.lpips_jitter else None)
+        kept = kept_sub_tokens(config, places) if model.nested_dropout else None
+        cuts = config.opt.lpips_jitter or config.opt.lpips_crop
+        return cls(t, noise, keep, chain, jumps, cut if cuts else None, kept)
+
+
+def kept_sub_tokens(config: Config, places: Sequence[int]) -> Tensor:
+    """Length of the prefix of sub-tokens that each image keeps, int64 b: all, or any with equal probability."""
+    model = config.model
+    group = model.codebook_size_for_entropy
+    if model.quantization_type == "fsq":
+        group = int(group / math.log2(model.fsq_levels) + 1e-9)
+    most, kept = model.context_dim // max(group, 1), []
+    for place in places:
+        generator = torch.Generator().manual_seed(picture_seed(config.trainer.seed, f"prefix {place}"))
+        drop = float(torch.rand((), generator=generator)) < model.nested_dropout
+        kept.append(int(torch.randint(1, most + 1, (), generator=generator)) if drop else most)
+    return torch.tensor(kept)
+
+
+def cut_size(opt: OptConfig, images: Tensor) -> tuple[int, int]:
+    """Height and width of the part of images b 3 h w that the perceptual loss on the one-step estimate sees."""
+    if opt.lpips_crop:
+        return opt.lpips_crop, opt.lpips_crop
+    return images.shape[2] - opt.lpips_jitter, images.shape[3] - opt.lpips_jitter
 
 
 def random_jumps(count: int, rho: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -139,12 +168,13 @@ def pretrain_loss(
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
     if quantized.noise_level is not None:
         draws = draws._replace(t=torch.lerp(quantized.noise_level, torch.ones_like(draws.t), draws.t))
-    flow_loss, estimate = one_step(tokenizer, quantized.code, images, draws)
+    code = quantized.code if draws.kept is None else tokenizer.keep_prefix(quantized.code, draws.kept[:, None])
+    flow_loss, estimate = one_step(tokenizer, code, images, draws)
     distances = {}
     if perceptual is not None:
         x, y = images, estimate()
         if draws.cut is not None:
-            x, y = (cut_out(picture, draws.cut, tokenizer.config.opt.lpips_jitter) for picture in (x, y))
+            x, y = (cut_out(image, draws.cut, *cut_size(tokenizer.config.opt, images)) for image in (x, y))
         distances["lpips"] = perceptual(x, y).float().mean()
     return _sum(tokenizer, {} if freeze_encoder else quantized.losses, flow_loss, distances, quantized)
 
@@ -212,15 +242,14 @@ def distill_loss(
     return _sum(tokenizer, {}, flow_loss, distances, quantized)
 
 
-def cut_out(images: Tensor, corners: Tensor, margin: int) -> Tensor:
-    """Of each picture b 3 h w the part, ``margin`` pixels smaller, that begins at the row and column in ``corners``.
+def cut_out(images: Tensor, corners: Sequence[tuple[int, int]], h: int, w: int) -> Tensor:
+    """Of each image b 3 H W the part of h × w pixels that begins at the row and column in ``corners``.
 
     A network's strides see every picture at the same phase, and a decoder finds the texture that pleases it there; cut
     at random, the same picture is seen at all of them (after E-LPIPS, Kettunen et al. 2019).
     """
-    h, w = images.shape[-2] - margin, images.shape[-1] - margin
-    places = zip(images, corners.tolist(), strict=True)
-    return torch.stack([image[:, row : row + h, column : column + w] for image, (row, column) in places])
+    pairs = zip(images, corners, strict=True)
+    return torch.stack([image[:, top : top + h, left : left + w] for image, (top, left) in pairs])
 
 
 class Path(NamedTuple):

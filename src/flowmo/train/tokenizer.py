@@ -21,11 +21,12 @@ from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import LPIPS, build_distance
 from flowmo.pictures import to_picture
 from flowmo.quantize import Learner, WholeBatch, alone
+from flowmo.sample import picture_seed
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import Cost, training_cost
 from flowmo.train.optimizer import scale_initial_weights
-from flowmo.train.plan import Timetable
-from flowmo.train.stages import Draws, Loss, Stage
+from flowmo.train.plan import BatchPlan, Timetable
+from flowmo.train.stages import Draws, Loss, Stage, cut_out
 from flowmo.train.task import autocast, changed_settings
 from flowmo.train.usage import CodeUsage
 
@@ -63,6 +64,7 @@ class TokenizerTask:
         self.judging = LPIPS("alex").to(world.device) if world.main and config.trainer.best_metric == "lpips" else None
         self.usage = CodeUsage(self.model.quantizer, world)
         self.frozen = False
+        self.batch = BatchPlan.of(config, world.size).total
 
     def _take_over(self, path: Path) -> FlowMo:
         """The teacher of stage 1C, whose weights the fresh student starts with."""
@@ -119,18 +121,32 @@ class TokenizerTask:
             place = first
             for chunk in chunks:
                 torch.manual_seed(self.config.trainer.seed + place)
-                self.module(chunk, None, collect)
+                self.module(self._crop(chunk, place), None, collect)
                 place += len(chunk)
         mean = self.world.mean(torch.stack(seen).mean(dim=0))
         return lambda statistic: mean
 
     def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: WholeBatch) -> Loss:
+        chunk = self._crop(chunk, place)
         draws = Draws.of(self.config, chunk, range(place, place + len(chunk)))
         torch.manual_seed(self.config.trainer.seed + place)  # for a bottleneck that draws noise of its own
         with autocast(self.config, self.world.device):
             loss = module(chunk, draws, shared, self.frozen)
         self.usage.add(loss.ids)
         return loss
+
+    def _crop(self, chunk: Tensor, place: int) -> Tensor:
+        """Random crops of one size, which the step draws: a function of the seed and the images' places alone."""
+        sizes, seed = self.config.data.crops, self.config.trainer.seed
+        if not sizes:
+            return chunk
+        height, width = sizes[picture_seed(seed, f"crop size {place // self.batch}") % len(sizes)]
+        rows, columns = chunk.shape[2] - height + 1, chunk.shape[3] - width + 1
+        corners = [
+            (picture_seed(seed, f"crop top {i}") % rows, picture_seed(seed, f"crop left {i}") % columns)
+            for i in range(place, place + len(chunk))
+        ]
+        return cut_out(chunk, corners, height, width)
 
     def stepped(self) -> None:
         if isinstance(self.model.quantizer, Learner) and not self.frozen:
