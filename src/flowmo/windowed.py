@@ -18,7 +18,6 @@ Nothing here knows of training, data, files or devices.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +83,6 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
-@lru_cache(maxsize=8)
 def relative_index(window: int, device: torch.device) -> Tensor:
     """Index of each pair of a window's cells in its table of (2 · window − 1)² relative positions: cells × cells."""
     cells = torch.arange(window**2, device=device)
