@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 import flowmo
-from flowmo import CheckpointError, FlowMo, checkpoint, preset
+from flowmo import CheckpointError, FlowMo, checkpoint, eight_bit, preset
 from flowmo.release import expected_shapes
 
 
@@ -183,3 +183,30 @@ def test_weights_are_saved_under_their_own_suffix_only(tiny, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         flowmo.save(tiny, tmp_path / "model.bin")
     assert not list(tmp_path.iterdir())
+
+
+def test_eight_bits_round_each_row_to_a_127th_of_its_largest_weight(tmp_path):
+    torch.manual_seed(0)
+    state = {"a.weight": torch.randn(64, 96) * torch.logspace(-3, 2, 64)[:, None], "a.bias": torch.randn(64)}
+    written = eight_bit.stored(state, torch.int8)
+    assert written["a.weight"].dtype == torch.int8
+    read = eight_bit.expand(written)
+    assert read.keys() == state.keys()
+    error = (read["a.weight"] - state["a.weight"]).abs()
+    assert (error <= state["a.weight"].abs().amax(1, keepdim=True) / 127 / 2 * 1.0001).all()
+    assert torch.equal(read["a.bias"], state["a.bias"])
+    with pytest.raises(ValueError, match="without a scale"):
+        eight_bit.expand({"a.weight": written["a.weight"]})
+
+
+def test_a_file_of_eight_bits_is_a_quarter(tiny_model, tmp_path, capsys):
+    from conftest import run_command
+
+    output = tmp_path / "small.safetensors"
+    status, out, _ = run_command(capsys, "convert", tiny_model, output, "--dtype", "int8")
+    assert status == 0
+    assert output.stat().st_size < 0.4 * tiny_model.stat().st_size
+    again = flowmo.load(output)
+    assert again.identity() in out  # of the rounded weights, which the file's codes belong to
+    for name, value in flowmo.load(tiny_model).state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=float(value.abs().max()) / 200)

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowmo import pictures, sample
+from flowmo.blocks import blocks, ramp
 from flowmo.config import Config
 from flowmo.packed import Packable
 from flowmo.pictures import Tiling
@@ -39,11 +40,13 @@ class Codes:
     """What ``FlowMo.encode`` makes of pictures: all that ``decode`` needs.
 
     Attributes:
-        ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
+        ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck. With a model of variable rate, the
+            first sub-tokens alone decode to a coarser image.
         size: height and width of the picture that each row decodes to.
         id_count: ids run from 0 to ``id_count`` − 1.
         tiling: how the rows tile one picture of any size; ``None`` where each row is a picture of its own.
         code: float32 b × tokens × channels where there are no ids, else ``None``.
+        image_size: true height and width, where ``size`` is padded to whole cells.
     """
 
     ids: Tensor | None
@@ -51,6 +54,7 @@ class Codes:
     id_count: int | None = None
     tiling: Tiling | None = None
     code: Tensor | None = None
+    image_size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self._values)
@@ -85,8 +89,21 @@ class Codes:
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """Height and width of the picture that all rows tile together; ``size`` where each is one of its own."""
-        return (self.tiling.height, self.tiling.width) if self.tiling else self.size
+        """Height and width of the picture that all rows tile together, or of each row's own."""
+        return (self.tiling.height, self.tiling.width) if self.tiling else self.image_size or self.size
+
+    def coarser(self, sub_tokens: int) -> Codes:
+        """The codes with the first ``sub_tokens`` sub-tokens of every token alone.
+
+        Raises:
+            TypeError: a continuous code.
+            ValueError: none, or more than there are.
+        """
+        if self.ids is None:
+            raise TypeError("a continuous code has no sub-tokens")
+        if not 1 <= sub_tokens <= self.ids.shape[2]:
+            raise ValueError(f"{sub_tokens} sub-tokens of {self.ids.shape[2]}; keep at least 1, at most all")
+        return replace(self, ids=self.ids[:, :, :sub_tokens])
 
     @property
     def bits_per_pixel(self) -> float:
@@ -200,28 +217,75 @@ class FlowMo(Packable):
 
     # Batches of pictures
 
+    @property
+    def variable_rate(self) -> bool:
+        """Whether a prefix of each token's sub-tokens decodes to a coarser image."""
+        return self.config.model.nested_dropout > 0
+
+    def rates(self, height: int, width: int) -> tuple[float, ...]:
+        """Bits per pixel that images of this true size can be encoded at, ascending; none for a continuous model."""
+        bits, sub_tokens = self.quantizer.bits_per_token, self.quantizer.sub_tokens
+        if bits is None or sub_tokens is None:
+            return ()
+        patch = self.config.model.patch_size
+        tokens = self.tokens(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch)
+        full = tokens * bits / (height * width)
+        return tuple(full * k / sub_tokens for k in range(1, sub_tokens + 1)) if self.variable_rate else (full,)
+
+    def sub_tokens_at(self, bits_per_pixel: float, height: int, width: int) -> int:
+        """Most sub-tokens per token that make at most ``bits_per_pixel`` in an image of this true size.
+
+        Raises:
+            ValueError: the model has one rate, or none so low; the message lists its rates.
+        """
+        rates = self.rates(height, width)
+        shown = ", ".join(f"{rate:.4f}" for rate in rates) or "none, for it is continuous"
+        if not self.variable_rate:
+            raise ValueError(f"this tokenizer has no choice of rate; bits per pixel it has: {shown}")
+        within = sum(rate <= bits_per_pixel * (1 + 1e-9) for rate in rates)
+        if not within:
+            raise ValueError(f"{bits_per_pixel:g} bits per pixel is below every rate at {height}×{width}: {shown}")
+        return within
+
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Codes:
+    def encode(self, images: Tensor, bits_per_pixel: float | None = None) -> Codes:
         """Pictures to codes.
 
         Args:
-            images: float b × 3 × h × w in [−1, 1]; h and w are multiples of the patch size. The tokenizer was trained
-                at one size, ``config.data.image_size``; ``encode_image`` brings any picture to it.
+            images: float b × 3 × h × w in [−1, 1]; h and w are multiples of the patch size. A tokenizer of fixed
+                length was trained at one size, ``config.data.image_size``; ``encode_image`` brings any picture to it.
+            bits_per_pixel: of a tokenizer of variable rate: the highest rate at or below it; ``None`` is the full rate.
 
         Raises:
             TypeError: not a floating-point tensor.
-            ValueError: another shape, values outside [−1, 1], or not finite.
+            ValueError: another shape, values outside [−1, 1] or not finite, or a rate that the tokenizer has not.
         """
         self._check_images(images)
+        kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, *images.shape[-2:])
         codes, ids = [], []
         for chunk in self._chunks(images.to(self.device, torch.float32)):
-            code, chunk_ids = self.quantizer.quantize(self.encoder(chunk).float())
+            code, chunk_ids = self.quantizer.quantize(self._encode_blocks(chunk))
             codes.append(code)
             ids.append(chunk_ids)
         size = (images.shape[-2], images.shape[-1])
         if self.quantizer.id_count is None:
             return Codes(None, size, code=torch.cat(codes)[: len(images)])
-        return Codes(torch.cat(ids)[: len(images)], size, self.quantizer.id_count)
+        out = Codes(torch.cat(ids)[: len(images)], size, self.quantizer.id_count)
+        return out if kept is None else out.coarser(kept)
+
+    def _encode_blocks(self, images: Tensor) -> Tensor:
+        """The encoder's output, float32 b × tokens × channels; large images of native size in blocks."""
+        if not self.native_size:
+            return self.encoder(images).float()
+        cell = self.config.model.patch_size
+        rows, columns = images.shape[-2] // cell, images.shape[-1] // cell
+        out = images.new_empty(len(images), rows, columns, self.quantizer.encoder_channels)
+        for down, across in blocks(rows, columns):
+            block = images[..., down.start * cell : down.stop * cell, across.start * cell : across.stop * cell]
+            code = self.encoder(block).float().unflatten(1, (down.stop - down.start, -1))
+            kept = code[:, down.first - down.start : down.last - down.start, across.first - across.start :]
+            out[:, down.first : down.last, across.first : across.last] = kept[:, :, : across.last - across.first]
+        return out.flatten(1, 2)
 
     @torch.no_grad()
     def decode(
@@ -240,7 +304,8 @@ class FlowMo(Packable):
         """Codes, or bare ids, to pictures: solves the flow from seeded noise (section 3.4). Needs no picture.
 
         Args:
-            codes: ``Codes``, or int64 ids b × tokens × sub-tokens.
+            codes: ``Codes``, or int64 ids b × tokens × sub-tokens; of a tokenizer of variable rate, the first
+                sub-tokens alone make a coarser image.
             steps: of the solver; the model's own where ``None``: 1 of nano, 25 of the paper's, which with guidance in
                 its interval are 31 passes.
             seed: one seed for every picture, or one a picture. A picture is a function of its ids and its seed alone.
@@ -272,16 +337,19 @@ class FlowMo(Packable):
         """Code as the decoder sees it, and the size of the pictures to make."""
         if not isinstance(codes, Codes):
             codes = Codes(codes, size or (self.config.data.image_size,) * 2, self.quantizer.id_count)
+        height, width = size or codes.size
+        self._check_size(height, width)
         sub_tokens, id_count = self.quantizer.sub_tokens, self.quantizer.id_count
         if sub_tokens is None or id_count is None:
             if codes.code is None:
                 raise TypeError("this tokenizer is continuous and has no ids; decode the Codes that encode returned")
             code = codes.code.to(self.device, torch.float32)
         else:
-            ids = check_ids(codes.ids, self.code_length, sub_tokens, id_count)
-            code = self.quantizer.code_from_ids(ids.to(self.device))
-        height, width = size or codes.size
-        self._check_size(height, width)
+            ids = check_ids(codes.ids, self.tokens(height, width), sub_tokens, id_count, prefix=self.variable_rate)
+            sent = ids.shape[2]
+            code = self.quantizer.code_from_ids(F.pad(ids, (0, sub_tokens - sent)).to(self.device))
+            if sent < sub_tokens:
+                code = self.keep_prefix(code, torch.tensor([sent], device=self.device))
         return code, height, width
 
     @torch.no_grad()
@@ -368,28 +436,42 @@ class FlowMo(Packable):
 
     # Single pictures of any size
 
-    def encode_image(self, picture: Image.Image, fit: str = "tile") -> Codes:
+    def encode_image(self, picture: Image.Image, fit: str = "whole", bits_per_pixel: float | None = None) -> Codes:
         """One PIL picture of any size and mode to codes.
 
         Args:
-            fit: ``tile`` keeps the whole picture, as overlapping tiles of the trained size; ``crop`` follows the
-                paper's protocol: short side resized to the trained size, central square.
+            fit: ``whole`` (or ``tile``) keeps the whole picture: at its own size where the tokenizer has native size,
+                else as overlapping tiles of the trained size. ``crop`` follows the paper's protocol: short side
+                resized to the trained size, central square.
+            bits_per_pixel: as in ``encode``.
 
         Raises:
             TypeError: not a PIL picture.
-            ValueError: another ``fit``, or a picture without pixels or above ``pictures.MAX_PIXELS``.
+            ValueError: another ``fit``, a picture without pixels or above ``pictures.MAX_PIXELS``, or a rate that the
+                tokenizer has not.
         """
         if not isinstance(picture, Image.Image):
             raise TypeError(f"encode_image takes a PIL picture, not a {type(picture).__name__}; encode takes tensors")
-        if fit not in ("tile", "crop"):
-            raise ValueError(f"unknown fit {fit!r}; use 'tile' or 'crop'")
+        if fit not in ("whole", "tile", "crop"):
+            raise ValueError(f"unknown fit {fit!r}; use 'whole' or 'crop'")
         pictures.check_size(picture)
         side = self.config.data.image_size
         picture = pictures.to_rgb(picture)
         if fit == "crop":
             picture = pictures.resize_and_crop(picture, side)
+        if self.native_size:
+            return self._encode_whole(pictures.to_tensor(picture), bits_per_pixel)
         tiling = Tiling(picture.height, picture.width, side)
-        return replace(self.encode(tiling.split(pictures.to_tensor(picture))), tiling=tiling)
+        return replace(self.encode(tiling.split(pictures.to_tensor(picture)), bits_per_pixel), tiling=tiling)
+
+    def _encode_whole(self, image: Tensor, bits_per_pixel: float | None) -> Codes:
+        """An image 3 h w at its own size, padded to whole cells by its last row and column."""
+        height, width = image.shape[-2:]
+        cell = self.config.model.patch_size
+        padded = F.pad(image[None], (0, -width % cell, 0, -height % cell), mode="replicate")
+        kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, height, width)
+        codes = replace(self.encode(padded), image_size=(height, width))
+        return codes if kept is None else codes.coarser(kept)
 
     def decode_image(
         self,
@@ -406,6 +488,8 @@ class FlowMo(Packable):
 
         All tiles are cut from one canvas of noise, so that neighbours agree where they overlap before they are blended.
         """
+        if self.native_size:
+            return self._decode_whole(codes, seed, steps, guidance, rho, solver, progress)
         tiling = codes.tiling or Tiling(*codes.size, self.config.data.image_size)
         code, *_ = self._code_and_size(codes, None)
         if len(code) != len(tiling.corners):
@@ -413,3 +497,35 @@ class FlowMo(Packable):
         noise = tiling.crop(sample.seeded_noise([seed], *tiling.canvas)[0])
         tiles = self._decode_from(noise, code, steps, guidance, rho, solver, progress)
         return pictures.to_picture(tiling.merge(tiles))
+
+    def _decode_whole(
+        self,
+        codes: Codes,
+        seed: int,
+        steps: int | None,
+        guidance: float | None,
+        rho: float | None,
+        solver: str | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> Image.Image:
+        """One image of native size; a large one in blocks, which are cut from one canvas of noise and blended."""
+        code, height, width = self._code_and_size(codes, None)
+        if len(code) != 1:
+            raise ValueError(f"{len(code)} codes for one image; decode takes batches")
+        noise = sample.seeded_noise([seed], height, width)
+        cell = self.config.model.patch_size
+        rows, columns = height // cell, width // cell
+        code = code.unflatten(1, (rows, columns))
+        total, weights = torch.zeros(3, height, width), torch.zeros(height, width)
+        todo = list(blocks(rows, columns))
+        for done, (down, across) in enumerate(todo):
+            y, x = slice(down.start * cell, down.stop * cell), slice(across.start * cell, across.stop * cell)
+            part = code[:, down.start : down.stop, across.start : across.stop].flatten(1, 2)
+            image = self._decode_from(noise[..., y, x], part, steps, guidance, rho, solver)[0].cpu()
+            weight = ramp(down, rows, cell)[:, None] * ramp(across, columns, cell)
+            total[:, y, x] += weight * image
+            weights[y, x] += weight
+            if progress:
+                progress(done + 1, len(todo))
+        true_height, true_width = codes.picture_size
+        return pictures.to_picture((total / weights)[:, :true_height, :true_width])

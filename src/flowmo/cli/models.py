@@ -125,7 +125,7 @@ def convert(arguments: argparse.Namespace) -> None:
     """Rewrite any checkpoint, of a tokenizer or a generator, as one .safetensors file with its settings inside."""
     if arguments.output.suffix != ".safetensors":
         raise UsageError(f"{arguments.output}: the output is a .safetensors file")
-    dtype = {"float32": torch.float32, "float16": torch.float16}[arguments.dtype]
+    dtype = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}[arguments.dtype]
     if is_generator(arguments.source):
         from flowmo.generate.generator import load_generator, save_generator
 
@@ -138,7 +138,8 @@ def convert(arguments: argparse.Namespace) -> None:
         return
     tokenizer = flowmo.load(arguments.source, *arguments.settings, ema=not arguments.last_weights)
     flowmo.save(tokenizer, arguments.output, dtype)
-    size, identity = arguments.output.stat().st_size, tokenizer.identity()
+    # Of the file, whose weights are rounded.
+    size, identity = arguments.output.stat().st_size, flowmo.load(arguments.output).identity()
     line = f"{arguments.output}: {size / 2**20:.1f} MiB, tokenizer {identity}"
     tell(arguments, line, file=str(arguments.output), bytes=size, tokenizer=identity)
 
@@ -190,7 +191,8 @@ def add_to(commands: Any) -> None:
     sub = command(convert, "any checkpoint to .safetensors", commands)
     sub.add_argument("source", help="authors' or training checkpoint (.pth), or any other weights")
     sub.add_argument("output", type=Path, help="file to write, .safetensors")
-    sub.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="precision on disk (float32)")
+    precision = "precision on disk (float32); int8 has a scale per output channel"
+    sub.add_argument("--dtype", choices=("float32", "float16", "int8"), default="float32", help=precision)
     sub.add_argument("--last-weights", action="store_true", help="the last weights rather than their average")
     with_json(sub)
 

@@ -65,7 +65,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
     def work(path: Path, output: Path) -> tuple[dict, str]:
         original = read_picture(path)
-        codes = tokenizer.encode_image(original, arguments.fit)
+        codes = tokenizer.encode_image(original, arguments.fit, arguments.bpp)
         if arguments.fit == "crop":
             original = resize_and_crop(to_rgb(original), tokenizer.config.data.image_size)
         decoded = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
@@ -107,7 +107,7 @@ def encode(arguments: argparse.Namespace) -> None:
 
     def work(path: Path, output: Path) -> tuple[dict, str]:
         original = read_picture(io.BytesIO(sys.stdin.buffer.read()), "standard input") if path == PIPE else None
-        codes = tokenizer.encode_image(original or read_picture(path), arguments.fit)
+        codes = tokenizer.encode_image(original or read_picture(path), arguments.fit, arguments.bpp)
         content = codec.pack(codes)
         write(output, content)
         height, width = codes.picture_size

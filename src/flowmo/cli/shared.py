@@ -51,8 +51,10 @@ def with_sampling(sub: argparse.ArgumentParser) -> None:
 
 
 def with_fit(sub: argparse.ArgumentParser) -> None:
-    fit = "tile: the whole picture, in blended tiles; crop: the central square at the trained size"
-    sub.add_argument("--fit", choices=("tile", "crop"), default="tile", help=fit)
+    fit = "whole (or tile): the whole image, in blended tiles where the model has one size; crop: the central square"
+    sub.add_argument("--fit", choices=("whole", "tile", "crop"), default="whole", help=fit)
+    bpp = "of a model of variable rate: the highest rate at or below this many bits per pixel (the full rate)"
+    sub.add_argument("--bpp", type=finite, metavar="RATE", help=bpp)
 
 
 def load(arguments: argparse.Namespace, device: str | None = None) -> FlowMo:

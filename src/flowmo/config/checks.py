@@ -60,7 +60,7 @@ def check(config: Config) -> None:
     for name in ("enc_depth", "code_length", "context_dim", "codebook_size_for_entropy", "posttrain_sample_k"):
         require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be at least 1")
     choose("model.network", m.network, NETWORKS)
-    for prefix in ("", "enc_"):
+    for prefix in ("", "enc_") if m.network == "double_stream" else ():
         check_width(prefix, getattr(m, f"{prefix}hidden_size"), getattr(m, f"{prefix}num_heads"))
     if m.network == "windowed":
         check_windowed(config)
@@ -216,9 +216,12 @@ def check_windowed(config: Config) -> None:
         )
     if m.mean_velocity or config.opt.teacher:
         raise ConfigError("stage 1C has no windowed decoder; write model.network=double_stream")
-    for name in ("hidden_size", "enc_hidden_size"):
-        if getattr(m, name) % 4:
-            raise ConfigError(f"model.{name}={getattr(m, name)} must be a multiple of 4")
+    for prefix in ("", "enc_"):
+        width, heads = getattr(m, f"{prefix}hidden_size"), getattr(m, f"{prefix}num_heads")
+        if width % 4 or width % heads:
+            raise ConfigError(
+                f"model.{prefix}hidden_size={width} must be a multiple of 4 and of model.{prefix}num_heads={heads}"
+            )
     for name in ("conv_depth", "window"):
         if getattr(m, name) < 1:
             raise ConfigError(f"model.{name}={getattr(m, name)} must be at least 1")

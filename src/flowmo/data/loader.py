@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from typing import Protocol
 
@@ -97,7 +97,7 @@ def batches(
     stride: int | None = None,
     pin_memory: bool = False,
     timeout: float = 0,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """Endless batches of stacked items, pictures b × 3 × side × side, starting with the item at ``place`` of the run.
 
     Args:

@@ -19,6 +19,7 @@ from flowmo.checkpoint import GENERATOR as STAGE
 from flowmo.checkpoint import CheckpointError, finite, on_meta, read_pth, read_shards, write_whole
 from flowmo.config import Config, ConfigError
 from flowmo.data.tokens import Vocabulary
+from flowmo.eight_bit import expand, stored
 from flowmo.generate.classes import GenerationError, display_name, find_class
 from flowmo.generate.network import MaskGiT
 from flowmo.generate.schedules import halton_order, hidden_counts
@@ -287,7 +288,7 @@ def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype = 
     """Write weights, settings and vocabulary as one ``.safetensors`` file."""
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(f"{path}: generators are saved as .safetensors")
-    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in generator.state_dict().items()}
+    state = stored(generator.state_dict(), dtype)
     # Machine paths of the training run are nobody else's business.
     config = generator.config.override("data.train=", "data.val=", "generator.tokenizer=")
     metadata = {
@@ -341,7 +342,7 @@ def _read_safetensors(path: Path) -> tuple[Config, Vocabulary, Mapping[str, Tens
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path}: holds no generator")
             config, vocabulary = json.loads(metadata["config"]), json.loads(metadata["vocabulary"])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            state = expand({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     except CheckpointError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:

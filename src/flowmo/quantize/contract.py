@@ -84,8 +84,11 @@ class Learner(Protocol):
         means over the whole batch."""
 
 
-def check_ids(ids: Tensor, code_length: int, sub_tokens: int, id_count: int) -> Tensor:
+def check_ids(ids: Tensor, code_length: int, sub_tokens: int, id_count: int, prefix: bool = False) -> Tensor:
     """``ids`` as int64 b × tokens × sub_tokens.
+
+    Args:
+        prefix: whether fewer sub-tokens are allowed, at least one.
 
     Raises:
         TypeError: not an integer tensor.
@@ -94,10 +97,10 @@ def check_ids(ids: Tensor, code_length: int, sub_tokens: int, id_count: int) -> 
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         kind = f"{ids.dtype} tensor" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be an integer tensor, not a {kind}")
-    if ids.ndim != 3 or tuple(ids.shape[1:]) != (code_length, sub_tokens):
-        raise ValueError(
-            f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {code_length}, {sub_tokens})"
-        )
+    allowed = range(1 if prefix else sub_tokens, sub_tokens + 1)
+    if ids.ndim != 3 or ids.shape[1] != code_length or ids.shape[2] not in allowed:
+        needed = f"1 to {sub_tokens}" if prefix else sub_tokens
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {code_length}, {needed})")
     if ids.numel() and (ids.min() < 0 or ids.max() >= id_count):
         raise ValueError(f"ids run from {ids.min()} to {ids.max()}; this tokenizer's run from 0 to {id_count - 1}")
     return ids.long()

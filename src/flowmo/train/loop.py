@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -152,9 +152,9 @@ class Run:
             self.journal.close()
 
     def _loop(self) -> None:
-        config, times, plan = self.config, self.times, self.plan
+        config, plan = self.config, self.plan
         module = synchronise(self.module, self.world)
-        stream = batches(
+        batch_stream = batches(
             self.task.source,
             plan.per_process,
             config.trainer.seed,
@@ -165,6 +165,13 @@ class Run:
             pin_memory=self.device.type == "cuda",
             timeout=config.data.read_timeout,
         )
+        # Closed also after an error: its workers ignore signals, and the interpreter would wait for them for ever.
+        with closing(batch_stream) as stream:
+            self._steps(stream, module)
+
+    def _steps(self, stream: Iterator[Tensor], module: torch.nn.Module) -> None:
+        """Steps over ``stream`` until the run's end or a request to stop."""
+        times, plan = self.times, self.plan
         meter = Meter(self.world)
         while self.images < times.duration and not self.stopping and not self.guard.exhausted:
             if self.task.advance(self.images, times):
