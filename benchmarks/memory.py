@@ -6,7 +6,7 @@
 Four policies of training are compared: every activation kept for the backward pass, or of each block (with
 ``trainer.activation_checkpointing``) its inputs and what ``trainer.checkpoint_keeps`` names: the results of all matrix
 products, those of attention, or nothing more. The rest is computed again. Arithmetic counts the state (weights,
-gradients, Adam's moments, averaged weights), what the forward pass keeps, and with recomputation one block besides.
+gradients, Adam's moments, averaged weights) and the peak of forward and backward pass on tensors without contents.
 Each measurement is the peak of a process of its own: resident set on a CPU, allocated memory on a GPU.
 """
 
@@ -54,14 +54,9 @@ def settings(preset: str, policy: str, *more: str) -> Config:
 
 
 def expected(preset: str, policy: str, more: tuple[str, ...], fused: bool = True) -> tuple[float, float]:
-    """GiB of the state, and of each picture."""
-    kept = training_cost(settings(preset, "all", *more), fused=fused)
-    if policy == "all":
-        return kept.state_bytes / GIB, kept.activation_bytes / GIB
-    config = settings(preset, policy, *more)
-    recomputed = training_cost(config, fused=fused).activation_bytes
-    blocks = config.model.enc_depth + config.model.dec_depth
-    return kept.state_bytes / GIB, (recomputed + (kept.activation_bytes - recomputed) / blocks) / GIB
+    """GiB of all that no image adds to, and of each image."""
+    cost = training_cost(settings(preset, policy, *more), fused=fused)
+    return cost.peak_bytes(0) / GIB, cost.activation_bytes / GIB
 
 
 def arithmetic() -> list[dict]:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import open_gates
+from conftest import ROOT, open_gates
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,10 +13,12 @@ from flowmo import Config, ConfigError, FlowMo, preset
 from flowmo.bench import UNCOUNTED
 from flowmo.config import Span
 from flowmo.distributed import World
+from flowmo.perceptual import blank_distance
 from flowmo.quantize import LFQ
-from flowmo.train.account import peak_flops, training_cost
+from flowmo.train.account import PeakMemory, peak_flops, training_cost
 from flowmo.train.coordinates import coordinate_check
 from flowmo.train.distributed import KEPT, prepare
+from flowmo.train.failures import OutOfMemoryError, within_memory
 from flowmo.train.optimizer import build_optimizer, clip_gradients, scale_initial_weights
 from flowmo.train.plan import BatchPlan, Position, Timetable
 from flowmo.train.stages import Draws, Stage, pretrain_loss
@@ -269,8 +271,79 @@ def test_what_checkpointing_keeps(tiny_config, images, bfloat16):
         assert products["all"] == products["products"] < products["attention"] < products["inputs"]
 
 
+def test_peak_memory_counts_what_is_alive_at_once():
+    memory = PeakMemory()
+    with memory:
+        a = torch.zeros(1000)  # 4 000 bytes
+        b = a + 1
+        view = b[10:]
+        del b
+        assert memory.now == 8000  # the view keeps all of b
+        del view
+        c = a * 2
+        assert memory.now == 8000
+        del a, c
+    assert (memory.now, memory.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_forecast_of_stage_1b_equals_a_step_with_contents(tiny_config, steps):
+    """The forecast runs on tensors without contents, and on two steps of the chain; here all is real."""
+    config = tiny_config.override(
+        "model.posttrain_sample=true", f"model.posttrain_sample_k={steps}", "opt.lpips_mode=alex", "opt.lpips_weight=1"
+    )
+    cost, peaks = training_cost(config), []
+    for batch in (2, 6):
+        tokenizer = FlowMo(config)
+        tokenizer.encoder.requires_grad_(False)
+        stage = Stage(tokenizer, blank_distance("alex"))
+        images = torch.rand(batch, 3, 64, 64)[..., :32, :32].contiguous()
+        draws, memory = Draws.of(config, images, range(batch)), PeakMemory()
+        for parameter in tokenizer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with memory:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = stage(images, draws).total
+            loss.backward()
+        peaks.append(memory.peak)
+    assert (peaks[1] - peaks[0]) / 4 == pytest.approx(cost.activation_bytes, rel=0.1)
+
+
+def test_stage_1b_of_lo_fits_its_cards():
+    """8 processes share a batch of 64: the plan takes micro-batches of 8 on 80 GiB, of 2 on 40 GiB."""
+    config = Config.from_yaml(ROOT / "configs" / "lo_posttrain.yaml")
+    cost = training_cost(config, freeze_encoder=True)
+    for card, microbatch in ((80, 8), (40, 2)):
+        plan = BatchPlan.of(config, 8, cost.most_pictures(card * 2**30))
+        assert plan.microbatch == microbatch
+        assert cost.peak_bytes(plan.microbatch) < 0.9 * card * 2**30
+
+
+@pytest.mark.parametrize(
+    ("error", "taken"), [(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 5), (MemoryError(), 2)]
+)
+def test_exhausted_memory_names_the_setting_to_lower(error, taken):
+    plan = BatchPlan(processes=2, passes=1, microbatch=12)
+    value = {5: 4, 2: 2}[taken]
+    with (
+        pytest.raises(OutOfMemoryError, match=rf"12 images ran out.*max_microbatch={value} .*takes up to {taken}\)"),
+        within_memory(plan, lambda: taken),
+    ):
+        raise error
+
+
+def test_one_image_that_does_not_fit():
+    with (
+        pytest.raises(OutOfMemoryError, match=r"1 image ran out.*activation_checkpointing=true"),
+        within_memory(BatchPlan(1, 4, 1), lambda: 1),
+    ):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+
+
 def test_pictures_that_fit():
-    cost = dataclasses.replace(training_cost(preset("nano")), state_bytes=10 * 2**30, activation_bytes=2**30)
+    cost = dataclasses.replace(
+        training_cost(preset("nano")), state_bytes=10 * 2**30, activation_bytes=2**30, fixed_bytes=0
+    )
     assert cost.most_pictures(40 * 2**30) == 26
     assert cost.most_pictures(20 * 2**30, shards=4) == 15
     assert cost.most_pictures(2**30) == 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import transformer
@@ -55,16 +57,23 @@ class Cost:
         flops: floating-point operations of matrix products and convolutions a picture, forward and backward. What
             activation checkpointing computes again is not among them, what stage 1B's chain does is.
         state_bytes: weights, gradients, Adam's two moments and the averaged weights, whole.
-        activation_bytes: what the forward pass keeps for the backward pass, a picture.
+        activation_bytes: growth of the step's peak memory per image: what the forward pass keeps, and what the
+            backward pass computes again and holds at once.
+        fixed_bytes: part of the peak that no image adds to, such as copies of the weights in bfloat16.
     """
 
     flops: float
     state_bytes: int
     activation_bytes: float
+    fixed_bytes: float = 0.0
+
+    def peak_bytes(self, images: int, shards: int = 1) -> float:
+        """Peak memory of a step over a micro-batch of ``images``, with the state cut into ``shards``."""
+        return self.state_bytes / shards + self.fixed_bytes + images * self.activation_bytes
 
     def most_pictures(self, memory: float, shards: int = 1) -> int:
         """Pictures of one pass that fit into ``memory`` bytes beside the state cut into ``shards``; at least 1."""
-        free = 0.9 * memory - self.state_bytes / shards  # a tenth for the allocator's gaps and the libraries
+        free = 0.9 * memory - self.peak_bytes(0, shards)  # a tenth for the allocator's gaps and the libraries
         return max(int(free / self.activation_bytes), 1)
 
 
@@ -122,41 +131,63 @@ def describe_training(config: Config) -> dict[str, Any]:
 @cache
 def generator_cost(config: Config, vocabulary: Vocabulary, fused: bool = True) -> Cost:
     """Cost of stage 2, as ``training_cost`` gives that of the others."""
-    ids = torch.empty(COUNTED, vocabulary.ids, dtype=torch.int64)
 
-    def count(precise: Config) -> tuple[float, int, int]:
+    def build(precise: Config, images: int) -> tuple[Callable[[], Tensor], MaskGiT]:
+        ids = torch.empty(images, vocabulary.ids, dtype=torch.int64)
         network = MaskGiT(precise.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
         for block in network.blocks if precise.trainer.activation_checkpointing else ():
             recompute(block, precise.trainer.checkpoint_keeps)
         arguments = (ids, torch.empty_like(ids, dtype=torch.bool), ids[:, 0])
-        flops, kept = _counted(lambda: network(*arguments).float().sum(), [network], precise.trainer.enable_bfloat16)
-        return flops, kept, sum(p.numel() for p in network.parameters())
+        return lambda: network(*arguments).float().sum(), network
 
     plain = replace(config, trainer=replace(config.trainer, enable_bfloat16=True, activation_checkpointing=False))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        flops, _, parameters = count(plain)
-        _, activations, _ = count(config)
-    return Cost(flops / COUNTED, 5 * 4 * parameters, activations / COUNTED)
+        loss, network = build(plain, COUNTED)
+        flops, parameters = _flops(loss, bfloat16=True), sum(p.numel() for p in network.parameters())
+        bfloat16, peaks = config.trainer.enable_bfloat16, []
+        for images in (COUNTED, 2 * COUNTED):
+            loss, network = build(config, images)
+            peaks.append(_peak(loss, [network], bfloat16))
+    few, many = peaks
+    return Cost(flops / COUNTED, 5 * 4 * parameters, *_per_image(few, many))
+
+
+def _per_image(few: float, many: float) -> tuple[float, float]:
+    """Growth per image and fixed part of the peaks of ``COUNTED`` and twice as many images."""
+    growth = (many - few) / COUNTED
+    return growth, few - COUNTED * growth
 
 
 @cache
 def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
     # The counter knows the products of plain attention; the fused one does the same products and keeps less.
-    plain = replace(config, trainer=replace(config.trainer, enable_bfloat16=True, activation_checkpointing=False))
+    # A step of stage 1B's chain beyond the second adds its FLOPs and the state that it starts from, and no more.
+    beyond = max(config.model.posttrain_sample_k - 2, 0) if config.stage == "posttrain" else 0
+
+    def shorter(config: Config, steps: int) -> Config:
+        return replace(config, model=replace(config.model, posttrain_sample_k=steps))
+
+    short = shorter(config, 2) if beyond else config
+    plain = replace(short, trainer=replace(config.trainer, enable_bfloat16=True, activation_checkpointing=False))
+    states = beyond * 4 * 3 * config.data.image_size**2
     with FakeTensorMode(allow_non_fake_inputs=True):
-        flops, _ = _forward_backward(plain, freeze_encoder)
+        flops = _flops(_step(plain, freeze_encoder, COUNTED)[0], bfloat16=True)
+        if beyond:
+            flops += beyond * (flops - _flops(_step(shorter(plain, 1), freeze_encoder, COUNTED)[0], bfloat16=True))
         try:
             transformer.plain_bfloat16_on_cpu = not fused
-            _, activations = _forward_backward(config, freeze_encoder)
+            steps = [_step(short, freeze_encoder, n) for n in (COUNTED, 2 * COUNTED)]
+            few, many = (_peak(step, modules, config.trainer.enable_bfloat16) for step, modules in steps)
         finally:
             transformer.plain_bfloat16_on_cpu = True
             transformer.rotary_table.cache_clear()  # of tables without contents
         parameters = sum(p.numel() for p in FlowMo(config).parameters())
-    return Cost(flops / COUNTED, 5 * 4 * parameters, activations / COUNTED)
+    per_image, fixed = _per_image(few, many)
+    return Cost(flops / COUNTED, 5 * 4 * parameters, per_image + states, fixed)
 
 
-def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]:
-    """FLOPs of a step and the bytes that its forward pass keeps."""
+def _step(config: Config, freeze_encoder: bool, count: int) -> tuple[Callable[[], Tensor], list[nn.Module]]:
+    """The loss of a step over ``count`` images, and the modules that it holds."""
     perceptual, mode = None, config.opt.lpips_mode
     if config.opt.lpips_weight:
         perceptual = blank_distance(mode)
@@ -166,15 +197,15 @@ def _forward_backward(config: Config, freeze_encoder: bool) -> tuple[float, int]
         teacher = FlowMo(teacher_of(config)).requires_grad_(False)
     stage = prepare(Stage(tokenizer, perceptual, teacher), World(), config.trainer)
     side = config.data.image_size
-    images = torch.empty(COUNTED, 3, side, side)
-    flags = torch.ones(COUNTED, config.model.posttrain_sample_k, dtype=torch.bool)
-    chain = Chain(images, torch.empty(COUNTED, config.model.posttrain_sample_k + 1), flags)
-    times = torch.empty(COUNTED, config.opt.jumps)
-    cut = [(0, 0)] * COUNTED if config.opt.lpips_crop else None
-    draws = Draws(torch.empty(COUNTED), images, flags[:, 0], chain, Jumps(images, times, times), cut)
+    images = torch.empty(count, 3, side, side)
+    flags = torch.ones(count, config.model.posttrain_sample_k, dtype=torch.bool)
+    chain = Chain(images, torch.empty(count, config.model.posttrain_sample_k + 1), flags)
+    times = torch.empty(count, config.opt.jumps)
+    cut = [(0, 0)] * count if config.opt.lpips_crop else None
+    draws = Draws(torch.empty(count), images, flags[:, 0], chain, Jumps(images, times, times), cut)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
     step = partial(stage, images, draws, alone, freeze_encoder)
-    return _counted(lambda: step().total, modules, config.trainer.enable_bfloat16)
+    return lambda: step().total, modules
 
 
 def teacher_of(config: Config) -> Config:
@@ -184,32 +215,64 @@ def teacher_of(config: Config) -> Config:
     return Config(data=config.data, model=model, eval=EvalConfig(sampling=sampling))
 
 
-def _alive() -> dict[int, Tensor]:
-    """Tensors that Python holds, by their storage."""
-    objects = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
-    return {tensor.untyped_storage()._cdata: tensor for tensor in objects if tensor.layout == torch.strided}
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that operators make and that are alive at once: now, and at most.
+
+    Works on tensors with and without contents. Memory that a kernel uses inside one operator is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        out = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return out
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Leave out a tensor that was there before."""
+        self._known.add(tensor.untyped_storage()._cdata)
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
-def _counted(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16: bool) -> tuple[float, int]:
-    """FLOPs of a loss and its gradients, and the bytes that it keeps for these beside the modules' parameters."""
-    own = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
-    before = own | _alive().keys()
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
+def _flops(loss: Callable[[], Tensor], bfloat16: bool) -> float:
+    """FLOPs of a loss and its gradients."""
     with FlopCounterMode(display=False) as counter:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
-        ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             total = loss()
-        kept |= {key: tensor for key, tensor in _alive().items() if key not in before}  # what checkpointing holds
-        size = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
         total.backward()
-    return counter.get_total_flops(), size
+    return counter.get_total_flops()
+
+
+def _peak(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16: bool) -> float:
+    """Peak of the memory that a loss and its gradients take beside weights and their gradients."""
+    memory = PeakMemory()
+    for parameter in (p for module in modules for p in module.parameters()):
+        memory.ignore(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)  # counted as state
+            memory.ignore(parameter.grad)
+    # Not under the FLOP counter too: its hooks on modules keep the activations that checkpointing would free.
+    with memory:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            total = loss()
+        total.backward()
+    return memory.peak
 
 
 @cache

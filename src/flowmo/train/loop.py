@@ -33,7 +33,7 @@ from flowmo.sharded import ShardedError
 from flowmo.train import state
 from flowmo.train.account import peak_flops
 from flowmo.train.distributed import accumulating, prepare, synchronise
-from flowmo.train.failures import in_one_line
+from flowmo.train.failures import in_one_line, within_memory
 from flowmo.train.guard import Guard, plot
 from flowmo.train.journal import Journal
 from flowmo.train.optimizer import (
@@ -114,9 +114,11 @@ class Run:
         return listing(self.checkpoint_folder)
 
     def _most_pictures(self) -> int | None:
+        """Items of one pass that the memory holds, where the settings do not say how many to take."""
+        return None if self.config.data.max_microbatch else self._fitting()
+
+    def _fitting(self) -> int:
         """Items of one pass that the memory of the device, or this process's part of the machine's, holds."""
-        if self.config.data.max_microbatch:
-            return None
         on_gpu = self.device.type == "cuda"
         cost = self.task.cost(fused=on_gpu or not in_bfloat16(self.config, self.device))
         shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
@@ -136,7 +138,7 @@ class Run:
         self.journal.open(self.step, self.images, self.config.to_dict())
         self.journal.report(self._describe())
         try:
-            with self._stop_on_signals(), in_one_line():
+            with self._stop_on_signals(), in_one_line(), within_memory(self.plan, self._fitting):
                 self._loop()
             if self.stopping and self.images < self.times.duration:
                 if self.saved_at != self.step:

@@ -193,13 +193,14 @@ def posttrain_loss(
     """
     with torch.no_grad():
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
-    flow_loss, _ = one_step(tokenizer, quantized.code, images, draws)
     distances = {}
     if perceptual is not None:
         if draws.chain is None:
             raise ValueError("stage 1B needs draws of its samples, and these are another stage's")
         sample = sample_chain(tokenizer, quantized.code, draws.chain)
         distances["sample_distance"] = perceptual(images, sample).float().mean()
+    # After the chain: the backward pass frees the flow loss's activations first, before it recomputes the chain's.
+    flow_loss, _ = one_step(tokenizer, quantized.code, images, draws)
     return _sum(tokenizer, {}, flow_loss, distances, quantized)
 
 
