@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
+from flowmo.streams import Stream, stream
 
 RESOLUTION = 2.0**-16
 EXACT = 2.0**53
@@ -125,7 +126,7 @@ def frechet_distance(
         first, second = second, first
     if counts and min(counts) < len(mean):
         # The images of that many random vectors span all that a matrix of lower rank reaches.
-        vectors = torch.randn(len(mean), min(counts), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        vectors = torch.randn(len(mean), min(counts), generator=stream(0, Stream.BASIS), dtype=torch.float64)
         basis = torch.linalg.qr(first @ vectors.to(first.device))[0]
         first, second = basis.T @ first @ basis, basis.T @ second @ basis
     values, vectors = torch.linalg.eigh(first)

@@ -21,7 +21,7 @@ from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import LPIPS, build_distance
 from flowmo.pictures import to_picture
 from flowmo.quantize import Learner, WholeBatch, alone
-from flowmo.sample import picture_seed
+from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import Cost, training_cost
 from flowmo.train.optimizer import scale_initial_weights
@@ -54,7 +54,7 @@ class TokenizerTask:
             self.perceptual = build_distance(config.opt.lpips_mode, config.opt.perceptual_weights or None)
             self.perceptual.to(world.device)
             report(f"perceptual loss: {self.perceptual.name}")
-        torch.manual_seed(config.trainer.seed)
+        seed_global(config.trainer.seed, Stream.WEIGHTS)
         self.model = FlowMo(config)
         scale_initial_weights(self.model)
         self.teacher = self._take_over(Path(config.opt.teacher)) if config.opt.teacher else None
@@ -120,7 +120,7 @@ class TokenizerTask:
         with torch.no_grad(), autocast(self.config, self.world.device):
             place = first
             for chunk in chunks:
-                torch.manual_seed(self.config.trainer.seed + place)
+                seed_global(self.config.trainer.seed, Stream.BOTTLENECK, place)
                 self.module(self._crop(chunk, place), None, collect)
                 place += len(chunk)
         mean = self.world.mean(torch.stack(seen).mean(dim=0))
@@ -129,7 +129,7 @@ class TokenizerTask:
     def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: WholeBatch) -> Loss:
         chunk = self._crop(chunk, place)
         draws = Draws.of(self.config, chunk, range(place, place + len(chunk)))
-        torch.manual_seed(self.config.trainer.seed + place)  # for a bottleneck that draws noise of its own
+        seed_global(self.config.trainer.seed, Stream.BOTTLENECK, place)
         with autocast(self.config, self.world.device):
             loss = module(chunk, draws, shared, self.frozen)
         self.usage.add(loss.ids)
@@ -140,10 +140,10 @@ class TokenizerTask:
         sizes, seed = self.config.data.crops, self.config.trainer.seed
         if not sizes:
             return chunk
-        height, width = sizes[picture_seed(seed, f"crop size {place // self.batch}") % len(sizes)]
+        height, width = sizes[stream_seed(seed, Stream.CROP_SIZE, place // self.batch) % len(sizes)]
         rows, columns = chunk.shape[2] - height + 1, chunk.shape[3] - width + 1
         corners = [
-            (picture_seed(seed, f"crop top {i}") % rows, picture_seed(seed, f"crop left {i}") % columns)
+            (stream_seed(seed, Stream.CROP_TOP, i) % rows, stream_seed(seed, Stream.CROP_LEFT, i) % columns)
             for i in range(place, place + len(chunk))
         ]
         return cut_out(chunk, corners, height, width)
