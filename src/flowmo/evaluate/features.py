@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
-from flowmo.perceptual import ResNetLogits, WeightsNotFoundError
+from flowmo.perceptual import ResNetLogits, WeightsNotFoundError, in_float32
 
 KINDS = ("auto", "inception", "resnet", "none")
 AT_ONCE = 8
@@ -75,10 +75,10 @@ class ResNetFeatures(nn.Module):
         self.name = f"pooled features of {self.resnet.name}"
 
     @torch.no_grad()
+    @in_float32
     def forward(self, images: Tensor) -> Features:
-        with torch.autocast(images.device.type, enabled=False):
-            pooled = self.resnet.features(images)
-            return Features(pooled, self.resnet.network.fc(pooled))
+        pooled = self.resnet.features(images)
+        return Features(pooled, self.resnet.network.fc(pooled))
 
 
 def features_of(network: FeatureNetwork, images: Tensor) -> Features:
