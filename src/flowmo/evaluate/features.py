@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from flowmo.errors import FlowMoError
 from flowmo.perceptual import ResNetLogits, WeightsNotFoundError, in_float32
 
-KINDS = ("auto", "inception", "resnet", "none")
+KINDS = ("auto", "inception", "inception-legacy", "resnet", "none")
 AT_ONCE = 8
 
 
@@ -106,7 +107,8 @@ def build_features(kind: str = "auto", weights: str | Path | None = None, downlo
     """The feature network of that ``kind``.
 
     Args:
-        kind: ``inception`` is that of FIDs; ``resnet`` a stand-in; ``auto`` the first of them that can be had.
+        kind: ``inception`` is the network of FIDs, ``inception-legacy`` the same by the release's protocol (see
+            ``FIDInception``), ``resnet`` a stand-in, ``auto`` ``inception`` or else ``resnet``.
         weights: folder to look in first.
 
     Raises:
@@ -116,6 +118,7 @@ def build_features(kind: str = "auto", weights: str | Path | None = None, downlo
 
     kinds: dict[str, list[Callable[[str | Path | None, bool], FeatureNetwork]]] = {
         "inception": [FIDInception],
+        "inception-legacy": [partial(FIDInception, protocol="legacy")],
         "resnet": [ResNetFeatures],
         "auto": [FIDInception, ResNetFeatures],
     }
