@@ -87,7 +87,7 @@ def test_spatial_features_are_in_adms_order(folder, images):
         x = layer(x)
     assert maps.shape == (2, 192, 17, 17)
     expected = np.stack([[m[channel, row, column] for row, column, channel in np.ndindex(17, 17, 7)] for m in maps])
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-3 * expected.std())
 
 
 def interpolate_as_tensorflow(x):
@@ -119,7 +119,7 @@ def test_the_legacy_protocol_is_the_releases(folder, images):
     np.testing.assert_allclose(seen.numpy(), 2 * x - 1, atol=1e-5)
     assert "as the release" in network.name
     assert network.name != default.name
-    assert not torch.allclose(network(images).pooled, default(images).pooled, rtol=1e-3)
+    assert not torch.equal(network(images).pooled, default(images).pooled)
     # Float images keep what 8 bits lose.
     assert not torch.equal(network(images + 1e-3).pooled, network(images).pooled)
     assert torch.equal(default(to_tensorlike(images) + 1e-3).pooled, default(to_tensorlike(images)).pooled)
