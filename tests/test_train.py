@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,32 @@ def test_the_log_is_in_float32(tiny_config, images):
         loss = pretrain_loss(tokenizer, images, Draws.of(tokenizer.config, images, range(5)), half_distance)
     assert {name: value.dtype for name, value in loss.parts.items() if value.dtype != torch.float32} == {}
     assert abs(loss.parts["lpips"] - 0.123456) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["lfq", "bsq", "vq", "kl"])
+def test_the_logged_terms_add_up_to_the_loss(kind, tiny_config, images):
+    """Each with its weight, the commitment among them; what is told beside them has other names."""
+    config = tiny_config.override(
+        f"model.quantization_type={kind}", "model.commit_loss_weight=0.03", "model.vq_commit_weight=0.03"
+    )
+    torch.manual_seed(0)
+    tokenizer = FlowMo(config)
+    parts = pretrain_loss(tokenizer, images, Draws.of(config, images, range(5)), half_distance).parts
+    terms = [parts[name] for name in ("flow", "entropy", "commitment", "kl") if name in parts]
+    assert float(parts["loss"]) == pytest.approx(float(sum(terms)) + 0.1 * float(parts["lpips"]), rel=1e-5)
+    if kind == "lfq":
+        code = tokenizer.encoder(images).detach()
+        error = (code - torch.where(code > 0, 1.0, -1.0)).square().mean()
+        assert float(parts["commitment"]) == pytest.approx(0.03 * float(error), rel=1e-5)
+        assert float(parts["commitment_distance"]) == pytest.approx(float(error), rel=1e-5)
+
+
+def test_two_logged_values_of_one_name_are_refused(tiny_config, images, monkeypatch):
+    tokenizer = FlowMo(tiny_config)
+    quantized = tokenizer.quantizer(tokenizer.encoder(images))
+    monkeypatch.setattr(tokenizer, "quantizer", lambda *_: replace(quantized, statistics={"flow": torch.zeros(())}))
+    with pytest.raises(ValueError, match="called flow"):
+        pretrain_loss(tokenizer, images, Draws.of(tiny_config, images, range(5)), None)
 
 
 @pytest.mark.parametrize(("can", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -304,7 +304,11 @@ def _sum(
 ) -> Loss:
     parts = {"flow": flow_loss, **losses}
     total = sum(parts.values()) + tokenizer.config.opt.lpips_weight * sum(distances.values())
-    logged = {**parts, **distances, "loss": total, **quantized.statistics}
+    logged: dict[str, Tensor] = {}
+    for named in (parts, distances, {"loss": total}, quantized.statistics):
+        if taken := logged.keys() & named.keys():
+            raise ValueError(f"two logged values are called {', '.join(sorted(taken))}")
+        logged |= named
     # In float32, or the log's sum over a hundred steps would stand still at bfloat16's eight bits.
     return Loss(total, {name: value.detach().float() for name, value in logged.items()}, quantized.ids)
 
