@@ -15,6 +15,7 @@ from flowmo import checkpoint
 from flowmo.config import Config
 from flowmo.data import Views, evenly_spread, open_source
 from flowmo.distributed import World
+from flowmo.evaluate.features import build_features
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
 from flowmo.evaluate.summary import Summary
@@ -27,10 +28,11 @@ from flowmo.train.account import Cost, training_cost
 from flowmo.train.optimizer import scale_initial_weights
 from flowmo.train.plan import BatchPlan, Timetable
 from flowmo.train.stages import Draws, Loss, Stage, cut_out
-from flowmo.train.task import autocast, changed_settings
+from flowmo.train.task import TrainingError, autocast, changed_settings
 from flowmo.train.usage import CodeUsage
 
 GRID_PICTURES = 8
+FEWEST_FOR_RFID = 4
 
 
 class TokenizerTask:
@@ -61,7 +63,7 @@ class TokenizerTask:
         self.model.to(world.device)
         self.module = Stage(self.model, self.perceptual, self.teacher)
         self.norm_controlled = self.model.networks
-        self.judging = LPIPS("alex").to(world.device) if world.main and config.trainer.best_metric == "lpips" else None
+        self.judges = self._judges() if world.main else Judges()
         self.usage = CodeUsage(self.model.quantizer, world)
         self.frozen = False
         self.batch = BatchPlan.of(config, world.size).total
@@ -80,6 +82,26 @@ class TokenizerTask:
         source = Views(open_source(data.val, data.val_index) if data.val else pictures, data.image_size)
         chosen = evenly_spread(GRID_PICTURES, len(source))
         return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.world.device)
+
+    def _judges(self) -> Judges:
+        """The network that ``trainer.best_metric`` needs.
+
+        Raises:
+            TrainingError: too few pictures for a distance and its bias.
+            FeatureNetworkError, WeightsNotFoundError: the network cannot be had.
+        """
+        metric, data = self.config.trainer.best_metric, self.config.data
+        if metric == "lpips":
+            return Judges(lpips_alex=LPIPS("alex")).to(self.world.device)
+        if metric != "rfid":
+            return Judges()
+        count = min(self.config.eval.pictures, len(open_source(data.val, data.val_index)))
+        if count < FEWEST_FOR_RFID:
+            raise TrainingError(
+                f"trainer.best_metric=rfid needs {FEWEST_FOR_RFID} held-out pictures, not {count}; raise "
+                "eval.pictures, or name more pictures by data.val"
+            )
+        return Judges(features=build_features("inception")).to(self.world.device)
 
     def cost(self, fused: bool = True) -> Cost:
         config = self.config
@@ -169,15 +191,16 @@ class TokenizerTask:
                 candidate,
                 source,
                 data.image_size,
-                Judges(lpips_alex=self.judging),
+                self.judges,
                 limit=limit,
                 device=self.world.device,
                 enlarge=True,
             )
-        summary = Summary.of(candidate.name, measured, data.image_size)
+        summary = Summary.of(candidate.name, measured, data.image_size, self.judges.features)
         # Of pictures that all equal their originals there is no mean of finite values; no checkpoint can be better.
-        figures = {"psnr": math.inf if summary.psnr is None else summary.psnr}
-        return figures if summary.lpips_alex is None else {**figures, "lpips": summary.lpips_alex}
+        finite = math.inf if summary.psnr is None else summary.psnr
+        figures = {"psnr": finite, "lpips": summary.lpips_alex, "rfid": summary.frechet_distance}
+        return {name: figure for name, figure in figures.items() if figure is not None}
 
     @torch.no_grad()
     def show(self, model: FlowMo) -> tuple[Image.Image, dict[str, float]]:
