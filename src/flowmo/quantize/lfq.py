@@ -57,7 +57,7 @@ class LFQ:
             statistics={
                 "sample_entropy": sample_entropy.detach(),
                 "codebook_entropy": mean_entropy.detach(),
-                "commitment_distance": commitment.detach(),
+                "commitment": commitment.detach(),
             },
         )
 

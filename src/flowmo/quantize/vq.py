@@ -70,7 +70,7 @@ class VQ(nn.Module):
             ids=ids,
             losses={"commitment": self.commitment_weight * commitment},
             statistics={
-                "commitment_distance": commitment.detach(),
+                "commitment": commitment.detach(),
                 "codebook_entropy": torch.special.entr(self._seen[:, 0]).sum(),
             },
         )

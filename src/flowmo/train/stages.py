@@ -304,11 +304,9 @@ def _sum(
 ) -> Loss:
     parts = {"flow": flow_loss, **losses}
     total = sum(parts.values()) + tokenizer.config.opt.lpips_weight * sum(distances.values())
-    logged: dict[str, Tensor] = {}
-    for named in (parts, distances, {"loss": total}, quantized.statistics):
-        if taken := logged.keys() & named.keys():
-            raise ValueError(f"two logged values are called {', '.join(sorted(taken))}")
-        logged |= named
+    logged = {**parts, **distances, "loss": total}
+    # A statistic may share its name with a weighted term, and must not replace it.
+    logged |= {f"unweighted_{n}" if n in logged else n: value for n, value in quantized.statistics.items()}
     # In float32, or the log's sum over a hundred steps would stand still at bfloat16's eight bits.
     return Loss(total, {name: value.detach().float() for name, value in logged.items()}, quantized.ids)
 
