@@ -14,7 +14,7 @@ from flowmo.streams import Stream, seed_global, stream, stream_seed
 from flowmo.train.stages import Draws
 
 SOURCE = Path(flowmo.__file__).parent
-COUNT = 3000
+COUNT = 2000
 BOUND = 6 / COUNT**0.5
 """Six standard deviations of a correlation between independent numbers."""
 
@@ -85,11 +85,11 @@ def test_training_draws_are_independent(stage, tiny_config):
     }
     config = tiny_config.override("opt.lpips_jitter=8", "opt.schedule=uniform", *settings[stage])
     assert config.stage == stage
-    draws = Draws.of(config, torch.zeros(COUNT, 3, 4, 4), range(COUNT))
+    draws = Draws.of(config, torch.zeros(COUNT, 3, 12, 12), range(COUNT))
     decoded = torch.stack([seeded_noise([i], 4, 4)[0].flatten() for i in range(COUNT)])
     columns = {"t": draws.t, "noise": draws.noise[:, 0, 0, 0], "keep": draws.keep, "decoded": decoded[:, 0]}
     columns |= {"size of noise": draws.noise[:, 0, 0, 0].abs(), "size of decoded": decoded[:, 0].abs()}
-    columns |= {"row": draws.cut[:, 0], "column": draws.cut[:, 1]}
+    columns |= {"row": torch.tensor(draws.cut)[:, 0], "column": torch.tensor(draws.cut)[:, 1]}
     if stage == "posttrain":
         chain = draws.chain
         columns |= {"chain noise": chain.noise[:, 0, 0, 0].abs(), "time": chain.times[:, 1]}

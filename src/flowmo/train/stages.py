@@ -86,9 +86,8 @@ class Draws(NamedTuple):
         rows: list[list[Tensor]] = []
         cut: list[tuple[int, int]] = []
         for place in places:
-            t = flow.sample_timesteps(1, config.opt.schedule, stream(seed, Stream.TIMESTEP, place), config.opt.anchor)[
-                0
-            ]
+            of_t = stream(seed, Stream.TIMESTEP, place)
+            t = flow.sample_timesteps(1, config.opt.schedule, of_t, config.opt.anchor)[0]
             row = [t, normal(Stream.NOISE, place), uniform(Stream.CODE_DROP, place) >= dropped]
             if stage != "pretrain":
                 row.append(normal(Stream.CHAIN_NOISE, place))
