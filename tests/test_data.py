@@ -37,6 +37,19 @@ def nested(tmp_path, picture_files):
     return path
 
 
+def test_random_crops_reach_every_position_as_often(tmp_path):
+    """Of 7 × 4 pixels there are 4 crops; rounding would give the outer two half of their share."""
+    picture = Image.new("RGB", (7, 4))
+    for column in range(7):
+        picture.paste((30 * column,) * 3, (column, 0, column + 1, 4))
+    picture.save(tmp_path / "a.png")
+    views = Views(open_source(tmp_path), 4, random_crop=True)
+    first = torch.stack([views[0, seed][0, 0, 0] for seed in range(2000)])
+    shares = (((first + 1) * 127.5).round() / 30).long().bincount(minlength=4) / 2000
+    assert len(shares) == 4
+    assert (shares - 0.25).abs().max() < 5 * (0.25 * 0.75 / 2000) ** 0.5
+
+
 def test_a_tar_of_tars_is_read_in_place(nested, picture_files):
     assert main(["data", "index", str(nested)]) == 0
     source = open_source(nested)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from flowmo.evaluate.reconstruction import (
 from flowmo.evaluate.summary import Summary
 from flowmo.pictures import resize_and_crop, to_bytes, to_picture, to_tensor
 from flowmo.sample import picture_seed
+from flowmo.torchvision_import import TorchvisionError, import_torchvision
 
 
 class Colours(torch.nn.Module):
@@ -96,6 +98,47 @@ def test_legacy_psnr_is_the_releases(source):
     expected = metrics.peak_signal_noise_ratio(a.astype(np.float32), b.astype(np.float32), data_range=1)
     assert Summary.of("blur", measured, 64).psnr_legacy == pytest.approx(expected, abs=1e-4)
     assert decibels(squared_error(truncated(chosen), truncated(y))).shape == (5,)
+
+
+def test_legacy_ssim_is_the_releases(source):
+    """Of 8 bits without their fraction, as float32 in [0, 1], written as the release writes it."""
+    metrics = pytest.importorskip("skimage.metrics")
+    summary = Summary.of("blur", measure(Blur(), source, 64, Judges()), 64)
+    x = reconstruction.read_crops(source, range(len(source)), 64)
+    y = Blur().reconstruct(x, range(len(x))).images.clamp(-1, 1)
+    a, b = (((z + 1) / 2 * 255.0).permute(0, 2, 3, 1).to(torch.uint8).numpy() for z in (x, y))
+    scores = [
+        metrics.structural_similarity(
+            p.astype(np.float32) / 255.0, q.astype(np.float32) / 255.0, data_range=1.0, channel_axis=-1
+        )
+        for p, q in zip(a, b, strict=True)
+    ]
+    assert summary.ssim_legacy == pytest.approx(np.mean(scores), abs=1e-5)
+    assert abs(summary.ssim_legacy - summary.ssim) > 1e-4, "the two protocols differ"
+    assert any(f"as the release: {summary.ssim_legacy:.4f}" in line for line in summary.lines())
+
+
+@pytest.mark.parametrize("size", [(206, 309), (309, 206), (214, 321), (500, 375), (255, 511), (256, 256), (300, 257)])
+def test_resize_and_crop_equal_torchvision(size):
+    """Sizes whose long side a product of floating-point numbers makes a pixel short are among them."""
+    try:
+        import_torchvision()
+    except TorchvisionError as error:
+        pytest.skip(str(error))
+    from torchvision import transforms
+
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    theirs = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(256)])(Image.fromarray(noise))
+    assert (np.asarray(resize_and_crop(Image.fromarray(noise), 256)) == np.asarray(theirs)).all()
+
+
+def test_the_long_side_of_every_size_is_the_exact_quotient(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, method: sizes.append(size) or self)
+    for short in range(101, 400, 7):
+        for length in range(short, 900, 13):
+            resize_and_crop(Image.new("RGB", (length, short)), 64)
+            assert sizes.pop() == (int(Fraction(64 * length, short)), 64)
 
 
 def test_kernel_distance():
@@ -261,6 +304,7 @@ def test_equal_pictures_have_no_psnr(source):
 
     summary = Summary.of("lossless", measure(Lossless(), source, 64, Judges()), 64)
     assert summary.psnr is None
+    assert not any(line.startswith("PSNR") for line in summary.lines())
     assert summary.equal_pictures == len(source)
     assert summary.ssim == pytest.approx(1)
 

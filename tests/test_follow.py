@@ -1,13 +1,16 @@
 """Evaluation of a run's checkpoints as they come."""
 
 import json
+import tarfile
 import threading
 import time
 
 import pytest
 from conftest import PICTURES
 
+import flowmo
 from flowmo.checkpoint import CheckpointError
+from flowmo.data import build_index
 from flowmo.evaluate import follow
 from flowmo.evaluate.follow import LOG, Follower
 from flowmo.evaluate.reconstruction import EvaluationError, Judges
@@ -76,6 +79,39 @@ def test_the_newest_and_a_named_one(config, tmp_path):
     Run(config.override("data.val=''"), tmp_path / "bare", report=lambda line: None).train()
     with pytest.raises(EvaluationError, match="no held-out pictures"):
         Follower((f"eval.eval_dir={tmp_path}/bare",), tmp_path / "c", Judges()).evaluate()
+
+
+@pytest.mark.parametrize("origin", ["settings", "checkpoint", "run"])
+def test_the_index_of_the_held_out_tar(origin, config, tmp_path, picture_files, monkeypatch):
+    """An index that names two of the tar's three pictures, wherever source and index are named."""
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for file in picture_files[:3]:
+            tar.add(file, file.name)
+    (tmp_path / "two.json").write_text(json.dumps(build_index(tmp_path / "val.tar")[:2]))
+    both = (f"data.val={tmp_path}/val.tar", f"data.val_index={tmp_path}/two.json")
+    run = tmp_path / "run"
+    Run(config.override(*both), run, report=lambda line: None).train()
+    settings, loaded = (f"eval.eval_dir={run}", "eval.sampling.sample_steps=1"), flowmo.load
+
+    def without_paths(path, *settings, **options):
+        tokenizer = loaded(path, *settings, **options)
+        tokenizer.config = tokenizer.config.override("data.val=''", "data.val_index=''")
+        return tokenizer
+
+    if origin == "settings":
+        settings = (*settings, *both)
+        (run / "config.json").unlink()
+    if origin != "checkpoint":
+        monkeypatch.setattr("flowmo.load", without_paths)
+    Follower(settings, tmp_path / "a", Judges(), report=lambda line: None).evaluate()
+    assert [line["pictures"] for line in logged(tmp_path / "a")] == [2]
+    # Another source in the settings does not take over the index of the one it replaces.
+    with tarfile.open(tmp_path / "other.tar", "w") as tar:
+        tar.add(picture_files[3], "other.jpg")
+    (tmp_path / "other.index.json").write_text(json.dumps(build_index(tmp_path / "other.tar")))
+    settings = (*settings[:2], f"data.val={tmp_path}/other.tar")
+    Follower(settings, tmp_path / "b", Judges(), report=str).evaluate()
+    assert logged(tmp_path / "b")[0]["pictures"] == 1
 
 
 def test_nothing_to_evaluate(tmp_path):

@@ -639,6 +639,7 @@ def test_the_commands(class_folder, tokenizer, trained, tmp_path, capsys):
         assert picture.size == (3 * 32 + 2 * 2, 2 * 32 + 2)
     folder, npz = tmp_path / "pictures", tmp_path / "pictures.npz"
     assert command(*base, "--count", 5, "--out", folder) == 0
+    assert json.loads((folder / "samples.json").read_text())["labels"] == [0, 1, 2, 0, 1], "every class's turn"
     files = sorted(folder.glob("*.png"))
     contents = [file.read_bytes() for file in files]
     files[2].unlink()

@@ -1,5 +1,6 @@
 """Figures of generated pictures: against definitions, against torch-fidelity, and on files that are wrong."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -12,10 +13,11 @@ from conftest import PICTURES, run_command
 from PIL import Image
 
 from flowmo.data import DataError
-from flowmo.evaluate.features import Features
+from flowmo.evaluate.features import Features, ResNetFeatures
 from flowmo.evaluate.frechet import StatisticsError
 from flowmo.evaluate.generation import (
     GenerationSummary,
+    Seen,
     inception_score,
     look,
     open_pictures,
@@ -90,6 +92,72 @@ def test_reference_statistics_instead_of_pictures(tmp_path):
     assert torch.equal(read[1], covariance_s)
 
 
+def test_statistics_of_a_file_win_over_its_pictures(tmp_path):
+    """ADM's reference files: some images for precision and recall, statistics of the whole set for the distances."""
+    linalg = pytest.importorskip("scipy.linalg")
+    ours, whole = random_pictures(40), random_pictures(90, 1)
+    some, network = whole[:25], Colours()
+
+    def statistics(pictures):
+        seen = network(pictures.float() / 127.5 - 1)
+        return [(x.mean(0), np.cov(x, rowvar=False)) for x in (z.double().numpy() for z in (seen[0], seen[2]))]
+
+    def distance(a, b):
+        root = linalg.sqrtm(a[1] @ b[1]).real
+        return ((a[0] - b[0]) ** 2).sum() + np.trace(a[1] + b[1] - 2 * root)
+
+    (mu, sigma), (mu_s, sigma_s) = statistics(whole)
+    np.savez(tmp_path / "a.npz", arr_0=ours.permute(0, 2, 3, 1).numpy())
+    np.savez(tmp_path / "some.npz", arr_0=some.permute(0, 2, 3, 1).numpy())
+    images = {"arr_0": some.permute(0, 2, 3, 1).numpy()}
+    np.savez(tmp_path / "ref.npz", **images, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    found, by_images = (summary(tmp_path / "a.npz", tmp_path / name) for name in ("ref.npz", "some.npz"))
+    pooled, spatial = statistics(ours)
+    assert found.frechet_distance == pytest.approx(distance(pooled, (mu, sigma)), rel=1e-3)
+    assert found.spatial_frechet_distance == pytest.approx(distance(spatial, (mu_s, sigma_s)), rel=1e-3)
+    assert found.frechet_distance != pytest.approx(by_images.frechet_distance, rel=0.02)
+    for name in ("precision", "recall", "kernel_distance", "inception_score", "reference_pictures"):
+        assert getattr(found, name) == getattr(by_images, name)
+    assert "the distances are to the statistics" in found.lines()[0]
+    assert not by_images.reference_statistics
+    halves = np.mean([distance(statistics(ours[i::2])[0], (mu, sigma)) for i in range(2)])
+    assert found.frechet_bias == pytest.approx(halves - distance(pooled, (mu, sigma)), rel=1e-2), "of ours alone"
+    np.savez(tmp_path / "pooled.npz", **images, mu=mu, sigma=sigma)
+    mixed = summary(tmp_path / "a.npz", tmp_path / "pooled.npz")
+    assert mixed.frechet_distance == found.frechet_distance
+    assert mixed.spatial_frechet_distance == by_images.spatial_frechet_distance
+
+
+def test_distances_to_statistics_of_more_images_than_the_file_holds():
+    """Of 10 images a covariance of 40 channels lives in a subspace; one of the whole set, beside them, does not."""
+    linalg = pytest.importorskip("scipy.linalg")
+    generator = torch.Generator().manual_seed(0)
+    ours, some, whole = (torch.randn(n, 40, generator=generator) for n in (200, 10, 300))
+    gaussians = [{"pooled": (x.double().mean(0), x.double().T.cov())} for x in (ours, whole)]
+    seen = Seen(200, gaussians[0], ours, torch.empty(200, 0))
+    reference = Seen(10, gaussians[1], some, torch.empty(10, 0), frozenset(("pooled",)))
+    (mean, covariance), (mean_2, covariance_2) = (pair["pooled"] for pair in gaussians)
+    root = linalg.sqrtm((covariance @ covariance_2).numpy()).real
+    expected = float((mean - mean_2).square().sum() + covariance.trace() + covariance_2.trace()) - 2 * np.trace(root)
+    assert GenerationSummary.of(seen, reference, Colours()).frechet_distance == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "inception-legacy"])
+def test_statistics_of_another_network_are_refused(kind, tmp_path, capsys, monkeypatch):
+    class StandIn(Colours, ResNetFeatures):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+    monkeypatch.setattr(
+        "flowmo.evaluate.features.build_features", lambda kind: StandIn() if kind == "resnet" else Colours()
+    )
+    ours = as_folder(tmp_path / "a", random_pictures(30))
+    write_npz(tmp_path / "b.npz", [random_pictures(25, 1)], 25, {"pooled": (torch.zeros(6), torch.eye(6))})
+    status, _, err = run_command(capsys, "evaluate", ours, "--reference", tmp_path / "b.npz", "--features", kind)
+    assert status == 2
+    assert "statistics of FID's Inception" in err
+
+
 def test_the_command(tmp_path, capsys, monkeypatch):
     """``flowmo evaluate PICTURES --reference OTHERS``, as lines and as JSON, and what it refuses."""
     monkeypatch.setattr("flowmo.evaluate.features.build_features", lambda kind: Colours())
@@ -114,12 +182,34 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 def test_inception_score_by_its_definition():
     logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
     p = logits.double().softmax(1)
-    expected = [float((q * (q / q.mean(0)).log()).sum(1).mean().exp()) for q in p.split(20)]
+    digest = hashlib.blake2b(b"0/score order", digest_size=8).hexdigest()
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(int(digest, 16) >> 1))
+    expected = [float((q * (q / q.mean(0)).log()).sum(1).mean().exp()) for q in p[order].split(20)]
     mean, spread = inception_score(logits, split=20)
     assert mean == pytest.approx(np.mean(expected))
     assert spread == pytest.approx(np.std(expected))
     sure = torch.full((7, 7), -1e4).fill_diagonal_(1e4)
     assert inception_score(sure)[0] == pytest.approx(7)
+
+
+def test_inception_score_does_not_depend_on_the_order_of_files():
+    """100 classes, 20 images each, parts of 200: sorted by class a part holds 10 classes and cannot pass 10."""
+    sure = 1e4 * torch.nn.functional.one_hot(torch.arange(100)).float()
+    by_class = sure.repeat_interleave(20, dim=0)
+    p = by_class.double().softmax(1).numpy()
+
+    def score(order):
+        parts = [p[order[start : start + 200]] for start in range(0, 2000, 200)]
+        return np.mean([np.exp(-(q.mean(0) * np.log(q.mean(0) + (q.mean(0) == 0))).sum()) for q in parts])
+
+    assert score(np.arange(2000)) == pytest.approx(10)
+    generator = np.random.default_rng(0)
+    shuffled = [score(generator.permutation(2000)) for _ in range(50)]
+    for rows in (by_class, sure.repeat(20, 1), by_class.flip(0)):
+        found = inception_score(rows, split=200)[0]
+        assert abs(found - np.mean(shuffled)) < 5 * np.std(shuffled)
+        assert inception_score(rows, split=2000)[0] == pytest.approx(100)
+    assert inception_score(by_class, split=200) == inception_score(by_class, split=200), "the shuffle has a seed"
 
 
 def test_precision_and_recall_on_a_line():

@@ -4,11 +4,13 @@ import importlib.util
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from flowmo.evaluate.features import FeatureNetworkError
 from flowmo.evaluate.inception import WEIGHTS, FIDInception
+from flowmo.pictures import to_bytes
 from flowmo.torchvision_import import import_torchvision
 
 if importlib.util.find_spec("torch_fidelity") is None:
@@ -57,6 +59,75 @@ def test_features(folder):
     torch.testing.assert_close(network(images[1:2]).pooled, features.pooled[1:2], rtol=1e-3, atol=1e-4)
     # Pictures are seen as the 8-bit files that they would be.
     torch.testing.assert_close(network(images + 1e-4).pooled, features.pooled, rtol=0.2, atol=0.2)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_the_default_protocol_equals_torch_fidelitys_own_forward(folder, images):
+    network = FIDInception(folder, download=False)
+    pooled, logits = network.network(to_bytes(images))
+    network.has_logits = True
+    found = network(images)
+    assert torch.equal(found.pooled, pooled)
+    torch.testing.assert_close(found.logits, logits)
+
+
+def test_spatial_features_are_in_adms_order(folder, images):
+    """Row, column, channel, computed layer by layer and laid out with NumPy."""
+    network = FIDInception(folder, download=False)
+    found = network(images).spatial
+    x = (interpolate_as_tensorflow(to_bytes(images)) - 128) / 128
+    for name, layer in network.network.named_children():
+        if name == "Mixed_6d":
+            maps = layer.branch1x1(x).numpy()
+            break
+        x = layer(x)
+    assert maps.shape == (2, 192, 17, 17)
+    expected = np.stack([[m[channel, row, column] for row, column, channel in np.ndindex(17, 17, 7)] for m in maps])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-3 * expected.std())
+
+
+def interpolate_as_tensorflow(x):
+    """TensorFlow 1's bilinear resize: output pixel i lies at i · (size / 299), without a half-pixel offset."""
+    x = x.numpy().astype(np.float64)
+    for axis in (2, 3):
+        size = x.shape[axis]
+        place = np.arange(299) * (size / 299)
+        low = np.floor(place).astype(int)
+        high = np.minimum(low + 1, size - 1)
+        share = (place - low).reshape([-1, 1] if axis == 2 else [-1])
+        x = np.take(x, low, axis) * (1 - share) + np.take(x, high, axis) * share
+    return torch.from_numpy(x).float()
+
+
+def test_the_legacy_protocol_is_the_releases(folder, images):
+    """Float images in [0, 1], half-pixel bilinear without antialiasing, then 2·x − 1: by NumPy, through the layers."""
+    network = FIDInception(folder, download=False, protocol="legacy")
+    default = FIDInception(folder, download=False)
+    x = ((images.double() + 1) / 2).numpy()
+    for axis in (2, 3):
+        size = x.shape[axis]
+        place = np.clip((np.arange(299) + 0.5) * size / 299 - 0.5, 0, None)
+        low = np.floor(place).astype(int)
+        high = np.minimum(low + 1, size - 1)
+        share = (place - low).reshape([-1, 1] if axis == 2 else [-1])
+        x = np.take(x, low, axis) * (1 - share) + np.take(x, high, axis) * share
+    seen = network._input(images)
+    np.testing.assert_allclose(seen.numpy(), 2 * x - 1, atol=1e-5)
+    assert "as the release" in network.name
+    assert network.name != default.name
+    assert not torch.equal(network(images).pooled, default(images).pooled)
+    # Float images keep what 8 bits lose.
+    assert not torch.equal(network(images + 1e-3).pooled, network(images).pooled)
+    assert torch.equal(default(to_tensorlike(images) + 1e-3).pooled, default(to_tensorlike(images)).pooled)
+
+
+def to_tensorlike(images):
+    """Images of whole 8-bit values."""
+    return to_bytes(images).float() / 127.5 - 1
 
 
 def test_files_that_are_not_this_network(tmp_path):

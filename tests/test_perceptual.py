@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import SHARED
 
+from flowmo.evaluate.features import ResNetFeatures
 from flowmo.perceptual import LPIPS, RESNET, ResNetLogits, WeightsNotFoundError, build_distance, find_weights
 from flowmo.pictures import read_picture, to_tensor
 from flowmo.resnet import ResNet50
@@ -157,3 +158,53 @@ def test_a_download_that_fails_is_named(tmp_path, monkeypatch):
     with pytest.raises(WeightsNotFoundError, match="the download failed"):
         find_weights(("w.pth",), "http://127.0.0.1:1/w.pth")
     assert not list((tmp_path / "hub" / "checkpoints").glob("*.pth"))
+
+
+# Precision
+
+
+def near_pair(pair):
+    """Two images that differ by noise of one grey level, where features rounded to 8 bits say nothing."""
+    x, y = pair
+    return x, x + (y - x) / 50
+
+
+def test_lpips_is_in_float32_under_autocast(distance, pair):
+    """Against a sum in NumPy over the features, in double precision, of the network outside autocast."""
+    x, y = near_pair(pair)
+    with torch.no_grad():
+        maps = [[m.numpy().astype("float64") for m in distance.features(z)] for z in (x, y)]
+    weights = [head.weight.numpy().astype("float64").reshape(1, -1, 1, 1) for head in distance.heads]
+    rows = ((weight * (a - b) ** 2).sum(1).mean((1, 2)) for a, b, weight in zip(*maps, weights, strict=True))
+    expected = torch.from_numpy(sum(rows)).float()
+    for images in ((x, y), (x.bfloat16(), y.float())):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = distance(*images)
+        assert found.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(distance(x, y), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_resnet_distances_are_in_float32_under_autocast(dtype, resnet, pair, trained_weights):
+    x, y = near_pair(pair)
+    stand_in = ResNetFeatures(trained_weights, download=False)
+    with torch.no_grad():
+        logits = [resnet.logits(z).numpy().astype("float64") for z in (x, y)]
+        expected = torch.from_numpy(((logits[0] - logits[1]) ** 2).mean(1)).float()
+        features = stand_in(x)
+        with torch.autocast("cpu", dtype):
+            torch.testing.assert_close(resnet(x, y), expected, rtol=1e-4, atol=1e-9)
+            assert all(torch.equal(a, b) for a, b in zip(stand_in(x)[:2], features[:2], strict=True))
+
+
+def test_the_gradient_of_a_distance_is_in_float32_under_autocast(distance, pair):
+    x, y = near_pair(pair)
+    gradients = []
+    for enabled in (False, True):
+        z = y.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = distance(x, z).sum()
+        loss.backward()
+        gradients.append(z.grad)
+    assert torch.equal(*gradients)

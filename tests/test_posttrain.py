@@ -3,13 +3,17 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHARED, open_gates
 from test_checkpoint import release_file
 
+import flowmo
 from flowmo import ConfigError, FlowMo, checkpoint, flow, load
-from flowmo.evaluate.reconstruction import FlowMoReconstructor, Reconstruction
+from flowmo.data import evenly_spread, open_source
+from flowmo.evaluate.features import Features
+from flowmo.evaluate.reconstruction import FlowMoReconstructor, Reconstruction, read_crops
 from flowmo.train.guard import Guard
 from flowmo.train.loop import Run, TrainingError
 from flowmo.train.stages import Chain, Draws, posttrain_loss, sample_chain
@@ -233,6 +237,40 @@ def test_reconstructions_that_all_equal_their_originals_are_the_best(settings, t
     run.train()
     assert (run.guard.step, run.guard.value) == (1, float("inf"))
     assert Run(run.config, tmp_path / "run", report=quiet).guard.value == float("inf"), "kept in the checkpoint"
+
+
+class Colours(torch.nn.Module):
+    """Stands in for FID's Inception: mean and spread of each colour."""
+
+    name, channels, is_fid, classes, spatial_channels = "colours", 6, True, 0, 0
+
+    def forward(self, images):
+        return Features(torch.cat((images.mean((2, 3)), images.std((2, 3))), dim=1))
+
+
+def test_checkpoints_are_judged_by_rfid(settings, tmp_path, monkeypatch):
+    """The paper stops stage 1B by rFID: here by SciPy's root over the same features, and the least one wins."""
+    linalg = pytest.importorskip("scipy.linalg")
+    asked = []
+    monkeypatch.setattr("flowmo.train.tokenizer.build_features", lambda kind: asked.append(kind) or Colours())
+    held_out = (f"data.val={settings.data.train}", "eval.pictures=5", "trainer.best_metric=rfid")
+    run = Run(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
+    run.train()
+    assert asked == ["inception"], "no stand-in is called rFID"
+    source = open_source(settings.data.train)
+    chosen = evenly_spread(5, len(source))
+    x = read_crops(source, chosen, settings.data.image_size, enlarge=True)
+    with torch.no_grad():
+        y = FlowMoReconstructor(flowmo.load(run.checkpoints()[-1])).reconstruct(x, chosen).images
+    features = [Colours()(z).pooled.double().numpy() for z in (x, y)]
+    (mean, mean_2), (first, second) = zip(*((f.mean(0), np.cov(f, rowvar=False)) for f in features), strict=True)
+    root = linalg.sqrtm(first @ second).real
+    expected = ((mean - mean_2) ** 2).sum() + np.trace(first + second - 2 * root)
+    assert run.guard.value == pytest.approx(expected, rel=0.02)
+    assert not run.guard.judge(2, run.guard.value + 1)
+    assert run.guard.judge(3, run.guard.value - 1)
+    with pytest.raises(TrainingError, match="needs 4 held-out pictures, not 3"):
+        Run(run.config.override("eval.pictures=3"), tmp_path / "few", report=quiet)
 
 
 def test_a_guard_needs_held_out_pictures(settings, tmp_path):

@@ -73,6 +73,24 @@ def test_the_log_is_in_float32(tiny_config, images):
     assert abs(loss.parts["lpips"] - 0.123456) < 1e-3
 
 
+@pytest.mark.parametrize("kind", ["lfq", "bsq", "vq", "kl"])
+def test_the_logged_terms_add_up_to_the_loss(kind, tiny_config, images):
+    """Each with its weight, the commitment among them; the same without its weight has another name."""
+    config = tiny_config.override(
+        f"model.quantization_type={kind}", "model.commit_loss_weight=0.03", "model.vq_commit_weight=0.03"
+    )
+    torch.manual_seed(0)
+    tokenizer = FlowMo(config)
+    parts = pretrain_loss(tokenizer, images, Draws.of(config, images, range(5)), half_distance).parts
+    terms = [parts[name] for name in ("flow", "entropy", "commitment", "kl") if name in parts]
+    assert float(parts["loss"]) == pytest.approx(float(sum(terms)) + 0.1 * float(parts["lpips"]), rel=1e-5)
+    if kind == "lfq":
+        code = tokenizer.encoder(images).detach()
+        error = (code - torch.where(code > 0, 1.0, -1.0)).square().mean()
+        assert float(parts["commitment"]) == pytest.approx(0.03 * float(error), rel=1e-5)
+        assert float(parts["unweighted_commitment"]) == pytest.approx(float(error), rel=1e-5)
+
+
 @pytest.mark.parametrize(("can", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_bfloat16_is_used_only_where_the_device_multiplies_it(can, dtype, tiny_config, monkeypatch):
     monkeypatch.setattr("flowmo.train.task.multiplies_bfloat16", lambda device: can)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flowmo.sample import evaluations, network_passes, seeded_noise, shifted_times
+from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import matrix_rate
 
@@ -95,7 +96,7 @@ def copy_rate(device: torch.device) -> float:
 def parts(tokenizer: FlowMo, pictures: int = 1) -> dict[str, Callable[[], torch.Tensor]]:
     """The work by part, on pictures and codes without a meaning."""
     config, device, side = tokenizer.config, tokenizer.device, tokenizer.config.data.image_size
-    generator = torch.Generator().manual_seed(0)
+    generator = stream(0, Stream.BENCHMARK)
     images = (torch.rand(pictures, 3, side, side, generator=generator) * 2 - 1).to(device)
     shape = (pictures, tokenizer.code_length, config.model.context_dim)
     code = torch.randn(shape, generator=generator).sign().to(device)

@@ -26,6 +26,7 @@ from flowmo.evaluate.figures import heat_map, psnr
 from flowmo.generate.generator import Generator
 from flowmo.generate.produce import Drawing, check_pair, draw
 from flowmo.pictures import PILLOW_FORMATS, check_size, read_picture, resize_and_crop, to_picture, to_tensor
+from flowmo.streams import Stream, stream
 from flowmo.tokenizer import Codes, FlowMo
 
 MOST_PIXELS = 4_000_000
@@ -213,8 +214,7 @@ class Page:
         elif how == TYPED:
             part.copy_(self._typed_ids(typed, part.shape[1:]))
         else:
-            generator = torch.Generator().manual_seed(int(seed))
-            part.copy_(torch.randint(self.codec.id_count, part.shape, generator=generator))
+            part.copy_(torch.randint(self.codec.id_count, part.shape, generator=stream(int(seed), Stream.EDIT)))
         edited = Codes(changed, codes.size, codes.id_count, codes.tiling)
         return self.decode(codes, steps, seed, guidance), self.decode(edited, steps, seed, guidance)
 

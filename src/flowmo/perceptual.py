@@ -12,9 +12,11 @@ without. Weights are looked for, in this order, in
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ from torch import Tensor, nn
 from flowmo.errors import FlowMoError
 from flowmo.pth import PthError, read_pth
 from flowmo.resnet import ResNet50
+
+Result = TypeVar("Result")
 
 # (name, accepted file names, download address)
 BACKBONES = {
@@ -90,8 +94,23 @@ def blank_distance(mode: str) -> LPIPS | ResNetLogits:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """b c h w with its channels adjacent in memory, as convolutions want them: on a CPU in bfloat16 a third faster."""
+    """b c h w with its channels adjacent in memory, as convolutions want them."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def in_float32(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Make a network's method compute in float32 inside autocast too.
+
+    In bfloat16 the features of two similar images round to the same numbers: distances below 0.02 are wrong by a
+    tenth and more.
+    """
+
+    @wraps(method)
+    def run(self: nn.Module, *images: Tensor) -> Result:
+        with torch.autocast(images[0].device.type, enabled=False):
+            return method(self, *(x.float() for x in images))
+
+    return run
 
 
 def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:
@@ -134,8 +153,8 @@ def _fitting(path: Path) -> Iterator[None]:
 class LPIPS(nn.Module):
     """Learned perceptual distance between pictures (Zhang et al. 2018, version 0.1): ``distance(x, y) -> b``.
 
-    Frozen: its parameters take no gradient, and a reference that needs none saves no activations. It runs in the
-    precision of the autocast around it; the distances themselves are formed in float32.
+    Frozen: its parameters take no gradient, and a reference that needs none saves no activations. It computes in
+    float32, inside autocast too.
 
     Args:
         net: ``vgg`` (the paper's training loss) or ``alex`` (the usual one to report, and a fiftieth of the cost).
@@ -194,6 +213,7 @@ class LPIPS(nn.Module):
             for i, head in enumerate(self.heads):
                 head.load_state_dict({"weight": state[f"lin{i}.model.1.weight"]})
 
+    @in_float32
     def features(self, x: Tensor) -> list[Tensor]:
         """Unit-length feature maps of pictures b 3 h w in [−1, 1], one per row of the network, float32."""
         x = channels_last((x - self.mean) / self.std)
@@ -204,22 +224,23 @@ class LPIPS(nn.Module):
             for conv in row.values():
                 x = F.relu(conv(x))
             # Where every channel is zero the length has no gradient; the floor makes that gradient 0, not NaN.
-            length = x.float().square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
-            maps.append(x.float() / (length + 1e-10))
+            length = x.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
+            maps.append(x / (length + 1e-10))
         return maps
 
+    @in_float32
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance of each pair of pictures, b 3 h w in [−1, 1] -> float32 b."""
         total = 0
         for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
-            total = total + torch.einsum("bchw,c->bhw", (a - b).square(), head.weight.flatten().float()).mean((1, 2))
+            total = total + torch.einsum("bchw,c->bhw", (a - b).square(), head.weight.flatten()).mean((1, 2))
         return total
 
 
 class ResNetLogits(nn.Module):
     """Mean squared difference of a ResNet-50's ImageNet logits, at 224 × 224 (section 3.3): ``distance(x, y) -> b``.
 
-    Frozen, and in the caller's precision, as ``LPIPS``.
+    Frozen, and in float32, as ``LPIPS``.
 
     Args:
         weights: folder to look in first.
@@ -266,15 +287,17 @@ class ResNetLogits(nn.Module):
         self.register_buffer("mean", mean[:, None, None], persistent=False)
         self.register_buffer("std", std[:, None, None], persistent=False)
 
+    @in_float32
     def features(self, x: Tensor) -> Tensor:
         """Pictures b 3 h w in [−1, 1] -> b 2048, of which the logits are a linear function."""
         x = F.interpolate(x / 2 + 0.5, (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
         x = (x - self.mean) / self.std
         return self.network.features(channels_last(x.flip(1) if self.caffe else x))
 
+    @in_float32
     def logits(self, x: Tensor) -> Tensor:
         """Pictures b 3 h w in [−1, 1] -> float32 b 1000."""
-        return self.network.fc(self.features(x)).float()
+        return self.network.fc(self.features(x))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distance of each pair of pictures, b 3 h w in [−1, 1] -> float32 b."""

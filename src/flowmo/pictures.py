@@ -103,8 +103,7 @@ def to_picture(image: Tensor) -> Image.Image:
 
 def resize_and_crop(picture: Image.Image, side: int) -> Image.Image:
     """The paper's protocol: short side resized to ``side`` (bilinear, antialiased), then the central square."""
-    scale = side / min(picture.size)
-    width, height = (max(side, int(length * scale)) for length in picture.size)
+    width, height = (side * length // min(picture.size) for length in picture.size)  # in integers, as torchvision
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - side) / 2), round((height - side) / 2)

@@ -7,7 +7,6 @@ a picture depends on its code and its seed alone: not on its batch, its place in
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import operator
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flowmo.errors import FlowMoError
+from flowmo.streams import Stream, stream_seed
 from flowmo.transformer import Conditioning, Decoder, select_timestep
 from flowmo.windowed import WindowedDecoder
 
@@ -171,6 +171,6 @@ def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1
     return noise * scale if scale != 1.0 else noise
 
 
-def picture_seed(seed: int, index: int | str) -> int:
-    """Seed of one picture of a set, from the set's seed and the picture's index or name in it."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "big") >> 1
+def picture_seed(seed: int, index: int) -> int:
+    """Seed of one picture's sample, from the seed of the set and the picture's index in it."""
+    return stream_seed(seed, Stream.SAMPLE, index)

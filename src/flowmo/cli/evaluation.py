@@ -25,6 +25,7 @@ from flowmo.cli.shared import (
 from flowmo.codec import Codec, find_context
 from flowmo.data import Source, evenly_spread, open_source
 from flowmo.distributed import World
+from flowmo.evaluate.features import KINDS
 from flowmo.evaluate.reconstruction import Judges, Reconstructor
 from flowmo.pictures import Tiling
 
@@ -37,9 +38,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     of a run, eval.eval_dir=results/RUN, or with eval.continuous=true each as it comes.
     """
     from flowmo.distributed import join
-    from flowmo.evaluate.features import build_features
+    from flowmo.evaluate.features import ResNetFeatures, build_features
     from flowmo.evaluate.follow import Follower
-    from flowmo.evaluate.generation import GenerationSummary, look, open_pictures
+    from flowmo.evaluate.generation import GenerationSummary, NpzPictures, look, open_pictures
+    from flowmo.evaluate.npz import STATISTICS
 
     def say(line: str, to: Any = None) -> None:
         if world.main:
@@ -51,6 +53,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 raise UsageError("--reference compares generated PICTURES by a feature network; name both")
             sets = open_pictures(arguments.pictures), open_pictures(arguments.reference)
             network = build_features(arguments.features).to(world.device)
+            own = isinstance(network, ResNetFeatures) or arguments.features == "inception-legacy"
+            for pictures in sets if own else ():
+                if isinstance(pictures, NpzPictures) and pictures.file.names & set(sum(STATISTICS.values(), ())):
+                    raise UsageError(
+                        f"{pictures.name} holds statistics of FID's Inception, and {network.name} sees otherwise; add "
+                        "--features inception, or name a folder of pictures"
+                    )
             show = progress_bar("looking")
             generated, reference = (
                 look(pictures, network, device=world.device, world=world, progress=show) for pictures in sets
@@ -165,8 +174,11 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--report", type=Path, help="folder to write a page, tables, plots and pictures to")
     sub.add_argument("--reference", help="PICTURES are generated: compare with these, a folder or ADM's .npz")
     sub.add_argument("--no-lpips", action="store_true", help="leave LPIPS out, which needs trained networks")
-    features = "network of the Fréchet distance; auto takes FID's Inception where its weights are (auto)"
-    sub.add_argument("--features", choices=("auto", "inception", "resnet", "none"), default="auto", help=features)
+    features = (
+        "network of the Fréchet distance; inception-legacy sees float pictures as the paper's rFID does; auto takes "
+        "FID's Inception where its weights are (auto)"
+    )
+    sub.add_argument("--features", choices=KINDS, default="auto", help=features)
     sub.add_argument("--enlarge", action="store_true", help="take pictures smaller than the crop too")
     sub.add_argument(
         "--experiment-name", default="my_evaluation", help="folder of an evaluation of a run's checkpoints"

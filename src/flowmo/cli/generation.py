@@ -129,7 +129,10 @@ def generate(arguments: argparse.Namespace) -> None:
         classes = [generator.label(name) for name in names]
         class_names = [generator.class_name(label) for label in classes]
         count = arguments.count or len(classes) * arguments.per_class
-        labels = [classes[i * len(classes) // count] for i in range(count)]
+        rows = (
+            arguments.out.suffix == ".png" and not arguments.count
+        )  # a picture of pictures, classes one below another
+        labels = [classes[i // arguments.per_class if rows else i % len(classes)] for i in range(count)]
         sampled = ("steps", "guidance", "temperature", "last_temperature", "choice_temperature", "order", "seed")
         drawing = Drawing(
             **{name: getattr(arguments, name) for name in sampled},

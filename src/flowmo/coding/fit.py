@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowmo.coding.context import FRACTION, NEIGHBOURS, Bits, ContextModel, token_bits
 from flowmo.data.tokens import Tokens
+from flowmo.streams import Stream, stream
 from flowmo.transformer import code_lattice
 
 BATCH = 512
@@ -52,7 +53,7 @@ def fit(
 
     A step takes ``BATCH`` tokens of random pictures. 4 000 take minutes on one core.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, Stream.CONTEXT_MODEL)
     t, b = tokens_shape(tokens)
     neighbours = NEIGHBOURS[layout]
     net = Network(t, b, neighbours, hidden, generator)

@@ -246,7 +246,7 @@ def check_generator(config: Config) -> None:
     for name in ("dropout", "label_drop", "label_smoothing"):
         require(0 <= getattr(g, name) < 1, name, "must be at least 0 and below 1")
     if metric and (metric == "cross_entropy") != g.train:
-        good = "cross_entropy" if g.train else "psnr or lpips"
+        good = "cross_entropy" if g.train else "psnr, lpips or rfid"
         raise ConfigError(f"trainer.best_metric={metric!r} is no figure of what is trained; write {good}")
 
 

@@ -22,7 +22,7 @@ STATISTICS = ("batch", "process")
 EMA_UPDATES = ("every_step", "release")
 PARALLEL = ("ddp", "fsdp")
 OPTIMIZERS = ("adam", "muon")
-BEST_METRICS = ("", "psnr", "lpips", "cross_entropy")
+BEST_METRICS = ("", "psnr", "lpips", "rfid", "cross_entropy")
 HIDING_SCHEDULES = ("arccos", "cosine", "linear")
 DISTILLED = ("sample", "picture")
 CHECKPOINTED = ("inputs", "attention", "products")
@@ -251,7 +251,7 @@ class TrainerConfig:
     wandb_project: str = setting("", "Weights & Biases project to send the metrics to; empty sends nothing")
     best_metric: str = setting(
         "",
-        "figure on data.val by which checkpoints are judged and the best is kept: psnr or lpips, of a generator "
+        "figure on data.val by which checkpoints are judged and the best is kept: psnr, lpips or rfid, of a generator "
         "cross_entropy; empty judges none",
     )
     patience: int = setting(0, "checkpoints in a row without a better one that end the run; 0 never does")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flowmo.data.source import DataError
 from flowmo.data.views import ATTEMPTS
-from flowmo.sample import picture_seed
+from flowmo.streams import Stream, stream, stream_seed
 
 GO_ON = "the same command goes on from the last checkpoint"
 SIGNAL_ARRIVES = 0.1
@@ -24,8 +24,7 @@ SIGNAL_ARRIVES = 0.1
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """A permutation of ``count`` pictures: every picture once an epoch, in another order each time."""
-    generator = torch.Generator().manual_seed(picture_seed(seed, f"epoch {epoch}"))
-    return torch.randperm(count, generator=generator).tolist()
+    return torch.randperm(count, generator=stream(seed, Stream.ORDER, epoch)).tolist()
 
 
 class Items(Protocol):
@@ -58,7 +57,7 @@ class EndlessOrder(Sampler):
                 if place // self.count != epoch:
                     epoch = place // self.count
                     order = epoch_order(self.count, self.seed, epoch)
-                yield order[place % self.count], picture_seed(self.seed, place)
+                yield order[place % self.count], stream_seed(self.seed, Stream.ITEM, place)
 
 
 def _leave_signals_to_the_run(_: int) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from flowmo.data.source import DataError, Source
 from flowmo.pictures import PictureError, resize_and_crop, to_tensor
-from flowmo.sample import picture_seed
+from flowmo.streams import Stream, stream, stream_seed
 
 ATTEMPTS = 8
 
@@ -72,11 +72,10 @@ class Views(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> Tensor:
         index, seed = item
         picture = self.source.read(index, self.side if self.draft else None)
-        generator = torch.Generator().manual_seed(seed)
-        place, flip = torch.rand(2, generator=generator).tolist()
+        place, flip = torch.rand(2, generator=stream(seed, Stream.CROP)).tolist()
         if self.random_crop and picture.width != picture.height:
             short = min(picture.size)
-            left, top = (round(place * (length - short)) for length in picture.size)
+            left, top = (int(place * (length - short + 1)) for length in picture.size)
             picture = picture.crop((left, top, left + short, top + short))
         image = to_tensor(resize_and_crop(picture, self.side))
         return image.flip(-1) if self.random_flip and flip < 0.5 else image
@@ -100,5 +99,5 @@ class Views(Dataset):
                     return self[index, seed], bad
             except PictureError as error:
                 bad[self.source.name(index)] = str(error)
-                index = picture_seed(seed, attempt) % len(self)
+                index = stream_seed(seed, Stream.SUBSTITUTE, attempt) % len(self)
         raise DataError(f"{ATTEMPTS} pictures in a row cannot be read, the first: {next(iter(bad.values()))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
-from flowmo.perceptual import ResNetLogits, WeightsNotFoundError
+from flowmo.perceptual import ResNetLogits, WeightsNotFoundError, in_float32
 
-KINDS = ("auto", "inception", "resnet", "none")
+KINDS = ("auto", "inception", "inception-legacy", "resnet", "none")
 AT_ONCE = 8
 
 
@@ -75,10 +76,10 @@ class ResNetFeatures(nn.Module):
         self.name = f"pooled features of {self.resnet.name}"
 
     @torch.no_grad()
+    @in_float32
     def forward(self, images: Tensor) -> Features:
-        with torch.autocast(images.device.type, enabled=False):
-            pooled = self.resnet.features(images)
-            return Features(pooled, self.resnet.network.fc(pooled))
+        pooled = self.resnet.features(images)
+        return Features(pooled, self.resnet.network.fc(pooled))
 
 
 def features_of(network: FeatureNetwork, images: Tensor) -> Features:
@@ -106,7 +107,8 @@ def build_features(kind: str = "auto", weights: str | Path | None = None, downlo
     """The feature network of that ``kind``.
 
     Args:
-        kind: ``inception`` is that of FIDs; ``resnet`` a stand-in; ``auto`` the first of them that can be had.
+        kind: ``inception`` is the network of FIDs, ``inception-legacy`` the same by the release's protocol (see
+            ``FIDInception``), ``resnet`` a stand-in, ``auto`` ``inception`` or else ``resnet``.
         weights: folder to look in first.
 
     Raises:
@@ -116,6 +118,7 @@ def build_features(kind: str = "auto", weights: str | Path | None = None, downlo
 
     kinds: dict[str, list[Callable[[str | Path | None, bool], FeatureNetwork]]] = {
         "inception": [FIDInception],
+        "inception-legacy": [partial(FIDInception, protocol="legacy")],
         "resnet": [ResNetFeatures],
         "auto": [FIDInception, ResNetFeatures],
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import flowmo
 from flowmo.checkpoint import CheckpointError
-from flowmo.config import Config
+from flowmo.config import Config, DataConfig
 from flowmo.data import open_source
 from flowmo.distributed import World
 from flowmo.evaluate.reconstruction import EvaluationError, FlowMoReconstructor, Judges, measure
@@ -104,10 +104,8 @@ class Follower:
         if self.ready:
             self.ready(tokenizer)
         config = tokenizer.config
-        val = self.config.data.val or config.data.val or self._of_the_run("val")
-        if not val:
-            raise EvaluationError("no held-out pictures: name them by data.val=PICTURES")
-        source = open_source(val, self.config.data.val_index or None)
+        val, index = self._held_out(config.data)
+        source = open_source(val, index or None)
         candidate, side = FlowMoReconstructor(tokenizer, name=path.name), config.data.image_size
         measured = measure(
             candidate,
@@ -130,13 +128,27 @@ class Follower:
             self._record(row)
         return summary
 
-    def _of_the_run(self, name: str) -> str:
-        if self.run is None:
-            return ""
+    def _held_out(self, trained: DataConfig) -> tuple[str, str]:
+        """Held-out source and its index: those of the settings, else of the checkpoint, else of the run.
+
+        An index belongs to the source that is named beside it. One in the settings alone is for the source they leave.
+        """
+        own = self.config.data
+        of_the_run = self._of_the_run()
+        for val, index in (
+            (own.val, own.val_index),
+            (trained.val, own.val_index or trained.val_index),
+            (of_the_run.get("val"), own.val_index or of_the_run.get("val_index", "")),
+        ):
+            if val:
+                return val, index
+        raise EvaluationError("no held-out pictures: name them by data.val=PICTURES")
+
+    def _of_the_run(self) -> dict[str, Any]:
         try:
-            return json.loads((self.run / SETTINGS).read_text())["data"][name]
+            return dict(json.loads((self.run / SETTINGS).read_text())["data"]) if self.run else {}
         except (OSError, ValueError, KeyError, TypeError):
-            return ""
+            return {}
 
     def _record(self, line: dict[str, Any]) -> None:
         if not self.world.main:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
+from flowmo.streams import Stream, stream
 
 RESOLUTION = 2.0**-16
 EXACT = 2.0**53
@@ -107,7 +108,7 @@ class Moments:
 
 
 def frechet_distance(
-    mean: Tensor, covariance: Tensor, mean_2: Tensor, covariance_2: Tensor, counts: tuple[int, int] | None = None
+    mean: Tensor, covariance: Tensor, mean_2: Tensor, covariance_2: Tensor, counts: tuple[float, float] | None = None
 ) -> float:
     """|μ₁ − μ₂|² + Tr(C₁ + C₂ − 2·(C₁C₂)^½) of two Gaussians; means float64 d, covariances d × d.
 
@@ -115,8 +116,9 @@ def frechet_distance(
     times faster than a general matrix root, and without its imaginary parts where a covariance is nearly singular.
 
     Args:
-        counts: of the pictures that each Gaussian is of. Of fewer than there are dimensions, a covariance lives in a
-            subspace, and the root is taken there: sooner, and without the rounding of all other dimensions.
+        counts: of the pictures that each Gaussian is of, infinite where that is not known. Of fewer than there are
+            dimensions, a covariance lives in a subspace, and the root is taken there: sooner, and without the rounding
+            of all other dimensions.
     """
     first, second = covariance.double(), covariance_2.double()
     shift = (mean.double() - mean_2.double()).square().sum()
@@ -125,7 +127,7 @@ def frechet_distance(
         first, second = second, first
     if counts and min(counts) < len(mean):
         # The images of that many random vectors span all that a matrix of lower rank reaches.
-        vectors = torch.randn(len(mean), min(counts), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        vectors = torch.randn(len(mean), int(min(counts)), generator=stream(0, Stream.BASIS), dtype=torch.float64)
         basis = torch.linalg.qr(first @ vectors.to(first.device))[0]
         first, second = basis.T @ first @ basis, basis.T @ second @ basis
     values, vectors = torch.linalg.eigh(first)

@@ -4,6 +4,7 @@ takes them, against reference pictures or the statistics of a reference batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from torch import Tensor
 from flowmo.data import DataError, Source, evenly_spread, open_source
 from flowmo.distributed import World
 from flowmo.evaluate.features import FeatureNetwork, features_of
-from flowmo.evaluate.frechet import Moments, StatisticsError, distance_between, frechet_distance
+from flowmo.evaluate.frechet import Moments, StatisticsError, frechet_distance
 from flowmo.evaluate.kernel import kernel_distance
 from flowmo.evaluate.measurement import KERNEL_PICTURES
 from flowmo.evaluate.npz import STATISTICS, NpzFile
 from flowmo.pictures import to_bytes, to_tensor
+from flowmo.streams import Stream, stream
 
 SCORE_SPLIT = 5000
 NEIGHBOURS = 3
@@ -94,12 +96,26 @@ class Seen:
         gaussians: mean and covariance of the ``pooled`` and ``spatial`` features.
         pooled: float32 N × channels, empty where only statistics are known.
         logits: float32 N × classes.
+        given: kinds whose Gaussian a file brought; it is of a larger set than the N images.
     """
 
     count: int
     gaussians: dict[str, tuple[Tensor, Tensor]]
     pooled: Tensor
     logits: Tensor
+    given: frozenset[str] = frozenset()
+
+    def gaussian(self, kind: str) -> tuple[Tensor, Tensor, float]:
+        """Mean, covariance, and the number of images they are of, infinite where a file brought them."""
+        return *self.gaussians[kind], math.inf if kind in self.given else self.count
+
+    def half(self, which: int) -> tuple[Tensor, Tensor, float]:
+        """The same of the pooled features of every other image; a Gaussian from a file stays whole."""
+        if "pooled" in self.given:
+            return self.gaussian("pooled")
+        moments = Moments.empty(self.pooled.shape[1])
+        moments.add(self.pooled[which::2])
+        return moments.mean(), moments.covariance(), moments.count
 
 
 def look(
@@ -113,18 +129,19 @@ def look(
 ) -> Seen:
     """Show a set to a network; all processes call this together and share the batches.
 
-    Statistics are taken of the pictures; those that an ``.npz`` brings stand where it has no pictures.
+    Statistics that an ``.npz`` brings are taken in the place of its images': ADM's reference files hold some images,
+    for precision and recall, and the statistics of the whole set. They must be of the same network; a file does not
+    say of which they are.
 
     Raises:
         StatisticsError: one picture only.
         DataError: pictures of several sizes, or neither pictures nor statistics.
     """
     count = len(pictures)
-    if not count and isinstance(pictures, NpzPictures):
-        found = {kind: pictures.file.statistics(kind) for kind in STATISTICS}
-        known = {kind: pair for kind, pair in found.items() if pair is not None}
-        if known:
-            return Seen(0, known, torch.empty(0, network.channels), torch.empty(0, network.classes))
+    found = {kind: pictures.file.statistics(kind) for kind in STATISTICS} if isinstance(pictures, NpzPictures) else {}
+    given = {kind: pair for kind, pair in found.items() if pair is not None}
+    if not count and given:
+        return Seen(0, given, torch.empty(0, network.channels), torch.empty(0, network.classes), frozenset(given))
     if not count:
         raise DataError(f"{pictures.name}: neither pictures nor their statistics")
     if count < 2:
@@ -147,8 +164,8 @@ def look(
         if progress:
             progress(done, count)
     moments = {kind: moment.gather(world) for kind, moment in moments.items()}
-    gaussians = {kind: (moment.mean(), moment.covariance()) for kind, moment in moments.items()}
-    return Seen(count, gaussians, *(world.sum(rows[kind]) for kind in ("pooled", "logits")))
+    gaussians = {kind: (moment.mean(), moment.covariance()) for kind, moment in moments.items()} | given
+    return Seen(count, gaussians, world.sum(rows["pooled"]), world.sum(rows["logits"]), frozenset(given))
 
 
 @dataclass(frozen=True)
@@ -161,6 +178,7 @@ class GenerationSummary:
         spatial_frechet_distance: the sFID where ``is_fid``.
         kernel_distance: unbiased; the KID where ``is_fid``.
         precision: share of the generated pictures within the reference's manifold; ``recall`` the other way around.
+        reference_statistics: the Fréchet distances are to statistics in the reference's file, not to its pictures.
     """
 
     name: str
@@ -178,6 +196,7 @@ class GenerationSummary:
     precision: float | None = None
     recall: float | None = None
     missing: tuple[str, ...] = ()
+    reference_statistics: bool = False
 
     @classmethod
     def of(
@@ -187,19 +206,14 @@ class GenerationSummary:
         facts: dict[str, Any] = {}
         missing = []
         for kind in ("pooled", "spatial"):
-            ours, theirs = generated.gaussians.get(kind), reference.gaussians.get(kind)
-            if ours is not None and theirs is not None:
-                (mean, covariance), (mean_2, covariance_2) = ours, theirs
-                if mean.shape != mean_2.shape:
-                    raise StatisticsError(f"statistics of {len(mean)} and {len(mean_2)} channels; another network's?")
-                counts = (generated.count, reference.count) if generated.count and reference.count else None
-                facts[kind] = frechet_distance(mean, covariance, mean_2, covariance_2, counts)
+            if kind in generated.gaussians and kind in reference.gaussians:
+                facts[kind] = distance(generated.gaussian(kind), reference.gaussian(kind))
             elif kind == "pooled":
                 raise StatisticsError(f"{names}: no statistics of pooled features")
             else:
                 missing.append("no sFID: needs spatial features of both sets, and a network that has them")
+        facts["bias"] = halves_bias(generated, reference, facts["pooled"])
         if generated.count and reference.count:
-            facts["bias"] = halves_bias(generated.pooled, reference.pooled, facts["pooled"])
             facts["kernel"] = kernel_distance(spread(generated.pooled), spread(reference.pooled))
             facts["precision"], facts["recall"] = precision_and_recall(reference.pooled, generated.pooled)
         else:
@@ -223,6 +237,7 @@ class GenerationSummary:
             facts.get("precision"),
             facts.get("recall"),
             tuple(missing),
+            "pooled" in reference.given,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -246,7 +261,10 @@ class GenerationSummary:
         shown = [
             f"{name:18} {value:.{places}f}".ljust(30) + note for name, value, places, note in rows if value is not None
         ]
-        return [f"{self.pictures} pictures against {self.reference_pictures or 'statistics'}", *shown, *self.missing]
+        reference = str(self.reference_pictures or "statistics")
+        if self.reference_pictures and self.reference_statistics:
+            reference += "; the distances are to the statistics in the reference's file"
+        return [f"{self.pictures} pictures against {reference}", *shown, *self.missing]
 
 
 def spread(rows: Tensor) -> Tensor:
@@ -254,23 +272,34 @@ def spread(rows: Tensor) -> Tensor:
     return rows[evenly_spread(KERNEL_PICTURES, len(rows))]
 
 
-def halves_bias(rows: Tensor, rows_2: Tensor, whole: float) -> float | None:
-    """By how much a Fréchet distance of so few pictures is too large: that of halves is too large by twice as much."""
-    if min(len(rows), len(rows_2)) < 4:
+def distance(ours: tuple[Tensor, Tensor, float], theirs: tuple[Tensor, Tensor, float]) -> float:
+    """Fréchet distance of two sets' Gaussians. Raises ``StatisticsError`` where they are of unequal width."""
+    (mean, covariance, count), (mean_2, covariance_2, count_2) = ours, theirs
+    if mean.shape != mean_2.shape:
+        raise StatisticsError(f"statistics of {len(mean)} and {len(mean_2)} channels; another network's?")
+    return frechet_distance(mean, covariance, mean_2, covariance_2, (count, count_2))
+
+
+def halves_bias(ours: Seen, theirs: Seen, whole: float) -> float | None:
+    """By how much a Fréchet distance of so few pictures is too large: that of halves is too large by twice as much.
+
+    ``None`` where there are no halves: fewer than 4 pictures, or statistics alone.
+    """
+    counts = [seen.count for seen in (ours, theirs) if "pooled" not in seen.given]
+    if min(counts, default=0) < 4:
         return None
-    total = 0.0
-    for half in range(2):
-        halves = [Moments.empty(x.shape[1]) for x in (rows, rows_2)]
-        for moments, x in zip(halves, (rows, rows_2), strict=True):
-            moments.add(x[half::2])
-        total += distance_between(*halves)
-    return total / 2 - whole
+    return sum(distance(ours.half(which), theirs.half(which)) for which in range(2)) / 2 - whole
 
 
 def inception_score(logits: Tensor, split: int = SCORE_SPLIT) -> tuple[float, float]:
-    """exp of the mean divergence of p(class | picture) from p(class), mean and standard deviation over splits."""
+    """exp of the mean divergence of p(class | picture) from p(class), mean and standard deviation over splits.
+
+    Splits are taken of the pictures in a seeded random order: of pictures sorted by class a split holds few classes,
+    and its score cannot exceed their number.
+    """
     scores = []
-    for part in logits.double().split(split):
+    order = torch.randperm(len(logits), generator=stream(0, Stream.SCORE_ORDER))
+    for part in logits.double()[order].split(split):
         log_p = part.log_softmax(dim=1)
         p = log_p.exp()
         marginal = p.mean(dim=0, keepdim=True).clamp(min=1e-300).log()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.evaluate.features import FeatureNetworkError, Features
-from flowmo.perceptual import find_weights
+from flowmo.perceptual import find_weights, in_float32
 from flowmo.pictures import to_bytes
 from flowmo.pth import PthError, read_pth
 from flowmo.torchvision_import import import_torchvision
@@ -18,18 +20,26 @@ WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
 )
 SPATIAL_CHANNELS = 7
+SIDE = 299
+PROTOCOLS = {
+    "default": "Inception 2015-12-05 (TensorFlow's, ported by torch-fidelity)",
+    "legacy": "Inception 2015-12-05, as the release: float images, resized by F.interpolate",
+}
 
 
 class FIDInception(nn.Module):
     """Pictures to the 2048 features that FIDs are taken over, the 1008 logits of Inception Scores, and the 2023 spatial
-    features of sFIDs (the first 7 channels of ``mixed_6/conv``, as the ADM evaluator takes them).
+    features of sFIDs: the first 7 channels of ``mixed_6/conv`` in the ADM evaluator's order row, column, channel.
 
     Args:
         weights: folder to look in first; then ``FLOWMO_WEIGHTS``, the torch hub cache, a download.
         download: whether weights found nowhere may be downloaded.
+        protocol: ``default`` sees 8-bit images and resizes them as TensorFlow 1 did, like torch-fidelity and ADM.
+            ``legacy`` sees float images and resizes them by ``F.interpolate``, like the release's copy of pytorch-fid;
+            the paper's rFID is of this protocol.
 
     Attributes:
-        name: to be told with every result.
+        name: to be told with every result; it names the protocol.
         channels: 2048.
         has_logits: whether the weights came with their classifier; some copies of the network lack it.
 
@@ -39,15 +49,16 @@ class FIDInception(nn.Module):
         WeightsNotFoundError: the weights are nowhere.
     """
 
-    name = "Inception 2015-12-05 (TensorFlow's, ported by torch-fidelity)"
     channels, spatial_channels = 2048, 2023
     is_fid = True
 
-    def __init__(self, weights: str | Path | None = None, download: bool = True):
+    def __init__(self, weights: str | Path | None = None, download: bool = True, protocol: str = "default"):
         super().__init__()
+        self.protocol, self.name = protocol, PROTOCOLS[protocol]
         import_torchvision()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
         except ImportError:
             raise FeatureNetworkError("this needs torch-fidelity: pip install 'flowmo[evaluate]'") from None
         path = find_weights(*WEIGHTS, weights, download)
@@ -61,15 +72,26 @@ class FIDInception(nn.Module):
             raise FeatureNetworkError(f"{path}: not the weights of FID's Inception ({reason})") from None
         self.has_logits = bool(self.network.fc.weight.any())
         self.classes = 1008 if self.has_logits else 0
+        self._resize_as_tensorflow: Callable[..., Tensor] = interpolate_bilinear_2d_like_tensorflow1x
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        self._spatial = output[:, :SPATIAL_CHANNELS].flatten(1)
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    def _input(self, images: Tensor) -> Tensor:
+        """What the first convolution sees, b 3 299 299 in about [−1, 1]."""
+        if self.protocol == "legacy":
+            return F.interpolate(images.clamp(-1, 1), (SIDE, SIDE), mode="bilinear", align_corners=False)
+        return (self._resize_as_tensorflow(to_bytes(images).float(), (SIDE, SIDE), align_corners=False) - 128) / 128
 
     @torch.no_grad()
+    @in_float32
     def forward(self, images: Tensor) -> Features:
-        """images: b 3 h w in [−1, 1], seen rounded to 8 bits as files are; features in float32."""
-        with torch.autocast(images.device.type, enabled=False):
-            pooled, logits = self.network(to_bytes(images))
-        return Features(pooled, logits if self.has_logits else None, self._spatial)
+        """images: b 3 h w in [−1, 1]; features in float32."""
+        *layers, classifier = self.network.children()  # in the order of its own forward, which takes bytes only
+        pooled = self._input(images)
+        for layer in layers:
+            pooled = layer(pooled)
+        pooled = pooled.flatten(1)
+        return Features(pooled, pooled @ classifier.weight.T if self.has_logits else None, self._spatial)

@@ -19,7 +19,10 @@ from flowmo.distributed import World
 from flowmo.evaluate.frechet import Moments, StatisticsError, distance_between
 from flowmo.evaluate.kernel import kernel_distance
 
-COLUMNS = ("bits", "file_bits", "squared_error", "truncated_squared_error", "ssim", "lpips_alex", "lpips_vgg")
+COLUMNS = (
+    *("bits", "file_bits", "squared_error", "truncated_squared_error", "ssim", "truncated_ssim"),
+    *("lpips_alex", "lpips_vgg"),
+)
 KERNEL_PICTURES = 5000
 """Features are kept of so many pictures, evenly spread, for the kernel distance."""
 HALVES = 2

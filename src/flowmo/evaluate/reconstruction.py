@@ -167,6 +167,7 @@ class Judges:
             "squared_error": squared_error(ours, theirs),
             "truncated_squared_error": squared_error(truncated(x), truncated(y)),
             "ssim": ssim(ours, theirs),
+            "truncated_ssim": ssim(truncated(x), truncated(y)),
         }
         if result.file_bits is not None:
             values["file_bits"] = result.file_bits
@@ -188,7 +189,7 @@ class Judges:
 
 
 def truncated(images: Tensor) -> Tensor:
-    """8 bits as the release takes them for its PSNR: 255·(x / 2 + 1/2) without its fraction."""
+    """8 bits as the release takes them for PSNR and SSIM: 255·(x / 2 + 1/2) without its fraction."""
     return ((images.clamp(-1, 1) + 1) / 2 * 255.0).to(torch.uint8)
 
 

@@ -156,6 +156,8 @@ def notes(rows: Sequence[Summary], header: Mapping[str, Any]) -> list[str]:
         f"{first.pictures} pictures; ± is the standard deviation over pictures, not an error of the mean.",
         "PSNR is of each picture, of 8-bit pixels. As the release computes it, of five pictures at once, truncated: "
         + ", ".join(f"{row.name} {row.psnr_legacy:.2f}" for row in rows if row.psnr_legacy is not None)
+        + ". SSIM of truncated pictures: "
+        + ", ".join(f"{row.name} {row.ssim_legacy:.4f}" for row in rows if row.ssim_legacy is not None)
         + ".",
     ]
     if first.frechet_distance is not None:

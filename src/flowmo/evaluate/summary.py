@@ -26,6 +26,7 @@ class Summary:
         file_bytes: of whole files, whatever their coding.
         psnr: dB; of the pictures that are not equal to their originals, whose number is ``equal_pictures``.
         psnr_legacy: as the release computes it: of five pictures at once, truncated to 8 bits.
+        ssim_legacy: likewise of pictures truncated, not rounded, to 8 bits.
         frechet_distance: of the features of ``feature_network``; the rFID where that is FID's Inception.
         frechet_bias: by how much so few pictures overstate it, estimated.
         kernel_distance: unbiased; the KID where the network is FID's Inception.
@@ -58,6 +59,7 @@ class Summary:
     ids_used: float | None = None
     file_bytes: float | None = None
     id_entropy: float | None = None
+    ssim_legacy: float | None = None
 
     @classmethod
     def of(cls, name: str, measurement: Measurement, side: int, network: FeatureNetwork | None = None) -> Summary:
@@ -75,6 +77,7 @@ class Summary:
         legacy = measurement.column("truncated_squared_error").split(LEGACY_GROUP)
         groups = decibels(measurement.column("truncated_squared_error").new_tensor([g.mean() for g in legacy]))
         facts["psnr_legacy"] = mean_and_spread(groups[groups.isfinite()])[0]
+        facts["ssim_legacy"] = mean_and_spread(measurement.column("truncated_ssim"))[0]
         in_files = mean_and_spread(measurement.column("file_bits"))[0]
         facts["file_bytes"] = None if in_files is None else in_files / 8
         for column in ("ssim", "lpips_alex", "lpips_vgg"):
@@ -112,6 +115,9 @@ class Summary:
         def spread(value: float | None) -> str:
             return f"± {value:.3g} over pictures" if value is not None else ""
 
+        def legacy(value: float | None, places: int) -> str:
+            return f"; as the release: {value:.{places}f}" if value is not None else ""
+
         equal = f", {self.equal_pictures} equal their originals" if self.equal_pictures else ""
         distance, kernel = ("rFID", "rKID") if self.is_fid else ("Fréchet distance", "kernel distance")
         bias = f"of which about {self.frechet_bias or 0:.2f} for so few pictures; {self.feature_network}"
@@ -119,8 +125,8 @@ class Summary:
         return [
             *row("bits per pixel", self.bits_per_pixel, 4, f"{self.bytes_per_picture:.1f} bytes a picture"),
             *row("bytes a file", self.file_bytes, 1, "header included"),
-            *row("PSNR", self.psnr, 2, f"dB {spread(self.psnr_spread)}{equal}; as the release: {self.psnr_legacy:.2f}"),
-            *row("SSIM", self.ssim, 4, spread(self.ssim_spread)),
+            *row("PSNR", self.psnr, 2, f"dB {spread(self.psnr_spread)}{equal}{legacy(self.psnr_legacy, 2)}"),
+            *row("SSIM", self.ssim, 4, spread(self.ssim_spread) + legacy(self.ssim_legacy, 4)),
             *row("LPIPS (AlexNet)", self.lpips_alex, 4, spread(self.lpips_alex_spread)),
             *row("LPIPS (VGG)", self.lpips_vgg, 4, spread(self.lpips_vgg_spread)),
             *row(distance, self.frechet_distance, 2, bias),

@@ -24,8 +24,8 @@ from flowmo.generate.classes import GenerationError, display_name, find_class
 from flowmo.generate.network import MaskGiT
 from flowmo.generate.schedules import halton_order, hidden_counts
 from flowmo.packed import Packable
-from flowmo.sample import picture_seed
 from flowmo.sharded import is_sharded
+from flowmo.streams import Stream, stream
 from flowmo.tokenizer import identity_of
 
 FORMAT = "flowmo-generator-1"
@@ -128,7 +128,7 @@ class Generator(Packable):
         start, hidden = self._start(len(labels), ids, keep)
         rows, chunks = [], list(self._chunks(len(labels)))
         for i, chunk in enumerate(chunks):
-            generators = [torch.Generator().manual_seed(picture_seed(numbers[k], "ids")) for k in chunk]
+            generators = [stream(numbers[k], Stream.IDS) for k in chunk]
             x, open_ = start[chunk].to(self.device), hidden[chunk].to(self.device)
             counts = [hidden_counts(max(int(n), 1), steps, own.schedule) for n in hidden[chunk].sum(dim=1)]
             ranks = None if order == "confidence" else self._ranks(order, generators)
@@ -225,7 +225,7 @@ class Generator(Packable):
             raise GenerationError(f"order {order!r} is not fixed; use halton or random")
         own = self.config.generator
         n = self.vocabulary.ids
-        places = self._ranks(order, [torch.Generator().manual_seed(0)])[0].argsort()
+        places = self._ranks(order, [stream(0, Stream.REVEAL_ORDER)])[0].argsort()
         counts = [n, *hidden_counts(n, own.sample_steps if steps is None else steps, own.schedule)]
         for before, after in itertools.pairwise(counts):
             if before == after:

@@ -20,7 +20,7 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate.npz import write_npz
 from flowmo.generate.generator import Generator
 from flowmo.pictures import to_picture
-from flowmo.sample import picture_seed
+from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import FlowMo
 
 SETTINGS = "samples.json"
@@ -52,7 +52,7 @@ class Drawing:
 
 def picture_seeds(seed: int, numbers: Iterable[int]) -> list[int]:
     """Of the pictures with these numbers in a larger set."""
-    return [picture_seed(seed, f"picture {number}") for number in numbers]
+    return [stream_seed(seed, Stream.GENERATED, number) for number in numbers]
 
 
 def check_pair(generator: Generator, tokenizer: FlowMo) -> None:

@@ -31,7 +31,7 @@ from flowmo.data.tokens import (
 from flowmo.distributed import World
 from flowmo.pictures import PictureError
 from flowmo.quantize import Quantizer
-from flowmo.sample import picture_seed
+from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import Codes
 
 SHARD_SIZE = 4096
@@ -67,7 +67,7 @@ class Samples(Dataset):
         pass_, index = divmod(number, len(self.source))
         crop, mirrored = (pass_ // 2, pass_ % 2 == 1) if self.facts.flip else (pass_, False)
         try:
-            image = self.views[index, picture_seed(self.facts.seed, f"{index}, crop {crop}")]
+            image = self.views[index, stream_seed(self.facts.seed, Stream.TOKENIZED, index, crop)]
         except PictureError:
             return torch.zeros(3, *(2 * [self.facts.image_size])), UNREADABLE
         label = self.source.label(index)

@@ -26,7 +26,7 @@ class Quantized:
         code: b × tokens × channels, what the decoder is conditioned on; gradients flow to the encoder.
         ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
         losses: named scalar terms, already weighted, to be added to the training loss.
-        statistics: named scalars for the log, without gradient.
+        statistics: named scalars for the log, without gradient or weight.
         noise_level: b in [0, 1], how much of the code is noise; the decoder is then trained from that timestep on.
     """
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.quantize.contract import Quantized, WholeBatch, alone
+from flowmo.streams import Stream, stream
 
 DEAD_SHARE = 0.05
 """An entry restarts when it is chosen less often than this share of an even use of all entries."""
@@ -102,7 +103,7 @@ class VQ(nn.Module):
         use, members, squares = self._seen.split((1, self.codebook.shape[1], self.codebook.shape[1]), dim=1)
         self._seen = None
         # All processes, and a resumed run, draw the same numbers.
-        generator = torch.Generator().manual_seed(int(self.steps))
+        generator = stream(int(self.steps), Stream.CODEBOOK)
         noise = torch.randn(self.codebook.shape, generator=generator).to(self.codebook)
         if self.steps == 0:
             mean = members.sum(dim=0)

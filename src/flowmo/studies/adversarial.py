@@ -12,6 +12,7 @@ from flowmo.checkpoint import write_whole
 from flowmo.config import Config
 from flowmo.data import Views, batches, open_source
 from flowmo.perceptual import build_distance
+from flowmo.streams import Stream, seed_global
 from flowmo.studies.convolutional import ADVERSARIAL_SHARE, Adversaries, ConvolutionalTokenizer
 from flowmo.studies.study import Place, StudyError
 from flowmo.train.optimizer import Average, clip_gradients
@@ -30,7 +31,7 @@ def train_peer(config: Config, width: int, run: str, place: Place) -> tuple[Conv
     path = place.folder(run) / STATE
     path.parent.mkdir(parents=True, exist_ok=True)
     device, data, opt = place.world.device, config.data, config.opt
-    torch.manual_seed(config.trainer.seed)
+    seed_global(config.trainer.seed, Stream.WEIGHTS)
     perceptual = build_distance(opt.lpips_mode).to(device) if opt.lpips_weight else None
     both = Adversaries(ConvolutionalTokenizer(config, width), perceptual).to(device)
     average = Average(both.tokenizer, data.global_batch_size)

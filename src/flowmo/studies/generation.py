@@ -21,6 +21,7 @@ from flowmo.generate.generator import Generator, load_generator
 from flowmo.generate.produce import Drawing, picture_seeds
 from flowmo.generate.tokenize import Tokenizer, tokenize
 from flowmo.pictures import to_bytes, to_picture
+from flowmo.streams import Stream, stream
 from flowmo.studies.classifier import Classifier
 from flowmo.studies.page import Column
 from flowmo.studies.study import Place, StudyError, once, train
@@ -187,9 +188,8 @@ def reconstructions(tokenizer: Tokenizer, originals: Drawn, places: Sequence[int
 
 def independent(tokenizer: Tokenizer, tokens: Tokens, labels: Tensor) -> Drawn:
     """Every id drawn alone, as often as the tokens have it at its place."""
-    generator = torch.Generator().manual_seed(0)
     every = torch.stack([tokens.ids(index) for index in range(len(tokens))])
-    picks = torch.randint(len(every), (len(labels), *every.shape[1:]), generator=generator)
+    picks = torch.randint(len(every), (len(labels), *every.shape[1:]), generator=stream(0, Stream.STUDY))
     images = []
     for i, ids in enumerate(every.gather(0, picks).split(BATCH)):
         images.append(to_bytes(tokenizer.decode(ids, seed=list(range(i * BATCH, i * BATCH + len(ids)))).cpu()))

@@ -20,6 +20,7 @@ from flowmo import flow
 from flowmo.evaluate.reconstruction import Judges
 from flowmo.likelihood import bits_per_number, log_likelihood
 from flowmo.sample import picture_seed, seeded_noise
+from flowmo.streams import Stream, stream
 from flowmo.studies.page import (
     Column,
     bars,
@@ -97,7 +98,7 @@ def likelihood(tokenizer: FlowMo, kind: str, scale: Scale, place: Place) -> dict
         code = code.roll(1, dims=0)
     noise = seeded_noise([picture_seed(1, index) for index in indices], *x.shape[-2:])
     x_t = flow.interpolate(x, noise, torch.full((len(x),), START)).to(tokenizer.device)
-    generator = torch.Generator().manual_seed(0)  # the same signs for every kind
+    generator = stream(0, Stream.PROBES)  # the same signs for every kind
     found = []
     for start in range(0, len(x_t), BATCH):
         rows = slice(start, start + BATCH)

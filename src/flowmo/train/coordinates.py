@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmo.config import Config
+from flowmo.streams import Stream, seed_global
 from flowmo.tokenizer import FlowMo
 from flowmo.train.optimizer import NormControl, build_optimizer, scale_initial_weights, set_learning_rate
 from flowmo.train.stages import Draws, pretrain_loss
@@ -70,7 +71,7 @@ def _mean(values: Iterable[Tensor]) -> float:
 def _one_run(config: Config, width: int, images: Tensor, steps: int, seed: int) -> list[dict[str, Tensor]]:
     """Activations on the batch before and after ``steps`` steps."""
     config = config.override(f"model.hidden_size={width}", f"model.enc_hidden_size={width}")
-    torch.manual_seed(seed)
+    seed_global(seed, Stream.WEIGHTS)
     tokenizer = FlowMo(config)
     scale_initial_weights(tokenizer)
     optimizer = build_optimizer(tokenizer)

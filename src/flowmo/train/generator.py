@@ -22,7 +22,7 @@ from flowmo.evaluate.figures import grid
 from flowmo.generate.generator import Generator, build_generator, cross_entropy
 from flowmo.generate.schedules import MEAN_HIDDEN_SHARE, hide
 from flowmo.pictures import to_picture
-from flowmo.sample import picture_seed
+from flowmo.streams import Stream, seed_global, stream
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import Cost, generator_cost
 from flowmo.train.plan import Timetable
@@ -30,7 +30,6 @@ from flowmo.train.stages import Loss
 from flowmo.train.task import TrainingError, autocast, changed_settings
 
 SAMPLES = 16
-HELD_OUT_SEED = 1
 
 
 class Hidden(NamedTuple):
@@ -40,13 +39,21 @@ class Hidden(NamedTuple):
     keep: Tensor
 
     @classmethod
-    def of(cls, config: Config, ids: int, places: Sequence[int], device: torch.device) -> Hidden:
-        """Of the pictures at ``places`` of the run: a function of the seed and the place alone."""
+    def of(
+        cls,
+        config: Config,
+        ids: int,
+        places: Sequence[int],
+        device: torch.device,
+        seed: int | None = None,
+        purpose: Stream = Stream.HIDDEN,
+    ) -> Hidden:
+        """Of the pictures at ``places`` of the run: a function of the seed, by default the run's, and the place."""
+        seed = config.trainer.seed if seed is None else seed
         rows = []
         for place in places:
-            generator = torch.Generator().manual_seed(picture_seed(config.trainer.seed, f"hidden {place}"))
-            keep = torch.rand((), generator=generator) >= config.generator.label_drop
-            rows.append((hide(ids, generator, config.generator.schedule), keep))
+            keep = torch.rand((), generator=stream(seed, Stream.LABEL_DROP, place)) >= config.generator.label_drop
+            rows.append((hide(ids, stream(seed, purpose, place), config.generator.schedule), keep))
         hidden, keep = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
         return cls(hidden, keep)
 
@@ -101,7 +108,7 @@ class GeneratorTask:
         self.vocabulary = self.source.facts.vocabulary
         self.held_out = Tokens(config.data.val, self.vocabulary.tokenizer) if config.data.val else None
         self.tokenizer = self._tokenizer() if world.main else None
-        torch.manual_seed(config.trainer.seed)
+        seed_global(config.trainer.seed, Stream.WEIGHTS)
         self.model = Generator(config, self.vocabulary).to(world.device)
         self.module = GeneratorStage(self.model)
         self.norm_controlled: dict[str, nn.Module] = {}
@@ -132,7 +139,7 @@ class GeneratorTask:
 
     def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: None) -> Loss:
         draws = Hidden.of(self.config, self.vocabulary.ids, range(place, place + len(chunk)), chunk.device)
-        torch.manual_seed(self.config.trainer.seed + place)  # of the dropout
+        seed_global(self.config.trainer.seed, Stream.DROPOUT, place)
         with autocast(self.config, self.world.device):
             return module(chunk[:, 1:], self._labels(chunk[:, 0], draws.keep), draws.hidden)
 
@@ -160,8 +167,7 @@ class GeneratorTask:
         for start in range(0, len(chosen), self.config.eval.batch_size):
             places = chosen[start : start + self.config.eval.batch_size]
             rows = torch.stack([held_out.readable(index, 0)[0] for index in places]).to(self.world.device)
-            settings = self.config.override(f"trainer.seed={HELD_OUT_SEED}")
-            draws = Hidden.of(settings, self.vocabulary.ids, places, self.world.device)
+            draws = Hidden.of(self.config, self.vocabulary.ids, places, self.world.device, 0, Stream.HELD_OUT)
             labels = self._labels(rows[:, 0], torch.ones_like(draws.keep))
             with torch.no_grad(), autocast(self.config, self.world.device):
                 logits = model.network(rows[:, 1:], draws.hidden, labels)

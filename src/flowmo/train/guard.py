@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HIGHER_IS_BETTER = {"psnr": True, "lpips": False, "cross_entropy": False}
+HIGHER_IS_BETTER = {"psnr": True, "lpips": False, "rfid": False, "cross_entropy": False}
 LOSSES = ("sample_distance", "lpips", "cross_entropy")
 PLOT = "guard.png"
 
@@ -20,7 +20,7 @@ class Guard:
     """Remembers the best of a run's checkpoints by one held-out figure.
 
     Attributes:
-        metric: ``psnr``, ``lpips`` or ``cross_entropy``; empty judges nothing.
+        metric: ``psnr``, ``lpips``, ``rfid`` or ``cross_entropy``; empty judges nothing.
         patience: checkpoints in a row without a better one that end the run; 0 never does.
         step: of the best checkpoint, ``None`` before the first.
         value: its figure.

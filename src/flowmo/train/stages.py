@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from flowmo import flow
 from flowmo.config import Config, OptConfig
 from flowmo.quantize import Quantized, WholeBatch, alone
-from flowmo.sample import euler, guided_velocity, picture_seed, shifted_times
+from flowmo.sample import euler, guided_velocity, shifted_times
+from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
 
 NULL_CODE_SHARE = 0.1
@@ -68,31 +69,36 @@ class Draws(NamedTuple):
         """Draws of the pictures b 3 h w that come at ``places`` of the run, counted from its start.
 
         They are a function of the seed and the place alone, so that neither an interruption, nor the number of
-        processes, nor the cut of a batch into passes changes them. The noise is drawn where the pictures are.
+        processes, nor the cut of a batch into passes changes them. Each kind of number has a stream of its own. The
+        noise is drawn on the pictures' device.
         """
         model, device, stage = config.model, images.device, config.stage
         dropped = NULL_CODE_SHARE if model.enable_cfg else 0.0
         dropped_in_chain = NULL_CODE_SHARE if model.posttrain_sample_enable_cfg else 0.0
+        seed, steps = config.trainer.seed, model.posttrain_sample_k
+
+        def normal(purpose: Stream, place: int) -> Tensor:
+            return torch.randn(images.shape[1:], generator=stream(seed, purpose, place, device=device), device=device)
+
+        def uniform(purpose: Stream, place: int, *shape: int) -> Tensor:
+            return torch.rand(shape, generator=stream(seed, purpose, place))
+
         rows: list[list[Tensor]] = []
         cut: list[tuple[int, int]] = []
         for place in places:
-            seed = picture_seed(config.trainer.seed, f"draws {place}")
-            generator = torch.Generator().manual_seed(seed)
-            t = flow.sample_timesteps(1, config.opt.schedule, generator, config.opt.anchor)[0]
-            keep = torch.rand((), generator=generator) >= dropped
-            on_device = torch.Generator(device).manual_seed(seed)
-            noise = torch.randn(images.shape[1:], generator=on_device, device=device)
-            row = [t, noise, keep]
+            of_t = stream(seed, Stream.TIMESTEP, place)
+            t = flow.sample_timesteps(1, config.opt.schedule, of_t, config.opt.anchor)[0]
+            row = [t, normal(Stream.NOISE, place), uniform(Stream.CODE_DROP, place) >= dropped]
             if stage != "pretrain":
-                row.append(torch.randn(images.shape[1:], generator=on_device, device=device))
+                row.append(normal(Stream.CHAIN_NOISE, place))
             if stage == "posttrain":
-                steps = model.posttrain_sample_k
-                times = flow.random_steps(torch.rand((1, steps), generator=generator))[0]
-                row += [times, torch.rand(steps, generator=generator) >= dropped_in_chain]
+                times = flow.random_steps(uniform(Stream.CHAIN_TIMES, place, 1, steps))[0]
+                row += [times, uniform(Stream.CHAIN_DROP, place, steps) >= dropped_in_chain]
             if stage == "distill":
-                row += random_jumps(config.opt.jumps, config.eval.sampling.rho, generator)
+                row += random_jumps(config.opt.jumps, config.eval.sampling.rho, stream(seed, Stream.JUMPS, place))
             margins = (n - m for n, m in zip(images.shape[2:], cut_size(config.opt, images), strict=True))
-            top, left = (int(torch.randint(0, margin + 1, (), generator=generator)) for margin in margins)
+            of_cut = stream(seed, Stream.CUT, place)
+            top, left = (int(torch.randint(0, margin + 1, (), generator=of_cut)) for margin in margins)
             cut.append((top, left))
             rows.append(row)
         t, noise, keep, *more = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
@@ -111,7 +117,7 @@ def kept_sub_tokens(config: Config, places: Sequence[int]) -> Tensor:
         group = int(group / math.log2(model.fsq_levels) + 1e-9)
     most, kept = model.context_dim // max(group, 1), []
     for place in places:
-        generator = torch.Generator().manual_seed(picture_seed(config.trainer.seed, f"prefix {place}"))
+        generator = stream(config.trainer.seed, Stream.PREFIX, place)
         drop = float(torch.rand((), generator=generator)) < model.nested_dropout
         kept.append(int(torch.randint(1, most + 1, (), generator=generator)) if drop else most)
     return torch.tensor(kept)
@@ -298,7 +304,9 @@ def _sum(
 ) -> Loss:
     parts = {"flow": flow_loss, **losses}
     total = sum(parts.values()) + tokenizer.config.opt.lpips_weight * sum(distances.values())
-    logged = {**parts, **distances, "loss": total, **quantized.statistics}
+    logged = {**parts, **distances, "loss": total}
+    # A statistic may share its name with a weighted term, and must not replace it.
+    logged |= {f"unweighted_{n}" if n in logged else n: value for n, value in quantized.statistics.items()}
     # In float32, or the log's sum over a hundred steps would stand still at bfloat16's eight bits.
     return Loss(total, {name: value.detach().float() for name, value in logged.items()}, quantized.ids)
 

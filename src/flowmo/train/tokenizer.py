@@ -15,22 +15,24 @@ from flowmo import checkpoint
 from flowmo.config import Config
 from flowmo.data import Views, evenly_spread, open_source
 from flowmo.distributed import World
+from flowmo.evaluate.features import build_features
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import LPIPS, build_distance
 from flowmo.pictures import to_picture
 from flowmo.quantize import Learner, WholeBatch, alone
-from flowmo.sample import picture_seed
+from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import Cost, training_cost
 from flowmo.train.optimizer import scale_initial_weights
 from flowmo.train.plan import BatchPlan, Timetable
 from flowmo.train.stages import Draws, Loss, Stage, cut_out
-from flowmo.train.task import autocast, changed_settings
+from flowmo.train.task import TrainingError, autocast, changed_settings
 from flowmo.train.usage import CodeUsage
 
 GRID_PICTURES = 8
+FEWEST_FOR_RFID = 4
 
 
 class TokenizerTask:
@@ -54,14 +56,14 @@ class TokenizerTask:
             self.perceptual = build_distance(config.opt.lpips_mode, config.opt.perceptual_weights or None)
             self.perceptual.to(world.device)
             report(f"perceptual loss: {self.perceptual.name}")
-        torch.manual_seed(config.trainer.seed)
+        seed_global(config.trainer.seed, Stream.WEIGHTS)
         self.model = FlowMo(config)
         scale_initial_weights(self.model)
         self.teacher = self._take_over(Path(config.opt.teacher)) if config.opt.teacher else None
         self.model.to(world.device)
         self.module = Stage(self.model, self.perceptual, self.teacher)
         self.norm_controlled = self.model.networks
-        self.judging = LPIPS("alex").to(world.device) if world.main and config.trainer.best_metric == "lpips" else None
+        self.judges = self._judges() if world.main else Judges()
         self.usage = CodeUsage(self.model.quantizer, world)
         self.frozen = False
         self.batch = BatchPlan.of(config, world.size).total
@@ -80,6 +82,26 @@ class TokenizerTask:
         source = Views(open_source(data.val, data.val_index) if data.val else pictures, data.image_size)
         chosen = evenly_spread(GRID_PICTURES, len(source))
         return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.world.device)
+
+    def _judges(self) -> Judges:
+        """The network that ``trainer.best_metric`` needs.
+
+        Raises:
+            TrainingError: too few pictures for a distance and its bias.
+            FeatureNetworkError, WeightsNotFoundError: the network cannot be had.
+        """
+        metric, data = self.config.trainer.best_metric, self.config.data
+        if metric == "lpips":
+            return Judges(lpips_alex=LPIPS("alex")).to(self.world.device)
+        if metric != "rfid":
+            return Judges()
+        count = min(self.config.eval.pictures, len(open_source(data.val, data.val_index)))
+        if count < FEWEST_FOR_RFID:
+            raise TrainingError(
+                f"trainer.best_metric=rfid needs {FEWEST_FOR_RFID} held-out pictures, not {count}; raise "
+                "eval.pictures, or name more pictures by data.val"
+            )
+        return Judges(features=build_features("inception")).to(self.world.device)
 
     def cost(self, fused: bool = True) -> Cost:
         config = self.config
@@ -120,7 +142,7 @@ class TokenizerTask:
         with torch.no_grad(), autocast(self.config, self.world.device):
             place = first
             for chunk in chunks:
-                torch.manual_seed(self.config.trainer.seed + place)
+                seed_global(self.config.trainer.seed, Stream.BOTTLENECK, place)
                 self.module(self._crop(chunk, place), None, collect)
                 place += len(chunk)
         mean = self.world.mean(torch.stack(seen).mean(dim=0))
@@ -129,7 +151,7 @@ class TokenizerTask:
     def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: WholeBatch) -> Loss:
         chunk = self._crop(chunk, place)
         draws = Draws.of(self.config, chunk, range(place, place + len(chunk)))
-        torch.manual_seed(self.config.trainer.seed + place)  # for a bottleneck that draws noise of its own
+        seed_global(self.config.trainer.seed, Stream.BOTTLENECK, place)
         with autocast(self.config, self.world.device):
             loss = module(chunk, draws, shared, self.frozen)
         self.usage.add(loss.ids)
@@ -140,10 +162,10 @@ class TokenizerTask:
         sizes, seed = self.config.data.crops, self.config.trainer.seed
         if not sizes:
             return chunk
-        height, width = sizes[picture_seed(seed, f"crop size {place // self.batch}") % len(sizes)]
+        height, width = sizes[stream_seed(seed, Stream.CROP_SIZE, place // self.batch) % len(sizes)]
         rows, columns = chunk.shape[2] - height + 1, chunk.shape[3] - width + 1
         corners = [
-            (picture_seed(seed, f"crop top {i}") % rows, picture_seed(seed, f"crop left {i}") % columns)
+            (stream_seed(seed, Stream.CROP_TOP, i) % rows, stream_seed(seed, Stream.CROP_LEFT, i) % columns)
             for i in range(place, place + len(chunk))
         ]
         return cut_out(chunk, corners, height, width)
@@ -169,15 +191,16 @@ class TokenizerTask:
                 candidate,
                 source,
                 data.image_size,
-                Judges(lpips_alex=self.judging),
+                self.judges,
                 limit=limit,
                 device=self.world.device,
                 enlarge=True,
             )
-        summary = Summary.of(candidate.name, measured, data.image_size)
+        summary = Summary.of(candidate.name, measured, data.image_size, self.judges.features)
         # Of pictures that all equal their originals there is no mean of finite values; no checkpoint can be better.
-        figures = {"psnr": math.inf if summary.psnr is None else summary.psnr}
-        return figures if summary.lpips_alex is None else {**figures, "lpips": summary.lpips_alex}
+        finite = math.inf if summary.psnr is None else summary.psnr
+        figures = {"psnr": finite, "lpips": summary.lpips_alex, "rfid": summary.frechet_distance}
+        return {name: figure for name, figure in figures.items() if figure is not None}
 
     @torch.no_grad()
     def show(self, model: FlowMo) -> tuple[Image.Image, dict[str, float]]:
