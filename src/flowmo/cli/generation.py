@@ -26,7 +26,7 @@ from flowmo.cli.shared import (
 from flowmo.config import REVEALING_ORDERS
 from flowmo.data import open_source
 from flowmo.evaluate.figures import grid
-from flowmo.pictures import read_picture, to_picture
+from flowmo.pictures import read_image, to_picture
 
 MOST_IN_A_GRID = 1000
 GRID_COLUMNS = 8
@@ -150,7 +150,7 @@ def generate(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{count} pictures are too many for one; name a folder or an .npz with --out")
         ids = keep = None
         if arguments.edit:
-            codes = tokenizer.encode_image(read_picture(arguments.edit), "crop")
+            codes = tokenizer.encode_image(read_image(arguments.edit), "crop")
             assert codes.ids is not None  # the generator has learnt ids of this tokenizer
             ids = codes.ids.expand(count, -1, -1)
             keep = parse_places(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])

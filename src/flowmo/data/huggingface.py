@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from flowmo.data.source import DataError
-from flowmo.pictures import PictureError, read_picture
+from flowmo.pictures import ImageError, read_image
 
 PREFIX = "hf:"
 
@@ -55,9 +55,9 @@ class HuggingFaceSource:
     def read(self, index: int, side: int | None = None) -> Image.Image:
         stored = self.table[index][self.column]
         if stored is None or not (stored["bytes"] or stored["path"]):
-            raise PictureError(f"{self.name(index)}: is empty")
+            raise ImageError(f"{self.name(index)}: is empty")
         file = io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
-        return read_picture(file, self.name(index), side)
+        return read_image(file, self.name(index), side)
 
 
 def _load(datasets: Any, spec: str, name: str, split: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Protocol
 from PIL import Image
 
 from flowmo.errors import FlowMoError
-from flowmo.pictures import EXTENSIONS, read_picture
+from flowmo.pictures import EXTENSIONS, read_image
 
 
 class DataError(FlowMoError, ValueError):
@@ -35,7 +35,7 @@ class Source(Protocol):
         """Class of picture ``index``, ``None`` where the source has no classes."""
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
-        """Picture ``index`` as RGB; with ``side``, see ``read_picture``. Raises ``PictureError``."""
+        """Picture ``index`` as RGB; with ``side``, see ``read_image``. Raises ``ImageError``."""
 
 
 def open_source(path: str | Path, index: str | Path | None = None) -> Source:
@@ -94,7 +94,7 @@ class FolderSource:
         return self.labels[index] if self.classes else None
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
-        return read_picture(self.files[index], side=side)
+        return read_image(self.files[index], side=side)
 
 
 def class_labels(folders: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], list[int]]:

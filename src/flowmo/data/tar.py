@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, cast
 from PIL import Image
 
 from flowmo.data.source import DataError, class_labels
-from flowmo.pictures import EXTENSIONS, PictureError, read_picture
+from flowmo.pictures import EXTENSIONS, ImageError, read_image
 
 MAX_NESTING = 3
 MAX_LABEL_BYTES = 20
@@ -227,8 +227,8 @@ class TarSource:
             # pread has no file position, so that forked workers may share the descriptor
             content = os.pread(self._descriptors[entry.tar], entry.size, entry.offset)
         except OSError as error:  # the file has gone, or the disk fails
-            raise PictureError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
-        return read_picture(io.BytesIO(content), self.name(index), side)
+            raise ImageError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
+        return read_image(io.BytesIO(content), self.name(index), side)
 
     def __getstate__(self) -> Mapping:
         return {**self.__dict__, "_descriptors": {}}

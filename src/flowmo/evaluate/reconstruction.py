@@ -245,7 +245,7 @@ def measure(
         progress: called with (pictures done, pictures in all), both of this process.
 
     Raises:
-        DataError, PictureError: no pictures, or one that cannot be read.
+        DataError, ImageError: no pictures, or one that cannot be read.
         EvaluationError: a picture smaller than the crop, or a folder with another evaluation in it.
     """
     pace = pace or Pace()

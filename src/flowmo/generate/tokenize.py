@@ -29,7 +29,7 @@ from flowmo.data.tokens import (
     read_shard,
 )
 from flowmo.distributed import World
-from flowmo.pictures import PictureError
+from flowmo.pictures import ImageError
 from flowmo.quantize import Quantizer
 from flowmo.sample import picture_seed
 from flowmo.tokenizer import Codes
@@ -68,7 +68,7 @@ class Samples(Dataset):
         crop, mirrored = (pass_ // 2, pass_ % 2 == 1) if self.facts.flip else (pass_, False)
         try:
             image = self.views[index, picture_seed(self.facts.seed, f"{index}, crop {crop}")]
-        except PictureError:
+        except ImageError:
             return torch.zeros(3, *(2 * [self.facts.image_size])), UNREADABLE
         label = self.source.label(index)
         return image.flip(-1) if mirrored else image, NO_CLASS if label is None else label
