@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -12,6 +13,7 @@ from PIL import Image
 
 from flowmo.cli import main
 from flowmo.data import DataError, TarSource, Views, batches, build_index, default_index, epoch_order, open_source
+from flowmo.data.tar import MAX_UNINDEXED_BYTES
 from flowmo.evaluate.figures import psnr
 from flowmo.pictures import ImageError, read_image
 
@@ -96,7 +98,13 @@ def test_bad_indices(nested, index, sentence):
         open_source(nested)
 
 
-def test_a_tar_without_an_index_says_how_to_make_it(nested):
+def test_a_tar_without_an_index_is_looked_through(nested, picture_files):
+    source = open_source(nested)
+    assert [source.read(i).tobytes() for i in range(5)] == [read_image(file).tobytes() for file in picture_files[:5]]
+
+
+def test_a_very_large_tar_without_an_index_says_how_to_make_it(nested):
+    os.truncate(nested, MAX_UNINDEXED_BYTES + 1)  # a hole, which takes no room on the disk
     with pytest.raises(DataError, match="flowmo data index"):
         open_source(nested)
 
@@ -134,8 +142,9 @@ def test_folders_are_classes(tmp_path, picture_files):
     assert source.classes == ("class0", "class1")
     assert sorted(source.label(i) for i in range(3)) == [0, 0, 1]
     shutil.copy(picture_files[3], tmp_path)
-    assert open_source(tmp_path).classes == ()
-    assert open_source(tmp_path).label(0) is None
+    source = open_source(tmp_path)
+    assert source.classes == ("class0", "class1")
+    assert [source.label(i) for i in range(4) if source.files[i].parent == tmp_path] == [None]
 
 
 def test_inner_tars_are_classes(nested):

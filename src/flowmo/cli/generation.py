@@ -51,6 +51,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
             model=Path(arguments.model).name,
             crops=arguments.crops,
             flip=arguments.flip,
+            labels=not arguments.no_labels,
             seed=arguments.seed,
             shard_size=arguments.shard_size,
             batch_size=tokenizer.config.eval.batch_size,
@@ -172,6 +173,7 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--out", type=Path, required=True, help="folder to write the shards to, or to go on with")
     sub.add_argument("--crops", type=positive, default=1, help="1 is the central square; more are random ones (1)")
     sub.add_argument("--flip", action="store_true", help="each crop mirrored as well")
+    sub.add_argument("--no-labels", action="store_true", help="leave the classes out")
     sub.add_argument("--seed", type=seed, default=0, help="seed of random crops (0)")
     sub.add_argument("--shard-size", type=positive, default=4096, help="samples a shard, which are lost at most (4096)")
     sub.add_argument("--workers", type=int, default=0, help="processes that read pictures (0)")

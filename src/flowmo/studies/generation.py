@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowmo.config import Config
 from flowmo.data import Source, evenly_spread, open_source
+from flowmo.data.source import class_difference, require_labels
 from flowmo.data.tokens import Tokens
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid
@@ -81,8 +82,11 @@ class Judge:
         self.places = evenly_spread(min(count, len(source)), len(source))
         self.originals = read(source, self.places, side)
         other = open_source(place.held_out)
-        if list(other.classes) != list(source.classes):
-            raise StudyError(f"{place.held_out}: has other classes than {place.train}")
+        difference = class_difference(other.classes, source.classes)
+        if difference:
+            raise StudyError(f"{place.held_out} has other classes than {place.train}: {difference}")
+        for labelled in (source, other):
+            require_labels(labelled)
         self.others = read(other, evenly_spread(min(count, len(other)), len(other)), side)
         self._reference: Seen | None = None
 
