@@ -126,7 +126,7 @@ def generate(arguments: argparse.Namespace) -> None:
         generator = hasten(generator, arguments)
         tokenizer = hasten(flowmo.load(arguments.model, device=str(world.device)), arguments)
         check_pair(generator, tokenizer)
-        names = arguments.classes or [str(i) for i in range(len(generator.vocabulary.classes))] or ["-1"]
+        names = arguments.classes or [*range(len(generator.vocabulary.classes))] or [-1]
         classes = [generator.label(name) for name in names]
         class_names = [generator.class_name(label) for label in classes]
         count = arguments.count or len(classes) * arguments.per_class
@@ -142,8 +142,9 @@ def generate(arguments: argparse.Namespace) -> None:
                 raise UsageError("--edit writes one picture; name it with --out PICTURE.png")
             produce(generator, tokenizer, labels, arguments.out, drawing, world=world, progress=progress_bar("drawing"))
             if world.main:
-                line = f"{arguments.out}: {count} pictures of {len(classes)} classes"
-                tell(arguments, line, file=str(arguments.out), pictures=count, classes=class_names)
+                named = f": {', '.join(class_names)}" if arguments.classes else ""
+                line = f"{arguments.out}: {count} pictures of {len(classes)} classes{named}"
+                tell(arguments, line, file=str(arguments.out), pictures=count, classes=class_names, indices=classes)
             return
         if world.size > 1:
             raise UsageError(f"several processes write a folder or an .npz, not {arguments.out}")
@@ -162,7 +163,15 @@ def generate(arguments: argparse.Namespace) -> None:
         rows = torch.cat((drawn, blank)).split(columns)
         checkpoint.write_whole(arguments.out, lambda name: to_picture(grid(list(rows))).save(name, "PNG"))
         line = f"{arguments.out}: {count} pictures, rows of {columns}: {', '.join(class_names)}"
-        tell(arguments, line, file=str(arguments.out), pictures=count, classes=class_names, columns=columns)
+        tell(
+            arguments,
+            line,
+            file=str(arguments.out),
+            pictures=count,
+            classes=class_names,
+            indices=classes,
+            columns=columns,
+        )
 
 
 def add_to(commands: Any) -> None:
@@ -193,7 +202,13 @@ def add_to(commands: Any) -> None:
 
     sub = command(generate, "pictures of a class, by a trained generator", commands)
     sub.add_argument("generator", metavar="GENERATOR", help="file of a generator: .safetensors, or a checkpoint")
-    sub.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="name, WordNet id or number (all)")
+    sub.add_argument(
+        "--class",
+        dest="classes",
+        nargs="+",
+        metavar="CLASS",
+        help="name, WordNet id, or index where no class has that name (all)",
+    )
     sub.add_argument("--per-class", type=positive, default=8, help="pictures of each (8)")
     sub.add_argument("--count", type=positive, help="pictures in all, shared evenly by the classes")
     sub.add_argument("--out", type=Path, default=Path("generated.png"), help="a .png, a folder or .npz (generated.png)")

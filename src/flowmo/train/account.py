@@ -193,6 +193,7 @@ def _alive() -> dict[int, Tensor]:
 def _counted(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16: bool) -> tuple[float, int]:
     """FLOPs of a loss and its gradients, and the bytes that it keeps for these beside the modules' parameters."""
     own = {parameter.untyped_storage()._cdata for module in modules for parameter in module.parameters()}
+    gc.collect()  # a tensor that dies meanwhile would hide a new one at its address
     before = own | _alive().keys()
     kept: dict[int, Tensor] = {}
 
