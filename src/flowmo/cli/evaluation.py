@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowmo.cli.shared import (
     UsageError,
     command,
@@ -133,7 +135,8 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
         rows = [{**entry.summary.as_dict(), "steps": steps, "seed": arguments.seed} for entry in entries]
         say(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
     if arguments.report and world.main:
-        chosen = evenly_spread(arguments.limit or len(source), len(source))
+        spread = torch.tensor(evenly_spread(arguments.limit or len(source), len(source)))
+        chosen = spread[entries[0].measurement.done].tolist()
         networks = {"LPIPS (AlexNet)": judges.lpips_alex, "LPIPS (VGG)": judges.lpips_vgg, "features": judges.features}
         facts = {
             "pictures": f"{shown_path(arguments.pictures)}: {len(chosen)} of {len(source)}, evenly spread",

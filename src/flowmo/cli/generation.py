@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
     with join(arguments.device) as world:
         tokenizer = load(arguments, str(world.device))
+        source = open_source(arguments.pictures)
         facts = write_tokens(
             tokenizer,
-            open_source(arguments.pictures),
+            source,
             arguments.out,
             name=Path(arguments.pictures).name,
             model=Path(arguments.model).name,
@@ -60,8 +62,12 @@ def tokenize(arguments: argparse.Namespace) -> None:
             progress=progress_bar("tokenizing"),
         )
         if world.main:
-            readable = len(Tokens(arguments.out))
+            tokens = Tokens(arguments.out)
+            readable = len(tokens)
+            unreadable = sorted({number % len(source) for number in {*range(facts.count)} - {*tokens.samples.tolist()}})
             missing = f", {facts.count - readable} of which cannot be read" if readable < facts.count else ""
+            for index in unreadable:
+                print(f"left out: {source.name(index)} cannot be read", file=sys.stderr)
             tell(
                 arguments,
                 f"{arguments.out}: {facts.count} samples{missing}, {len(facts.classes)} classes, {facts.ids} ids of "
