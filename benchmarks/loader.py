@@ -22,6 +22,7 @@ from PIL import Image
 
 from flowmo.data import Views, open_source
 from flowmo.evaluate.figures import psnr
+from flowmo.pictures import read_image
 
 SIZES = ((500, 375), (1600, 1200), (4000, 3000))
 SIDES = (256, 128)
@@ -61,7 +62,7 @@ def main() -> None:
     for width, height in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             for i, file in enumerate(PICTURES):
-                enlarged = Image.open(file).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+                enlarged = read_image(file).resize((width, height), Image.Resampling.LANCZOS)
                 enlarged.save(Path(folder) / f"{i}.jpg", quality=90)
             source = open_source(folder)
             count = len(source)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from PIL import Image
 
 import flowmo
 from flowmo.coding.context import token_bits
@@ -89,7 +88,7 @@ def draw_tiles(tok, photo, file):
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    tokenizer, photograph = flowmo.load("nano"), Image.open(PHOTO).convert("RGB")
+    tokenizer, photograph = flowmo.load("nano"), flowmo.read_image(PHOTO)
     draw_code(tokenizer, photograph, target / "code.jpg")
     draw_path(photograph, target / "path.jpg")
     draw_tiles(tokenizer, photograph, target / "tiles.jpg")

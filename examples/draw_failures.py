@@ -31,8 +31,8 @@ def letters() -> Image.Image:
 
 squares = [letters()]
 for name, box in CROPS:
-    with Image.open(PICTURES / f"{name}.jpg") as photograph:
-        squares.append(photograph.convert("RGB").crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    photograph = flowmo.read_image(PICTURES / f"{name}.jpg")
+    squares.append(photograph.crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 originals = torch.stack([to_tensor(square) for square in squares])
 tok = flowmo.load("nano")
 both = to_picture(grid([originals, tok.decode(tok.encode(originals).ids)]))

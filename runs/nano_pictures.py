@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flowmo.pictures import EXTENSIONS, PictureError, read_picture
+from flowmo.data import FolderSource
+from flowmo.pictures import ImageError, read_image
 
 SIDE = 128
 LARGEST_SCALE = 2.0
@@ -29,7 +30,7 @@ ALIKE = 4.0
 
 
 def files(folders: Iterable[Path]) -> list[Path]:
-    return sorted(p for folder in folders for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    return sorted(p for folder in folders for p in FolderSource(folder).files)
 
 
 def square(picture: Image.Image, short: int, across: float, down: float) -> Image.Image:
@@ -42,8 +43,8 @@ def square(picture: Image.Image, short: int, across: float, down: float) -> Imag
 
 def thumb(path: Path) -> np.ndarray | None:
     try:
-        picture = read_picture(path)
-    except PictureError:
+        picture = read_image(path)
+    except ImageError:
         return None
     middle = square(picture, SIDE, 0.5, 0.5).convert("L").resize((THUMB, THUMB), Image.Resampling.BOX)
     return np.asarray(middle, np.float32).ravel()
@@ -52,7 +53,7 @@ def thumb(path: Path) -> np.ndarray | None:
 def write(job: tuple[int, Path, Path]) -> None:
     number, path, folder = job
     draw = random.Random(f"{number} {path.name}")
-    picture = read_picture(path)
+    picture = read_image(path)
     largest = min(LARGEST_SCALE * SIDE, min(picture.size))
     views = [square(picture, SIDE, draw.random(), draw.random())]
     if largest > SIDE:

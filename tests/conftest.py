@@ -17,6 +17,8 @@ from flowmo.torchvision_import import before_importing
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 PICTURES = ROOT / "examples" / "pictures"
+CASES = ROOT / "tests" / "cases"
+"""Small inputs that people's files look like; ``expected.json`` says what is right."""
 
 CLASSES = ("n01440764", "n02102040", "n03888257")
 """Tench, English springer and parachute."""

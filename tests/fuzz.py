@@ -52,7 +52,7 @@ with watching:
     from flowmo.errors import FlowMoError
     from flowmo.evaluate.npz import NpzFile, write_npz
     from flowmo.generate.generator import load_generator
-    from flowmo.pictures import PictureError, read_picture
+    from flowmo.pictures import ImageError, read_image
 
 MOST_SECONDS = 5.0
 SMALL = {
@@ -189,7 +189,7 @@ class TarTarget(Target):
             source = TarSource([tar], entries=read_index(tar, build_index(tar), tar))
         for i in range(min(len(source), 3)):
             source.name(i), source.label(i)
-            with contextlib.suppress(PictureError):
+            with contextlib.suppress(ImageError):
                 source.read(i)
 
 
@@ -344,9 +344,9 @@ class PictureTarget(Target):
             yield content.getvalue()
 
     def __call__(self, data: bytes) -> None:
-        whole = read_picture(io.BytesIO(data), "picture")
+        whole = read_image(io.BytesIO(data), "picture")
         assert whole.mode == "RGB"
-        read_picture(io.BytesIO(data), "picture", side=2)
+        read_image(io.BytesIO(data), "picture", side=2)
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -12,8 +13,9 @@ from PIL import Image
 
 from flowmo.cli import main
 from flowmo.data import DataError, TarSource, Views, batches, build_index, default_index, epoch_order, open_source
+from flowmo.data.tar import MAX_UNINDEXED_BYTES
 from flowmo.evaluate.figures import psnr
-from flowmo.pictures import PictureError, read_picture
+from flowmo.pictures import ImageError, read_image
 
 
 def add(tar, name, content):
@@ -55,7 +57,7 @@ def test_a_tar_of_tars_is_read_in_place(nested, picture_files):
     source = open_source(nested)
     assert len(source) == 5
     for i, file in enumerate(picture_files[:5]):
-        assert source.read(i).tobytes() == read_picture(file).tobytes()
+        assert source.read(i).tobytes() == read_image(file).tobytes()
         assert source.name(i).endswith(f"n{i // 3}/{file.name}")
 
 
@@ -89,7 +91,7 @@ def test_a_damaged_picture_is_named(nested):
     default_index(nested).write_text(json.dumps(entries))
     source = open_source(nested)
     position = next(i for i in range(5) if entries[0]["name"] in source.name(i))
-    with pytest.raises(PictureError, match=entries[0]["name"]):
+    with pytest.raises(ImageError, match=entries[0]["name"]):
         source.read(position)
 
 
@@ -109,7 +111,13 @@ def test_bad_indices(nested, index, sentence):
         open_source(nested)
 
 
-def test_a_tar_without_an_index_says_how_to_make_it(nested):
+def test_a_tar_without_an_index_is_looked_through(nested, picture_files):
+    source = open_source(nested)
+    assert [source.read(i).tobytes() for i in range(5)] == [read_image(file).tobytes() for file in picture_files[:5]]
+
+
+def test_a_very_large_tar_without_an_index_says_how_to_make_it(nested):
+    os.truncate(nested, MAX_UNINDEXED_BYTES + 1)  # a hole, which takes no room on the disk
     with pytest.raises(DataError, match="flowmo data index"):
         open_source(nested)
 
@@ -147,8 +155,9 @@ def test_folders_are_classes(tmp_path, picture_files):
     assert source.classes == ("class0", "class1")
     assert sorted(source.label(i) for i in range(3)) == [0, 0, 1]
     shutil.copy(picture_files[3], tmp_path)
-    assert open_source(tmp_path).classes == ()
-    assert open_source(tmp_path).label(0) is None
+    source = open_source(tmp_path)
+    assert source.classes == ("class0", "class1")
+    assert [source.label(i) for i in range(4) if source.files[i].parent == tmp_path] == [None]
 
 
 def test_inner_tars_are_classes(nested):
@@ -194,7 +203,7 @@ def test_shards_are_one_source(shards, picture_files, spec, indexed):
     assert [source.label(i) for i in range(6)] == [4, 4, 5, 5, 6, 6]
     assert len(source.classes) == 7
     for i, file in enumerate(picture_files[:6]):
-        assert source.read(i).tobytes() == read_picture(file).tobytes()
+        assert source.read(i).tobytes() == read_image(file).tobytes()
     batch = next(batches(Views(pickle.loads(pickle.dumps(source)), 32), 6, 0, 0, workers=2))
     assert len({image.numpy().tobytes() for image in batch}) == 6
 
@@ -243,7 +252,7 @@ def test_hugging_face_dataset(saved, picture_files):
     assert (len(source), source.classes) == (3, ("cat", "dog"))
     assert [source.label(i) for i in range(3)] == [1, 0, 1]
     for i, file in enumerate(picture_files[:3]):
-        assert source.read(i).tobytes() == read_picture(file).tobytes()
+        assert source.read(i).tobytes() == read_image(file).tobytes()
     batch = next(batches(Views(source, 32), 3, 0, 0, workers=1))
     assert torch.equal(batch, torch.stack([Views(source, 32)[i, 0] for i in epoch_order(3, 0, 0)]))
 
@@ -260,23 +269,23 @@ def test_hugging_face_datasets_that_do_not_work(saved, tmp_path):
 
 def test_a_draft_looks_like_the_whole_picture(tmp_path, picture_files):
     """Twice the needed side or more is decoded; after resampling the difference is that of a good JPEG."""
-    picture = read_picture(picture_files[0]).resize((1024, 768), Image.Resampling.LANCZOS)
+    picture = read_image(picture_files[0]).resize((1024, 768), Image.Resampling.LANCZOS)
     picture.save(tmp_path / "large.jpg", quality=95)
-    assert read_picture(tmp_path / "large.jpg", side=96).size == (256, 192)
-    assert read_picture(tmp_path / "large.jpg", side=97).size == (512, 384)
-    assert read_picture(tmp_path / "large.jpg").size == (1024, 768)
+    assert read_image(tmp_path / "large.jpg", side=96).size == (256, 192)
+    assert read_image(tmp_path / "large.jpg", side=97).size == (512, 384)
+    assert read_image(tmp_path / "large.jpg").size == (1024, 768)
     whole, draft = (Views(open_source(tmp_path), 96, draft=draft)[0, 0] for draft in (False, True))
     assert psnr(whole[None], draft[None]) > 35
 
 
 def test_draft_leaves_other_formats_alone(tmp_path, picture_files):
-    read_picture(picture_files[0]).resize((800, 800)).save(tmp_path / "large.png")
-    assert read_picture(tmp_path / "large.png", side=16).size == (800, 800)
+    read_image(picture_files[0]).resize((800, 800)).save(tmp_path / "large.png")
+    assert read_image(tmp_path / "large.png", side=16).size == (800, 800)
 
 
 def test_training_reads_what_people_have(tmp_path, picture_files):
     """Odd pictures become what a viewer shows, through the training path: no crash, no black square."""
-    base = read_picture(picture_files[0]).resize((80, 60))
+    base = read_image(picture_files[0]).resize((80, 60))
     base.convert("CMYK").save(tmp_path / "cmyk.jpg")
     base.convert("L").point(lambda v: v * 257, "I").convert("I;16").save(tmp_path / "sixteen.png")
     base.convert("P").save(tmp_path / "palette.png", transparency=0)

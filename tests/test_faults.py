@@ -15,7 +15,7 @@ from conftest import TINY
 from flowmo import Config, checkpoint
 from flowmo.data import DataError, FolderSource, TarSource, Views, batches, build_index
 from flowmo.data.tar import read_index
-from flowmo.pictures import PictureError
+from flowmo.pictures import ImageError
 from flowmo.runs import listing
 from flowmo.train.failures import in_one_line
 from flowmo.train.loop import Run
@@ -144,7 +144,7 @@ def test_a_tar_that_disappears_is_named(picture_files, tmp_path):
     subprocess.run(["tar", "cf", tar, "-C", picture_files[0].parent, picture_files[0].name], check=True)
     source = TarSource([tar], entries=read_index(tar, build_index(tar), tar))
     tar.unlink()
-    with pytest.raises(PictureError, match=rf"{tar}:{picture_files[0].name}: cannot be read"):
+    with pytest.raises(ImageError, match=rf"{tar}:{picture_files[0].name}: cannot be read"):
         source.read(0)
 
 

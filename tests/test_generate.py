@@ -1,5 +1,6 @@
 """Stage 2: tokens, the schedules of hiding and revealing, the network, sampling, likelihood, training."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, open_gates
+from conftest import CLASSES, open_gates, run_command
 from PIL import Image
 
 from flowmo import Config, FlowMo, load, save
@@ -22,7 +23,7 @@ from flowmo.cli import main
 from flowmo.config import HIDING_SCHEDULES, ConfigError, preset
 from flowmo.data import DataError, open_source
 from flowmo.data.tokens import Tokens, Vocabulary
-from flowmo.generate.classes import find_class, imagenet_names
+from flowmo.generate.classes import class_titles, find_class, imagenet_names
 from flowmo.generate.generator import (
     GenerationError,
     Generator,
@@ -412,6 +413,105 @@ def test_classes_by_number_name_and_wordnet_id():
         find_class(3, CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "index"), [("10", 2), ("2", 1), ("1", 0), ("0", 0), (10, None), (0, 0), (2, 2), ("007", 3), ("7", None)]
+)
+def test_digits_are_a_name_if_there_is_one_else_an_index(wanted, index):
+    names = ("1", "2", "10", "007")
+    if index is None:
+        with pytest.raises(GenerationError, match="no class"):
+            find_class(wanted, names)
+    else:
+        assert find_class(wanted, names) == index
+
+
+def test_titles_say_which_class_a_number_is():
+    names = ("1", "2", "10", "cat", "n01440764")
+    titles = class_titles(names)
+    assert titles == ("1 (class 0)", "2 (class 1)", "10 (class 2)", "cat", "tench")
+    assert [find_class(title, names) for title in titles] == [0, 1, 2, 3, 4]
+
+
+def test_odd_digits_are_no_index():
+    for text in ("²", "1" * 5000, "", "-", "1.0", "٣"):
+        with pytest.raises(GenerationError, match="no class"):
+            find_class(text, CLASSES)
+
+
+def names_of_several():
+    """Independent of our code: every name that the file gives to two classes, case aside."""
+    owners = {}
+    for wordnet, names in imagenet_names().items():
+        for name in names.split(", "):
+            owners.setdefault(name.lower(), set()).add(wordnet)
+    return {name: ids for name, ids in owners.items() if len(ids) > 1}
+
+
+def test_a_name_of_several_classes_is_asked_back():
+    shared = names_of_several()
+    assert {"crane", "cardigan", "panda", "horn", "harp", "maillot", "missile"} <= shared.keys()
+    everything = tuple(imagenet_names())
+    for name, ids in shared.items():
+        for spelling in (name, name.title(), name.upper()):
+            with pytest.raises(GenerationError, match="which one") as error:
+                find_class(spelling, everything)
+            assert all(wordnet in str(error.value) for wordnet in ids), name
+    for name in {n for names in imagenet_names().values() for n in names.split(", ")} - shared.keys():
+        if name.lower() not in shared:
+            assert name in imagenet_names()[everything[find_class(name, everything)]].split(", ")
+
+
+def test_every_title_means_its_own_class():
+    everything = tuple(imagenet_names())
+    titles = class_titles(everything)
+    assert len(set(titles)) == 1000
+    assert {"crane (n02012849)", "crane (n03126707)", "harp (n03495258)", "tench"} <= set(titles)
+    assert [find_class(title, everything) for title in titles] == list(range(1000))
+    assert [find_class(name, everything) for name in everything] == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "present", "answer"),
+    [
+        ("harp", ("n03494278", "n01440764"), "may be n03495258 .harp., which the generator does not draw"),
+        ("horn", ("n03394916",), "it draws n03394916 .French horn."),
+        ("panda", ("n02509815",), "may be n02510455 .giant panda."),
+        ("French horn", ("n03394916",), 0),
+        ("crane", ("n01440764", "n02012849"), 1),  # the only one, and called so
+        ("crane", ("crane", "n02012849"), 0),  # a class's own name
+        ("Crane", ("crane", "n02012849"), "which one: 'crane', n02012849 .crane."),
+        ("CAT", ("cat", "Cat"), "which one: 'cat', 'Cat'"),
+        ("Cat", ("cat", "Cat"), 1),
+        ("dog, big", ("dog, small", "dog, big"), 1),
+    ],
+)
+def test_names_in_a_generator_of_few_classes(wanted, present, answer):
+    if isinstance(answer, int):
+        assert find_class(wanted, present) == answer
+    else:
+        with pytest.raises(GenerationError, match=answer):
+            find_class(wanted, present)
+
+
+def test_generate_says_which_class_a_number_was(generator_of_numbers, tiny_model, tmp_path, capsys):
+    words = ["generate", generator_of_numbers, "--model", tiny_model, "--per-class", "1", "--steps", "1"]
+    status, out, err = run_command(capsys, *words, "--class", "10", "0", "--out", tmp_path / "a.png")
+    assert (status, err) == (0, "")
+    assert out.strip().endswith("10 (class 2), 1 (class 0)")
+    status, out, _ = run_command(capsys, *words, "--out", tmp_path / "b.png", "--json")
+    assert json.loads(out)["indices"] == [0, 1, 2]
+    assert json.loads(out)["classes"] == ["1 (class 0)", "2 (class 1)", "10 (class 2)"]
+    status, out, _ = run_command(capsys, *words, "--class", "10", "--out", tmp_path / "folder")
+    assert out.strip().endswith("1 pictures of 1 classes: 10 (class 2)")
+
+
+@pytest.fixture
+def generator_of_numbers(tokenizer, tmp_path):
+    vocabulary = dataclasses.replace(VOCABULARY, tokenizer=tokenizer.identity(), classes=("1", "2", "10"))
+    save_generator(Generator(Config().override(*SMALL), vocabulary), tmp_path / "numbers.safetensors")
+    return tmp_path / "numbers.safetensors"
+
+
 # Training and the commands
 
 
@@ -583,6 +683,50 @@ def test_a_run_refuses_other_tokens(config, class_folder, tiny_config, tmp_path)
         Run(config.override(f"generator.tokenizer={tmp_path / 'other.safetensors'}"), tmp_path / "third", report=quiet)
     with pytest.raises(TrainingError, match=r"generator\.depth 2 -> 3"):
         Run(config.override("generator.depth=3"), tmp_path / "run", report=quiet)
+
+
+def other_classes(change, class_folder, tmp_path):
+    """The class folder with a change to its classes, and how a message names it."""
+    folder = tmp_path / "changed"
+    shutil.copytree(class_folder, folder)
+    if change == "renamed":
+        (folder / CLASSES[1]).rename(folder / "n02102041")
+        return folder, "class 1 is 'n02102041', not 'n02102040'"
+    if change == "missing":
+        shutil.rmtree(folder / CLASSES[2])
+        return folder, "class 2, 'n03888257', is missing"
+    if change == "first missing":
+        shutil.rmtree(folder / CLASSES[0])
+        return folder, "class 0 is 'n02102040', not 'n01440764'"
+    if change == "new":
+        shutil.copytree(folder / CLASSES[0], folder / "n09999999")
+        return folder, "class 3, 'n09999999', is new"
+    for path in folder.glob("*/*.jpg"):
+        path.rename(folder / f"{path.parent.name} {path.name}")
+    return folder, "class 0, 'n01440764', is missing"
+
+
+@pytest.mark.parametrize("change", ["renamed", "missing", "first missing", "new", "none"])
+def test_tokens_of_other_classes_are_refused(change, config, class_folder, tokenizer, tmp_path):
+    """As held-out tokens, and where a run or its tokens go on."""
+    folder, difference = other_classes(change, class_folder, tmp_path)
+    tokenize(tokenizer, open_source(folder), tmp_path / "others", model="tiny")
+    Run(config.override("trainer.duration=1 steps"), tmp_path / "run", report=quiet).train()
+    for setting, run in ((f"data.val={tmp_path / 'others'}", "another"), (f"data.train={tmp_path / 'others'}", "run")):
+        with pytest.raises(TrainingError, match="has other classes than") as error:
+            Run(config.override(setting), tmp_path / run, report=quiet)
+        assert difference in str(error.value)
+    checkpoint = tmp_path / "run" / "checkpoints" / "00000001.pth"
+    with pytest.raises(TrainingError, match="has learnt: class"):
+        Run(
+            config.override(f"data.train={tmp_path / 'others'}"),
+            tmp_path / "fresh",
+            resume_from=checkpoint,
+            report=quiet,
+        )
+    with pytest.raises(DataError, match="holds other tokens") as error:
+        tokenize(tokenizer, open_source(folder), tmp_path / "tokens", model="tiny")
+    assert f"({difference[:7]}" in str(error.value)
 
 
 def test_files_of_generators(generator, tokenizer, tmp_path):

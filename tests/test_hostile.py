@@ -30,7 +30,7 @@ from flowmo.evaluate.peers.peer import read_weights
 from flowmo.evaluate.reconstruction import Parts
 from flowmo.generate.generator import load_generator
 from flowmo.perceptual import BACKBONES, HEADS, LPIPS, RESNET, ResNetLogits
-from flowmo.pictures import PictureError, read_picture
+from flowmo.pictures import ImageError, read_image
 from flowmo.torchvision_import import before_importing
 from flowmo.train import state
 
@@ -399,8 +399,8 @@ def png_that_claims(width, height):
 )
 def test_pictures_made_to_do_harm(tmp_path, content, sentence):
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(PictureError, match=sentence) as error:
-        read_picture(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=sentence) as error:
+        read_image(tmp_path / "a.png")
     one_line(error)
 
 
@@ -409,7 +409,7 @@ def test_of_an_animation_the_first_picture_is_read():
     content = io.BytesIO()
     frames[0].save(content, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     content.seek(0)
-    assert read_picture(content, "a").getpixel((0, 0)) == (0, 0, 0)
+    assert read_image(content, "a").getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_a_training_checkpoint_of_odd_facts(tmp_path):

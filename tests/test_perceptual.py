@@ -4,7 +4,7 @@ from conftest import SHARED
 
 from flowmo.evaluate.features import ResNetFeatures
 from flowmo.perceptual import LPIPS, RESNET, ResNetLogits, WeightsNotFoundError, build_distance, find_weights
-from flowmo.pictures import read_picture, to_tensor
+from flowmo.pictures import read_image, to_tensor
 from flowmo.resnet import ResNet50
 from flowmo.torchvision_import import TorchvisionError, import_torchvision
 
@@ -93,7 +93,7 @@ def resnet(trained_weights):
 def test_resnet_knows_what_it_sees(resnet):
     """Photographs whose file names start with their ImageNet class."""
     files = sorted(EVALUATION.glob("*.jpg"))[::25]
-    images = torch.stack([to_tensor(read_picture(file)) for file in files])
+    images = torch.stack([to_tensor(read_image(file)) for file in files])
     with torch.no_grad():
         found = resnet.logits(images).argmax(dim=1)
     right = sum(int(file.name.split("_")[0]) == int(label) for file, label in zip(files, found, strict=True))

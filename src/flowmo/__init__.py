@@ -2,7 +2,7 @@
 
 from flowmo.checkpoint import CheckpointError, load, save
 from flowmo.config import Config, ConfigError, preset
-from flowmo.pictures import PictureError
+from flowmo.pictures import ImageError, PictureError, read_image
 from flowmo.tokenizer import Codes, FlowMo
 
 __version__ = "0.1.0"
@@ -12,8 +12,10 @@ __all__ = [
     "Config",
     "ConfigError",
     "FlowMo",
+    "ImageError",
     "PictureError",
     "load",
     "preset",
+    "read_image",
     "save",
 ]

@@ -10,10 +10,9 @@ import hashlib
 import io
 import re
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -25,7 +24,7 @@ from flowmo.evaluate.codecs import FORMATS, CodecMissingError, CodecReconstructo
 from flowmo.evaluate.figures import heat_map, psnr
 from flowmo.generate.generator import Generator
 from flowmo.generate.produce import Drawing, check_pair, draw
-from flowmo.pictures import PILLOW_FORMATS, check_size, read_picture, resize_and_crop, to_picture, to_tensor
+from flowmo.pictures import read_image, resize_and_crop, to_picture, to_tensor
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import Codes, FlowMo
 
@@ -93,28 +92,10 @@ class Page:
                 return None, self.codec.unpack(path.read_bytes(), MOST_PIXELS)
             except CodecError as error:
                 raise DemoError(f"{path.name}: {error}") from None
-        with path.open("rb") as content:
-            picture = self._bounded(content, path.name)
+        picture = read_image(path, path.name, max_pixels=MOST_PIXELS)
         if fit == "crop":
             picture = resize_and_crop(picture, self.tokenizer.config.data.image_size)
         return picture, self.tokenizer.encode_image(picture)
-
-    def _bounded(self, content: Any, name: str) -> Image.Image:
-        """A picture of no more than ``MOST_PIXELS``, which are counted before they are decoded."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(content, formats=PILLOW_FORMATS) as picture:
-                    check_size(picture, name)
-                    width, height = picture.size
-        except Exception:  # whatever a damaged file leads Pillow into
-            raise DemoError(f"{name}: not a picture that can be read") from None
-        if width * height > MOST_PIXELS:
-            raise DemoError(
-                f"{name}: {width} × {height} are more than {MOST_PIXELS:,} pixels, the most this page takes"
-            )
-        content.seek(0)
-        return read_picture(content, name)
 
     def decode(self, codes: Codes, steps: int, seed: int, guidance: float) -> Image.Image:
         return self.tokenizer.decode_image(codes, int(steps), int(seed), guidance=float(guidance))

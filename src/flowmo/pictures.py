@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import warnings
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from flowmo.errors import FlowMoError
@@ -18,72 +20,152 @@ from flowmo.errors import FlowMoError
 MAX_PIXELS = 100_000_000
 DRAFT_MARGIN = 2
 ORIENTATION = 0x0112
-"""Number of EXIF's tag for how a picture is turned."""
+"""Number of EXIF's tag for the orientation of an image."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of each orientation upright."""
+ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Where Pillow keeps metadata that may hold an orientation; an image that was turned has none."""
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Pillow's readers that are used. It has many more, of which one starts another program on what it reads (EPS)."""
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of text and of the colour profile. Pillow refuses a PNG whose text or profile inflates to over a megabyte."""
+PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+"""Texts that may hold the orientation."""
+RAW_LEVELS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+"""Pillow scales the values of such PNGs to 8 bits, but not the transparent one."""
 
 
-class PictureError(FlowMoError, ValueError):
-    """A file that is no picture, is damaged, or is too large; the message is one line that names the file."""
+class ImageError(FlowMoError, ValueError):
+    """A file that is no image, is damaged, or is too large. The message is one line that names the file."""
 
 
-def read_picture(file: str | Path | BinaryIO, name: str | None = None, side: int | None = None) -> Image.Image:
-    """The picture in a file as RGB, turned as its EXIF says, transparency over white.
+PictureError = ImageError  # its earlier name
+
+
+def read_image(
+    file: str | Path | BinaryIO, name: str | None = None, side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Read an image file as an upright PIL image in RGB. Transparent parts become white.
+
+    16-bit values are scaled to 8 bits, floating-point values by the largest finite one (1 at least). Metadata never
+    makes an image unreadable. Of an animation the first frame is read.
 
     Args:
-        file: a path, or an open file, which messages call ``name``.
-        side: short side that the picture will be reduced to. A much larger JPEG is then decoded at a half, a quarter
+        file: a path, or an open file.
+        name: what messages call the file; its path by default.
+        side: short side that the image will be reduced to. A much larger JPEG is then decoded at a half, a quarter
             or an eighth of its size, but at least twice ``side``: the decoder's own average over blocks, at a
             fraction of the time, before the resampling that follows (see ``benchmarks/loader.py``).
+        max_pixels: refuse an image of more pixels, before it is decoded.
 
     Raises:
-        PictureError: the file is missing, not a picture, truncated, without pixels, or above ``MAX_PIXELS``.
+        ImageError: the file is missing, not an image of the formats ``PILLOW_FORMATS``, truncated, without pixels, or
+            above ``max_pixels``.
     """
     path = name or str(file)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=PILLOW_FORMATS) as picture:
-                check_size(picture, path)
-                if side is not None:
-                    picture.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
-                return to_rgb(picture)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of large images, which are counted below, and of odd metadata
+            content = stack.enter_context(open(file, "rb")) if isinstance(file, str | Path) else file
+            picture = stack.enter_context(Image.open(_without_text(content), formats=PILLOW_FORMATS))
+            check_size(picture, path, max_pixels)
+            if side is not None:
+                picture.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
+            return to_rgb(picture)
     except Image.DecompressionBombError:
-        raise PictureError(f"{path}: more than {MAX_PIXELS:,} pixels") from None
+        raise ImageError(f"{path}: more than {max_pixels:,} pixels") from None
     except FileNotFoundError:
-        raise PictureError(f"{path}: no such file") from None
-    except PictureError:
+        raise ImageError(f"{path}: no such file") from None
+    except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise PictureError(f"{path}: not a picture of a kind that is read ({', '.join(PILLOW_FORMATS)})") from None
+        raise ImageError(f"{path}: not a picture of a kind that is read ({', '.join(PILLOW_FORMATS)})") from None
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them into
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise PictureError(f"{path}: cannot be read ({reason})") from None
+        raise ImageError(f"{path}: cannot be read ({reason})") from None
 
 
-def check_size(picture: Image.Image, name: str | Path = "picture") -> None:
+def _without_text(file: BinaryIO) -> BinaryIO:
+    """Drop the text chunks of a PNG. Any other file is returned as it is."""
+    if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+        file.seek(0)
+        return file
+    data, start, kept = file.read(), 0, [PNG_SIGNATURE]
+    while start < len(data):
+        kind, end = data[start + 4 : start + 8], start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if kind not in PNG_TEXT or data.startswith(PNG_ORIENTATION, start + 8):
+            kept.append(data[start:end])
+        start = end
+    return io.BytesIO(b"".join(kept))
+
+
+def check_size(picture: Image.Image, name: str | Path = "picture", max_pixels: int = MAX_PIXELS) -> None:
     width, height = picture.size
     if width < 1 or height < 1:
-        raise PictureError(f"{name}: {width}×{height} has no pixels")
-    if width * height > MAX_PIXELS:
-        raise PictureError(f"{name}: {width}×{height} is more than {MAX_PIXELS:,} pixels")
+        raise ImageError(f"{name}: {width}×{height} has no pixels")
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: {width}×{height} is more than {max_pixels:,} pixels")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB as a viewer shows it: EXIF rotation applied, 16 bits scaled to 8, transparency over white."""
-    if picture.getexif().get(ORIENTATION, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
+    """RGB as a viewer shows it: upright, 16 bits scaled to 8, transparency over white."""
+    level = picture.info.get("transparency")
+    scale = RAW_LEVELS.get(picture.tile[0][3]) if getattr(picture, "tile", None) else None
+    picture.load()  # a TIFF is turned here
+    turn = UPRIGHT.get(_orientation(picture))
+    if turn is not None:
+        picture = picture.transpose(turn)
+        picture.info = {key: value for key, value in picture.info.items() if key not in ORIENTED}
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         values = np.asarray(picture, dtype=np.float64)
-        top = 65535 if picture.mode != "F" else max(float(values.max(initial=1.0)), 1.0)
-        picture = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
+        grey = Image.fromarray(_to_8_bits(values, picture.mode == "F"))
+        if isinstance(level, int):
+            grey.putalpha(Image.fromarray(np.where(values == level, 0, 255).astype(np.uint8)))
+        picture = grey
+    elif scale is not None and level is not None:
+        channels = level if isinstance(level, tuple) else (level,)
+        scaled = tuple(int(channel * scale) for channel in channels)
+        picture = picture.copy()
+        picture.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    picture.load()
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 where it cannot be read."""
+    try:
+        return int(picture.getexif().get(ORIENTATION, 1))
+    except Exception:  # whatever damaged metadata leads Pillow into
+        return 1
+
+
+def _to_8_bits(values: np.ndarray, floating: bool) -> np.ndarray:
+    """Scale 16-bit values, or floating-point values of any range. Infinite ones are clipped, NaN is black."""
+    top = 65535.0
+    if floating:
+        finite = values[np.isfinite(values)]
+        if values.size and not finite.size:
+            raise ValueError("none of its values is finite")
+        top = max(float(finite.max(initial=1.0)), 1.0)
+        values = np.nan_to_num(values, nan=0.0, posinf=top, neginf=0.0)
+    return np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

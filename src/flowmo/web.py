@@ -29,7 +29,7 @@ from flowmo.demo import (
     shown_ids,
 )
 from flowmo.errors import FlowMoError
-from flowmo.generate.classes import display_name
+from flowmo.generate.classes import class_titles
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -197,7 +197,7 @@ def build(page: Page) -> Any:
             on(change.click, edit, [result, first, last, how, typed, steps, seed, guidance], [edited])
         if page.generator is not None:
             with gr.Tab("Generate"):
-                classes = [(display_name(c), i) for i, c in enumerate(page.generator.vocabulary.classes)]
+                classes = [(title, i) for i, title in enumerate(class_titles(page.generator.vocabulary.classes))]
                 with gr.Row():
                     name = gr.Dropdown(classes, value=0 if classes else None, label="Class", elem_id="class")
                     wanted = gr.Slider(1, MOST_DRAWN, 8, step=1, label="Pictures")

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowmo.cli.shared import (
     UsageError,
     command,
@@ -142,7 +144,8 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
         rows = [{**entry.summary.as_dict(), "steps": steps, "seed": arguments.seed} for entry in entries]
         say(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
     if arguments.report and world.main:
-        chosen = evenly_spread(arguments.limit or len(source), len(source))
+        spread = torch.tensor(evenly_spread(arguments.limit or len(source), len(source)))
+        chosen = spread[entries[0].measurement.done].tolist()
         networks = {"LPIPS (AlexNet)": judges.lpips_alex, "LPIPS (VGG)": judges.lpips_vgg, "features": judges.features}
         facts = {
             "pictures": f"{shown_path(arguments.pictures)}: {len(chosen)} of {len(source)}, evenly spread",
@@ -165,7 +168,7 @@ def shown_path(name: str) -> str:
 
 def add_to(commands: Any) -> None:
     sub = command(evaluate, "PSNR, SSIM, LPIPS, rFID of reconstructions; FID of generated pictures", commands)
-    sub.add_argument("pictures", nargs="?", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT")
+    sub.add_argument("pictures", nargs="?", help="folder, .tar, WebDataset shards, hf:NAME:SPLIT")
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
     size = "side of the squares that are compared, in tiles where it is not the model's own (the model's)"
     sub.add_argument("--size", type=positive, help=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from flowmo.cli.shared import (
 from flowmo.config import REVEALING_ORDERS
 from flowmo.data import open_source
 from flowmo.evaluate.figures import grid
-from flowmo.pictures import read_picture, to_picture
+from flowmo.pictures import read_image, to_picture
 
 MOST_IN_A_GRID = 1000
 GRID_COLUMNS = 8
@@ -43,14 +44,16 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
     with join(arguments.device) as world:
         tokenizer = load(arguments, str(world.device))
+        source = open_source(arguments.pictures)
         facts = write_tokens(
             tokenizer,
-            open_source(arguments.pictures),
+            source,
             arguments.out,
             name=Path(arguments.pictures).name,
             model=Path(arguments.model).name,
             crops=arguments.crops,
             flip=arguments.flip,
+            labels=not arguments.no_labels,
             seed=arguments.seed,
             shard_size=arguments.shard_size,
             batch_size=tokenizer.config.eval.batch_size,
@@ -59,8 +62,12 @@ def tokenize(arguments: argparse.Namespace) -> None:
             progress=progress_bar("tokenizing"),
         )
         if world.main:
-            readable = len(Tokens(arguments.out))
+            tokens = Tokens(arguments.out)
+            readable = len(tokens)
+            unreadable = sorted({number % len(source) for number in {*range(facts.count)} - {*tokens.samples.tolist()}})
             missing = f", {facts.count - readable} of which cannot be read" if readable < facts.count else ""
+            for index in unreadable:
+                print(f"left out: {source.name(index)} cannot be read", file=sys.stderr)
             tell(
                 arguments,
                 f"{arguments.out}: {facts.count} samples{missing}, {len(facts.classes)} classes, {facts.ids} ids of "
@@ -125,7 +132,7 @@ def generate(arguments: argparse.Namespace) -> None:
         generator = hasten(generator, arguments)
         tokenizer = hasten(flowmo.load(arguments.model, device=str(world.device)), arguments)
         check_pair(generator, tokenizer)
-        names = arguments.classes or [str(i) for i in range(len(generator.vocabulary.classes))] or ["-1"]
+        names = arguments.classes or [*range(len(generator.vocabulary.classes))] or [-1]
         classes = [generator.label(name) for name in names]
         class_names = [generator.class_name(label) for label in classes]
         count = arguments.count or len(classes) * arguments.per_class
@@ -144,8 +151,9 @@ def generate(arguments: argparse.Namespace) -> None:
                 raise UsageError("--edit writes one picture; name it with --out PICTURE.png")
             produce(generator, tokenizer, labels, arguments.out, drawing, world=world, progress=progress_bar("drawing"))
             if world.main:
-                line = f"{arguments.out}: {count} pictures of {len(classes)} classes"
-                tell(arguments, line, file=str(arguments.out), pictures=count, classes=class_names)
+                named = f": {', '.join(class_names)}" if arguments.classes else ""
+                line = f"{arguments.out}: {count} pictures of {len(classes)} classes{named}"
+                tell(arguments, line, file=str(arguments.out), pictures=count, classes=class_names, indices=classes)
             return
         if world.size > 1:
             raise UsageError(f"several processes write a folder or an .npz, not {arguments.out}")
@@ -153,7 +161,7 @@ def generate(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{count} pictures are too many for one; name a folder or an .npz with --out")
         ids = keep = None
         if arguments.edit:
-            codes = tokenizer.encode_image(read_picture(arguments.edit), "crop")
+            codes = tokenizer.encode_image(read_image(arguments.edit), "crop")
             assert codes.ids is not None  # the generator has learnt ids of this tokenizer
             ids = codes.ids.expand(count, -1, -1)
             keep = parse_places(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
@@ -164,17 +172,24 @@ def generate(arguments: argparse.Namespace) -> None:
         rows = torch.cat((drawn, blank)).split(columns)
         checkpoint.write_whole(arguments.out, lambda name: to_picture(grid(list(rows))).save(name, "PNG"))
         line = f"{arguments.out}: {count} pictures, rows of {columns}: {', '.join(class_names)}"
-        tell(arguments, line, file=str(arguments.out), pictures=count, classes=class_names, columns=columns)
+        tell(
+            arguments,
+            line,
+            file=str(arguments.out),
+            pictures=count,
+            classes=class_names,
+            indices=classes,
+            columns=columns,
+        )
 
 
 def add_to(commands: Any) -> None:
     sub = command(tokenize, "a dataset's ids, for a generator to learn", commands)
-    sub.add_argument(
-        "pictures", metavar="PICTURES", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT"
-    )
+    sub.add_argument("pictures", metavar="PICTURES", help="folder, .tar, WebDataset shards, hf:NAME:SPLIT")
     sub.add_argument("--out", type=Path, required=True, help="folder to write the shards to, or to go on with")
     sub.add_argument("--crops", type=positive, default=1, help="1 is the central square; more are random ones (1)")
     sub.add_argument("--flip", action="store_true", help="each crop mirrored as well")
+    sub.add_argument("--no-labels", action="store_true", help="leave the classes out")
     sub.add_argument("--seed", type=seed, default=0, help="seed of random crops (0)")
     sub.add_argument("--shard-size", type=positive, default=4096, help="samples a shard, which are lost at most (4096)")
     sub.add_argument("--workers", type=int, default=0, help="processes that read pictures (0)")
@@ -194,7 +209,13 @@ def add_to(commands: Any) -> None:
 
     sub = command(generate, "pictures of a class, by a trained generator", commands)
     sub.add_argument("generator", metavar="GENERATOR", help="file of a generator: .safetensors, or a checkpoint")
-    sub.add_argument("--class", dest="classes", nargs="+", metavar="CLASS", help="name, WordNet id or number (all)")
+    sub.add_argument(
+        "--class",
+        dest="classes",
+        nargs="+",
+        metavar="CLASS",
+        help="name, WordNet id, or index where no class has that name (all)",
+    )
     sub.add_argument("--per-class", type=positive, default=8, help="pictures of each (8)")
     sub.add_argument("--count", type=positive, help="pictures in all, shared evenly by the classes")
     sub.add_argument("--out", type=Path, default=Path("generated.png"), help="a .png, a folder or .npz (generated.png)")

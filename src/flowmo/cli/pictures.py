@@ -31,7 +31,7 @@ from flowmo.codec import MAX_BYTES, Codec, CodecError, find_context
 from flowmo.coding.context import BitModel, ContextModel
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
-from flowmo.pictures import read_picture, resize_and_crop, to_picture, to_rgb, to_tensor
+from flowmo.pictures import read_image, resize_and_crop, to_picture, to_rgb, to_tensor
 from flowmo.tokenizer import FlowMo
 
 SUFFIX = ".flowmo"
@@ -64,7 +64,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
 
     def work(path: Path, output: Path) -> tuple[dict, str]:
-        original = read_picture(path)
+        original = read_image(path)
         codes = tokenizer.encode_image(original, arguments.fit, arguments.bpp)
         if arguments.fit == "crop":
             original = resize_and_crop(to_rgb(original), tokenizer.config.data.image_size)
@@ -106,8 +106,8 @@ def encode(arguments: argparse.Namespace) -> None:
     codec = Codec(tokenizer, None if arguments.packed else context_of(arguments, tokenizer))
 
     def work(path: Path, output: Path) -> tuple[dict, str]:
-        original = read_picture(io.BytesIO(sys.stdin.buffer.read()), "standard input") if path == PIPE else None
-        codes = tokenizer.encode_image(original or read_picture(path), arguments.fit, arguments.bpp)
+        original = read_image(io.BytesIO(sys.stdin.buffer.read()), "standard input") if path == PIPE else None
+        codes = tokenizer.encode_image(original or read_image(path), arguments.fit, arguments.bpp)
         content = codec.pack(codes)
         write(output, content)
         height, width = codes.picture_size

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,14 @@ import flowmo
 from flowmo import checkpoint
 from flowmo.cli.shared import DEFAULT_DEVICE, UsageError, command, device, with_json
 from flowmo.config import GENERATOR_PRESETS, PRESETS, Config
-from flowmo.data import build_index, default_index
+from flowmo.data import default_index, open_source
+from flowmo.data.tar import look_through
 from flowmo.evaluate.reconstruction import Judges
 from flowmo.memory import keep_freed_memory
 from flowmo.studies import SCALES, STUDIES
+
+SHOWN = 20
+"""Lines of each kind that a person is shown."""
 
 
 def index(arguments: argparse.Namespace) -> None:
@@ -28,13 +34,44 @@ def index(arguments: argparse.Namespace) -> None:
     done = []
     for tar in arguments.tars:
         output = arguments.output or default_index(tar)
-        entries = build_index(tar)
+        entries, left_out = look_through(tar)
         checkpoint.write_content(output, json.dumps(entries))
-        done.append({"tar": str(tar), "index": str(output), "pictures": len(entries)})
+        others = [{"name": name, "reason": reason} for name, reason in left_out.items()]
+        done.append({"tar": str(tar), "index": str(output), "pictures": len(entries), "left_out": others})
         if not arguments.json:
             print(f"{output}: {len(entries)} pictures", flush=True)
+            tell_some([f"left out: {name} ({reason})" for name, reason in left_out.items()])
     if arguments.json:
         print(json.dumps(done, indent=1))
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """What training would see of a source: its images, their classes, and which files are left out, and why."""
+    source = open_source(arguments.source, arguments.index)
+    labels = [source.label(index) for index in range(len(source))]
+    left_out = source.left_out
+    if arguments.json:
+        items = [{"name": source.name(index), "label": label} for index, label in enumerate(labels)]
+        others = [{"name": name, "reason": reason} for name, reason in left_out.items()]
+        print(json.dumps({"count": len(items), "classes": [*source.classes], "items": items, "left_out": others}))
+        return
+    without = labels.count(None) if source.classes else 0
+    print(f"{arguments.source}: {len(source)} images, {len(source.classes) or 'no'} classes")
+    counts = Counter(labels)
+    tell_some([f"class {i}, {name}: {counts[i]} images" for i, name in enumerate(source.classes)])
+    if without:
+        print(f"without a label: {without} images, the first {source.name(labels.index(None))}")
+    classes = ["no label" if label is None else f"class {label}" for label in labels]
+    tell_some([f"{source.name(index)}: {name}" for index, name in enumerate(classes)])
+    tell_some([f"left out: {name} ({reason})" for name, reason in left_out.items()])
+
+
+def tell_some(lines: Sequence[str]) -> None:
+    """Print the first lines of many."""
+    for line in lines[:SHOWN]:
+        print(line)
+    if len(lines) > SHOWN:
+        print(f"… and {len(lines) - SHOWN} more; --json lists all")
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -93,6 +130,10 @@ def add_to(commands: Any) -> None:
         "tars", nargs="+", type=Path, metavar="TAR", help="uncompressed; the tars inside it are looked through too"
     )
     sub.add_argument("--output", "-o", type=Path, help="file to write (TAR with .index.json)")
+    with_json(sub)
+    sub = command(show, "what training would see of a source", data_commands)
+    sub.add_argument("source", metavar="SOURCE", help="folder, .tar, WebDataset shards or hf:NAME:SPLIT, as data.train")
+    sub.add_argument("--index", type=Path, help="index of a single tar (TAR with .index.json), as data.train_index")
     with_json(sub)
 
     sub = command(train, "a stage of training: 1A, 1B, 1C, or 2, the generator", commands)

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from flowmo.data.source import DataError
-from flowmo.pictures import PictureError, read_picture
+from flowmo.pictures import ImageError, read_image
 
 PREFIX = "hf:"
 
@@ -17,7 +17,8 @@ PREFIX = "hf:"
 class HuggingFaceSource:
     """``hf:OWNER/NAME:SPLIT``, or ``hf:FOLDER:SPLIT`` of a dataset that ``save_to_disk`` wrote; SPLIT is ``train``.
 
-    The first column of type ``Image`` holds the pictures, the first of type ``ClassLabel`` their classes.
+    The first column of type ``Image`` holds the pictures, the first of type ``ClassLabel`` their classes, in the order
+    that the dataset gives them. A row without a label, or with −1 as ``datasets`` writes it, has no class.
 
     Raises:
         DataError: ``datasets`` is not installed; there is no such dataset or split; it has no pictures.
@@ -38,8 +39,11 @@ class HuggingFaceSource:
         if not len(table):
             raise DataError(f"{spec}: holds no pictures")
         self.column = column
-        self.label_column = next((key for key, kind in features if isinstance(kind, datasets.ClassLabel)), None)
-        self.classes = () if self.label_column is None else tuple(table.features[self.label_column].names)
+        label_column = next((key for key, kind in features if isinstance(kind, datasets.ClassLabel)), None)
+        labels = table[label_column] if label_column else [None] * len(table)
+        self.labels = [None if label is None or label < 0 else int(label) for label in labels]
+        self.classes = tuple(table.features[label_column].names) if any(n is not None for n in self.labels) else ()
+        self.left_out: dict[str, str] = {}
         # The files' bytes, so that pictures are decoded as those of every other source.
         self.table = table.cast_column(column, datasets.Image(decode=False))
 
@@ -50,14 +54,14 @@ class HuggingFaceSource:
         return f"{self.spec}[{index}]"
 
     def label(self, index: int) -> int | None:
-        return int(self.table[index][self.label_column]) if self.classes else None
+        return self.labels[index]
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
         stored = self.table[index][self.column]
         if stored is None or not (stored["bytes"] or stored["path"]):
-            raise PictureError(f"{self.name(index)}: is empty")
+            raise ImageError(f"{self.name(index)}: is empty")
         file = io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
-        return read_picture(file, self.name(index), side)
+        return read_image(file, self.name(index), side)
 
 
 def _load(datasets: Any, spec: str, name: str, split: str) -> Any:

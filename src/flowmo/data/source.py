@@ -5,14 +5,21 @@ A new kind of source is one class with what ``Source`` lists, and one line in ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
 
 from flowmo.errors import FlowMoError
-from flowmo.pictures import EXTENSIONS, read_picture
+from flowmo.pictures import EXTENSIONS, read_image
+
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+"""Folders of copies and thumbnails that macOS, Synology and Windows add to people's files."""
+HIDDEN = "hidden"
+NO_IMAGE = "not an image by its name"
 
 
 class DataError(FlowMoError, ValueError):
@@ -24,7 +31,11 @@ class Source(Protocol):
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes by label; empty where the source has none."""
+        """Names of the classes by label; empty where no image has a class."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Files that are no items, with the reason of each."""
 
     def __len__(self) -> int: ...
 
@@ -32,19 +43,19 @@ class Source(Protocol):
         """What messages call picture ``index``."""
 
     def label(self, index: int) -> int | None:
-        """Class of picture ``index``, ``None`` where the source has no classes."""
+        """Class of picture ``index``, ``None`` where it has none."""
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
-        """Picture ``index`` as RGB; with ``side``, see ``read_picture``. Raises ``PictureError``."""
+        """Picture ``index`` as RGB; with ``side``, see ``read_image``. Raises ``ImageError``."""
 
 
 def open_source(path: str | Path, index: str | Path | None = None) -> Source:
     """The source that ``path`` names.
 
     Args:
-        path: a folder of pictures; a ``.tar`` with its index; WebDataset shards, as a folder of ``.tar`` files, a
-            pattern (``train-*.tar``) or a range (``train-{000..146}.tar``); or a Hugging Face dataset,
-            ``hf:OWNER/NAME:SPLIT`` or ``hf:FOLDER:SPLIT`` of one saved to disk.
+        path: a folder of pictures; a ``.tar``, with its index where it is large; WebDataset shards, as a folder of
+            ``.tar`` files, a pattern (``train-*.tar``) or a range (``train-{000..146}.tar``); or a Hugging Face
+            dataset, ``hf:OWNER/NAME:SPLIT`` or ``hf:FOLDER:SPLIT`` of one saved to disk.
         index: index of a single tar; by default the file that ``flowmo data index`` writes beside it.
 
     Raises:
@@ -52,13 +63,13 @@ def open_source(path: str | Path, index: str | Path | None = None) -> Source:
     """
     from flowmo.data.huggingface import PREFIX, HuggingFaceSource
     from flowmo.data.tar import TarSource
-    from flowmo.data.webdataset import find_shards, open_shards
+    from flowmo.data.webdataset import find_shards
 
     if str(path).startswith(PREFIX):
         return HuggingFaceSource(str(path))
     shards = find_shards(path)
     if shards:
-        return open_shards(shards)
+        return TarSource(shards)
     if Path(path).is_file() and Path(path).suffix == ".tar":
         return TarSource([path], index or None)
     if Path(path).is_file():
@@ -67,22 +78,34 @@ def open_source(path: str | Path, index: str | Path | None = None) -> Source:
 
 
 class FolderSource:
-    """Every picture file below a folder, sorted by its path.
+    """Every image file below a folder, sorted by its path. Links to files and folders are followed.
 
-    Where each lies in a sub-folder, the first level of these are the classes, by name.
+    An image's class is its first-level sub-folder; an image that lies in none has no class. Hidden files and folders
+    are left out.
 
     Raises:
-        DataError: no such folder, or no pictures in it.
+        DataError: no such folder, or no images in it.
     """
 
     def __init__(self, folder: str | Path):
         root = Path(folder)
         if not root.is_dir():
             raise DataError(f"{folder}: no such folder of pictures")
-        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+        self.files: list[Path] = []
+        self.left_out: dict[str, str] = {}
+        for path, reason in walk(root):
+            if reason:
+                self.left_out[str(path)] = reason
+            else:
+                self.files.append(path)
         if not self.files:
             raise DataError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
-        self.classes, self.labels = class_labels([path.relative_to(root).parts[:-1] for path in self.files])
+        self.files.sort()
+        parts = [path.relative_to(root).parts for path in self.files]
+        self.classes, self.labels = class_labels([first if rest else None for first, *rest in parts])
+        for path in root.iterdir():
+            if path.is_dir() and str(path) not in self.left_out and path.name not in self.classes:
+                self.left_out[str(path)] = "a folder without images is no class"
 
     def __len__(self) -> int:
         return len(self.files)
@@ -91,19 +114,77 @@ class FolderSource:
         return str(self.files[index])
 
     def label(self, index: int) -> int | None:
-        return self.labels[index] if self.classes else None
+        return self.labels[index]
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
-        return read_picture(self.files[index], side=side)
+        return read_image(self.files[index], side=side)
 
 
-def class_labels(folders: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], list[int]]:
-    """Class names and labels from the folders that each picture lies in; none where one lies in no folder."""
-    if not all(folders):
-        return (), []
-    classes = tuple(sorted({parts[0] for parts in folders}))
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, [number[parts[0]] for parts in folders]
+def walk(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the image files below a folder with an empty reason, and all that is left out with the reason."""
+    failures: list[OSError] = []
+    real = {str(root): (root.resolve(), *root.resolve().parents)}  # of each folder: where it and those around it lie
+    for place, folders, files in os.walk(root, onerror=failures.append, followlinks=True):
+        around = real.pop(place)
+        for name in [*folders]:
+            path = Path(place, name)
+            target = path.resolve() if path.is_symlink() else around[0] / name
+            reason = HIDDEN if is_hidden(name) else "a link to a folder around it" if target in around else ""
+            if reason:
+                folders.remove(name)
+                yield path, reason
+            else:
+                real[os.path.join(place, name)] = (target, *around)
+        for name in files:
+            path = Path(place, name)
+            if is_hidden(name):
+                yield path, HIDDEN
+            elif path.suffix.lower() not in EXTENSIONS:
+                yield path, NO_IMAGE
+            else:
+                yield path, "" if path.is_file() else "not a file, or a broken link"
+    for failure in failures:
+        yield Path(failure.filename), f"cannot be listed ({failure.strerror})"
+
+
+def is_hidden(name: str) -> bool:
+    """True if a part of a path begins with a dot or is a folder that only an operating system looks into."""
+    parts = name.split("/")
+    return any(part in SYSTEM_FOLDERS or (part[:1] == "." and part not in (".", "..")) for part in parts)
+
+
+def class_order(name: str) -> tuple[int, int, str, str]:
+    """Sort key of class names: numbers by their value, then all others as text."""
+    digits = name.lstrip("0")
+    return (0, len(digits), digits, name) if re.fullmatch("[0-9]+", name) else (1, 0, name, name)
+
+
+def class_labels(names: Sequence[str | None]) -> tuple[tuple[str, ...], list[int | None]]:
+    """Class names in order, and the label of each image, from the class name of each image."""
+    classes = tuple(sorted({name for name in names if name is not None}, key=class_order))
+    label = {name: i for i, name in enumerate(classes)}
+    return classes, [None if name is None else label[name] for name in names]
+
+
+def require_labels(source: Source) -> None:
+    """Raise ``DataError`` where some images have a class and others have none."""
+    if source.classes:
+        without = [index for index in range(len(source)) if source.label(index) is None]
+        if without:
+            raise DataError(
+                f"{source.name(without[0])} has no label, as {len(without)} of {len(source)} images; give each "
+                "image one, or tokenize without labels (--no-labels)"
+            )
+
+
+def class_difference(classes: Sequence[str], expected: Sequence[str]) -> str:
+    """Name the first class that two lists disagree on; empty where they are equal."""
+    for index, (name, other) in enumerate(zip(classes, expected, strict=False)):
+        if name != other:
+            return f"class {index} is {name!r}, not {other!r}"
+    if len(classes) < len(expected):
+        return f"class {len(classes)}, {expected[len(classes)]!r}, is missing"
+    return f"class {len(expected)}, {classes[len(expected)]!r}, is new" if len(classes) > len(expected) else ""
 
 
 def evenly_spread(count: int, total: int) -> list[int]:

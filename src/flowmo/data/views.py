@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowmo.data.source import DataError, Source
-from flowmo.pictures import PictureError, resize_and_crop, to_tensor
+from flowmo.pictures import ImageError, resize_and_crop, to_tensor
 from flowmo.streams import Stream, stream, stream_seed
 
 ATTEMPTS = 8
@@ -20,13 +20,13 @@ ATTEMPTS = 8
 
 @contextmanager
 def time_limit(seconds: float, name: str) -> Iterator[None]:
-    """Raise ``PictureError`` within the context when it takes longer, in a main thread of a system with timers."""
+    """Raise ``ImageError`` within the context when it takes longer, in a main thread of a system with timers."""
     if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def give_up(number: int, frame: object) -> None:
-        raise PictureError(f"{name}: still being read after {seconds:g} s (data.read_timeout)")
+        raise ImageError(f"{name}: still being read after {seconds:g} s (data.read_timeout)")
 
     before = signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -46,7 +46,7 @@ class Views(Dataset):
     Args:
         random_crop: crop at a random place along the longer side; otherwise at the centre.
         random_flip: mirror half of the pictures.
-        draft: decode much larger JPEGs at a reduced size, see ``read_picture``.
+        draft: decode much larger JPEGs at a reduced size, see ``read_image``.
         timeout: seconds after which a picture that is still being read counts as unreadable; 0 waits for ever.
     """
 
@@ -97,7 +97,7 @@ class Views(Dataset):
             try:
                 with time_limit(self.timeout, self.source.name(index)):
                     return self[index, seed], bad
-            except PictureError as error:
+            except ImageError as error:
                 bad[self.source.name(index)] = str(error)
                 index = stream_seed(seed, Stream.SUBSTITUTE, attempt) % len(self)
         raise DataError(f"{ATTEMPTS} pictures in a row cannot be read, the first: {next(iter(bad.values()))}")

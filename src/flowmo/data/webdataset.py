@@ -1,6 +1,7 @@
 """WebDataset shards: many tars of one dataset, seen as one source with random access.
 
-A sample is the files of a tar that share a name up to its first dot; here its picture and its ``.cls`` label are read.
+A sample is the files of a tar that share a name up to its first dot; its image and its ``.cls`` label are read, see
+``flowmo.data.tar``.
 Shuffling stays exact, every picture once an epoch, because the shards are indexed, not streamed.
 """
 
@@ -10,12 +11,9 @@ import glob
 import itertools
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from flowmo.data.source import DataError
-from flowmo.data.tar import TarSource, build_index, default_index, load_index, read_index
-from flowmo.pictures import EXTENSIONS
+from flowmo.data.source import DataError, is_hidden, walk
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
@@ -25,13 +23,18 @@ def find_shards(path: str | Path) -> list[Path]:
     """The shards that a range, a pattern or a folder of tars names; empty where ``path`` is something else.
 
     Raises:
-        DataError: a range or pattern of ``.tar`` files that names none, or lacks one.
+        DataError: a range or pattern of ``.tar`` files that names none, or lacks one; a folder of both shards and
+            folders of images.
     """
     text = str(path)
     if Path(path).is_dir():
-        tars = sorted(Path(path).glob("*.tar"))
-        pictures = any(file.suffix.lower() in EXTENSIONS for file in Path(path).iterdir())
-        return [] if pictures else tars
+        tars = sorted(tar for tar in Path(path).glob("*.tar") if not is_hidden(tar.name))
+        images = [file for file, reason in walk(Path(path)) if not reason] if tars else []
+        if any(file.parent == Path(path) for file in images):
+            return []
+        if images:
+            raise DataError(f"{path}: holds shards and folders of images, such as {images[0].parent}; name one of them")
+        return tars
     if not text.endswith(".tar") or Path(path).is_file():
         return []
     if RANGE.search(text):
@@ -65,14 +68,3 @@ def expand(pattern: str) -> list[Path]:
         numbers = [f"{i:0{width}d}" for i, width in zip(chosen, widths, strict=True)]
         names.append("".join(itertools.chain.from_iterable(zip(parts[::3], (*numbers, ""), strict=True))))
     return [Path(name) for name in names]
-
-
-def open_shards(shards: Sequence[Path]) -> TarSource:
-    """One source of all shards. A shard without the index of ``flowmo data index`` beside it is looked through now."""
-    entries = []
-    for shard in shards:
-        if default_index(shard).is_file():
-            entries += load_index(shard, None)
-        else:
-            entries += read_index(shard, build_index(shard), shard)
-    return TarSource(shards, entries=entries)

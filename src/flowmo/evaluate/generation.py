@@ -20,7 +20,8 @@ from flowmo.evaluate.frechet import Moments, StatisticsError, frechet_distance
 from flowmo.evaluate.kernel import kernel_distance
 from flowmo.evaluate.measurement import KERNEL_PICTURES
 from flowmo.evaluate.npz import STATISTICS, NpzFile
-from flowmo.pictures import to_bytes, to_tensor
+from flowmo.evaluate.reconstruction import tell_unreadable
+from flowmo.pictures import ImageError, to_bytes, to_tensor
 from flowmo.streams import Stream, stream
 
 SCORE_SPLIT = 5000
@@ -58,26 +59,32 @@ class NpzPictures:
 class SourcePictures:
     """Of any source, as they are: generated pictures are not cropped."""
 
-    def __init__(self, source: Source, name: str):
-        self.source, self.name = source, name
+    def __init__(self, source: Source, name: str, on_unreadable: Callable[[str], None] = tell_unreadable):
+        self.source, self.name, self.on_unreadable = source, name, on_unreadable
 
     def __len__(self) -> int:
         return len(self.source)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Raises ``DataError`` where a picture is of another size than the first."""
-        first = self.source.read(0).size
+        """Those that can be read. Raises ``DataError`` where a picture is of another size than the first."""
+        first = None
         for start in range(0, len(self.source), size):
             batch = []
             for index in range(start, min(start + size, len(self.source))):
-                picture = self.source.read(index)
+                try:
+                    picture = self.source.read(index)
+                except ImageError as error:
+                    self.on_unreadable(str(error))
+                    continue
+                first = first or picture.size
                 if picture.size != first:
                     raise DataError(
                         f"{self.source.name(index)} is {picture.width}×{picture.height}, the first is "
                         f"{first[0]}×{first[1]}; a set has pictures of one size"
                     )
                 batch.append(to_tensor(picture))
-            yield to_bytes(torch.stack(batch))
+            if batch:
+                yield to_bytes(torch.stack(batch))
 
 
 def open_pictures(path: str | Path) -> PictureSet:
@@ -163,9 +170,12 @@ def look(
                     rows[kind][places] = getattr(seen, kind).float().cpu()
         if progress:
             progress(done, count)
+    if done < 2:
+        raise StatisticsError(f"{pictures.name}: {done} of {count} pictures can be read; give two or more")
     moments = {kind: moment.gather(world) for kind, moment in moments.items()}
     gaussians = {kind: (moment.mean(), moment.covariance()) for kind, moment in moments.items()} | given
-    return Seen(count, gaussians, world.sum(rows["pooled"]), world.sum(rows["logits"]), frozenset(given))
+    pooled, logits = (world.sum(rows[kind])[:done] for kind in ("pooled", "logits"))
+    return Seen(done, gaussians, pooled, logits, frozenset(given))
 
 
 @dataclass(frozen=True)

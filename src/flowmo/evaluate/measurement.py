@@ -148,8 +148,9 @@ class Measurement:
         return whole, sum(halves) / HALVES - whole
 
     def kernel(self) -> float:
-        """Kernel distance of the kept features. Raises ``StatisticsError`` for fewer than two pictures."""
-        ours, theirs = self._kept()
+        """Kernel distance of the kept and measured features. Raises ``StatisticsError`` for fewer than two pictures."""
+        kept = self._kept()
+        ours, theirs = kept[:, ~kept.isnan().any(dim=2).any(dim=0)]
         return kernel_distance(ours, theirs, paired=True)
 
     def _kept(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from flowmo.evaluate.features import FeatureNetwork, build_features, features_of
 from flowmo.evaluate.figures import squared_error, ssim
 from flowmo.evaluate.measurement import COLUMNS, Measurement
 from flowmo.perceptual import LPIPS, WeightsNotFoundError
-from flowmo.pictures import Tiling, resize_and_crop, to_bytes, to_picture, to_tensor
+from flowmo.pictures import ImageError, Tiling, resize_and_crop, to_bytes, to_picture, to_tensor
 from flowmo.pth import PthError, read_pth
 from flowmo.sample import picture_seed
 from flowmo.tokenizer import Codes, FlowMo
@@ -216,6 +217,11 @@ class Pace:
         return result
 
 
+def tell_unreadable(message: str) -> None:
+    """Name an image that is left out, on standard error."""
+    print(f"left out: {message}", file=sys.stderr, flush=True)
+
+
 def measure(
     candidate: Reconstructor,
     source: Source,
@@ -231,6 +237,7 @@ def measure(
     facts: Mapping[str, Any] | None = None,
     pace: Pace | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_unreadable: Callable[[str], None] = tell_unreadable,
 ) -> Measurement:
     """Make pictures (short side resized to ``side``, central square) into bits and back, and compare.
 
@@ -244,10 +251,13 @@ def measure(
             processes.
         facts: what else the result depends on, such as the steps and the seed; the folder is refused to another.
         progress: called with (pictures done, pictures in all), both of this process.
+        on_unreadable: called with the error message of each image that this process cannot read. It is left out of
+            all metrics alike: it is not ``done`` in the result. By default it is named on standard error.
 
     Raises:
-        DataError, PictureError: no pictures, or one that cannot be read.
-        EvaluationError: a picture smaller than the crop, or a folder with another evaluation in it.
+        DataError: no pictures.
+        EvaluationError: none of them can be read, one is smaller than the crop, or a folder with another evaluation in
+            it.
     """
     pace = pace or Pace()
     chosen = torch.tensor(evenly_spread(limit or len(source), len(source)))
@@ -266,35 +276,57 @@ def measure(
     done = 0
     for places in todo.split(batch_size) if len(todo) else ():
         indices = chosen[places].tolist()
-        x = pace.timed("reading", read_crops, source, indices, side, enlarge)
+        x, unreadable = pace.timed("reading", readable_crops, source, indices, side, enlarge)
+        done += len(places)
+        for message in unreadable.values():
+            on_unreadable(message)
+        readable = [i for i, index in enumerate(indices) if index not in unreadable]
+        if not readable:
+            continue
+        places, indices = places[readable], [indices[i] for i in readable]
         result = pace.timed("reconstructing", candidate.reconstruct, x, indices)
         broken = ~result.images.isfinite().flatten(1).all(dim=1).cpu()
         if broken.any():
             name = source.name(indices[broken.nonzero()[0]])
             raise EvaluationError(f"{candidate.name} makes {name} into values that are not finite")
         pace.timed("judging", judges.judge, mine, places, x.to(device), result)
-        done += len(places)
         pace.pictures += len(places)
         parts.save_now_and_then(mine)
         if progress:
             progress(done, len(todo))
     whole = earlier.merge(mine.gather(world))
     parts.finish(whole)
+    if not whole.done.any():
+        raise EvaluationError(f"none of {len(chosen)} images can be read, such as {source.name(int(chosen[0]))}")
     return whole
 
 
 def read_crops(source: Source, indices: Sequence[int], side: int, enlarge: bool = False) -> Tensor:
-    """Central squares b 3 side side in [−1, 1]; see ``measure``."""
-    crops = []
+    """Central squares b 3 side side in [−1, 1]; see ``measure``. Raises ``ImageError`` where one cannot be read."""
+    crops, unreadable = readable_crops(source, indices, side, enlarge)
+    for message in unreadable.values():
+        raise ImageError(message)
+    return crops
+
+
+def readable_crops(
+    source: Source, indices: Sequence[int], side: int, enlarge: bool = False
+) -> tuple[Tensor, dict[int, str]]:
+    """Central squares b 3 side side of the images that can be read, and by index the error of each other one."""
+    crops, unreadable = [], {}
     for index in indices:
-        picture = source.read(index)
+        try:
+            picture = source.read(index)
+        except ImageError as error:
+            unreadable[index] = str(error)
+            continue
         if min(picture.size) < side and not enlarge:
             raise EvaluationError(
                 f"{source.name(index)} is {picture.width}×{picture.height}, smaller than the crop of {side}×{side}; "
                 "leave it out, or enlarge such pictures knowingly"
             )
         crops.append(to_tensor(resize_and_crop(picture, side)))
-    return torch.stack(crops)
+    return torch.stack(crops) if crops else torch.empty(0, 3, side, side), unreadable
 
 
 class Parts:

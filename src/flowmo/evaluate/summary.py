@@ -31,6 +31,7 @@ class Summary:
         frechet_bias: by how much so few pictures overstate it, estimated.
         kernel_distance: unbiased; the KID where the network is FID's Inception.
         missing: why a figure is not there.
+        unreadable: images that could not be read and are in no metric.
         ids_used: share of the ids that occur at all.
         id_entropy: bits an id, of their frequencies; at most the bits that an id takes.
     """
@@ -60,6 +61,7 @@ class Summary:
     file_bytes: float | None = None
     id_entropy: float | None = None
     ssim_legacy: float | None = None
+    unreadable: int = 0
 
     @classmethod
     def of(cls, name: str, measurement: Measurement, side: int, network: FeatureNetwork | None = None) -> Summary:
@@ -100,6 +102,7 @@ class Summary:
             bits_per_pixel=float(bits.mean()) / side**2,
             bytes_per_picture=float(bits.mean()) / 8,
             equal_pictures=int(decibel.isinf().sum()),
+            unreadable=int((~measurement.done).sum()),
             **facts,
         )
 
@@ -133,6 +136,7 @@ class Summary:
             *row(kernel, self.kernel_distance, 5, "unbiased"),
             *row("ids", None if self.ids_used is None else 100 * self.ids_used, 1, f"% {ids}"),
             *([self.missing] if self.missing else []),
+            *([f"{self.unreadable} images cannot be read and are in no metric"] if self.unreadable else []),
         ]
 
 

@@ -20,7 +20,7 @@ from flowmo.checkpoint import CheckpointError, finite, on_meta, read_pth, read_s
 from flowmo.config import Config, ConfigError
 from flowmo.data.tokens import Vocabulary
 from flowmo.eight_bit import expand, stored
-from flowmo.generate.classes import GenerationError, display_name, find_class
+from flowmo.generate.classes import GenerationError, class_titles, find_class
 from flowmo.generate.network import MaskGiT
 from flowmo.generate.schedules import halton_order, hidden_counts
 from flowmo.packed import Packable
@@ -64,16 +64,18 @@ class Generator(Packable):
         return identity_of({**self.config.generator_architecture(), **asdict(self.vocabulary)}, self)
 
     def label(self, name: str | int) -> int:
-        """The number of a class by its name, its WordNet id or its number.
+        """The index of a class by its name, its WordNet id or its index, see ``flowmo.generate.classes.find_class``.
+
+        Text of digits is a class's name if there is one, else an index; an int is always an index.
 
         Raises:
-            GenerationError: no such class; the message has the nearest names.
+            GenerationError: no such class, or a name of several.
         """
         return find_class(name, self.vocabulary.classes)
 
     def class_name(self, label: int) -> str:
-        """What people call a class."""
-        return "no class" if label == -1 else display_name(self.vocabulary.classes[label])
+        """What people call a class, so that no other is called the same."""
+        return "no class" if label == -1 else class_titles(self.vocabulary.classes)[label]
 
     # Sampling
 

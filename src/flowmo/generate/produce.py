@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flowmo.checkpoint import write_content, write_whole
@@ -19,7 +18,7 @@ from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.npz import write_npz
 from flowmo.generate.generator import Generator
-from flowmo.pictures import to_picture
+from flowmo.pictures import read_image, to_picture
 from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import FlowMo
 
@@ -142,7 +141,7 @@ def _claim(folder: Path, generator: Generator, labels: Sequence[int], drawing: D
 
 def _read(paths: Sequence[Path], batch_size: int) -> Iterator[Tensor]:
     for start in range(0, len(paths), batch_size):
-        rows = [np.asarray(Image.open(path).convert("RGB")) for path in paths[start : start + batch_size]]
+        rows = [np.asarray(read_image(path)) for path in paths[start : start + batch_size]]
         yield torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
 
 

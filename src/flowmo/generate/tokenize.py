@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from flowmo.checkpoint import write_content
 from flowmo.config import Config
 from flowmo.data import DataError, Source, Views
+from flowmo.data.source import class_difference, require_labels
 from flowmo.data.tokens import (
     MANIFEST,
     NO_CLASS,
@@ -29,7 +30,7 @@ from flowmo.data.tokens import (
     read_shard,
 )
 from flowmo.distributed import World
-from flowmo.pictures import PictureError
+from flowmo.pictures import ImageError
 from flowmo.quantize import Quantizer
 from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import Codes
@@ -68,9 +69,9 @@ class Samples(Dataset):
         crop, mirrored = (pass_ // 2, pass_ % 2 == 1) if self.facts.flip else (pass_, False)
         try:
             image = self.views[index, stream_seed(self.facts.seed, Stream.TOKENIZED, index, crop)]
-        except PictureError:
+        except ImageError:
             return torch.zeros(3, *(2 * [self.facts.image_size])), UNREADABLE
-        label = self.source.label(index)
+        label = self.source.label(index) if self.facts.classes else None
         return image.flip(-1) if mirrored else image, NO_CLASS if label is None else label
 
 
@@ -83,6 +84,7 @@ def tokenize(
     model: str = "",
     crops: int = 1,
     flip: bool = False,
+    labels: bool = True,
     seed: int = 0,
     shard_size: int = SHARD_SIZE,
     batch_size: int = 16,
@@ -98,15 +100,19 @@ def tokenize(
         name, model: what the source and the tokenizer are called in the folder's ``tokens.json``.
         crops: 1 takes each picture's central square; more take so many at random places along its longer side.
         flip: each crop mirrored as well.
+        labels: keep the source's classes; then either all of its images have one, or none.
         progress: called with (samples done, samples in all), both of this process.
 
     Raises:
-        DataError: the folder holds something else, or the tokenizer has no ids. A picture that cannot be read is no
+        DataError: the folder holds something else, the tokenizer has no ids, or an image has no label and others have.
+            A picture that cannot be read is no
             error; it is marked, and whoever reads the folder passes over it.
     """
     sub_tokens, id_count = tokenizer.quantizer.sub_tokens, tokenizer.quantizer.id_count
     if sub_tokens is None or id_count is None:
         raise DataError("this tokenizer is continuous and has no ids")
+    if labels:
+        require_labels(source)
     facts = TokenFacts(
         tokenizer=tokenizer.identity(),
         model=model,
@@ -120,7 +126,7 @@ def tokenize(
         crops=crops,
         flip=flip,
         seed=seed,
-        classes=tuple(source.classes),
+        classes=tuple(source.classes) if labels else (),
     )
     if world.main:
         _claim(out, facts)
@@ -131,16 +137,16 @@ def tokenize(
     total = sum(len(facts.shard(number)[1]) for number in mine)
     for shard in mine:
         path, numbers = facts.shard(shard)
-        rows, labels = [], []
+        rows, found = [], []
         for images, some in DataLoader(samples, batch_size, sampler=numbers, num_workers=workers):
             ids = tokenizer.encode(images).ids
             assert ids is not None, "its bottleneck has ids"
             rows.append(ids.cpu())
-            labels += some.tolist()
+            found += some.tolist()
             done += len(some)
             if progress:
                 progress(done, total)
-        write_content(out / path, pack_shard(facts, shard, torch.cat(rows).numpy(), labels))
+        write_content(out / path, pack_shard(facts, shard, torch.cat(rows).numpy(), found))
     world.wait()
     if world.main:
         _write(out, facts, complete=True)
@@ -153,7 +159,9 @@ def _claim(out: Path, facts: TokenFacts) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if (out / MANIFEST).is_file():
         there, ours = asdict(read_facts(out)[0]), asdict(facts)
-        other = [f"{key} {there[key]!r}, not {ours[key]!r}" for key in ours if there[key] != ours[key]]
+        classes = class_difference(there.pop("classes"), ours.pop("classes"))
+        other = [classes] * bool(classes)
+        other += [f"{key} {there[key]!r}, not {ours[key]!r}" for key in ours if there[key] != ours[key]]
         if other:
             raise DataError(f"{out} holds other tokens ({', '.join(other)[:200]}); name an empty folder")
         return

@@ -20,7 +20,7 @@ from typing import Any
 from flowmo.config import Config, preset
 from flowmo.data.tokens import Tokens
 from flowmo.evaluate.reconstruction import Judges
-from flowmo.generate.classes import display_name
+from flowmo.generate.classes import class_titles
 from flowmo.generate.generator import Generator
 from flowmo.generate.produce import Drawing
 from flowmo.studies.generation import (
@@ -116,7 +116,7 @@ def run(place: Place, judges: Judges) -> None:
                 "pictures": scale.pictures,
                 "steps": scale.steps,
                 "falling": scale.falling,
-                "classes": [display_name(name) for name in judge.classes],
+                "classes": [*class_titles(judge.classes)],
                 "models": list(place.models),
                 "generator": scale.generator.to_dict()["generator"],
             }

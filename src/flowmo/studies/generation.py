@@ -12,11 +12,12 @@ from torch import Tensor
 
 from flowmo.config import Config
 from flowmo.data import Source, evenly_spread, open_source
+from flowmo.data.source import class_difference, require_labels
 from flowmo.data.tokens import Tokens
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid
 from flowmo.evaluate.generation import GenerationSummary, Seen, look
-from flowmo.evaluate.reconstruction import Judges, read_crops
+from flowmo.evaluate.reconstruction import Judges, readable_crops, tell_unreadable
 from flowmo.generate.generator import Generator, load_generator
 from flowmo.generate.produce import Drawing, picture_seeds
 from flowmo.generate.tokenize import Tokenizer, tokenize
@@ -76,15 +77,17 @@ class Judge:
         source = open_source(place.train)
         if len(source.classes) < 2:
             raise StudyError(f"{place.train}: has no classes; give a folder with one folder a class")
+        require_labels(source)
         self.network, self.world, self.count = judges.features, place.world, count
         self.classes = source.classes
         self.classifier = find_classifier(source.classes, place)
-        self.places = evenly_spread(min(count, len(source)), len(source))
-        self.originals = read(source, self.places, side)
+        self.originals, self.places = read(source, evenly_spread(min(count, len(source)), len(source)), side)
         other = open_source(place.held_out)
-        if list(other.classes) != list(source.classes):
-            raise StudyError(f"{place.held_out}: has other classes than {place.train}")
-        self.others = read(other, evenly_spread(min(count, len(other)), len(other)), side)
+        difference = class_difference(other.classes, source.classes)
+        if difference:
+            raise StudyError(f"{place.held_out} has other classes than {place.train}: {difference}")
+        require_labels(other)
+        self.others, _ = read(other, evenly_spread(min(count, len(other)), len(other)), side)
         self._reference: Seen | None = None
 
     def __call__(self, name: str, drawn: Drawn) -> dict[str, Any]:
@@ -114,11 +117,17 @@ def find_classifier(classes: Sequence[str], place: Place) -> Classifier | None:
         return None
 
 
-def read(source: Source, places: Sequence[int], side: int) -> Drawn:
-    """Central squares of a source's pictures."""
-    chunks = [places[i : i + BATCH] for i in range(0, len(places), BATCH)]
-    images = torch.cat([to_bytes(read_crops(source, chunk, side, enlarge=True)) for chunk in chunks])
-    return Drawn(images, torch.tensor([source.label(index) for index in places]))
+def read(source: Source, indices: Sequence[int], side: int) -> tuple[Drawn, list[int]]:
+    """Central squares of a source's images, of those that can be read; and the indices of these."""
+    images, kept = [], []
+    for start in range(0, len(indices), BATCH):
+        chunk = indices[start : start + BATCH]
+        crops, unreadable = readable_crops(source, chunk, side, enlarge=True)
+        images.append(to_bytes(crops))
+        kept += [index for index in chunk if index not in unreadable]
+        for message in unreadable.values():
+            tell_unreadable(message)
+    return Drawn(torch.cat(images), torch.tensor([source.label(index) for index in kept])), kept
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from torch import Tensor
 
 from flowmo.checkpoint import write_content
 from flowmo.data import evenly_spread, open_source
 from flowmo.evaluate.figures import grid
 from flowmo.evaluate.reconstruction import read_crops
-from flowmo.pictures import to_picture
+from flowmo.pictures import read_image, to_picture
 from flowmo.studies.study import Place, StudyError
 from flowmo.tokenizer import FlowMo
 
@@ -260,7 +259,7 @@ def show_strips(strips: Sequence[tuple[str, Path]], path: Path) -> None:
     """Kept rows of pictures below each other, each under its label."""
     figure, axes = subplots(len(strips), 1, (8, 1.25 * len(strips)))
     for axis, (label, strip) in zip(axes.flat, strips, strict=True):
-        axis.imshow(Image.open(strip))
+        axis.imshow(read_image(strip))
         axis.set_title(label, fontsize=8, loc="left", pad=2)
         axis.axis("off")
     figure.savefig(path, dpi=85)

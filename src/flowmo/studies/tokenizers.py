@@ -17,7 +17,7 @@ import flowmo
 from flowmo.config import Config, preset
 from flowmo.data import open_source
 from flowmo.evaluate.reconstruction import Judges
-from flowmo.generate.classes import display_name
+from flowmo.generate.classes import class_titles
 from flowmo.generate.produce import Drawing
 from flowmo.generate.tokenize import Tokenizer
 from flowmo.studies import bases
@@ -137,7 +137,7 @@ def run(place: Place, judges: Judges) -> None:
     facts = {
         **{"pictures": scale.pictures, "steps": scale.steps, "posttraining": scale.posttraining},
         **{"bits_per_picture": scale.base.bits_per_picture, "side": scale.base.data.image_size},
-        **{"classes": [display_name(name) for name in judge.classes], "match": asdict(match)},
+        **{"classes": [*class_titles(judge.classes)], "match": asdict(match)},
         **{"generator": scale.generator.to_dict()["generator"], "judges": judges.describe()},
         "rates": [scale.base.opt.lr, scale.peer_rate],
     }

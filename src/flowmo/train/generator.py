@@ -16,6 +16,7 @@ from flowmo import checkpoint
 from flowmo.checkpoint import GENERATOR
 from flowmo.config import Config
 from flowmo.data import evenly_spread
+from flowmo.data.source import class_difference
 from flowmo.data.tokens import NO_CLASS, Tokens
 from flowmo.distributed import World
 from flowmo.evaluate.figures import grid
@@ -97,7 +98,8 @@ class GeneratorTask:
 
     Raises:
         DataError: the tokens are not there, damaged, or the held-out ones are another tokenizer's.
-        TrainingError: ``generator.tokenizer`` is not the one that made the tokens.
+        TrainingError: ``generator.tokenizer`` is not the one that made the tokens, or the held-out tokens have other
+            classes.
     """
 
     stage = GENERATOR
@@ -107,6 +109,13 @@ class GeneratorTask:
         self.source = Tokens(config.data.train)
         self.vocabulary = self.source.facts.vocabulary
         self.held_out = Tokens(config.data.val, self.vocabulary.tokenizer) if config.data.val else None
+        if self.held_out is not None:
+            difference = class_difference(self.held_out.classes, self.vocabulary.classes)
+            if difference:
+                raise TrainingError(
+                    f"{config.data.val} has other classes than {config.data.train}: {difference}; tokenize both from "
+                    "sources with the same classes"
+                )
         self.tokenizer = self._tokenizer() if world.main else None
         seed_global(config.trainer.seed, Stream.WEIGHTS)
         self.model = Generator(config, self.vocabulary).to(world.device)
@@ -201,6 +210,9 @@ class GeneratorTask:
             raise TrainingError(
                 f"{path} has learnt ids of tokenizer {there}, the tokens are of {self.vocabulary.tokenizer}"
             )
+        difference = class_difference(self.vocabulary.classes, facts["vocabulary"]["classes"])
+        if difference:
+            raise TrainingError(f"{self.config.data.train} has other classes than {path} has learnt: {difference}")
         before = Config.from_dict(facts["config"]).generator_architecture()
         changed_settings(before, self.config.generator_architecture(), path, "generator")
 

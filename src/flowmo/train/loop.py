@@ -28,6 +28,7 @@ from flowmo.checkpoint import CheckpointError, write_content
 from flowmo.config import Config, ConfigError
 from flowmo.data import batches
 from flowmo.distributed import World
+from flowmo.memory import machine_memory
 from flowmo.runs import BEST, CHECKPOINTS, ENDED, SETTINGS, listing
 from flowmo.sharded import ShardedError
 from flowmo.train import state
@@ -467,11 +468,6 @@ class Meter:
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
-
-
-def machine_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def used_memory(device: torch.device) -> int:

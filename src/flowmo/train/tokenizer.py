@@ -43,7 +43,8 @@ class TokenizerTask:
     """
 
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
-        self.config, self.world = config, world
+        self.config, self.world, self.report = config, world, report
+        self.unreadable: set[str] = set()
         self.stage = config.stage
         data = config.data
         pictures = open_source(data.train, data.train_index)
@@ -80,8 +81,19 @@ class TokenizerTask:
         """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
         data = self.config.data
         source = Views(open_source(data.val, data.val_index) if data.val else pictures, data.image_size)
-        chosen = evenly_spread(GRID_PICTURES, len(source))
-        return torch.stack([source.readable(i, 0)[0] for i in chosen]).to(self.world.device)
+        images = []
+        for index in evenly_spread(GRID_PICTURES, len(source)):
+            image, bad = source.readable(index, 0)
+            images.append(image)
+            for message in bad.values():
+                self._leave_out(message)
+        return torch.stack(images).to(self.world.device)
+
+    def _leave_out(self, message: str) -> None:
+        """Name an unreadable held-out image once in a run."""
+        if message not in self.unreadable:
+            self.unreadable.add(message)
+            self.report(f"left out of the held-out images: {message}")
 
     def _judges(self) -> Judges:
         """The network that ``trainer.best_metric`` needs.
@@ -195,6 +207,7 @@ class TokenizerTask:
                 limit=limit,
                 device=self.world.device,
                 enlarge=True,
+                on_unreadable=self._leave_out,
             )
         summary = Summary.of(candidate.name, measured, data.image_size, self.judges.features)
         # Of pictures that all equal their originals there is no mean of finite values; no checkpoint can be better.

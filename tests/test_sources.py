@@ -1,0 +1,398 @@
+"""What training sees of people's folders and tars, beside the libraries that define the formats."""
+
+import io
+import json
+import os
+import random
+import tarfile
+from collections import Counter
+
+import pytest
+from conftest import CASES, run_command
+from PIL import Image
+
+from flowmo.cli import main
+from flowmo.data import DataError, build_index, default_index, open_source
+from flowmo.torchvision_import import before_importing
+
+
+def picture(shade=0):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade % 256, 0, 0)).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_tar(path, members):
+    """``members``: name to content; ``None`` is a picture of its own shade."""
+    with tarfile.open(path, "w") as tar:
+        for shade, (name, content) in enumerate(members.items()):
+            content = picture(shade) if content is None else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_folder(root, *names):
+    for shade, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(shade))
+    return root
+
+
+def seen(source):
+    """Base name and class name of each item."""
+    labels = [source.label(i) for i in range(len(source))]
+    names = [source.name(i).replace(":", "/").rpartition("/")[2] for i in range(len(source))]
+    return [(name, None if label is None else source.classes[label]) for name, label in zip(names, labels, strict=True)]
+
+
+def show(capsys, source):
+    status, out, err = run_command(capsys, "data", "show", source, "--json")
+    return json.loads(out) if status == 0 else err
+
+
+# The small inputs that people's files look like
+
+
+@pytest.fixture(params=["looked through", "indexed"])
+def cases(request, tmp_path, capsys):
+    """The cases, as they come and with an index beside each tar."""
+    for case in CASES.iterdir():
+        (tmp_path / case.name).write_bytes(case.read_bytes())
+    if request.param == "indexed":
+        main(["data", "index", *[str(tar) for tar in tmp_path.glob("*.tar") if tar.name != "dots.tar"]])
+        capsys.readouterr()
+    return tmp_path
+
+
+def test_the_cases_that_are_sources(cases, capsys, tiny_model):
+    expected = json.loads((cases / "expected.json").read_text())
+    tars = {name for name in expected if name.endswith(".tar")}
+    assert tars == {"dots.tar", "appledouble.tar", "masks.tar", "one_label_missing.tar", "hidden.tar"}
+
+    error = show(capsys, cases / "dots.tar")
+    assert "a key ends at the base name's first dot" in error
+    assert error.count("\n") == 1
+    status, _, err = run_command(capsys, "data", "index", cases / "dots.tar")
+    assert (status, "first dot" in err) == (2, True)
+
+    found = show(capsys, cases / "appledouble.tar")
+    assert (found["count"], [item["label"] for item in found["items"]]) == (2, [0, 1])
+    assert len(found["left_out"]) == 4
+
+    found = show(capsys, cases / "masks.tar")
+    assert [item["label"] for item in found["items"]] == [0, 1, 2]
+    assert [item["name"][-7:] for item in found["items"]] == ["000.jpg", "001.jpg", "002.jpg"]
+    assert [row["name"][-11:] for row in found["left_out"]] == ["000.seg.png", "001.seg.png", "002.seg.png"]
+
+    found = show(capsys, cases / "one_label_missing.tar")
+    assert [item["label"] for item in found["items"]] == [3, None, 0]
+    words = ["tokenize", cases / "one_label_missing.tar", "--out", cases / "tokens", "--model", tiny_model]
+    status, _, err = run_command(capsys, *words)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "001.jpg has no label" in err
+    assert run_command(capsys, *words, "--no-labels")[0] == 0
+
+    with tarfile.open(cases / "hidden.tar") as tar:
+        tar.extractall(cases / "unpacked", filter="data")
+    for source in (cases / "unpacked" / "pictures", cases / "hidden.tar"):
+        found = show(capsys, source)
+        assert (found["count"], found["classes"]) == (2, ["a", "b"])
+        assert [item["label"] for item in found["items"]] == [0, 1]
+
+
+# Hidden files and folders
+
+
+HIDDEN = (
+    *("._1.png", ".DS_Store.png", "a/._1.png", "a/.thumbnails/1.png", ".ipynb_checkpoints/1-checkpoint.png"),
+    *("__MACOSX/a/1.png", "a/__MACOSX/._1.png", "a/@eaDir/1.png/SYNOPHOTO_THUMB_M.png", "$RECYCLE.BIN/1.png"),
+    ".Trash-1000/files/1.png",
+)
+SHOWN = ("a/1.png", "b/1.png", "b/deeper/a..b.png", "b/_2.png", "__background__/1.png")
+
+
+@pytest.mark.parametrize("form", ["folder", "tar", "tar from .", "index from before"])
+def test_hidden_files_and_folders_are_left_out(form, tmp_path):
+    names = (*SHOWN, *HIDDEN)
+    if form == "folder":
+        source = open_source(write_folder(tmp_path / ".cache" / "set", *names))  # the folder itself may be hidden
+        for name in HIDDEN:
+            path = tmp_path / ".cache" / "set" / name
+            assert any(str(above) in source.left_out for above in (path, *path.parents)), name
+    else:
+        prefix = "./" if form == "tar from ." else ""
+        tar = write_tar(tmp_path / "set.tar", {prefix + name: None for name in names})
+        if form == "index from before":
+            with tarfile.open(tar) as file:
+                rows = [{"name": m.name, "offset": m.offset_data, "size": m.size} for m in file]
+            default_index(tar).write_text(json.dumps(rows))
+        source = open_source(tar)
+        assert len(source.left_out) == len(HIDDEN)
+    assert source.classes == ("__background__", "a", "b")
+    assert len(source) == len(SHOWN)
+
+
+def test_hidden_files_as_hugging_face_leaves_them_out(tmp_path):
+    """Beside datasets' ImageFolder. It leaves out more: every folder that begins with two underscores."""
+    datasets = pytest.importorskip("datasets")
+    names = [name for name in (*SHOWN, *HIDDEN) if "@eaDir" not in name and "$" not in name and "__back" not in name]
+    names.remove("b/deeper/a..b.png")  # two depths: datasets would drop all labels
+    write_folder(tmp_path / "set", *names)
+    theirs = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache")
+    ).cast_column("image", datasets.Image(decode=False))
+    source = open_source(tmp_path / "set")
+    ours = {source.name(i): source.classes[source.label(i)] for i in range(len(source))}
+    assert ours == {row["image"]["path"]: theirs.features["label"].names[row["label"]] for row in theirs}
+
+
+# Class folders
+
+
+def test_links_are_followed_as_torchvision_does(tmp_path):
+    before_importing("torchvision")
+    folder = pytest.importorskip("torchvision.datasets.folder")
+    elsewhere = write_folder(tmp_path / "elsewhere", "1.png", "deeper/2.png")
+    root = write_folder(tmp_path / "set", "cat/1.png")
+    (root / "dog").symlink_to(elsewhere)
+    (root / "cat" / "linked.png").symlink_to(elsewhere / "1.png")
+    (root / "cat" / "more").symlink_to(elsewhere / "deeper")
+    source = open_source(root)
+    classes, numbers = folder.find_classes(str(root))
+    theirs = folder.make_dataset(str(root), numbers, folder.IMG_EXTENSIONS)
+    assert list(source.classes) == classes == ["cat", "dog"]
+    assert sorted((source.name(i), source.label(i)) for i in range(len(source))) == sorted(theirs)
+    (root / "dog" / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    assert "broken link" in open_source(root).left_out[str(root / "dog" / "broken.png")]
+
+
+@pytest.mark.parametrize("target", [".", "..", "/", "../b"])
+def test_links_that_go_around_in_a_circle(target, tmp_path):
+    root = write_folder(tmp_path / "set", "a/1.png", "b/2.png")
+    (root / "a" / "link").symlink_to(target)
+    (root / "b" / "link").symlink_to("../a")
+    source = open_source(root)
+    assert {name.rpartition("/")[2] for name in map(source.name, range(len(source)))} == {"1.png", "2.png"}
+    assert "a link to a folder around it" in source.left_out.values()
+
+
+def test_a_relative_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_folder(tmp_path, "a/1.png", "b/c/2.png"))
+    assert seen(open_source(".")) == [("1.png", "a"), ("2.png", "b")]
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    root = write_folder(tmp_path / "set", "a/1.png", "b/2.png")
+    (root / "a" / "notes.txt").write_text("x")
+    (root / "empty").mkdir()
+    (root / "folder.png").mkdir()
+    os.mkfifo(root / "pipe.png")
+    left_out = {name.rpartition("/")[2]: reason for name, reason in open_source(root).left_out.items()}
+    assert left_out.keys() == {"notes.txt", "empty", "folder.png", "pipe.png"}
+    assert "not an image" in left_out["notes.txt"]
+    assert "no class" in left_out["empty"]
+
+
+NUMBERED = [str(n) for n in (0, 1, 2, 3, 9, 10, 11, 20, 99, 100)]
+
+
+@pytest.mark.parametrize("form", ["folder", "tar", "tar of tars", "index", "words"])
+def test_numbers_sort_as_numbers_in_every_source(form, tmp_path):
+    names = {name: f"{name}/{i}.png" for i, name in enumerate(sorted(NUMBERED))}
+    if form == "folder":
+        source = open_source(write_folder(tmp_path / "set", *names.values()))
+    elif form in ("tar", "index"):
+        tar = write_tar(tmp_path / "set.tar", dict.fromkeys(names.values()))
+        if form == "index":
+            (tmp_path / "other.json").write_text(json.dumps(build_index(tar)))
+        source = open_source(tar, tmp_path / "other.json" if form == "index" else None)
+    elif form == "tar of tars":
+        inner = {f"{n}.tar": write_tar(tmp_path / "x", {f"{i}.png": None}).read_bytes() for i, n in enumerate(names)}
+        source = open_source(write_tar(tmp_path / "set.tar", inner))
+    else:
+        members = {f"{i}.png": None for i in range(len(names))}
+        members |= {f"{i}.cls": name.encode() for i, name in enumerate(names)}
+        source = open_source(write_tar(tmp_path / "set.tar", members))
+        assert source.classes == tuple(map(str, range(101)))
+    if form != "words":
+        assert list(source.classes) == NUMBERED
+    assert {(name, label) for name, label in seen(source)} == {(f"{i}.png", n) for i, n in enumerate(names)}
+
+
+def test_numbers_go_before_names(tmp_path):
+    source = open_source(write_folder(tmp_path, *(f"{n}/1.png" for n in ("10", "9", "007", "7", "cat", "Cat", "1a"))))
+    assert source.classes == ("007", "7", "9", "10", "1a", "Cat", "cat")
+
+
+def test_hugging_face_labels_keep_the_order_of_the_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["2", "10", "1"]))
+    rows = {"image": [{"bytes": picture(i), "path": None} for i in range(4)], "label": [1, -1, None, 2]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    source = open_source(f"hf:{tmp_path / 'saved'}")
+    assert source.classes == ("2", "10", "1")
+    assert [source.label(i) for i in range(4)] == [1, None, None, 2]
+
+
+# WebDataset
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its files open
+def test_samples_and_labels_as_webdataset_groups_them(tmp_path):
+    """Random tars beside the library: the same samples have an image KEY.png and the same label, or we refuse."""
+    webdataset = pytest.importorskip("webdataset")
+    rng, refused, compared = random.Random(0), 0, 0
+    for number in range(300):
+        members = {}
+        for sample in range(rng.randint(1, 4)):
+            folder = rng.choice(["", "x/", "./y/", ".hidden/", "__MACOSX/"])
+            key = f"{folder}{rng.choice(['s', '._s', 'p.q'])}{sample}"
+            if rng.random() < 0.9:
+                members[f"{key}.png"] = None
+            for suffix in ("seg.png", "b.png", "jpg"):
+                if rng.random() < 0.2:
+                    members[f"{key}.{suffix}"] = None
+            members[f"{key}.{rng.choice(['cls', 'CLS', 'cls', 'json'])}"] = str(rng.randint(0, 9)).encode()
+        path = write_tar(tmp_path / f"{number}.tar", members)
+        theirs = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
+        # The library leaves out hidden files, and keeps hidden folders.
+        theirs = [sample for sample in theirs if not sample["__key__"].startswith((".hidden", "__MACOSX"))]
+        images = Counter()  # of a key: the library makes two samples of it where another's members lie between
+        for sample in theirs:
+            images[sample["__key__"]] += sum(suffix.endswith(("png", "jpg")) for suffix in sample)
+        try:
+            source, message = open_source(path), ""
+        except DataError as error:
+            message = str(error)
+        if message:
+            refused += 1
+            assert "holds no pictures" in message or "first dot" in message
+            assert "holds no pictures" in message or max(images.values()) > 1, (members.keys(), message)
+            continue
+        expected = {}
+        for sample in theirs:
+            for suffix in {"png", "jpg"} & sample.keys():
+                expected[f"{sample['__key__']}.{suffix}"] = int(sample["cls"]) if "cls" in sample else None
+        if not expected:
+            continue  # dotted images alone
+        names = [source.entries[i].name for i in range(len(source))]
+        assert set(names) == expected.keys(), members.keys()
+        if any(label is not None for label in expected.values()):  # otherwise the folders are the classes
+            assert {name: source.label(i) for i, name in enumerate(names)} == expected, members.keys()
+        compared += 1
+    assert compared > 40
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        (["0.png", "0.mask.png", "0.cls", "1.png", "1.cls"], [("0.png", "3"), ("1.png", "3")]),
+        (["0.png", "0.cls", "1.seg.png", "1.cls"], [("0.png", "3")]),  # a sample that has lost its image
+        (["0.view.png", "0.cls", "1.view.png", "1.cls"], [("0.view.png", "3"), ("1.view.png", "3")]),
+        (["0.v2.png", "0.v2.cls"], [("0.v2.png", "3")]),
+        (["0.png", "0.cls", "0.coarse.cls"], [("0.png", "3")]),
+        (["0.png", "0.edited.png"], [("0.png", None)]),
+        (["a.1.png", "a.2.png"], [("a.1.png", None), ("a.2.png", None)]),  # no WebDataset
+        (["a.png", "a.jpg", "readme.txt"], [("a.jpg", None), ("a.png", None)]),
+        (["0.png", "0.cls", "0.png", "0.cls"], "0.png and 0.png are of one sample, '0'"),
+        (["0.png", "0.jpg", "0.cls"], "0.png and 0.jpg are of one sample, '0'"),
+        (["0.left.png", "0.right.png", "0.json"], "are of one sample, '0': in a WebDataset a key ends at"),
+        (["0.png", "0.fine.cls", "0.coarse.cls"], "0.fine.cls and 0.coarse.cls are of one sample"),
+    ],
+)
+def test_images_and_labels_of_a_sample(members, expected, tmp_path):
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in members:
+            content = b"5" if "coarse" in name else picture() if name.endswith(("png", "jpg")) else b"3"
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            open_source(path)
+        return
+    source = open_source(path)
+    assert seen(source) == expected
+    kept = {name for name, _ in expected}
+    images = {name for name in members if name.endswith(("png", "jpg"))}
+    assert {name.partition(":")[2] for name in source.left_out} >= images - kept
+
+
+def test_an_index_from_before_is_read_by_the_same_rules(tmp_path):
+    tar = write_tar(tmp_path / "set.tar", {"0.png": None, "0.seg.png": None, "1.png": None, "._1.png": None})
+    with tarfile.open(tar) as file:
+        rows = [{"name": m.name, "offset": m.offset_data, "size": m.size, "label": 4} for m in file]
+    default_index(tar).write_text(json.dumps(rows))
+    assert seen(open_source(tar)) == [("0.png", "4"), ("1.png", "4")]
+
+
+def test_hidden_shards_are_left_out(tmp_path):
+    write_tar(tmp_path / "a-0.tar", {"0.png": None, "0.cls": b"1"})
+    (tmp_path / "._a-0.tar").write_bytes(b"AppleDouble")
+    assert seen(open_source(tmp_path)) == [("0.png", "1")]
+
+
+def test_a_folder_of_shards_and_of_class_folders_is_refused(tmp_path):
+    write_tar(write_folder(tmp_path, "cat/1.png") / "a.tar", {"0.png": None})
+    with pytest.raises(DataError, match="holds shards and folders of images"):
+        open_source(tmp_path)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("missing", [None, b"", b" \n"], ids=["no file", "empty", "blank"])
+@pytest.mark.parametrize("labels", [(b"3", b"0"), (b"cat", b"dog")], ids=["numbers", "words"])
+def test_one_missing_label_costs_no_other(labels, missing, tmp_path, tiny, capsys):
+    members = {"0.png": None, "0.cls": labels[0], "1.png": None, "2.png": None, "2.cls": labels[1]}
+    if missing is not None:
+        members["1.cls"] = missing
+    source = open_source(write_tar(tmp_path / "set.tar", members))
+    words = [label.decode() for label in labels]
+    assert seen(source) == [("0.png", words[0]), ("1.png", None), ("2.png", words[1])]
+    status, out, _ = run_command(capsys, "data", "show", tmp_path / "set.tar")
+    assert status == 0
+    assert f"without a label: 1 images, the first {tmp_path / 'set.tar'}:1.png" in out
+
+
+def test_an_image_outside_the_class_folders_costs_no_label(tmp_path):
+    source = open_source(write_folder(tmp_path, "cat/1.png", "dog/2.png", "3.png"))
+    assert sorted(seen(source)) == [("1.png", "cat"), ("2.png", "dog"), ("3.png", None)]
+
+
+def test_labels_in_words_and_in_numbers_do_not_mix(tmp_path):
+    members = {"0.png": None, "0.cls": b"3", "1.png": None, "1.cls": b"cat"}
+    with pytest.raises(DataError, match=r"0\.png has the label 3, .*1\.png has 'cat'"):
+        open_source(write_tar(tmp_path / "set.tar", members))
+
+
+# The command
+
+
+def test_data_show_for_people(tmp_path, capsys):
+    root = write_folder(tmp_path / "set", *(f"{n}/{i}.png" for n in (2, 10) for i in range(15)), "2/._1.png")
+    status, out, err = run_command(capsys, "data", "show", root)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[:3] == [f"{root}: 30 images, 2 classes", "class 0, 2: 15 images", "class 1, 10: 15 images"]
+    assert "… and 10 more" in out
+    assert f"left out: {root / '2' / '._1.png'} (hidden)" in out
+
+
+def test_data_show_is_what_a_run_trains_on(class_folder, capsys):
+    found, source = show(capsys, class_folder), open_source(class_folder)
+    assert found["count"] == len(source) == 6
+    assert found["classes"] == list(source.classes)
+    assert found["items"] == [{"name": source.name(i), "label": source.label(i)} for i in range(6)]
+    assert "no such folder" in show(capsys, class_folder / "none")
+
+
+def test_data_index_names_what_it_leaves_out(tmp_path, capsys):
+    tar = write_tar(tmp_path / "set.tar", {"0.png": None, "0.seg.png": None, "0.cls": b"1", "._0.png": None})
+    status, out, _ = run_command(capsys, "data", "index", tar)
+    assert status == 0
+    assert "left out: 0.seg.png (beside 0.png" in out
+    assert "left out: ._0.png (hidden)" in out
