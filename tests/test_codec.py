@@ -247,7 +247,7 @@ def test_codes_of_another_tokenizer_are_refused(tiny, codes):
 def test_another_version_is_refused(tiny, codes):
     content = bytearray(Codec(tiny).pack(codes))
     content[3] = 1
-    with pytest.raises(CodecError, match="reads version 2"):
+    with pytest.raises(CodecError, match="reads versions 2 and 3"):
         Codec(tiny).unpack(bytes(content))
 
 

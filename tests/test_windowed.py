@@ -224,7 +224,9 @@ def test_a_file_keeps_all(tokenizer, tmp_path, image):
     save(tokenizer, tmp_path / "native.safetensors")
     again = load(tmp_path / "native.safetensors")
     assert again.identity() == tokenizer.identity()
-    assert torch.equal(again.encode_image(image).ids, tokenizer.encode_image(image).ids)
+    codes = tokenizer.encode_image(image)
+    assert torch.equal(again.encode_image(image).ids, codes.ids)
+    assert again.decode_image(codes.coarser(2)).tobytes() == tokenizer.decode_image(codes.coarser(2)).tobytes()
 
 
 def test_bare_ids_need_the_size(tokenizer):

@@ -27,8 +27,9 @@ from flowmo.cli.shared import (
     with_model,
     with_sampling,
 )
-from flowmo.codec import MAX_BYTES, Codec, CodecError, find_context
-from flowmo.coding.context import BitModel, ContextModel
+from flowmo.codec import MAX_BYTES, Codec, CodecError, MissingPlanes, find_context, read_context
+from flowmo.coding.context import BitModel
+from flowmo.coding.planes import PlaneModel
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid, psnr
 from flowmo.pictures import read_image, resize_and_crop, to_picture, to_rgb, to_tensor
@@ -145,10 +146,13 @@ def decode(arguments: argparse.Namespace) -> None:
     codec = Codec(tokenizer, context_of(arguments, tokenizer))
 
     def work(path: Path, output: Path) -> tuple[dict, str]:
+        missing: list[MissingPlanes] = []
         try:
-            codes = codec.unpack(read_bytes(path))
+            codes = codec.unpack(read_bytes(path), on_missing=missing.append)
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from None
+        for warning in missing:
+            print(f"flowmo: {path}: {warning}", file=sys.stderr)
         if arguments.ids:
             assert codes.ids is not None  # only continuous tokenizers' codes have none, and those have no files
             ids = codes.ids.tolist()
@@ -158,6 +162,8 @@ def decode(arguments: argparse.Namespace) -> None:
         picture.save(content, **DRAWN[".png" if output == PIPE else output.suffix.lower()])
         write(output, content.getvalue())
         facts = {"height": picture.height, "width": picture.width, "bytes_of_ids": codes.nbytes}
+        if tokenizer.native_size:
+            facts["planes_missing"] = sum(warning.total - warning.planes for warning in missing)
         return facts, f"{output}: {picture.width}×{picture.height} from {codes.nbytes} bytes of ids"
 
     if arguments.ids:
@@ -238,14 +244,16 @@ def outputs_of(
     return list(zip(inputs, outputs, strict=True))
 
 
-def context_of(arguments: argparse.Namespace, tokenizer: FlowMo) -> BitModel | None:
+def context_of(arguments: argparse.Namespace, tokenizer: FlowMo) -> BitModel | PlaneModel | None:
     """The generator or the context model that is named, or else the context model beside the tokenizer."""
     if arguments.generator:
         from flowmo.coding.generator import GeneratorModel
         from flowmo.generate.generator import load_generator
 
         return GeneratorModel(load_generator(arguments.generator))
-    return ContextModel.read(arguments.context) if arguments.context else find_context(arguments.model, tokenizer)
+    if arguments.context:
+        return read_context(arguments.context, tokenizer)
+    return find_context(arguments.model, tokenizer)
 
 
 def read_bytes(path: Path) -> bytes:

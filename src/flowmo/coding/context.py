@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -36,16 +36,15 @@ NEIGHBOURS = {
     "diagonal": ((0, -1), (0, -2), (0, -3), (0, -4)),
 }
 """Tokens that a token's bits are predicted from, as rows and columns away, by ``model.code_layout``."""
-FORMAT = "1"
 IDENTITY_BYTES = 4
 
 Bits: TypeAlias = np.ndarray
 """0 or 1, int8: pictures × tokens × bits of a token."""
 
 
-BitCoder = Callable[[int, int, np.ndarray], Bits]
+BitCoder = Callable[[Any, int, np.ndarray], Bits]
 """Called with a token, a bit of it, and the probabilities · ``ONE`` that this bit is set in each picture; codes the
-bits and returns them."""
+bits and returns them. Instead of one token there may be an array of n; probabilities and bits are then pictures × n."""
 
 
 class ContextError(FlowMoError, ValueError):
@@ -102,9 +101,10 @@ def cost(model: BitModel, bits: Bits) -> np.ndarray:
     """Bits that coding takes, for every picture: float64 n."""
     total = np.zeros(len(bits))
 
-    def look_up(token: int, bit: int, p: np.ndarray) -> Bits:
+    def look_up(token: Any, bit: int, p: np.ndarray) -> Bits:
         chosen = bits[:, token, bit]
-        np.subtract(total, np.log2(np.where(chosen == 1, p, ONE - p) / ONE), out=total)
+        surprise = -np.log2(np.where(chosen == 1, p, ONE - p) / ONE)
+        np.add(total, surprise.reshape(len(bits), -1).sum(axis=1), out=total)
         return chosen
 
     model.run(len(bits), look_up)
@@ -112,15 +112,79 @@ def cost(model: BitModel, bits: Bits) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class ContextModel:
+class IntegerModel:
+    """What all context models share: a name and a file. Fields after the first two are arrays of 16-bit integers.
+
+    Attributes:
+        tokenizer: identity of the tokenizer, 16 hex digits.
+        neighbours: rows and columns from a token to those it is predicted from.
+    """
+
+    FORMAT: ClassVar[str]
+
+    tokenizer: str
+    neighbours: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        for name, shape in self._shapes().items():
+            if getattr(self, name).shape != shape:
+                raise ContextError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
+        # Of 16 bits, as they are stored, no sum in a model can leave 64.
+        if any(np.abs(array).max(initial=0) >= 1 << 15 for array in self.arrays.values()):
+            raise ContextError("weights of more than 16 bits")
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes that the arrays must have, by name, as far as they follow from others."""
+        raise NotImplementedError
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name, in the order of the fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+
+    @cached_property
+    def identity(self) -> bytes:
+        """Names the model in files that need it."""
+        digest = hashlib.blake2b(
+            repr((self.FORMAT, self.tokenizer, self.neighbours)).encode(), digest_size=IDENTITY_BYTES
+        )
+        for array in self.arrays.values():
+            digest.update(np.ascontiguousarray(array, "<i2").tobytes())
+        return digest.digest()
+
+    def save(self) -> bytes:
+        """The content of a file that ``read`` takes: safetensors of int16."""
+        arrays = {name: np.asarray(array, np.int16) for name, array in self.arrays.items()}
+        facts = {"flowmo_context": self.FORMAT, "tokenizer": self.tokenizer, "neighbours": json.dumps(self.neighbours)}
+        return save(arrays, facts)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """From a file.
+
+        Raises:
+            ContextError: there is none, or it holds no context model of this kind.
+        """
+        try:
+            with safe_open(path, "np") as file:
+                facts = file.metadata() or {}
+                if facts.get("flowmo_context") != cls.FORMAT:
+                    raise ContextError("not a context model of this kind of tokenizer and this version of flowmo")
+                arrays = {field.name: file.get_tensor(field.name).astype(np.int64) for field in fields(cls)[2:]}
+            neighbours = tuple((int(row), int(column)) for row, column in json.loads(facts["neighbours"]))
+            return cls(facts["tokenizer"], neighbours, **arrays)
+        except (OSError, SafetensorError, ContextError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise ContextError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class ContextModel(IntegerModel):
     """A ``BitModel``: probabilities of the bits of a tokenizer's ids. T tokens of B bits, K neighbours, H hidden units.
 
     All arrays are integers, those of the network with ``FRACTION`` binary digits behind the point. K and H are 0 for
     plain frequencies.
 
     Attributes:
-        tokenizer: identity of the tokenizer, 16 hex digits.
-        neighbours: rows and columns from a token to those it is predicted from.
         bias: T × B, logits.
         place: T × H, what a token's place adds to the hidden units.
         hidden: K·B × H, what the neighbours' bits, −1 or 1 and 0 outside the lattice, add.
@@ -130,8 +194,8 @@ class ContextModel:
         earlier: B × B, from the token's own earlier bits to logits; zero on and above the diagonal.
     """
 
-    tokenizer: str
-    neighbours: tuple[tuple[int, int], ...]
+    FORMAT = "1"
+
     bias: np.ndarray
     place: np.ndarray
     hidden: np.ndarray
@@ -141,30 +205,19 @@ class ContextModel:
     earlier: np.ndarray
 
     def __post_init__(self) -> None:
-        (t, b), h, k = self.bias.shape, self.place.shape[1], len(self.neighbours)
-        shapes = {"place": (t, h), "hidden": (k * b, h), "own": (b, h), "readout": (b, h)}
-        shapes |= {"direct": (k * b, b), "earlier": (b, b)}
-        for name, shape in shapes.items():
-            if getattr(self, name).shape != shape:
-                raise ContextError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
-        # Of 16 bits, as they are stored, no sum below can leave 64.
-        if any(np.abs(getattr(self, field.name)).max(initial=0) >= 1 << 15 for field in fields(self)[2:]):
-            raise ContextError("weights of more than 16 bits")
+        super().__post_init__()
         if any((row, column) >= (0, 0) for row, column in self.neighbours):
             raise ContextError(f"neighbours {self.neighbours} are not all coded before a token")
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        (t, b), h, k = self.bias.shape, self.place.shape[1], len(self.neighbours)
+        shapes = {"place": (t, h), "hidden": (k * b, h), "own": (b, h), "readout": (b, h)}
+        return shapes | {"direct": (k * b, b), "earlier": (b, b)}
 
     @property
     def shape(self) -> tuple[int, int]:
         """Tokens of a picture, and bits of a token."""
         return self.bias.shape
-
-    @cached_property
-    def identity(self) -> bytes:
-        """Names the model in files that need it."""
-        digest = hashlib.blake2b(repr((FORMAT, self.tokenizer, self.neighbours)).encode(), digest_size=IDENTITY_BYTES)
-        for field in fields(self)[2:]:
-            digest.update(np.ascontiguousarray(getattr(self, field.name), "<i2").tobytes())
-        return digest.digest()
 
     def run(self, pictures: int, code: BitCoder) -> Bits:
         """All bits of some pictures, each through ``code``, in the order of coding."""
@@ -191,29 +244,3 @@ class ContextModel:
                 own[:, bit] = 2 * chosen.astype(np.int64) - 1
                 hidden += own[:, bit, None] * self.own[bit]
         return known
-
-    # Files
-
-    def save(self) -> bytes:
-        """The content of a file that ``read`` takes: safetensors of int16."""
-        arrays = {field.name: np.asarray(getattr(self, field.name), np.int16) for field in fields(self)[2:]}
-        facts = {"flowmo_context": FORMAT, "tokenizer": self.tokenizer, "neighbours": json.dumps(self.neighbours)}
-        return save(arrays, facts)
-
-    @classmethod
-    def read(cls, path: Path) -> ContextModel:
-        """From a file.
-
-        Raises:
-            ContextError: there is none, or it holds no context model.
-        """
-        try:
-            with safe_open(path, "np") as file:
-                facts = file.metadata() or {}
-                if facts.get("flowmo_context") != FORMAT:
-                    raise ContextError("not a context model of this version of flowmo")
-                arrays = {field.name: file.get_tensor(field.name).astype(np.int64) for field in fields(cls)[2:]}
-            neighbours = tuple((int(row), int(column)) for row, column in json.loads(facts["neighbours"]))
-            return cls(facts["tokenizer"], neighbours, **arrays)
-        except (OSError, SafetensorError, ContextError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise ContextError(f"{path}: {' '.join(str(error).split())[:200]}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def encode(model: BitModel, bits: Bits) -> bytes:
     """The bits of some pictures, n × tokens × bits of a token, as one string."""
     coded: list[tuple[Bits, np.ndarray]] = []
 
-    def look_up(token: int, bit: int, p: np.ndarray) -> Bits:
+    def look_up(token: Any, bit: int, p: np.ndarray) -> Bits:
         coded.append((bits[:, token, bit], p))
         return bits[:, token, bit]
 
@@ -51,7 +52,7 @@ def _string(coded: Sequence[tuple[Bits, np.ndarray]]) -> bytes:
     """Of bits and their probabilities · ``ONE``, in the order of coding."""
     stream = library()
     encoder = stream.queue.RangeEncoder()
-    symbols, p = (np.concatenate(column) for column in zip(*coded, strict=True))
+    symbols, p = (np.concatenate([part.ravel() for part in column]) for column in zip(*coded, strict=True))
     # The division is exact, by a power of 2.
     encoder.encode(symbols.astype(np.int32), stream.model.Bernoulli(perfect=False), p / ONE)
     # The first byte counts most; zeros at the end are what the decoder reads there anyway.
@@ -70,8 +71,8 @@ def decode(model: BitModel, content: bytes, pictures: int) -> Bits:
 
     coded: list[tuple[Bits, np.ndarray]] = []
 
-    def next_bits(token: int, bit: int, p: np.ndarray) -> Bits:
-        coded.append((decoder.decode(family, p / ONE).astype(np.int8), p))
+    def next_bits(token: Any, bit: int, p: np.ndarray) -> Bits:
+        coded.append((decoder.decode(family, p.ravel() / ONE).astype(np.int8).reshape(p.shape), p))
         return coded[-1][0]
 
     try:

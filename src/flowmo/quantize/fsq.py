@@ -37,7 +37,7 @@ class FSQ:
         self.channels = self.encoder_channels = channels
         self.levels = levels
         self.sub_tokens = channels // self.group
-        self.sub_token_of_channel = torch.arange(channels) // self.group
+        self.sub_token_of_channel = tuple(channel // self.group for channel in range(channels))
         self.id_count = levels**self.group
         self.bits_per_token = channels * math.log2(levels)
 

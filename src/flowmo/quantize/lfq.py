@@ -35,7 +35,7 @@ class LFQ:
         self.channels = self.encoder_channels = channels
         self.group = group
         self.sub_tokens = channels // group
-        self.sub_token_of_channel = torch.arange(channels) % self.sub_tokens
+        self.sub_token_of_channel = tuple(channel % self.sub_tokens for channel in range(channels))
         self.id_count = 2**group
         self.bits_per_token = float(channels)
         self.entropy_weight = entropy_weight
