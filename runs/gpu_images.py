@@ -47,7 +47,9 @@ class MemoryImages:
         return Image.fromarray(self.images[index])
 
 
-def load_packs(packs: Sequence[Path], side: int) -> tuple[MemoryImages, MemoryImages, dict[str, int]]:
+def load_packs(
+    packs: Sequence[Path], side: int, only_held_out: bool = False
+) -> tuple[MemoryImages, MemoryImages, dict[str, int]]:
     """Decode zip files or folders of images: training images, held-out images, and their counts.
 
     Images whose short side is below ``side`` are left out.
@@ -55,17 +57,20 @@ def load_packs(packs: Sequence[Path], side: int) -> tuple[MemoryImages, MemoryIm
     Raises:
         DataError: no image is large enough, or all are held out.
     """
-    train: list[np.ndarray] = []
-    held_out: list[np.ndarray] = []
+    images: dict[bool, list[np.ndarray]] = {True: [], False: []}
     small = 0
     with ThreadPoolExecutor() as pool:
         for pack in packs:
-            for number, image in enumerate(pool.map(decode, contents(pack))):
+            files_of = [(i % HELD_OUT_EVERY == 0, file) for i, file in enumerate(contents(pack))]
+            wanted = [(held_out, file) for held_out, file in files_of if held_out or not only_held_out]
+            decoded = pool.map(decode, (file for _, file in wanted))
+            for (held_out, _), image in zip(wanted, decoded, strict=True):
                 if min(image.shape[:2]) < side:
                     small += 1
                 else:
-                    (held_out if number % HELD_OUT_EVERY == 0 else train).append(image)
-    if not train or not held_out:
+                    images[held_out].append(image)
+    train, held_out = images[False], images[True]
+    if not held_out or not (train or only_held_out):
         raise DataError(
             f"The packs have {len(train)} training images and {len(held_out)} held-out images of at least {side} "
             f"pixels. {small} are smaller. Pack more, with runs/pack_images.py --side {side}."

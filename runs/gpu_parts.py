@@ -288,10 +288,10 @@ class PackTask(TokenizerTask):
 class TimedRun(Run):
     """A run that ends by the clock, however fast the device is.
 
-    The length of the run in images is estimated anew before every step, as images so far over the share of the time
-    that has passed. The learning rate falls over the last ``opt.cooldown`` of that length, and so of the time. A later
-    call counts the earlier ones' time in: one that was announced by ``later`` goes on along the same schedule, and one
-    that was not raises the rate again.
+    The length of the run in images is estimated anew before every step, as images by its end over the share of the
+    time that has passed. The learning rate falls over the last ``opt.cooldown`` of that length, and so of the time. A
+    later call counts the time of the earlier ones. If they announced it by ``later``, it goes on along the same
+    schedule; otherwise the rate rises again.
 
     Args:
         job: its ``until`` ends this call.
@@ -321,7 +321,7 @@ class TimedRun(Run):
         now = time.time()
         self.task.seconds = self.before + now - self.begun
         share = self.task.seconds / (self.before + self.end - self.begun + self.job.later)
-        length = round(max(self.images, self.plan.total) / min(max(share, 1e-6), 1.0))
+        length = round((self.images + self.plan.total) / min(max(share, 1e-6), 1.0))
         due = {name: self._due(name, seconds, now) for name, seconds in self.periods.items()}
         self.times = replace(self.times, duration=length, **due)
         self.asked_to_stop = self.asked_to_stop or now >= self.end
@@ -424,12 +424,12 @@ def finish(job: Job) -> None:
     side, device = config.data.image_size, job.device
     tokenizer = flowmo.load(job.state / "train", device=device)
     job.record(weights=write_weights(tokenizer, job))
-    held_out = load_packs(job.packs, side)[1]
-    chosen = range(min(4 if job.dry_run else 8, len(held_out)))
+    _, held_out, _ = load_packs(job.packs, side, only_held_out=True)
+    chosen = range(min(2 if job.dry_run else 8, len(held_out)))
     originals = read_crops(held_out, chosen, side)
     judges, missing = Judges.find(features="none")
     judges.to(device)
-    limit = min(len(held_out), 4 if job.dry_run else 256)
+    limit = min(len(held_out), 2 if job.dry_run else 256)
     own = tokenizer.config.eval.sampling.sample_steps
     rows: list[dict[str, Any]] = []
     shown = [originals]

@@ -31,6 +31,8 @@ SHARES = {"check": (0.3, 120), "measure": (0.25, 240), "finish": (0.15, 180)}
 """Share of the time and most seconds of each part; ``train`` takes what remains."""
 GRACE = 10
 """Seconds after its time in which a part may end by itself."""
+START_METHOD = "spawn"
+"""Of the parts' processes: CUDA does not survive a fork."""
 
 
 def end_of(part: str, parts: list[str], minutes: float, now: float, deadline: float) -> float:
@@ -62,7 +64,7 @@ def run(job: Job, parts: list[str], minutes: float) -> list[str]:
 
 def run_process(job: Job) -> bool:
     """Run one part. One that does not end in time is ended, and one that died is told of. True if it ended well."""
-    process = multiprocessing.get_context("spawn").Process(target=run_part, args=(job,))
+    process = multiprocessing.get_context(START_METHOD).Process(target=run_part, args=(job,))
     process.start()
     process.join(max(job.left, 1) + GRACE)
     late = process.is_alive()
