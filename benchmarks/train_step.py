@@ -13,57 +13,119 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 import flowmo
+from flowmo.bench import timed
 from flowmo.config import CHECKPOINTED, Config
+from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
+from flowmo.generate.generator import Generator
 from flowmo.perceptual import blank_distance
-from flowmo.train.account import peak_flops, training_cost
+from flowmo.train.account import Cost, generator_cost, peak_flops, training_cost
 from flowmo.train.distributed import prepare
+from flowmo.train.generator import GeneratorStage, Hidden
 from flowmo.train.loop import machine_memory, used_memory
 from flowmo.train.optimizer import Average, NormControl, build_optimizer, clip_gradients
 from flowmo.train.stages import Draws, Stage
+from flowmo.train.task import in_bfloat16
+
+PAPER_VOCABULARY = Vocabulary(
+    tokenizer="0" * 16, model="lo", image_size=256, tokens=256, sub_tokens=2, id_bits=9, classes=("class",) * 1000
+)
+"""Ids of FlowMo-Lo and the classes of ImageNet, for stage 2."""
+
+
+def build(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module, Callable[[nn.Module, int, int], Tensor]]:
+    """The model of the settings, its stage, and the loss of a batch: (stage, first index, images) -> scalar."""
+    torch.manual_seed(0)
+    if config.generator.train:
+        with device:
+            generator = Generator(config, PAPER_VOCABULARY)
+
+        def guess(stage: nn.Module, first: int, batch: int) -> Tensor:
+            draws = Hidden.of(config, PAPER_VOCABULARY.ids, range(first, first + batch), device)
+            ids = torch.zeros(batch, PAPER_VOCABULARY.ids, dtype=torch.int64, device=device)
+            return stage(ids, ids[:, 0], draws.hidden).total
+
+        return generator, prepare(GeneratorStage(generator), World(device=device), config.trainer), guess
+    with device:  # a large model's weights are drawn for seconds on a CPU
+        tokenizer = flowmo.FlowMo(config)
+        perceptual = blank_distance(config.opt.lpips_mode) if config.opt.lpips_weight else None
+    tokenizer.encoder.requires_grad_(config.stage == "pretrain")
+    side = config.data.image_size
+
+    def reconstruct(stage: nn.Module, first: int, batch: int) -> Tensor:
+        images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
+        draws = Draws.of(config, images, range(first, first + batch))
+        return stage(images, draws, freeze_encoder=config.stage != "pretrain").total
+
+    return tokenizer, prepare(Stage(tokenizer, perceptual), World(device=device), config.trainer), reconstruct
 
 
 def measure(config: Config, device: torch.device, batch: int, steps: int) -> dict[str, float]:
-    """Images a second (median step after two that warm up) and most bytes held."""
-    on_gpu = device.type == "cuda"
-    torch.manual_seed(0)
-    tokenizer = flowmo.FlowMo(config).to(device)
-    perceptual = blank_distance(config.opt.lpips_mode).to(device) if config.opt.lpips_weight else None
-    stage = prepare(Stage(tokenizer, perceptual), World(device=device), config.trainer)
-    optimizer, average = build_optimizer(tokenizer), Average(tokenizer, batch)
-    norms = NormControl(tokenizer.networks)
-    side = config.data.image_size
-    images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
-    if on_gpu:
+    """Images a second (median step after two that warm up), seconds of the first step, and most bytes held."""
+    model, stage, loss_of = build(config, device)
+    optimizer, average = build_optimizer(model), Average(model, batch)
+    norms = NormControl({} if config.generator.train else model.networks)
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times = []
-    for step in range(steps + 2):
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+
+    def step(number: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        draws = Draws.of(config, images, range(step * batch, (step + 1) * batch))
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.trainer.enable_bfloat16):
-            loss = stage(images, draws)
-        loss.total.backward()
-        clip_gradients(tokenizer.parameters(), config.opt.max_grad_norm)
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(config, device)):
+            loss = loss_of(stage, number * batch, batch)
+        loss.backward()
+        clip_gradients(model.parameters(), config.opt.max_grad_norm)
         optimizer.step()
         norms.apply()
-        average.update(step)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        average.update(number)
+
+    times = [timed(partial(step, number), device) for number in range(steps + 2)]
     rest = sorted(times[2:])
+    median = rest[len(rest) // 2]
     return {
-        "images_per_second": batch / rest[len(rest) // 2],
-        "slowest_over_median": rest[-1] / rest[len(rest) // 2],
+        "images_per_second": batch / median,
+        "slowest_over_median": rest[-1] / median,
+        "first_step_seconds": times[0],
         "memory_gib": used_memory(device) / 2**30,
     }
+
+
+def cost_of(config: Config, device: torch.device) -> Cost:
+    """FLOPs and bytes by arithmetic, of any stage."""
+    fused = device.type == "cuda"
+    if config.generator.train:
+        return generator_cost(config, PAPER_VOCABULARY, fused)
+    return training_cost(config, fused=fused)
+
+
+def measure_largest(config: Config, device: torch.device, most: int, steps: int) -> dict[str, float] | None:
+    """``measure`` at the largest power of two that fits, at most ``most``, beside the forecast of its memory.
+
+    The first try follows the forecast; the batch is halved while it does not fit. ``None`` if nothing fits.
+    """
+    cost = cost_of(config, device)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
+    batch = 2 ** (min(cost.most_pictures(memory), most).bit_length() - 1)
+    while batch:
+        try:
+            measured = measure(config, device, batch, steps)
+        except torch.OutOfMemoryError:
+            batch //= 2
+            torch.cuda.empty_cache()
+            continue
+        return {
+            "microbatch": batch,
+            **measured,
+            "predicted_gib": (cost.state_bytes + batch * cost.activation_bytes) / 2**30,
+            "tflop_per_image": cost.flops / 1e12,
+        }
+    return None
 
 
 def main() -> None:
@@ -88,34 +150,18 @@ def main() -> None:
                 f"trainer.checkpoint_keeps={checkpointing[1]}",
                 *arguments.settings,
             )
-            fused = device.type == "cuda"
-            cost = training_cost(config, fused=fused)
-            memory = torch.cuda.get_device_properties(device).total_memory if fused else machine_memory()
-            batch = 2 ** (min(cost.most_pictures(memory), arguments.most).bit_length() - 1)
-            figures = None
-            while figures is None:
-                try:
-                    figures = measure(config, device, batch, arguments.steps)
-                except torch.OutOfMemoryError:
-                    if batch == 1:
-                        break
-                    batch //= 2
-                    torch.cuda.empty_cache()
-            if figures is None:
+            found = measure_largest(config, device, arguments.most, arguments.steps)
+            if found is None:
                 continue
-            without = measure(config.override("opt.lpips_weight=0"), device, batch, arguments.steps)
-            perceptual_share = 1 - figures["images_per_second"] / without["images_per_second"]
-            peak, source = peak_flops(device, config.trainer.enable_bfloat16)
+            without = measure(config.override("opt.lpips_weight=0"), device, found["microbatch"], arguments.steps)
+            peak, source = peak_flops(device, in_bfloat16(config, device))
             rows.append(
                 {
                     "preset": preset,
                     "kept": policy,
-                    "microbatch": batch,
-                    **figures,
-                    "perceptual_share": perceptual_share,
-                    "predicted_gib": (cost.state_bytes + batch * cost.activation_bytes) / 2**30,
-                    "tflop_per_image": cost.flops / 1e12,
-                    "flop_utilisation": cost.flops * figures["images_per_second"] / peak,
+                    **found,
+                    "perceptual_share": 1 - found["images_per_second"] / without["images_per_second"],
+                    "flop_utilisation": 1e12 * found["tflop_per_image"] * found["images_per_second"] / peak,
                     "peak_tflops": peak / 1e12,
                     "peak_is": source,
                 }
@@ -123,7 +169,8 @@ def main() -> None:
             if not arguments.json:
                 row = rows[-1]
                 print(
-                    f"{preset:6} kept={policy:9} batch {batch:3}  {row['images_per_second']:8.1f} images/s  "
+                    f"{preset:6} kept={policy:9} batch {row['microbatch']:3}  "
+                    f"{row['images_per_second']:8.1f} images/s  "
                     f"MFU {row['flop_utilisation']:.1%} of {row['peak_tflops']:.1f} TFLOP/s ({source})  "
                     f"{row['memory_gib']:.1f} GiB, predicted {row['predicted_gib']:.1f}  "
                     f"perceptual network {row['perceptual_share']:.0%} of the step",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -50,6 +50,26 @@ def thumb(path: Path) -> np.ndarray | None:
     return np.asarray(middle, np.float32).ravel()
 
 
+def unlike(photographs: Sequence[Path], held_out: Sequence[Path]) -> list[Path]:
+    """The readable photographs that look like none of the held-out ones. Prints the others, each with its reason."""
+    with Pool() as pool:
+        thumbs = pool.map(thumb, photographs, 64)
+        pairs = zip(held_out, pool.map(thumb, held_out, 64), strict=True)
+        known = {path: small for path, small in pairs if small is not None}
+    names, seen = list(known), np.stack([*known.values(), np.full(THUMB * THUMB, np.inf, np.float32)])
+    chosen = []
+    for path, small in zip(photographs, thumbs, strict=True):
+        if small is None:
+            print(f"unreadable: {path}")
+            continue
+        distance = np.sqrt(np.square(seen - small).mean(axis=1))
+        if distance.min() < ALIKE:
+            print(f"held out: {path} looks like {names[int(distance.argmin())]} ({distance.min():.1f})")
+            continue
+        chosen.append(path)
+    return chosen
+
+
 def write(job: tuple[int, Path, Path]) -> None:
     number, path, folder = job
     draw = random.Random(f"{number} {path.name}")
@@ -73,22 +93,9 @@ def main() -> None:
     photographs, held_out = files(arguments.pictures), files(arguments.without)
     if not photographs:
         raise SystemExit(f"no photographs in {' '.join(map(str, arguments.pictures))}")
+    chosen = unlike(photographs, held_out)
     with Pool() as pool:
-        thumbs = pool.map(thumb, photographs, 64)
-        known = [t for t in pool.map(thumb, held_out, 64) if t is not None]
-        seen = np.stack(known) if known else np.full((1, THUMB * THUMB), np.inf, np.float32)
-        chosen = []
-        for path, small in zip(photographs, thumbs, strict=True):
-            if small is None:
-                print(f"unreadable: {path}")
-                continue
-            distance = np.sqrt(np.square(seen - small).mean(axis=1))
-            if distance.min() < ALIKE:
-                print(f"held out: {path} looks like {held_out[int(distance.argmin())]} ({distance.min():.1f})")
-                continue
-            chosen.append(path)
-        jobs = [(i, path, arguments.out) for i, path in enumerate(chosen)]
-        for _ in pool.imap_unordered(write, jobs, 64):
+        for _ in pool.imap_unordered(write, [(i, path, arguments.out) for i, path in enumerate(chosen)], 64):
             pass
     print(f"{len(chosen)} photographs of {len(photographs)}")
 

@@ -291,7 +291,7 @@ def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
 
 def matrix_rate(device: torch.device, bfloat16: bool) -> float:
     """FLOPs a second that the device reaches now, at best, in products of large square matrices."""
-    side = 4096 if device.type == "cuda" else 1024
+    side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     best = float("inf")
     for _ in range(5):

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from flowmo.train.optimizer import (
     set_learning_rate,
 )
 from flowmo.train.plan import PAPER_BATCH, BatchPlan, Position, Timetable
-from flowmo.train.task import TrainingError, build_task, in_bfloat16, multiplies_bfloat16
+from flowmo.train.task import Task, TrainingError, build_task, in_bfloat16, multiplies_bfloat16
 
 __all__ = ["Run", "TrainingError"]
 
@@ -58,6 +58,7 @@ class Run:
         world: this process and the others, see ``flowmo.distributed.join``.
         resume_from: checkpoint to start from while the folder has none.
         report: takes each line of the log.
+        build: makes the task.
 
     Raises:
         TrainingError: the folder holds a run of another model.
@@ -73,6 +74,7 @@ class Run:
         world: World = World(),
         resume_from: Path | None = None,
         report: Callable[[str], None] = print,
+        build: Callable[[Config, World, Callable[[str], None]], Task] = build_task,
     ):
         self.config, self.folder, self.world = config, folder, world
         self.device = world.device
@@ -81,7 +83,7 @@ class Run:
             raise ConfigError("trainer.best_metric needs held-out pictures; write data.val=PICTURES")
         self._lock = FolderLock(folder) if world.main else None
         self.journal = Journal(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
-        self.task = build_task(config, world, self.journal.report)
+        self.task = build(config, world, self.journal.report)
         self.plan = BatchPlan.of(config, world.size, self._most_pictures())
         self.module = prepare(self.task.module, world, trainer)
         self.optimizer = build_optimizer(self.task.model)
@@ -155,43 +157,46 @@ class Run:
             self.journal.close()
 
     def _loop(self) -> None:
-        config, plan = self.config, self.plan
         module = synchronise(self.module, self.world)
-        batch_stream = batches(
-            self.task.source,
-            plan.per_process,
-            config.trainer.seed,
-            self.images + self.world.rank * plan.per_process,
-            config.data.num_workers,
-            self._on_bad,
-            stride=plan.total,
-            pin_memory=self.device.type == "cuda",
-            timeout=config.data.read_timeout,
-        )
         # Closed also after an error: its workers ignore signals, and the interpreter would wait for them for ever.
-        with closing(batch_stream) as stream:
+        with closing(self._batches()) as stream:
             self._steps(stream, module)
 
     def _steps(self, stream: Iterator[Tensor], module: torch.nn.Module) -> None:
         """Steps over ``stream`` until the run's end or a request to stop."""
-        times, plan = self.times, self.plan
+        plan = self.plan
         meter = Meter(self.world)
-        while self.images < times.duration and not self.stopping and not self.guard.exhausted:
-            if self.task.advance(self.images, times):
+        while self.images < self.times.duration and not self.stopping and not self.guard.exhausted:
+            if self.task.advance(self.images, self.times):
                 module = synchronise(self.module, self.world)
             meter.add(self._step(next(stream).to(self.device, non_blocking=True), module))
             self.journal.live(lambda: self._progress(meter.rate(plan.total)))
-            if times.due(times.log, self.images):
+            if self.times.due(self.times.log, self.images):
                 self._log(meter)
-            if times.due(times.sample, self.images):
+            if self.times.due(self.times.sample, self.images):
                 with meter.paused():
                     self._sample()
-            if times.due(times.checkpoint, self.images) or self.images >= times.duration:
+            if self.times.due(self.times.checkpoint, self.images) or self.images >= self.times.duration:
                 with meter.paused():
                     self._judge()
                     self.save()
             asked = self.asked_to_stop or (self.world.main and self.stop_file.exists())
             self.stopping = self.world.any(asked)[0]
+
+    def _batches(self) -> Generator[Tensor]:
+        """Endless batches for this process, from the run's position on."""
+        data, plan = self.config.data, self.plan
+        return batches(
+            self.task.source,
+            plan.per_process,
+            self.config.trainer.seed,
+            self.images + self.world.rank * plan.per_process,
+            data.num_workers,
+            self._on_bad,
+            stride=plan.total,
+            pin_memory=self.device.type == "cuda",
+            timeout=data.read_timeout,
+        )
 
     def _describe(self) -> str:
         parameters = sum(p.numel() for p in self.task.model.parameters())
@@ -385,7 +390,7 @@ class Run:
         """
         if not path.is_dir() and not path.is_file():
             raise TrainingError(f"{path}: no such checkpoint")
-        facts = state.read_facts(path)
+        facts = {} if path.suffix == ".safetensors" else state.read_facts(path)
         if facts.get("flowmo") == state.FORMAT:
             self._restore(path, optimizer=facts["stage"] == self.task.stage)
             self.guard = Guard(self.guard.metric, self.guard.patience)  # the best of this run, not of that

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowmo import checkpoint
 from flowmo.config import Config
-from flowmo.data import Views, evenly_spread, open_source
+from flowmo.data import Source, Views, evenly_spread, open_source
 from flowmo.distributed import World
 from flowmo.evaluate.features import build_features
 from flowmo.evaluate.figures import grid, psnr
@@ -47,7 +47,7 @@ class TokenizerTask:
         self.unreadable: set[str] = set()
         self.stage = config.stage
         data = config.data
-        pictures = open_source(data.train, data.train_index)
+        pictures = self.open_source("train")
         self.source = Views(
             pictures, data.image_size, data.random_crop, data.random_flip, data.draft, data.read_timeout
         )
@@ -77,10 +77,15 @@ class TokenizerTask:
         self.model.load_state_dict(teacher.state_dict(), strict=False)  # it lacks what is told of a step's end
         return teacher.to(self.world.device).eval().requires_grad_(False)
 
-    def _held_out(self, pictures: Any) -> Tensor:
+    def open_source(self, part: str) -> Source:
+        """The images of ``data.train`` or ``data.val``."""
+        data = self.config.data
+        return open_source(data.train, data.train_index) if part == "train" else open_source(data.val, data.val_index)
+
+    def _held_out(self, pictures: Source) -> Tensor:
         """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
         data = self.config.data
-        source = Views(open_source(data.val, data.val_index) if data.val else pictures, data.image_size)
+        source = Views(self.open_source("val") if data.val else pictures, data.image_size)
         images = []
         for index in evenly_spread(GRID_PICTURES, len(source)):
             image, bad = source.readable(index, 0)
@@ -107,7 +112,7 @@ class TokenizerTask:
             return Judges(lpips_alex=LPIPS("alex")).to(self.world.device)
         if metric != "rfid":
             return Judges()
-        count = min(self.config.eval.pictures, len(open_source(data.val, data.val_index)))
+        count = min(self.config.eval.pictures, len(self.open_source("val")))
         if count < FEWEST_FOR_RFID:
             raise TrainingError(
                 f"trainer.best_metric=rfid needs {FEWEST_FOR_RFID} held-out pictures, not {count}; raise "
@@ -196,7 +201,7 @@ class TokenizerTask:
 
     def judge(self, model: FlowMo) -> dict[str, float]:
         data = self.config.data
-        source = open_source(data.val, data.val_index)
+        source = self.open_source("val")
         candidate, limit = FlowMoReconstructor(model), self.config.eval.pictures
         with autocast(self.config, self.world.device):
             measured = measure(
