@@ -107,7 +107,7 @@ class TokenizerTask:
             TrainingError: too few pictures for a distance and its bias.
             FeatureNetworkError, WeightsNotFoundError: the network cannot be had.
         """
-        metric, data = self.config.trainer.best_metric, self.config.data
+        metric = self.config.trainer.best_metric
         if metric == "lpips":
             return Judges(lpips_alex=LPIPS("alex")).to(self.world.device)
         if metric != "rfid":
