@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, open_gates
+from test_windowed import TINY_NATIVE
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +23,10 @@ from flowmo.train.failures import OutOfMemoryError, within_memory
 from flowmo.train.optimizer import build_optimizer, clip_gradients, scale_initial_weights
 from flowmo.train.plan import BatchPlan, Position, Timetable
 from flowmo.train.stages import Draws, Stage, pretrain_loss
+
+
+def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x - y).square().mean(dim=(1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +248,45 @@ def test_blocks_compile_whatever_checkpointing_keeps(tiny_config, images, keeps)
     prepare(Stage(tokenizer, None), World(), config.trainer)
     torch.testing.assert_close(tokenizer.encoder(images), expected, rtol=0, atol=1e-5)
     assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize(("network", "checkpointing"), [("double_stream", True), ("windowed", False)])
+def test_compiled_blocks_never_fall_back_to_eager(tiny_config, monkeypatch, network, checkpointing):
+    """Over a change of stages, image sizes and a short last batch; and once all is compiled, nothing is again."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
+    config = tiny_config if network == "double_stream" else Config.from_dict(TINY_NATIVE)
+    on = "trainer.compile=true", f"trainer.activation_checkpointing={str(checkpointing).lower()}"
+    config = config.override(*on, "opt.lpips_weight=1", "model.posttrain_sample_k=2")
+    torch._dynamo.reset()
+    tokenizer = FlowMo(config)
+    stages = [
+        prepare(Stage(tokenizer, distance), World(), config.trainer),
+        Stage(FlowMo(config.override("model.posttrain_sample=true")), distance),
+    ]
+    stages[1].tokenizer.load_state_dict(tokenizer.state_dict())
+    prepare(stages[1], World(), config.trainer)
+
+    def sequence() -> None:
+        for stage, frozen in ((stages[0], False), (stages[0], True), (stages[1], True)):
+            stage.tokenizer.encoder.requires_grad_(not frozen)
+            for batch, height, width in ((4, 64, 64), (3, 64, 64), (4, 32, 64)):
+                images = torch.rand(batch, 3, height, width) * 2 - 1
+                draws = Draws.of(stage.tokenizer.config, images, range(batch))
+                stage(images, draws, freeze_encoder=frozen).total.backward()
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        sequence()
+        compiled = len(graphs)
+        sequence()
+    assert 0 < compiled == len(graphs) <= 30
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])

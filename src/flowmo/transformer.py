@@ -354,7 +354,8 @@ class Encoder(nn.Module):
         table = self.shape.rotary_table(self.code_length, h, w, images.device)
         # The residual stream stays float32 under autocast: its sum over all blocks is what bfloat16 would lose.
         picture = self.picture_in(patchify(images, self.shape.patch)).float()
-        code = self.code_embedding.float().expand(b, self.code_length, -1)
+        # Contiguous like every other block's input, or the first block would be compiled for itself.
+        code = self.code_embedding.float().expand(b, self.code_length, -1).contiguous()
         for block in self.blocks:
             code, picture = block(code, picture, table)
         return self.code_out(modulated_norm(code, None))

@@ -56,6 +56,10 @@ def recompute(block: nn.Module, keeps: str = "inputs") -> None:
     block.forward = forward
 
 
+COMPILED_KINDS = 64
+"""Kinds of blocks and shapes that one class of block may be compiled for; a run has about twenty."""
+
+
 def prepare(stage: nn.Module, world: World, trainer: TrainerConfig) -> nn.Module:
     """Make a stage's networks checkpoint activations, compile and shard as the settings ask, in place.
 
@@ -63,6 +67,10 @@ def prepare(stage: nn.Module, world: World, trainer: TrainerConfig) -> nn.Module
     parameters.
     """
     blocks = [block for network in stage.networks for block in network.blocks]
+    if trainer.compile:
+        # All blocks share the code of one forward method, which torch compiles anew for each kind of block (network,
+        # last or not), frozen or not, and each kind of shape. Beyond the limit it would run in eager mode for good.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_KINDS)
     for block in blocks:
         if trainer.activation_checkpointing:
             recompute(block, trainer.checkpoint_keeps)
