@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import open_gates
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowmo import Config, FlowMo, checkpoint, load
 from flowmo.config import ConfigError
@@ -112,10 +113,10 @@ def test_the_perceptual_loss_sees_both_pictures_cut_alike(tiny_config, images):
     draws = Draws.of(config, images, range(5))
     for start, chunk in ((0, images[:2]), (2, images[2:])):
         pretrain_loss(tokenizer, chunk, Draws.of(config, chunk, range(start, start + len(chunk))), distance)
-    assert len(set(map(tuple, draws.cut.tolist()))) > 1
+    assert len(set(draws.cut)) > 1
     cut = torch.cat([x for x, _ in seen])
     assert cut.shape == torch.cat([y for _, y in seen]).shape == (5, 3, 27, 27)
-    for image, part, (row, column) in zip(images, cut, draws.cut.tolist(), strict=True):
+    for image, part, (row, column) in zip(images, cut, draws.cut, strict=True):
         assert torch.equal(image[:, row : row + 27, column : column + 27], part)
     plain = Draws.of(tiny_config, images, range(5))
     assert plain.cut is None
@@ -244,9 +245,62 @@ def test_losses_that_stay_not_finite_stop_the_run(config, tmp_path):
     assert not run.checkpoints()
 
 
+def adam_state(run: Run) -> dict[str, torch.Tensor]:
+    state = run.optimizer.state
+    return {f"{i}.{key}": value for i, part in enumerate(state.values()) for key, value in part.items()}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host: what makes a GPU's queue run empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name()
+        reads = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "bincount", "masked_select", "unique")
+        masked = name == "aten::index.Tensor" and any(i is not None and i.dtype == torch.bool for i in arguments[1])
+        if masked or name.removeprefix("aten::").split(".")[0] in reads:
+            self.found.append(name)
+        return function(*arguments, **(options or {}))
+
+    def __enter__(self):
+        self.tolist = torch.Tensor.tolist  # reads without an operator
+        torch.Tensor.tolist = lambda tensor: self.found.append("tolist") or self.tolist(tensor)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Tensor.tolist = self.tolist
+        super().__exit__(*error)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("stage", ["pretrain", "posttrain"])
+def test_a_step_asks_the_host_for_nothing(config, tmp_path, stage, optimizer, monkeypatch):
+    """The random numbers of a step are drawn on the CPU beforehand; everything after them stays on the device."""
+    config = config.override(
+        f"model.posttrain_sample={str(stage == 'posttrain').lower()}", f"opt.optimizer={optimizer}"
+    )
+    run = Run(config, tmp_path / "run", report=quiet)
+    images = next(batches(run.task.source, 4, 0, 0, 0))
+    draw, reads = Draws.of, HostReads()
+    prepared = draw(config, images, range(4))
+    monkeypatch.setattr(Draws, "of", lambda *_: prepared)
+    run._step(images, run.module)
+    with reads:
+        run._step(images, run.module)
+    assert not reads.found
+    with reads:
+        run._check_skipped(0)
+    assert reads.found  # the log does
+
+
 @pytest.mark.parametrize("part", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part):
+@pytest.mark.parametrize("optimizer_name", ["adam", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part, optimizer_name):
     lines = []
+    config = config.override(f"opt.optimizer={optimizer_name}")
     run = Run(config, tmp_path / "run", report=lines.append)
     images = next(batches(run.task.source, 4, 0, 0, 0))
 
@@ -262,9 +316,12 @@ def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part):
     run._step(images, run.module)
     before = {name: value.clone() for name, value in run.task.model.state_dict().items()}
     average = {name: value.clone() for name, value in run.average.state.items()}
-    assert run._step(images, broken) is None
-    assert (run.step, run.skipped) == (2, 1)
-    assert "skipped" in lines[-1]
+    optimizer = {name: value.clone() for name, value in adam_state(run).items()}
+    assert run._step(images, broken)["finite"] == 0
+    assert (run.step, run.skipped.read()) == (2, (1, 1))
+    run._check_skipped(0)
+    assert lines[-1] == "1 step up to step 2 skipped: loss or gradient is not finite"
+    assert all(torch.equal(value, optimizer[name]) for name, value in adam_state(run).items())
     assert all(torch.equal(value, before[name]) for name, value in run.task.model.state_dict().items())
     assert all(torch.equal(value, average[name]) for name, value in run.average.state.items())
 

@@ -206,8 +206,8 @@ class FlowMo(Packable):
         """
         if not isinstance(self.quantizer, FSQ | LFQ):
             raise TypeError("only fsq and lfq have sub-tokens to leave out")
-        sub_tokens = torch.tensor(self.quantizer.sub_token_of_channel, device=code.device)
-        return code * (sub_tokens < kept[..., None]).to(code.dtype)
+        channel = torch.arange(code.shape[-1], device=code.device)
+        return code * (self.quantizer.sub_token_of(channel) < kept[..., None]).to(code.dtype)
 
     def identity(self) -> str:
         """16 hex digits that name these weights and this architecture: codes of one tokenizer are noise to another."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -78,6 +78,9 @@ class Quantizer(Protocol):
 @runtime_checkable
 class Learner(Protocol):
     """A bottleneck that learns otherwise than by gradients."""
+
+    def buffers(self) -> Iterator[Tensor]:
+        """All that ``learn`` changes."""
 
     def learn(self) -> None:
         """Learn from the batch that was last seen in training; called once a step, in every process, by the same

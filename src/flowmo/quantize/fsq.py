@@ -37,9 +37,12 @@ class FSQ:
         self.channels = self.encoder_channels = channels
         self.levels = levels
         self.sub_tokens = channels // self.group
-        self.sub_token_of_channel = tuple(channel // self.group for channel in range(channels))
         self.id_count = levels**self.group
         self.bits_per_token = channels * math.log2(levels)
+
+    def sub_token_of(self, channel: Tensor) -> Tensor:
+        """Index of the sub-token that each channel belongs to."""
+        return channel // self.group
 
     def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         bounded = self.bound(code.float())

@@ -35,11 +35,14 @@ class LFQ:
         self.channels = self.encoder_channels = channels
         self.group = group
         self.sub_tokens = channels // group
-        self.sub_token_of_channel = tuple(channel % self.sub_tokens for channel in range(channels))
         self.id_count = 2**group
         self.bits_per_token = float(channels)
         self.entropy_weight = entropy_weight
         self.commitment_weight = commitment_weight
+
+    def sub_token_of(self, channel: Tensor) -> Tensor:
+        """Index of the sub-token that each channel belongs to."""
+        return channel % self.sub_tokens
 
     def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         code = self.bounded(code.float())

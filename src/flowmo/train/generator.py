@@ -155,7 +155,7 @@ class GeneratorTask:
     def _labels(self, labels: Tensor, keep: Tensor) -> Tensor:
         return torch.where(keep & (labels != NO_CLASS), labels, self.model.null_class)
 
-    def stepped(self) -> None:
+    def stepped(self, finite: Tensor) -> None:
         pass
 
     # What it tells

@@ -35,6 +35,7 @@ from flowmo.train import state
 from flowmo.train.account import peak_flops
 from flowmo.train.distributed import accumulating, prepare, synchronise
 from flowmo.train.failures import in_one_line, within_memory
+from flowmo.train.finite import StepCounts
 from flowmo.train.guard import Guard, plot
 from flowmo.train.journal import Journal
 from flowmo.train.optimizer import (
@@ -43,6 +44,7 @@ from flowmo.train.optimizer import (
     build_optimizer,
     clip_gradients,
     set_learning_rate,
+    step_all,
 )
 from flowmo.train.plan import PAPER_BATCH, BatchPlan, Position, Timetable
 from flowmo.train.task import Task, TrainingError, build_task, in_bfloat16, multiplies_bfloat16
@@ -90,7 +92,8 @@ class Run:
         self.norm_control = NormControl(self.task.norm_controlled)
         self.average = Average(self.task.model, self.plan.total)
         self.guard = Guard(trainer.best_metric, trainer.patience)
-        self.step = self.images = self.skipped = self.skipped_in_a_row = 0
+        self.step = self.images = 0
+        self.skipped = StepCounts(world)
         self.asked_to_stop = False  # this process, at any moment
         self.stopping = False  # all of them, agreed on after a step
         self.saved_at = -1
@@ -165,7 +168,7 @@ class Run:
     def _steps(self, stream: Iterator[Tensor], module: torch.nn.Module) -> None:
         """Steps over ``stream`` until the run's end or a request to stop."""
         plan = self.plan
-        meter = Meter(self.world)
+        meter = Meter(self.world, self.skipped.read()[0])
         while self.images < self.times.duration and not self.stopping and not self.guard.exhausted:
             if self.task.advance(self.images, self.times):
                 module = synchronise(self.module, self.world)
@@ -178,6 +181,7 @@ class Run:
                     self._sample()
             if self.times.due(self.times.checkpoint, self.images) or self.images >= self.times.duration:
                 with meter.paused():
+                    meter.skipped = self._check_skipped(meter.skipped)
                     self._judge()
                     self.save()
             asked = self.asked_to_stop or (self.world.main and self.stop_file.exists())
@@ -239,8 +243,9 @@ class Run:
                 f"data.max_bad_share={share:g} of them; the last: {next(iter(bad.values()))}"
             )
 
-    def _step(self, batch: Tensor, module: torch.nn.Module) -> dict[str, Tensor] | None:
-        """One optimizer step on this process's items of a batch; ``None`` where loss or gradient is not finite."""
+    def _step(self, batch: Tensor, module: torch.nn.Module) -> dict[str, Tensor]:
+        """One optimizer step on this process's items of a batch, which changes no weights where loss or gradient is
+        not finite. Returns what the log averages; ``finite`` is 1 or 0."""
         config, plan = self.config, self.plan
         set_learning_rate(self.optimizer, self.times.rate(config.opt, self.images))
         self.optimizer.zero_grad(set_to_none=True)
@@ -256,28 +261,34 @@ class Run:
         parameters = list(self.task.model.parameters())
         norm = clip_gradients(parameters, config.opt.max_grad_norm)
         step, self.step, self.images = self.step, self.step + 1, self.images + plan.total
-        if self.world.any(not bool(torch.isfinite(sums["loss"]) & torch.isfinite(norm)))[0]:
-            self._skip(float(sums["loss"]), float(norm))
-            return None
-        self.skipped_in_a_row = 0
-        self.optimizer.step()
+        finite = self.skipped.add(sums["loss"], norm)
+        step_all(self.optimizer, finite)
         if config.model.fix_initial_norms:
-            self.norm_control.apply()
-        self.task.stepped()
-        self.average.update(step)
-        return {**sums, "gradient_norm": norm}
+            self.norm_control.apply(finite)
+        self.task.stepped(finite)
+        self.average.update(step, finite)
+        return {**sums, "gradient_norm": norm, "finite": finite}
 
-    def _skip(self, loss: float, norm: float) -> None:
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        self.journal.report(f"step {self.step} skipped: loss {loss}, gradient norm {norm}")
-        if self.skipped_in_a_row >= self.config.trainer.max_skipped_steps:
+    def _check_skipped(self, before: int) -> int:
+        """Read the count of skipped steps, which were ``before`` at the last log line, and say if there are more.
+
+        Raises:
+            TrainingError: ``trainer.max_skipped_steps`` were skipped in a row.
+        """
+        skipped, in_a_row = self.skipped.read()
+        if skipped > before:
+            more = skipped - before
+            self.journal.report(
+                f"{more} step{'s' * (more > 1)} up to step {self.step} skipped: loss or gradient is not finite"
+            )
+        if in_a_row >= self.config.trainer.max_skipped_steps:
             sound = self.checkpoints()
             where = f"the last checkpoint, {sound[-1]}, is sound" if sound else "there is no checkpoint yet"
             raise TrainingError(
-                f"{self.skipped_in_a_row} steps in a row without a finite loss and gradient, up to step {self.step}; "
+                f"{in_a_row} steps in a row without a finite loss and gradient, up to step {self.step}; "
                 f"{where}: start again with a lower opt.lr"
             )
+        return skipped
 
     # What it tells
 
@@ -293,6 +304,7 @@ class Run:
         return self.task.cost().flops * rate / (peak * self.world.size)
 
     def _log(self, meter: Meter) -> None:
+        skipped = meter.skipped = self._check_skipped(meter.skipped)
         rate, means = meter.take(self.plan.total)
         bad = int(self.world.sum(torch.tensor(float(len(self.bad)), device=self.device)))
         system = {
@@ -304,7 +316,7 @@ class Run:
         shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
         state_of_machine = f"MFU {system['flop_utilisation']:.1%}  {system['memory_gib']:.1f} GiB"
         self.journal.report(f"{self._progress(rate)}  {state_of_machine}  {shown}")
-        counts = {"skipped_steps": self.skipped, "bad_pictures": bad}
+        counts = {"skipped_steps": skipped, "bad_pictures": bad}
         rates = {"learning_rate": self.times.rate(self.config.opt, self.images)}
         self.journal.record(self.step, self.images, {**system, **rates, **counts, **means, **usage})
 
@@ -355,7 +367,7 @@ class Run:
             "stage": self.task.stage,
             "step": self.step,
             "images": self.images,
-            "skipped": self.skipped,
+            "skipped": self.skipped.read()[0],
             **self.guard.facts(),
             **self.task.facts(),
         }
@@ -411,7 +423,8 @@ class Run:
             raise TrainingError(f"{path}: not a training checkpoint of this version of flowmo")
         self.task.check(path, facts)
         state.restore(path, self.state, optimizer)
-        self.step, self.images, self.skipped = facts["step"], facts["images"], facts["skipped"]
+        self.step, self.images = facts["step"], facts["images"]
+        self.skipped = StepCounts(self.world, facts["skipped"])
         self.guard.restore(facts)
         self.journal.report(f"going on from {path}")
 
@@ -438,21 +451,20 @@ class FolderLock:
 class Meter:
     """Means of the losses and the rate of images since they were last taken."""
 
-    def __init__(self, world: World):
-        self.world = world
+    def __init__(self, world: World, skipped: int = 0):
+        self.world, self.skipped = world, skipped
         self._restart()
 
     def _restart(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps = self.counted = 0
+        self.steps = 0
         self.since = time.perf_counter()
 
-    def add(self, parts: dict[str, Tensor] | None) -> None:
-        """A step's parts, ``None`` for one that was skipped."""
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """A step's parts; those of a skipped step, whose ``finite`` is 0, do not count."""
         self.steps += 1
-        if parts is not None:
-            self.counted += 1
-            self.sums = {name: self.sums.get(name, 0) + value for name, value in parts.items()}
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(parts["finite"] > 0, value.float(), 0.0)
 
     def rate(self, batch: int) -> float:
         return self.steps * batch / max(time.perf_counter() - self.since, 1e-9)
@@ -461,8 +473,10 @@ class Meter:
         """Images a second, and the means over steps and processes; starts anew."""
         means: dict[str, float] = {}
         if self.sums:
-            values = self.world.mean(torch.stack([value.float() for value in self.sums.values()])) / self.counted
+            values = self.world.mean(torch.stack([value.float() for value in self.sums.values()]))
             means = dict(zip(self.sums, values.tolist(), strict=True))
+            counted = means.pop("finite")
+            means = {name: value / counted for name, value in means.items()} if counted else {}
         rate = self.rate(batch)
         self._restart()
         return rate, means

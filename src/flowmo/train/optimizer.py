@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from flowmo.config import Config, ConfigError
 from flowmo.tokenizer import FlowMo
+from flowmo.train.finite import step_if
 from flowmo.train.plan import PAPER_BATCH
 
 READOUTS = ("picture_out", "code_out")
@@ -73,6 +74,12 @@ class Together:
     def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
+
+
+def step_all(optimizer: torch.optim.Optimizer | Together, finite: Tensor) -> None:
+    """Step every optimizer where ``finite`` is 1, see ``flowmo.train.finite.step_if``."""
+    for one in optimizer.optimizers if isinstance(optimizer, Together) else (optimizer,):
+        step_if(one, finite)
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer | Together:
@@ -169,11 +176,14 @@ class NormControl:
         self.state = {name: norm.clone() for name, norm in zip(self.weights, norms, strict=True)}
 
     @torch.no_grad()
-    def apply(self) -> None:
+    def apply(self, finite: Tensor | None = None) -> None:
+        """Reset the norms; where ``finite``, a number on the device, is 0, weights stay as they are, to the bit."""
         weights = {name: weight for name, weight in self.weights.items() if weight.grad is not None}
         if weights:
             targets = torch.stack([self.state[name] for name in weights])
             factors = targets / squared_norms(weights.values()).sqrt()
+            if finite is not None:
+                factors = torch.where(finite > 0, factors, 1.0)
             torch._foreach_mul_([local(weight) for weight in weights.values()], list(factors.unbind()))
 
 
@@ -201,10 +211,13 @@ class Average:
         return 1 - min(self.decay, ((1 + steps) / (10 + steps)) ** (self.batch / PAPER_BATCH))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self, step: int, finite: Tensor | None = None) -> None:
+        """Move the average after step number ``step``; leave it where ``finite``, a number on the device, is 0."""
         weight = self.weight(step)
         if weight:
             current = self.model.state_dict()
-            torch._foreach_lerp_(
-                [local(value) for value in self.state.values()], [local(current[name]) for name in self.state], weight
-            )
+            averages = [local(value) for value in self.state.values()]
+            weights: float | list[Tensor] = weight
+            if finite is not None:
+                weights = [(weight * finite).to(value.dtype).expand_as(value) for value in averages]
+            torch._foreach_lerp_(averages, [local(current[name]) for name in self.state], weights)

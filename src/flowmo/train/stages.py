@@ -101,12 +101,19 @@ class Draws(NamedTuple):
             top, left = (int(torch.randint(0, margin + 1, (), generator=of_cut)) for margin in margins)
             cut.append((top, left))
             rows.append(row)
-        t, noise, keep, *more = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+        t, noise, keep, *more = (to_device(torch.stack(column), device) for column in zip(*rows, strict=True))
         chain = Chain(*more) if stage == "posttrain" else None
         jumps = Jumps(*more) if stage == "distill" else None
-        kept = kept_sub_tokens(config, places) if model.nested_dropout else None
+        kept = to_device(kept_sub_tokens(config, places), device) if model.nested_dropout else None
         cuts = config.opt.lpips_jitter or config.opt.lpips_crop
         return cls(t, noise, keep, chain, jumps, cut if cuts else None, kept)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it: a GPU copies from pinned memory while the host goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def kept_sub_tokens(config: Config, places: Sequence[int]) -> Tensor:

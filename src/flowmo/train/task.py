@@ -66,8 +66,12 @@ class Task(Protocol):
     def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: Any) -> Loss:
         """Of a pass, through ``module``, which may wrap the task's own."""
 
-    def stepped(self) -> None:
-        """The optimizer has made its step: learn what is not learnt by gradients; all processes call this together."""
+    def stepped(self, finite: Tensor) -> None:
+        """Learn what is not learnt by gradients, after the optimizer's step; all ranks call this together.
+
+        Args:
+            finite: 1.0, or 0.0 after a step that was skipped, on the device.
+        """
 
     def statistics(self) -> dict[str, float]:
         """Figures for the log since the last call; all processes call this together."""

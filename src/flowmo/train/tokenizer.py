@@ -25,6 +25,7 @@ from flowmo.quantize import Learner, WholeBatch, alone
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import Cost, training_cost
+from flowmo.train.finite import restored_unless
 from flowmo.train.optimizer import scale_initial_weights
 from flowmo.train.plan import BatchPlan, Timetable
 from flowmo.train.stages import Draws, Loss, Stage, cut_out
@@ -90,7 +91,7 @@ class TokenizerTask:
         for index in evenly_spread(GRID_PICTURES, len(source)):
             image, bad = source.readable(index, 0)
             images.append(image)
-            for message in bad.values():
+            for message in bad.values() if data.val else ():  # the loop names training images
                 self._leave_out(message)
         return torch.stack(images).to(self.world.device)
 
@@ -187,9 +188,11 @@ class TokenizerTask:
         ]
         return cut_out(chunk, corners, height, width)
 
-    def stepped(self) -> None:
-        if isinstance(self.model.quantizer, Learner) and not self.frozen:
-            self.model.quantizer.learn()
+    def stepped(self, finite: Tensor) -> None:
+        quantizer = self.model.quantizer
+        if isinstance(quantizer, Learner) and not self.frozen:
+            with restored_unless(finite, list(quantizer.buffers())):
+                quantizer.learn()
 
     # What it tells
 

@@ -20,8 +20,10 @@ class CodeUsage:
     def add(self, ids: Tensor | None) -> None:
         """ids: int64 b × tokens × sub-tokens."""
         if ids is not None:
-            counts = torch.bincount(ids.flatten(), minlength=self.id_count)
-            self.counts = counts if self.counts is None else self.counts + counts
+            if self.counts is None:
+                self.counts = torch.zeros(self.id_count or 0, dtype=torch.int64, device=ids.device)
+            # bincount would ask the host for the largest id
+            self.counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
 
     def take(self) -> dict[str, float]:
         """Figures since the last call: ``ids_used``, share of the ids that occurred; ``id_entropy``, entropy of an id
