@@ -12,8 +12,10 @@ share of a step, which is timed again without it. Stage 1B: ``model.posttrain_sa
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -113,10 +115,12 @@ def measure_largest(config: Config, device: torch.device, most: int, steps: int)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
     batch = 2 ** (min(cost.most_pictures(memory), most).bit_length() - 1)
     while batch:
-        try:
+        measured = None
+        with suppress(torch.OutOfMemoryError):
             measured = measure(config, device, batch, steps)
-        except torch.OutOfMemoryError:
+        if measured is None:
             batch //= 2
+            gc.collect()  # the error is gone now, and with it what its frames held
             torch.cuda.empty_cache()
             continue
         return {

@@ -5,6 +5,7 @@ A part that crashes, hangs or loses its CUDA context therefore leaves the others
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import json
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection, parent_process
@@ -32,10 +33,11 @@ from flowmo.data import Source
 from flowmo.distributed import World, join
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.figures import grid
-from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure, read_crops
+from flowmo.evaluate.reconstruction import Judges, Reconstruction, measure, read_crops
 from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import BACKBONES, HEADS, RESNET, WeightsNotFoundError, find_weights
 from flowmo.pictures import to_picture
+from flowmo.sample import picture_seed
 from flowmo.train.account import matrix_rate
 from flowmo.train.journal import METRICS
 from flowmo.train.loop import Run
@@ -46,6 +48,9 @@ RESULTS = "results.json"
 PIECE = 16 << 20
 MOST_PIECES = 5
 """Pieces of the weights: with results.json, metrics.jsonl and samples.png there are at most 8 files."""
+
+PERIODS = {"log": 10.0, "checkpoint": 60.0, "sample": 120.0}
+"""Seconds of training between two lines of the log, two checkpoints and two sample grids."""
 
 SMALL_SIZES = {"data.image_size": 32, "model.patch_size": 8, "model.code_length": 6, "eval.sampling.sample_steps": 25}
 LITTLE = [
@@ -125,11 +130,14 @@ def write_results(job: Job, values: dict[str, Any]) -> None:
 def run_part(job: Job) -> None:
     """Run a part in this process, record how it ended, and report an error without raising it."""
     threading.Thread(target=end_with_parent, daemon=True).start()
+    job.state.mkdir(parents=True, exist_ok=True)
+    lock = (job.state / "lock").open("w")
+    fcntl.lockf(lock, fcntl.LOCK_EX)  # waits for the end of a part whose call was killed
     torch.set_float32_matmul_precision("high")
     began = time.time()
     on_gpu = job.device.type == "cuda"
     name = torch.cuda.get_device_name(job.device) if on_gpu else f"CPU, {os.cpu_count()} cores"
-    job.record(status="running", traceback=None, device=name, torch=torch.__version__, dry_run=job.dry_run)
+    job.record(device=name, torch=torch.__version__, dry_run=job.dry_run)
     try:
         PARTS[job.part](job)
         job.record(status="done", seconds=round(time.time() - began, 1), traceback=None)
@@ -308,10 +316,9 @@ class TimedRun(Run):
         self.before = self.task.seconds
         self.begun = time.time()
         self.end = job.until - min(10.0, 0.05 * job.left)
-        self.periods = {"log": 10.0, "checkpoint": 10.0 if job.dry_run else 60.0, "sample": 120.0}
-        self.last = dict.fromkeys(self.periods, self.begun)
+        self.last = dict.fromkeys(PERIODS, self.begun)
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _batches(self) -> Generator[Tensor]:
         position = self.images
         while True:
             yield self.crops.batch(position, self.plan.total)
@@ -322,7 +329,7 @@ class TimedRun(Run):
         self.task.seconds = self.before + now - self.begun
         share = self.task.seconds / (self.before + self.end - self.begun + self.job.later)
         length = round((self.images + self.plan.total) / min(max(share, 1e-6), 1.0))
-        due = {name: self._due(name, seconds, now) for name, seconds in self.periods.items()}
+        due = {name: self._due(name, seconds, now) for name, seconds in PERIODS.items()}
         self.times = replace(self.times, duration=length, **due)
         self.asked_to_stop = self.asked_to_stop or now >= self.end
         return super()._step(batch, module)
@@ -418,29 +425,52 @@ def join_weights(folder: Path, out: Path) -> None:
 # finish
 
 
+@dataclass
+class Candidate:
+    """A tokenizer at a number of steps and a rate, as a ``flowmo.evaluate.reconstruction.Reconstructor``."""
+
+    tokenizer: flowmo.FlowMo
+    steps: int
+    bits_per_pixel: float | None = None
+    name: str = "FlowMo"
+    id_count: int | None = None
+
+    def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
+        codes = self.tokenizer.encode(images, self.bits_per_pixel)
+        decoded = self.tokenizer.decode(codes, self.steps, [picture_seed(0, index) for index in indices])
+        return Reconstruction(decoded, torch.full((len(images),), codes.bits / len(codes)))
+
+
+def candidates(tokenizer: flowmo.FlowMo, side: int, few: bool) -> Iterator[Candidate]:
+    """One pass, the model's own steps, and many; then the lower rates of a model that has several."""
+    own = tokenizer.config.eval.sampling.sample_steps
+    for steps in dict.fromkeys((1, own, 25)):
+        yield Candidate(tokenizer, steps)
+    lower = sorted(tokenizer.rates(side, side))[:-1]
+    for rate in lower[:1] if few else reversed(lower):
+        yield Candidate(tokenizer, own, rate)
+
+
 def finish(job: Job) -> None:
     """Metrics of the averaged weights on held-out images, a grid of samples, and the weights."""
-    config = job.recipe()
-    side, device = config.data.image_size, job.device
+    side, device = job.recipe().data.image_size, job.device
     tokenizer = flowmo.load(job.state / "train", device=device)
     job.record(weights=write_weights(tokenizer, job))
     _, held_out, _ = load_packs(job.packs, side, only_held_out=True)
     chosen = range(min(2 if job.dry_run else 8, len(held_out)))
-    originals = read_crops(held_out, chosen, side)
+    limit = min(len(held_out), 2 if job.dry_run else 256)
     judges, missing = Judges.find(features="none")
     judges.to(device)
-    limit = min(len(held_out), 2 if job.dry_run else 256)
-    own = tokenizer.config.eval.sampling.sample_steps
     rows: list[dict[str, Any]] = []
-    shown = [originals]
-    for steps in dict.fromkeys((1, own, 25)):
-        candidate = FlowMoReconstructor(tokenizer, steps)
+    shown = [read_crops(held_out, chosen, side)]
+    for candidate in candidates(tokenizer, side, few=job.dry_run):
         summary = Summary.of("", measure(candidate, held_out, side, judges, limit=limit, device=device), side)
-        metrics = {name: getattr(summary, name) for name in ("psnr", "ssim", "lpips_alex", "lpips_vgg")}
-        rows.append({"steps": steps, "images": summary.pictures, **rounded(metrics)})
-        shown.append(candidate.reconstruct(originals, chosen).images.cpu())
+        names = ("bits_per_pixel", "psnr", "ssim", "lpips_alex", "lpips_vgg")
+        metrics = {name: getattr(summary, name) for name in names}
+        rows.append({"steps": candidate.steps, "images": summary.pictures, **rounded(metrics)})
+        shown.append(candidate.reconstruct(shown[0], chosen).images.cpu())
         to_picture(grid(shown)).save(job.out / "samples.png")
-        job.record(rows=rows, missing=missing, bits_per_pixel=summary.bits_per_pixel)
+        job.record(rows=rows, missing=missing)
 
 
 PARTS = {"check": check, "measure": measure_part, "train": train, "finish": finish}

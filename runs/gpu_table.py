@@ -77,10 +77,16 @@ def tables(results: dict[str, Any]) -> str:
         parts.append(f"Not measured: {'; '.join(unmeasured)}.")
     evaluated = results.get("finish", {}).get("rows", [])
     if evaluated:
-        columns = {"psnr": "{:.2f}", "ssim": "{:.3f}", "lpips_alex": "{:.3f}", "lpips_vgg": "{:.3f}"}
+        columns = {
+            "bits_per_pixel": "{:.4f}",
+            "psnr": "{:.2f}",
+            "ssim": "{:.3f}",
+            "lpips_alex": "{:.3f}",
+            "lpips_vgg": "{:.3f}",
+        }
         parts.append(
             table(
-                ["steps", "held-out images", "PSNR", "SSIM", "LPIPS AlexNet", "LPIPS VGG"],
+                ["steps", "held-out images", "bits per pixel", "PSNR", "SSIM", "LPIPS AlexNet", "LPIPS VGG"],
                 [
                     [
                         str(row["steps"]),

@@ -64,6 +64,7 @@ def run(job: Job, parts: list[str], minutes: float) -> list[str]:
 
 def run_process(job: Job) -> bool:
     """Run one part. One that does not end in time is ended, and one that died is told of. True if it ended well."""
+    write(job, {**read_results(job).get(job.part, {}), "status": "running", "traceback": None})
     process = multiprocessing.get_context(START_METHOD).Process(target=run_part, args=(job,))
     process.start()
     process.join(max(job.left, 1) + GRACE)
@@ -73,10 +74,10 @@ def run_process(job: Job) -> bool:
         process.join(GRACE)
         process.kill()
         process.join()
-    found = read_results(job).get(job.part, {})
-    if late and found.get("status") == "running":
+    found = read_results(job)[job.part]
+    if late and found["status"] == "running":
         write(job, {**found, "status": "ended by the clock"})
-    elif process.exitcode and found.get("status") == "running":
+    elif process.exitcode and found["status"] == "running":
         write(job, {**found, "status": "failed", "traceback": f"The process ended with code {process.exitcode}."})
     status = read_results(job)[job.part]["status"]
     print(f"{job.part}: {status}", flush=True)
@@ -85,8 +86,9 @@ def run_process(job: Job) -> bool:
 
 def describe(job: Job, minutes: float) -> None:
     """Record the code and this call, and remove what a killed call left half-written."""
-    for path in [p for name in ("results.json", "metrics.jsonl", "weights") for p in job.out.glob(f".{name}.*")]:
-        path.unlink()
+    for name in ("results.json", "metrics.jsonl", "weights"):
+        for path in (*job.out.glob(f".{name}.*"), *job.state.glob(f".{name}.*")):
+            path.unlink(missing_ok=True)
     words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     found = subprocess.run(words, capture_output=True, text=True)
     calls = read_results(job).get("run", {}).get("calls", [])

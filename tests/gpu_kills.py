@@ -25,9 +25,13 @@ import yaml
 from conftest import PICTURES, ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "runs"))
+import gpu_parts
 import one_gpu
 
 from flowmo import load
+
+WAITED = 300.0
+"""Seconds after which a call that should have written a checkpoint is taken to hang."""
 
 RECIPE = {
     **TINY,
@@ -56,37 +60,52 @@ def trained(folder: Path) -> int:
     return json.loads(path.read_text()).get("train", {}).get("images", 0) if path.exists() else 0
 
 
+def wait_for_more(folder: Path, images: int) -> None:
+    """Return once the results tell of more images than before."""
+    limit = time.monotonic() + WAITED
+    while trained(folder) <= images:
+        assert time.monotonic() < limit, f"no checkpoint after {images} images within {WAITED:g} s"
+        time.sleep(0.05)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="how many (20)")
-    parser.add_argument("--longest", type=float, default=20.0, help="most seconds before one (20)")
+    parser.add_argument("--longest", type=float, default=10.0, help="most seconds before one (10)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    one_gpu.START_METHOD, one_gpu.GRACE = "fork", 5
+    one_gpu.START_METHOD = "fork"
+    gpu_parts.PERIODS["checkpoint"] = 0.5
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
-        images = 0
-        for _ in range(arguments.kills):
-            process = call(folder, 5, "train")
-            time.sleep(draw.uniform(0, arguments.longest))
+        images, reached = 0, set()
+        for kill in range(arguments.kills):
+            process = call(folder, 60, "train")
+            if kill % 2:
+                wait_for_more(folder, images)
+                time.sleep(draw.uniform(0, 1))
+            else:
+                time.sleep(draw.uniform(0, arguments.longest))
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             now = trained(folder)
             assert now >= images, f"{now} images after {images}"
-            images = now
-        _, status = os.waitpid(call(folder, 0.3, "train", "finish"), 0)
-        assert status == 0, f"the last call ended with {os.waitstatus_to_exitcode(status)}"
-        assert trained(folder) > images
+            reached.add(images := now)
+        process = call(folder, 60, "train")
+        wait_for_more(folder, images)
+        (folder / "state" / "train" / "stop").touch()
+        assert os.waitpid(process, 0)[1] == 0
+        assert os.waitpid(call(folder, 60, "finish"), 0)[1] == 0
         results = json.loads((folder / "out" / "results.json").read_text())
         assert [row["steps"] for row in results["finish"]["rows"]] == [1, 25]
         left = sorted(path.name for path in (folder / "out").iterdir())
         assert left == ["metrics.jsonl", "results.json", "samples.png", "weights.0"], left
         one_gpu.join_weights(folder / "out", folder / "whole.safetensors")
         load(folder / "whole.safetensors")
-    print(f"{arguments.kills} kills, {images} images before the last call and {results['train']['images']} after it")
+    print(f"{arguments.kills} kills at {len(reached)} different checkpoints, then {results['train']['images']} images")
 
 
 if __name__ == "__main__":

@@ -372,7 +372,17 @@ def test_a_table_is_filled_from_results(tmp_path):
             "left_out": ["lo, compiled"],
         },
         "finish": {
-            "rows": [{"steps": 1, "images": 9, "psnr": 21.5, "ssim": 0.6, "lpips_alex": None, "lpips_vgg": 0.3}]
+            "rows": [
+                {
+                    "steps": 1,
+                    "images": 9,
+                    "bits_per_pixel": 0.07,
+                    "psnr": 21.5,
+                    "ssim": 0.6,
+                    "lpips_alex": None,
+                    "lpips_vgg": 0.3,
+                }
+            ]
         },
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
@@ -382,7 +392,7 @@ def test_a_table_is_filled_from_results(tmp_path):
     assert text.endswith(f"{gpu_table.END}\nafter\n")
     assert "old" not in text
     assert "| lo, stage 1A | 4 | 12.3 | 41% | 46.2 | 45 | 1.5 |" in text
-    assert "| 1 | 9 | 21.50 | 0.600 | – | 0.300 |" in text
+    assert "| 1 | 9 | 0.0700 | 21.50 | 0.600 | – | 0.300 |" in text
     assert "Not measured: hi; lo, compiled." in text
     assert "NVIDIA H100, torch 2.11, abc. Matrix rate: 790 TFLOP/s in bfloat16" in text
     gpu_table.fill_table(tmp_path / "results.json", page)
