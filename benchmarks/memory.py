@@ -126,7 +126,7 @@ def measured(presets: list[str], batches: list[int], device: str) -> list[dict]:
 
 def tables(found: dict) -> str:
     lines = [
-        "By arithmetic, GiB, in bfloat16 with LPIPS on VGG, or stage 1B's ResNet-50, in float32; what fits leaves a tenth free:",
+        "By arithmetic, GiB, in bfloat16 with LPIPS on VGG, or stage 1B's ResNet-50, in float32; a tenth is left free:",
         "",
         f"| training | kept | state | a picture | {' | '.join(f'batch {b}' for b in BATCHES)} | "
         + " | ".join(f"fit in {card}" for card in CARDS)

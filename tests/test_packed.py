@@ -82,7 +82,7 @@ def test_packed_commands(capsys, tiny_model, photo, tmp_path):
     assert run(capsys, "bench", "--model", tiny_model, "--repeats", 1, "--pack")[0] == 0
     code, _, error = run(capsys, "bench", "--model", tiny_model, "--pack", "--bfloat16")
     assert code == 2
-    assert error == "flowmo: packed weights are float32; leave out --pack or --bfloat16\n"
+    assert error == "flowmo: packed weights are float32; leave out --pack or --precision bfloat16\n"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -51,6 +51,8 @@ def load(
             ``owner/name@revision``, of a folder with ``model.safetensors``.
         overrides: ``section.name=value`` settings to change, for what an authors' file does not tell (its
             ``model.code_length``) or how it samples (``eval.sampling.sample_steps``).
+        device: where the weights go; the CPU, as with torch itself, unless another is named. The command line's
+            ``--device`` is a GPU where there is one.
         ema: of a training or authors' checkpoint, the averaged weights rather than the last ones.
 
     Raises:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
+from flowmo.precision import resolve
 from flowmo.transformer import GELU, Shape
 
 
@@ -95,6 +96,22 @@ class Packable(nn.Module):
 
     packed = False
     compiled = False
+    precision = "float32"
+
+    def set_precision(self, precision: str) -> Self:
+        """Compute in ``float32`` or ``bfloat16``, see ``flowmo.precision``; ``auto`` chooses by the device.
+
+        Ids of the two precisions differ in a few bits.
+
+        Raises:
+            PackedError: packed weights are float32.
+            ValueError: an unknown name.
+        """
+        resolved = resolve(precision, self.device)
+        if self.packed and resolved != "float32":
+            raise PackedError("packed weights are float32; leave out --pack or --precision bfloat16")
+        self.precision = resolved
+        return self
 
     @property
     def device(self) -> torch.device:

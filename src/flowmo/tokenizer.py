@@ -28,6 +28,7 @@ from flowmo.blocks import blocks, ramp
 from flowmo.config import Config
 from flowmo.packed import Packable
 from flowmo.pictures import Tiling
+from flowmo.precision import computing
 from flowmo.quantize import FSQ, LFQ, build_quantizer, check_ids
 from flowmo.transformer import Conditioning, Decoder, Encoder
 from flowmo.windowed import WindowedDecoder, WindowedEncoder
@@ -265,7 +266,9 @@ class FlowMo(Packable):
         kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, *images.shape[-2:])
         codes, ids = [], []
         for chunk in self._chunks(images.to(self.device, torch.float32)):
-            code, chunk_ids = self.quantizer.quantize(self._encode_blocks(chunk))
+            with computing(self.precision, self.device):
+                encoded = self._encode_blocks(chunk)
+            code, chunk_ids = self.quantizer.quantize(encoded)
             codes.append(code)
             ids.append(chunk_ids)
         size = (images.shape[-2], images.shape[-1])
@@ -387,7 +390,8 @@ class FlowMo(Packable):
         )
         out, done = [], 0
         for z, c in zip(self._chunks(noise.to(self.device)), self._chunks(code), strict=True):
-            out.append(sample.SOLVERS[solver](guided(c), z, times).float().clamp(-1, 1))
+            with computing(self.precision, self.device):
+                out.append(sample.SOLVERS[solver](guided(c), z, times).float().clamp(-1, 1))
             done = min(done + len(z), len(noise))
             if progress:
                 progress(done, len(noise))

@@ -30,6 +30,7 @@ from flowmo.distributed import World
 from flowmo.evaluate.features import KINDS
 from flowmo.evaluate.reconstruction import Judges, Reconstructor
 from flowmo.pictures import Tiling
+from flowmo.precision import describe
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -102,6 +103,7 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
     if tokenizer.quantizer.id_count:
         codec = Codec(tokenizer, find_context(arguments.model, tokenizer))
     sampling = {"steps": steps, "seed": arguments.seed, "guidance": guidance, "identity": tokenizer.identity()}
+    sampling["precision"] = precision = describe(tokenizer.precision, tokenizer.device)
     ours = FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name, codec)
     candidates: list[tuple[Reconstructor, dict[str, Any]]] = [(ours, sampling)]  # with what its figures depend on
     model = tokenizer.config.model
@@ -140,8 +142,11 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
         if not arguments.json:
             say(f"{candidate.name}: {summary.pictures} pictures, short side resized to {side}, central square")
             say("\n".join(summary.lines()) + "\n")
+    if not arguments.json and not arguments.report:
+        say(f"precision of {name}: {precision}")
     if arguments.json:
-        rows = [{**entry.summary.as_dict(), "steps": steps, "seed": arguments.seed} for entry in entries]
+        told = {"steps": steps, "seed": arguments.seed, "precision": precision}
+        rows = [{**entry.summary.as_dict(), **told} for entry in entries]
         say(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
     if arguments.report and world.main:
         spread = torch.tensor(evenly_spread(arguments.limit or len(source), len(source)))
@@ -153,6 +158,7 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
             "model": f"{shown_path(arguments.model)}, tokenizer {tokenizer.identity()}",
             "tiles a picture": tiles,
             "sampling": f"{steps} steps, seed {arguments.seed}, guidance {guidance}",
+            "precision": precision,
             "judges' weights": {key: weights_hash(network) for key, network in networks.items() if network is not None},
         }
         if arguments.peers:

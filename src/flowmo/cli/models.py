@@ -109,11 +109,12 @@ def bench(arguments: argparse.Namespace) -> None:
     """How fast a model encodes and decodes here, beside what the machine can do at most."""
     from flowmo.bench import measure
 
-    if arguments.pack and arguments.bfloat16:
-        raise UsageError("packed weights are float32; leave out --pack or --bfloat16")
     tokenizer = flowmo.load(arguments.model, *arguments.settings, device=arguments.device)
+    tokenizer.set_precision(arguments.precision)
+    if arguments.pack and tokenizer.precision != "float32":
+        raise UsageError("packed weights are float32; leave out --pack or --precision bfloat16")
     ready = partial(hasten, arguments=arguments)
-    timings = measure(tokenizer, arguments.batch, arguments.bfloat16, arguments.repeats, ready=ready)
+    timings = measure(tokenizer, arguments.batch, tokenizer.precision == "bfloat16", arguments.repeats, ready=ready)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(timing) for timing in timings], indent=1))
         return
@@ -183,9 +184,10 @@ def add_to(commands: Any) -> None:
 
     sub = command(bench, "how fast a model is on this machine", commands)
     sub.add_argument("--batch", type=positive, default=1, help="pictures at a time (1)")
-    sub.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
     sub.add_argument("--repeats", type=positive, default=5, help="runs that the median is taken of (5)")
     with_model(sub)
+    same = "the same as --precision bfloat16"
+    sub.add_argument("--bfloat16", dest="precision", action="store_const", const="bfloat16", help=same)
     with_json(sub)
 
     sub = command(convert, "any checkpoint to .safetensors", commands)

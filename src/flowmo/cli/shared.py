@@ -16,6 +16,7 @@ import torch
 import flowmo
 from flowmo.errors import FlowMoError
 from flowmo.packed import Packable
+from flowmo.precision import PRECISIONS
 from flowmo.tokenizer import FlowMo
 
 Model = TypeVar("Model", bound=Packable)
@@ -36,7 +37,10 @@ def command(run: Callable, text: str, commands: Any) -> argparse.ArgumentParser:
 
 def with_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default="nano", help="preset, file, folder or Hub id of the weights (nano)")
-    sub.add_argument("--device", type=device, default="cpu", help="cpu, cuda, mps … (cpu)")
+    where = "cpu, cuda, mps … (a GPU where there is one)"
+    sub.add_argument("--device", type=device, default=DEFAULT_DEVICE, help=where)
+    precision = "of matrix products (auto): bfloat16 with TF32 on a GPU that has it, else float32"
+    sub.add_argument("--precision", choices=PRECISIONS, default="auto", help=precision)
     packing = "lay the weights out for this CPU: the same sooner, but for the last bits"
     sub.add_argument("--pack", action="store_true", help=packing)
     compiling = "compile first, for half a minute, where a C++ compiler is: sooner again"
@@ -63,11 +67,12 @@ def load(arguments: argparse.Namespace, device: str | None = None) -> FlowMo:
 
 
 def hasten(model: Model, arguments: argparse.Namespace) -> Model:
-    """A tokenizer or generator, packed and compiled as asked."""
+    """A tokenizer or generator, in the precision that is asked for, packed and compiled as asked."""
     if arguments.pack:
         model.pack()
     if arguments.compile:
         model.compile()
+    model.set_precision(arguments.precision)
     return model
 
 

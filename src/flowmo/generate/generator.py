@@ -24,6 +24,7 @@ from flowmo.generate.classes import GenerationError, class_titles, find_class
 from flowmo.generate.network import MaskGiT
 from flowmo.generate.schedules import halton_order, hidden_counts
 from flowmo.packed import Packable
+from flowmo.precision import computing
 from flowmo.sharded import is_sharded
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import identity_of
@@ -180,11 +181,15 @@ class Generator(Packable):
         """Logits b n v in float32; null + guidance · (of the class − null), without a null pass where it is 1."""
         labels = labels.to(self.device)
         if guidance == 1:
-            return self.network(ids, hidden, labels).float()
+            return self._logits(ids, hidden, labels)
         null = torch.full_like(labels, self.null_class)
-        both = self.network(ids.repeat(2, 1), hidden.repeat(2, 1), torch.cat((labels, null))).float()
+        both = self._logits(ids.repeat(2, 1), hidden.repeat(2, 1), torch.cat((labels, null)))
         given, free = both.chunk(2)
         return free + guidance * (given - free)
+
+    def _logits(self, ids: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+        with computing(self.precision, self.device):
+            return self.network(ids, hidden, labels).float()
 
     # Likelihood
 

@@ -1,0 +1,98 @@
+"""Inference in bfloat16: chosen by the device, near float32, told with the results, and gone after the call."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import run_command
+
+from flowmo import load, precision
+from flowmo.packed import PackedError, available
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "capability", "resolved"),
+    [
+        ("auto", "cpu", None, "float32"),
+        ("auto", "cuda", (9, 0), "bfloat16"),
+        ("auto", "cuda", (8, 0), "bfloat16"),
+        ("auto", "cuda", (7, 5), "float32"),
+        ("auto", "mps", None, "float32"),
+        ("float32", "cuda", (9, 0), "float32"),
+        ("bfloat16", "cpu", None, "bfloat16"),
+    ],
+)
+def test_auto_follows_the_device(asked, device, capability, resolved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert precision.resolve(asked, torch.device(device)) == resolved
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match="write auto, float32, bfloat16"):
+        precision.resolve("half", torch.device("cpu"))
+
+
+def test_load_stays_in_float32_on_the_cpu(tiny_model):
+    model = load(tiny_model)
+    assert (model.device.type, model.precision) == ("cpu", "float32")
+
+
+def test_bfloat16_is_near_and_leaves_no_trace(tiny, images):
+    ids, decoded = tiny.encode(images).ids, tiny.decode(tiny.encode(images))
+    tiny.set_precision("bfloat16")
+    theirs = tiny.decode(ids, size=(32, 32))
+    assert theirs.dtype == torch.float32
+    assert not torch.equal(theirs, decoded)
+    assert (theirs - decoded).abs().mean() < 0.05
+    assert (tiny.encode(images).ids == ids).float().mean() > 0.8
+    assert not torch.is_autocast_enabled("cpu")
+    tiny.set_precision("float32")
+    assert torch.equal(tiny.decode(ids, size=(32, 32)), decoded)
+
+
+def test_tf32_lasts_as_long_as_the_call(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
+    before = torch.get_float32_matmul_precision()
+    with precision.computing("bfloat16", torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(KeyError), precision.computing("bfloat16", torch.device("cuda")):
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.skipif(not available(), reason="no packed layers in this PyTorch")
+def test_packed_weights_are_float32(tiny):
+    with pytest.raises(PackedError, match="--precision bfloat16"):
+        tiny.pack().set_precision("bfloat16")
+
+
+@pytest.mark.parametrize("asked", ["auto", "bfloat16"])
+def test_evaluate_tells_the_precision(tiny_model, class_folder, tmp_path, capsys, asked):
+    options = ["--no-lpips", "--features", "none", "--limit", 2, "--enlarge", "--device", "cpu", "--precision", asked]
+    status, out, _ = run_command(capsys, "evaluate", class_folder, "--model", tiny_model, *options, "--json")
+    assert status == 0
+    told = "float32 (cpu)" if asked == "auto" else "bfloat16 autocast (cpu)"
+    assert json.loads(out)["precision"] == told
+    _, out, _ = run_command(capsys, "evaluate", class_folder, "--model", tiny_model, *options)
+    assert told in out
+
+
+def test_every_command_with_a_model_takes_both(tiny_model, photo, tmp_path, capsys):
+    both = ["--device", "cpu", "--precision", "bfloat16"]
+    file, drawn = tmp_path / "x.flowmo", tmp_path / "x.png"
+    for command in (
+        ["encode", photo, file, "--model", tiny_model],
+        ["decode", file, drawn, "--model", tiny_model],
+        ["reconstruct", photo, "--out", tmp_path / "out", "--model", tiny_model],
+        ["tokenize", photo.parent, "--out", tmp_path / "tokens", "--model", tiny_model],
+        ["bench", "--repeats", 1, "--model", tiny_model],
+    ):
+        if command[0] == "tokenize":
+            (tmp_path / "images").mkdir()
+            photo.rename(tmp_path / "images" / "photo.jpg")
+            command[1] = tmp_path / "images"
+        assert run_command(capsys, *command, *both)[0] == 0, command
