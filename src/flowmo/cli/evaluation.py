@@ -159,7 +159,7 @@ def shown_path(name: str) -> str:
 
 def add_to(commands: Any) -> None:
     sub = command(evaluate, "PSNR, SSIM, LPIPS, rFID of reconstructions; FID of generated pictures", commands)
-    sub.add_argument("pictures", nargs="?", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT")
+    sub.add_argument("pictures", nargs="?", help="folder, .tar, WebDataset shards, hf:NAME:SPLIT")
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
     size = "side of the squares that are compared, in tiles where it is not the model's own (the model's)"
     sub.add_argument("--size", type=positive, help=size)

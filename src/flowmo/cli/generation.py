@@ -182,9 +182,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def add_to(commands: Any) -> None:
     sub = command(tokenize, "a dataset's ids, for a generator to learn", commands)
-    sub.add_argument(
-        "pictures", metavar="PICTURES", help="folder, .tar with its index, WebDataset shards, hf:NAME:SPLIT"
-    )
+    sub.add_argument("pictures", metavar="PICTURES", help="folder, .tar, WebDataset shards, hf:NAME:SPLIT")
     sub.add_argument("--out", type=Path, required=True, help="folder to write the shards to, or to go on with")
     sub.add_argument("--crops", type=positive, default=1, help="1 is the central square; more are random ones (1)")
     sub.add_argument("--flip", action="store_true", help="each crop mirrored as well")

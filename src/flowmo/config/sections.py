@@ -75,7 +75,7 @@ class Span(str):
 class DataConfig:
     train: str = setting(
         "",
-        "training pictures: a folder, searched through its sub-folders, a .tar with an index, WebDataset shards "
+        "training pictures: a folder, searched through its sub-folders, a .tar, WebDataset shards "
         "(shard-{000..099}.tar), or a Hugging Face dataset (hf:OWNER/NAME:SPLIT)",
     )
     train_index: str = setting("", "index of the training tar; empty is the one beside it")

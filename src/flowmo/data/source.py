@@ -53,9 +53,9 @@ def open_source(path: str | Path, index: str | Path | None = None) -> Source:
     """The source that ``path`` names.
 
     Args:
-        path: a folder of pictures; a ``.tar`` with its index; WebDataset shards, as a folder of ``.tar`` files, a
-            pattern (``train-*.tar``) or a range (``train-{000..146}.tar``); or a Hugging Face dataset,
-            ``hf:OWNER/NAME:SPLIT`` or ``hf:FOLDER:SPLIT`` of one saved to disk.
+        path: a folder of pictures; a ``.tar``, with its index where it is large; WebDataset shards, as a folder of
+            ``.tar`` files, a pattern (``train-*.tar``) or a range (``train-{000..146}.tar``); or a Hugging Face
+            dataset, ``hf:OWNER/NAME:SPLIT`` or ``hf:FOLDER:SPLIT`` of one saved to disk.
         index: index of a single tar; by default the file that ``flowmo data index`` writes beside it.
 
     Raises:
