@@ -39,7 +39,6 @@ class FSQ:
         self.sub_tokens = channels // self.group
         self.sub_token_of_channel = torch.arange(channels) // self.group
         self.id_count = levels**self.group
-        self.bits_per_token = channels * math.log2(levels)
 
     def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         bounded = self.bound(code.float())

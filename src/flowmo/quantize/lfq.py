@@ -37,7 +37,6 @@ class LFQ:
         self.sub_tokens = channels // group
         self.sub_token_of_channel = torch.arange(channels) % self.sub_tokens
         self.id_count = 2**group
-        self.bits_per_token = float(channels)
         self.entropy_weight = entropy_weight
         self.commitment_weight = commitment_weight
 
