@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from flowmo.errors import FlowMoError
@@ -19,6 +22,8 @@ MAX_PIXELS = 100_000_000
 DRAFT_MARGIN = 2
 ORIENTATION = 0x0112
 """Number of EXIF's tag for how a picture is turned."""
+COLOUR_MAP = 320
+"""Number of TIFF's tag for a palette: all red values, all green, all blue."""
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Pillow's readers that are used. It has many more, of which one starts another program on what it reads (EPS)."""
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -42,13 +47,13 @@ def read_picture(file: str | Path | BinaryIO, name: str | None = None, side: int
     """
     path = name or str(file)
     try:
-        with warnings.catch_warnings():
+        with _whole_files_only(), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=PILLOW_FORMATS) as picture:
                 check_size(picture, path)
                 if side is not None:
                     picture.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
-                return to_rgb(picture)
+                return to_rgb(_as_meant(picture))
     except Image.DecompressionBombError:
         raise PictureError(f"{path}: more than {MAX_PIXELS:,} pixels") from None
     except FileNotFoundError:
@@ -60,6 +65,49 @@ def read_picture(file: str | Path | BinaryIO, name: str | None = None, side: int
     except Exception as error:  # Pillow's readers raise whatever a damaged file leads them into
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise PictureError(f"{path}: cannot be read ({reason})") from None
+
+
+class _Readers:
+    """Count of the reads in progress in this process, and Pillow's setting before the first of them."""
+
+    lock = threading.Lock()
+    count = 0
+    truncated = False
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """Refuse truncated files even if other code has set ``ImageFile.LOAD_TRUNCATED_IMAGES`` for the whole process.
+
+    With that setting the missing part of an image is grey, or a progressive JPEG black, without an error.
+    """
+    with _Readers.lock:
+        if not _Readers.count:
+            _Readers.truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+        _Readers.count += 1
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        with _Readers.lock:
+            _Readers.count -= 1
+            if not _Readers.count:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _Readers.truncated
+
+
+def _as_meant(picture: Image.Image) -> Image.Image:
+    """Read two kinds of file as browsers and libtiff do, and Pillow does not.
+
+    A BMP whose alpha channel is zero throughout is opaque: its writer left the fourth byte unused. A TIFF whose palette
+    has no value above 255 has 8-bit colours, not 16-bit ones that are nearly black.
+    """
+    if picture.format == "BMP" and picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0):
+        return picture.convert("RGB")
+    if picture.format == "TIFF" and picture.mode == "P":
+        colours = np.array(picture.tag_v2.get(COLOUR_MAP, ()))
+        if colours.size and colours.max() <= 255:
+            picture.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
+    return picture
 
 
 def check_size(picture: Image.Image, name: str | Path = "picture") -> None:
