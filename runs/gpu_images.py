@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowmo.data import DataError, epoch_order
-from flowmo.pictures import read_picture
+from flowmo.pictures import read_image
 from flowmo.sample import picture_seed
 
 HELD_OUT_EVERY = 64
@@ -94,7 +94,7 @@ def contents(pack: Path) -> Iterator[io.BytesIO | Path]:
 
 def decode(file: io.BytesIO | Path) -> np.ndarray:
     """uint8 h × w × 3."""
-    return np.asarray(read_picture(file, name=str(file) if isinstance(file, Path) else "an image of a pack"))
+    return np.asarray(read_image(file, name=str(file) if isinstance(file, Path) else "an image of a pack"))
 
 
 class DeviceCrops:

@@ -27,7 +27,7 @@ from pathlib import Path
 from nano_pictures import files, unlike
 from PIL import Image, ImageFile
 
-from flowmo.pictures import ORIENTATION, read_picture
+from flowmo.pictures import ORIENTATION, read_image
 
 QUALITY = 92
 MIB = 1 << 20
@@ -36,7 +36,7 @@ ImageFile.MAXBLOCK = 8 * MIB  # Pillow's encoder wants room for a whole progress
 
 def encode(path: Path, side: int) -> bytes:
     """An image as a JPEG whose short side is at most ``side`` pixels, or the file itself if it already is one."""
-    image = read_picture(path)
+    image = read_image(path)
     scale = side / min(image.size)
     if scale < 1:
         image = image.resize([max(side, round(n * scale)) for n in image.size], Image.Resampling.LANCZOS)

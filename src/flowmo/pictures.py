@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from flowmo.errors import FlowMoError
@@ -33,6 +36,8 @@ UPRIGHT = {
 """What turns an image of each orientation upright."""
 ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """Where Pillow keeps metadata that may hold an orientation; an image that was turned has none."""
+COLOUR_MAP = 320
+"""Number of TIFF's tag for a palette: all red values, all green, all blue."""
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Pillow's readers that are used. It has many more, of which one starts another program on what it reads (EPS)."""
 EXTENSIONS = (
@@ -78,6 +83,7 @@ def read_image(
     path = name or str(file)
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_whole_files_only())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of large images, which are counted below, and of odd metadata
             content = stack.enter_context(open(file, "rb")) if isinstance(file, str | Path) else file
@@ -85,7 +91,7 @@ def read_image(
             check_size(picture, path, max_pixels)
             if side is not None:
                 picture.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
-            return to_rgb(picture)
+            return to_rgb(_as_meant(picture))
     except Image.DecompressionBombError:
         raise ImageError(f"{path}: more than {max_pixels:,} pixels") from None
     except FileNotFoundError:
@@ -111,6 +117,49 @@ def _without_text(file: BinaryIO) -> BinaryIO:
             kept.append(data[start:end])
         start = end
     return io.BytesIO(b"".join(kept))
+
+
+class _Readers:
+    """Count of the reads in progress in this process, and Pillow's setting before the first of them."""
+
+    lock = threading.Lock()
+    count = 0
+    truncated = False
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """Refuse truncated files even if other code has set ``ImageFile.LOAD_TRUNCATED_IMAGES`` for the whole process.
+
+    With that setting the missing part of an image is grey, or a progressive JPEG black, without an error.
+    """
+    with _Readers.lock:
+        if not _Readers.count:
+            _Readers.truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+        _Readers.count += 1
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        with _Readers.lock:
+            _Readers.count -= 1
+            if not _Readers.count:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _Readers.truncated
+
+
+def _as_meant(picture: Image.Image) -> Image.Image:
+    """Read two kinds of file as browsers and libtiff do, and Pillow does not.
+
+    A BMP whose alpha channel is zero throughout is opaque: its writer left the fourth byte unused. A TIFF whose palette
+    has no value above 255 has 8-bit colours, not 16-bit ones that are nearly black.
+    """
+    if picture.format == "BMP" and picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0):
+        return picture.convert("RGB")
+    if picture.format == "TIFF" and picture.mode == "P":
+        colours = np.array(picture.tag_v2.get(COLOUR_MAP, ()))
+        if colours.size and colours.max() <= 255:
+            picture.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
+    return picture
 
 
 def check_size(picture: Image.Image, name: str | Path = "picture", max_pixels: int = MAX_PIXELS) -> None:

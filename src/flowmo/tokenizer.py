@@ -225,13 +225,16 @@ class FlowMo(Packable):
         return self.config.model.nested_dropout > 0
 
     def rates(self, height: int, width: int) -> tuple[float, ...]:
-        """Bits per pixel that images of this true size can be encoded at, ascending; none for a continuous model."""
-        bits, sub_tokens = self.quantizer.bits_per_token, self.quantizer.sub_tokens
-        if bits is None or sub_tokens is None:
+        """Bits per pixel that images of this true size can be encoded at, ascending; none for a continuous model.
+
+        They are those of ``Codes.bits_per_pixel``: an id takes whole bits.
+        """
+        id_count, sub_tokens = self.quantizer.id_count, self.quantizer.sub_tokens
+        if id_count is None or sub_tokens is None:
             return ()
         patch = self.config.model.patch_size
         tokens = self.tokens(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch)
-        full = tokens * bits / (height * width)
+        full = tokens * sub_tokens * (id_count - 1).bit_length() / (height * width)
         return tuple(full * k / sub_tokens for k in range(1, sub_tokens + 1)) if self.variable_rate else (full,)
 
     def sub_tokens_at(self, bits_per_pixel: float, height: int, width: int) -> int:

@@ -133,13 +133,18 @@ class Config:
 
     @property
     def bits_per_picture(self) -> float | None:
-        """Bits of one picture's ids, or ``None`` for a continuous bottleneck."""
+        """Bits of one picture's ids as they are stored, or ``None`` for a continuous bottleneck.
+
+        An id takes whole bits: one of 125 takes 7, not log2(125).
+        """
         m = self.model
+        levels = max(m.fsq_levels, 2)
+        channels = max(int(m.codebook_size_for_entropy / math.log2(levels) + 1e-9), 1)  # of an id of fsq
         bits_per_token = {
             "lfq": m.context_dim,
             "bsq": m.context_dim,
-            "fsq": m.context_dim * math.log2(max(m.fsq_levels, 2)),
-            "vq": m.vq_sub_tokens * math.log2(max(m.vq_entries, 2)),
+            "fsq": m.context_dim // channels * (levels**channels - 1).bit_length(),
+            "vq": m.vq_sub_tokens * (max(m.vq_entries, 2) - 1).bit_length(),
         }
         bits = bits_per_token.get(m.quantization_type)
         return None if bits is None else float(m.code_length * bits)

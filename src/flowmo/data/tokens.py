@@ -54,6 +54,10 @@ class Vocabulary:
         model: what it was called when it was loaded.
         image_size: side of its pictures.
         classes: names by label.
+        id_count: ids run from 0 to ``id_count`` − 1; ``None`` where these are all of ``id_bits`` bits.
+
+    Raises:
+        TypeError: ``id_count`` does not take ``id_bits`` bits.
     """
 
     tokenizer: str
@@ -63,6 +67,17 @@ class Vocabulary:
     sub_tokens: int
     id_bits: int
     classes: tuple[str, ...] = ()
+    id_count: int | None = None
+
+    def __post_init__(self) -> None:
+        count = self.id_count
+        if count is not None and (type(count) is not int or count < 1 or (count - 1).bit_length() != self.id_bits):
+            raise TypeError(f"{count} ids do not take {self.id_bits} bits")
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to ``vocab_size`` − 1."""
+        return self.id_count or 1 << self.id_bits
 
     @property
     def ids(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
@@ -82,12 +83,34 @@ class ResNetFeatures(nn.Module):
         return Features(pooled, self.resnet.network.fc(pooled))
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute convolutions and matrix products of float32 in float32.
+
+    On NVIDIA GPUs cuDNN's default is TF32, which keeps 10 bits of each factor's fraction.
+    """
+    backends = torch.backends
+    named = hasattr(backends.cudnn, "conv")  # PyTorch 2.9 and newer
+    owners = (backends.cudnn.conv if named else backends.cudnn, backends.cuda.matmul)
+    name, exact = ("fp32_precision", "ieee") if named else ("allow_tf32", False)
+    before = [getattr(owner, name) for owner in owners]
+    try:
+        for owner in owners:
+            setattr(owner, name, exact)
+        yield
+    finally:
+        for owner, value in zip(owners, before, strict=True):
+            setattr(owner, name, value)
+
+
+@without_tf32()
 def features_of(network: FeatureNetwork, images: Tensor) -> Features:
     """A network's features of any number of pictures b 3 h w, seen in one shape."""
     kinds = zip(*(network(*chunk) for chunk in one_shape(images)), strict=True)
     return Features(*(None if parts[0] is None else torch.cat(parts)[: len(images)] for parts in kinds))
 
 
+@without_tf32()
 def in_one_shape(network: Callable[..., Tensor], *images: Tensor) -> Tensor:
     """A network's output for pictures b 3 h w, or for pairs of them."""
     return torch.cat([network(*chunk) for chunk in one_shape(*images)])[: len(images[0])]

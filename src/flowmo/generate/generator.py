@@ -62,7 +62,8 @@ class Generator(Packable):
 
     def identity(self) -> str:
         """16 hex digits that name these weights, this architecture and the tokenizer whose ids they draw."""
-        return identity_of({**self.config.generator_architecture(), **asdict(self.vocabulary)}, self)
+        vocabulary = {name: value for name, value in asdict(self.vocabulary).items() if value is not None}
+        return identity_of({**self.config.generator_architecture(), **vocabulary}, self)
 
     def label(self, name: str | int) -> int:
         """The index of a class by its name, its WordNet id or its index, see ``flowmo.generate.classes.find_class``.
@@ -178,14 +179,20 @@ class Generator(Packable):
         return torch.where(reveal, drawn, ids), hidden & ~reveal
 
     def guided_logits(self, ids: Tensor, hidden: Tensor, labels: Tensor, guidance: float = 1.0) -> Tensor:
-        """Logits b n v in float32; null + guidance · (of the class − null), without a null pass where it is 1."""
+        """Logits b n v in float32; null + guidance · (of the class − null), without a null pass where it is 1.
+
+        The network has a logit for each id of ``id_bits`` bits. Those that the tokenizer has not are −∞.
+        """
         labels = labels.to(self.device)
         if guidance == 1:
-            return self._logits(ids, hidden, labels)
-        null = torch.full_like(labels, self.null_class)
-        both = self._logits(ids.repeat(2, 1), hidden.repeat(2, 1), torch.cat((labels, null)))
-        given, free = both.chunk(2)
-        return free + guidance * (given - free)
+            logits = self._logits(ids, hidden, labels)
+        else:
+            null = torch.full_like(labels, self.null_class)
+            both = self._logits(ids.repeat(2, 1), hidden.repeat(2, 1), torch.cat((labels, null)))
+            given, free = both.chunk(2)
+            logits = free + guidance * (given - free)
+        logits[..., self.vocabulary.vocab_size :] = -torch.inf
+        return logits
 
     def _logits(self, ids: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
         with computing(self.precision, self.device):
@@ -263,9 +270,9 @@ class Generator(Packable):
         v = self.vocabulary
         if ids.ndim != 3 or ids.shape[1:] != (v.tokens, v.sub_tokens) or ids.is_floating_point():
             raise GenerationError(f"ids have shape {tuple(ids.shape)}, not whole (batch, {v.tokens}, {v.sub_tokens})")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 2**v.id_bits:
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < v.vocab_size:
             raise GenerationError(
-                f"ids run from {int(ids.min())} to {int(ids.max())}, not from 0 to {2**v.id_bits - 1}"
+                f"ids run from {int(ids.min())} to {int(ids.max())}, not from 0 to {v.vocab_size - 1}"
             )
         return ids.flatten(1).long()
 

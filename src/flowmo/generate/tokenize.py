@@ -120,6 +120,7 @@ def tokenize(
         tokens=tokenizer.code_length,
         sub_tokens=sub_tokens,
         id_bits=(id_count - 1).bit_length(),
+        id_count=None if id_count.bit_count() == 1 else id_count,  # what older folders lack, where it tells nothing
         source=name,
         count=len(source) * crops * (2 if flip else 1),
         shard_size=shard_size,

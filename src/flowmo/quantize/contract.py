@@ -55,9 +55,6 @@ class Quantizer(Protocol):
         """Ids run from 0 to ``id_count`` − 1; ``None`` where the bottleneck is continuous."""
 
     @property
-    def bits_per_token(self) -> float | None: ...
-
-    @property
     def needs_whole_batch(self) -> bool:
         """Whether a loss depends on a mean over the batch otherwise than linearly, and so calls ``whole_batch``."""
 

@@ -38,7 +38,6 @@ class FSQ:
         self.levels = levels
         self.sub_tokens = channels // self.group
         self.id_count = levels**self.group
-        self.bits_per_token = channels * math.log2(levels)
 
     def sub_token_of(self, channel: Tensor) -> Tensor:
         """Index of the sub-token that each channel belongs to."""

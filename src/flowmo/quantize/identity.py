@@ -10,7 +10,7 @@ from flowmo.quantize.contract import Quantized, WholeBatch, alone
 class Identity:
     """Continuous code of ``channels`` channels a token, passed on unchanged and without a loss."""
 
-    sub_tokens = id_count = bits_per_token = None
+    sub_tokens = id_count = None
     needs_whole_batch = False
 
     def __init__(self, channels: int):

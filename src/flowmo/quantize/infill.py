@@ -37,7 +37,7 @@ class Infill:
         LanguageModelError: on the first training pass, where the model cannot be loaded or has another hidden size.
     """
 
-    sub_tokens = id_count = bits_per_token = None
+    sub_tokens = id_count = None
     needs_whole_batch = False
 
     def __init__(self, channels: int, name: str):

@@ -17,7 +17,7 @@ class KL:
     picture's latent and averaged over the batch, with weight 1, as in the authors' release.
     """
 
-    sub_tokens = id_count = bits_per_token = None
+    sub_tokens = id_count = None
     needs_whole_batch = False
 
     def __init__(self, channels: int):

@@ -20,7 +20,7 @@ NORM_EPS = 1e-6
 class LayerNorm:
     """Continuous code of ``channels`` channels a token, without a loss."""
 
-    sub_tokens = id_count = bits_per_token = None
+    sub_tokens = id_count = None
     needs_whole_batch = False
 
     def __init__(self, channels: int):

@@ -36,7 +36,6 @@ class LFQ:
         self.group = group
         self.sub_tokens = channels // group
         self.id_count = 2**group
-        self.bits_per_token = float(channels)
         self.entropy_weight = entropy_weight
         self.commitment_weight = commitment_weight
 

@@ -11,8 +11,6 @@ jump to a random sub-token of the batch, which only one process has, it needs no
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +49,6 @@ class VQ(nn.Module):
         self.channels = self.encoder_channels = channels
         self.sub_tokens = sub_tokens
         self.id_count = entries
-        self.bits_per_token = sub_tokens * math.log2(entries)
         self.decay, self.commitment_weight = decay, commitment_weight
         codebook = torch.randn(entries, channels // sub_tokens)
         self.register_buffer("codebook", codebook)

@@ -70,8 +70,8 @@ class GeneratorStage(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> Loss:
         """Cross-entropy over hidden ids (Chang et al. 2022).
 
-        It is divided by how many are hidden on average, not by how many are hidden here: so it is a mean over
-        pictures, and the same however a batch is cut over processes and passes.
+        The loss, and what is logged of it, is divided by how many ids are hidden on average, not by how many are
+        hidden here: so it is a mean over pictures, and the same however a batch is cut over processes and passes.
 
         Args:
             ids: int64 b n.
@@ -82,15 +82,15 @@ class GeneratorStage(nn.Module):
         total = F.cross_entropy(
             logits[hidden].float(), ids[hidden], label_smoothing=settings.label_smoothing, reduction="sum"
         )
-        loss = total / (ids.numel() * MEAN_HIDDEN_SHARE[settings.schedule])
+        expected = ids.numel() * MEAN_HIDDEN_SHARE[settings.schedule]
         with torch.no_grad():
-            shown = logits.detach()[hidden]
-            parts = {
-                "loss": loss.detach(),
-                "cross_entropy": F.cross_entropy(shown.float(), ids[hidden]),
-                "accuracy": (shown.argmax(dim=-1) == ids[hidden]).float().mean(),
+            shown = logits.detach()[hidden].float()
+            sums = {
+                "loss": total.detach(),
+                "cross_entropy": F.cross_entropy(shown, ids[hidden], reduction="sum"),
+                "accuracy": (shown.argmax(dim=-1) == ids[hidden]).float().sum(),
             }
-        return Loss(loss, parts)
+        return Loss(total / expected, {name: value / expected for name, value in sums.items()})
 
 
 class GeneratorTask:
