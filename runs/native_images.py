@@ -12,37 +12,16 @@ import argparse
 import random
 import shutil
 import string
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
-from nano_pictures import ALIKE, THUMB, files, thumb
+from nano_pictures import files, unlike
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 256
 LATIN = ("DejaVu", "Liberation", "Free", "NotoSans-", "NotoSerif-", "NotoMono", "NotoSansMono-")
 WORDS = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8").split()
 QUALITY = 95
-
-
-def unlike(photographs: list[Path], held_out: list[Path]) -> list[Path]:
-    """The readable photographs that look like none of the held-out ones; the others are printed."""
-    with Pool() as pool:
-        thumbs = pool.map(thumb, photographs, 64)
-        other = zip(held_out, pool.map(thumb, held_out, 64), strict=True)
-        known = [(path, small) for path, small in other if small is not None]
-    seen = np.stack([small for _, small in known]) if known else np.full((1, THUMB**2), np.inf, np.float32)
-    chosen = []
-    for path, small in zip(photographs, thumbs, strict=True):
-        if small is None:
-            print(f"unreadable: {path}")
-            continue
-        distances = np.sqrt(np.square(seen - small).mean(axis=1))
-        if distances.min() < ALIKE:
-            print(f"held out: {path} looks like {known[int(distances.argmin())][0]}")
-            continue
-        chosen.append(path)
-    return chosen
 
 
 def phrase(draw: random.Random, length: int) -> str:
