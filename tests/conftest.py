@@ -39,6 +39,30 @@ TINY = {
     },
 }
 
+TINY_NATIVE = {
+    "data": {"image_size": 64},
+    "model": {
+        "network": "windowed",
+        "patch_size": 16,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "dec_depth": 2,
+        "enc_hidden_size": 32,
+        "enc_num_heads": 2,
+        "enc_depth": 2,
+        "conv_depth": 1,
+        "window": 4,
+        "code_length": 16,
+        "context_dim": 12,
+        "quantization_type": "fsq",
+        "prediction": "picture",
+        "nested_dropout": 1.0,
+        "enable_cfg": False,
+    },
+    "opt": {"lpips_weight": 0.0, "mup_base_width": 0},
+    "eval": {"sampling": {"sample_steps": 1, "guidance": 1.0}},
+}
+
 
 def open_gates(tokenizer: FlowMo) -> FlowMo:
     """A fresh decoder's gates are closed, which would hide most of it from a test; give them small random values."""
@@ -75,6 +99,13 @@ def tiny_config() -> Config:
 def tiny(tiny_config) -> FlowMo:
     torch.manual_seed(0)
     return open_gates(FlowMo(tiny_config)).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def native() -> FlowMo:
+    """A tokenizer of native size and variable rate: four planes of 9 bits."""
+    torch.manual_seed(0)
+    return FlowMo(Config.from_dict(TINY_NATIVE)).eval().requires_grad_(False)
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from conftest import TINY_NATIVE, run_command
 from PIL import Image
 from test_codec import peaked
-from test_windowed import TINY_NATIVE
 
 from flowmo import Config, FlowMo, codec, save
 from flowmo.codec import Codec, CodecError, MissingPlanes
@@ -29,12 +28,6 @@ ORDER = np.array([[0, 2], [3, 1]])
 NEIGHBOURS = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
 
 
-@pytest.fixture
-def native() -> FlowMo:
-    torch.manual_seed(0)
-    return FlowMo(Config.from_dict(TINY_NATIVE)).eval().requires_grad_(False)
-
-
 def random_codes(height: int, width: int, seed: int = 0, planes: int = S) -> Codes:
     rows, columns = -(-height // 16), -(-width // 16)
     ids = torch.randint(0, 512, (1, rows * columns, planes), generator=torch.Generator().manual_seed(seed))
@@ -43,8 +36,8 @@ def random_codes(height: int, width: int, seed: int = 0, planes: int = S) -> Cod
 
 def random_model(tokenizer: FlowMo, seed: int = 0, hidden: int = 5, scale: int = 3000, **changes) -> PlaneModel:
     rng, k, nodes = np.random.default_rng(seed), len(NEIGHBOURS), (1 << B) - 1
-    shapes = {"start": (S, 4, hidden), "around": (S, k * S * D, hidden), "middle": (S, hidden, hidden)}
-    shapes |= {"middle_start": (S, hidden), "digits": (S, D, nodes + 1, hidden)}
+    shapes = {"start": (S, hidden), "around": (S, k * S * D, hidden), "middle": (S, hidden, hidden)}
+    shapes |= {"middle_start": (S, hidden), "digits": (S, S * D, nodes + 1, hidden)}
     shapes |= {"readout": (S, D, hidden, nodes), "bias": (S, D, nodes)}
     arrays = {name: rng.integers(-scale, scale, shape) for name, shape in shapes.items()}
     return PlaneModel(tokenizer.identity(), NEIGHBOURS, **{"order": ORDER, **arrays, **changes})
@@ -52,8 +45,8 @@ def random_model(tokenizer: FlowMo, seed: int = 0, hidden: int = 5, scale: int =
 
 def low_model(tokenizer: FlowMo) -> PlaneModel:
     """It expects the digit 0 everywhere."""
-    shapes = {"start": (S, 4, 0), "around": (S, 9 * S * D, 0), "middle": (S, 0, 0), "middle_start": (S, 0)}
-    shapes |= {"digits": (S, D, 8, 0), "readout": (S, D, 0, 7)}
+    shapes = {"start": (S, 0), "around": (S, 9 * S * D, 0), "middle": (S, 0, 0), "middle_start": (S, 0)}
+    shapes |= {"digits": (S, S * D, 8, 0), "readout": (S, D, 0, 7)}
     arrays = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
     return PlaneModel(tokenizer.identity(), NEIGHBOURS, ORDER, bias=np.full((S, D, 7), -700), **arrays)
 
@@ -367,9 +360,8 @@ def test_a_model_is_its_file(native, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"order": np.array([[0, 2]])}, "number the steps"),
-        ({"order": np.array([[0, 1, 2]])}, "number the steps"),
-        ({"order": np.array([0, 1, 2, 3])}, "number the steps"),
+        ({"order": np.array([0, 1, 2, 3])}, "no step"),
+        ({"order": np.zeros((0, 2), np.int64)}, "no step"),
         ({"middle": np.zeros((S, 5, 4), np.int64)}, "middle has shape"),
         ({"bias": np.full((S, D, 7), 1 << 15)}, "16 bits"),
         ({"bias": np.zeros((S, D, 6), np.int64)}, "shape"),

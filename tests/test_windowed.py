@@ -8,36 +8,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY_NATIVE
 from PIL import Image
 
 from flowmo import Config, ConfigError, FlowMo, blocks, load, save
 from flowmo.tokenizer import Codes
 from flowmo.train.stages import Draws, kept_sub_tokens, pretrain_loss
 from flowmo.windowed import Convolution, WindowedBlock, WindowedShape, depth_to_space, space_to_depth
-
-TINY_NATIVE = {
-    "data": {"image_size": 64},
-    "model": {
-        "network": "windowed",
-        "patch_size": 16,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "dec_depth": 2,
-        "enc_hidden_size": 32,
-        "enc_num_heads": 2,
-        "enc_depth": 2,
-        "conv_depth": 1,
-        "window": 4,
-        "code_length": 16,
-        "context_dim": 12,
-        "quantization_type": "fsq",
-        "prediction": "picture",
-        "nested_dropout": 1.0,
-        "enable_cfg": False,
-    },
-    "opt": {"lpips_weight": 0.0, "mup_base_width": 0},
-    "eval": {"sampling": {"sample_steps": 1, "guidance": 1.0}},
-}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import flowmo
@@ -24,10 +25,12 @@ from flowmo.cli.shared import (
     with_json,
     with_model,
 )
+from flowmo.coding.context import IntegerModel
 from flowmo.config import REVEALING_ORDERS
-from flowmo.data import open_source
+from flowmo.data import evenly_spread, open_source
 from flowmo.evaluate.figures import grid
-from flowmo.pictures import read_image, to_picture
+from flowmo.pictures import ImageError, read_image, to_picture
+from flowmo.tokenizer import FlowMo
 
 MOST_IN_A_GRID = 1000
 GRID_COLUMNS = 8
@@ -87,34 +90,85 @@ def tokenize(arguments: argparse.Namespace) -> None:
 def context(arguments: argparse.Namespace) -> None:
     """Learn from the ids of many pictures how likely each bit is, so that .flowmo files get shorter.
 
-    The file belongs beside the tokenizer's, as NAME.context.safetensors beside NAME.safetensors.
+    TOKENS is a folder that flowmo tokenize wrote. For a tokenizer of native size it is a dataset of pictures, which are
+    encoded first. The file belongs beside the tokenizer's, as NAME.context.safetensors beside NAME.safetensors.
     """
-    from flowmo.coding.context import cost
-    from flowmo.coding.fit import fit, frequencies, picture_bits
-    from flowmo.data.tokens import Tokens
-
     tokenizer = flowmo.load(arguments.model)
-    tokens = Tokens(arguments.tokens, tokenizer.identity())
-    models = {"frequencies": frequencies(tokens)}
-    if not arguments.frequencies:
-        layout = tokenizer.config.model.code_layout
-        show = progress_bar("fitting")
-        models["context"] = fit(tokens, layout, arguments.hidden, arguments.fit_steps, arguments.seed, show)
+    models, packed, bits = (native_contexts if tokenizer.native_size else fixed_contexts)(arguments, tokenizer)
     chosen = list(models.values())[-1]
     content = chosen.save()
     checkpoint.write_content(arguments.out, content)
     facts: dict[str, Any] = {"file": str(arguments.out), "bytes": len(content), "identity": chosen.identity.hex()}
     lines = [f"{arguments.out}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}"]
     if arguments.held_out:
-        others = Tokens(arguments.held_out, tokenizer.identity())
-        bits = picture_bits(others, range(len(others)))
-        facts |= {"pictures": len(bits), "packed": bits[0].size / 8}
-        lines.append(f"bytes of ids a picture, {len(bits)} others: packed {facts['packed']:.1f}")
-        for name, model in models.items():
-            size = cost(model, bits) / 8
+        facts |= {"pictures": len(packed), "packed": float(packed.mean())}
+        lines.append(f"bytes of ids a picture, {len(packed)} others: packed {facts['packed']:.1f}")
+        for name, costs in bits.items():
+            size = costs.sum(axis=1) / 8
             facts |= {name: float(size.mean()), f"{name}_spread": float(size.std())}
-            lines[-1] += f", by {name} {size.mean():.1f} ± {size.std():.1f}"
+            lines[1] += f", by {name} {size.mean():.1f} ± {size.std():.1f}"
+            if tokenizer.native_size:
+                planes = (costs.sum(axis=0) / (8 * packed.sum()) * costs.shape[1]).tolist()
+                facts[f"{name}_planes"] = planes
+                lines.append(f"share of each plane by {name}: {' '.join(f'{share:.3f}' for share in planes)}")
     tell(arguments, "\n".join(lines), **facts)
+
+
+Contexts = tuple[dict[str, IntegerModel], np.ndarray, dict[str, np.ndarray]]
+"""Models by name; of held-out pictures the bytes of packed ids, n, and the bits by each model, n × planes."""
+
+
+def fixed_contexts(arguments: argparse.Namespace, tokenizer: FlowMo) -> Contexts:
+    from flowmo.coding import fit as fitting
+    from flowmo.coding.context import cost
+    from flowmo.data.tokens import Tokens
+
+    tokens = Tokens(arguments.tokens, tokenizer.identity())
+    models = {"frequencies": fitting.frequencies(tokens)}
+    if not arguments.frequencies:
+        layout = tokenizer.config.model.code_layout
+        models["context"] = fitting.fit(tokens, layout, **fit_settings(arguments))
+    if not arguments.held_out:
+        return {**models}, np.zeros(0), {}
+    others = Tokens(arguments.held_out, tokenizer.identity())
+    bits = fitting.picture_bits(others, range(len(others)))
+    costs = {name: cost(model, bits)[:, None] for name, model in models.items()}
+    return {**models}, np.full(len(bits), bits[0].size / 8), costs
+
+
+def native_contexts(arguments: argparse.Namespace, tokenizer: FlowMo) -> Contexts:
+    from flowmo.coding import fit_planes
+
+    def ids_of(path: str, show: str) -> list[np.ndarray]:
+        source = open_source(path)
+        chosen, report = evenly_spread(arguments.count, len(source)), progress_bar(show)
+        images = []
+        for i, index in enumerate(chosen):
+            try:
+                codes = tokenizer.encode_image(source.read(index))
+            except ImageError as error:
+                print(f"flowmo: left out: {error}", file=sys.stderr)
+                continue
+            images.append(fit_planes.ids_on_lattice(codes, tokenizer))
+            if report:
+                report(i + 1, len(chosen))
+        return images
+
+    images = ids_of(arguments.tokens, "encoding")
+    models = {"frequencies": fit_planes.frequencies(images, tokenizer)}
+    if not arguments.frequencies:
+        models["context"] = fit_planes.fit(images, tokenizer, **fit_settings(arguments))
+    if not arguments.held_out:
+        return {**models}, np.zeros(0), {}
+    others = ids_of(arguments.held_out, "encoding others")
+    costs = {name: np.stack([fit_planes.plane_costs(m, ids) for ids in others]) for name, m in models.items()}
+    return {**models}, np.array([ids.size * models["frequencies"].shape[1] / 8 for ids in others]), costs
+
+
+def fit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that are given; the fits have defaults of their own."""
+    given = {"hidden": arguments.hidden, "steps": arguments.fit_steps, "seed": arguments.seed}
+    return {"progress": progress_bar("fitting"), **{name: value for name, value in given.items() if value is not None}}
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -197,13 +251,16 @@ def add_to(commands: Any) -> None:
     with_json(sub)
 
     sub = command(context, "a model of a tokenizer's ids that makes .flowmo files shorter", commands)
-    sub.add_argument("tokens", metavar="TOKENS", help="folder that flowmo tokenize wrote")
+    sub.add_argument(
+        "tokens", metavar="TOKENS", help="folder that flowmo tokenize wrote; a dataset of pictures for native size"
+    )
     sub.add_argument("--out", type=Path, required=True, help="file to write, MODEL.context.safetensors")
     sub.add_argument("--model", default="nano", help="the tokenizer whose ids they are (nano)")
-    sub.add_argument("--held-out", metavar="TOKENS", help="ids of other pictures, to measure on")
+    sub.add_argument("--held-out", metavar="TOKENS", help="other pictures or their ids, to measure on")
     sub.add_argument("--frequencies", action="store_true", help="only count how often each bit is set")
-    sub.add_argument("--hidden", type=positive, default=128, help="hidden units (128)")
-    sub.add_argument("--fit-steps", type=positive, default=4000, help="steps of 512 tokens (4000)")
+    sub.add_argument("--count", type=positive, default=1000, help="native size: pictures to take of a dataset (1000)")
+    sub.add_argument("--hidden", type=positive, help="hidden units (128; native size: 64)")
+    sub.add_argument("--fit-steps", type=positive, help="steps of 512 tokens (4000; native size: 2000 of 1024 cells)")
     sub.add_argument("--seed", type=seed, default=0, help="seed of weights and order (0)")
     with_json(sub)
 

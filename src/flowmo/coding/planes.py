@@ -40,14 +40,14 @@ class PlaneModel(IntegerModel):
     """Probabilities of S planes from K cells around, H hidden units. ``neighbours`` includes (0, 0), the cell itself.
 
     Attributes:
-        order: rows × columns, the step of a cell at its row and column modulo these; all steps from 0 to the largest.
-        start: S × steps × H, what a plane and a step add to the first hidden layer.
+        order: rows × columns, the step of a cell at its row and column modulo these.
+        start: S × H, bias of the first hidden layer.
         around: S × K·S·D × H, from the digits of ``neighbours``: 2 · digit + 1 − 2^B, and 0 where not coded.
         middle: S × H × H, from the first hidden layer to the second.
-        middle_start: S × H.
-        digits: S × D × 2^B × H, what a digit of the id adds to the second hidden layer once it is known.
+        middle_start: S × H, bias of the second hidden layer.
+        digits: S × S·D × 2^B × H, what each known digit of the cell adds to the second hidden layer.
         readout: S × D × H × 2^B − 1, to the logits of a digit.
-        bias: S × D × 2^B − 1.
+        bias: S × D × 2^B − 1, of the logits.
     """
 
     FORMAT = "planes 1"
@@ -63,20 +63,12 @@ class PlaneModel(IntegerModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order.ndim != 2 or not np.array_equal(np.unique(self.order), np.arange(self.start.shape[1])):
-            raise ContextError("order does not number the steps of a lattice")
+        if self.order.ndim != 2 or not self.order.size:
+            raise ContextError("order gives no step to the cells of a lattice")
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        (planes, _, hidden), (digits, nodes) = self.start.shape, self.bias.shape[1:]
-        inputs = len(self.neighbours) * planes * digits
-        return {
-            "around": (planes, inputs, hidden),
-            "middle": (planes, hidden, hidden),
-            "middle_start": (planes, hidden),
-            "digits": (planes, digits, nodes + 1, hidden),
-            "readout": (planes, digits, hidden, nodes),
-            "bias": (planes, digits, (1 << nodes.bit_length()) - 1),
-        }
+        (planes, hidden), (digits, nodes) = self.start.shape, self.bias.shape[1:]
+        return weight_shapes(planes, digits, nodes.bit_length(), len(self.neighbours), hidden)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,6 +84,20 @@ class PlaneModel(IntegerModel):
     def products(self) -> dict[str, np.ndarray]:
         """The weights that are multiplied, as float64."""
         return {name: self.arrays[name].astype(np.float64) for name in ("around", "middle", "readout")}
+
+
+def weight_shapes(planes: int, digits: int, bits: int, neighbours: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a ``PlaneModel``'s weights."""
+    nodes = (1 << bits) - 1
+    return {
+        "start": (planes, hidden),
+        "around": (planes, neighbours * planes * digits, hidden),
+        "middle": (planes, hidden, hidden),
+        "middle_start": (planes, hidden),
+        "digits": (planes, planes * digits, nodes + 1, hidden),
+        "readout": (planes, digits, hidden, nodes),
+        "bias": (planes, digits, nodes),
+    }
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,15 @@ class Plane:
         around, middle, readout = (model.products[name][s] for name in ("around", "middle", "readout"))
         digits, nodes = model.bias.shape[1:]
         bits, table, largest = nodes.bit_length(), logistic_table(), LARGEST_LOGIT << FRACTION
-        lattice = Lattice(self.earlier.shape[0], self.earlier.shape[1], model.neighbours, model.order)
-        field = lattice.field(self.earlier, model.shape[0], digits, bits)
         known: Bits = np.zeros((pictures, *self.shape), np.int8)
-        for step, cells in lattice.steps():
+        lattice = Lattice(self.earlier.shape[0], self.earlier.shape[1], model.neighbours, model.order)
+        earlier = digits_of(self.earlier.reshape(len(known[0]), s), digits, bits)
+        field = lattice.field(self.earlier, model.shape[0], digits, bits)
+        for cells in lattice.steps():
             seen = field[lattice.around(cells)].reshape(len(cells), -1)
-            hidden = model.start[s, step] + product(seen, around, WEIGHT_FRACTION - FRACTION)
+            hidden = model.start[s] + product(seen, around, WEIGHT_FRACTION - FRACTION)
             hidden = model.middle_start[s] + product(activated(hidden), middle, WEIGHT_FRACTION)
+            hidden += model.digits[s, np.arange(s * digits), earlier[cells]].sum(axis=1)
             for digit in range(digits):
                 logits = model.bias[s, digit] + product(activated(hidden), readout[digit], WEIGHT_FRACTION)
                 p = table[np.clip(logits, -largest, largest) + largest]
@@ -138,8 +146,8 @@ class Plane:
                     known[:, cells, index] = chosen
                     node = 2 * node + chosen[0]
                 value = node - (1 << bits)
-                hidden += model.digits[s, digit, value]
-                field[lattice.at(cells), s * digits + digit] = 2 * value + 1 - (1 << bits)
+                hidden += model.digits[s, s * digits + digit, value]
+                field[lattice.at(cells), s * digits + digit] = centred(value, bits)
         return known
 
 
@@ -157,17 +165,18 @@ class Lattice:
         self.width = columns + 2 * self.margin
         self.offsets = np.array([down * self.width + right for down, right in neighbours], np.int64)
 
-    def steps(self) -> list[tuple[int, np.ndarray]]:
-        """(step, indices of its cells) in the order of coding; large steps in parts of ``CELLS_AT_ONCE``."""
-        row, column = np.indices((self.rows, self.columns))
-        step_of = self.order[row % self.order.shape[0], column % self.order.shape[1]].ravel()
+    @property
+    def step_of(self) -> np.ndarray:
+        """The step of every cell."""
+        row, column = np.indices((self.rows, self.columns)).reshape(2, -1)
+        return self.order[row % self.order.shape[0], column % self.order.shape[1]]
+
+    def steps(self) -> list[np.ndarray]:
+        """Indices of the cells of each step, in the order of coding; large steps in parts of ``CELLS_AT_ONCE``."""
+        step_of = self.step_of
         cells = np.argsort(step_of, kind="stable")
-        parts = np.split(cells, np.flatnonzero(np.diff(step_of[cells])) + 1)
-        return [
-            (int(step_of[part[0]]), part[start : start + CELLS_AT_ONCE])
-            for part in parts
-            for start in range(0, len(part), CELLS_AT_ONCE)
-        ]
+        steps = np.split(cells, np.flatnonzero(np.diff(step_of[cells])) + 1)
+        return [step[i : i + CELLS_AT_ONCE] for step in steps for i in range(0, len(step), CELLS_AT_ONCE)]
 
     def at(self, cells: np.ndarray) -> np.ndarray:
         """Rows of the field that belong to cells."""
@@ -182,8 +191,8 @@ class Lattice:
         """Digits of the first planes' ids, rows × columns × planes, and zeros: int16, positions × planes · digits."""
         margin, known = self.margin, ids.shape[2]
         field: np.ndarray = np.zeros((self.rows + 2 * margin, self.width, planes, digits), np.int16)
-        values = (ids[..., None] >> bits * np.arange(digits)) & ((1 << bits) - 1)
-        field[margin : margin + self.rows, margin : margin + self.columns, :known] = 2 * values + 1 - (1 << bits)
+        values = digits_of(ids, digits, bits).reshape(self.rows, self.columns, known, digits)
+        field[margin : margin + self.rows, margin : margin + self.columns, :known] = centred(values, bits)
         return field.reshape(-1, planes * digits)
 
 
@@ -195,3 +204,14 @@ def product(x: np.ndarray, weights: np.ndarray, shift: int) -> np.ndarray:
 def activated(hidden: np.ndarray) -> np.ndarray:
     """The bounds keep every sum of a product exact."""
     return np.clip(hidden, 0, LARGEST_ACTIVATION)
+
+
+def digits_of(ids: np.ndarray, digits: int, bits: int) -> np.ndarray:
+    """ids … × planes -> their digits, … × planes · digits."""
+    spread = (ids[..., None] >> bits * np.arange(digits)) & ((1 << bits) - 1)
+    return spread.reshape(*ids.shape[:-1], ids.shape[-1] * digits)
+
+
+def centred(digit: np.ndarray, bits: int) -> np.ndarray:
+    """Digits as the network sees them, around 0."""
+    return 2 * digit + 1 - (1 << bits)
