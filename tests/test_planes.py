@@ -21,6 +21,7 @@ from flowmo.codec import Codec, CodecError, MissingPlanes
 from flowmo.coding import fit_planes, range_coder
 from flowmo.coding.context import ContextError, ContextModel, cost, token_bits
 from flowmo.coding.planes import LARGEST_ACTIVATION, PlaneModel, activated, product
+from flowmo.demo import Page
 from flowmo.tokenizer import Codes
 
 S, D, B = 4, 3, 3
@@ -317,6 +318,19 @@ def test_a_truncated_file_decodes_with_a_line_about_it(native_file, picture, tmp
     status, _, told = run_command(capsys, "decode", file, out, *model)
     assert status == 2
     assert told.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore::flowmo.codec.MissingPlanes")
+def test_the_page_tells_of_missing_planes(native, tmp_path):
+    page = Page(native, Codec(native), tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    file = tmp_path / "a.flowmo"
+    content = Codec(native).pack(random_codes(40, 70))
+    for cut, planes in ((0, None), (1, "3 of 4: a coarser picture")):
+        file.write_bytes(content[: len(content) - cut])
+        facts = page.reconstruct(str(file), "tile", 1, 0, 1.0).facts
+        assert facts.get("planes") == planes
+        assert facts["ids"].startswith("45 in" if cut else "60 in")
 
 
 # Context models
