@@ -37,15 +37,17 @@ with watching:
     import json
     import tarfile
     import zipfile
+    from binascii import crc_hqx
 
     import numpy as np
     import torch
     from PIL import Image
 
     from flowmo import Config, FlowMo, checkpoint, save, sharded
-    from flowmo.codec import CRC, Codec
+    from flowmo.codec import CONTEXT_BYTES, CRC, PLANE_CRC, Codec, CodecError, read_number
     from flowmo.coding import range_coder
     from flowmo.coding.context import ContextModel
+    from flowmo.coding.planes import PlaneModel, weight_shapes
     from flowmo.data import DataError, TarSource, build_index, default_index
     from flowmo.data.tar import read_index
     from flowmo.data.tokens import TokenFacts, Tokens, describe, pack_shard, read_facts
@@ -68,6 +70,26 @@ SMALL = {
         "code_length": 4,
         "context_dim": 4,
         "codebook_size_for_entropy": 4,
+    },
+}
+NATIVE = {
+    "data": {"image_size": 32},
+    "model": {
+        "network": "windowed",
+        "patch_size": 16,
+        "hidden_size": 16,
+        "num_heads": 1,
+        "dec_depth": 1,
+        "enc_hidden_size": 16,
+        "enc_num_heads": 1,
+        "enc_depth": 1,
+        "conv_depth": 1,
+        "window": 2,
+        "code_length": 4,
+        "context_dim": 12,
+        "quantization_type": "fsq",
+        "nested_dropout": 1.0,
+        "enable_cfg": False,
     },
 }
 
@@ -94,9 +116,9 @@ class Target:
         return path
 
 
-def small_tokenizer() -> FlowMo:
+def small_tokenizer(tree: dict = SMALL) -> FlowMo:
     torch.manual_seed(0)
-    return FlowMo(Config.from_dict(SMALL)).eval().requires_grad_(False)
+    return FlowMo(Config.from_dict(tree)).eval().requires_grad_(False)
 
 
 class CodecTarget(Target):
@@ -123,6 +145,41 @@ class CodecTarget(Target):
             content = content[: -CRC.size] + CRC.pack(zlib.crc32(content[: -CRC.size]))
         codec = self.codecs[choice % len(self.codecs)]
         codes = codec.unpack(content)
+        assert torch.equal(codec.unpack(codec.pack(codes)).ids, codes.ids)
+
+
+class PlanesTarget(Target):
+    """A byte that says with or without a context model, then a file in planes; the header's checksum is put right."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        tokenizer = small_tokenizer(NATIVE)
+        self.codecs = [Codec(tokenizer)]
+        if range_coder.available():
+            sizes = weight_shapes(4, 3, 3, 9, 0)
+            arrays = {name: np.full(size, -900 * (name == "bias")) for name, size in sizes.items()}
+            neighbours = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
+            order = np.add.outer(2 * np.arange(4), np.arange(4))
+            self.codecs.append(Codec(tokenizer, PlaneModel(tokenizer.identity(), neighbours, order, **arrays)))
+        self.codes = [tokenizer.encode_image(Image.new("RGB", size)) for size in ((16, 16), (70, 40))]
+
+    def seeds(self) -> Iterator[bytes]:
+        for i, codec in enumerate(self.codecs):
+            for codes in self.codes:
+                yield bytes([i]) + codec.pack(codes.coarser(3))
+                codes.ids.fill_(0)  # what the context model above takes for likely
+                yield bytes([i]) + codec.pack(codes)
+
+    def __call__(self, data: bytes) -> None:
+        choice, content = data[0] if data else 0, data[1:]
+        if choice & 128:
+            with contextlib.suppress(CodecError):
+                place = read_number(content, read_number(content, 8)[1])[1] + 1
+                place += CONTEXT_BYTES * (content[3] >> 4 == 1)
+                head = content[:place]
+                content = head + PLANE_CRC.pack(crc_hqx(head, 0)) + content[place + PLANE_CRC.size :]
+        codec = self.codecs[choice % len(self.codecs)]
+        codes = codec.unpack(content, on_missing=lambda missing: None)
         assert torch.equal(codec.unpack(codec.pack(codes)).ids, codes.ids)
 
 
@@ -311,7 +368,7 @@ class WeightsTarget(Target):
             path = self.folder / "sharded"
             self.file(f"sharded/{sharded.TABLE}", content)
             self.file("sharded/run.json", json.dumps({"flowmo": 2, "config": SMALL}).encode())
-        for load in (checkpoint.load, load_generator, ContextModel.read):
+        for load in (checkpoint.load, load_generator, ContextModel.read, PlaneModel.read):
             with contextlib.suppress(FlowMoError):
                 load(path)
 
@@ -351,6 +408,7 @@ class PictureTarget(Target):
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "codec": CodecTarget,
+    "planes": PlanesTarget,
     "npz": NpzTarget,
     "config": ConfigTarget,
     "tokens": TokensTarget,

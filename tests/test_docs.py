@@ -138,7 +138,7 @@ def test_a_context_model_as_printed(checkout, capsys):
         shutil.copy(checkout / "examples" / "pictures" / "cat.jpg", checkout / folder)
     assert main(printed(page, "flowmo tokenize PICTURES")) == 0
     assert main(printed(page, "flowmo tokenize OTHERS")) == 0
-    assert main([*printed(page, "flowmo context"), "--hidden", "8", "--fit-steps", "60"]) == 0
+    assert main([*printed(page, "flowmo context tokens"), "--hidden", "8", "--fit-steps", "60"]) == 0
     assert "1 others: packed 288.0" in capsys.readouterr().out
     words = ("examples/pictures/cat.jpg", "a.flowmo", "--fit", "crop", "--model", "model.safetensors")
     assert main(["encode", *words]) == 0

@@ -6,7 +6,16 @@ import fuzz
 import pytest
 
 CORPUS = Path(__file__).parent / "corpus"
-ROUNDS = {"codec": 400, "npz": 200, "config": 150, "tokens": 300, "tar": 200, "weights": 60, "pictures": 400}
+ROUNDS = {
+    "codec": 400,
+    "planes": 400,
+    "npz": 200,
+    "config": 150,
+    "tokens": 300,
+    "tar": 200,
+    "weights": 60,
+    "pictures": 400,
+}
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

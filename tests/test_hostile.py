@@ -19,6 +19,7 @@ import flowmo
 from flowmo import Config, ConfigError, checkpoint, sharded
 from flowmo.checkpoint import CheckpointError
 from flowmo.coding.context import ContextModel
+from flowmo.coding.planes import PlaneModel
 from flowmo.data import DataError, TarSource, build_index, default_index
 from flowmo.data.tar import read_index
 from flowmo.data.tokens import Tokens
@@ -63,6 +64,7 @@ PLACES = {
     "generator.pth": load_generator,
     "resumed.pth": state.read_facts,
     "context.safetensors": ContextModel.read,
+    "planes.safetensors": PlaneModel.read,
     "tokenizer.safetensors": lambda file: flowmo.load(file),
     "peer.pt": read_weights,
     "whole.pt": lambda file: Parts(file.parent, "x", World()).take_over(),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import tracemalloc
 import warnings
 from binascii import crc_hqx
@@ -17,9 +18,10 @@ from test_codec import peaked
 
 from flowmo import Config, FlowMo, codec, save
 from flowmo.codec import Codec, CodecError, MissingPlanes
-from flowmo.coding import range_coder
+from flowmo.coding import fit_planes, range_coder
 from flowmo.coding.context import ContextError, ContextModel, cost, token_bits
 from flowmo.coding.planes import LARGEST_ACTIVATION, PlaneModel, activated, product
+from flowmo.demo import Page
 from flowmo.tokenizer import Codes
 
 S, D, B = 4, 3, 3
@@ -318,6 +320,19 @@ def test_a_truncated_file_decodes_with_a_line_about_it(native_file, picture, tmp
     assert told.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("ignore::flowmo.codec.MissingPlanes")
+def test_the_page_tells_of_missing_planes(native, tmp_path):
+    page = Page(native, Codec(native), tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    file = tmp_path / "a.flowmo"
+    content = Codec(native).pack(random_codes(40, 70))
+    for cut, planes in ((0, None), (1, "3 of 4: a coarser picture")):
+        file.write_bytes(content[: len(content) - cut])
+        facts = page.reconstruct(str(file), "tile", 1, 0, 1.0).facts
+        assert facts.get("planes") == planes
+        assert facts["ids"].startswith("45 in" if cut else "60 in")
+
+
 # Context models
 
 
@@ -447,3 +462,108 @@ def test_many_cells_at_once_change_nothing(native, monkeypatch):
     whole = probabilities(model, ids, 2)
     monkeypatch.setattr("flowmo.coding.planes.CELLS_AT_ONCE", 3)
     assert np.array_equal(probabilities(model, ids, 2), whole)
+
+
+# Fitting
+
+
+def structured(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Ids of images of 2 planes. The lowest digit of plane 0 is that of the cell to the left with probability 0.9, else
+    uniform; its other digits are uniform over 0 and 1. Plane 1 is plane 0 of the cell below."""
+    rng, images = np.random.default_rng(seed), []
+    for _ in range(count):
+        rows, columns = rng.integers(3, 7, 2)
+        low = rng.integers(0, 8, (rows + 1, columns))
+        for column in range(1, columns):
+            keep = rng.random(rows + 1) < 0.9
+            low[:, column] = np.where(keep, low[:, column - 1], low[:, column])
+        first = low + 8 * rng.integers(0, 2, low.shape) + 64 * rng.integers(0, 2, low.shape)
+        images.append(np.stack((first[:-1], first[1:]), axis=-1))
+    return images
+
+
+def test_frequencies_cost_the_entropy_of_the_digits(native):
+    images = structured(200)
+    model = fit_planes.frequencies(images, native)
+    spent = sum(fit_planes.plane_costs(model, ids) for ids in images)
+    cells = sum(ids[..., 0].size for ids in images)
+    for plane in range(2):
+        entropy = 0.0
+        for digit in range(D):
+            values = np.concatenate([(ids[..., plane] >> 3 * digit & 7).ravel() for ids in images])
+            p = np.bincount(values, minlength=8) / cells
+            entropy -= (p[p > 0] * np.log2(p[p > 0])).sum()
+        assert spent[plane] / cells == pytest.approx(entropy, rel=0.005)
+
+
+def test_what_is_fitted_finds_the_structure(native):
+    """Against the entropies of the process that made the ids."""
+    model = fit_planes.fit(structured(300), native, hidden=24, steps=200)
+    images = structured(60, seed=1)
+    spent = sum(fit_planes.plane_costs(model, ids) for ids in images)
+    first = sum(len(ids) for ids in images)
+    cells, inside = sum(ids[..., 0].size for ids in images), sum(ids[:-1, :, 0].size for ids in images)
+    copied = -(0.9 + 0.1 / 8) * np.log2(0.9 + 0.1 / 8) - 7 * 0.1 / 8 * np.log2(0.1 / 8)
+    entropy = 2 * cells + 3 * first + copied * (cells - first)
+    assert 0.95 * entropy < spent[0] < 1.25 * entropy < 0.9 * 5 * cells  # frequencies alone take 5 bits a cell
+    entropy = (2 + copied) * (cells - inside)  # plane 1 is known but for its last row
+    assert 0.95 * entropy < spent[1] < 0.55 * 5 * cells
+
+
+def test_the_integers_are_the_network_rounded(native):
+    """The network computes all cells of all planes at once, the integers cell after cell; their costs agree."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    images = [rng.integers(0, 512, (rows, columns, S)) for rows, columns in ((1, 1), (5, 7), (35, 3), (4, 40))]
+    net = fit_planes.PlaneNetwork(S, D, B, 12, generator)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    model = PlaneModel(native.identity(), fit_planes.NEIGHBOURS, fit_planes.ORDER, **net.rounded())
+    for ids in images:
+        samples = fit_planes.Samples([ids], D, B)
+        with torch.no_grad():
+            expected = net(*samples.batch(torch.arange(len(samples)))).sum(dim=0).numpy()
+        assert fit_planes.plane_costs(model, ids) == pytest.approx(expected, rel=0.01)
+
+
+def test_levels_that_are_no_power_of_two_are_refused(native):
+    five = FlowMo(Config.from_dict(TINY_NATIVE).override("model.fsq_levels=5"))
+    codes = five.encode_image(Image.new("RGB", (40, 70)))
+    assert torch.equal(Codec(five).unpack(Codec(five).pack(codes)).ids, codes.ids)
+    with pytest.raises(ContextError, match="digits of whole bits"):
+        fit_planes.fit([fit_planes.ids_on_lattice(codes, five)], five)
+
+
+def test_bits_have_digits_of_one_bit(native):
+    """LFQ's ids are 9 signs each."""
+    lfq = FlowMo(Config.from_dict(TINY_NATIVE).override("model.quantization_type=lfq", "model.context_dim=18"))
+    assert fit_planes.shape_of_ids(lfq) == (9, 1)
+    codes = lfq.encode_image(Image.effect_noise((40, 70), 90).convert("RGB"))
+    ids = fit_planes.ids_on_lattice(codes, lfq)
+    for model in (fit_planes.frequencies([ids], lfq), fit_planes.fit([ids], lfq, hidden=4, steps=2)):
+        ours = Codec(lfq, model)
+        assert torch.equal(ours.unpack(ours.pack(codes)).ids, codes.ids)
+
+
+def test_the_command(native, native_file, class_folder, tmp_path, capsys, picture):
+    pytest.importorskip("constriction")
+    out, photo, file = native_file.with_name("native.context.safetensors"), tmp_path / "a.png", tmp_path / "a.flowmo"
+    words = ["context", class_folder, "--model", native_file, "--out", out, "--held-out", class_folder, "--count", 4]
+    status, said, _ = run_command(capsys, *words, "--hidden", 8, "--fit-steps", 20, "--json")
+    assert status == 0
+    facts = json.loads(said)
+    assert facts["pictures"] == 4
+    assert facts["context"] < facts["packed"]
+    assert len(facts["context_planes"]) == S
+    picture.resize((160, 200)).save(photo)
+    assert run_command(capsys, "encode", photo, file, "--model", native_file)[0] == 0
+    content = file.read_bytes()
+    assert content[3] >> 4 == codec.CONTEXT
+    assert run_command(capsys, "encode", photo, file, "--model", native_file, "--packed")[0] == 0
+    assert len(content) < len(file.read_bytes())
+    again = Codec(native, PlaneModel.read(out)).unpack(content)
+    assert torch.equal(again.ids, native.encode_image(picture.resize((160, 200))).ids)
+    status, said, _ = run_command(capsys, *words, "--frequencies")
+    assert status == 0
+    assert re.search(r"packed [\d.]+, by frequencies [\d.]+ ±", said)
+    assert PlaneModel.read(out).neighbours == ()

@@ -115,12 +115,16 @@ class Page:
         decoded = self.decode(codes, steps, seed, guidance)
         content = self.codec.pack(codes)
         height, width = codes.picture_size
+        ids = codes.ids
+        assert ids is not None  # a codec's tokenizer has them
         facts = {
             "file": f"{len(content):,} bytes",
             "bits per pixel": f"{8 * len(content) / (height * width):.4f}",
-            "ids": f"{len(codes) * self.codec.tokens * self.codec.sub_tokens:,} in {codes.nbytes:,} bytes packed",
+            "ids": f"{ids.numel():,} in {codes.nbytes:,} bytes packed",
             "picture": f"{width} × {height} pixels, {plural(len(codes), 'tile')}",
         }
+        if ids.shape[2] < self.codec.sub_tokens:
+            facts["planes"] = f"{ids.shape[2]} of {self.codec.sub_tokens}: a coarser picture"
         if picture is not None:
             facts["PSNR"] = f"{float(psnr(to_tensor(picture)[None], to_tensor(decoded)[None])):.2f} dB"
         path = self._keep(content, f"{chosen(file).stem[:60]}.flowmo")
