@@ -126,7 +126,7 @@ def measure_largest(config: Config, device: torch.device, most: int, steps: int)
         return {
             "microbatch": batch,
             **measured,
-            "predicted_gib": (cost.state_bytes + batch * cost.activation_bytes) / 2**30,
+            "predicted_gib": cost.peak_bytes(batch) / 2**30,
             "tflop_per_image": cost.flops / 1e12,
         }
     return None

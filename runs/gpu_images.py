@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowmo.data import DataError, epoch_order
 from flowmo.pictures import read_image
-from flowmo.sample import picture_seed
+from flowmo.streams import Stream, stream
 
 HELD_OUT_EVERY = 64
 """One of so many images of each pack is held out. A pack that arrives later changes nothing about the earlier ones."""
@@ -129,7 +129,7 @@ class DeviceCrops:
     def batch(self, position: int, count: int) -> Tensor:
         """The images at ``position`` and after it, float32 count × 3 × side × side in [−1, 1]."""
         index = self.chosen(position, count)
-        generator = torch.Generator(self.device).manual_seed(picture_seed(self.seed, f"crops {position}"))
+        generator = stream(self.seed, Stream.CROP, position, device=self.device)
         top, left, mirror = torch.rand((3, count), generator=generator, device=self.device)
         width = self.widths[index]
         top = (top * (self.heights[index] - self.side + 1)).long()

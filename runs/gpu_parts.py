@@ -37,6 +37,7 @@ from flowmo.evaluate.reconstruction import Judges, Reconstruction, measure, read
 from flowmo.evaluate.summary import Summary
 from flowmo.perceptual import BACKBONES, HEADS, RESNET, WeightsNotFoundError, find_weights
 from flowmo.pictures import to_picture
+from flowmo.precision import describe
 from flowmo.sample import picture_seed
 from flowmo.train.account import matrix_rate
 from flowmo.train.journal import METRICS
@@ -455,7 +456,8 @@ def finish(job: Job) -> None:
     """Metrics of the averaged weights on held-out images, a grid of samples, and the weights."""
     side, device = job.recipe().data.image_size, job.device
     tokenizer = flowmo.load(job.state / "train", device=device)
-    job.record(weights=write_weights(tokenizer, job))
+    tokenizer.set_precision("auto")
+    job.record(weights=write_weights(tokenizer, job), precision=describe(tokenizer.precision, device))
     _, held_out, _ = load_packs(job.packs, side, only_held_out=True)
     chosen = range(min(2 if job.dry_run else 8, len(held_out)))
     limit = min(len(held_out), 2 if job.dry_run else 256)

@@ -264,9 +264,10 @@ def test_reduced_precision_against_float32(precision, record_property):
     expected = tokenizer.decode(exact)
     if precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        codes = tokenizer.encode(images)
-        decoded = tokenizer.decode(exact)
+    else:
+        tokenizer.set_precision(precision)
+    codes = tokenizer.encode(images)
+    decoded = tokenizer.decode(exact)
     equal = float((codes.ids == exact.ids).float().mean())
     decibels = float(psnr(expected, decoded).clamp(max=99).mean())
     record_property("equal_ids", round(equal, 4))
