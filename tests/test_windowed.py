@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_NATIVE
+from conftest import TINY_NATIVE, run_command
 from PIL import Image
 
 from flowmo import Config, ConfigError, FlowMo, blocks, load, save
@@ -146,6 +146,15 @@ def test_rates_are_prefixes(tokenizer, image):
 def test_a_tokenizer_of_one_rate_names_it(tiny, images):
     with pytest.raises(ValueError, match=r"no choice of rate; bits per pixel it has: 0\.0469"):
         tiny.encode(images, bits_per_pixel=0.05)
+
+
+@pytest.mark.parametrize("rate", ["0.01", "-1"])
+def test_the_command_line_lists_the_rates(tokenizer, photo, tmp_path, capsys, rate):
+    save(tokenizer, tmp_path / "native.safetensors")
+    status, _, error = run_command(capsys, "encode", photo, "--model", tmp_path / "native.safetensors", "--bpp", rate)
+    assert status == 2
+    assert error.startswith(f"flowmo: {rate} bits per pixel is below every rate at 50×70: 0.0514, 0.1029")
+    assert error.count("\n") == 1
 
 
 def test_what_is_not_sent_is_zero_and_changes_the_image(tokenizer):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from flowmo import pictures, sample
 from flowmo.blocks import blocks, ramp
 from flowmo.config import Config
+from flowmo.errors import FlowMoError
 from flowmo.packed import Packable
 from flowmo.pictures import Tiling
 from flowmo.precision import computing
@@ -34,6 +35,10 @@ from flowmo.transformer import Conditioning, Decoder, Encoder
 from flowmo.windowed import WindowedDecoder, WindowedEncoder
 
 RANGE_TOLERANCE = 1e-4
+
+
+class RateError(FlowMoError, ValueError):
+    """A rate that a tokenizer has not; the message lists those that it has."""
 
 
 @dataclass(frozen=True)
@@ -241,15 +246,15 @@ class FlowMo(Packable):
         """Most sub-tokens per token that make at most ``bits_per_pixel`` in an image of this true size.
 
         Raises:
-            ValueError: the model has one rate, or none so low; the message lists its rates.
+            RateError: the model has one rate, or none so low; the message lists its rates.
         """
         rates = self.rates(height, width)
         shown = ", ".join(f"{rate:.4f}" for rate in rates) or "none, for it is continuous"
         if not self.variable_rate:
-            raise ValueError(f"this tokenizer has no choice of rate; bits per pixel it has: {shown}")
+            raise RateError(f"this tokenizer has no choice of rate; bits per pixel it has: {shown}")
         within = sum(rate <= bits_per_pixel * (1 + 1e-9) for rate in rates)
         if not within:
-            raise ValueError(f"{bits_per_pixel:g} bits per pixel is below every rate at {height}×{width}: {shown}")
+            raise RateError(f"{bits_per_pixel:g} bits per pixel is below every rate at {height}×{width}: {shown}")
         return within
 
     @torch.no_grad()
