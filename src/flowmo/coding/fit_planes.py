@@ -13,6 +13,7 @@ from torch import Tensor
 from flowmo.coding.context import FRACTION, ContextError, cost, token_bits
 from flowmo.coding.fit import COOLDOWN
 from flowmo.coding.planes import WEIGHT_FRACTION, Lattice, PlaneModel, digits_of, weight_shapes
+from flowmo.streams import Stream, stream
 from flowmo.tokenizer import Codes, FlowMo
 
 CELLS = 1024
@@ -57,7 +58,7 @@ def fit(
     Raises:
         ContextError: a tokenizer whose ids are not made of digits of whole bits.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, Stream.CONTEXT_MODEL)
     digits, bits = shape_of_ids(tokenizer)
     samples = Samples(images, digits, bits)
     net = PlaneNetwork(images[0].shape[2], digits, bits, hidden, generator)
