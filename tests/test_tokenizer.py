@@ -191,7 +191,7 @@ def test_transparency_is_white():
 
 
 def test_unknown_fit_and_huge_pictures(tiny, picture):
-    with pytest.raises(ValueError, match="'tile' or 'crop'"):
+    with pytest.raises(ValueError, match="'whole' or 'crop'"):
         tiny.encode_image(picture, fit="stretch")
     with pytest.raises(ValueError, match="more than"):
         tiny.encode_image(Image.new("1", (20_000, 20_000)))
