@@ -286,33 +286,28 @@ def test_psnr_is_of_each_image():
 
 
 class Precision(nn.Module):
-    """A feature network that notes how its convolutions would be computed on a GPU."""
+    """A feature network that notes how a GPU would compute its convolutions and products."""
 
     channels, classes, spatial_channels = 1, 0, 0
 
-    def forward(self, images, *_):
-        owner = torch.backends.cudnn
-        self.conv = owner.conv.fp32_precision == "ieee" if hasattr(owner, "conv") else not owner.allow_tf32
-        owner = torch.backends.cuda.matmul
-        self.product = owner.fp32_precision == "ieee" if hasattr(owner, "fp32_precision") else not owner.allow_tf32
-        return Features(images.mean((1, 2, 3))[:, None]) if not _ else images.mean((1, 2, 3))
+    def forward(self, images):
+        self.tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        return Features(images.mean((1, 2, 3))[:, None])
 
 
-def test_networks_that_measure_do_not_compute_in_tf32(monkeypatch):
+def test_networks_that_measure_do_not_compute_in_tf32():
+    images, network = torch.zeros(2, 3, 8, 8), Precision()
     torch.set_float32_matmul_precision("high")
     try:
-        before, images = Precision(), torch.zeros(2, 3, 8, 8)
-        before(images)
-        assert not before.conv
-        assert not before.product
-        for measured in (features_of, lambda network, x: in_one_shape(network, x, x)):
-            network = Precision()
-            measured(network, images)
-            assert network.conv
-            assert network.product
-        after = Precision()
-        after(images)
-        assert (after.conv, after.product) == (before.conv, before.product)
+        network(images)
+        assert network.tf32 == (True, True)  # PyTorch's default, and what a caller may set
+        features_of(network, images)
+        assert network.tf32 == (False, False)
+        network(images)
+        assert network.tf32 == (True, True)
+        in_one_shape(lambda x, y: network(x).pooled, images, images)
+        assert network.tf32 == (False, False)
+        assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
 

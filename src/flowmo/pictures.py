@@ -8,7 +8,6 @@ import math
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -127,7 +126,7 @@ class _Readers:
     truncated = False
 
 
-@contextmanager
+@contextlib.contextmanager
 def _whole_files_only() -> Iterator[None]:
     """Refuse truncated files even if other code has set ``ImageFile.LOAD_TRUNCATED_IMAGES`` for the whole process.
 

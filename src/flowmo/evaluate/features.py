@@ -89,18 +89,14 @@ def without_tf32() -> Iterator[None]:
 
     On NVIDIA GPUs cuDNN's default is TF32, which keeps 10 bits of each factor's fraction.
     """
-    backends = torch.backends
-    named = hasattr(backends.cudnn, "conv")  # PyTorch 2.9 and newer
-    owners = (backends.cudnn.conv if named else backends.cudnn, backends.cuda.matmul)
-    name, exact = ("fp32_precision", "ieee") if named else ("allow_tf32", False)
-    before = [getattr(owner, name) for owner in owners]
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     try:
-        for owner in owners:
-            setattr(owner, name, exact)
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
         yield
     finally:
-        for owner, value in zip(owners, before, strict=True):
-            setattr(owner, name, value)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
 
 
 @without_tf32()
