@@ -101,8 +101,8 @@ def channels_last(x: Tensor) -> Tensor:
 def in_float32(method: Callable[..., Result]) -> Callable[..., Result]:
     """Make a network's method compute in float32 inside autocast too.
 
-    In bfloat16 the features of two similar images round to the same numbers: distances below 0.02 are wrong by a
-    tenth and more.
+    In bfloat16 the features of similar images round to nearly the same numbers: with noise of deviation 0.01 on 16
+    photographs, single LPIPS distances were off by up to 12 %, ResNet-50 distances by up to 68 %.
     """
 
     @wraps(method)
