@@ -76,6 +76,7 @@ def test_the_newest_and_a_named_one(config, tmp_path):
     settings = (named, f"data.val={PICTURES}", *EVALUATION)
     Follower(settings, tmp_path / "b", Judges(), report=lambda line: None).evaluate()
     assert [line["checkpoint"] for line in logged(tmp_path / "b")] == ["00000003.pth"]
+    assert [line["precision"] for line in logged(tmp_path / "b")] == ["float32 (cpu)"]
     Run(config.override("data.val=''"), tmp_path / "bare", report=lambda line: None).train()
     with pytest.raises(EvaluationError, match="no held-out pictures"):
         Follower((f"eval.eval_dir={tmp_path}/bare",), tmp_path / "c", Judges()).evaluate()

@@ -10,6 +10,8 @@ import torch
 from conftest import run_command
 
 from flowmo import load, precision
+from flowmo.cli import build_parser
+from flowmo.cli.shared import choose_device
 from flowmo.packed import PackedError, available
 
 
@@ -96,3 +98,23 @@ def test_every_command_with_a_model_takes_both(tiny_model, photo, tmp_path, caps
             photo.rename(tmp_path / "images" / "photo.jpg")
             command[1] = tmp_path / "images"
         assert run_command(capsys, *command, *both)[0] == 0, command
+
+
+@pytest.mark.parametrize(
+    ("words", "gpu", "device"),
+    [
+        (["decode", "a.flowmo"], True, "cuda"),
+        (["decode", "a.flowmo"], False, "cpu"),
+        (["decode", "a.flowmo", "--pack"], True, "cpu"),
+        (["decode", "a.flowmo", "--device", "cpu"], True, "cpu"),
+        (["bench"], True, "cuda"),
+        (["train"], True, "cuda"),
+        (["study", "posttrain"], True, "cuda"),
+    ],
+)
+def test_the_default_device_is_a_gpu_if_there_is_one(monkeypatch, words, gpu, device):
+    """Packed weights, which only a CPU has, stay on the CPU without being told so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    arguments = build_parser().parse_args(words)
+    choose_device(arguments)
+    assert arguments.device == device

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import flowmo
 from flowmo.cli import evaluation, generation, models, page, pictures, training
-from flowmo.cli.shared import UsageError, message_of
+from flowmo.cli.shared import UsageError, choose_device, message_of
 from flowmo.errors import FlowMoError
 
 STATUSES = (
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args([word for word in words if word not in settings])
     arguments.settings = settings
+    choose_device(arguments)
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:

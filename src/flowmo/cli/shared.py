@@ -20,7 +20,6 @@ from flowmo.precision import PRECISIONS
 from flowmo.tokenizer import FlowMo
 
 Model = TypeVar("Model", bound=Packable)
-DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class UsageError(FlowMoError):
@@ -37,14 +36,24 @@ def command(run: Callable, text: str, commands: Any) -> argparse.ArgumentParser:
 
 def with_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default="nano", help="preset, file, folder or Hub id of the weights (nano)")
-    where = "cpu, cuda, mps … (a GPU where there is one)"
-    sub.add_argument("--device", type=device, default=DEFAULT_DEVICE, help=where)
+    with_device(sub)
     precision = "of matrix products (auto): bfloat16 with TF32 on a GPU that has it, else float32"
     sub.add_argument("--precision", choices=PRECISIONS, default="auto", help=precision)
     packing = "lay the weights out for this CPU: the same sooner, but for the last bits"
     sub.add_argument("--pack", action="store_true", help=packing)
     compiling = "compile first, for half a minute, where a C++ compiler is: sooner again"
     sub.add_argument("--compile", action="store_true", help=compiling)
+
+
+def with_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", type=device, help="cpu, cuda, mps … (a GPU where there is one; cpu with --pack)")
+
+
+def choose_device(arguments: argparse.Namespace) -> None:
+    """Set the device of a command that has one and is not told which."""
+    if getattr(arguments, "device", "") is None:
+        packed = getattr(arguments, "pack", False)  # weights are packed for CPUs alone
+        arguments.device = "cuda" if torch.cuda.is_available() and not packed else "cpu"
 
 
 def with_sampling(sub: argparse.ArgumentParser) -> None:

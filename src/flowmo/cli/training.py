@@ -15,7 +15,7 @@ import torch
 
 import flowmo
 from flowmo import checkpoint
-from flowmo.cli.shared import DEFAULT_DEVICE, UsageError, command, device, with_json
+from flowmo.cli.shared import UsageError, command, with_device, with_json
 from flowmo.config import GENERATOR_PRESETS, PRESETS, Config
 from flowmo.data import default_index, open_source
 from flowmo.data.tar import look_through
@@ -144,7 +144,7 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--experiment-name", default="my_experiment", help="folder of the run (my_experiment)")
     sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where runs are kept (results)")
     sub.add_argument("--resume-from-ckpt", type=Path, help="training checkpoint to start from")
-    sub.add_argument("--device", type=device, default=DEFAULT_DEVICE)
+    with_device(sub)
 
     sub = command(study, "a table or figure of the paper, at any scale", commands)
     sub.add_argument("name", choices=tuple(STUDIES), help="which")
@@ -156,4 +156,4 @@ def add_to(commands: Any) -> None:
     models = "trained tokenizers, for studies of those: presets or files (nano)"
     sub.add_argument("--models", nargs="+", default=["nano"], metavar="MODEL", help=models)
     sub.add_argument("--redraw", action="store_true", help="only draw the table and plots of the results in --out")
-    sub.add_argument("--device", type=device, default=DEFAULT_DEVICE)
+    with_device(sub)

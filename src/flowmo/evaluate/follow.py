@@ -16,6 +16,7 @@ from flowmo.data import open_source
 from flowmo.distributed import World
 from flowmo.evaluate.reconstruction import EvaluationError, FlowMoReconstructor, Judges, measure
 from flowmo.evaluate.summary import Summary
+from flowmo.precision import describe
 from flowmo.runs import CHECKPOINTS, SETTINGS, has_ended, listing
 from flowmo.tokenizer import FlowMo
 
@@ -103,7 +104,7 @@ class Follower:
         tokenizer = flowmo.load(path, *self.settings, device=str(self.world.device))
         if self.ready:
             self.ready(tokenizer)
-        config = tokenizer.config
+        config, precision = tokenizer.config, describe(tokenizer.precision, tokenizer.device)
         val, index = self._held_out(config.data)
         source = open_source(val, index or None)
         candidate, side = FlowMoReconstructor(tokenizer, name=path.name), config.data.image_size
@@ -117,11 +118,11 @@ class Follower:
             device=self.world.device,
             world=self.world,
             folder=self.folder / "measured" / path.stem,
-            facts={"identity": tokenizer.identity(), "sampling": str(config.eval.sampling)},
+            facts={"identity": tokenizer.identity(), "sampling": str(config.eval.sampling), "precision": precision},
         )
         summary = Summary.of(path.name, measured, side, self.judges.features)
         self.report("\n".join((f"{path}: {summary.pictures} pictures of {val}", *summary.lines())))
-        row = {"checkpoint": path.name, **summary.as_dict()}
+        row = {"checkpoint": path.name, **summary.as_dict(), "precision": precision}
         if self.found:
             self.found(row)
         if path.name not in self._evaluated():
