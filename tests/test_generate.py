@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import CLASSES, open_gates, run_command
 from PIL import Image
+from test_train import HostReads
 
 from flowmo import Config, FlowMo, load, save
 from flowmo.bits import pack_ids, unpack_ids
@@ -34,7 +35,7 @@ from flowmo.generate.generator import (
 from flowmo.generate.schedules import MEAN_HIDDEN_SHARE, halton_order, hidden_counts, hidden_share, hide
 from flowmo.generate.tokenize import tokenize
 from flowmo.pictures import resize_and_crop, to_tensor
-from flowmo.train.generator import Hidden
+from flowmo.train.generator import GeneratorStage, Hidden
 from flowmo.train.loop import Run, TrainingError
 
 VOCABULARY = Vocabulary(
@@ -582,6 +583,39 @@ def test_a_generator_learns_its_pictures(trained, tokens):
         for ids, label in zip(drawn, labels, strict=True)
     ]
     assert sum(right) / 6 > 0.9, right
+
+
+def test_the_loss_is_that_of_the_hidden_ids(config):
+    """By a plain loop in NumPy. Label smoothing shares a part of the target over all ids (Szegedy et al. 2016)."""
+    config = config.override("generator.label_smoothing=0.2", "generator.dropout=0")
+    stage = GeneratorStage(Generator(config, VOCABULARY))
+    ids = torch.randint(2**VOCABULARY.id_bits, (3, VOCABULARY.ids))
+    hidden, labels = torch.rand(3, VOCABULARY.ids) < 0.4, torch.zeros(3, dtype=torch.int64)
+    hidden[0] = False
+    loss = stage(ids, labels, hidden)
+    logits = stage.generator.network(ids, hidden, labels).detach().double().numpy()
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    total = plain = right = 0.0
+    for b, i in hidden.nonzero().tolist():
+        true = log_p[b, i, int(ids[b, i])]
+        plain -= true
+        total -= 0.8 * true + 0.2 * log_p[b, i].mean()
+        right += int(logits[b, i].argmax()) == int(ids[b, i])
+    expected = ids.numel() * MEAN_HIDDEN_SHARE[config.generator.schedule]
+    assert float(loss.total.detach()) == pytest.approx(total / expected, rel=1e-5)
+    assert float(loss.parts["cross_entropy"]) == pytest.approx(plain / expected, rel=1e-5)
+    assert float(loss.parts["accuracy"]) == pytest.approx(right / expected, rel=1e-5)
+
+
+def test_a_step_asks_the_host_for_nothing(config, tmp_path, monkeypatch):
+    run = Run(config, tmp_path / "run", report=quiet)
+    batch = torch.stack([run.task.source.readable(index, 0)[0] for index in range(run.plan.total)])
+    draws = Hidden.of(config, VOCABULARY.ids, range(len(batch)), batch.device)
+    monkeypatch.setattr(Hidden, "of", lambda *_: draws)
+    run._step(batch, run.module)
+    with HostReads() as reads:
+        run._step(batch, run.module)
+    assert not reads.found
 
 
 def losses(run):

@@ -27,10 +27,12 @@ from flowmo.streams import Stream, seed_global, stream
 from flowmo.tokenizer import FlowMo
 from flowmo.train.account import Cost, generator_cost
 from flowmo.train.plan import Timetable
-from flowmo.train.stages import Loss
+from flowmo.train.stages import Loss, to_device
 from flowmo.train.task import TrainingError, autocast, changed_settings
 
 SAMPLES = 16
+IGNORED = -100
+"""Target that PyTorch's cross-entropy ignores."""
 
 
 class Hidden(NamedTuple):
@@ -55,7 +57,7 @@ class Hidden(NamedTuple):
         for place in places:
             keep = torch.rand((), generator=stream(seed, Stream.LABEL_DROP, place)) >= config.generator.label_drop
             rows.append((hide(ids, stream(seed, purpose, place), config.generator.schedule), keep))
-        hidden, keep = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+        hidden, keep = (to_device(torch.stack(column), device) for column in zip(*rows, strict=True))
         return cls(hidden, keep)
 
 
@@ -78,17 +80,16 @@ class GeneratorStage(nn.Module):
             labels: int64 b, ``null_class`` where there is none.
         """
         settings = self.generator.config.generator
-        logits = self.generator.network(ids, hidden, labels)
-        total = F.cross_entropy(
-            logits[hidden].float(), ids[hidden], label_smoothing=settings.label_smoothing, reduction="sum"
-        )
+        logits = self.generator.network(ids, hidden, labels).flatten(0, 1).float()  # (b n) v
+        # Visible ids are ignored, not left out: a mask would make the host wait for their number.
+        targets = torch.where(hidden, ids, IGNORED).flatten()
+        total = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing, reduction="sum")
         expected = ids.numel() * MEAN_HIDDEN_SHARE[settings.schedule]
         with torch.no_grad():
-            shown = logits.detach()[hidden].float()
             sums = {
                 "loss": total.detach(),
-                "cross_entropy": F.cross_entropy(shown, ids[hidden], reduction="sum"),
-                "accuracy": (shown.argmax(dim=-1) == ids[hidden]).float().sum(),
+                "cross_entropy": F.cross_entropy(logits, targets, reduction="sum"),
+                "accuracy": (logits.argmax(dim=-1) == targets).float().sum(),
             }
         return Loss(total / expected, {name: value / expected for name, value in sums.items()})
 
@@ -155,7 +156,7 @@ class GeneratorTask:
     def _labels(self, labels: Tensor, keep: Tensor) -> Tensor:
         return torch.where(keep & (labels != NO_CLASS), labels, self.model.null_class)
 
-    def stepped(self, finite: Tensor) -> None:
+    def stepped(self, step: int, finite: Tensor) -> None:
         pass
 
     # What it tells

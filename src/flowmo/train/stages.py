@@ -290,7 +290,7 @@ def teacher_path(teacher: FlowMo, code: Tensor, noise: Tensor, steps: int = 0) -
     states = [noise]
     for pair in itertools.pairwise(times):
         states.append(euler(velocity, states[-1], pair))
-    return Path(torch.tensor(times, device=noise.device), torch.stack(states))
+    return Path(to_device(torch.tensor(times), noise.device), torch.stack(states))
 
 
 def one_step(tokenizer: FlowMo, code: Tensor, x: Tensor, draws: Draws) -> tuple[Tensor, Callable[[], Tensor]]:
