@@ -275,12 +275,22 @@ class HostReads(TorchDispatchMode):
         super().__exit__(*error)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-@pytest.mark.parametrize("stage", ["pretrain", "posttrain"])
-def test_a_step_asks_the_host_for_nothing(config, tmp_path, stage, optimizer, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "quantizer"),
+    [
+        ("pretrain", "adam", "lfq"),
+        ("pretrain", "muon", "lfq"),
+        ("pretrain", "adam", "vq"),
+        ("posttrain", "adam", "lfq"),
+        ("posttrain", "muon", "lfq"),
+    ],
+)
+def test_a_step_asks_the_host_for_nothing(config, tmp_path, stage, optimizer, quantizer, monkeypatch):
     """The random numbers of a step are drawn on the CPU beforehand; everything after them stays on the device."""
     config = config.override(
-        f"model.posttrain_sample={str(stage == 'posttrain').lower()}", f"opt.optimizer={optimizer}"
+        f"model.posttrain_sample={str(stage == 'posttrain').lower()}",
+        f"opt.optimizer={optimizer}",
+        f"model.quantization_type={quantizer}",
     )
     run = Run(config, tmp_path / "run", report=quiet)
     images = next(batches(run.task.source, 4, 0, 0, 0))

@@ -79,9 +79,9 @@ class Learner(Protocol):
     def buffers(self) -> Iterator[Tensor]:
         """All that ``learn`` changes."""
 
-    def learn(self) -> None:
+    def learn(self, step: int = 0) -> None:
         """Learn from the batch that was last seen in training; called once a step, in every process, by the same
-        means over the whole batch."""
+        means over the whole batch. ``step`` is the run's, for random numbers that all processes share."""
 
 
 def check_ids(ids: Tensor, code_length: int, sub_tokens: int, id_count: int, prefix: bool = False) -> Tensor:

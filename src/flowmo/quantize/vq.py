@@ -90,37 +90,43 @@ class VQ(nn.Module):
         return torch.zeros(self.id_count, rows.shape[1], device=x.device).index_add_(0, ids.flatten(), rows) / len(x)
 
     @torch.no_grad()
-    def learn(self) -> None:
+    def learn(self, step: int = 0) -> None:
         """Move the codebook towards what the last batch's sub-tokens were, restart entries that are out of use.
 
         The first batch spreads the whole codebook over itself: fresh entries lie where no encoder's output need be.
+        Nothing here waits for the device.
         """
         if self._seen is None:
             return
         use, members, squares = self._seen.split((1, self.codebook.shape[1], self.codebook.shape[1]), dim=1)
         self._seen = None
         # All processes, and a resumed run, draw the same numbers.
-        generator = stream(int(self.steps), Stream.CODEBOOK)
-        noise = torch.randn(self.codebook.shape, generator=generator).to(self.codebook)
-        if self.steps == 0:
-            mean = members.sum(dim=0)
-            self.codebook.copy_(mean + (squares.sum(dim=0) - mean**2).clamp(min=0).sqrt() * noise)
-            self.members.copy_(self.codebook / self.id_count)
-        else:
-            self.use.lerp_(use[:, 0], 1 - self.decay)
-            self.members.lerp_(members, 1 - self.decay)
-            self.codebook.copy_(self.members / self.use[:, None])
-            within = (squares - members**2 / use.clamp(min=1e-12)).sum(dim=0).clamp(min=0).sqrt()
-            self._restart_unused(within * noise)
+        generator = stream(step, Stream.CODEBOOK)
+        noise = torch.randn(self.codebook.shape, generator=generator).to(self.codebook, non_blocking=True)
+        first, mean = self.steps == 0, members.sum(dim=0)
+        spread = mean + (squares.sum(dim=0) - mean**2).clamp(min=0).sqrt() * noise
+        self.use.copy_(torch.where(first, self.use, self.use.lerp(use[:, 0], 1 - self.decay)))
+        followed = self.members.lerp(members, 1 - self.decay)
+        self.members.copy_(torch.where(first, spread / self.id_count, followed))
+        self.codebook.copy_(torch.where(first, spread, self.members / self.use[:, None]))
+        within = (squares - members**2 / use.clamp(min=1e-12)).sum(dim=0).clamp(min=0).sqrt()
+        self._restart_unused(within * noise)  # after the first batch all are in equal use
         self.steps += 1
 
     def _restart_unused(self, offset: Tensor) -> None:
-        """Put dead entries beside the most used, each with half of that one's members; ``offset``: entries × d."""
-        dead = (self.use < DEAD_SHARE / self.id_count).nonzero().flatten()
-        dead = dead[: self.id_count - len(dead)]  # where most are dead, the rest follow in the next steps
-        popular = self.use.argsort(descending=True)[: len(dead)]
-        self.use[popular] /= 2
-        self.members[popular] /= 2
-        self.use[dead] = self.use[popular]
-        self.codebook[dead] = self.codebook[popular] + offset[dead]
-        self.members[dead] = self.codebook[dead] * self.use[dead, None]
+        """Put dead entries beside the most used, each with half of that one's members; ``offset``: entries × d.
+
+        The least used entry is paired with the most used, and so on. A pair acts if one is dead and the other is not.
+        """
+        dead_below, pairs = DEAD_SHARE / self.id_count, self.id_count // 2
+        popular = self.use.argsort(descending=True, stable=True)[:pairs]
+        rare = self.use.argsort(stable=True)[:pairs]
+        restart = (self.use[rare] < dead_below) & (self.use[popular] >= dead_below)
+        half = torch.where(restart, 0.5, 1.0)
+        self.use[popular] *= half
+        self.members[popular] *= half[:, None]
+        self.use[rare] = torch.where(restart, self.use[popular], self.use[rare])
+        beside = self.codebook[popular] + offset[rare]
+        self.codebook[rare] = torch.where(restart[:, None], beside, self.codebook[rare])
+        members = beside * self.use[rare, None]
+        self.members[rare] = torch.where(restart[:, None], members, self.members[rare])

@@ -265,7 +265,7 @@ class Run:
         step_all(self.optimizer, finite)
         if config.model.fix_initial_norms:
             self.norm_control.apply(finite)
-        self.task.stepped(finite)
+        self.task.stepped(step, finite)
         self.average.update(step, finite)
         return {**sums, "gradient_norm": norm, "finite": finite}
 

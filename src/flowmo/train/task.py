@@ -66,10 +66,11 @@ class Task(Protocol):
     def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: Any) -> Loss:
         """Of a pass, through ``module``, which may wrap the task's own."""
 
-    def stepped(self, finite: Tensor) -> None:
+    def stepped(self, step: int, finite: Tensor) -> None:
         """Learn what is not learnt by gradients, after the optimizer's step; all ranks call this together.
 
         Args:
+            step: index of the step, from 0.
             finite: 1.0, or 0.0 after a step that was skipped, on the device.
         """
 

@@ -188,11 +188,11 @@ class TokenizerTask:
         ]
         return cut_out(chunk, corners, height, width)
 
-    def stepped(self, finite: Tensor) -> None:
+    def stepped(self, step: int, finite: Tensor) -> None:
         quantizer = self.model.quantizer
         if isinstance(quantizer, Learner) and not self.frozen:
             with restored_unless(finite, list(quantizer.buffers())):
-                quantizer.learn()
+                quantizer.learn(step)
 
     # What it tells
 
