@@ -175,12 +175,12 @@ def test_learning_rates_follow_the_width(tiny_config):
         scale = {id(p): group["scale"] for group in build_optimizer(tokenizer).param_groups for p in group["params"]}
         return {name: scale[id(p)] for name, p in tokenizer.named_parameters()}
 
-    ours = scales()  # decoder 64 wide, encoder 32, base 768
+    ours = scales("opt.mup_base_width=768")  # decoder 64 wide, encoder 32
     assert ours["decoder.blocks.0.picture.qkv.weight"] == ours["decoder.picture_out.weight"] == 12
     assert ours["encoder.blocks.0.picture.qkv.weight"] == ours["encoder.code_out.weight"] == 24
     for name in ("decoder.picture_in.weight", "decoder.blocks.0.picture.qkv.bias", "encoder.code_embedding"):
         assert ours[name] == 1, name
-    for settings in (["opt.mup_base_width=0"], ["model.enable_mup=false"]):
+    for settings in ([], ["opt.mup_base_width=768", "model.enable_mup=false"]):
         assert set(scales(*settings).values()) == {1}
 
 
@@ -190,12 +190,19 @@ def test_initial_weights_at_the_base_width_are_pytorchs(tiny_config):
     before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
     scale_initial_weights(tokenizer)
     assert all(torch.equal(value, before[name]) for name, value in tokenizer.state_dict().items())
+    before["decoder.blocks.0.picture.modulation.bias"].view(2, 3, 64)[:, 2] = 0.5
     quarter = FlowMo(config.override("opt.mup_base_width=16"))
     quarter.load_state_dict(before)
     scale_initial_weights(quarter)
     after = quarter.state_dict()
     torch.testing.assert_close(after["decoder.picture_out.weight"], before["decoder.picture_out.weight"] / 2)
     torch.testing.assert_close(after["decoder.picture_out.bias"], before["decoder.picture_out.bias"] * 2)
+    parts = {
+        name: weights["decoder.blocks.0.picture.modulation.bias"].view(2, 3, 64)
+        for name, weights in (("before", before), ("after", after))
+    }  # of attention and MLP: shift, scale, gate
+    torch.testing.assert_close(parts["after"][:, :2], parts["before"][:, :2] * 2)
+    assert torch.equal(parts["after"][:, 2], parts["before"][:, 2])
     torch.testing.assert_close(after["decoder.picture_in.weight"], before["decoder.picture_in.weight"])
     torch.testing.assert_close(after["decoder.blocks.0.code.qkv.weight"], before["decoder.blocks.0.code.qkv.weight"])
 

@@ -21,6 +21,7 @@ from flowmo.data import default_index, open_source
 from flowmo.data.tar import look_through
 from flowmo.evaluate.reconstruction import Judges
 from flowmo.memory import keep_freed_memory
+from flowmo.runs import CHECKPOINTS, listing
 from flowmo.studies import SCALES, STUDIES
 
 SHOWN = 20
@@ -78,6 +79,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Stage 1A on pictures; with model.posttrain_sample=true stage 1B, with opt.teacher=MODEL stage 1C, distillation;
     with a generator's preset stage 2, on tokens."""
     from flowmo.distributed import join
+    from flowmo.train.intent import check_start
     from flowmo.train.loop import Run
 
     config = flowmo.preset(arguments.preset)
@@ -91,6 +93,7 @@ def train(arguments: argparse.Namespace) -> None:
     if torch.device(arguments.device).type == "cpu":
         keep_freed_memory()
     folder = arguments.results_dir / arguments.experiment_name
+    check_start(config, bool(arguments.resume_from_ckpt or listing(folder / CHECKPOINTS)))
     with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
         Run(config, folder, world, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
 

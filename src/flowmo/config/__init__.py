@@ -103,7 +103,8 @@ class Config:
             m.code_layout,
             m.enable_mup,
             m.prediction,
-            mean_velocity=m.mean_velocity,
+            m.initial_gate,
+            m.mean_velocity,
         )
 
     def windowed_shape(self, network: str) -> WindowedShape:

@@ -21,6 +21,7 @@ from flowmo.config.sections import (
     QUANTIZATION_TYPES,
     REVEALING_ORDERS,
     SOLVERS,
+    START_WEIGHTS,
     STATISTICS,
     ConfigError,
 )
@@ -101,6 +102,7 @@ def check(config: Config) -> None:
     choose("model.entropy_statistics", m.entropy_statistics, STATISTICS)
     choose("model.ema_update", m.ema_update, EMA_UPDATES)
     choose("trainer.parallel", t.parallel, PARALLEL)
+    choose("trainer.start_weights", t.start_weights, START_WEIGHTS)
     choose("trainer.checkpoint_keeps", t.checkpoint_keeps, CHECKPOINTED)
     choose("trainer.best_metric", t.best_metric, BEST_METRICS)
     check_generator(config)

@@ -19,7 +19,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "context_dim": 36,
             "code_layout": "lattice",
             "prediction": "picture",
-            "initial_gate": 1.0,
         },
         "eval": {"sampling": {"sample_steps": 1}},
     },

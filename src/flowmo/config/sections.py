@@ -20,6 +20,7 @@ CODE_LAYOUTS = ("diagonal", "lattice")
 NETWORKS = ("double_stream", "windowed")
 STATISTICS = ("batch", "process")
 EMA_UPDATES = ("every_step", "release")
+START_WEIGHTS = ("model", "ema")
 PARALLEL = ("ddp", "fsdp")
 OPTIMIZERS = ("adam", "muon")
 BEST_METRICS = ("", "psnr", "lpips", "rfid", "cross_entropy")
@@ -168,7 +169,9 @@ class ModelConfig:
         False, "the decoder is told where its step ends and gives the mean velocity up to there; what stage 1C trains"
     )
     initial_gate: float = setting(
-        0.0, "residual gates of a fresh decoder; at 0 its blocks start as the identity", training=True
+        0.0,
+        "residual gates of a fresh double-stream decoder, at 0 its blocks start as the identity; windowed ones are 1",
+        training=True,
     )
     enable_mup: bool = setting(True, "attention logits scaled by 8 / head size; otherwise 1 / sqrt(head size)")
     fix_initial_norms: bool = setting(
@@ -182,7 +185,9 @@ class ModelConfig:
         False, "drop the code in a tenth of the chain's steps, as the release can", training=True
     )
     ema_decay: float = setting(
-        0.9999, "decay of the averaged weights over 128 images, a step of the paper", training=True
+        0.9999,
+        "decay of the EMA: over 128 images, a step of the paper; per step in stage 1B and with ema_update=release",
+        training=True,
     )
     ema_update: str = setting("every_step", "when they are updated: " + ", ".join(EMA_UPDATES), training=True)
 
@@ -199,7 +204,9 @@ class OptConfig:
     beta2: float = setting(0.95, "Adam's decay of the mean squared gradient")
     weight_decay: float = setting(0.0, "decoupled weight decay")
     mup_base_width: int = setting(
-        768, "width at which lr and the initial weights are as set, from which muP scales them; 0 scales nothing"
+        0,
+        "width from which muP scales learning rates and initial weights, so that opt.lr transfers between widths, "
+        "such as 768; 0, as the release, gives every weight opt.lr",
     )
     warmup: Span = setting(Span(0), "length over which the learning rate rises from 0")
     cooldown: float = setting(0.0, "last share of the run over which the learning rate falls to 0; 0 keeps it")
@@ -230,7 +237,14 @@ class OptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    duration: Span = setting(Span("166.4M images"), "length of the whole run")
+    duration: Span = setting(
+        Span("166.4M images"), "length of the whole run; the default is stage 1A's, other stages name their own"
+    )
+    start_weights: str = setting(
+        "model",
+        "weights that a new stage takes from --resume-from-ckpt, the trained ones, as the release, or their EMA: "
+        + ", ".join(START_WEIGHTS),
+    )
     parallel: str = setting("ddp", "how several processes share the work: " + ", ".join(PARALLEL))
     activation_checkpointing: bool = setting(
         False, "compute each block again in the backward pass rather than keep its activations: less memory, more time"

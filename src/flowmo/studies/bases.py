@@ -29,7 +29,7 @@ SMALL_BASE = Config.from_dict(
         "model": {
             **{"patch_size": 8, "hidden_size": 256, "num_heads": 4, "dec_depth": 6, "enc_hidden_size": 128},
             **{"enc_num_heads": 2, "enc_depth": 3, "code_length": 64, "context_dim": 9},
-            **{"code_layout": "lattice", "prediction": "picture", "initial_gate": 1.0},
+            **{"code_layout": "lattice", "prediction": "picture"},
             **{"ema_decay": 0.992, "entropy_loss_weight": 0.05, "commit_loss_weight": 0.0025},
         },
         "opt": {

@@ -45,6 +45,7 @@ from flowmo.studies.study import (
     train,
     write_results,
 )
+from flowmo.train.optimizer import decay_per_step
 from flowmo.train.state import read_facts
 
 TITLE = "mode-seeking post-training against its alternatives (section 3.3, table 7)"
@@ -99,7 +100,7 @@ SCALES = {
     ),
     "paper": Scale(
         preset("small").override("trainer.duration=40 epochs", "data.global_batch_size=128"),
-        ("opt.lr=5e-5", "data.global_batch_size=64", "opt.warmup=0"),
+        ("opt.lr=5e-5", "data.global_batch_size=64", "opt.warmup=0", "model.ema_update=release"),
         *(1_281_167, (0.01,), (0.05, 0.01, 0.005, 0.001, 0.00075, 0.0005, 0.00025, 0.0001), 1, 50_000),
         "stage 1A 8 hours on 8 H100 at 40 % of their peak, the sample arm 90 minutes, the others 9 each, by arithmetic",
     ),
@@ -120,12 +121,15 @@ class Arm:
 def arms(scale: Scale) -> Iterator[Arm]:
     yield Arm("more", "(c) further stage 1A", "more", 0.0, ())
     frozen = ("opt.freeze_encoder_after=0", f"opt.lpips_mode={DISTANCE}")
+    shared = scale.base.override(*scale.arms)
+    decay = decay_per_step(shared, shared.data.global_batch_size)  # stage 1B counts it per step: all arms forget alike
     for weight in scale.one_step_weights:
         label, settings = f"(b) one-step estimate, weight {weight:g}", (*frozen, f"opt.lpips_weight={weight:g}")
         yield Arm(f"one-step-{weight:g}", label, "one-step", weight, settings)
     for weight in scale.sample_weights:
         label, settings = f"(a) sample, weight {weight:g}", (*frozen, f"opt.lpips_weight={weight:g}")
-        yield Arm(f"sample-{weight:g}", label, "sample", weight, (*settings, "model.posttrain_sample=true"))
+        ema = f"model.ema_decay={decay}"
+        yield Arm(f"sample-{weight:g}", label, "sample", weight, (*settings, "model.posttrain_sample=true", ema))
 
 
 def run(place: Place, judges: Judges) -> None:

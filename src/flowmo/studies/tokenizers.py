@@ -122,7 +122,7 @@ SCALES = {
 }
 POSTTRAINED = (
     *("model.posttrain_sample=true", "opt.freeze_encoder_after=0", "opt.lr=1e-4", "opt.warmup=0", "opt.cooldown=0"),
-    *("model.ema_decay=0.9", f"opt.lpips_mode={DISTANCE}", "opt.lpips_weight=0.01"),
+    *("model.ema_decay=0.987", f"opt.lpips_mode={DISTANCE}", "opt.lpips_weight=0.01"),
 )
 """Stage 1B as in the study ``posttrain``, at the paper's weight."""
 

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from flowmo.checkpoint import CheckpointError, write_content
-from flowmo.config import Config, ConfigError
+from flowmo.config import Config, ConfigError, flatten
 from flowmo.data import batches
 from flowmo.distributed import World
 from flowmo.memory import machine_memory
 from flowmo.runs import BEST, CHECKPOINTS, ENDED, SETTINGS, listing
 from flowmo.sharded import ShardedError
-from flowmo.train import state
+from flowmo.train import intent, state
 from flowmo.train.account import peak_flops
 from flowmo.train.distributed import accumulating, prepare, synchronise
 from flowmo.train.failures import in_one_line, within_memory
@@ -105,7 +105,10 @@ class Run:
             self._go_on_from(found)
         elif resume_from:
             self._start_from(resume_from)
-        self.times = Timetable.of(config, self.plan.total, len(self.task.source), Position(self.step, self.images))
+        start = Position(self.step, self.images)
+        self.times = Timetable.of(config, self.plan.total, len(self.task.source), start)
+        if resume_from and not found:
+            intent.check_length(config, resume_from, start, self.times)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -143,6 +146,7 @@ class Run:
         self.world.wait()
         self.journal.open(self.step, self.images, self.config.to_dict())
         self.journal.report(self._describe())
+        self.journal.report(intent.describe(self.config, Position(self.step, self.images), self.times))
         try:
             with self._stop_on_signals(), in_one_line(), within_memory(self.plan, self._fitting):
                 self._loop()
@@ -398,7 +402,7 @@ class Run:
     def _start_from(self, path: Path) -> None:
         """Start with the weights and the position of another run's checkpoint, or of the authors'.
 
-        The same stage goes on with its optimizer; another stage starts that anew.
+        The same stage goes on with its optimizer and EMA; a new stage starts both afresh.
         """
         if not path.is_dir() and not path.is_file():
             raise TrainingError(f"{path}: no such checkpoint")
@@ -406,6 +410,8 @@ class Run:
         if facts.get("flowmo") == state.FORMAT:
             self._restore(path, optimizer=facts["stage"] == self.task.stage)
             self.guard = Guard(self.guard.metric, self.guard.patience)  # the best of this run, not of that
+            if facts["stage"] != self.task.stage:
+                self._start_stage(path)
             return
         for part, weights in self.task.foreign_weights(path):
             state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in weights.items()})
@@ -416,6 +422,16 @@ class Run:
         self.step = steps
         self.images = self.step * PAPER_BATCH
         self.journal.report(f"starting from the weights of {path}")
+        if self.task.stage != "pretrain":  # the stage of a file that does not say it
+            self._start_stage(path)
+
+    def _start_stage(self, path: Path) -> None:
+        """Start a stage from another stage's weights: a fresh EMA of them, and their norms as those to keep."""
+        chosen = self.config.trainer.start_weights
+        self.average.restart(from_average=chosen == "ema")
+        self.norm_control.remember()
+        told = {"model": "the trained weights, as the release", "ema": "the EMA of the weights"}[chosen]
+        self.journal.report(f"starts from {told}, of {path}, with a fresh EMA of them (trainer.start_weights={chosen})")
 
     def _restore(self, path: Path, optimizer: bool = True) -> None:
         facts = state.read_facts(path)
@@ -427,6 +443,10 @@ class Run:
         self.skipped = StepCounts(self.world, facts["skipped"])
         self.guard.restore(facts)
         self.journal.report(f"going on from {path}")
+        before, now = flatten(Config.from_dict(facts["config"])), flatten(self.config)
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+        if changed:
+            self.journal.report(f"settings that differ from the checkpoint's: {', '.join(changed)}")
 
 
 class FolderLock:

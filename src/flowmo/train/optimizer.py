@@ -55,8 +55,8 @@ def scale_initial_weights(tokenizer: FlowMo) -> None:
             continue
         if layer in READOUTS:
             module.weight.mul_(multipliers[net] ** -0.5)
-        if not layer.endswith("modulation"):  # gates start at a value of their own
-            module.bias.mul_(multipliers[net] ** 0.5)
+        parts = module.bias.view(-1, module.in_features) if layer.endswith("modulation") else module.bias[None]
+        parts[torch.arange(len(parts)) % 3 != 2] *= multipliers[net] ** 0.5  # gates start at a value of their own
 
 
 class Together:
@@ -187,18 +187,28 @@ class NormControl:
             torch._foreach_mul_([local(weight) for weight in weights.values()], list(factors.unbind()))
 
 
+def decay_per_step(config: Config, batch: int) -> float:
+    """Decay of the EMA in one step of ``batch`` images.
+
+    In stage 1B, and with ``model.ema_update=release``, it is ``model.ema_decay`` itself, as in the release. Elsewhere
+    that setting counts over 128 images, so that the decay per image is the same at any batch.
+    """
+    settings = config.model
+    per_step = settings.ema_update == "release" or config.stage == "posttrain"
+    return settings.ema_decay if per_step else settings.ema_decay ** (batch / PAPER_BATCH)
+
+
 class Average:
     """Exponential moving average of the weights, the ones that are evaluated and shipped.
 
-    ``model.ema_decay`` counts over 128 images, a step of the paper, and is taken to the power that gives the same
-    decay an image at any batch. ``every_step`` updates after each step and forgets faster early on, so that the random
-    start is soon gone; ``release`` updates after every 10th step with the decay of ten, from the start.
+    ``every_step`` updates after each step. Outside stage 1B it forgets faster early on, so that the random start is
+    soon gone; stage 1B starts from trained weights. ``release`` updates after every 10th step with the decay of ten.
     """
 
     def __init__(self, model: nn.Module, batch: int):
-        settings = model.config.model
-        self.release = settings.ema_update == "release"
-        self.decay = settings.ema_decay ** (batch / PAPER_BATCH)
+        self.release = model.config.model.ema_update == "release"
+        self.forgets_start = model.config.stage != "posttrain"
+        self.decay = decay_per_step(model.config, batch)
         self.batch = batch
         self.model = model
         self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -207,6 +217,8 @@ class Average:
         """Share of the current weights in the average after step number ``step``, counted from 0."""
         if self.release:
             return 0.0 if step % RELEASE_EMA_STEPS else 1 - self.decay**RELEASE_EMA_STEPS
+        if not self.forgets_start:
+            return 1 - self.decay
         steps = math.floor(step * self.batch / PAPER_BATCH)
         return 1 - min(self.decay, ((1 + steps) / (10 + steps)) ** (self.batch / PAPER_BATCH))
 
@@ -221,3 +233,11 @@ class Average:
             if finite is not None:
                 weights = [(weight * finite).to(value.dtype).expand_as(value) for value in averages]
             torch._foreach_lerp_(averages, [local(current[name]) for name in self.state], weights)
+
+    @torch.no_grad()
+    def restart(self, from_average: bool = False) -> None:
+        """Start afresh at the model's weights; with ``from_average`` the model first takes the average's."""
+        current = self.model.state_dict()
+        for name, value in self.state.items():
+            source, target = (value, current[name]) if from_average else (current[name], value)
+            local(target).copy_(local(source))
