@@ -260,7 +260,7 @@ def test_hidden_ids_are_not_seen(bit_tokens):
 
 
 def test_the_papers_size():
-    """About 397 M in the paper, whose blocks are not described: 28 of 12 widths squared are 352 M."""
+    """Ours has the paper's width and depth: 28 blocks of 12 widths squared are 352 M. The paper's is in test_uvit."""
     with torch.device("meta"):
         vocabulary = Vocabulary(
             tokenizer="", model="", image_size=256, tokens=256, sub_tokens=2, id_bits=9, classes=("",) * 1000

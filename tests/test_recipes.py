@@ -13,6 +13,8 @@ from test_checkpoint import release_file
 
 from flowmo import Config, FlowMo, checkpoint, load
 from flowmo.cli import main
+from flowmo.data import open_source
+from flowmo.generate.tokenize import tokenize
 from flowmo.train.loop import Run
 from flowmo.train.optimizer import Average, build_optimizer, scale_initial_weights
 
@@ -249,6 +251,22 @@ def test_recipes_print_what_is_meant(name, train, base):
     line = next(line for line in printed.splitlines() if line.startswith("stage 1"))
     assert all(part in line for part in MEANT[name]), line
     assert f"1 steps from step {int(steps) - 1} to step {steps}" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("lo_generator", ("learning rate 0.0001", "network uvit, visible ids at weight 0.1")),
+        ("nano_generator", ("learning rate 0.001", "network maskgit, visible ids at weight 0")),
+    ],
+)
+def test_generators_recipes_print_what_is_meant(name, parts, train, tmp_path, tiny, pictures):
+    tokenize(tiny, open_source(pictures), tmp_path / "tokens", model="tiny")
+    small = ("generator.hidden_size=32", "generator.depth=2", "generator.num_heads=2", "generator.tokenizer=")
+    code, printed = train(name, *small, "trainer.duration=1 step", source=tmp_path / "tokens")
+    assert code == 0, printed
+    line = next(line for line in printed.splitlines() if line.startswith("stage 2, generation"))
+    assert all(part in line for part in parts), line
 
 
 def test_mup_is_printed_where_it_scales(train):

@@ -34,6 +34,10 @@ from flowmo.tokenizer import FlowMo
 
 MOST_IN_A_GRID = 1000
 GRID_COLUMNS = 8
+GUIDANCE = (
+    "classifier-free guidance g of the ids (the generator's: 1.5): null + g (class - null), where the generator has "
+    "generator.guided_from=class, as the paper's, class + g (class - null); the paper's 1.5 is 2.5 of the first form"
+)
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
@@ -195,6 +199,7 @@ def generate(arguments: argparse.Namespace) -> None:
         )  # a picture of pictures, classes one below another
         labels = [classes[i // arguments.per_class if rows else i % len(classes)] for i in range(count)]
         sampled = ("steps", "guidance", "temperature", "last_temperature", "choice_temperature", "order", "seed")
+        guided = {"guidance": generator.guidance_in_words(arguments.guidance)}
         drawing = Drawing(
             **{name: getattr(arguments, name) for name in sampled},
             decode_steps=arguments.decode_steps,
@@ -206,8 +211,9 @@ def generate(arguments: argparse.Namespace) -> None:
             produce(generator, tokenizer, labels, arguments.out, drawing, world=world, progress=progress_bar("drawing"))
             if world.main:
                 named = f": {', '.join(class_names)}" if arguments.classes else ""
-                line = f"{arguments.out}: {count} pictures of {len(classes)} classes{named}"
-                tell(arguments, line, file=str(arguments.out), pictures=count, classes=class_names, indices=classes)
+                line = f"{guided['guidance']}\n{arguments.out}: {count} pictures of {len(classes)} classes{named}"
+                told = {"pictures": count, "classes": class_names, "indices": classes, **guided}
+                tell(arguments, line, file=str(arguments.out), **told)
             return
         if world.size > 1:
             raise UsageError(f"several processes write a folder or an .npz, not {arguments.out}")
@@ -225,7 +231,8 @@ def generate(arguments: argparse.Namespace) -> None:
         blank = torch.ones_like(drawn[:1]).expand(-count % columns, -1, -1, -1)
         rows = torch.cat((drawn, blank)).split(columns)
         checkpoint.write_whole(arguments.out, lambda name: to_picture(grid(list(rows))).save(name, "PNG"))
-        line = f"{arguments.out}: {count} pictures, rows of {columns}: {', '.join(class_names)}"
+        drawn_as = f"{count} pictures, rows of {columns}: {', '.join(class_names)}"
+        line = f"{guided['guidance']}\n{arguments.out}: {drawn_as}"
         tell(
             arguments,
             line,
@@ -234,6 +241,7 @@ def generate(arguments: argparse.Namespace) -> None:
             classes=class_names,
             indices=classes,
             columns=columns,
+            **guided,
         )
 
 
@@ -279,7 +287,7 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--edit", type=Path, metavar="PICTURE", help="start from a picture's code")
     sub.add_argument("--keep", default="0-0", metavar="TOKENS", help="of --edit: tokens that stay, such as 0-31,40")
     sub.add_argument("--steps", type=positive, help="steps from hidden ids to all (the generator's: 64)")
-    sub.add_argument("--guidance", type=finite, help="classifier-free guidance of the ids (the generator's: 1.5)")
+    sub.add_argument("--guidance", type=finite, help=GUIDANCE)
     sub.add_argument("--temperature", type=finite, help="softmax temperature of the first step (1.3)")
     sub.add_argument("--last-temperature", type=finite, help="and of the last (0.5)")
     sub.add_argument("--choice-temperature", type=finite, help="noise in which ids are kept (4.5)")

@@ -98,9 +98,11 @@ def describe_generator(config: Config) -> dict:
         "parameters": sum(p.numel() for p in generator.parameters()),
         "for": "512 ids of 9 bits, 1000 classes",
         "width": own.hidden_size,
-        "blocks": own.depth,
+        "network": own.network,
+        "blocks": len(generator.network.blocks),
         "heads": own.num_heads,
         "sampling_steps": own.sample_steps,
+        "guidance": generator.guidance_in_words(),
         "settings": config.to_dict(),
     }
 

@@ -10,8 +10,12 @@ from flowmo.config.sections import (
     BEST_METRICS,
     CHECKPOINTED,
     CODE_LAYOUTS,
+    COOLDOWN_SHAPES,
     DISTILLED,
+    DRAWING_RULES,
     EMA_UPDATES,
+    GENERATOR_NETWORKS,
+    GUIDED_FROM,
     HIDING_SCHEDULES,
     LPIPS_MODES,
     NETWORKS,
@@ -152,7 +156,8 @@ def check(config: Config) -> None:
     ):
         require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
     require(m.vq_commit_weight >= 0, f"model.vq_commit_weight={m.vq_commit_weight} must not be negative")
-    for name in ("weight_decay", "max_grad_norm", "lpips_weight", "mup_base_width", "n_grad_acc"):
+    choose("opt.cooldown_shape", o.cooldown_shape, COOLDOWN_SHAPES)
+    for name in ("weight_decay", "final_lr", "max_grad_norm", "lpips_weight", "mup_base_width", "n_grad_acc"):
         require(getattr(o, name) >= 0, f"opt.{name}={getattr(o, name)} must not be negative")
     for name, value in (
         ("data.num_workers", d.num_workers),
@@ -238,6 +243,9 @@ def check_generator(config: Config) -> None:
 
     choose("generator.schedule", g.schedule, HIDING_SCHEDULES)
     choose("generator.order", g.order, REVEALING_ORDERS)
+    choose("generator.network", g.network, GENERATOR_NETWORKS)
+    choose("generator.guided_from", g.guided_from, GUIDED_FROM)
+    choose("generator.drawing", g.drawing, DRAWING_RULES)
     for name in ("hidden_size", "depth", "num_heads", "sample_steps"):
         require(getattr(g, name) > 0, name, "must be at least 1")
     require(g.sample_steps <= MAX_STEPS, "sample_steps", f"must be at most {MAX_STEPS}")
@@ -245,6 +253,10 @@ def check_generator(config: Config) -> None:
     for name in ("mlp_ratio", "temperature", "last_temperature"):
         require(getattr(g, name) > 0, name, "must be above 0")
     require(g.choice_temperature >= 0, "choice_temperature", "must not be negative")
+    require(0 <= g.visible_weight <= 1, "visible_weight", "must lie between 0 and 1")
+    if g.network == "uvit":
+        require(g.depth % 2 == 0, "depth", "must be even: uvit has as many blocks after its middle as before")
+        require(not g.bit_tokens, "bit_tokens", "is of generator.network=maskgit; uvit has a table of ids")
     for name in ("dropout", "label_drop", "label_smoothing"):
         require(0 <= getattr(g, name) < 1, name, "must be at least 0 and below 1")
     if metric and (metric == "cross_entropy") != g.train:

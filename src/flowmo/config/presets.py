@@ -50,6 +50,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 128 × 128 picture. Its decoder predicts the picture, is trained mostly at t = 1, and decodes in one pass."""
 
 GENERATOR_PRESETS: dict[str, dict[str, Any]] = {
+    "uvit": {
+        "generator": {
+            "train": True,
+            "network": "uvit",
+            "dropout": 0.0,
+            "visible_weight": 0.1,
+            "guided_from": "class",
+            "drawing": "gumbel",
+        },
+        "data": {"global_batch_size": 128},
+        "opt": {
+            "lr": 1e-4,
+            "beta2": 0.96,
+            "weight_decay": 0.03,
+            "max_grad_norm": 1.0,
+            "warmup": "1.28M images",
+            "cooldown": 1.0,
+            "cooldown_shape": "cosine",
+            "final_lr": 1e-5,
+        },
+        "trainer": {"duration": "300 epochs"},
+    },
     "maskgit": {
         "generator": {"train": True},
         "data": {"global_batch_size": 128},
@@ -64,4 +86,5 @@ GENERATOR_PRESETS: dict[str, dict[str, Any]] = {
         "trainer": {"duration": "40 epochs"},
     },
 }
-"""``maskgit`` has the paper's width, depth, batch, rate and length; ``maskgit_nano`` trains on a CPU."""
+"""``uvit`` is the paper's: TiTok's UViTBert, its sampling and training, at the paper's width, depth, batch, rate and
+length. ``maskgit`` is our network at the same size and length; ``maskgit_nano`` trains on a CPU."""

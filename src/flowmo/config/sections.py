@@ -28,6 +28,10 @@ HIDING_SCHEDULES = ("arccos", "cosine", "linear")
 DISTILLED = ("sample", "picture")
 CHECKPOINTED = ("inputs", "attention", "products")
 SOLVERS = ("euler", "midpoint", "heun", "multistep")
+GENERATOR_NETWORKS = ("maskgit", "uvit")
+GUIDED_FROM = ("null", "class")
+DRAWING_RULES = ("categorical", "gumbel")
+COOLDOWN_SHAPES = ("linear", "cosine")
 REVEALING_ORDERS = ("confidence", "halton", "random")
 
 
@@ -209,7 +213,11 @@ class OptConfig:
         "such as 768; 0, as the release, gives every weight opt.lr",
     )
     warmup: Span = setting(Span(0), "length over which the learning rate rises from 0")
-    cooldown: float = setting(0.0, "last share of the run over which the learning rate falls to 0; 0 keeps it")
+    cooldown: float = setting(0.0, "last share of the run over which the learning rate falls; 0 keeps it")
+    cooldown_shape: str = setting(
+        "linear", "how it falls, a cosine's from the warm-up's end: " + ", ".join(COOLDOWN_SHAPES)
+    )
+    final_lr: float = setting(0.0, "learning rate at the end of the cooldown")
     max_grad_norm: float = setting(0.0, "longest gradient, longer ones are scaled down to it; 0 leaves them")
     schedule: str = setting("fat_lognormal", "training timesteps: " + ", ".join(DISTRIBUTIONS))
     anchor: float = setting(0.0, "share of the training timesteps at exactly t = 1")
@@ -297,6 +305,9 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
     train: bool = setting(False, "stage 2: train a generator, on data.train=TOKENS from flowmo tokenize", training=True)
+    network: str = setting(
+        "maskgit", "maskgit, ours, or uvit, TiTok's UViTBert, the paper's: " + ", ".join(GENERATOR_NETWORKS)
+    )
     hidden_size: int = setting(1024, "width of the generator")
     depth: int = setting(28, "blocks of the generator")
     num_heads: int = setting(16, "its attention heads")
@@ -308,9 +319,24 @@ class GeneratorConfig:
     )
     label_drop: float = setting(0.1, "share of training pictures without their class, for guidance", training=True)
     label_smoothing: float = setting(0.1, "share of the target spread over all ids", training=True)
+    visible_weight: float = setting(
+        0.0, "weight in the loss of an id that is not hidden, of a hidden one 1", training=True
+    )
     tokenizer: str = setting("", "preset or file of the tokenizer, to show samples while training", training=True)
     sample_steps: int = setting(64, "steps from hidden ids to a picture's", training=True)
-    guidance: float = setting(1.5, "classifier-free guidance of the logits; 1 is none", training=True)
+    guidance: float = setting(1.5, "classifier-free guidance g of the logits, see guided_from", training=True)
+    guided_from: str = setting(
+        "null",
+        "convention of guidance: null, null + g (class - null), none at 1; class, class + g (class - null), as TiTok "
+        "and the paper, none at 0: " + ", ".join(GUIDED_FROM),
+        training=True,
+    )
+    drawing: str = setting(
+        "categorical",
+        "how ids are drawn: categorical, of their probabilities; gumbel, as TiTok, the logit that is largest with "
+        "Gumbel noise of choice_temperature: " + ", ".join(DRAWING_RULES),
+        training=True,
+    )
     temperature: float = setting(1.3, "softmax temperature of the first step", training=True)
     last_temperature: float = setting(0.5, "and of the last, between which it falls evenly", training=True)
     choice_temperature: float = setting(4.5, "noise in which ids are kept, falling to 0 (confidence)", training=True)

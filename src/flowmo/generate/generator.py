@@ -21,7 +21,7 @@ from flowmo.config import Config, ConfigError
 from flowmo.data.tokens import Vocabulary
 from flowmo.eight_bit import expand, stored
 from flowmo.generate.classes import GenerationError, class_titles, find_class
-from flowmo.generate.network import MaskGiT
+from flowmo.generate.network import build_network
 from flowmo.generate.schedules import halton_order, hidden_counts
 from flowmo.packed import Packable
 from flowmo.precision import computing
@@ -47,13 +47,13 @@ class Generator(Packable):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         classes = len(vocabulary.classes)
-        self.network = MaskGiT(config.generator, vocabulary.id_bits, vocabulary.ids, classes)
+        self.network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, classes)
         self.null_class = classes
         self.chunk_size: int | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.network.place.device
+        return next(self.network.parameters()).device
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -62,8 +62,11 @@ class Generator(Packable):
 
     def identity(self) -> str:
         """16 hex digits that name these weights, this architecture and the tokenizer whose ids they draw."""
+        architecture = self.config.generator_architecture()
+        if architecture["network"] == "maskgit":  # the only one when identities began
+            del architecture["network"]
         vocabulary = {name: value for name, value in asdict(self.vocabulary).items() if value is not None}
-        return identity_of({**self.config.generator_architecture(), **vocabulary}, self)
+        return identity_of({**architecture, **vocabulary}, self)
 
     def label(self, name: str | int) -> int:
         """The index of a class by its name, its WordNet id or its index, see ``flowmo.generate.classes.find_class``.
@@ -78,6 +81,14 @@ class Generator(Packable):
     def class_name(self, label: int) -> str:
         """What people call a class, so that no other is called the same."""
         return "no class" if label == -1 else class_titles(self.vocabulary.classes)[label]
+
+    def guidance_in_words(self, guidance: float | None = None) -> str:
+        """A guidance with the convention that its number follows; the generator's own where ``None``."""
+        own = self.config.generator
+        start, none = (own.guided_from, 0) if own.guided_from == "class" else (own.guided_from, 1)
+        return (
+            f"guidance {own.guidance if guidance is None else guidance:g}: {start} + g · (class − null), none at {none}"
+        )
 
     # Sampling
 
@@ -102,7 +113,8 @@ class Generator(Packable):
         Args:
             labels: numbers of classes; −1 or ``null_class`` for none.
             seeds: one a picture, or a first one that is counted up.
-            steps, guidance, temperature, last_temperature, choice_temperature, order: see ``flowmo info --settings``;
+            guidance: in the convention of ``generator.guided_from``.
+            steps, temperature, last_temperature, choice_temperature, order: see ``flowmo info --settings``;
                 the generator's own where ``None``.
             ids: int64 b × tokens × sub-tokens to start from, together with ``keep``.
             keep: bool of the same shape, or tokens × sub-tokens for all; these ids stay, the others are drawn anew.
@@ -117,6 +129,7 @@ class Generator(Packable):
         own = self.config.generator
         steps = own.sample_steps if steps is None else steps
         guidance = own.guidance if guidance is None else guidance
+        scale = guidance + (own.guided_from == "class")  # class + g (class - null) = null + (g + 1) (class - null)
         first = own.temperature if temperature is None else temperature
         last = own.last_temperature if last_temperature is None else last_temperature
         noise = own.choice_temperature if choice_temperature is None else choice_temperature
@@ -137,10 +150,11 @@ class Generator(Packable):
             counts = [hidden_counts(max(int(n), 1), steps, own.schedule) for n in hidden[chunk].sum(dim=1)]
             ranks = None if order == "confidence" else self._ranks(order, generators)
             for step in range(steps):
-                share = step / max(steps - 1, 1)
+                # TiTok's first step is already a step on the way from the first temperature to the last.
+                share = (step + 1) / steps if own.drawing == "gumbel" else step / max(steps - 1, 1)
                 x, open_ = self._step(
                     x, open_, labels[chunk], generators,
-                    [row[step] for row in counts], guidance, first + (last - first) * share, noise * (1 - share), ranks,
+                    [row[step] for row in counts], scale, first + (last - first) * share, noise * (1 - share), ranks,
                 )  # fmt: skip
                 if progress:
                     progress(i * steps + step + 1, len(chunks) * steps)
@@ -160,19 +174,20 @@ class Generator(Packable):
         ranks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Draw every hidden id and keep the best; ``left[i]`` of picture i stay hidden. Returns ids and hidden."""
-        logits = self.guided_logits(ids, hidden, labels, guidance)
-        shares = (logits / temperature).softmax(dim=-1)
+        logits = self.guided_logits(ids, hidden, labels, guidance) / temperature
         uniform = torch.stack([torch.rand(2, ids.shape[1], generator=g) for g in generators]).to(self.device)
-        sums = shares.cumsum(dim=-1)
-        # Times the last sum, which rounding leaves beside 1, so that every draw finds an id.
-        drawn = torch.searchsorted(sums, (uniform[:, 0] * sums[..., -1])[..., None], right=True)[..., 0]
-        drawn = drawn.clamp(max=logits.shape[-1] - 1)
-        if ranks is None:
-            confidence = shares.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()
-            gumbel = -torch.log(-torch.log(uniform[:, 1].clamp(1e-9, 1 - 1e-7)))
-            score = confidence + noise * gumbel
+        if self.config.generator.drawing == "gumbel":
+            more = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators]).to(self.device)
+            drawn = (logits + noise * gumbel(more)).argmax(dim=-1)
+            confidence = logits.gather(-1, drawn[..., None])[..., 0]
         else:
-            score = -ranks.to(self.device, torch.float32)
+            shares = logits.softmax(dim=-1)
+            sums = shares.cumsum(dim=-1)
+            # Times the last sum, which rounding leaves beside 1, so that every draw finds an id.
+            drawn = torch.searchsorted(sums, (uniform[:, 0] * sums[..., -1])[..., None], right=True)[..., 0]
+            drawn = drawn.clamp(max=logits.shape[-1] - 1)
+            confidence = shares.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()
+        score = confidence + noise * gumbel(uniform[:, 1]) if ranks is None else -ranks.to(self.device, torch.float32)
         place = score.masked_fill(~hidden, torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         visible = ids.shape[1] - torch.tensor(left, device=self.device)[:, None]
         reveal = hidden & (place < visible)
@@ -293,6 +308,11 @@ class Generator(Packable):
         size = self.chunk_size or (4 if self.device.type == "cpu" else 64)
         for start in range(0, count, size):
             yield [min(i, count - 1) for i in range(start, start + size)]
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Gumbel noise of uniform numbers in [0, 1)."""
+    return -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
 
 
 # Files

@@ -1,4 +1,7 @@
-"""The bidirectional transformer that guesses hidden ids from the others and a class (Chang et al. 2022).
+"""Bidirectional transformers that guess hidden ids from the others and a class (Chang et al. 2022).
+
+``MaskGiT`` is ours. ``UViT`` is the paper's: TiTok's ``UViTBert`` (bytedance/1d-tokenizer), which has 397 178 368
+parameters at width 1024, depth 28, 512 ids of 9 bits and 1000 classes.
 
 Shape annotations name axes: b batch, n ids of a picture, d width, v ids of the vocabulary.
 """
@@ -89,3 +92,80 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
+
+
+class UViT(nn.Module):
+    """TiTok's generator: a transformer whose later blocks read the earlier ones' outputs.
+
+    Arguments as of ``MaskGiT``. The names and shapes of its tensors are those of ``UViTBert.state_dict()``, so that
+    either loads the other's. ``embeddings`` has a row for each id, then one for hidden ids, one for each class, and one
+    for the null class. ``depth`` / 2 blocks come before ``mid_block``; each of as many after it first maps its input
+    and the output of its counterpart before, side by side, to the width.
+    """
+
+    def __init__(self, settings: GeneratorConfig, id_bits: int, ids: int, classes: int):
+        super().__init__()
+        width, half = settings.hidden_size, settings.depth // 2
+        self.vocabulary_size = 2**id_bits
+        shape = (width, settings.num_heads, settings.mlp_ratio, settings.dropout)
+        self.embeddings = nn.Embedding(self.vocabulary_size + classes + 2, width)
+        self.pos_embed = nn.Parameter(torch.empty(1, ids + 1, width))
+        self.in_blocks = nn.ModuleList(UViTBlock(*shape) for _ in range(half))
+        self.mid_block = UViTBlock(*shape)
+        self.out_blocks = nn.ModuleList(UViTBlock(*shape, skip=True) for _ in range(half))
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, self.vocabulary_size)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:  # their scales are 1
+                nn.init.normal_(parameter, std=0.02)  # TiTok truncates it at ±2, a hundred deviations
+
+    @property
+    def blocks(self) -> list[UViTBlock]:
+        """All, in the order in which they run."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
+    def forward(self, ids: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+        """As ``MaskGiT``: logits b n v."""
+        tokens = torch.cat(
+            (labels[:, None] + self.vocabulary_size + 1, ids.masked_fill(hidden, self.vocabulary_size)), 1
+        )
+        x = self.embeddings(tokens) + self.pos_embed
+        outputs: list[Tensor] = []
+        for block in self.in_blocks:
+            x = block(x)
+            outputs.append(x)
+        x = self.mid_block(x)
+        for block in self.out_blocks:
+            x = block(x, outputs.pop())
+        return self.lm_head(self.norm(x[:, 1:]))
+
+
+class UViTBlock(nn.Module):
+    """Attention, then an MLP, each normed before and added; with ``skip`` after a linear map of two inputs."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float, skip: bool = False):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width, bias=False), "proj": nn.Linear(width, width)})
+        hidden = int(mlp_ratio * width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.skip_linear = nn.Linear(2 * width, width) if skip else None
+
+    def forward(self, x: Tensor, earlier: Tensor | None = None) -> Tensor:
+        """b n d -> b n d."""
+        if self.skip_linear is not None and earlier is not None:
+            x = self.skip_linear(torch.cat((x, earlier), dim=-1))
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = attend(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
+        x = x + F.dropout(self.attn["proj"](mixed), self.dropout, self.training)
+        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))
+        return x + F.dropout(self.mlp["fc2"](hidden), self.dropout, self.training)
+
+
+def build_network(settings: GeneratorConfig, id_bits: int, ids: int, classes: int) -> MaskGiT | UViT:
+    """The network that ``generator.network`` names; arguments as of ``MaskGiT``."""
+    kinds: dict[str, type[MaskGiT] | type[UViT]] = {"maskgit": MaskGiT, "uvit": UViT}
+    return kinds[settings.network](settings, id_bits, ids, classes)

@@ -20,7 +20,7 @@ from flowmo import transformer
 from flowmo.config import Config, DataConfig, EvalConfig, OptConfig, SamplingConfig, TrainerConfig
 from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
-from flowmo.generate.network import MaskGiT
+from flowmo.generate.network import build_network
 from flowmo.perceptual import blank_distance
 from flowmo.quantize import alone
 from flowmo.quantize.infill import HUB_NAMES
@@ -132,9 +132,9 @@ def describe_training(config: Config) -> dict[str, Any]:
 def generator_cost(config: Config, vocabulary: Vocabulary, fused: bool = True) -> Cost:
     """Cost of stage 2, as ``training_cost`` gives that of the others."""
 
-    def build(precise: Config, images: int) -> tuple[Callable[[], Tensor], MaskGiT]:
+    def build(precise: Config, images: int) -> tuple[Callable[[], Tensor], nn.Module]:
         ids = torch.empty(images, vocabulary.ids, dtype=torch.int64)
-        network = MaskGiT(precise.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
+        network = build_network(precise.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
         for block in network.blocks if precise.trainer.activation_checkpointing else ():
             recompute(block, precise.trainer.checkpoint_keeps)
         arguments = (ids, torch.empty_like(ids, dtype=torch.bool), ids[:, 0])

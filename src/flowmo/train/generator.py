@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,10 +71,10 @@ class GeneratorStage(nn.Module):
         self.networks = tuple(generator.networks.values())
 
     def forward(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> Loss:
-        """Cross-entropy over hidden ids (Chang et al. 2022).
+        """Cross-entropy over hidden ids (Chang et al. 2022), and with ``generator.visible_weight`` over the others.
 
-        The loss, and what is logged of it, is divided by how many ids are hidden on average, not by how many are
-        hidden here: so it is a mean over pictures, and the same however a batch is cut over processes and passes.
+        The loss is divided by the mean sum of those weights, and what is logged by how many ids are hidden on average,
+        not by those here: so they are means over images, and the same however a batch is cut over processes and passes.
 
         Args:
             ids: int64 b n.
@@ -81,17 +82,20 @@ class GeneratorStage(nn.Module):
         """
         settings = self.generator.config.generator
         logits = self.generator.network(ids, hidden, labels).flatten(0, 1).float()  # (b n) v
-        # Visible ids are ignored, not left out: a mask would make the host wait for their number.
+        share, weight = MEAN_HIDDEN_SHARE[settings.schedule], settings.visible_weight
+        # Other ids are ignored, not left out: a mask would make the host wait for their number.
         targets = torch.where(hidden, ids, IGNORED).flatten()
-        total = F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing, reduction="sum")
-        expected = ids.numel() * MEAN_HIDDEN_SHARE[settings.schedule]
+        summed = partial(F.cross_entropy, logits, label_smoothing=settings.label_smoothing, reduction="sum")
+        total = summed(targets)
+        if weight:
+            total = total + weight * summed(torch.where(hidden, IGNORED, ids).flatten())
+        loss, expected = total / (ids.numel() * (share + weight * (1 - share))), ids.numel() * share
         with torch.no_grad():
             sums = {
-                "loss": total.detach(),
                 "cross_entropy": F.cross_entropy(logits, targets, reduction="sum"),
                 "accuracy": (logits.argmax(dim=-1) == targets).float().sum(),
             }
-        return Loss(total / expected, {name: value / expected for name, value in sums.items()})
+        return Loss(loss, {"loss": loss.detach(), **{name: value / expected for name, value in sums.items()}})
 
 
 class GeneratorTask:

@@ -80,4 +80,6 @@ def describe(config: Config, start: Position, times: Timetable) -> str:
             f"{opt.lpips_mode} distance × {opt.lpips_weight:g} of {where.get(config.stage, 'one-step estimates')}"
         )
         parts.append(distance if opt.lpips_weight else "no perceptual loss")
+    else:
+        parts.append(f"network {config.generator.network}, visible ids at weight {config.generator.visible_weight:g}")
     return "; ".join(parts)

@@ -88,26 +88,29 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer | Together:
 
     Each group's ``scale`` is its share of the learning rate. Adam's is 1 / multiplier of the width for matrices that
     sum over the width, 1 for the rest and for a generator; Muon's is ``opt.muon_lr`` over ``opt.lr``, whatever the
-    width. All state exists from the start, so that a checkpoint can be read into it.
+    width. Weight decay is for every weight of a tokenizer, as in the release, and for a generator's linear maps alone,
+    as in TiTok. All state exists from the start, so that a checkpoint can be read into it.
 
     Raises:
         ConfigError: this PyTorch has no Muon.
     """
     opt = model.config.opt
-    groups: dict[float, list[Tensor]] = {}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     matrices: list[Tensor] = []
     multipliers = width_multipliers(model.config)
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, parameter in model.named_parameters():
-        if opt.optimizer == "muon" and ".blocks." in f".{name}" and parameter.ndim == 2 and "modulation" not in name:
+        if opt.optimizer == "muon" and "block" in name and parameter.ndim == 2 and "modulation" not in name:
             matrices.append(parameter)
             continue
         multiplier = multipliers.get(name.partition(".")[0], 1.0)
-        groups.setdefault(1 / multiplier if is_wide(name, parameter) else 1.0, []).append(parameter)
+        scale = 1 / multiplier if is_wide(name, parameter) else 1.0
+        decay = opt.weight_decay if model.config.stage != "generator" or name in linear else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
     adam = torch.optim.AdamW(
-        [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+        [{"params": found, "scale": scale, "weight_decay": decay} for (scale, decay), found in groups.items()],
         lr=opt.lr,
         betas=(opt.beta1, opt.beta2),
-        weight_decay=opt.weight_decay,
         fused=True,
     )
     for parameter in (p for parameters in groups.values() for p in parameters):

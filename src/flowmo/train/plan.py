@@ -5,6 +5,7 @@ Everything is counted in images, so that neither the number of processes nor the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flowmo.config import Config, ConfigError, OptConfig, Span
@@ -107,8 +108,14 @@ class Timetable:
     def rate(self, opt: OptConfig, images: int) -> float:
         """Learning rate of the step that starts at ``images``.
 
-        It rises over ``opt.warmup``, stays at ``opt.lr``, and falls to 0 over the last ``opt.cooldown`` of the run.
+        It rises over ``opt.warmup``, stays at ``opt.lr``, and falls to ``opt.final_lr`` over the last ``opt.cooldown``
+        of the run: evenly, or as half a cosine, which begins no sooner than the warm-up ends.
         """
         rise = min(1.0, (images + self.batch) / self.warmup) if self.warmup else 1.0
-        fall = min(1.0, (self.duration - images) / (opt.cooldown * self.duration)) if opt.cooldown else 1.0
-        return opt.lr * rise * max(fall, 0.0)
+        length = opt.cooldown * self.duration
+        if opt.cooldown_shape == "cosine":
+            length = min(length, self.duration - self.warmup)
+        left = min(1.0, max((self.duration - images) / length, 0.0)) if length > 0 else 1.0
+        if opt.cooldown_shape == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return rise * (opt.final_lr + (opt.lr - opt.final_lr) * left)
