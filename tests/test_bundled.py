@@ -31,8 +31,7 @@ def photographs(picture_files):
 def test_is_the_preset_and_fits(nano):
     assert nano.config.model.code_length * nano.config.model.context_dim == 288 * 8
     assert nano.config.eval == flowmo.preset("nano").eval
-    assert nano.config.encoder_shape == flowmo.preset("nano").encoder_shape
-    assert nano.config.decoder_shape == flowmo.preset("nano").decoder_shape
+    assert nano.config.architecture() == flowmo.preset("nano").architecture()
     assert (BUNDLED / "nano.safetensors").stat().st_size <= 48 * 2**20
     assert nano.config.data.train == nano.config.data.val == "", "no path of whoever trained it"
 
