@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from flowmo import Config, FlowMo
-from flowmo.checkpoint import build
-from flowmo.release import convert_release
+from flowmo.checkpoint.authors import convert_release
+from flowmo.checkpoint.files import build
 
 WIDTH_UNIT = 192
 """Their widths are counted in this many channels."""

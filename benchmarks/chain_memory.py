@@ -1,4 +1,4 @@
-"""Memory of stage 1B: the forecast of ``flowmo.train.account`` beside the peak of real steps.
+"""Memory of stage 1B: the forecast of ``flowmo.train.cost`` beside the peak of real steps.
 
     python benchmarks/chain_memory.py [--device cuda] [--json FILE]
 
@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from flowmo import Config, FlowMo
-from flowmo.perceptual import blank_distance
-from flowmo.train.account import training_cost
-from flowmo.train.loop import used_memory
-from flowmo.train.stages import Draws, Stage
+from flowmo.losses.perceptual import blank_distance
+from flowmo.losses.stages import Stage, TrainingNoise
+from flowmo.train.cost import training_cost
+from flowmo.train.trainer import used_memory
 
 MIB = 2**20
 STEPS = (1, 4, 8)
@@ -81,7 +81,7 @@ def two_steps(size: str, steps: int, batch: int, device: torch.device) -> int:
     side = config.data.image_size
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
     for _ in range(2):
-        stage(images, Draws.of(config, images, range(batch))).total.backward()
+        stage(images, TrainingNoise.of(config, images, range(batch))).total.backward()
     return used_memory(device)
 
 

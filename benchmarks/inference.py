@@ -34,9 +34,9 @@ import torch
 
 import flowmo
 from flowmo import Config, FlowMo
-from flowmo.bench import Timing, measure, parts, precision
-from flowmo.packed import available
-from flowmo.studies.study import machine
+from flowmo.evaluate.speed import Timing, measure, parts, precision
+from flowmo.model.cpu_prepack import available
+from reproduce.study import machine
 
 AGREEMENT = 1e-4
 NARROW = ("mup_width=2", "enc_mup_width=2", "enc_depth=4", "dec_depth=8", "patch_size=8", "code_length=128")

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flowmo.data import Views, open_source
-from flowmo.evaluate.figures import psnr
-from flowmo.pictures import read_image
+from flowmo.data import ImageDataset, open_source
+from flowmo.evaluate.metrics.pairs import psnr
+from flowmo.images import read_image
 
 SIZES = ((500, 375), (1600, 1200), (4000, 3000))
 SIDES = (256, 128)
@@ -67,8 +67,10 @@ def main() -> None:
             source = open_source(folder)
             count = len(source)
             for side in SIDES:
-                views = {draft: Views(source, side, random_crop=True, draft=draft) for draft in (False, True)}
-                whole, draft = (torch.stack([Views(source, side, draft=d)[i, 0] for i in range(count)]) for d in views)
+                views = {draft: ImageDataset(source, side, random_crop=True, draft=draft) for draft in (False, True)}
+                whole, draft = (
+                    torch.stack([ImageDataset(source, side, draft=d)[i, 0] for i in range(count)]) for d in views
+                )
                 readers = {
                     "plain_pillow": lambda i, f=source.files, s=side: plain_pillow(f[i], s),
                     "whole": lambda i, v=views: v[False][i, i],

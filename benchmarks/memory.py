@@ -24,11 +24,12 @@ import torch
 import flowmo
 from flowmo import Config, FlowMo
 from flowmo.distributed import World
-from flowmo.train.account import training_cost
-from flowmo.train.distributed import prepare
-from flowmo.train.loop import used_memory
-from flowmo.train.optimizer import Average, build_optimizer
-from flowmo.train.stages import Draws, Stage
+from flowmo.losses.stages import Stage, TrainingNoise
+from flowmo.train.cost import training_cost
+from flowmo.train.ema import EMA
+from flowmo.train.optimizer import build_optimizer
+from flowmo.train.parallel import prepare
+from flowmo.train.trainer import used_memory
 
 GIB = 2**30
 POLICIES = ("all", "products", "attention", "inputs")
@@ -79,12 +80,12 @@ def train_once(preset: str, policy: str, batch: int, device: torch.device) -> No
     config = settings(preset, policy, "opt.lpips_weight=0")
     tokenizer = FlowMo(config).to(device)
     stage = prepare(Stage(tokenizer, None), World(device=device), config.trainer)
-    optimizer, average = build_optimizer(tokenizer), Average(tokenizer, batch)
+    optimizer, average = build_optimizer(tokenizer), EMA(tokenizer, batch)
     side = config.data.image_size
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
     for step in range(2):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = stage(images, Draws.of(config, images, range(batch)))
+            loss = stage(images, TrainingNoise.of(config, images, range(batch)))
         loss.total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # gradients count to the state

@@ -19,9 +19,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from flowmo import Config
-from flowmo.data import Views, open_source
-from flowmo.train.coordinates import coordinate_check
-from flowmo.train.loop import Run
+from flowmo.data import ImageDataset, open_source
+from flowmo.train.mup_check import coordinate_check
+from flowmo.train.trainer import Trainer
 
 BASE = {
     "data": {"image_size": 32, "global_batch_size": 16, "max_microbatch": 16, "num_workers": 0},
@@ -51,7 +51,7 @@ LAYERS = ("encoder block 2", "encoder code_out", "decoder block 3", "decoder pic
 def final_loss(config: Config) -> float:
     """Mean loss of the last fifth of a run."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(config, Path(folder), report=lambda line: None)
+        run = Trainer(config, Path(folder), report=lambda line: None)
         run.train()
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line][-1]
@@ -68,7 +68,7 @@ def main() -> None:
     rates = [1e-3, 4e-3] if arguments.quick else [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
     steps = 10 if arguments.quick else 200
     config = Config.from_dict(BASE).override(f"data.train={arguments.data}")
-    source = Views(open_source(arguments.data), config.data.image_size)
+    source = ImageDataset(open_source(arguments.data), config.data.image_size)
     images = torch.stack([source[i, 0] for i in range(8)])
     figures, axes = {}, plt.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True)[1]
     for row, (name, base) in enumerate((("µP", BASE_WIDTH), ("release", 0))):

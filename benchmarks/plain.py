@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.sample import seeded_noise, shifted_times
-from flowmo.tokenizer import FlowMo
-from flowmo.transformer import (
+from flowmo.model.sampler import seeded_noise, shifted_times
+from flowmo.model.transformer import (
     MIN_PREDICTION_TIME,
     NORM_EPS,
     DoubleStreamBlock,
@@ -27,6 +26,7 @@ from flowmo.transformer import (
     timestep_embedding,
     unpatchify,
 )
+from flowmo.tokenizer import FlowMo
 
 
 def norm(x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def velocity(tokenizer: FlowMo, x: Tensor, code: Tensor, t: float) -> Tensor:
 
 
 def inputs(tokenizer: FlowMo) -> tuple[Tensor, Tensor, Tensor]:
-    """A picture, noise and a code, those of ``flowmo.bench.parts``."""
+    """A picture, noise and a code, those of ``flowmo.evaluate.speed.parts``."""
     side, generator = tokenizer.config.data.image_size, torch.Generator().manual_seed(0)
     images = torch.rand(1, 3, side, side, generator=generator) * 2 - 1
     code = torch.randn(1, tokenizer.code_length, tokenizer.config.model.context_dim, generator=generator).sign()

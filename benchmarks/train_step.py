@@ -22,19 +22,20 @@ import torch
 from torch import Tensor, nn
 
 import flowmo
-from flowmo.bench import timed
 from flowmo.config import CHECKPOINTED, Config
 from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
+from flowmo.evaluate.speed import timed
 from flowmo.generate.generator import Generator
-from flowmo.perceptual import blank_distance
-from flowmo.train.account import Cost, generator_cost, peak_flops, training_cost
-from flowmo.train.distributed import prepare
+from flowmo.losses.perceptual import blank_distance
+from flowmo.losses.stages import Stage, TrainingNoise
+from flowmo.train.cost import Cost, generator_cost, peak_flops, training_cost
+from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorStage, Hidden
-from flowmo.train.loop import machine_memory, used_memory
-from flowmo.train.optimizer import Average, NormControl, build_optimizer, clip_gradients
-from flowmo.train.stages import Draws, Stage
+from flowmo.train.optimizer import NormControl, build_optimizer, clip_gradients
+from flowmo.train.parallel import prepare
 from flowmo.train.task import in_bfloat16
+from flowmo.train.trainer import machine_memory, used_memory
 
 PAPER_VOCABULARY = Vocabulary(
     tokenizer="0" * 16, model="lo", image_size=256, tokens=256, sub_tokens=2, id_bits=9, classes=("class",) * 1000
@@ -63,7 +64,7 @@ def build(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module, C
 
     def reconstruct(stage: nn.Module, first: int, batch: int) -> Tensor:
         images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
-        draws = Draws.of(config, images, range(first, first + batch))
+        draws = TrainingNoise.of(config, images, range(first, first + batch))
         return stage(images, draws, freeze_encoder=config.stage != "pretrain").total
 
     return tokenizer, prepare(Stage(tokenizer, perceptual), World(device=device), config.trainer), reconstruct
@@ -72,7 +73,7 @@ def build(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module, C
 def measure(config: Config, device: torch.device, batch: int, steps: int) -> dict[str, float]:
     """Images a second (median step after two that warm up), seconds of the first step, and most bytes held."""
     model, stage, loss_of = build(config, device)
-    optimizer, average = build_optimizer(model), Average(model, batch)
+    optimizer, average = build_optimizer(model), EMA(model, batch)
     norms = NormControl({} if config.generator.train else model.networks)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -113,7 +114,7 @@ def measure_largest(config: Config, device: torch.device, most: int, steps: int)
     """
     cost = cost_of(config, device)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
-    batch = 2 ** (min(cost.most_pictures(memory), most).bit_length() - 1)
+    batch = 2 ** (min(cost.max_images(memory), most).bit_length() - 1)
     while batch:
         measured = None
         with suppress(torch.OutOfMemoryError):

@@ -10,9 +10,9 @@ import matplotlib
 import torch
 
 import flowmo
-from flowmo.coding.context import token_bits
-from flowmo.pictures import Tiling, resize_and_crop, to_picture, to_tensor
-from flowmo.sample import shifted_times
+from flowmo.codec.context import token_bits
+from flowmo.images import Tiling, resize_and_crop, to_pil, to_tensor
+from flowmo.model.sampler import shifted_times
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -56,7 +56,7 @@ def draw_path(photo, file):
     figure = plt.figure(figsize=(11, 4.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
     for axes, t in zip(above.subplots(1, len(times)), times, strict=True):
-        axes.imshow(to_picture(((1 - t) * picture + t * noise).clamp(-1, 1)))
+        axes.imshow(to_pil(((1 - t) * picture + t * noise).clamp(-1, 1)))
         bare(axes, f"t = {t:g}")
         axes.spines[:].set_visible(False)
     axes = below.subplots()

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import flowmo
-from flowmo.evaluate.figures import grid
-from flowmo.pictures import to_picture, to_tensor
+from flowmo.evaluate.metrics.pairs import grid
+from flowmo.images import to_pil, to_tensor
 
 PICTURES = Path(__file__).parent / "pictures"
 SIDE = 128
@@ -35,5 +35,5 @@ for name, box in CROPS:
     squares.append(photograph.crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 originals = torch.stack([to_tensor(square) for square in squares])
 tok = flowmo.load("nano")
-both = to_picture(grid([originals, tok.decode(tok.encode(originals).ids)]))
+both = to_pil(grid([originals, tok.decode(tok.encode(originals).ids)]))
 both.resize((both.width * 2, both.height * 2), Image.Resampling.NEAREST).save(sys.argv[1], quality=90)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowmo.data import DataError, epoch_order
-from flowmo.pictures import read_image
+from flowmo.images import read_image
 from flowmo.streams import Stream, stream
 
 HELD_OUT_EVERY = 64

@@ -27,22 +27,23 @@ from gpu_images import DeviceCrops, MemoryImages, load_packs
 from torch import Tensor, nn
 
 import flowmo
-from flowmo import bench, checkpoint
+from flowmo.checkpoint import files as checkpoint
 from flowmo.config import Config
 from flowmo.data import Source
 from flowmo.distributed import World, join
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.figures import grid
-from flowmo.evaluate.reconstruction import Judges, Reconstruction, measure, read_crops
+from flowmo.evaluate import speed as bench
+from flowmo.evaluate.metrics.pairs import grid
+from flowmo.evaluate.reconstruction import Evaluators, Reconstruction, measure, read_crops
 from flowmo.evaluate.summary import Summary
-from flowmo.perceptual import BACKBONES, HEADS, RESNET, WeightsNotFoundError, find_weights
-from flowmo.pictures import to_picture
+from flowmo.images import to_pil
+from flowmo.losses.perceptual import BACKBONES, HEADS, RESNET, WeightsNotFoundError, find_weights
+from flowmo.model.sampler import image_seed
 from flowmo.precision import describe
-from flowmo.sample import picture_seed
-from flowmo.train.account import matrix_rate
-from flowmo.train.journal import METRICS
-from flowmo.train.loop import Run
+from flowmo.train.cost import matrix_rate
+from flowmo.train.logging import METRICS
 from flowmo.train.tokenizer import TokenizerTask
+from flowmo.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "results.json"
@@ -294,7 +295,7 @@ class PackTask(TokenizerTask):
         self.seconds = float(facts.get("seconds", 0.0))
 
 
-class TimedRun(Run):
+class TimedTrainer(Trainer):
     """A run that ends by the clock, however fast the device is.
 
     The length of the run in images is estimated anew before every step, as images by its end over the share of the
@@ -367,7 +368,7 @@ def train(job: Job) -> None:
         decode_seconds=round(time.time() - began, 1),
     )
     with join(job.device.type) as world:
-        run = TimedRun(job, world, images, held_out)
+        run = TimedTrainer(job, world, images, held_out)
         run.train()
 
 
@@ -438,7 +439,7 @@ class Candidate:
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         codes = self.tokenizer.encode(images, self.bits_per_pixel)
-        decoded = self.tokenizer.decode(codes, self.steps, [picture_seed(0, index) for index in indices])
+        decoded = self.tokenizer.decode(codes, self.steps, [image_seed(0, index) for index in indices])
         return Reconstruction(decoded, torch.full((len(images),), codes.bits / len(codes)))
 
 
@@ -461,7 +462,7 @@ def finish(job: Job) -> None:
     _, held_out, _ = load_packs(job.packs, side, only_held_out=True)
     chosen = range(min(2 if job.dry_run else 8, len(held_out)))
     limit = min(len(held_out), 2 if job.dry_run else 256)
-    judges, missing = Judges.find(features="none")
+    judges, missing = Evaluators.find(features="none")
     judges.to(device)
     rows: list[dict[str, Any]] = []
     shown = [read_crops(held_out, chosen, side)]
@@ -471,7 +472,7 @@ def finish(job: Job) -> None:
         metrics = {name: getattr(summary, name) for name in names}
         rows.append({"steps": candidate.steps, "images": summary.pictures, **rounded(metrics)})
         shown.append(candidate.reconstruct(shown[0], chosen).images.cpu())
-        to_picture(grid(shown)).save(job.out / "samples.png")
+        to_pil(grid(shown)).save(job.out / "samples.png")
         job.record(rows=rows, missing=missing)
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowmo.checkpoint import write_content
+from flowmo.checkpoint.files import write_content
 from flowmo.errors import FlowMoError
 
 BEGIN, END = "<!-- one_gpu: begin -->", "<!-- one_gpu: end -->"

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from flowmo.data import FolderSource
-from flowmo.pictures import ImageError, read_image
+from flowmo.images import ImageError, read_image
 
 SIDE = 128
 LARGEST_SCALE = 2.0

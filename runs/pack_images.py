@@ -27,7 +27,7 @@ from pathlib import Path
 from nano_pictures import files, unlike
 from PIL import Image, ImageFile
 
-from flowmo.pictures import ORIENTATION, read_image
+from flowmo.images import ORIENTATION, read_image
 
 QUALITY = 92
 MIB = 1 << 20

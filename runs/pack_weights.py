@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from flowmo.checkpoint import write_whole
-from flowmo.perceptual import BACKBONES, HEADS, find_weights
-from flowmo.pth import read_pth
+from flowmo.checkpoint.files import write_whole
+from flowmo.checkpoint.pth import read_pth
+from flowmo.losses.perceptual import BACKBONES, HEADS, find_weights
 
 
 def pack_weights(out: Path, networks: list[str], weights: Path | None = None) -> list[Path]:
-    """Write features and heads of some LPIPS networks in float16, under names that ``flowmo.perceptual`` looks for."""
+    """Write features and heads of some LPIPS networks in float16, named as ``losses.perceptual`` looks for them."""
     written = []
     for network in networks:
         for names, url in (BACKBONES[network], HEADS[network]):

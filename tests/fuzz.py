@@ -43,18 +43,20 @@ with watching:
     import torch
     from PIL import Image
 
-    from flowmo import Config, FlowMo, checkpoint, save, sharded
-    from flowmo.codec import CONTEXT_BYTES, CRC, PLANE_CRC, Codec, CodecError, read_number
-    from flowmo.coding import range_coder
-    from flowmo.coding.context import ContextModel
-    from flowmo.coding.planes import PlaneModel, weight_shapes
+    from flowmo import Config, FlowMo, save
+    from flowmo.checkpoint import distributed as sharded
+    from flowmo.checkpoint import files as checkpoint
+    from flowmo.codec import range_coder
+    from flowmo.codec.context import ContextModel
+    from flowmo.codec.file import CONTEXT_BYTES, CRC, PLANE_CRC, Codec, CodecError, read_number
+    from flowmo.codec.planes import PlaneModel, weight_shapes
     from flowmo.data import DataError, TarSource, build_index, default_index
-    from flowmo.data.tar import read_index
-    from flowmo.data.tokens import TokenFacts, Tokens, describe, pack_shard, read_facts
+    from flowmo.data.sources.tar import read_index
+    from flowmo.data.tokens import TokenMetadata, Tokens, describe, pack_shard, read_metadata
     from flowmo.errors import FlowMoError
     from flowmo.evaluate.npz import NpzFile, write_npz
     from flowmo.generate.generator import load_generator
-    from flowmo.pictures import ImageError, read_image
+    from flowmo.images import ImageError, read_image
 
 MOST_SECONDS = 5.0
 SMALL = {
@@ -194,7 +196,7 @@ class TokensTarget(Target):
 
     def seeds(self) -> Iterator[bytes]:
         for classes in ((), ("cat", "dog")):
-            facts = TokenFacts(
+            facts = TokenMetadata(
                 tokenizer="00" * 8, model="m", image_size=16, tokens=4, sub_tokens=1, id_bits=4, source="s",
                 count=3, shard_size=8, classes=classes,
             )  # fmt: skip
@@ -207,7 +209,7 @@ class TokensTarget(Target):
         manifest, body = data[2 : 2 + length], data[2 + length :]
         self.file("tokens.json", manifest)
         with contextlib.suppress(FlowMoError):
-            facts = read_facts(self.folder)[0]
+            facts = read_metadata(self.folder)[0]
             size = facts.shard_bytes(0)
             if size < 1 << 16:
                 head = facts.header(0)

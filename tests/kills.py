@@ -31,15 +31,16 @@ import torch
 from conftest import PICTURES, TINY, open_gates
 from PIL import Image
 
-from flowmo import Config, FlowMo, preset, save, sharded
-from flowmo.checkpoint import read_pth
+from flowmo import Config, FlowMo, preset, save
+from flowmo.checkpoint import distributed as sharded
+from flowmo.checkpoint.files import read_pth
+from flowmo.checkpoint.run_folder import CHECKPOINTS, listing
 from flowmo.data import open_source
 from flowmo.distributed import join
 from flowmo.generate.tokenize import tokenize
-from flowmo.runs import CHECKPOINTS, listing
 from flowmo.train import tokenizer as tokenizer_task
-from flowmo.train.loop import Run
 from flowmo.train.state import PARTS
+from flowmo.train.trainer import Trainer
 
 WAITED = 600.0
 """Seconds after which a process that should have ended is taken to hang."""
@@ -124,7 +125,7 @@ def start(config: Config, folder: Path, processes: int) -> list[int]:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
         with join("cpu", group=processes > 1) as world:
-            Run(config, folder, world, report=lambda line: None).train()
+            Trainer(config, folder, world, report=lambda line: None).train()
 
     return [fork(lambda rank=rank: work(rank)) for rank in range(processes)]
 
@@ -135,7 +136,7 @@ def import_what_runs_import(config: Config, folder: Path) -> None:
 
     def work() -> None:
         with join("cpu", group=True) as world:
-            Run(config, folder / "first", world, report=lambda line: None).train()
+            Trainer(config, folder / "first", world, report=lambda line: None).train()
         names.write_text("\n".join(sys.modules))
 
     pid = fork(work)

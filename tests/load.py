@@ -35,7 +35,7 @@ from conftest import TINY, open_gates
 from PIL import Image
 
 from flowmo import Config, FlowMo, load, save
-from flowmo.codec import Codec
+from flowmo.codec.file import Codec
 
 TIMEOUT = 1200
 
@@ -104,8 +104,8 @@ def visit(address: str, button: int, number: int) -> None:
 
 def load_page(count: int) -> tuple[int, int]:
     """Requests all at once, each with a connection of its own; bytes held after a first round and after all."""
-    from flowmo.demo import Page
-    from flowmo.web import serve
+    from flowmo.web.demo import Page
+    from flowmo.web.page import serve
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load(tiny_file(Path(folder)))

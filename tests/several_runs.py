@@ -6,10 +6,10 @@ from pathlib import Path
 
 from flowmo import Config
 from flowmo.distributed import join
-from flowmo.train.loop import Run
+from flowmo.train.trainer import Trainer
 
 base, runs, results = (Path(word) for word in sys.argv[1:])
 with join("cpu", group=True) as world:
     for name, settings in json.loads(runs.read_text()):
         config = Config.from_yaml(base).override(*settings)
-        Run(config, results / name, world, report=lambda line: None).train()
+        Trainer(config, results / name, world, report=lambda line: None).train()

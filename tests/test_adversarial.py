@@ -10,15 +10,15 @@ from torch import nn
 
 from flowmo import FlowMo
 from flowmo.distributed import World
-from flowmo.evaluate.reconstruction import Judges
-from flowmo.studies.bases import SMOKE_BASE
-from flowmo.studies.peer import SCALES, run
-from flowmo.studies.study import Place, StudyError
+from flowmo.evaluate.reconstruction import Evaluators
+from reproduce.bases import SMOKE_BASE
+from reproduce.peer import SCALES, run
+from reproduce.study import Place, StudyError
 
 pytest.importorskip("diffusers")
 
-from flowmo.studies.adversarial import STATE, train_peer
-from flowmo.studies.convolutional import (
+from reproduce.adversarial import STATE, train_peer
+from reproduce.convolutional import (
     Adversaries,
     ConvolutionalReconstructor,
     ConvolutionalTokenizer,
@@ -38,7 +38,7 @@ def test_bits_and_ids():
     made = candidate.reconstruct(images, range(2))
     assert made.ids.shape == (2, 4, 1)
     assert made.ids.max() < candidate.id_count == 512
-    assert made.bits.tolist() == [CONFIG.bits_per_picture] * 2
+    assert made.bits.tolist() == [CONFIG.bits_per_image] * 2
     assert torch.equal(made.images, tokenizer.decode(made.ids))
     assert made.images.shape == images.shape
     signs, ids = tokenizer.quantizer.quantize(tokenizer.code(images))
@@ -61,7 +61,7 @@ def test_the_fight_that_is_reported_is_of_equal_parameters():
 
 def test_several_processes_are_refused(place):
     with pytest.raises(StudyError, match="without torchrun"):
-        run(replace(place, world=World(size=2)), Judges())
+        run(replace(place, world=World(size=2)), Evaluators())
 
 
 def test_flops_by_hand(monkeypatch):
@@ -80,8 +80,8 @@ def test_flops_by_hand(monkeypatch):
         def picture(self, code):
             return self.decoder(code)
 
-    monkeypatch.setattr("flowmo.studies.convolutional.ConvolutionalTokenizer", Plain)
-    monkeypatch.setattr("flowmo.studies.convolutional.Discriminator", lambda: nn.Conv2d(3, 1, 1, bias=False))
+    monkeypatch.setattr("reproduce.convolutional.ConvolutionalTokenizer", Plain)
+    monkeypatch.setattr("reproduce.convolutional.Discriminator", lambda: nn.Conv2d(3, 1, 1, bias=False))
     one = 2 * 3 * 32 * 32  # a 1 × 1 convolution to one channel
     without = 3 * one * 2  # forward, and the weights' gradient
     # Adapting the weight: both losses back to the last layer; the tokenizer's loss through the discriminator; then the
@@ -122,7 +122,7 @@ def test_an_interrupted_training_ends_like_an_unbroken_one(place, monkeypatch):
         saves.append(path)
         raise KeyboardInterrupt
 
-    from flowmo.studies import adversarial
+    from reproduce import adversarial
 
     real = adversarial.save
     monkeypatch.setattr(adversarial, "save", save_and_die)

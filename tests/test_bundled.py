@@ -6,13 +6,13 @@ from conftest import SHARED
 from PIL import Image
 
 import flowmo
-from flowmo.checkpoint import BUNDLED
+from flowmo.checkpoint.files import BUNDLED
 from flowmo.data import open_source
-from flowmo.evaluate.figures import psnr, ssim
-from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
+from flowmo.evaluate.metrics.pairs import psnr, ssim
+from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
 from flowmo.evaluate.summary import Summary
-from flowmo.perceptual import LPIPS
-from flowmo.pictures import resize_and_crop, to_bytes, to_tensor
+from flowmo.images import resize_and_crop, to_bytes, to_tensor
+from flowmo.losses.perceptual import LPIPS
 
 PSNR_OF_SIXTEEN, SSIM_OF_SIXTEEN = 23.09, 0.673
 HELD_OUT = SHARED / "data" / "imagenette_128" / "val"
@@ -69,7 +69,7 @@ def test_figures_of_the_model_card(nano, trained_weights):
     """A sample of the held-out set lands where the card says the whole of it does."""
     if not HELD_OUT.is_dir():
         pytest.skip("needs ../shared/data/imagenette_128/val")
-    judges = Judges(lpips_alex=LPIPS("alex", trained_weights, download=False))
+    judges = Evaluators(lpips_alex=LPIPS("alex", trained_weights, download=False))
     report = Summary.of("nano", measure(FlowMoReconstructor(nano), open_source(HELD_OUT), 128, judges, limit=100), 128)
     card = (BUNDLED / "nano.md").read_text()
     stated = {row.split("|")[1].strip(): row.split("|")[2] for row in card.splitlines() if row.startswith("| ")}

@@ -6,8 +6,10 @@ import torch
 from safetensors.torch import save_file
 
 import flowmo
-from flowmo import CheckpointError, FlowMo, checkpoint, eight_bit, preset
-from flowmo.release import expected_shapes
+from flowmo import CheckpointError, FlowMo, preset
+from flowmo.checkpoint import eight_bit
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.authors import expected_shapes
 
 
 class Trap:

@@ -317,7 +317,7 @@ def test_base_install_needs_no_torchvision():
     code = (
         "import sys\n"
         "sys.modules['torchvision'] = None\n"
-        "import flowmo, flowmo.cli, flowmo.perceptual, flowmo.train.loop, flowmo.evaluate.reconstruction\n"
+        "import flowmo, flowmo.cli, flowmo.losses.perceptual, flowmo.train.trainer, flowmo.evaluate.reconstruction\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

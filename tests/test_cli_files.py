@@ -83,14 +83,14 @@ def test_codes_through_pipes(tmp_path, weights, photo):
     coded = subprocess.run(to_codes, input=content, capture_output=True, check=True)
     assert coded.stdout[:3] == b"FLM"
     assert b"bits per pixel" in coded.stderr
-    to_picture = [*command, "decode", "-", "--model", str(weights), "--steps", "2"]
-    decoded = subprocess.run(to_picture, input=coded.stdout, capture_output=True, check=True)
+    to_pil = [*command, "decode", "-", "--model", str(weights), "--steps", "2"]
+    decoded = subprocess.run(to_pil, input=coded.stdout, capture_output=True, check=True)
     with Image.open(io.BytesIO(decoded.stdout)) as picture:
         assert picture.size == (70, 50)
-    broken = subprocess.run(to_picture, input=b"no codes", capture_output=True)
+    broken = subprocess.run(to_pil, input=b"no codes", capture_output=True)
     assert (broken.returncode, broken.stdout) == (2, b"")
     assert broken.stderr.count(b"\n") == 1
-    ids = subprocess.run([*to_picture, "--ids"], input=coded.stdout, capture_output=True, check=True)
+    ids = subprocess.run([*to_pil, "--ids"], input=coded.stdout, capture_output=True, check=True)
     assert len(json.loads(ids.stdout)) == 6, "tiles"
     alone = subprocess.run([*command, "encode", "-", str(photo)], input=content, capture_output=True)
     assert b"comes alone" in alone.stderr

@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from flowmo import FlowMo, codec, preset
+from flowmo import FlowMo, preset
 from flowmo.cli import main
-from flowmo.codec import Codec, CodecError, find_context
-from flowmo.coding.context import ContextModel
-from flowmo.coding.generator import GeneratorModel
+from flowmo.codec import file as codec
+from flowmo.codec.context import ContextModel
+from flowmo.codec.file import Codec, CodecError, find_context
+from flowmo.codec.generator import GeneratorModel
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, load_generator, save_generator
-from flowmo.pictures import Tiling
+from flowmo.images import Tiling
 from flowmo.tokenizer import Codes
 
 T, B = 6, 8
@@ -117,7 +118,7 @@ def test_random_ids_of_every_preset(name):
         content = Codec(tokenizer).pack(codes)
         assert torch.equal(Codec(tokenizer).unpack(content).ids, ids)
         assert len(content) <= codes.nbytes + 19
-        assert codes.bits == tiling.count * tokenizer.config.bits_per_picture
+        assert codes.bits == tiling.count * tokenizer.config.bits_per_image
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -188,7 +189,7 @@ def test_claims_of_a_terabyte_cost_nothing(tiny, context, coding, monkeypatch):
     """A header that asks for much, with a right checksum, is refused before anything is decoded or allocated."""
     ours = Codec(tiny, context)
     for work in ("range_coder.decode", "unpack_ids"):
-        monkeypatch.setattr(f"flowmo.codec.{work}", lambda *_: pytest.fail("that is work"))
+        monkeypatch.setattr(f"flowmo.codec.file.{work}", lambda *_: pytest.fail("that is work"))
     first = codec.MAGIC + bytes([codec.VERSION | coding << 4]) + ours.identity
     name = context.identity[:2] if coding else b""
     tracemalloc.start()

@@ -11,9 +11,9 @@ import torch
 from test_planes import NEIGHBOURS, D, S, random_codes, random_model
 
 from flowmo import FlowMo
-from flowmo.codec import Codec
-from flowmo.coding.context import ContextModel
-from flowmo.pictures import Tiling
+from flowmo.codec.context import ContextModel
+from flowmo.codec.file import Codec
+from flowmo.images import Tiling
 from flowmo.tokenizer import Codes
 
 MODULUS = 1 << 64

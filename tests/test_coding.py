@@ -9,10 +9,10 @@ import torch
 
 from flowmo import preset
 from flowmo.cli import main
-from flowmo.coding import fit as fitting
-from flowmo.coding import range_coder
-from flowmo.coding.context import ONE, ContextError, ContextModel, cost, ids_of_bits, logistic_table, token_bits
-from flowmo.coding.generator import GeneratorModel
+from flowmo.codec import fit as fitting
+from flowmo.codec import range_coder
+from flowmo.codec.context import ONE, ContextError, ContextModel, cost, ids_of_bits, logistic_table, token_bits
+from flowmo.codec.generator import GeneratorModel
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator
 

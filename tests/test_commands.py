@@ -15,8 +15,8 @@ from conftest import SHARED, TINY, write_language_model
 from test_checkpoint import release_file
 
 from flowmo import Config, load
+from flowmo.checkpoint.run_folder import listing
 from flowmo.data import build_index
-from flowmo.runs import listing
 
 WEIGHTS = SHARED / "weights"
 

@@ -21,7 +21,7 @@ def test_preset_survives_a_round_trip(name):
 def test_the_papers_rates():
     assert preset("lo").bits_per_pixel == pytest.approx(0.0703, abs=1e-4)
     assert preset("hi").bits_per_pixel == pytest.approx(0.2188, abs=1e-4)
-    assert preset("nano").bits_per_picture == 288 * 8
+    assert preset("nano").bits_per_image == 288 * 8
 
 
 def test_overrides_convert_where_nothing_is_lost():

@@ -12,10 +12,19 @@ import torch
 from PIL import Image
 
 from flowmo.cli import main
-from flowmo.data import DataError, TarSource, Views, batches, build_index, default_index, epoch_order, open_source
-from flowmo.data.tar import MAX_UNINDEXED_BYTES
-from flowmo.evaluate.figures import psnr
-from flowmo.pictures import ImageError, read_image
+from flowmo.data import (
+    DataError,
+    ImageDataset,
+    TarSource,
+    batches,
+    build_index,
+    default_index,
+    epoch_order,
+    open_source,
+)
+from flowmo.data.sources.tar import MAX_UNINDEXED_BYTES
+from flowmo.evaluate.metrics.pairs import psnr
+from flowmo.images import ImageError, read_image
 
 
 def add(tar, name, content):
@@ -45,7 +54,7 @@ def test_random_crops_reach_every_position_as_often(tmp_path):
     for column in range(7):
         picture.paste((30 * column,) * 3, (column, 0, column + 1, 4))
     picture.save(tmp_path / "a.png")
-    views = Views(open_source(tmp_path), 4, random_crop=True)
+    views = ImageDataset(open_source(tmp_path), 4, random_crop=True)
     first = torch.stack([views[0, seed][0, 0, 0] for seed in range(2000)])
     shares = (((first + 1) * 127.5).round() / 30).long().bincount(minlength=4) / 2000
     assert len(shares) == 4
@@ -67,7 +76,7 @@ def test_the_same_batches_as_from_a_folder(nested, tmp_path, picture_files):
     for file in picture_files[:5]:
         shutil.copy(file, folder)
     default_index(nested).write_text(json.dumps(build_index(nested)))
-    streams = [batches(Views(open_source(path), 32, True, True), 4, 3, 0, 2) for path in (nested, folder)]
+    streams = [batches(ImageDataset(open_source(path), 32, True, True), 4, 3, 0, 2) for path in (nested, folder)]
     for _ in range(4):
         assert torch.equal(*(next(stream) for stream in streams))
 
@@ -204,7 +213,7 @@ def test_shards_are_one_source(shards, picture_files, spec, indexed):
     assert len(source.classes) == 7
     for i, file in enumerate(picture_files[:6]):
         assert source.read(i).tobytes() == read_image(file).tobytes()
-    batch = next(batches(Views(pickle.loads(pickle.dumps(source)), 32), 6, 0, 0, workers=2))
+    batch = next(batches(ImageDataset(pickle.loads(pickle.dumps(source)), 32), 6, 0, 0, workers=2))
     assert len({image.numpy().tobytes() for image in batch}) == 6
 
 
@@ -253,8 +262,8 @@ def test_hugging_face_dataset(saved, picture_files):
     assert [source.label(i) for i in range(3)] == [1, 0, 1]
     for i, file in enumerate(picture_files[:3]):
         assert source.read(i).tobytes() == read_image(file).tobytes()
-    batch = next(batches(Views(source, 32), 3, 0, 0, workers=1))
-    assert torch.equal(batch, torch.stack([Views(source, 32)[i, 0] for i in epoch_order(3, 0, 0)]))
+    batch = next(batches(ImageDataset(source, 32), 3, 0, 0, workers=1))
+    assert torch.equal(batch, torch.stack([ImageDataset(source, 32)[i, 0] for i in epoch_order(3, 0, 0)]))
 
 
 def test_hugging_face_datasets_that_do_not_work(saved, tmp_path):
@@ -274,7 +283,7 @@ def test_a_draft_looks_like_the_whole_picture(tmp_path, picture_files):
     assert read_image(tmp_path / "large.jpg", side=96).size == (256, 192)
     assert read_image(tmp_path / "large.jpg", side=97).size == (512, 384)
     assert read_image(tmp_path / "large.jpg").size == (1024, 768)
-    whole, draft = (Views(open_source(tmp_path), 96, draft=draft)[0, 0] for draft in (False, True))
+    whole, draft = (ImageDataset(open_source(tmp_path), 96, draft=draft)[0, 0] for draft in (False, True))
     assert psnr(whole[None], draft[None]) > 35
 
 
@@ -295,7 +304,7 @@ def test_training_reads_what_people_have(tmp_path, picture_files):
     Image.new("RGB", (1, 1), "red").save(tmp_path / "one.png")
     base.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", base.size)])
     source = open_source(tmp_path)
-    views = Views(source, 16, draft=True)
+    views = ImageDataset(source, 16, draft=True)
     for i in range(len(source)):
         image, bad = views.readable(i, 0)
         assert not bad, bad

@@ -17,12 +17,12 @@ from PIL import Image
 from test_codec import peaked
 
 from flowmo import ImageError, preset
-from flowmo.codec import Codec, number
+from flowmo.codec.file import Codec, number
 from flowmo.data.tokens import Vocabulary
-from flowmo.demo import FLIPPED, MOST_DRAWN, MOST_PIXELS, MOST_SAMPLES, RANDOM, TYPED, DemoError, Page, shown_ids
-from flowmo.evaluate.figures import heat_map
+from flowmo.evaluate.metrics.pairs import heat_map
 from flowmo.generate.generator import Generator, load_generator, save_generator
-from flowmo.web import peers_table
+from flowmo.web.demo import FLIPPED, MOST_DRAWN, MOST_PIXELS, MOST_SAMPLES, RANDOM, TYPED, DemoError, Page, shown_ids
+from flowmo.web.page import peers_table
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_pictures_of_a_class(page, tiny, generator_file):
 
 
 def test_what_was_just_made_is_kept_whatever_the_clock_says(page, monkeypatch):
-    monkeypatch.setattr("flowmo.demo.MOST_FILES", 2)
+    monkeypatch.setattr("flowmo.web.demo.MOST_FILES", 2)
     for i in range(5):
         file = page._keep(bytes([i]), "a.flowmo")
         assert file.is_file()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flowmo import ConfigError, FlowMo, load, save
-from flowmo.sample import shifted_times
-from flowmo.train.account import training_cost
-from flowmo.train.loop import Run, TrainingError
-from flowmo.train.stages import MOST_PASSES, Draws, distill_loss, random_jumps, teacher_path
+from flowmo.losses.stages import MOST_PASSES, TrainingNoise, distill_loss, random_jumps, teacher_path
+from flowmo.model.sampler import shifted_times
+from flowmo.train.cost import training_cost
+from flowmo.train.trainer import Trainer, TrainingError
 
 STUDENT = ("model.mean_velocity=true", "eval.sampling.guidance=1", "eval.sampling.sample_steps=1")
 
@@ -107,12 +107,12 @@ def straight(tokenizer: FlowMo) -> FlowMo:
 def test_a_perfect_student_has_no_flow_loss(tiny, images, distilling):
     teacher = straight(tiny)
     student = taken_over(teacher, *distilling)
-    draws = Draws.of(student.config, images, range(5))
+    draws = TrainingNoise.of(student.config, images, range(5))
     loss = distill_loss(student, images, draws, squared_distance, teacher=teacher)
     assert loss.parts["flow"] < 1e-5  # the shortest step of 25 is 2.6e-6 long, and a difference over it rounds
     assert loss.parts["jump_distance"] < 1e-8
-    to_picture = taken_over(teacher, *distilling, "opt.distill_towards=picture")
-    parts = distill_loss(to_picture, images, draws, squared_distance, teacher=teacher).parts
+    to_pil = taken_over(teacher, *distilling, "opt.distill_towards=picture")
+    parts = distill_loss(to_pil, images, draws, squared_distance, teacher=teacher).parts
     sample = draws.jumps.noise - 0.5
     torch.testing.assert_close(parts["jump_distance"], squared_distance(images, sample).mean())
 
@@ -123,7 +123,7 @@ def test_the_loss_is_that_of_every_jump(tiny, images, distilling, space):
     student = taken_over(tiny, *distilling, f"opt.loss_space={space}", "opt.teacher_steps=3")
     with torch.no_grad():
         student.decoder.span_out.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
-    draws = Draws.of(student.config, images, range(5))
+    draws = TrainingNoise.of(student.config, images, range(5))
     noise, starts, ends = draws.jumps
     loss = distill_loss(student, images, draws, squared_distance, teacher=tiny)
     flow_errors, distances = [], []
@@ -178,7 +178,7 @@ def settings(tiny_config, tiny_model, tmp_path, picture_files):
 
 def test_a_student_learns_and_resumes_exactly(settings, tiny, tmp_path):
     """The loss falls, the encoder stays its teacher's, an interrupted run ends bit for bit as a whole one."""
-    whole = Run(settings, tmp_path / "whole", report=quiet)
+    whole = Trainer(settings, tmp_path / "whole", report=quiet)
     assert whole.task.stage == "distill"
     whole.train()
     records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -192,8 +192,8 @@ def test_a_student_learns_and_resumes_exactly(settings, tiny, tmp_path):
     for refused in ({"guidance": 1.5}, {"solver": "heun"}):
         with pytest.raises(ValueError, match="has guidance folded in and makes Euler's steps"):
             student.decode(codes, **refused)
-    Run(settings.override("trainer.max_steps=20"), tmp_path / "broken", report=quiet).train()
-    broken = Run(settings, tmp_path / "broken", report=quiet)
+    Trainer(settings.override("trainer.max_steps=20"), tmp_path / "broken", report=quiet).train()
+    broken = Trainer(settings, tmp_path / "broken", report=quiet)
     broken.train()
     ours = load(broken.checkpoints()[-1]).state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in student.state_dict().items())
@@ -204,13 +204,13 @@ def test_a_student_learns_and_resumes_exactly(settings, tiny, tmp_path):
 
 def test_teachers_that_do_not_fit_are_refused(settings, tmp_path):
     with pytest.raises(TrainingError, match=r"other settings: model\.dec_depth 3 -> 2"):
-        Run(settings.override("model.dec_depth=2"), tmp_path / "a", report=quiet)
-    Run(settings.override("trainer.max_steps=1"), tmp_path / "b", report=quiet).train()
+        Trainer(settings.override("model.dec_depth=2"), tmp_path / "a", report=quiet)
+    Trainer(settings.override("trainer.max_steps=1"), tmp_path / "b", report=quiet).train()
     of_a_student = sorted((tmp_path / "b" / "checkpoints").glob("*.pth"))[-1]
     with pytest.raises(TrainingError, match=r"other settings: model\.mean_velocity True -> False"):
-        Run(settings.override(f"opt.teacher={of_a_student}"), tmp_path / "c", report=quiet)
+        Trainer(settings.override(f"opt.teacher={of_a_student}"), tmp_path / "c", report=quiet)
     with pytest.raises(Exception, match=r"none\.pth"):
-        Run(settings.override("opt.teacher=none.pth"), tmp_path / "d", report=quiet)
+        Trainer(settings.override("opt.teacher=none.pth"), tmp_path / "d", report=quiet)
 
 
 def test_settings_that_cannot_work_are_refused(tiny_config):

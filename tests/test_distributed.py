@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import flowmo
-from flowmo import Config, checkpoint, sharded
+from flowmo import Config
+from flowmo.checkpoint import distributed as sharded
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.run_folder import listing
 from flowmo.distributed import DistributedError, join
-from flowmo.runs import listing
-from flowmo.train.loop import Run, TrainingError
 from flowmo.train.state import StateError
+from flowmo.train.trainer import Trainer, TrainingError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 HERE = Path(__file__).parent
@@ -105,7 +107,7 @@ def two(base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(base, tmp_path_factory):
     """The same run on one process."""
-    run = Run(base, tmp_path_factory.mktemp("one") / "run", report=quiet)
+    run = Trainer(base, tmp_path_factory.mktemp("one") / "run", report=quiet)
     run.train()
     return run
 
@@ -143,7 +145,7 @@ def test_two_processes_train_as_one(one, two, name):
 @pytest.mark.parametrize("name", ["vq", "vq-fsdp"])
 def test_two_processes_have_one_codebook(base, two, tmp_path, name):
     """The one that a process alone has: with the pictures in one pass, in four, and on two processes."""
-    run = Run(base.override(*CODEBOOK), tmp_path / "one", report=quiet)
+    run = Trainer(base.override(*CODEBOOK), tmp_path / "one", report=quiet)
     run.train()
     ours, theirs = last_weights(run.folder), last_weights(two / name)
     assert ours["quantizer.steps"] == theirs["quantizer.steps"] == 6
@@ -179,7 +181,7 @@ def test_one_process_goes_on_from_two(base, one, two, tmp_path, name, settings):
     """A sharded checkpoint into a whole model, and a whole one into a sharded model."""
     shutil.copytree(two / name, tmp_path / name)
     with join("cpu", group=True) as world:
-        run = Run(base.override(*settings), tmp_path / name, world, report=quiet)
+        run = Trainer(base.override(*settings), tmp_path / name, world, report=quiet)
         assert (run.step, run.images) == (3, 12)
         run.train()
     torch.testing.assert_close(logged(run.folder, "loss"), logged(one.folder, "loss"), rtol=2e-4, atol=2e-5)
@@ -338,11 +340,11 @@ def test_a_stop_file_saves(base, tmp_path):
         if line.startswith("step 2 "):
             (tmp_path / "run" / "stop").touch()
 
-    run = Run(base, tmp_path / "run", report=report)
+    run = Trainer(base, tmp_path / "run", report=report)
     run.train()
     assert run.step == 2
     assert run.checkpoints()[-1].stem == "00000002"
-    Run(base, tmp_path / "run", report=quiet).train()
+    Trainer(base, tmp_path / "run", report=quiet).train()
     assert listing(tmp_path / "run" / "checkpoints")[-1].stem == "00000006"
 
 
@@ -351,7 +353,7 @@ def test_a_full_disk_leaves_the_good_checkpoints(base, tmp_path, parallel):
     """Files may grow to a size that the first checkpoint has and the second, too large by a byte, has not."""
     config = base.override(f"trainer.parallel={parallel}", "trainer.max_steps=3")
     with join("cpu", group=True) as world:
-        Run(config, tmp_path / "run", world, report=quiet).train()
+        Trainer(config, tmp_path / "run", world, report=quiet).train()
     good = listing(tmp_path / "run" / "checkpoints")[-1]
     files = [good] if good.is_file() else [p for p in good.rglob("*") if p.is_file()]
     before = {file: file.read_bytes() for file in files}
@@ -380,23 +382,23 @@ def test_a_second_run_in_the_folder_is_refused(base, tmp_path):
     settings.write_text(base.to_json())
     command = [sys.executable, "-m", "flowmo.train", "--config", settings, "--results-dir", tmp_path]
     command += ["--experiment-name", "run"]
-    first = Run(base, tmp_path / "run", report=quiet)
+    first = Trainer(base, tmp_path / "run", report=quiet)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert "another run is writing there" in done.stderr
     first.train()
-    assert Run(base, tmp_path / "run", report=quiet).step == 6
+    assert Trainer(base, tmp_path / "run", report=quiet).step == 6
 
 
 def test_an_unreadable_checkpoint_is_named(base, tmp_path):
-    Run(base, tmp_path / "run", report=quiet).train()
+    Trainer(base, tmp_path / "run", report=quiet).train()
     older, newest = listing(tmp_path / "run" / "checkpoints")
     whole = newest.read_bytes()
     newest.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(TrainingError, match=rf"{newest}.*remove it to go on from {older}"):
-        Run(base, tmp_path / "run", report=quiet)
+        Trainer(base, tmp_path / "run", report=quiet)
     newest.unlink()
-    assert Run(base, tmp_path / "run", report=quiet).step == 3
+    assert Trainer(base, tmp_path / "run", report=quiet).step == 3
 
 
 def test_a_folder_of_something_else_is_no_checkpoint(base, two, tmp_path):
@@ -404,7 +406,7 @@ def test_a_folder_of_something_else_is_no_checkpoint(base, two, tmp_path):
     shutil.copytree(listing(two / "fsdp" / "checkpoints")[0], path)
     (path / "run.json").unlink()
     with pytest.raises(StateError, match="not a training checkpoint"):
-        Run(base, tmp_path / "run", resume_from=path, report=quiet)
+        Trainer(base, tmp_path / "run", resume_from=path, report=quiet)
 
 
 def test_processes_that_cannot_meet(monkeypatch):

@@ -17,7 +17,8 @@ from flowmo.cli import SETTING, build_parser, main
 from flowmo.config import FIELDS, Config, Span, flatten, preset
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
-from flowmo.studies import STUDIES
+from reproduce import STUDIES
+from reproduce.__main__ import build_parser as build_study_parser
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "src" / "flowmo" / "pretrained" / "nano.md"]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
@@ -150,7 +151,10 @@ LONG = [(page, line) for page in PAGES for language in ("", "sh") for line in co
 
 TOLD = [ROOT / "docs" / name for name in ("paper-map.md", "reproduction.md")]
 """Pages that have their commands in tables."""
-IN_TABLES = {page: dict.fromkeys(re.findall(r"`((?:flowmo|torchrun) [^`]+)`", page.read_text())) for page in TOLD}
+IN_TABLES = {
+    page: dict.fromkeys(re.findall(r"`((?:flowmo|torchrun|python -m reproduce) [^`]+)`", page.read_text()))
+    for page in TOLD
+}
 LONG += [(page, line) for page, lines in IN_TABLES.items() for line in lines]
 
 
@@ -159,6 +163,9 @@ def test_every_command_is_understood(page, line, monkeypatch):
     """Its options and settings exist, and so do the files of this project that it names."""
     monkeypatch.chdir(ROOT)
     words = [word for word in shlex.split(line) if word != "..."]
+    if words[:3] == ["python", "-m", "reproduce"]:
+        build_study_parser().parse_args(words[3:])
+        return
     if words[0] == "python":
         script = (ROOT / words[1]).read_text()
         for option in (word for word in words if word.startswith("--")):
@@ -221,7 +228,7 @@ def test_the_map_of_the_paper_is_whole_and_leads_somewhere():
 def test_every_study_is_on_the_reproduction_page():
     text = TOLD[1].read_text()
     for name in STUDIES:
-        assert f"`flowmo study {name} " in text, name
+        assert f"`python -m reproduce {name} " in text, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))

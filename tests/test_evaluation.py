@@ -14,27 +14,27 @@ from conftest import PICTURES
 from PIL import Image
 
 from flowmo import save
-from flowmo.codec import Codec
+from flowmo.codec.file import Codec
 from flowmo.data import open_source
 from flowmo.evaluate import reconstruction
 from flowmo.evaluate.codecs import CodecReconstructor
-from flowmo.evaluate.features import Features, ResNetFeatures
-from flowmo.evaluate.figures import decibels, psnr, squared_error, ssim
-from flowmo.evaluate.frechet import StatisticsError
-from flowmo.evaluate.kernel import kernel_distance
 from flowmo.evaluate.measurement import COLUMNS, Measurement
+from flowmo.evaluate.metrics.features import Features, ResNetFeatures
+from flowmo.evaluate.metrics.frechet import StatisticsError
+from flowmo.evaluate.metrics.kernel import kernel_distance
+from flowmo.evaluate.metrics.pairs import decibels, psnr, squared_error, ssim
 from flowmo.evaluate.reconstruction import (
     EvaluationError,
+    Evaluators,
     FlowMoReconstructor,
-    Judges,
     Reconstruction,
     measure,
     truncated,
 )
 from flowmo.evaluate.summary import Summary
-from flowmo.pictures import resize_and_crop, to_bytes, to_picture, to_tensor
-from flowmo.sample import picture_seed
-from flowmo.torchvision_import import TorchvisionError, import_torchvision
+from flowmo.images import resize_and_crop, to_bytes, to_pil, to_tensor
+from flowmo.losses.torchvision_import import TorchvisionError, import_torchvision
+from flowmo.model.sampler import image_seed
 
 
 class Colours(torch.nn.Module):
@@ -90,7 +90,7 @@ def test_ssim_of_equals_and_of_too_small_pictures(pair):
 def test_legacy_psnr_is_the_releases(source):
     """Of five pictures at once, truncated to 8 bits, written as the release writes it, with NumPy."""
     metrics = pytest.importorskip("skimage.metrics")
-    measured = measure(Blur(), source, 64, Judges(), limit=5)
+    measured = measure(Blur(), source, 64, Evaluators(), limit=5)
     x = reconstruction.read_crops(source, range(len(source)), 64)[: len(source)]
     chosen = x if len(x) == 5 else x[[i * len(x) // 5 for i in range(5)]]
     y = Blur().reconstruct(chosen, range(5)).images.clamp(-1, 1)
@@ -103,7 +103,7 @@ def test_legacy_psnr_is_the_releases(source):
 def test_legacy_ssim_is_the_releases(source):
     """Of 8 bits without their fraction, as float32 in [0, 1], written as the release writes it."""
     metrics = pytest.importorskip("skimage.metrics")
-    summary = Summary.of("blur", measure(Blur(), source, 64, Judges()), 64)
+    summary = Summary.of("blur", measure(Blur(), source, 64, Evaluators()), 64)
     x = reconstruction.read_crops(source, range(len(source)), 64)
     y = Blur().reconstruct(x, range(len(x))).images.clamp(-1, 1)
     a, b = (((z + 1) / 2 * 255.0).permute(0, 2, 3, 1).to(torch.uint8).numpy() for z in (x, y))
@@ -175,9 +175,9 @@ def same(a, b):
 
 @pytest.fixture
 def judges(trained_weights):
-    from flowmo.perceptual import LPIPS
+    from flowmo.losses.perceptual import LPIPS
 
-    return Judges(LPIPS("alex", trained_weights, download=False), features=Colours())
+    return Evaluators(LPIPS("alex", trained_weights, download=False), features=Colours())
 
 
 def test_the_stand_in_network(trained_weights, pair):
@@ -204,7 +204,7 @@ def test_batches_and_order_change_nothing(source, judges):
 
 
 def test_an_interrupted_evaluation_goes_on(source, tmp_path, monkeypatch):
-    judges = Judges(features=Colours())
+    judges = Evaluators(features=Colours())
     monkeypatch.setattr(reconstruction, "SAVE_SECONDS", 0)
     whole = measure(Blur(), source, 64, judges)
 
@@ -235,7 +235,7 @@ def test_an_interrupted_evaluation_goes_on(source, tmp_path, monkeypatch):
 
 
 def test_a_kill_between_writing_the_whole_and_removing_its_parts(source, tmp_path, monkeypatch):
-    judges = Judges(features=Colours())
+    judges = Evaluators(features=Colours())
     whole = measure(Blur(), source, 64, judges, folder=tmp_path)
     content = torch.load(tmp_path / "measured.pt", weights_only=True)
     torch.save(content, tmp_path / "part-00003.pt")
@@ -247,16 +247,17 @@ def test_two_processes_give_what_one_gives(source, tmp_path):
     program.write_text(
         "import sys, torch\n"
         f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        "from test_evaluation import Blur, Colours, Judges, PICTURES, measure, open_source\n"
+        "from test_evaluation import Blur, Colours, Evaluators, PICTURES, measure, open_source\n"
         "from flowmo.distributed import join\n"
         "with join() as world:\n"
-        "    m = measure(Blur(), open_source(PICTURES), 64, Judges(features=Colours()), batch_size=2, world=world)\n"
+        "    evaluators = Evaluators(features=Colours())\n"
+        "    m = measure(Blur(), open_source(PICTURES), 64, evaluators, batch_size=2, world=world)\n"
         "    torch.save(m.state(), sys.argv[1] + str(world.rank))\n"
     )
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*words, program, tmp_path / "m"], check=True, env=environment, capture_output=True)
-    whole = measure(Blur(), source, 64, Judges(features=Colours()))
+    whole = measure(Blur(), source, 64, Evaluators(features=Colours()))
     for rank in "01":
         same(whole, Measurement.from_state(torch.load(tmp_path / f"m{rank}", weights_only=True)))
 
@@ -270,8 +271,8 @@ def test_remembered_features_are_the_same(source):
             return super().forward(images)
 
     network = Counts()
-    judges = Judges(features=network, remember=True)
-    whole = measure(Blur(), source, 64, Judges(features=Colours()))
+    judges = Evaluators(features=network, remember=True)
+    whole = measure(Blur(), source, 64, Evaluators(features=Colours()))
     same(whole, measure(Blur(), source, 64, judges))
     before = network.seen
     same(whole, measure(Blur(), source, 64, judges))
@@ -279,7 +280,7 @@ def test_remembered_features_are_the_same(source):
 
 
 def test_merging(source):
-    whole = measure(Blur(), source, 64, Judges())
+    whole = measure(Blur(), source, 64, Evaluators())
     with pytest.raises(StatisticsError, match="in both"):
         whole.merge(whole)
     with pytest.raises(StatisticsError, match="different evaluations"):
@@ -290,7 +291,7 @@ def test_merging(source):
 
 
 def test_few_pictures_have_no_distance_of_features(source):
-    judges = Judges(features=Colours())
+    judges = Evaluators(features=Colours())
     few = Summary.of("blur", measure(Blur(), source, 64, judges, limit=2), 64, judges.features)
     assert few.frechet_distance is None
     assert "at least 2" in few.missing
@@ -302,7 +303,7 @@ def test_equal_pictures_have_no_psnr(source):
         def reconstruct(self, images, indices):
             return Reconstruction(images, torch.full((len(images),), 24.0))
 
-    summary = Summary.of("lossless", measure(Lossless(), source, 64, Judges()), 64)
+    summary = Summary.of("lossless", measure(Lossless(), source, 64, Evaluators()), 64)
     assert summary.psnr is None
     assert not any(line.startswith("PSNR") for line in summary.lines())
     assert summary.equal_pictures == len(source)
@@ -311,7 +312,7 @@ def test_equal_pictures_have_no_psnr(source):
 
 def test_pictures_smaller_than_the_crop(source):
     with pytest.raises(EvaluationError, match=r"smaller than the crop of 5000×5000"):
-        measure(Blur(), source, 5000, Judges(), limit=1)
+        measure(Blur(), source, 5000, Evaluators(), limit=1)
 
 
 def test_a_candidate_whose_pictures_are_not_finite(source):
@@ -322,17 +323,19 @@ def test_a_candidate_whose_pictures_are_not_finite(source):
             return result
 
     with pytest.raises(EvaluationError, match=f"blur makes {source.name(2)} into values that are not finite"):
-        measure(Broken(), source, 32, Judges(), limit=None, batch_size=3)
+        measure(Broken(), source, 32, Evaluators(), limit=None, batch_size=3)
 
 
 def test_flowmo_as_a_candidate(tiny, source):
-    measured = measure(FlowMoReconstructor(tiny, steps=2), source, 32, Judges(features=Colours()), batch_size=3)
+    measured = measure(FlowMoReconstructor(tiny, steps=2), source, 32, Evaluators(features=Colours()), batch_size=3)
     summary = Summary.of("tiny", measured, 32)
     assert summary.bits_per_pixel == pytest.approx(48 / 1024)
     assert summary.id_count == 16
     assert measured.usage.sum() == len(source) * 12
-    same(measured, measure(FlowMoReconstructor(tiny, steps=2), source, 32, Judges(features=Colours()), batch_size=2))
-    other = measure(FlowMoReconstructor(tiny, steps=2, seed=1), source, 32, Judges())
+    same(
+        measured, measure(FlowMoReconstructor(tiny, steps=2), source, 32, Evaluators(features=Colours()), batch_size=2)
+    )
+    other = measure(FlowMoReconstructor(tiny, steps=2, seed=1), source, 32, Evaluators())
     assert not torch.equal(other.column("squared_error"), measured.column("squared_error"))
 
 
@@ -343,10 +346,10 @@ def test_a_picture_larger_than_the_model_goes_through_tiles(tiny, source):
     result = candidate.reconstruct(x, [3])
     assert result.bits.tolist() == [4 * 48.0]
     assert result.ids.shape == (4, 6, 2)
-    codes = tiny.encode_image(to_picture(x[0]))
-    expected = tiny.decode_image(codes, 2, picture_seed(0, 3))
+    codes = tiny.encode_image(to_pil(x[0]))
+    expected = tiny.decode_image(codes, 2, image_seed(0, 3))
     assert torch.equal(to_bytes(result.images)[0], to_bytes(to_tensor(expected)))
-    summary = Summary.of("tiny", measure(candidate, source, 48, Judges(), limit=2), 48)
+    summary = Summary.of("tiny", measure(candidate, source, 48, Evaluators(), limit=2), 48)
     assert summary.bits_per_pixel == pytest.approx(4 * 48 / 48**2)
 
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from conftest import TINY
 
-from flowmo import Config, checkpoint
-from flowmo.data import DataError, FolderSource, TarSource, Views, batches, build_index
-from flowmo.data.tar import read_index
-from flowmo.pictures import ImageError
-from flowmo.runs import listing
+from flowmo import Config
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.run_folder import listing
+from flowmo.data import DataError, FolderSource, ImageDataset, TarSource, batches, build_index
+from flowmo.data.sources.tar import read_index
+from flowmo.images import ImageError
 from flowmo.train.failures import in_one_line
-from flowmo.train.loop import Run
 from flowmo.train.state import StateError
+from flowmo.train.trainer import Trainer
 
 HERE = Path(__file__).parent
 
@@ -103,18 +104,18 @@ def mounted(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="has no mount")
 def test_a_disk_fills_up_is_made_read_only_and_mended(config, mounted, tmp_path):
-    Run(config, tmp_path / "whole", report=quiet).train()
+    Trainer(config, tmp_path / "whole", report=quiet).train()
     size = listing(tmp_path / "whole" / "checkpoints")[-1].stat().st_size
     checkpoints = tmp_path / "run" / "checkpoints"
     mounted(checkpoints, f"size={int(size * 1.5)}")
     with pytest.raises(StateError, match=r"No space left.*00000002.pth is sound"):
-        Run(config, tmp_path / "run", report=quiet).train()
+        Trainer(config, tmp_path / "run", report=quiet).train()
     assert [path.name for path in checkpoints.iterdir()] == ["00000002.pth"]
     mounted(checkpoints, "ro")
     with pytest.raises(StateError, match=r"Read-only file system.*00000002.pth is sound"):
-        Run(config, tmp_path / "run", report=quiet).train()
+        Trainer(config, tmp_path / "run", report=quiet).train()
     mounted(checkpoints, f"rw,size={size * 4}")
-    Run(config, tmp_path / "run", report=quiet).train()
+    Trainer(config, tmp_path / "run", report=quiet).train()
     assert same(last(tmp_path / "run"), last(tmp_path / "whole"))
 
 
@@ -122,7 +123,7 @@ def test_a_file_in_the_way_of_the_checkpoints(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").touch()
     with pytest.raises(StateError, match="there is none yet") as error:
-        Run(config, tmp_path / "run", report=quiet).train()
+        Trainer(config, tmp_path / "run", report=quiet).train()
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -131,7 +132,7 @@ def test_a_file_in_the_way_of_the_checkpoints(config, tmp_path):
 
 def test_a_picture_that_disappears_is_named_and_left_out(config, folder, tmp_path):
     lines = []
-    run = Run(config.override("data.max_bad_share=0.5"), tmp_path / "run", report=lines.append)
+    run = Trainer(config.override("data.max_bad_share=0.5"), tmp_path / "run", report=lines.append)
     gone = sorted(folder.glob("*"))[0]
     gone.unlink()
     run.train()
@@ -154,7 +155,7 @@ def test_a_source_that_hangs_is_named(folder):
     source = FolderSource(folder)
     source.files[0].unlink()
     os.mkfifo(source.files[0])
-    image, bad = Views(source, 32, timeout=0.3).readable(0, seed=0)
+    image, bad = ImageDataset(source, 32, timeout=0.3).readable(0, seed=0)
     assert image.shape == (3, 32, 32)
     assert list(bad) == [str(source.files[0])]
     assert "still being read after 0.3 s (data.read_timeout)" in bad[str(source.files[0])]
@@ -166,7 +167,7 @@ def test_a_source_that_is_slow_for_ever_ends_in_one_line(folder):
         def read(self, index, side=None):
             time.sleep(100)
 
-    views = Views(Slow(folder), 32, timeout=0.05)
+    views = ImageDataset(Slow(folder), 32, timeout=0.05)
     stream = batches(views, 2, seed=0, place=0, workers=0)
     with pytest.raises(DataError, match=r"8 pictures in a row cannot be read, the first: .*still being read"):
         next(stream)
@@ -213,12 +214,12 @@ def test_other_errors_stay_what_they_are():
 
 
 def test_clocks_that_jump_change_nothing(config, monkeypatch, tmp_path):
-    Run(config, tmp_path / "whole", report=quiet).train()
+    Trainer(config, tmp_path / "whole", report=quiet).train()
     real, jumps = time.time, iter(range(10**6))
     monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(jumps) * 10**8)
-    Run(config.override("trainer.max_steps=2"), tmp_path / "broken", report=quiet).train()
+    Trainer(config.override("trainer.max_steps=2"), tmp_path / "broken", report=quiet).train()
     newest = listing(tmp_path / "broken" / "checkpoints")[-1]
     os.utime(newest, (0, 0))  # as if the clock had been set back before it was written
-    Run(config, tmp_path / "broken", report=quiet).train()
+    Trainer(config, tmp_path / "broken", report=quiet).train()
     assert same(last(tmp_path / "broken"), last(tmp_path / "whole"))
     assert [path.stem for path in listing(tmp_path / "broken" / "checkpoints")] == ["00000002", "00000004"]

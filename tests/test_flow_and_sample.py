@@ -3,15 +3,15 @@ import math
 import pytest
 import torch
 
-from flowmo import flow
 from flowmo.config import SOLVERS as SOLVER_NAMES
-from flowmo.sample import (
+from flowmo.model import flow
+from flowmo.model.sampler import (
     SOLVERS,
     euler,
     evaluations,
     guided_velocity,
+    image_seed,
     network_passes,
-    picture_seed,
     seeded_noise,
     shifted_times,
 )
@@ -168,5 +168,5 @@ def test_noise_is_normal_and_belongs_to_its_seed():
 
 
 def test_picture_seeds_differ():
-    assert len({picture_seed(s, i) for s in range(30) for i in range(30)}) == 900
-    assert all(0 <= picture_seed(0, i) < 2**63 for i in range(100))
+    assert len({image_seed(s, i) for s in range(30) for i in range(30)}) == 900
+    assert all(0 <= image_seed(0, i) < 2**63 for i in range(100))

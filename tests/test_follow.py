@@ -9,13 +9,13 @@ import pytest
 from conftest import PICTURES
 
 import flowmo
-from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint.files import CheckpointError
+from flowmo.checkpoint.run_folder import has_ended
 from flowmo.data import build_index
 from flowmo.evaluate import follow
 from flowmo.evaluate.follow import LOG, Follower
-from flowmo.evaluate.reconstruction import EvaluationError, Judges
-from flowmo.runs import has_ended
-from flowmo.train.loop import Run
+from flowmo.evaluate.reconstruction import EvaluationError, Evaluators
+from flowmo.train.trainer import Trainer
 
 EVALUATION = ("eval.subsample_rate=3", "eval.sampling.sample_steps=1")
 
@@ -37,13 +37,13 @@ def test_every_checkpoint_of_a_run_once_until_it_ends(config, tmp_path, monkeypa
     monkeypatch.setattr(follow, "POLL_SECONDS", 0.02)
     run, said = tmp_path / "run", []
     settings = (f"eval.eval_dir={run}", "eval.continuous=true", *EVALUATION)
-    follower = Follower(settings, tmp_path / "evaluation", Judges(), report=said.append)
+    follower = Follower(settings, tmp_path / "evaluation", Evaluators(), report=said.append)
     thread = threading.Thread(target=follower.evaluate)
     thread.start()
     while not said:  # it waits for a run that is not there yet
         time.sleep(0.01)
     assert "waiting" in said[0]
-    Run(config, run, report=lambda line: None).train()
+    Trainer(config, run, report=lambda line: None).train()
     assert has_ended(run)
     thread.join(60)
     assert not thread.is_alive()
@@ -59,9 +59,9 @@ def test_every_checkpoint_of_a_run_once_until_it_ends(config, tmp_path, monkeypa
 
 
 def test_a_run_that_goes_on_has_not_ended(config, tmp_path):
-    Run(config, tmp_path, report=lambda line: None).train()
+    Trainer(config, tmp_path, report=lambda line: None).train()
     assert has_ended(tmp_path)
-    run = Run(config.override("trainer.duration=6 steps"), tmp_path, report=lambda line: None)
+    run = Trainer(config.override("trainer.duration=6 steps"), tmp_path, report=lambda line: None)
     run.asked_to_stop = True
     run.train()
     assert not has_ended(tmp_path)
@@ -69,17 +69,17 @@ def test_a_run_that_goes_on_has_not_ended(config, tmp_path):
 
 def test_the_newest_and_a_named_one(config, tmp_path):
     run = tmp_path / "run"
-    Run(config, run, report=lambda line: None).train()
-    Follower((f"eval.eval_dir={run}", *EVALUATION), tmp_path / "a", Judges(), report=lambda line: None).evaluate()
+    Trainer(config, run, report=lambda line: None).train()
+    Follower((f"eval.eval_dir={run}", *EVALUATION), tmp_path / "a", Evaluators(), report=lambda line: None).evaluate()
     assert [line["checkpoint"] for line in logged(tmp_path / "a")] == ["00000004.pth"]
     named = f"eval.force_ckpt_path={run}/checkpoints/00000003.pth"
     settings = (named, f"data.val={PICTURES}", *EVALUATION)
-    Follower(settings, tmp_path / "b", Judges(), report=lambda line: None).evaluate()
+    Follower(settings, tmp_path / "b", Evaluators(), report=lambda line: None).evaluate()
     assert [line["checkpoint"] for line in logged(tmp_path / "b")] == ["00000003.pth"]
     assert [line["precision"] for line in logged(tmp_path / "b")] == ["float32 (cpu)"]
-    Run(config.override("data.val=''"), tmp_path / "bare", report=lambda line: None).train()
+    Trainer(config.override("data.val=''"), tmp_path / "bare", report=lambda line: None).train()
     with pytest.raises(EvaluationError, match="no held-out pictures"):
-        Follower((f"eval.eval_dir={tmp_path}/bare",), tmp_path / "c", Judges()).evaluate()
+        Follower((f"eval.eval_dir={tmp_path}/bare",), tmp_path / "c", Evaluators()).evaluate()
 
 
 @pytest.mark.parametrize("origin", ["settings", "checkpoint", "run"])
@@ -91,7 +91,7 @@ def test_the_index_of_the_held_out_tar(origin, config, tmp_path, picture_files, 
     (tmp_path / "two.json").write_text(json.dumps(build_index(tmp_path / "val.tar")[:2]))
     both = (f"data.val={tmp_path}/val.tar", f"data.val_index={tmp_path}/two.json")
     run = tmp_path / "run"
-    Run(config.override(*both), run, report=lambda line: None).train()
+    Trainer(config.override(*both), run, report=lambda line: None).train()
     settings, loaded = (f"eval.eval_dir={run}", "eval.sampling.sample_steps=1"), flowmo.load
 
     def without_paths(path, *settings, **options):
@@ -104,33 +104,33 @@ def test_the_index_of_the_held_out_tar(origin, config, tmp_path, picture_files, 
         (run / "config.json").unlink()
     if origin != "checkpoint":
         monkeypatch.setattr("flowmo.load", without_paths)
-    Follower(settings, tmp_path / "a", Judges(), report=lambda line: None).evaluate()
+    Follower(settings, tmp_path / "a", Evaluators(), report=lambda line: None).evaluate()
     assert [line["pictures"] for line in logged(tmp_path / "a")] == [2]
     # Another source in the settings does not take over the index of the one it replaces.
     with tarfile.open(tmp_path / "other.tar", "w") as tar:
         tar.add(picture_files[3], "other.jpg")
     (tmp_path / "other.index.json").write_text(json.dumps(build_index(tmp_path / "other.tar")))
     settings = (*settings[:2], f"data.val={tmp_path}/other.tar")
-    Follower(settings, tmp_path / "b", Judges(), report=str).evaluate()
+    Follower(settings, tmp_path / "b", Evaluators(), report=str).evaluate()
     assert logged(tmp_path / "b")[0]["pictures"] == 1
 
 
 def test_nothing_to_evaluate(tmp_path):
     with pytest.raises(EvaluationError, match="name pictures, or a run"):
-        Follower((), tmp_path, Judges())
+        Follower((), tmp_path, Evaluators())
     with pytest.raises(EvaluationError, match="no such run"):
-        Follower((f"eval.eval_dir={tmp_path}/none",), tmp_path, Judges())
+        Follower((f"eval.eval_dir={tmp_path}/none",), tmp_path, Evaluators())
     (tmp_path / "empty").mkdir()
     with pytest.raises(EvaluationError, match="no checkpoint yet"):
-        Follower((f"eval.eval_dir={tmp_path}/empty",), tmp_path, Judges()).evaluate()
+        Follower((f"eval.eval_dir={tmp_path}/empty",), tmp_path, Evaluators()).evaluate()
 
 
 def test_a_checkpoint_that_is_removed_meanwhile(config, tmp_path, monkeypatch):
     """Runs keep the newest few; one that goes while it is read is told and passed over, a damaged one is an error."""
     run, said = tmp_path / "run", []
-    Run(config, run, report=lambda line: None).train()
+    Trainer(config, run, report=lambda line: None).train()
     newest = run / "checkpoints" / "00000004.pth"
-    follower = Follower((f"eval.eval_dir={run}", *EVALUATION), tmp_path / "a", Judges(), report=said.append)
+    follower = Follower((f"eval.eval_dir={run}", *EVALUATION), tmp_path / "a", Evaluators(), report=said.append)
     content = newest.read_bytes()
     newest.write_bytes(content[:1000])
     with pytest.raises(CheckpointError):

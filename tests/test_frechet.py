@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowmo.evaluate.frechet import Moments, StatisticsError, distance_between, frechet_distance
+from flowmo.evaluate.metrics.frechet import Moments, StatisticsError, distance_between, frechet_distance
 
 
 def random_features(count, channels, seed=0):

@@ -18,9 +18,9 @@ from PIL import Image
 from test_train import HostReads
 
 from flowmo import Config, FlowMo, load, save
-from flowmo.bits import pack_ids, unpack_ids
-from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint.files import CheckpointError
 from flowmo.cli import main
+from flowmo.codec.bits import pack_ids, unpack_ids
 from flowmo.config import HIDING_SCHEDULES, ConfigError, preset
 from flowmo.data import DataError, open_source
 from flowmo.data.tokens import Tokens, Vocabulary
@@ -34,9 +34,9 @@ from flowmo.generate.generator import (
 )
 from flowmo.generate.schedules import MEAN_HIDDEN_SHARE, halton_order, hidden_counts, hidden_share, hide
 from flowmo.generate.tokenize import tokenize
-from flowmo.pictures import resize_and_crop, to_tensor
+from flowmo.images import resize_and_crop, to_tensor
 from flowmo.train.generator import GeneratorStage, Hidden
-from flowmo.train.loop import Run, TrainingError
+from flowmo.train.trainer import Trainer, TrainingError
 
 VOCABULARY = Vocabulary(
     tokenizer="00" * 8, model="tiny", image_size=32, tokens=6, sub_tokens=2, id_bits=4, classes=CLASSES
@@ -544,7 +544,7 @@ def config(tokens):
 @pytest.fixture
 def trained(config, tmp_path):
     """A generator that has learnt six pictures by heart, and their tokenizer, as files."""
-    run = Run(
+    run = Trainer(
         config.override(
             "trainer.duration=250 steps",
             "trainer.checkpoint_every=250 steps",
@@ -608,7 +608,7 @@ def test_the_loss_is_that_of_the_hidden_ids(config):
 
 
 def test_a_step_asks_the_host_for_nothing(config, tmp_path, monkeypatch):
-    run = Run(config, tmp_path / "run", report=quiet)
+    run = Trainer(config, tmp_path / "run", report=quiet)
     batch = torch.stack([run.task.source.readable(index, 0)[0] for index in range(run.plan.total)])
     draws = Hidden.of(config, VOCABULARY.ids, range(len(batch)), batch.device)
     monkeypatch.setattr(Hidden, "of", lambda *_: draws)
@@ -627,7 +627,7 @@ def test_passes_give_the_same_losses(config, tmp_path):
     """Dropout, whose numbers follow the cut, aside."""
     curves = []
     for most in (6, 3, 1):
-        run = Run(
+        run = Trainer(
             config.override(f"data.max_microbatch={most}", "generator.dropout=0"), tmp_path / f"{most}", report=quiet
         )
         run.train()
@@ -641,7 +641,7 @@ def test_passes_give_the_same_losses(config, tmp_path):
 def test_two_processes_give_the_same_losses(config, tmp_path, parallel):
     """Under torchrun, and their checkpoint opens."""
     config = config.override("generator.dropout=0")
-    one = Run(config, tmp_path / "one", report=quiet)
+    one = Trainer(config, tmp_path / "one", report=quiet)
     one.train()
     settings = tmp_path / "settings.yaml"
     settings.write_text(config.override(f"trainer.parallel={parallel}").to_json())
@@ -663,7 +663,7 @@ def test_two_processes_give_the_same_losses(config, tmp_path, parallel):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    two = Run(config, tmp_path / "two", report=quiet)
+    two = Trainer(config, tmp_path / "two", report=quiet)
     assert two.step == 6
     torch.testing.assert_close(losses(two), losses(one), rtol=2e-4, atol=2e-5)
     ids = torch.zeros(1, 6, 2, dtype=torch.int64)
@@ -674,10 +674,10 @@ def test_two_processes_give_the_same_losses(config, tmp_path, parallel):
 @pytest.mark.parametrize("change", [(), ("generator.bit_tokens=true", "data.max_microbatch=2")])
 def test_resumed_run_ends_like_an_unbroken_one(config, tmp_path, change):
     config = config.override(*change)
-    whole = Run(config, tmp_path / "whole", report=quiet)
+    whole = Trainer(config, tmp_path / "whole", report=quiet)
     whole.train()
-    Run(config.override("trainer.duration=3 steps"), tmp_path / "broken", report=quiet).train()
-    rest = Run(config, tmp_path / "broken", report=quiet)
+    Trainer(config.override("trainer.duration=3 steps"), tmp_path / "broken", report=quiet).train()
+    rest = Trainer(config, tmp_path / "broken", report=quiet)
     assert rest.step == 3
     rest.train()
     expected = final_weights(whole)
@@ -692,7 +692,7 @@ def test_held_out_tokens_judge_and_samples_are_shown(config, tokens, tokenizer, 
         "trainer.best_metric=cross_entropy",
         f"generator.tokenizer={tmp_path / 'tiny.safetensors'}",
     ]
-    run = Run(config.override(*named, "trainer.sample_every=6 steps"), tmp_path / "run", report=lines.append)
+    run = Trainer(config.override(*named, "trainer.sample_every=6 steps"), tmp_path / "run", report=lines.append)
     run.train()
     assert any("held-out cross_entropy" in line for line in lines)
     assert (run.folder / "samples" / "00000006.png").is_file()
@@ -703,20 +703,22 @@ def test_held_out_tokens_judge_and_samples_are_shown(config, tokens, tokenizer, 
 
 
 def test_a_run_refuses_other_tokens(config, class_folder, tiny_config, tmp_path):
-    run = Run(config.override("trainer.duration=1 steps"), tmp_path / "run", report=quiet)
+    run = Trainer(config.override("trainer.duration=1 steps"), tmp_path / "run", report=quiet)
     run.train()
     torch.manual_seed(1)
     other = FlowMo(tiny_config).eval()
     tokenize(other, open_source(class_folder), tmp_path / "others")
     with pytest.raises(TrainingError, match="has learnt ids of tokenizer"):
-        Run(config.override(f"data.train={tmp_path / 'others'}"), tmp_path / "run", report=quiet)
+        Trainer(config.override(f"data.train={tmp_path / 'others'}"), tmp_path / "run", report=quiet)
     with pytest.raises(DataError, match="each tokenizer needs tokens"):
-        Run(config.override(f"data.val={tmp_path / 'others'}"), tmp_path / "another", report=quiet)
+        Trainer(config.override(f"data.val={tmp_path / 'others'}"), tmp_path / "another", report=quiet)
     save(other, tmp_path / "other.safetensors")
     with pytest.raises(TrainingError, match=r"generator\.tokenizer"):
-        Run(config.override(f"generator.tokenizer={tmp_path / 'other.safetensors'}"), tmp_path / "third", report=quiet)
+        Trainer(
+            config.override(f"generator.tokenizer={tmp_path / 'other.safetensors'}"), tmp_path / "third", report=quiet
+        )
     with pytest.raises(TrainingError, match=r"generator\.depth 2 -> 3"):
-        Run(config.override("generator.depth=3"), tmp_path / "run", report=quiet)
+        Trainer(config.override("generator.depth=3"), tmp_path / "run", report=quiet)
 
 
 def other_classes(change, class_folder, tmp_path):
@@ -745,14 +747,14 @@ def test_tokens_of_other_classes_are_refused(change, config, class_folder, token
     """As held-out tokens, and where a run or its tokens go on."""
     folder, difference = other_classes(change, class_folder, tmp_path)
     tokenize(tokenizer, open_source(folder), tmp_path / "others", model="tiny")
-    Run(config.override("trainer.duration=1 steps"), tmp_path / "run", report=quiet).train()
+    Trainer(config.override("trainer.duration=1 steps"), tmp_path / "run", report=quiet).train()
     for setting, run in ((f"data.val={tmp_path / 'others'}", "another"), (f"data.train={tmp_path / 'others'}", "run")):
         with pytest.raises(TrainingError, match="has other classes than") as error:
-            Run(config.override(setting), tmp_path / run, report=quiet)
+            Trainer(config.override(setting), tmp_path / run, report=quiet)
         assert difference in str(error.value)
     checkpoint = tmp_path / "run" / "checkpoints" / "00000001.pth"
     with pytest.raises(TrainingError, match="has learnt: class"):
-        Run(
+        Trainer(
             config.override(f"data.train={tmp_path / 'others'}"),
             tmp_path / "fresh",
             resume_from=checkpoint,

@@ -13,18 +13,18 @@ from conftest import PICTURES, run_command
 from PIL import Image
 
 from flowmo.data import DataError
-from flowmo.evaluate.features import Features, ResNetFeatures
-from flowmo.evaluate.frechet import StatisticsError
 from flowmo.evaluate.generation import (
     GenerationSummary,
     Seen,
     inception_score,
     look,
-    open_pictures,
+    open_image_set,
     precision_and_recall,
 )
+from flowmo.evaluate.metrics.features import Features, ResNetFeatures
+from flowmo.evaluate.metrics.frechet import StatisticsError
 from flowmo.evaluate.npz import NpzError, NpzFile, write_npz
-from flowmo.torchvision_import import import_torchvision
+from flowmo.losses.torchvision_import import import_torchvision
 
 
 class Colours(torch.nn.Module):
@@ -52,7 +52,7 @@ def as_folder(path, pictures):
 
 def summary(ours, theirs):
     network = Colours()
-    return GenerationSummary.of(look(open_pictures(ours), network), look(open_pictures(theirs), network), network)
+    return GenerationSummary.of(look(open_image_set(ours), network), look(open_image_set(theirs), network), network)
 
 
 def test_folder_and_npz_are_the_same(tmp_path):
@@ -79,7 +79,7 @@ def test_reference_statistics_instead_of_pictures(tmp_path):
     write_npz(tmp_path / "a.npz", [ours], 30)
     write_npz(tmp_path / "b.npz", [theirs], 25)
     whole = summary(tmp_path / "a.npz", tmp_path / "b.npz")
-    seen = look(open_pictures(tmp_path / "b.npz"), Colours())
+    seen = look(open_image_set(tmp_path / "b.npz"), Colours())
     (mean, covariance), (mean_s, covariance_s) = seen.gaussians["pooled"], seen.gaussians["spatial"]
     np.savez(tmp_path / "ref.npz", mu=mean, sigma=covariance, mu_s=mean_s, sigma_s=covariance_s)  # as ADM's are
     part = summary(tmp_path / "a.npz", tmp_path / "ref.npz")
@@ -149,7 +149,7 @@ def test_statistics_of_another_network_are_refused(kind, tmp_path, capsys, monke
             torch.nn.Module.__init__(self)
 
     monkeypatch.setattr(
-        "flowmo.evaluate.features.build_features", lambda kind: StandIn() if kind == "resnet" else Colours()
+        "flowmo.evaluate.metrics.features.build_features", lambda kind: StandIn() if kind == "resnet" else Colours()
     )
     ours = as_folder(tmp_path / "a", random_pictures(30))
     write_npz(tmp_path / "b.npz", [random_pictures(25, 1)], 25, {"pooled": (torch.zeros(6), torch.eye(6))})
@@ -160,7 +160,7 @@ def test_statistics_of_another_network_are_refused(kind, tmp_path, capsys, monke
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     """``flowmo evaluate PICTURES --reference OTHERS``, as lines and as JSON, and what it refuses."""
-    monkeypatch.setattr("flowmo.evaluate.features.build_features", lambda kind: Colours())
+    monkeypatch.setattr("flowmo.evaluate.metrics.features.build_features", lambda kind: Colours())
     ours, theirs = as_folder(tmp_path / "a", random_pictures(30)), tmp_path / "b.npz"
     write_npz(theirs, random_pictures(25, 1).split(7), 25)
     status, out, _ = run_command(capsys, "evaluate", ours, "--reference", theirs)
@@ -280,16 +280,16 @@ def test_sets_that_mean_nothing(tmp_path):
     network = Colours()
     one = as_folder(tmp_path / "one", random_pictures(1))
     with pytest.raises(StatisticsError, match="one picture has no covariance"):
-        look(open_pictures(one), network)
+        look(open_image_set(one), network)
     mixed = as_folder(tmp_path / "mixed", random_pictures(2))
     as_folder(mixed / "more", random_pictures(1, size=20))
     with pytest.raises(DataError, match="of one size"):
-        look(open_pictures(mixed), network)
+        look(open_image_set(mixed), network)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures"):
-        open_pictures(tmp_path / "empty")
+        open_image_set(tmp_path / "empty")
     with pytest.raises(DataError, match="of one size"):
-        look(open_pictures(PICTURES), network)
+        look(open_image_set(PICTURES), network)
 
 
 def npz_of(path, **members):
@@ -331,6 +331,6 @@ def test_damaged_and_hostile_npz(tmp_path):
     with pytest.raises(NpzError, match="not a mean"):
         NpzFile(npz_of(path, mu=npy(np.zeros((3, 3))), sigma=npy(np.zeros((2, 2))))).statistics("pooled")
     with pytest.raises(DataError, match="neither pictures nor"):
-        look(open_pictures(npz_of(path, other=good)), Colours())
+        look(open_image_set(npz_of(path, other=good)), Colours())
     with pytest.raises(NpzError, match="2 pictures were given, not 3"):
         write_npz(path, [random_pictures(2)], 3)

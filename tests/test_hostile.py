@@ -16,23 +16,25 @@ from PIL import Image
 from test_checkpoint import Trap
 
 import flowmo
-from flowmo import Config, ConfigError, checkpoint, sharded
-from flowmo.checkpoint import CheckpointError
-from flowmo.coding.context import ContextModel
-from flowmo.coding.planes import PlaneModel
+from flowmo import Config, ConfigError
+from flowmo.checkpoint import distributed as sharded
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.files import CheckpointError
+from flowmo.codec.context import ContextModel
+from flowmo.codec.planes import PlaneModel
 from flowmo.data import DataError, TarSource, build_index, default_index
-from flowmo.data.tar import read_index
+from flowmo.data.sources.tar import read_index
+from flowmo.data.sources.webdataset import expand
 from flowmo.data.tokens import Tokens
-from flowmo.data.webdataset import expand
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.npz import NpzError, NpzFile
-from flowmo.evaluate.peers.peer import read_weights
+from flowmo.evaluate.peers.base import read_weights
 from flowmo.evaluate.reconstruction import Parts
 from flowmo.generate.generator import load_generator
-from flowmo.perceptual import BACKBONES, HEADS, LPIPS, RESNET, ResNetLogits
-from flowmo.pictures import ImageError, read_image
-from flowmo.torchvision_import import before_importing
+from flowmo.images import ImageError, read_image
+from flowmo.losses.perceptual import BACKBONES, HEADS, LPIPS, RESNET, ResNetLogits
+from flowmo.losses.torchvision_import import before_importing
 from flowmo.train import state
 
 
@@ -44,7 +46,7 @@ def one_line(error):
 def inception(folder):
     before_importing("torch_fidelity")
     pytest.importorskip("torch_fidelity")
-    from flowmo.evaluate.inception import FIDInception
+    from flowmo.evaluate.metrics.inception import FIDInception
 
     FIDInception(folder, download=False)
 
@@ -62,7 +64,7 @@ PLACES = {
     "tokenizer.pth": lambda file: flowmo.load(file),
     "authors.pth": lambda file: checkpoint.read_config(file),
     "generator.pth": load_generator,
-    "resumed.pth": state.read_facts,
+    "resumed.pth": state.read_metadata,
     "context.safetensors": ContextModel.read,
     "planes.safetensors": PlaneModel.read,
     "tokenizer.safetensors": lambda file: flowmo.load(file),
@@ -417,8 +419,8 @@ def test_of_an_animation_the_first_picture_is_read():
 def test_a_training_checkpoint_of_odd_facts(tmp_path):
     good = {"flowmo": 2, "config": {}, "stage": "pretrain", "step": 1, "images": 4, "skipped": 0}
     torch.save(good, tmp_path / "good.pth")
-    assert state.read_facts(tmp_path / "good.pth") == good
+    assert state.read_metadata(tmp_path / "good.pth") == good
     for change in ({"step": -1}, {"images": "4"}, {"config": []}, {"stage": None}):
         torch.save({**good, **change}, tmp_path / "a.pth")
         with pytest.raises(state.StateError, match="missing or no such thing"):
-            state.read_facts(tmp_path / "a.pth")
+            state.read_metadata(tmp_path / "a.pth")

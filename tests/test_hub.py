@@ -15,9 +15,10 @@ import torch
 from conftest import ROOT
 
 import flowmo
-from flowmo import FlowMo, hub
+from flowmo import FlowMo
+from flowmo.checkpoint import hub
+from flowmo.checkpoint.hub import HubError
 from flowmo.cli import main
-from flowmo.hub import HubError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -62,7 +63,8 @@ def test_the_cache_without_a_network(folder, tiny, tmp_path):
     (repository / "snapshots").mkdir()
     folder.rename(repository / "snapshots" / COMMIT)
     code = (
-        "import flowmo; from flowmo import checkpoint; print(flowmo.load('someone/flowmo').identity()); "
+        "import flowmo; from flowmo.checkpoint import files as checkpoint; "
+        "print(flowmo.load('someone/flowmo').identity()); "
         "print(checkpoint.find('someone/flowmo').parent); flowmo.load('someone/other')"
     )
     done = python(code, tmp_path / "home", HF_HUB_OFFLINE="1")

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 
 import flowmo
 from flowmo.cli import main
-from flowmo.pictures import to_rgb
+from flowmo.images import to_rgb
 
 EXIF_ORIENTATION = 0x0112
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from flowmo.evaluate.features import FeatureNetworkError
-from flowmo.evaluate.inception import WEIGHTS, FIDInception
-from flowmo.pictures import to_bytes
-from flowmo.torchvision_import import import_torchvision
+from flowmo.evaluate.metrics.features import FeatureNetworkError
+from flowmo.evaluate.metrics.inception import WEIGHTS, FIDInception
+from flowmo.images import to_bytes
+from flowmo.losses.torchvision_import import import_torchvision
 
 if importlib.util.find_spec("torch_fidelity") is None:
     pytest.skip("needs torch-fidelity", allow_module_level=True)

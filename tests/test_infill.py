@@ -8,8 +8,8 @@ import torch
 from conftest import write_language_model
 
 from flowmo import FlowMo, load, save
-from flowmo.quantize.infill import Infill, LanguageModelError
-from flowmo.train.stages import Draws, pretrain_loss
+from flowmo.losses.stages import TrainingNoise, pretrain_loss
+from flowmo.model.quantizers.infill import Infill, LanguageModelError
 
 CHANNELS = 16
 
@@ -62,7 +62,7 @@ def test_training_and_loading(folder, tiny_config, images, tmp_path):
         "model.quantization_type=qwen2.5-coder-0.5b", f"model.context_dim={CHANNELS}", f"model.language_model={folder}"
     )
     tokenizer = FlowMo(config)
-    loss = pretrain_loss(tokenizer, images, Draws.of(config, images, range(5)), None)
+    loss = pretrain_loss(tokenizer, images, TrainingNoise.of(config, images, range(5)), None)
     loss.total.backward()
     assert not [name for name in tokenizer.state_dict() if "embed_tokens" in name]
     save(tokenizer, tmp_path / "model.safetensors")
@@ -76,7 +76,9 @@ def test_training_and_loading(folder, tiny_config, images, tmp_path):
 
 def test_a_fresh_process_loads_it(folder):
     """transformers imports torchvision where there is one, which may need a hand; here the tests have given it."""
-    program = f"from flowmo.quantize.infill import load_language_model as load; load({str(folder)!r}, {CHANNELS})"
+    program = (
+        f"from flowmo.model.quantizers.infill import load_language_model as load; load({str(folder)!r}, {CHANNELS})"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -7,19 +7,19 @@ import torch
 from PIL import Image
 
 from flowmo.distributed import World
-from flowmo.quantize import LFQ, Identity
-from flowmo.train.journal import Journal, JournalError
-from flowmo.train.usage import CodeUsage
+from flowmo.model.quantizers import LFQ, Identity
+from flowmo.train.codebook_usage import CodeUsage
+from flowmo.train.logging import MetricLogger, MetricLoggerError
 
 
 def test_an_interrupted_journal_goes_on_at_the_checkpoint(tmp_path):
-    first = Journal(tmp_path, True, tensorboard=False)
+    first = MetricLogger(tmp_path, True, tensorboard=False)
     first.open(0, 0, {})
     for step in range(1, 6):
         first.record(step, 10 * step, {"loss": 1 / step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "ima')  # a kill in the middle of a line
-    second = Journal(tmp_path, True, tensorboard=False)
+    second = MetricLogger(tmp_path, True, tensorboard=False)
     second.open(3, 30, {})
     second.record(4, 40, {"loss": 0.5})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -28,7 +28,7 @@ def test_an_interrupted_journal_goes_on_at_the_checkpoint(tmp_path):
 
 def test_tensorboard_holds_figures_and_pictures(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    journal = Journal(tmp_path, True)
+    journal = MetricLogger(tmp_path, True)
     journal.open(0, 0, {})
     journal.record(1, 4, {"loss": 0.25})
     journal.picture(1, Image.new("RGB", (4, 2), "red"))
@@ -42,7 +42,7 @@ def test_tensorboard_holds_figures_and_pictures(tmp_path):
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    journal = Journal(tmp_path, True, lambda line: None, tensorboard=False, wandb_project="test")
+    journal = MetricLogger(tmp_path, True, lambda line: None, tensorboard=False, wandb_project="test")
     journal.open(0, 0, {"opt": {"lr": 1}})
     journal.record(1, 4, {"loss": 0.25})
     journal.close()
@@ -51,13 +51,13 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 
 def test_weights_and_biases_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(JournalError, match="pip install wandb"):
-        Journal(tmp_path, True, wandb_project="test")
+    with pytest.raises(MetricLoggerError, match="pip install wandb"):
+        MetricLogger(tmp_path, True, wandb_project="test")
 
 
 def test_other_processes_are_silent(tmp_path):
     lines = []
-    journal = Journal(tmp_path / "run", False, lines.append)
+    journal = MetricLogger(tmp_path / "run", False, lines.append)
     journal.open(0, 0, {})
     journal.record(1, 4, {"loss": 0.25})
     journal.report("nothing")

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from flowmo.memory import machine_memory
-from flowmo.train import loop
-from flowmo.train.loop import Run
+from flowmo.train import trainer as loop
+from flowmo.train.memory import machine_memory
+from flowmo.train.trainer import Trainer
 
 FAULTS = """
 import resource, sys, torch
-from flowmo.memory import keep_freed_memory
+from flowmo.train.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for i in range(4):
@@ -80,6 +80,6 @@ def test_a_run_plans_with_the_limit(monkeypatch, tiny_config, tmp_path, class_fo
     sizes = []
     for limit in (64 * 1024 * MIB, 1):
         monkeypatch.setattr(loop, "machine_memory", lambda limit=limit: limit)
-        run = Run(tiny_config.override(*settings), tmp_path / str(limit), report=lambda line: None)
+        run = Trainer(tiny_config.override(*settings), tmp_path / str(limit), report=lambda line: None)
         sizes.append(run.plan.microbatch)
     assert sizes[0] > sizes[1]

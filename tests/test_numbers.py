@@ -12,9 +12,9 @@ from PIL import Image
 
 import flowmo
 from flowmo import CheckpointError
-from flowmo.evaluate.figures import psnr
-from flowmo.pictures import to_bytes
-from flowmo.sample import SOLVERS, NotFiniteError
+from flowmo.evaluate.metrics.pairs import psnr
+from flowmo.images import to_bytes
+from flowmo.model.sampler import SOLVERS, NotFiniteError
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -18,8 +18,8 @@ from PIL import Image
 
 from flowmo import FlowMo, load, save
 from flowmo.distributed import World
-from flowmo.perceptual import LPIPS
-from flowmo.pictures import to_tensor
+from flowmo.images import to_tensor
+from flowmo.losses.perceptual import LPIPS
 
 sys.path.insert(0, str(ROOT / "runs"))
 import gpu_images
@@ -244,9 +244,9 @@ def timed_run(job, clock, seconds, later=0.0):
     """A run of so many seconds, one a step, and the learning rate of each of its steps."""
     images = gpu_images.MemoryImages([np.full((32, 32, 3), 9 * i, np.uint8) for i in range(8)])
     job = Job(**{**job.__dict__, "until": clock.now + seconds, "later": later})
-    run = gpu_parts.TimedRun(job, World(), images, images)
+    run = gpu_parts.TimedTrainer(job, World(), images, images)
     rates = []
-    step = gpu_parts.Run._step
+    step = gpu_parts.Trainer._step
 
     def watched(self, *arguments):
         result = step(self, *arguments)
@@ -254,7 +254,7 @@ def timed_run(job, clock, seconds, later=0.0):
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_parts.Run, "_step", watched)
+        patch.setattr(gpu_parts.Trainer, "_step", watched)
         run.train()
     return run, rates
 

@@ -16,10 +16,10 @@ from torch import nn
 
 import flowmo
 from flowmo import Config, FlowMo
+from flowmo.checkpoint.hub import card
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator
-from flowmo.hub import card
-from flowmo.packed import PackedError, PackedLinear, available
+from flowmo.model.cpu_prepack import PackedError, PackedLinear, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
 TOLERANCE = 2e-5

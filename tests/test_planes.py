@@ -16,13 +16,14 @@ from conftest import TINY_NATIVE, run_command
 from PIL import Image
 from test_codec import peaked
 
-from flowmo import Config, FlowMo, codec, save
-from flowmo.codec import Codec, CodecError, MissingPlanes
-from flowmo.coding import fit_planes, range_coder
-from flowmo.coding.context import ContextError, ContextModel, cost, token_bits
-from flowmo.coding.planes import LARGEST_ACTIVATION, PlaneModel, activated, product
-from flowmo.demo import Page
+from flowmo import Config, FlowMo, save
+from flowmo.codec import file as codec
+from flowmo.codec import fit_planes, range_coder
+from flowmo.codec.context import ContextError, ContextModel, cost, token_bits
+from flowmo.codec.file import Codec, CodecError, MissingPlanes
+from flowmo.codec.planes import LARGEST_ACTIVATION, PlaneModel, activated, product
 from flowmo.tokenizer import Codes
+from flowmo.web.demo import Page
 
 S, D, B = 4, 3, 3
 """Planes, digits of an id and bits of a digit of the tokenizer below."""
@@ -195,7 +196,7 @@ def test_a_long_thin_image(native):
     for ours in (Codec(native), Codec(native, low_model(native))):
         again = ours.unpack(ours.pack(codes))
         assert torch.equal(again.ids, codes.ids)
-        assert again.picture_size == (3, 20_000)
+        assert again.image_size == (3, 20_000)
 
 
 def test_an_image_of_one_pixel(native):
@@ -232,7 +233,7 @@ def test_claims_of_a_terabyte_cost_nothing(native, coded, monkeypatch):
     model = low_model(native)
     ours = Codec(native, model)
     for work in ("range_coder.decode", "unpack_ids"):
-        monkeypatch.setattr(f"flowmo.codec.{work}", lambda *_: pytest.fail("that is work"))
+        monkeypatch.setattr(f"flowmo.codec.file.{work}", lambda *_: pytest.fail("that is work"))
     name = model.identity[:2] if coded else b""
     tracemalloc.start()
     for height, width, planes in (
@@ -320,7 +321,7 @@ def test_a_truncated_file_decodes_with_a_line_about_it(native_file, picture, tmp
     assert told.count("\n") == 1
 
 
-@pytest.mark.filterwarnings("ignore::flowmo.codec.MissingPlanes")
+@pytest.mark.filterwarnings("ignore::flowmo.codec.file.MissingPlanes")
 def test_the_page_tells_of_missing_planes(native, tmp_path):
     page = Page(native, Codec(native), tmp_path / "kept")
     (tmp_path / "kept").mkdir()
@@ -460,7 +461,7 @@ def test_strings_are_as_long_as_their_cost(native):
 def test_many_cells_at_once_change_nothing(native, monkeypatch):
     model, ids = random_model(native), np.random.default_rng(0).integers(0, 512, (9, 11, S))
     whole = probabilities(model, ids, 2)
-    monkeypatch.setattr("flowmo.coding.planes.CELLS_AT_ONCE", 3)
+    monkeypatch.setattr("flowmo.codec.planes.CELLS_AT_ONCE", 3)
     assert np.array_equal(probabilities(model, ids, 2), whole)
 
 

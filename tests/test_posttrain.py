@@ -10,13 +10,15 @@ from conftest import SHARED, open_gates
 from test_checkpoint import release_file
 
 import flowmo
-from flowmo import ConfigError, FlowMo, checkpoint, flow, load
+from flowmo import ConfigError, FlowMo, load
+from flowmo.checkpoint import files as checkpoint
 from flowmo.data import evenly_spread, open_source
-from flowmo.evaluate.features import Features
+from flowmo.evaluate.metrics.features import Features
 from flowmo.evaluate.reconstruction import FlowMoReconstructor, Reconstruction, read_crops
-from flowmo.train.guard import Guard
-from flowmo.train.loop import Run, TrainingError
-from flowmo.train.stages import Chain, Draws, posttrain_loss, sample_chain
+from flowmo.losses.stages import Chain, TrainingNoise, posttrain_loss, sample_chain
+from flowmo.model import flow
+from flowmo.train.early_stopping import EarlyStopping
+from flowmo.train.trainer import Trainer, TrainingError
 
 
 def quiet(_):
@@ -39,7 +41,7 @@ def test_the_chain_is_the_sampler(tiny, images):
     code = tiny.quantizer.code_from_ids(codes.ids)
     chain = Chain(noise, flow.random_steps(torch.ones(5, 4)), torch.ones(5, 4, dtype=torch.bool))
     drawn = sample_chain(tiny, code, chain)
-    from flowmo.sample import euler
+    from flowmo.model.sampler import euler
 
     def velocity(x, t):
         return tiny.decoder(x, tiny.decoder.embed_code(code), tiny.decoder.modulate(torch.tensor([t])))
@@ -51,7 +53,7 @@ def test_the_chain_is_the_sampler(tiny, images):
 def test_recomputed_gradients_equal_kept_ones(posttrained, images, guidance_drop):
     config = posttrained.override(f"model.posttrain_sample_enable_cfg={guidance_drop}".lower())
     tokenizer = open_gates(FlowMo(config))
-    draws = Draws.of(config, images, range(5))
+    draws = TrainingNoise.of(config, images, range(5))
     assert draws.chain.keep.all() or guidance_drop
     code = tokenizer.quantizer.quantize(tokenizer.encoder(images))[0].detach()
     gradients = []
@@ -66,7 +68,7 @@ def test_recomputed_gradients_equal_kept_ones(posttrained, images, guidance_drop
 
 def test_the_loss_is_its_parts(posttrained, images):
     tokenizer = open_gates(FlowMo(posttrained))
-    draws = Draws.of(posttrained, images, range(5))
+    draws = TrainingNoise.of(posttrained, images, range(5))
     loss = posttrain_loss(tokenizer, images, draws, squared_distance)
     loss.total.backward()
     parts = loss.parts
@@ -84,7 +86,7 @@ def test_the_loss_is_its_parts(posttrained, images):
 
 def test_dropped_steps_do_not_see_the_code(posttrained, images):
     tokenizer = open_gates(FlowMo(posttrained))
-    chain = Draws.of(posttrained, images, range(5)).chain
+    chain = TrainingNoise.of(posttrained, images, range(5)).chain
     codes = [torch.ones(5, 6, 8), -torch.ones(5, 6, 8)]
     blind = chain._replace(keep=torch.zeros_like(chain.keep))
     with torch.no_grad():
@@ -115,7 +117,7 @@ def settings(tiny_config, tmp_path, picture_files):
 def test_posttraining_goes_on_from_pretraining(settings, tmp_path, monkeypatch):
     """The command's two stages: the second counts on from the first, resumes exactly, and moves the decoder only."""
     monkeypatch.setenv("FLOWMO_WEIGHTS", str(SHARED / "weights"))
-    first = Run(settings, tmp_path / "first", report=quiet)
+    first = Trainer(settings, tmp_path / "first", report=quiet)
     first.train()
     second = settings.override(
         "model.posttrain_sample=true",
@@ -126,7 +128,7 @@ def test_posttraining_goes_on_from_pretraining(settings, tmp_path, monkeypatch):
         "trainer.max_steps=8",
     )
     lines = []
-    whole = Run(second, tmp_path / "whole", resume_from=first.checkpoints()[-1], report=lines.append)
+    whole = Trainer(second, tmp_path / "whole", resume_from=first.checkpoints()[-1], report=lines.append)
     assert (whole.step, whole.images) == (4, 16)
     whole.train()
     assert (whole.step, whole.images) == (8, 16 + 4 * 2)
@@ -137,8 +139,8 @@ def test_posttraining_goes_on_from_pretraining(settings, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before.encoder.parameters(), after.encoder.parameters(), strict=True))
     assert not torch.equal(before.decoder.picture_out.weight, after.decoder.picture_out.weight)
     broken = second.override("trainer.max_steps=6")
-    Run(broken, tmp_path / "broken", resume_from=first.checkpoints()[-1], report=quiet).train()
-    Run(second, tmp_path / "broken", resume_from=first.checkpoints()[-1], report=quiet).train()
+    Trainer(broken, tmp_path / "broken", resume_from=first.checkpoints()[-1], report=quiet).train()
+    Trainer(second, tmp_path / "broken", resume_from=first.checkpoints()[-1], report=quiet).train()
     ours = checkpoint.read(sorted((tmp_path / "broken" / "checkpoints").glob("*.pth"))[-1], ema=False)[1]
     assert all(torch.equal(value, ours[name]) for name, value in after.state_dict().items())
 
@@ -155,7 +157,7 @@ def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
     code = ("model.code_length=12", "model.context_dim=18", "model.codebook_size_for_entropy=9")
     config = settings.override(*tiny, *code, "trainer.max_steps=7")
     state = release_file(tmp_path / "flowmo_lo.pth", config)
-    run = Run(config, tmp_path / "run", resume_from=tmp_path / "flowmo_lo.pth", report=quiet)
+    run = Trainer(config, tmp_path / "run", resume_from=tmp_path / "flowmo_lo.pth", report=quiet)
     assert (run.step, run.images) == (5, 5 * 128)
     weight = state["decoder.time_in.in_layer.weight"]
     assert torch.equal(run.task.model.decoder.time_in.weight, weight)
@@ -165,12 +167,12 @@ def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
     run.train()
     assert run.step == 7
     with pytest.raises(TrainingError, match="other settings"):
-        Run(config.override("model.dec_depth=3"), tmp_path / "other", resume_from=tmp_path / "flowmo_lo.pth")
+        Trainer(config.override("model.dec_depth=3"), tmp_path / "other", resume_from=tmp_path / "flowmo_lo.pth")
 
 
 def test_starting_from_nothing_is_refused(settings, tmp_path):
     with pytest.raises(TrainingError, match=r"none\.pth: no such checkpoint"):
-        Run(settings, tmp_path / "run", resume_from=tmp_path / "none.pth", report=quiet)
+        Trainer(settings, tmp_path / "run", resume_from=tmp_path / "none.pth", report=quiet)
 
 
 # The guard against reward hacking
@@ -178,14 +180,14 @@ def test_starting_from_nothing_is_refused(settings, tmp_path):
 
 @pytest.mark.parametrize(("metric", "values", "best"), [("psnr", [1, 3, 2, 3, 1], 1), ("lpips", [3, 1, 2, 1, 4], 1)])
 def test_the_best_is_remembered(metric, values, best):
-    guard = Guard(metric, patience=3)
+    guard = EarlyStopping(metric, patience=3)
     assert [guard.judge(step, value) for step, value in enumerate(values)] == [True, True, False, False, False]
     assert (guard.step, guard.value) == (best, values[best])
     assert guard.exhausted
-    again = Guard(metric, patience=4)
+    again = EarlyStopping(metric, patience=4)
     again.restore(guard.facts())
     assert (again.step, again.since, again.exhausted) == (best, 3, False)
-    other = Guard("psnr" if metric == "lpips" else "lpips")
+    other = EarlyStopping("psnr" if metric == "lpips" else "lpips")
     other.restore(guard.facts())
     assert other.step is None
 
@@ -205,9 +207,9 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
         "opt.lr=1e-9",
     )
     lines = []
-    Run(config.override("trainer.max_steps=1"), tmp_path / "run", report=quiet).train()
+    Trainer(config.override("trainer.max_steps=1"), tmp_path / "run", report=quiet).train()
     worse = config.override("opt.lr=0.3", "opt.mup_base_width=0")
-    run = Run(worse, tmp_path / "run", report=lines.append)
+    run = Trainer(worse, tmp_path / "run", report=lines.append)
     run.train()
     assert run.step < 40
     assert "ended early, best checkpoint" in lines[-1]
@@ -218,7 +220,7 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
     judged = {record["step"]: record["eval_psnr"] for record in records if "eval_psnr" in record}
     assert max(judged, key=judged.get) == run.guard.step
     assert run.step == run.guard.step + 2
-    again = Run(worse, tmp_path / "run", report=quiet)
+    again = Trainer(worse, tmp_path / "run", report=quiet)
     again.train()
     assert again.step == run.step, "an ended run stays ended"
     best, chosen = load(run.checkpoints()[0]), load(tmp_path / "run")
@@ -233,10 +235,10 @@ def test_reconstructions_that_all_equal_their_originals_are_the_best(settings, t
 
     monkeypatch.setattr(FlowMoReconstructor, "reconstruct", perfect)
     held_out = (f"data.val={settings.data.train}", "eval.pictures=2", "trainer.best_metric=psnr")
-    run = Run(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
+    run = Trainer(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
     run.train()
     assert (run.guard.step, run.guard.value) == (1, float("inf"))
-    assert Run(run.config, tmp_path / "run", report=quiet).guard.value == float("inf"), "kept in the checkpoint"
+    assert Trainer(run.config, tmp_path / "run", report=quiet).guard.value == float("inf"), "kept in the checkpoint"
 
 
 class Colours(torch.nn.Module):
@@ -254,7 +256,7 @@ def test_checkpoints_are_judged_by_rfid(settings, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("flowmo.train.tokenizer.build_features", lambda kind: asked.append(kind) or Colours())
     held_out = (f"data.val={settings.data.train}", "eval.pictures=5", "trainer.best_metric=rfid")
-    run = Run(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
+    run = Trainer(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
     run.train()
     assert asked == ["inception"], "no stand-in is called rFID"
     source = open_source(settings.data.train)
@@ -270,9 +272,9 @@ def test_checkpoints_are_judged_by_rfid(settings, tmp_path, monkeypatch):
     assert not run.guard.judge(2, run.guard.value + 1)
     assert run.guard.judge(3, run.guard.value - 1)
     with pytest.raises(TrainingError, match="needs 4 held-out pictures, not 3"):
-        Run(run.config.override("eval.pictures=3"), tmp_path / "few", report=quiet)
+        Trainer(run.config.override("eval.pictures=3"), tmp_path / "few", report=quiet)
 
 
 def test_a_guard_needs_held_out_pictures(settings, tmp_path):
     with pytest.raises(ConfigError, match=r"needs held-out pictures; write data\.val"):
-        Run(settings.override("trainer.best_metric=psnr"), tmp_path / "run", report=quiet)
+        Trainer(settings.override("trainer.best_metric=psnr"), tmp_path / "run", report=quiet)

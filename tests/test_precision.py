@@ -12,7 +12,7 @@ from conftest import run_command
 from flowmo import load, precision
 from flowmo.cli import build_parser
 from flowmo.cli.shared import choose_device
-from flowmo.packed import PackedError, available
+from flowmo.model.cpu_prepack import PackedError, available
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,6 @@ def test_every_command_with_a_model_takes_both(tiny_model, photo, tmp_path, caps
         (["decode", "a.flowmo", "--device", "cpu"], True, "cpu"),
         (["bench"], True, "cuda"),
         (["train"], True, "cuda"),
-        (["study", "posttrain"], True, "cuda"),
     ],
 )
 def test_the_default_device_is_a_gpu_if_there_is_one(monkeypatch, words, gpu, device):

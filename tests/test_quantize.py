@@ -6,10 +6,10 @@ import torch
 
 from flowmo import load, save
 from flowmo.config import Config, ConfigError
-from flowmo.quantize import BSQ, FSQ, KL, LFQ, VQ, Identity, LayerNorm, Learner, build_quantizer, check_ids
+from flowmo.losses.stages import TrainingNoise, pretrain_loss
+from flowmo.model.quantizers import BSQ, FSQ, KL, LFQ, VQ, Identity, LayerNorm, Learner, build_quantizer, check_ids
 from flowmo.tokenizer import FlowMo
-from flowmo.train.account import training_cost
-from flowmo.train.stages import Draws, pretrain_loss
+from flowmo.train.cost import training_cost
 
 
 def reference_entropies(code, group, temperature=0.1, eps=1e-5):
@@ -202,7 +202,7 @@ def test_a_tokenizer_with_another_bottleneck(tiny_config, images, kind):
         tiny_config.override(f"model.quantization_type={kind}", "model.fsq_levels=4", "model.vq_entries=16")
     ).eval()
     codes = tokenizer.encode(images)
-    assert codes.bits == tokenizer.config.bits_per_picture * len(images)
+    assert codes.bits == tokenizer.config.bits_per_image * len(images)
     assert tokenizer.decode(codes, steps=1).shape == images.shape
 
 
@@ -255,7 +255,7 @@ def test_noise_synchronization(tiny_config, images):
     tokenizer, seen = FlowMo(config), []
     modulate = tokenizer.decoder.modulate
     tokenizer.decoder.modulate = lambda t: seen.append(t) or modulate(t)
-    draws = Draws.of(config, images, range(5))
+    draws = TrainingNoise.of(config, images, range(5))
     for seed in range(20):
         torch.manual_seed(seed)
         pretrain_loss(tokenizer, images, draws, None)

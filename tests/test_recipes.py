@@ -11,12 +11,14 @@ import torch
 from conftest import ROOT
 from test_checkpoint import release_file
 
-from flowmo import Config, FlowMo, checkpoint, load
+from flowmo import Config, FlowMo, load
+from flowmo.checkpoint import files as checkpoint
 from flowmo.cli import main
 from flowmo.data import open_source
 from flowmo.generate.tokenize import tokenize
-from flowmo.train.loop import Run
-from flowmo.train.optimizer import Average, build_optimizer, scale_initial_weights
+from flowmo.train.ema import EMA
+from flowmo.train.optimizer import build_optimizer, scale_initial_weights
+from flowmo.train.trainer import Trainer
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 OF_THE_PAPER = ["hi", "hi_posttrain", "lo", "lo_posttrain", "small"]
@@ -112,7 +114,7 @@ def test_the_ema_of_stage_1b_is_the_releases():
     for settings, steps in (([], range(25_000)), (["model.ema_update=release"], range(1_300_000, 1_325_000))):
         tokenizer.config = recipe("lo_posttrain", *TINY, *settings)
         for batch in (2, 64):
-            average = Average(tokenizer, batch)
+            average = EMA(tokenizer, batch)
             start = math.prod(1 - average.weight(step) for step in steps)
             assert start == pytest.approx(math.exp(25_000 * math.log(0.9999)), rel=1e-6)
             assert round(start, 3) == 0.082
@@ -124,7 +126,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     shutil.copy(ROOT / "examples" / "pictures" / "cat.jpg", folder)
     settings = (f"data.train={folder}", "trainer.duration=5 steps", "opt.lr=1e-2", "model.ema_decay=0.9")
-    Run(recipe("lo", *TINY, *settings), folder / "run", report=lambda line: None).train()
+    Trainer(recipe("lo", *TINY, *settings), folder / "run", report=lambda line: None).train()
     path = folder / "run" / "checkpoints" / "00000005.pth"
     content = checkpoint.read_pth(path)
     name = "decoder.picture_out.weight"
@@ -170,7 +172,7 @@ def test_stage_1b_from_the_authors_checkpoint_starts_with_a_fresh_ema(tmp_path, 
     settings = recipe("lo_posttrain", *TINY, *small, "model.patch_size=4", f"data.train={pictures}")
     config = settings.override("trainer.duration=7 steps")
     state = release_file(tmp_path / "flowmo_lo.pth", config)
-    run = Run(config, tmp_path / "run", resume_from=tmp_path / "flowmo_lo.pth", report=lambda line: None)
+    run = Trainer(config, tmp_path / "run", resume_from=tmp_path / "flowmo_lo.pth", report=lambda line: None)
     weight = state["decoder.time_in.in_layer.weight"]
     assert torch.equal(run.task.model.decoder.time_in.weight, weight)
     assert torch.equal(run.average.state["decoder.time_in.weight"], weight), "not the file's EMA"

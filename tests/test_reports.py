@@ -15,27 +15,27 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 from flowmo import Config, FlowMo
+from flowmo.checkpoint.pth import PthError
 from flowmo.data.loader import EndlessOrder
-from flowmo.data.tokens import Vocabulary, read_facts
+from flowmo.data.tokens import Vocabulary, read_metadata
 from flowmo.evaluate.codecs import QUALITIES, CodecReconstructor
-from flowmo.evaluate.features import Features, features_of, in_one_shape
-from flowmo.evaluate.figures import psnr
-from flowmo.evaluate.frechet import Moments, distance_between
 from flowmo.evaluate.generation import look, precision_and_recall
-from flowmo.evaluate.kernel import kernel_distance
-from flowmo.evaluate.reconstruction import Judges, Reconstruction, measure
+from flowmo.evaluate.metrics.features import Features, features_of, in_one_shape
+from flowmo.evaluate.metrics.frechet import Moments, distance_between
+from flowmo.evaluate.metrics.kernel import kernel_distance
+from flowmo.evaluate.metrics.pairs import psnr
+from flowmo.evaluate.reconstruction import Evaluators, Reconstruction, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.generate.generator import GenerationError, Generator, build_generator
-from flowmo.generate.produce import picture_seeds
+from flowmo.generate.produce import image_seeds
 from flowmo.generate.tokenize import tokenize
-from flowmo.perceptual import LPIPS
-from flowmo.pictures import ImageError, read_image, resize_and_crop, to_bytes, to_picture, to_tensor
-from flowmo.pth import PthError
-from flowmo.quantize import FSQ, LFQ, VQ
+from flowmo.images import ImageError, read_image, resize_and_crop, to_bytes, to_pil, to_tensor
+from flowmo.losses.perceptual import LPIPS
+from flowmo.losses.stages import Stage, TrainingNoise
+from flowmo.model.quantizers import FSQ, LFQ, VQ
+from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorStage, Hidden
-from flowmo.train.optimizer import Average
-from flowmo.train.plan import BatchPlan, Position, Timetable
-from flowmo.train.stages import Draws, Stage
+from flowmo.train.schedule import BatchPlan, Position, Schedule
 
 
 def photograph(size=(96, 64)):
@@ -69,7 +69,7 @@ def test_truncated_files_are_refused_whatever_other_code_asks_of_pillow(progress
 
 def test_reads_at_the_same_time_restore_pillows_setting(monkeypatch):
     """The second read begins within the first and ends after it."""
-    from flowmo.pictures import _whole_files_only
+    from flowmo.images import _whole_files_only
 
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     first, second = _whole_files_only(), _whole_files_only()
@@ -133,7 +133,7 @@ def test_colour_profiles_are_left_out():
 
 def test_bytes_come_back():
     values = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    assert np.array_equal(np.asarray(to_picture(to_tensor(Image.fromarray(values)))), values)
+    assert np.array_equal(np.asarray(to_pil(to_tensor(Image.fromarray(values)))), values)
     almost = torch.tensor([-1.2, -0.9999, 0.9999, 1.2])[None, :, None, None]
     assert to_bytes(almost).flatten().tolist() == [0, 0, 255, 255]
 
@@ -266,7 +266,7 @@ class Files:
 
 
 def test_reconstructions_are_compared_with_the_same_crop():
-    measured = measure(Same(), Files(), 32, Judges(features=Means()), batch_size=2)
+    measured = measure(Same(), Files(), 32, Evaluators(features=Means()), batch_size=2)
     summary = Summary.of("same", measured, 32, Means())
     assert summary.pictures == summary.equal_pictures == 5
     assert summary.frechet_distance == pytest.approx(0, abs=1e-6)
@@ -357,7 +357,7 @@ def test_bits_per_pixel_are_those_of_the_stored_ids(settings, id_count):
     tokenizer = FlowMo(config).eval()
     codes = tokenizer.encode(torch.zeros(1, 3, 32, 32))
     whole = int(np.ceil(np.log2(id_count))) * codes.ids.numel()
-    assert codes.bits == config.bits_per_picture == whole
+    assert codes.bits == config.bits_per_image == whole
     assert tokenizer.rates(32, 32) == (whole / 32**2,) == (codes.bits_per_pixel,) == (config.bits_per_pixel,)
 
 
@@ -476,7 +476,7 @@ def test_encoding_does_not_move_a_codebook():
 
 def test_the_average_follows_buffers_too():
     tokenizer = FlowMo(Config.from_dict(TINY).override("model.quantization_type=vq", "model.vq_entries=16"))
-    average = Average(tokenizer, 128)
+    average = EMA(tokenizer, 128)
     start = average.state["quantizer.codebook"].clone()
     tokenizer.quantizer.codebook += 1
     average.update(5)
@@ -527,7 +527,7 @@ def test_a_vocabulary_knows_its_ids(tmp_path):
     for kind, count in (("vq", 100), ("lfq", None)):
         config = Config.from_dict(TINY).override(f"model.quantization_type={kind}", "model.vq_entries=100")
         made = tokenize(FlowMo(config).eval(), open_source(folder), tmp_path / kind)
-        facts = read_facts(tmp_path / kind)[0]
+        facts = read_metadata(tmp_path / kind)[0]
         assert facts == made
         assert facts.vocabulary.id_count == count
         assert facts.vocabulary.vocab_size == (count or 16)
@@ -552,9 +552,9 @@ def test_the_mark_of_a_hidden_id_is_no_id():
 
 
 def test_no_two_images_of_a_set_have_one_seed():
-    seeds = picture_seeds(0, range(5000))
+    seeds = image_seeds(0, range(5000))
     assert len(set(seeds)) == 5000
-    ids = generator().sample([0] * 8, picture_seeds(0, range(8)), steps=3).flatten(1)
+    ids = generator().sample([0] * 8, image_seeds(0, range(8)), steps=3).flatten(1)
     assert len(ids.unique(dim=0)) == 8
 
 
@@ -607,7 +607,7 @@ def test_a_pass_without_gradients_costs_none_under_autocast(frozen):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             with torch.no_grad():
                 stage(images, None, lambda statistic: statistic)
-            loss = stage(images, Draws.of(config, images, range(2)), freeze_encoder=frozen).total
+            loss = stage(images, TrainingNoise.of(config, images, range(2)), freeze_encoder=frozen).total
         loss.float().backward()
         gradients.append({name for name, p in learning.named_parameters() if p.grad is not None and p.grad.any()})
     assert gradients[0] == gradients[1]
@@ -624,7 +624,7 @@ def test_the_learning_rate_depends_neither_on_ranks_nor_on_where_a_run_resumes(r
     batch = BatchPlan.of(config, ranks).total
     assert batch == 8
     for resumed in (0, 317, 800):
-        times = Timetable.of(config, batch, 100, Position(resumed, resumed * batch))
+        times = Schedule.of(config, batch, 100, Position(resumed, resumed * batch))
         for step in (0, 49, 99, 300, 500, 750, 999):
             expected = 1e-3 * min(1, (step + 1) / 100) * min(1, (1000 - step) / 500)
             assert times.rate(config.opt, step * batch) == pytest.approx(expected)

@@ -23,19 +23,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import Config, FlowMo, save
-from flowmo.bench import UNCOUNTED
 from flowmo.config import FIELDS
 from flowmo.data import build_index, open_source
 from flowmo.data.tokens import Vocabulary
 from flowmo.errors import FlowMoError
 from flowmo.evaluate import follow
 from flowmo.evaluate.follow import LOG, Follower
-from flowmo.evaluate.reconstruction import Judges, measure
+from flowmo.evaluate.reconstruction import Evaluators, measure
+from flowmo.evaluate.speed import UNCOUNTED
 from flowmo.generate.generator import Generator
 from flowmo.generate.tokenize import tokenize
-from flowmo.train.loop import Run
-from flowmo.train.stages import Draws
+from flowmo.losses.stages import TrainingNoise
 from flowmo.train.tokenizer import TokenizerTask
+from flowmo.train.trainer import Trainer
 
 BASE = (
     *("data.train={pictures}", "data.global_batch_size=4", "data.num_workers=0", "opt.lpips_weight=0", "opt.lr=1e-2"),
@@ -92,7 +92,7 @@ def stand_ins():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flowmo.train.tokenizer.build_distance", Distance)
         patch.setattr("flowmo.train.task.multiplies_bfloat16", bool)
-        patch.setattr(Run, "_utilisation", lambda run, rate: 0.0)
+        patch.setattr(Trainer, "_utilisation", lambda run, rate: 0.0)
         patch.setitem(sys.modules, "wandb", None)
         yield
 
@@ -100,7 +100,7 @@ def stand_ins():
 def finished(config, place, start=None):
     """A run of ``config`` at its end, in a new folder."""
     place.runs += 1
-    run = Run(config, place.folder / f"run{place.runs}", resume_from=start, report=lambda line: None)
+    run = Trainer(config, place.folder / f"run{place.runs}", resume_from=start, report=lambda line: None)
     run.train()
     return run
 
@@ -157,17 +157,17 @@ def logits(config, place):
 
 def draws(config, place):
     """Random numbers of 64 images: timesteps, noise, dropped codes and those of a stage's samples."""
-    found = Draws.of(config, torch.zeros(64, 3, 1, 1), range(64))
+    found = TrainingNoise.of(config, torch.zeros(64, 3, 1, 1), range(64))
     return digest({str(i): t for i, t in enumerate(tree_leaves(tuple(found))) if t is not None})
 
 
 def plan(config, place):
-    return Run(config, place.folder / "plan", report=lambda line: None).plan
+    return Trainer(config, place.folder / "plan", report=lambda line: None).plan
 
 
 def shown(config, place):
     """Images of the sample grids."""
-    return digest({"held out": Run(config, place.folder / "shown", report=lambda line: None).task.held_out})
+    return digest({"held out": Trainer(config, place.folder / "shown", report=lambda line: None).task.held_out})
 
 
 def products(config, place):
@@ -204,7 +204,7 @@ def steps_while_it_gets_worse(config, place):
 def reader(config, place):
     """How the loader reads: worker processes, and the time that one item may take."""
     with mock.patch("flowmo.data.loader.DataLoader", side_effect=FlowMoError("read")) as loader:
-        run = Run(config, place.folder / "reader", report=lambda line: None)
+        run = Trainer(config, place.folder / "reader", report=lambda line: None)
         with pytest.raises(FlowMoError, match="read"):
             run.train()
     return loader.call_args.kwargs["num_workers"], loader.call_args.kwargs["timeout"]
@@ -212,7 +212,7 @@ def reader(config, place):
 
 def compiled(config, place):
     with mock.patch.object(torch.nn.Module, "compile", autospec=True) as compile_block:
-        Run(config, place.folder / "compiled", report=lambda line: None)
+        Trainer(config, place.folder / "compiled", report=lambda line: None)
     return compile_block.call_count
 
 
@@ -229,7 +229,9 @@ def followed(config, place):
         return measure(*arguments, **named)
 
     with mock.patch.object(follow, "measure", spy):
-        Follower([s for s in settings if not s.endswith("=")], folder, Judges(), report=lambda line: None).evaluate()
+        Follower(
+            [s for s in settings if not s.endswith("=")], folder, Evaluators(), report=lambda line: None
+        ).evaluate()
     rows = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
     return [(row["checkpoint"], row["pictures"], row["psnr"]) for row in rows], asked
 
@@ -422,7 +424,7 @@ def place(tmp_path_factory):
     with stand_ins():
         config = settings_of(made, "trainer.checkpoint_every=1 step", "trainer.duration=2 steps", "model.ema_decay=0.1")
         for name, seed in (("run", 1), ("other_run", 2)):
-            Run(config.override(f"trainer.seed={seed}"), names[name], report=lambda line: None).train()
+            Trainer(config.override(f"trainer.seed={seed}"), names[name], report=lambda line: None).train()
     made.start = names["run"] / "checkpoints" / "00000002.pth"
     return made
 

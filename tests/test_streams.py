@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import flowmo
-from flowmo.sample import picture_seed, seeded_noise
+from flowmo.losses.stages import TrainingNoise
+from flowmo.model.sampler import image_seed, seeded_noise
 from flowmo.streams import Stream, seed_global, stream, stream_seed
-from flowmo.train.stages import Draws
 
 SOURCE = Path(flowmo.__file__).parent
 COUNT = 2000
@@ -72,7 +72,7 @@ def test_what_a_seed_decodes_to_stays():
     """Numbers of the releases before: noise of a seed, and seeds of the images of a set."""
     expected = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(5))
     assert torch.equal(seeded_noise([5], 4, 4)[0], expected)
-    assert picture_seed(0, 3) == int(hashlib.blake2b(b"0/3", digest_size=8).hexdigest(), 16) >> 1
+    assert image_seed(0, 3) == int(hashlib.blake2b(b"0/3", digest_size=8).hexdigest(), 16) >> 1
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "posttrain", "distill"])
@@ -85,7 +85,7 @@ def test_training_draws_are_independent(stage, tiny_config):
     }
     config = tiny_config.override("opt.lpips_jitter=8", "opt.schedule=uniform", *settings[stage])
     assert config.stage == stage
-    draws = Draws.of(config, torch.zeros(COUNT, 3, 12, 12), range(COUNT))
+    draws = TrainingNoise.of(config, torch.zeros(COUNT, 3, 12, 12), range(COUNT))
     decoded = torch.stack([seeded_noise([i], 4, 4)[0].flatten() for i in range(COUNT)])
     columns = {"t": draws.t, "noise": draws.noise[:, 0, 0, 0], "keep": draws.keep, "decoded": decoded[:, 0]}
     columns |= {"size of noise": draws.noise[:, 0, 0, 0].abs(), "size of decoded": decoded[:, 0].abs()}
@@ -106,5 +106,5 @@ def test_nothing_else_seeds_a_generator():
     found = {
         path.relative_to(SOURCE).as_posix(): len(seeding.findall(path.read_text())) for path in SOURCE.rglob("*.py")
     }
-    assert {name for name, count in found.items() if count} == {"streams.py", "sample.py"}
-    assert found["sample.py"] == 2, "seeded_noise alone takes a seed as it is"
+    assert {name for name, count in found.items() if count} == {"streams.py", "model/sampler.py"}
+    assert found["model/sampler.py"] == 2, "seeded_noise alone takes a seed as it is"

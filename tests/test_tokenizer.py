@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from flowmo import Codes, FlowMo
-from flowmo.evaluate.figures import psnr
-from flowmo.pictures import Tiling, resize_and_crop, to_picture, to_tensor
+from flowmo.evaluate.metrics.pairs import psnr
+from flowmo.images import Tiling, resize_and_crop, to_pil, to_tensor
 
 
 def test_ids_decode_to_the_same_bits_as_codes(tiny, images):
@@ -162,7 +162,7 @@ def test_crop_follows_the_papers_protocol(tiny, picture):
 
 def test_one_tile_equals_decode(tiny, picture):
     codes = tiny.encode_image(picture, fit="crop")
-    assert tiny.decode_image(codes, steps=2, seed=3) == to_picture(tiny.decode(codes, steps=2, seed=3)[0])
+    assert tiny.decode_image(codes, steps=2, seed=3) == to_pil(tiny.decode(codes, steps=2, seed=3)[0])
 
 
 def test_modes_of_pictures(tiny):
@@ -177,7 +177,7 @@ def test_modes_of_pictures(tiny):
 
 
 def test_sixteen_bits_scale_to_eight():
-    from flowmo.pictures import to_rgb
+    from flowmo.images import to_rgb
 
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
@@ -185,7 +185,7 @@ def test_sixteen_bits_scale_to_eight():
 
 
 def test_transparency_is_white():
-    from flowmo.pictures import to_rgb
+    from flowmo.images import to_rgb
 
     assert to_rgb(Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (255, 255, 255)
 

@@ -11,15 +11,17 @@ import torch
 from conftest import open_gates
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowmo import Config, FlowMo, checkpoint, load
+from flowmo import Config, FlowMo, load
+from flowmo.checkpoint import files as checkpoint
 from flowmo.config import ConfigError
-from flowmo.data import DataError, Views, batches, epoch_order, open_source
-from flowmo.evaluate.figures import psnr
-from flowmo.train.loop import Run, TrainingError
-from flowmo.train.optimizer import Average, NormControl, build_optimizer
-from flowmo.train.plan import Timetable
-from flowmo.train.stages import Draws, pretrain_loss
+from flowmo.data import DataError, ImageDataset, batches, epoch_order, open_source
+from flowmo.evaluate.metrics.pairs import psnr
+from flowmo.losses.stages import TrainingNoise, pretrain_loss
+from flowmo.train.ema import EMA
+from flowmo.train.optimizer import NormControl, build_optimizer
+from flowmo.train.schedule import Schedule
 from flowmo.train.task import autocast
+from flowmo.train.trainer import Trainer, TrainingError
 
 has_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon came with PyTorch 2.9")
 
@@ -57,7 +59,7 @@ def config(tiny_config, folder):
 @pytest.mark.parametrize("kind", ["lfq", "bsq", "fsq", "vq", "kl", "layernorm", "noop"])
 def test_every_row_of_every_parameter_gets_a_gradient(tiny_config, images, kind):
     tokenizer = open_gates(FlowMo(tiny_config.override(f"model.quantization_type={kind}")))
-    draws = Draws.of(tokenizer.config, images, range(5))._replace(keep=torch.ones(5, dtype=torch.bool))
+    draws = TrainingNoise.of(tokenizer.config, images, range(5))._replace(keep=torch.ones(5, dtype=torch.bool))
     pretrain_loss(tokenizer, images, draws, None).total.backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
@@ -69,7 +71,7 @@ def test_the_log_is_in_float32(tiny_config, images):
     """A sum of bfloat16 numbers stops growing after some dozens of steps."""
     tokenizer = FlowMo(tiny_config)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = pretrain_loss(tokenizer, images, Draws.of(tokenizer.config, images, range(5)), half_distance)
+        loss = pretrain_loss(tokenizer, images, TrainingNoise.of(tokenizer.config, images, range(5)), half_distance)
     assert {name: value.dtype for name, value in loss.parts.items() if value.dtype != torch.float32} == {}
     assert abs(loss.parts["lpips"] - 0.123456) < 1e-3
 
@@ -82,7 +84,7 @@ def test_the_logged_terms_add_up_to_the_loss(kind, tiny_config, images):
     )
     torch.manual_seed(0)
     tokenizer = FlowMo(config)
-    parts = pretrain_loss(tokenizer, images, Draws.of(config, images, range(5)), half_distance).parts
+    parts = pretrain_loss(tokenizer, images, TrainingNoise.of(config, images, range(5)), half_distance).parts
     terms = [parts[name] for name in ("flow", "entropy", "commitment", "kl") if name in parts]
     assert float(parts["loss"]) == pytest.approx(float(sum(terms)) + 0.1 * float(parts["lpips"]), rel=1e-5)
     if kind == "lfq":
@@ -110,15 +112,15 @@ def test_the_perceptual_loss_sees_both_pictures_cut_alike(tiny_config, images):
         seen.append((x, y))
         return (x - y).square().mean(dim=(1, 2, 3))
 
-    draws = Draws.of(config, images, range(5))
+    draws = TrainingNoise.of(config, images, range(5))
     for start, chunk in ((0, images[:2]), (2, images[2:])):
-        pretrain_loss(tokenizer, chunk, Draws.of(config, chunk, range(start, start + len(chunk))), distance)
+        pretrain_loss(tokenizer, chunk, TrainingNoise.of(config, chunk, range(start, start + len(chunk))), distance)
     assert len(set(draws.cut)) > 1
     cut = torch.cat([x for x, _ in seen])
     assert cut.shape == torch.cat([y for _, y in seen]).shape == (5, 3, 27, 27)
     for image, part, (row, column) in zip(images, cut, draws.cut, strict=True):
         assert torch.equal(image[:, row : row + 27, column : column + 27], part)
-    plain = Draws.of(tiny_config, images, range(5))
+    plain = TrainingNoise.of(tiny_config, images, range(5))
     assert plain.cut is None
     assert torch.equal(plain.noise, draws.noise)
     assert torch.equal(plain.t, draws.t)
@@ -155,10 +157,10 @@ def test_overfits_four_photographs(tiny_config, folder, tmp_path):
         "trainer.checkpoint_every=400",
         "trainer.enable_bfloat16=false",
     )
-    run = Run(config, tmp_path / "run", report=quiet)
+    run = Trainer(config, tmp_path / "run", report=quiet)
     run.train()
     tokenizer = load(run.checkpoints()[-1])
-    source = Views(open_source(folder), 32)
+    source = ImageDataset(open_source(folder), 32)
     x = torch.stack([source[i, 0] for i in range(4)])
     codes = tokenizer.encode(x)
     quality = psnr(x, tokenizer.decode(codes.ids, seed=5))
@@ -175,10 +177,10 @@ def final_weights(run):
 @pytest.mark.parametrize("optimizer", ["adam", pytest.param("muon", marks=has_muon)])
 def test_resumed_run_ends_like_an_unbroken_one(config, tmp_path, optimizer):
     config = config.override(f"opt.optimizer={optimizer}")
-    whole = Run(config, tmp_path / "whole", report=quiet)
+    whole = Trainer(config, tmp_path / "whole", report=quiet)
     whole.train()
-    Run(config.override("trainer.max_steps=3"), tmp_path / "broken", report=quiet).train()
-    rest = Run(config, tmp_path / "broken", report=quiet)
+    Trainer(config.override("trainer.max_steps=3"), tmp_path / "broken", report=quiet).train()
+    rest = Trainer(config, tmp_path / "broken", report=quiet)
     assert rest.step == 3
     rest.train()
     expected = final_weights(whole)
@@ -187,7 +189,7 @@ def test_resumed_run_ends_like_an_unbroken_one(config, tmp_path, optimizer):
 
 def test_what_a_run_leaves(config, tmp_path):
     config = config.override("trainer.sample_every=3", "trainer.max_steps=9")
-    run = Run(config, tmp_path / "run", report=quiet)
+    run = Trainer(config, tmp_path / "run", report=quiet)
     run.train()
     names = sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file())
     assert [name for name in names if not name.startswith("tensorboard/")] == [
@@ -209,7 +211,7 @@ def test_what_a_run_leaves(config, tmp_path):
 
 
 def test_weights_move_and_norms_stay(config, tmp_path):
-    run = Run(config, tmp_path / "run", report=quiet)
+    run = Trainer(config, tmp_path / "run", report=quiet)
     before = {name: p.detach().clone() for name, p in run.task.model.named_parameters()}
     run.train()
     after = dict(run.task.model.named_parameters())
@@ -219,7 +221,7 @@ def test_weights_move_and_norms_stay(config, tmp_path):
 
 
 def test_frozen_encoder_stays(config, tmp_path):
-    run = Run(config.override("opt.freeze_encoder_after=2 steps"), tmp_path / "run", report=quiet)
+    run = Trainer(config.override("opt.freeze_encoder_after=2 steps"), tmp_path / "run", report=quiet)
     seen = []
     for images in (next(batches(run.task.source, 4, 0, 0, 0)) for _ in range(4)):
         if run.images >= run.times.freeze_encoder_after:
@@ -231,13 +233,13 @@ def test_frozen_encoder_stays(config, tmp_path):
 
 
 def test_other_settings_in_the_same_folder_are_refused(config, tmp_path):
-    Run(config, tmp_path / "run", report=quiet).train()
+    Trainer(config, tmp_path / "run", report=quiet).train()
     with pytest.raises(TrainingError, match=r"model\.code_length 6 -> 7"):
-        Run(config.override("model.code_length=7"), tmp_path / "run", report=quiet)
+        Trainer(config.override("model.code_length=7"), tmp_path / "run", report=quiet)
 
 
 def test_losses_that_stay_not_finite_stop_the_run(config, tmp_path):
-    run = Run(config.override("trainer.max_skipped_steps=3"), tmp_path / "run", report=quiet)
+    run = Trainer(config.override("trainer.max_skipped_steps=3"), tmp_path / "run", report=quiet)
     with torch.no_grad():
         run.task.model.decoder.picture_out.bias[0] = torch.nan
     with pytest.raises(TrainingError, match=r"3 steps in a row .* lower opt\.lr"):
@@ -245,7 +247,7 @@ def test_losses_that_stay_not_finite_stop_the_run(config, tmp_path):
     assert not run.checkpoints()
 
 
-def adam_state(run: Run) -> dict[str, torch.Tensor]:
+def adam_state(run: Trainer) -> dict[str, torch.Tensor]:
     state = run.optimizer.state
     return {f"{i}.{key}": value for i, part in enumerate(state.values()) for key, value in part.items()}
 
@@ -292,11 +294,11 @@ def test_a_step_asks_the_host_for_nothing(config, tmp_path, stage, optimizer, qu
         f"opt.optimizer={optimizer}",
         f"model.quantization_type={quantizer}",
     )
-    run = Run(config, tmp_path / "run", report=quiet)
+    run = Trainer(config, tmp_path / "run", report=quiet)
     images = next(batches(run.task.source, 4, 0, 0, 0))
-    draw, reads = Draws.of, HostReads()
+    draw, reads = TrainingNoise.of, HostReads()
     prepared = draw(config, images, range(4))
-    monkeypatch.setattr(Draws, "of", lambda *_: prepared)
+    monkeypatch.setattr(TrainingNoise, "of", lambda *_: prepared)
     run._step(images, run.module)
     with reads:
         run._step(images, run.module)
@@ -311,7 +313,7 @@ def test_a_step_asks_the_host_for_nothing(config, tmp_path, stage, optimizer, qu
 def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part, optimizer_name):
     lines = []
     config = config.override(f"opt.optimizer={optimizer_name}")
-    run = Run(config, tmp_path / "run", report=lines.append)
+    run = Trainer(config, tmp_path / "run", report=lines.append)
     images = next(batches(run.task.source, 4, 0, 0, 0))
 
     def broken(*arguments):
@@ -340,7 +342,7 @@ def test_checkpoints_that_are_kept(config, tmp_path):
     config = config.override(
         "trainer.checkpoint_every=1", "trainer.keep_every=2", "trainer.keep_last=1", "trainer.max_steps=5"
     )
-    run = Run(config, tmp_path / "run", report=quiet)
+    run = Trainer(config, tmp_path / "run", report=quiet)
     run.train()
     assert [int(path.stem) for path in run.checkpoints()] == [2, 4, 5]
 
@@ -365,7 +367,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, folder, tmp_path
     assert "the same command goes on from here" in rest
     stopped = int(sorted((tmp_path / "run" / "checkpoints").glob("*.pth"))[-1].stem)
     assert 2 <= stopped < 100000
-    expected = Run(config.override(f"trainer.max_steps={stopped}"), tmp_path / "expected", report=quiet)
+    expected = Trainer(config.override(f"trainer.max_steps={stopped}"), tmp_path / "expected", report=quiet)
     expected.train()
     ours = checkpoint.read_pth(tmp_path / "run" / "checkpoints" / f"{stopped:08d}.pth")
     theirs = checkpoint.read_pth(expected.checkpoints()[-1])
@@ -375,16 +377,16 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, folder, tmp_path
 
 def test_learning_rate():
     config = Config().override("opt.lr=1", "opt.warmup=10 steps", "opt.cooldown=0.5", "trainer.max_steps=100")
-    times = Timetable.of(config, batch=3, epoch=7)
+    times = Schedule.of(config, batch=3, epoch=7)
     rates = [times.rate(config.opt, 3 * step) for step in (0, 4, 9, 50, 75, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.02])
-    plain = Timetable.of(Config(), 128, 1000)
+    plain = Schedule.of(Config(), 128, 1000)
     assert plain.rate(Config().opt, 10**8) == Config().opt.lr
 
 
 def test_average_forgets_the_start(tiny_config):
     tokenizer = FlowMo(tiny_config.override("model.ema_decay=0.9"))
-    average = Average(tokenizer, batch=128)
+    average = EMA(tokenizer, batch=128)
     start = average.state["encoder.code_embedding"].clone()
     with torch.no_grad():
         tokenizer.encoder.code_embedding.add_(1)
@@ -398,12 +400,12 @@ def test_average_decays_alike_at_every_batch(tiny_config):
     tokenizer = FlowMo(tiny_config)
     late = 10**6
     for batch in (16, 128, 512):
-        kept = 1 - Average(tokenizer, batch).weight(late)
+        kept = 1 - EMA(tokenizer, batch).weight(late)
         assert kept ** (512 / batch) == pytest.approx(0.9999**4)
 
 
 def test_average_of_the_release(tiny_config):
-    average = Average(FlowMo(tiny_config.override("model.ema_update=release")), batch=128)
+    average = EMA(FlowMo(tiny_config.override("model.ema_update=release")), batch=128)
     assert [average.weight(step) for step in range(1, 10)] == [0] * 9
     assert average.weight(0) == average.weight(10) == pytest.approx(1 - 0.9999**10)
 
@@ -465,7 +467,7 @@ def test_every_picture_once_an_epoch():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_continues_anywhere(folder, workers):
-    source = Views(open_source(folder), 32, random_crop=True, random_flip=True)
+    source = ImageDataset(open_source(folder), 32, random_crop=True, random_flip=True)
     whole = batches(source, 2, seed=0, place=0, workers=workers)
     first = [next(whole) for _ in range(5)]
     later = batches(source, 2, seed=0, place=6, workers=0)
@@ -474,7 +476,7 @@ def test_the_stream_continues_anywhere(folder, workers):
 
 
 def test_processes_share_each_batch_without_overlap(folder):
-    source = Views(open_source(folder), 32, random_crop=True)
+    source = ImageDataset(open_source(folder), 32, random_crop=True)
     whole = batches(source, 6, seed=0, place=0, workers=0)
     parts = [batches(source, 2, seed=0, place=2 * rank, workers=0, stride=6) for rank in range(3)]
     for _ in range(3):
@@ -482,7 +484,7 @@ def test_processes_share_each_batch_without_overlap(folder):
 
 
 def test_crops_and_flips_follow_the_seed(folder):
-    source = Views(open_source(folder), 32, random_crop=True, random_flip=True)
+    source = ImageDataset(open_source(folder), 32, random_crop=True, random_flip=True)
     views = torch.stack([source[0, seed] for seed in range(40)])
     assert torch.equal(views[7], source[0, 7])
     assert len({view.numpy().tobytes() for view in views}) > 20
@@ -495,7 +497,7 @@ def test_an_unreadable_picture_is_named_and_left_out(config, folder, tmp_path, w
     (folder / "text.jpg").write_text("this is no picture")
     lines = []
     config = config.override(f"data.num_workers={workers}", "trainer.max_steps=4")
-    Run(config, tmp_path / "run", report=lines.append).train()
+    Trainer(config, tmp_path / "run", report=lines.append).train()
     assert sum("left out" in line and "text.jpg" in line for line in lines) == 1
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["bad_pictures"] == 1
@@ -505,7 +507,7 @@ def test_an_unreadable_picture_is_named_and_left_out(config, folder, tmp_path, w
 def test_too_many_unreadable_pictures_end_the_run(config, folder, tmp_path, workers):
     for i in range(3):
         (folder / f"text{i}.jpg").write_text("this is no picture")
-    run = Run(config.override(f"data.num_workers={workers}"), tmp_path / "run", report=quiet)
+    run = Trainer(config.override(f"data.num_workers={workers}"), tmp_path / "run", report=quiet)
     with pytest.raises(TrainingError, match="of 7 pictures cannot be read") as error:
         run.train()
     assert "Traceback" not in str(error.value)
@@ -517,7 +519,7 @@ def test_nothing_readable_at_all(config, tmp_path):
     folder.mkdir()
     (folder / "text.jpg").write_text("this is no picture")
     with pytest.raises(DataError, match=r"in a row cannot be read.*text\.jpg"):
-        Run(config.override(f"data.train={folder}"), tmp_path / "run", report=quiet)
+        Trainer(config.override(f"data.train={folder}"), tmp_path / "run", report=quiet)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")

@@ -11,18 +11,18 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import Config, ConfigError, FlowMo, preset
-from flowmo.bench import UNCOUNTED
 from flowmo.config import Span
 from flowmo.distributed import World
-from flowmo.perceptual import blank_distance
-from flowmo.quantize import LFQ
-from flowmo.train.account import PeakMemory, peak_flops, training_cost
-from flowmo.train.coordinates import coordinate_check
-from flowmo.train.distributed import KEPT, prepare
+from flowmo.evaluate.speed import UNCOUNTED
+from flowmo.losses.perceptual import blank_distance
+from flowmo.losses.stages import Stage, TrainingNoise, pretrain_loss
+from flowmo.model.quantizers import LFQ
+from flowmo.train.cost import PeakMemory, peak_flops, training_cost
 from flowmo.train.failures import OutOfMemoryError, within_memory
+from flowmo.train.mup_check import coordinate_check
 from flowmo.train.optimizer import build_optimizer, clip_gradients, scale_initial_weights
-from flowmo.train.plan import BatchPlan, Position, Timetable
-from flowmo.train.stages import Draws, Stage, pretrain_loss
+from flowmo.train.parallel import KEPT, prepare
+from flowmo.train.schedule import BatchPlan, Position, Schedule
 
 
 def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -57,21 +57,21 @@ def test_what_is_no_length(text):
 
 def test_the_authors_steps_are_converted():
     config = preset("lo").override("trainer.max_steps=1300000", "opt.freeze_encoder_after=200000", "global_seed=3")
-    times = Timetable.of(config, 128, 1_281_167)
-    assert times.duration == Timetable.of(preset("lo"), 128, 1_281_167).duration == 166_400_000
-    assert times.freeze_encoder_after == Timetable.of(preset("lo"), 128, 1_281_167).freeze_encoder_after
+    times = Schedule.of(config, 128, 1_281_167)
+    assert times.duration == Schedule.of(preset("lo"), 128, 1_281_167).duration == 166_400_000
+    assert times.freeze_encoder_after == Schedule.of(preset("lo"), 128, 1_281_167).freeze_encoder_after
     assert config.trainer.seed == 3
 
 
 def test_steps_after_a_checkpoint_of_another_batch():
     """The release's post-training: 25 000 steps of 64 after 1 300 000 of 128."""
     config = preset("lo").override("trainer.max_steps=1325000")
-    times = Timetable.of(config, 64, 1_281_167, Position(1_300_000, 166_400_000))
+    times = Schedule.of(config, 64, 1_281_167, Position(1_300_000, 166_400_000))
     assert times.duration == 166_400_000 + 25_000 * 64
 
 
 def test_what_is_due():
-    times = Timetable.of(Config().override("trainer.log_every=100 images", "trainer.sample_every=0"), 48, 1000)
+    times = Schedule.of(Config().override("trainer.log_every=100 images", "trainer.sample_every=0"), 48, 1000)
     assert [images for images in range(48, 500, 48) if times.due(times.log, images)] == [144, 240, 336, 432]
     assert not any(times.due(times.sample, images) for images in range(48, 500, 48))
 
@@ -109,13 +109,13 @@ def test_batches_that_cannot_be_cut(settings, sentence):
 
 
 def test_draws_belong_to_places(tiny_config, images):
-    whole = Draws.of(tiny_config, images, range(10, 15))
-    parts = [Draws.of(tiny_config, images[i : i + 1], [10 + i]) for i in range(5)]
+    whole = TrainingNoise.of(tiny_config, images, range(10, 15))
+    parts = [TrainingNoise.of(tiny_config, images[i : i + 1], [10 + i]) for i in range(5)]
     for one, many in zip(whole[:3], list(zip(*parts, strict=True))[:3], strict=True):
         assert torch.equal(one, torch.cat(many))
-    other = Draws.of(tiny_config.override("trainer.seed=1"), images, range(10, 15))
+    other = TrainingNoise.of(tiny_config.override("trainer.seed=1"), images, range(10, 15))
     assert not torch.equal(whole.noise, other.noise)
-    many = Draws.of(tiny_config, images[:1].expand(4000, 3, 32, 32)[:, :, :1, :1], range(4000))
+    many = TrainingNoise.of(tiny_config, images[:1].expand(4000, 3, 32, 32)[:, :, :1, :1], range(4000))
     assert abs(float(many.keep.float().mean()) - 0.9) < 0.02
     assert abs(float(many.t.mean()) - 0.5) < 0.02
     assert abs(float(many.noise.std()) - 1) < 0.02
@@ -213,7 +213,7 @@ def test_initial_weights_at_the_base_width_are_pytorchs(tiny_config):
 def test_flops_are_those_of_the_real_step(tiny_config, images):
     config = tiny_config.override("opt.lpips_weight=0")
     tokenizer = FlowMo(config)
-    draws = Draws.of(config, images, range(5))
+    draws = TrainingNoise.of(config, images, range(5))
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         pretrain_loss(tokenizer, images, draws, None).total.backward()
     assert training_cost(config).flops == pytest.approx(counter.get_total_flops() / 5, rel=0.02)
@@ -286,7 +286,7 @@ def test_compiled_blocks_never_fall_back_to_eager(tiny_config, monkeypatch, netw
             stage.tokenizer.encoder.requires_grad_(not frozen)
             for batch, height, width in ((4, 64, 64), (3, 64, 64), (4, 32, 64)):
                 images = torch.rand(batch, 3, height, width) * 2 - 1
-                draws = Draws.of(stage.tokenizer.config, images, range(batch))
+                draws = TrainingNoise.of(stage.tokenizer.config, images, range(batch))
                 stage(images, draws, freeze_encoder=frozen).total.backward()
 
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -309,7 +309,7 @@ def test_what_checkpointing_keeps(tiny_config, images, bfloat16):
         stage = prepare(Stage(tokenizer, None), World(), policy.trainer)
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                loss = stage(images, Draws.of(policy, images, range(5))).total
+                loss = stage(images, TrainingNoise.of(policy, images, range(5))).total
             loss.backward()
         products[name] = counter.get_total_flops()
         gradients[name] = [p.grad.clone() for p in tokenizer.parameters() if p.grad is not None]
@@ -349,7 +349,7 @@ def test_forecast_of_stage_1b_equals_a_step_with_contents(tiny_config, steps):
         tokenizer.encoder.requires_grad_(False)
         stage = Stage(tokenizer, blank_distance("alex"))
         images = torch.rand(batch, 3, 64, 64)[..., :32, :32].contiguous()
-        draws, memory = Draws.of(config, images, range(batch)), PeakMemory()
+        draws, memory = TrainingNoise.of(config, images, range(batch)), PeakMemory()
         for parameter in tokenizer.parameters():
             parameter.grad = torch.zeros_like(parameter)
         with memory:
@@ -365,7 +365,7 @@ def test_stage_1b_of_lo_fits_its_cards():
     config = Config.from_yaml(ROOT / "configs" / "lo_posttrain.yaml")
     cost = training_cost(config, freeze_encoder=True)
     for card, microbatch in ((80, 8), (40, 2)):
-        plan = BatchPlan.of(config, 8, cost.most_pictures(card * 2**30))
+        plan = BatchPlan.of(config, 8, cost.max_images(card * 2**30))
         assert plan.microbatch == microbatch
         assert cost.peak_bytes(plan.microbatch) < 0.9 * card * 2**30
 
@@ -395,9 +395,9 @@ def test_pictures_that_fit():
     cost = dataclasses.replace(
         training_cost(preset("nano")), state_bytes=10 * 2**30, activation_bytes=2**30, fixed_bytes=0
     )
-    assert cost.most_pictures(40 * 2**30) == 26
-    assert cost.most_pictures(20 * 2**30, shards=4) == 15
-    assert cost.most_pictures(2**30) == 1
+    assert cost.max_images(40 * 2**30) == 26
+    assert cost.max_images(20 * 2**30, shards=4) == 15
+    assert cost.max_images(2**30) == 1
 
 
 def test_peak_is_measured_where_no_sheet_is():

@@ -7,10 +7,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import FlowMo, preset
-from flowmo.bench import UNCOUNTED
+from flowmo.checkpoint.authors import CheckpointMismatchError, convert_release, expected_shapes, release_config
 from flowmo.config import PRESETS
-from flowmo.release import CheckpointMismatchError, convert_release, expected_shapes, release_config
-from flowmo.transformer import (
+from flowmo.evaluate.speed import UNCOUNTED
+from flowmo.model.transformer import (
     NORM_EPS,
     RMSNorm,
     Shape,

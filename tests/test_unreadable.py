@@ -9,10 +9,10 @@ from conftest import run_command
 from test_evaluation import Blur, Colours
 
 from flowmo.data import open_source
-from flowmo.evaluate.generation import GenerationSummary, look, open_pictures
-from flowmo.evaluate.reconstruction import EvaluationError, Judges, measure
+from flowmo.evaluate.generation import GenerationSummary, look, open_image_set
+from flowmo.evaluate.reconstruction import EvaluationError, Evaluators, measure
 from flowmo.evaluate.summary import Summary
-from flowmo.train.loop import Run
+from flowmo.train.trainer import Trainer
 
 BAD = {
     "text": lambda path: path.write_text("no image"),
@@ -48,7 +48,7 @@ def test_every_metric_is_that_of_the_other_images(kind, batch_size, place, folde
     bad, named = spoil(spoilt, kind), []
     if place == "first":
         bad = bad.rename(spoilt / "0bad.jpg")
-    judges = Judges(features=Colours())
+    judges = Evaluators(features=Colours())
     found = measure(
         Blur(), open_source(spoilt), 64, judges, batch_size=batch_size, on_unreadable=named.append, enlarge=True
     )
@@ -72,9 +72,9 @@ def test_what_becomes_readable_is_measured_when_the_evaluation_goes_on(folders, 
     content = bad.read_bytes()
     spoil(spoilt, "text")
     arguments = {"folder": tmp_path / "measured", "on_unreadable": lambda message: None, "enlarge": True}
-    first = measure(Blur(), open_source(spoilt), 64, Judges(features=Colours()), **arguments)
+    first = measure(Blur(), open_source(spoilt), 64, Evaluators(features=Colours()), **arguments)
     bad.write_bytes(content)
-    again = measure(Blur(), open_source(spoilt), 64, Judges(features=Colours()), **arguments)
+    again = measure(Blur(), open_source(spoilt), 64, Evaluators(features=Colours()), **arguments)
     assert (int(first.done.sum()), int(again.done.sum())) == (5, 6)
     assert torch.equal(again.values[:, first.done].nan_to_num(), first.values[:, first.done].nan_to_num())
 
@@ -82,7 +82,7 @@ def test_what_becomes_readable_is_measured_when_the_evaluation_goes_on(folders, 
 def test_where_none_can_be_read_there_are_no_metrics(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     with pytest.raises(EvaluationError, match=r"none of 1 images can be read, such as .*a\.jpg"):
-        measure(Blur(), open_source(tmp_path), 64, Judges(), on_unreadable=lambda message: None)
+        measure(Blur(), open_source(tmp_path), 64, Evaluators(), on_unreadable=lambda message: None)
 
 
 def test_the_command_names_it_and_reports_all_candidates_alike(folders, tiny_model, tmp_path, capsys):
@@ -117,7 +117,7 @@ def test_sets_that_are_compared(spoilt_one, folders):
                 file.unlink()
 
     def seen(folder):
-        return look(open_pictures(folder), network, batch_size=2)
+        return look(open_image_set(folder), network, batch_size=2)
 
     pair = (spoilt, sound) if spoilt_one == "generated" else (sound, spoilt)
     ours = GenerationSummary.of(*map(seen, pair), network).as_dict()
@@ -134,7 +134,7 @@ def test_a_run_keeps_its_checkpoints(folders, tiny_config, tmp_path):
     for folder in (sound, spoilt):
         settings = (f"data.train={sound}", f"data.val={folder}", "trainer.best_metric=psnr", "data.batch_size=2")
         more = ("trainer.max_steps=2", "trainer.checkpoint_every=1 steps", "opt.lpips_weight=0", "data.num_workers=0")
-        run = Run(tiny_config.override(*settings, *more), tmp_path / "runs" / folder.name, report=lines.append)
+        run = Trainer(tiny_config.override(*settings, *more), tmp_path / "runs" / folder.name, report=lines.append)
         run.train()
         assert [path.stem for path in run.checkpoints()] == ["00000001", "00000002"]
         rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]

@@ -12,10 +12,10 @@ from flowmo import Config, ConfigError, preset
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from flowmo.streams import Stream, stream
-from flowmo.train.account import generator_cost
+from flowmo.train.cost import generator_cost
 from flowmo.train.generator import GeneratorStage
 from flowmo.train.optimizer import build_optimizer
-from flowmo.train.plan import Timetable
+from flowmo.train.schedule import Schedule
 
 VOCABULARY = Vocabulary(
     tokenizer="00" * 8, model="tiny", image_size=32, tokens=6, sub_tokens=2, id_bits=4, classes=CLASSES
@@ -226,7 +226,7 @@ def test_loss_weighs_visible_ids_by_a_tenth(generator):
 def test_learning_rate_is_a_cosine_after_the_warm_up():
     """TiTok's schedule with the paper's rate: 10 000 steps up to 1e-4, then half a cosine to 1e-5."""
     config = preset("uvit")
-    times = Timetable.of(config, 128, 1_281_167)
+    times = Schedule.of(config, 128, 1_281_167)
     total, warm = 300 * 1_281_167, 1_280_000
 
     def expected(images):

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from conftest import TINY_NATIVE, run_command
 from PIL import Image
 
-from flowmo import Config, ConfigError, FlowMo, blocks, load, save
+from flowmo import Config, ConfigError, FlowMo, load, save
+from flowmo.losses.stages import TrainingNoise, kept_sub_tokens, pretrain_loss
+from flowmo.model import blocks
+from flowmo.model.windowed import Convolution, WindowedBlock, WindowedShape, depth_to_space, space_to_depth
 from flowmo.tokenizer import Codes
-from flowmo.train.stages import Draws, kept_sub_tokens, pretrain_loss
-from flowmo.windowed import Convolution, WindowedBlock, WindowedShape, depth_to_space, space_to_depth
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_every_parameter_learns(config):
     torch.manual_seed(0)
     model = FlowMo(config)
     images = torch.rand(3, 3, 64, 80) * 2 - 1
-    draws = Draws.of(config, images, range(3))._replace(t=torch.tensor([0.3, 0.7, 1.0]))
+    draws = TrainingNoise.of(config, images, range(3))._replace(t=torch.tensor([0.3, 0.7, 1.0]))
     for _ in range(2):  # the modulation's layer starts at zero, and passes no gradient on before its first step
         model.zero_grad()
         pretrain_loss(model, images, draws, None).total.backward()
@@ -108,7 +109,7 @@ def test_every_parameter_learns(config):
 def test_an_image_of_any_size_keeps_it(tokenizer, image):
     codes = tokenizer.encode_image(image)
     assert codes.size == (80, 112)
-    assert codes.image_size == codes.picture_size == (70, 100)
+    assert codes.image_size == codes.output_size == (70, 100)
     assert codes.ids.shape == (1, 5 * 7, 4)
     assert codes.bits_per_pixel == pytest.approx(35 * 36 / 7000)
     assert tokenizer.decode_image(codes).size == (100, 70)
@@ -267,17 +268,17 @@ def training(class_folder) -> list[str]:
 
 
 def test_crops_of_many_sizes_resume_to_the_bit(config, training, tmp_path):
-    from flowmo.train.loop import Run
+    from flowmo.train.trainer import Trainer
 
-    whole = Run(config.override(*training), tmp_path / "whole", report=lambda line: None)
+    whole = Trainer(config.override(*training), tmp_path / "whole", report=lambda line: None)
     sizes = set()
     original = whole.task.module.forward
     whole.task.module.forward = lambda images, *rest: (sizes.add(tuple(images.shape[2:])), original(images, *rest))[1]
     whole.train()
     assert len(sizes) > 1
     assert sizes <= {(32, 48), (48, 32), (64, 64)}
-    Run(config.override(*training, "trainer.duration=3"), tmp_path / "two", report=lambda line: None).train()
-    again = Run(config.override(*training), tmp_path / "two", report=lambda line: None)
+    Trainer(config.override(*training, "trainer.duration=3"), tmp_path / "two", report=lambda line: None).train()
+    again = Trainer(config.override(*training), tmp_path / "two", report=lambda line: None)
     again.train()
     for name, value in whole.task.model.state_dict().items():
         assert torch.equal(value, again.task.model.state_dict()[name]), name
@@ -286,8 +287,8 @@ def test_crops_of_many_sizes_resume_to_the_bit(config, training, tmp_path):
 def test_a_run_that_fails_ends(config, training, tmp_path):
     """Its workers ignore signals; a run that left them behind would wait for them for ever."""
     program = (
-        "import sys; from pathlib import Path; from flowmo import Config; from flowmo.train.loop import Run\n"
-        f"run = Run(Config.from_dict({TINY_NATIVE!r}).override(*{training!r}), "
+        "import sys; from pathlib import Path; from flowmo import Config; from flowmo.train.trainer import Trainer\n"
+        f"run = Trainer(Config.from_dict({TINY_NATIVE!r}).override(*{training!r}), "
         f"Path({str(tmp_path / 'run')!r}))\n"
         "def fail(*_): raise NotImplementedError('a fault of ours')\n"
         "run.task.loss = fail\nrun.train()\n"

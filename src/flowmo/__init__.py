@@ -1,8 +1,8 @@
 """FlowMo: pictures to a short string of bits and back (Flow to the Mode, arXiv 2503.11056)."""
 
-from flowmo.checkpoint import CheckpointError, load, save
+from flowmo.checkpoint.files import CheckpointError, load, save
 from flowmo.config import Config, ConfigError, preset
-from flowmo.pictures import ImageError, PictureError, read_image
+from flowmo.images import ImageError, PictureError, read_image
 from flowmo.tokenizer import Codes, FlowMo
 
 __version__ = "0.1.0"

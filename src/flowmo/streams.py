@@ -4,7 +4,7 @@ A stream is named by seed, purpose and index; a hash of the name seeds its gener
 otherwise draw the same numbers, such as timesteps that follow the noise. Streams of different names coincide by chance
 only, for 1 pair in 2³² on a CPU, whose generator reads 32 bits of its seed.
 
-``flowmo.sample.seeded_noise`` alone takes a seed as it is: what a seed decodes to must not change.
+``flowmo.model.sampler.seeded_noise`` alone takes a seed as it is: what a seed decodes to must not change.
 """
 
 from __future__ import annotations

@@ -23,16 +23,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from flowmo import pictures, sample
-from flowmo.blocks import blocks, ramp
+from flowmo import images as pictures
 from flowmo.config import Config
 from flowmo.errors import FlowMoError
-from flowmo.packed import Packable
-from flowmo.pictures import Tiling
+from flowmo.images import Tiling
+from flowmo.model import sampler as sample
+from flowmo.model.blocks import blocks, ramp
+from flowmo.model.cpu_prepack import Packable
+from flowmo.model.quantizers import FSQ, LFQ, build_quantizer, check_ids
+from flowmo.model.transformer import Conditioning, Decoder, Encoder
+from flowmo.model.windowed import WindowedDecoder, WindowedEncoder
 from flowmo.precision import computing
-from flowmo.quantize import FSQ, LFQ, build_quantizer, check_ids
-from flowmo.transformer import Conditioning, Decoder, Encoder
-from flowmo.windowed import WindowedDecoder, WindowedEncoder
 
 RANGE_TOLERANCE = 1e-4
 
@@ -94,7 +95,7 @@ class Codes:
         return (self.bits + 7) // 8
 
     @property
-    def picture_size(self) -> tuple[int, int]:
+    def output_size(self) -> tuple[int, int]:
         """Height and width of the picture that all rows tile together, or of each row's own."""
         return (self.tiling.height, self.tiling.width) if self.tiling else self.image_size or self.size
 
@@ -113,7 +114,7 @@ class Codes:
 
     @property
     def bits_per_pixel(self) -> float:
-        height, width = self.picture_size
+        height, width = self.output_size
         pixels = height * width * (1 if self.tiling else len(self))
         return self.bits / pixels
 
@@ -155,13 +156,13 @@ class FlowMo(Packable):
     @classmethod
     def from_pretrained(cls, source: str | Path, *overrides: str, device: str | torch.device = "cpu") -> FlowMo:
         """The same as ``flowmo.load``."""
-        from flowmo.checkpoint import load
+        from flowmo.checkpoint.files import load
 
         return load(source, *overrides, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and a model card into a folder, which ``from_pretrained`` takes."""
-        from flowmo.hub import write_folder
+        from flowmo.checkpoint.hub import write_folder
 
         write_folder(self, Path(folder))
 
@@ -171,7 +172,7 @@ class FlowMo(Packable):
         Raises:
             HubError: the Hub refuses, or huggingface_hub is not installed.
         """
-        from flowmo.hub import push, write_folder
+        from flowmo.checkpoint.hub import push, write_folder
 
         with tempfile.TemporaryDirectory() as folder:
             write_folder(self, Path(folder), name=name)
@@ -323,7 +324,7 @@ class FlowMo(Packable):
             seed: one seed for every picture, or one a picture. A picture is a function of its ids and its seed alone.
             guidance: classifier-free guidance inside the preset's interval; 1 switches it off. Preset: 1.5.
             rho: shift of the sampler, equation 14. Preset: 4.
-            solver: ``euler``, the paper's, ``midpoint``, ``heun`` or ``multistep``, see ``flowmo.sample``.
+            solver: ``euler``, the paper's, ``midpoint``, ``heun`` or ``multistep``, see ``flowmo.model.sampler``.
             size: height and width, where ``codes`` are bare ids and the size is not the trained one.
             noise_scale: of the noise that the flow starts from; below 1 it is likelier noise (appendix C, figure 9).
             progress: called with (pictures done, pictures in all).
@@ -509,7 +510,7 @@ class FlowMo(Packable):
             raise ValueError(f"{len(code)} codes for a picture of {len(tiling.corners)} tiles")
         noise = tiling.crop(sample.seeded_noise([seed], *tiling.canvas)[0])
         tiles = self._decode_from(noise, code, steps, guidance, rho, solver, progress)
-        return pictures.to_picture(tiling.merge(tiles))
+        return pictures.to_pil(tiling.merge(tiles))
 
     def _decode_whole(
         self,
@@ -540,5 +541,5 @@ class FlowMo(Packable):
             weights[y, x] += weight
             if progress:
                 progress(done + 1, len(todo))
-        true_height, true_width = codes.picture_size
-        return pictures.to_picture((total / weights)[:, :true_height, :true_width])
+        true_height, true_width = codes.output_size
+        return pictures.to_pil((total / weights)[:, :true_height, :true_width])

@@ -18,16 +18,16 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from flowmo import Config, FlowMo, load, preset
-from flowmo.checkpoint import BUNDLED
-from flowmo.data import Views, batches, open_source
+from flowmo.checkpoint.files import BUNDLED
+from flowmo.data import ImageDataset, batches, open_source
 from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World, join
-from flowmo.evaluate.figures import psnr
+from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.generate.generator import Generator
-from flowmo.train.distributed import KEPT, prepare
+from flowmo.losses.stages import Stage, TrainingNoise
 from flowmo.train.generator import GeneratorStage, Hidden
-from flowmo.train.loop import Run
-from flowmo.train.stages import Draws, Stage
+from flowmo.train.parallel import KEPT, prepare
+from flowmo.train.trainer import Trainer
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -142,7 +142,7 @@ def run_settings(folder):
     return settings(*lengths, *loading, "trainer.enable_bfloat16=false", "data.random_flip=true")
 
 
-def weights(run: Run) -> dict[str, torch.Tensor]:
+def weights(run: Trainer) -> dict[str, torch.Tensor]:
     """Whole weights of a run, on the CPU."""
     full = lambda v: v.full_tensor() if hasattr(v, "full_tensor") else v  # noqa: E731
     return {name: full(value).detach().cpu() for name, value in run.task.model.state_dict().items()}
@@ -152,7 +152,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 def test_a_step_of_each_stage_equals_the_cpus(stage):
     config = settings(*STAGES[stage])
     images = noise_images(4)
-    draws = Draws.of(config, images, range(4))
+    draws = TrainingNoise.of(config, images, range(4))
     expected, found = {}, {}
     for device, result in ((torch.device("cpu"), expected), (DEVICE, found)):
         tokenizer = fresh(config).to(device)
@@ -189,7 +189,7 @@ def test_compiled_blocks_have_the_same_gradients(keeps, compiled):
     policy = ("true", keeps) if keeps != "all" else ("false", "inputs")
     eager = settings(f"trainer.activation_checkpointing={policy[0]}", f"trainer.checkpoint_keeps={policy[1]}")
     images = noise_images(4).to(DEVICE)
-    draws = Draws.of(eager, images, range(4))
+    draws = TrainingNoise.of(eager, images, range(4))
     results = []
     for config in (eager, eager.override("trainer.compile=true")):
         tokenizer = fresh(config).to(DEVICE)
@@ -203,7 +203,7 @@ def test_compiled_blocks_have_the_same_gradients(keeps, compiled):
 def test_ddp_of_one_rank_has_the_same_gradients(compiled):
     config = settings("trainer.compile=true")
     images = noise_images(4).to(DEVICE)
-    draws = Draws.of(config, images, range(4))
+    draws = TrainingNoise.of(config, images, range(4))
     results = []
     with join(DEVICE.type, group=True) as world:
         for wrapped in (False, True):
@@ -222,7 +222,7 @@ def test_fsdp_of_one_rank_trains_alike(run_settings, tmp_path):
     for name, parallel in (("plain", "ddp"), ("sharded", "fsdp")):
         config = run_settings.override(f"trainer.parallel={parallel}")
         with join(DEVICE.type, group=parallel == "fsdp") as world:
-            run = Run(config, tmp_path / name, world, report=quiet)
+            run = Trainer(config, tmp_path / name, world, report=quiet)
             run.train()
             results.append(weights(run))
             checkpoint = run.checkpoints()[-1]
@@ -232,10 +232,10 @@ def test_fsdp_of_one_rank_trains_alike(run_settings, tmp_path):
 
 def test_a_resumed_run_ends_with_the_same_weights(run_settings, tmp_path):
     """On a GPU sums may be rounded in another order; on a CPU the bits are equal."""
-    whole = Run(run_settings, tmp_path / "whole", World(device=DEVICE), report=quiet)
+    whole = Trainer(run_settings, tmp_path / "whole", World(device=DEVICE), report=quiet)
     whole.train()
-    Run(run_settings.override("trainer.max_steps=2"), tmp_path / "cut", World(device=DEVICE), report=quiet).train()
-    resumed = Run(run_settings, tmp_path / "cut", World(device=DEVICE), report=quiet)
+    Trainer(run_settings.override("trainer.max_steps=2"), tmp_path / "cut", World(device=DEVICE), report=quiet).train()
+    resumed = Trainer(run_settings, tmp_path / "cut", World(device=DEVICE), report=quiet)
     assert resumed.step == 2
     resumed.train()
     assert_close(weights(resumed), weights(whole), 1e-3 if CUDA else 0.0)
@@ -243,7 +243,7 @@ def test_a_resumed_run_ends_with_the_same_weights(run_settings, tmp_path):
 
 @needs_cuda
 def test_batches_arrive_in_pinned_memory(folder):
-    views = Views(open_source(folder), 32)
+    views = ImageDataset(open_source(folder), 32)
     plain = next(batches(views, 4, 0, 0, 2))
     pinned = next(batches(views, 4, 0, 0, 2, pin_memory=True))
     assert pinned.is_pinned()
@@ -296,7 +296,7 @@ def test_sampling_equals_the_cpus_and_ignores_the_batch():
 def test_a_step_waits_for_the_gpu_only_where_it_logs(run_settings, tmp_path):
     """CUDA raises at the first synchronisation between two lines of the log."""
     config = run_settings.override("trainer.max_steps=12", "trainer.log_every=4", "trainer.checkpoint_every=12")
-    run = Run(config, tmp_path / "run", World(device=DEVICE), report=quiet)
+    run = Trainer(config, tmp_path / "run", World(device=DEVICE), report=quiet)
     step = run._step
 
     def watched(*arguments):

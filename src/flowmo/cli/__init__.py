@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 
 import flowmo
-from flowmo.cli import evaluation, generation, models, page, pictures, training
+from flowmo.cli import demo as page
+from flowmo.cli import evaluation, generation, models, training
+from flowmo.cli import images as pictures
 from flowmo.cli.shared import UsageError, choose_device, message_of
 from flowmo.errors import FlowMoError
 

@@ -24,12 +24,12 @@ from flowmo.cli.shared import (
     with_model,
     with_sampling,
 )
-from flowmo.codec import Codec, find_context
+from flowmo.codec.file import Codec, find_context
 from flowmo.data import Source, evenly_spread, open_source
 from flowmo.distributed import World
-from flowmo.evaluate.features import KINDS
-from flowmo.evaluate.reconstruction import Judges, Reconstructor
-from flowmo.pictures import Tiling
+from flowmo.evaluate.metrics.features import KINDS
+from flowmo.evaluate.reconstruction import Evaluators, Reconstructor
+from flowmo.images import Tiling
 from flowmo.precision import describe
 
 
@@ -41,9 +41,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     of a run, eval.eval_dir=results/RUN, or with eval.continuous=true each as it comes.
     """
     from flowmo.distributed import join
-    from flowmo.evaluate.features import ResNetFeatures, build_features
     from flowmo.evaluate.follow import Follower
-    from flowmo.evaluate.generation import GenerationSummary, NpzPictures, look, open_pictures
+    from flowmo.evaluate.generation import GenerationSummary, NpzImages, look, open_image_set
+    from flowmo.evaluate.metrics.features import ResNetFeatures, build_features
     from flowmo.evaluate.npz import STATISTICS
 
     def say(line: str, to: Any = None) -> None:
@@ -54,11 +54,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if arguments.reference:
             if not arguments.pictures or arguments.features == "none":
                 raise UsageError("--reference compares generated PICTURES by a feature network; name both")
-            sets = open_pictures(arguments.pictures), open_pictures(arguments.reference)
+            sets = open_image_set(arguments.pictures), open_image_set(arguments.reference)
             network = build_features(arguments.features).to(world.device)
             own = isinstance(network, ResNetFeatures) or arguments.features == "inception-legacy"
             for pictures in sets if own else ():
-                if isinstance(pictures, NpzPictures) and pictures.file.names & set(sum(STATISTICS.values(), ())):
+                if isinstance(pictures, NpzImages) and pictures.file.names & set(sum(STATISTICS.values(), ())):
                     raise UsageError(
                         f"{pictures.name} holds statistics of FID's Inception, and {network.name} sees otherwise; add "
                         "--features inception, or name a folder of pictures"
@@ -71,7 +71,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             say(json.dumps(found.as_dict(), indent=1) if arguments.json else "\n".join(found.lines()))
             return
         source = open_source(arguments.pictures) if arguments.pictures else None
-        judges, missing = Judges.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
+        judges, missing = Evaluators.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
         judges.to(world.device)
         if source is None:
             folder = arguments.results_dir / arguments.experiment_name
@@ -86,7 +86,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             say(line, sys.stderr)
 
 
-def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world: World, say: Callable) -> None:
+def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, world: World, say: Callable) -> None:
     """A model beside its peers on some pictures."""
     from flowmo.evaluate.codecs import FORMATS, CodecReconstructor
     from flowmo.evaluate.peers import SIDE, build_peer
@@ -108,7 +108,7 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Judges, world
     candidates: list[tuple[Reconstructor, dict[str, Any]]] = [(ours, sampling)]  # with what its figures depend on
     model = tokenizer.config.model
     tiles = len(Tiling(side, side, own).corners)
-    budget = math.ceil(tiles * (tokenizer.config.bits_per_picture or 32 * model.code_length * model.context_dim) / 8)
+    budget = math.ceil(tiles * (tokenizer.config.bits_per_image or 32 * model.code_length * model.context_dim) / 8)
     for peer in arguments.peers:
         kind, _, weights = peer.partition("=")
         if kind in FORMATS:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import flowmo
-from flowmo import checkpoint
+from flowmo.checkpoint import files as checkpoint
 from flowmo.cli.shared import (
     UsageError,
     command,
@@ -25,11 +25,11 @@ from flowmo.cli.shared import (
     with_json,
     with_model,
 )
-from flowmo.coding.context import IntegerModel
+from flowmo.codec.context import IntegerModel
 from flowmo.config import REVEALING_ORDERS
 from flowmo.data import evenly_spread, open_source
-from flowmo.evaluate.figures import grid
-from flowmo.pictures import ImageError, read_image, to_picture
+from flowmo.evaluate.metrics.pairs import grid
+from flowmo.images import ImageError, read_image, to_pil
 from flowmo.tokenizer import FlowMo
 
 MOST_IN_A_GRID = 1000
@@ -123,8 +123,8 @@ Contexts = tuple[dict[str, IntegerModel], np.ndarray, dict[str, np.ndarray]]
 
 
 def fixed_contexts(arguments: argparse.Namespace, tokenizer: FlowMo) -> Contexts:
-    from flowmo.coding import fit as fitting
-    from flowmo.coding.context import cost
+    from flowmo.codec import fit as fitting
+    from flowmo.codec.context import cost
     from flowmo.data.tokens import Tokens
 
     tokens = Tokens(arguments.tokens, tokenizer.identity())
@@ -135,13 +135,13 @@ def fixed_contexts(arguments: argparse.Namespace, tokenizer: FlowMo) -> Contexts
     if not arguments.held_out:
         return {**models}, np.zeros(0), {}
     others = Tokens(arguments.held_out, tokenizer.identity())
-    bits = fitting.picture_bits(others, range(len(others)))
+    bits = fitting.image_bits(others, range(len(others)))
     costs = {name: cost(model, bits)[:, None] for name, model in models.items()}
     return {**models}, np.full(len(bits), bits[0].size / 8), costs
 
 
 def native_contexts(arguments: argparse.Namespace, tokenizer: FlowMo) -> Contexts:
-    from flowmo.coding import fit_planes
+    from flowmo.codec import fit_planes
 
     def ids_of(path: str, show: str) -> list[np.ndarray]:
         source = open_source(path)
@@ -230,7 +230,7 @@ def generate(arguments: argparse.Namespace) -> None:
         columns = min(count, arguments.per_class if len(classes) > 1 and not arguments.count else GRID_COLUMNS)
         blank = torch.ones_like(drawn[:1]).expand(-count % columns, -1, -1, -1)
         rows = torch.cat((drawn, blank)).split(columns)
-        checkpoint.write_whole(arguments.out, lambda name: to_picture(grid(list(rows))).save(name, "PNG"))
+        checkpoint.write_whole(arguments.out, lambda name: to_pil(grid(list(rows))).save(name, "PNG"))
         drawn_as = f"{count} pictures, rows of {columns}: {', '.join(class_names)}"
         line = f"{guided['guidance']}\n{arguments.out}: {drawn_as}"
         tell(

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 import flowmo
-from flowmo import checkpoint, codec, sample
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.distributed import is_sharded
 from flowmo.cli.shared import UsageError, command, hasten, positive, tell, with_json, with_model
+from flowmo.codec import file as codec
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config
-from flowmo.sharded import is_sharded
+from flowmo.model import sampler as sample
 from flowmo.tokenizer import FlowMo
 
 
@@ -31,7 +33,7 @@ def info(arguments: argparse.Namespace) -> None:
             tokenizer = FlowMo(config)
         facts = describe(tokenizer)
     if arguments.training and not config.generator.train:
-        from flowmo.train.account import describe_training
+        from flowmo.train.cost import describe_training
 
         facts |= describe_training(config)
     if arguments.json:
@@ -65,7 +67,7 @@ def describe(tokenizer: FlowMo) -> dict:
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    bits, rate = config.bits_per_picture, config.bits_per_pixel
+    bits, rate = config.bits_per_image, config.bits_per_pixel
     return {
         "parameters": count(tokenizer),
         "encoder_parameters": count(tokenizer.encoder),
@@ -109,7 +111,7 @@ def describe_generator(config: Config) -> dict:
 
 def bench(arguments: argparse.Namespace) -> None:
     """How fast a model encodes and decodes here, beside what the machine can do at most."""
-    from flowmo.bench import measure
+    from flowmo.evaluate.speed import measure
 
     tokenizer = flowmo.load(arguments.model, *arguments.settings, device=arguments.device)
     tokenizer.set_precision(arguments.precision)
@@ -152,7 +154,7 @@ def push(arguments: argparse.Namespace) -> None:
 
     With --folder it is only written to a folder, in the same layout.
     """
-    from flowmo import hub
+    from flowmo.checkpoint import hub
 
     tokenizer = flowmo.load(arguments.source, *arguments.settings)
     context = codec.find_context(arguments.source, tokenizer)

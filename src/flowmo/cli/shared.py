@@ -15,7 +15,7 @@ import torch
 
 import flowmo
 from flowmo.errors import FlowMoError
-from flowmo.packed import Packable
+from flowmo.model.cpu_prepack import Packable
 from flowmo.precision import PRECISIONS
 from flowmo.tokenizer import FlowMo
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +12,13 @@ from typing import Any
 import torch
 
 import flowmo
-from flowmo import checkpoint
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.run_folder import CHECKPOINTS, listing
 from flowmo.cli.shared import UsageError, command, with_device, with_json
 from flowmo.config import GENERATOR_PRESETS, PRESETS, Config
 from flowmo.data import default_index, open_source
-from flowmo.data.tar import look_through
-from flowmo.evaluate.reconstruction import Judges
-from flowmo.memory import keep_freed_memory
-from flowmo.runs import CHECKPOINTS, listing
-from flowmo.studies import SCALES, STUDIES
+from flowmo.data.sources.tar import look_through
+from flowmo.train.memory import keep_freed_memory
 
 SHOWN = 20
 """Lines of each kind that a person is shown."""
@@ -80,7 +76,7 @@ def train(arguments: argparse.Namespace) -> None:
     with a generator's preset stage 2, on tokens."""
     from flowmo.distributed import join
     from flowmo.train.intent import check_start
-    from flowmo.train.loop import Run
+    from flowmo.train.trainer import Trainer
 
     config = flowmo.preset(arguments.preset)
     if arguments.config:
@@ -95,34 +91,7 @@ def train(arguments: argparse.Namespace) -> None:
     folder = arguments.results_dir / arguments.experiment_name
     check_start(config, bool(arguments.resume_from_ckpt or listing(folder / CHECKPOINTS)))
     with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
-        Run(config, folder, world, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
-
-
-def study(arguments: argparse.Namespace) -> None:
-    """A table or figure of the paper as a recipe: train what it needs, measure, write a table and plots."""
-    from flowmo.distributed import join
-    from flowmo.studies.study import Place
-
-    recipe = importlib.import_module(STUDIES[arguments.name])
-    with join(arguments.device) as world:
-        places = {"train": arguments.data, "held_out": arguments.held_out, "out": arguments.out}
-        place = Place(
-            arguments.name,
-            arguments.scale,
-            **places,
-            results=arguments.results_dir,
-            world=world,
-            models=(*arguments.models,),
-        )
-        if arguments.redraw:
-            recipe.draw(place)
-            return
-        if not (arguments.data and arguments.held_out):
-            raise UsageError("name the pictures: --data PICTURES --held-out OTHER_PICTURES")
-        judges, missing = Judges.find()
-        print("\n".join(missing), file=sys.stderr)
-        judges.remember = True
-        recipe.run(place, judges.to(world.device))
+        Trainer(config, folder, world, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
 
 
 def add_to(commands: Any) -> None:
@@ -147,16 +116,4 @@ def add_to(commands: Any) -> None:
     sub.add_argument("--experiment-name", default="my_experiment", help="folder of the run (my_experiment)")
     sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where runs are kept (results)")
     sub.add_argument("--resume-from-ckpt", type=Path, help="training checkpoint to start from")
-    with_device(sub)
-
-    sub = command(study, "a table or figure of the paper, at any scale", commands)
-    sub.add_argument("name", choices=tuple(STUDIES), help="which")
-    sub.add_argument("--scale", choices=SCALES, default="smoke", help="how large (smoke): a minute, hours on a CPU, …")
-    sub.add_argument("--data", default="", help="training pictures, as data.train")
-    sub.add_argument("--held-out", default="", help="pictures to judge on")
-    sub.add_argument("--out", type=Path, default=Path("docs/studies"), help="folder of tables and plots (docs/studies)")
-    sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where runs are kept (results)")
-    models = "trained tokenizers, for studies of those: presets or files (nano)"
-    sub.add_argument("--models", nargs="+", default=["nano"], metavar="MODEL", help=models)
-    sub.add_argument("--redraw", action="store_true", help="only draw the table and plots of the results in --out")
     with_device(sub)

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from flowmo.config.checks import check
+from flowmo.config.overrides import ALIASES, convert, leaves, load_yaml, parse_value, shorten, shown, translate
 from flowmo.config.presets import GENERATOR_PRESETS, PRESETS
-from flowmo.config.reading import ALIASES, convert, leaves, load_yaml, parse_value, shorten, shown, translate
 from flowmo.config.sections import (
     CHECKPOINTED,
     FIELDS,
@@ -37,8 +37,8 @@ from flowmo.config.sections import (
     Span,
     TrainerConfig,
 )
-from flowmo.transformer import Shape
-from flowmo.windowed import WindowedShape
+from flowmo.model.transformer import Shape
+from flowmo.model.windowed import WindowedShape
 
 __all__ = [
     "ALIASES",
@@ -133,7 +133,7 @@ class Config:
         return _architecture(self.generator)
 
     @property
-    def bits_per_picture(self) -> float | None:
+    def bits_per_image(self) -> float | None:
         """Bits of one picture's ids as they are stored, or ``None`` for a continuous bottleneck.
 
         An id takes whole bits: one of 125 takes 7, not log2(125).
@@ -152,7 +152,7 @@ class Config:
 
     @property
     def bits_per_pixel(self) -> float | None:
-        bits = self.bits_per_picture
+        bits = self.bits_per_image
         return None if bits is None else bits / self.data.image_size**2
 
     def override(self, *assignments: str, **_: Any) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from flowmo.config.reading import shown
+from flowmo.config.overrides import shown
 from flowmo.config.sections import (
     BEST_METRICS,
     CHECKPOINTED,
@@ -29,9 +29,9 @@ from flowmo.config.sections import (
     STATISTICS,
     ConfigError,
 )
-from flowmo.flow import DISTRIBUTIONS
-from flowmo.transformer import rotary_axes
-from flowmo.windowed import CELL
+from flowmo.model.flow import DISTRIBUTIONS
+from flowmo.model.transformer import rotary_axes
+from flowmo.model.windowed import CELL
 
 if TYPE_CHECKING:
     from flowmo.config import Config

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowmo.errors import FlowMoError
-from flowmo.flow import DISTRIBUTIONS
+from flowmo.model.flow import DISTRIBUTIONS
 
 QUANTIZATION_TYPES = ("lfq", "fsq", "bsq", "vq", "kl", "layernorm", "noop", "qwen2.5-coder-0.5b")
 LPIPS_MODES = ("vgg", "alex", "resnet")

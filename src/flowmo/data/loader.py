@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flowmo.data.source import DataError
-from flowmo.data.views import ATTEMPTS
+from flowmo.data.sources.base import DataError
+from flowmo.data.transforms import ATTEMPTS
 from flowmo.streams import Stream, stream, stream_seed
 
 GO_ON = "the same command goes on from the last checkpoint"

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowmo.bits import pack_ids, packed_size, unpack_ids
-from flowmo.data.source import DataError
+from flowmo.codec.bits import pack_ids, packed_size, unpack_ids
+from flowmo.data.sources.base import DataError
 
 MANIFEST = "tokens.json"
 FORMAT = 1
@@ -86,7 +86,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFacts(Vocabulary):
+class TokenMetadata(Vocabulary):
     """What a folder of tokens says of itself, and what must be equal to go on with it.
 
     Attributes:
@@ -128,14 +128,14 @@ class TokenFacts(Vocabulary):
         return HEADER.size + len(self.shard(number)[1]) * (self.record + 4) + CRC.size
 
 
-def pack_shard(facts: TokenFacts, number: int, ids: np.ndarray, labels: Sequence[int]) -> bytes:
+def pack_shard(facts: TokenMetadata, number: int, ids: np.ndarray, labels: Sequence[int]) -> bytes:
     """The content of a shard: ids int64 samples × tokens × sub-tokens."""
     body = b"".join(pack_ids(row, facts.id_bits) for row in ids)
     content = facts.header(number) + body + np.asarray(labels, "<i4").tobytes()
     return content + CRC.pack(zlib.crc32(content))
 
 
-def read_shard(path: Path, facts: TokenFacts, number: int) -> bytes:
+def read_shard(path: Path, facts: TokenMetadata, number: int) -> bytes:
     """The content of a sound shard.
 
     Raises:
@@ -154,12 +154,12 @@ def read_shard(path: Path, facts: TokenFacts, number: int) -> bytes:
     return content
 
 
-def describe(facts: TokenFacts, **more: Any) -> str:
+def describe(facts: TokenMetadata, **more: Any) -> str:
     """The content of ``tokens.json``."""
     return json.dumps({"flowmo_tokens": FORMAT, **asdict(facts), **more}, indent=1)
 
 
-def read_facts(folder: str | Path) -> tuple[TokenFacts, dict[str, Any]]:
+def read_metadata(folder: str | Path) -> tuple[TokenMetadata, dict[str, Any]]:
     """What ``tokens.json`` says: the facts, and the rest.
 
     Raises:
@@ -170,8 +170,8 @@ def read_facts(folder: str | Path) -> tuple[TokenFacts, dict[str, Any]]:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree.pop("flowmo_tokens") != FORMAT:
             raise DataError(f"{path}: of another version of the format; this flowmo reads version {FORMAT}")
-        names = {name for name in TokenFacts.__dataclass_fields__ if name in tree}
-        facts = TokenFacts(**{name: tree.pop(name) for name in names})
+        names = {name for name in TokenMetadata.__dataclass_fields__ if name in tree}
+        facts = TokenMetadata(**{name: tree.pop(name) for name in names})
         numbers = (facts.image_size, facts.tokens, facts.sub_tokens, facts.count, facts.shard_size)
         if not all(isinstance(n, int) and 0 < n < 1 << 32 for n in (*numbers, facts.id_bits)) or facts.id_bits > 32:
             raise ValueError("a size that is none")
@@ -189,7 +189,7 @@ def read_facts(folder: str | Path) -> tuple[TokenFacts, dict[str, Any]]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: not what `flowmo tokenize` wrote ({' '.join(str(error).split())[:100]})") from None
-    return TokenFacts(**{**asdict(facts), "classes": tuple(facts.classes)}), tree
+    return TokenMetadata(**{**asdict(facts), "classes": tuple(facts.classes)}), tree
 
 
 class Tokens(Dataset):
@@ -205,7 +205,7 @@ class Tokens(Dataset):
 
     def __init__(self, path: str | Path, tokenizer: str | None = None):
         self.path = Path(path)
-        self.facts, rest = read_facts(self.path)
+        self.facts, rest = read_metadata(self.path)
         self.classes = self.facts.classes
         if not rest.get("complete"):
             raise DataError(f"{path}: not finished; run the same `flowmo tokenize` again to go on")

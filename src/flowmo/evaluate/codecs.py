@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.reconstruction import Reconstruction
-from flowmo.pictures import to_picture, to_tensor
+from flowmo.images import to_pil, to_tensor
 
 
 class CodecMissingError(FlowMoError, RuntimeError):
@@ -115,7 +115,7 @@ class CodecReconstructor:
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         pictures, sizes, files = [], [], []
         for image in images:
-            data = self.encode(to_picture(image))
+            data = self.encode(to_pil(image))
             sizes.append(8.0 * self.size(data))
             files.append(8.0 * len(data))
             pictures.append(to_tensor(Image.open(io.BytesIO(data)).convert("RGB")))

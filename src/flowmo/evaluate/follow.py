@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import flowmo
-from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint.files import CheckpointError
+from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS, has_ended, listing
 from flowmo.config import Config, DataConfig
 from flowmo.data import open_source
 from flowmo.distributed import World
-from flowmo.evaluate.reconstruction import EvaluationError, FlowMoReconstructor, Judges, measure
+from flowmo.evaluate.reconstruction import EvaluationError, Evaluators, FlowMoReconstructor, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.precision import describe
-from flowmo.runs import CHECKPOINTS, SETTINGS, has_ended, listing
 from flowmo.tokenizer import FlowMo
 
 LOG = "evaluations.jsonl"
@@ -41,7 +41,7 @@ class Follower:
 
     settings: Sequence[str]
     folder: Path
-    judges: Judges
+    judges: Evaluators
     world: World = World()
     report: Callable[[str], None] = print
     found: Callable[[dict[str, Any]], None] | None = None

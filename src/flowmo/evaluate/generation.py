@@ -15,13 +15,13 @@ from torch import Tensor
 
 from flowmo.data import DataError, Source, evenly_spread, open_source
 from flowmo.distributed import World
-from flowmo.evaluate.features import FeatureNetwork, features_of
-from flowmo.evaluate.frechet import Moments, StatisticsError, frechet_distance
-from flowmo.evaluate.kernel import kernel_distance
 from flowmo.evaluate.measurement import KERNEL_PICTURES
+from flowmo.evaluate.metrics.features import FeatureNetwork, features_of
+from flowmo.evaluate.metrics.frechet import Moments, StatisticsError, frechet_distance
+from flowmo.evaluate.metrics.kernel import kernel_distance
 from flowmo.evaluate.npz import STATISTICS, NpzFile
 from flowmo.evaluate.reconstruction import tell_unreadable
-from flowmo.pictures import ImageError, to_bytes, to_tensor
+from flowmo.images import ImageError, to_bytes, to_tensor
 from flowmo.streams import Stream, stream
 
 SCORE_SPLIT = 5000
@@ -30,7 +30,7 @@ AT_ONCE = 2048
 """Rows of the distance matrix of precision and recall that are held at a time."""
 
 
-class PictureSet(Protocol):
+class ImageSet(Protocol):
     """A set of pictures of one size, in a fixed order."""
 
     @property
@@ -42,7 +42,7 @@ class PictureSet(Protocol):
         """uint8 b × 3 × h × w."""
 
 
-class NpzPictures:
+class NpzImages:
     """Of an ADM ``.npz``, which may also bring statistics."""
 
     def __init__(self, path: str | Path):
@@ -56,7 +56,7 @@ class NpzPictures:
         return self.file.batches(size)
 
 
-class SourcePictures:
+class SourceImages:
     """Of any source, as they are: generated pictures are not cropped."""
 
     def __init__(self, source: Source, name: str, on_unreadable: Callable[[str], None] = tell_unreadable):
@@ -87,11 +87,11 @@ class SourcePictures:
                 yield to_bytes(torch.stack(batch))
 
 
-def open_pictures(path: str | Path) -> PictureSet:
+def open_image_set(path: str | Path) -> ImageSet:
     """A set of pictures: an ADM ``.npz``, or what ``flowmo.data.open_source`` takes."""
     if str(path).endswith(".npz"):
-        return NpzPictures(path)
-    return SourcePictures(open_source(path), str(path))
+        return NpzImages(path)
+    return SourceImages(open_source(path), str(path))
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Seen:
 
 
 def look(
-    pictures: PictureSet,
+    pictures: ImageSet,
     network: FeatureNetwork,
     *,
     batch_size: int = 32,
@@ -145,7 +145,7 @@ def look(
         DataError: pictures of several sizes, or neither pictures nor statistics.
     """
     count = len(pictures)
-    found = {kind: pictures.file.statistics(kind) for kind in STATISTICS} if isinstance(pictures, NpzPictures) else {}
+    found = {kind: pictures.file.statistics(kind) for kind in STATISTICS} if isinstance(pictures, NpzImages) else {}
     given = {kind: pair for kind, pair in found.items() if pair is not None}
     if not count and given:
         return Seen(0, given, torch.empty(0, network.channels), torch.empty(0, network.classes), frozenset(given))

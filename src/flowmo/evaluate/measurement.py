@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flowmo.data import evenly_spread
 from flowmo.distributed import World
-from flowmo.evaluate.frechet import Moments, StatisticsError, distance_between
-from flowmo.evaluate.kernel import kernel_distance
+from flowmo.evaluate.metrics.frechet import Moments, StatisticsError, distance_between
+from flowmo.evaluate.metrics.kernel import kernel_distance
 
 COLUMNS = (
     *("bits", "file_bits", "squared_error", "truncated_squared_error", "ssim", "truncated_ssim"),

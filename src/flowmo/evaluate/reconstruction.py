@@ -15,18 +15,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flowmo import checkpoint
-from flowmo.codec import Codec
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.pth import PthError, read_pth
+from flowmo.codec.file import Codec
 from flowmo.data import DataError, Source, evenly_spread
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.features import FeatureNetwork, build_features, features_of, in_one_shape
-from flowmo.evaluate.figures import squared_error, ssim
 from flowmo.evaluate.measurement import COLUMNS, Measurement
-from flowmo.perceptual import LPIPS, WeightsNotFoundError
-from flowmo.pictures import ImageError, Tiling, resize_and_crop, to_bytes, to_picture, to_tensor
-from flowmo.pth import PthError, read_pth
-from flowmo.sample import picture_seed
+from flowmo.evaluate.metrics.features import FeatureNetwork, build_features, features_of, in_one_shape
+from flowmo.evaluate.metrics.pairs import squared_error, ssim
+from flowmo.images import ImageError, Tiling, resize_and_crop, to_bytes, to_pil, to_tensor
+from flowmo.losses.perceptual import LPIPS, WeightsNotFoundError
+from flowmo.model.sampler import image_seed
 from flowmo.tokenizer import Codes, FlowMo
 
 SAVE_SECONDS = 60
@@ -85,7 +85,7 @@ class FlowMoReconstructor:
         return self.tokenizer.quantizer.id_count
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
-        seeds = [picture_seed(self.seed, index) for index in indices]
+        seeds = [image_seed(self.seed, index) for index in indices]
         side = self.tokenizer.config.data.image_size
         if images.shape[-2:] != (side, side):
             return self._through_tiles(images, seeds)
@@ -103,7 +103,7 @@ class FlowMoReconstructor:
         return torch.tensor([8.0 * len(self.codec.pack(one)) for one in codes])
 
     def _through_tiles(self, images: Tensor, seeds: Sequence[int]) -> Reconstruction:
-        codes = [self.tokenizer.encode_image(to_picture(image)) for image in images]
+        codes = [self.tokenizer.encode_image(to_pil(image)) for image in images]
         pictures = [
             to_tensor(self.tokenizer.decode_image(code, self.steps, seed, guidance=self.guidance))
             for code, seed in zip(codes, seeds, strict=True)
@@ -114,7 +114,7 @@ class FlowMoReconstructor:
 
 
 @dataclass
-class Judges:
+class Evaluators:
     """The networks that compare pictures; each may be missing, and its figures are then.
 
     With ``remember`` the features of originals are kept, for judging many candidates on the same pictures.
@@ -127,7 +127,7 @@ class Judges:
     _remembered: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def find(cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto") -> tuple[Judges, list[str]]:
+    def find(cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto") -> tuple[Evaluators, list[str]]:
         """The judges of those names that can be had, and why each other one cannot.
 
         Args:
@@ -147,7 +147,7 @@ class Judges:
                 missing.append(f"no {name.replace('_', ' ')}: {error}")
         return cls(**found), missing
 
-    def to(self, device: torch.device) -> Judges:
+    def to(self, device: torch.device) -> Evaluators:
         for network in (self.lpips_alex, self.lpips_vgg, self.features):
             if network is not None:
                 network.to(device)
@@ -226,7 +226,7 @@ def measure(
     candidate: Reconstructor,
     source: Source,
     side: int,
-    judges: Judges,
+    judges: Evaluators,
     *,
     limit: int | None = None,
     batch_size: int = 16,

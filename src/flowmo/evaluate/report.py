@@ -17,15 +17,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import flowmo
-from flowmo.checkpoint import write_content
+from flowmo.checkpoint.files import write_content
 from flowmo.data import Source
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.figures import grid
 from flowmo.evaluate.measurement import Measurement
+from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.published import TABLE_1, TABLE_3
 from flowmo.evaluate.reconstruction import Pace, Reconstructor, read_crops
 from flowmo.evaluate.summary import Summary
-from flowmo.pictures import to_picture
+from flowmo.images import to_pil
 
 COLUMNS = (
     ("bits_per_pixel", "bits/pixel", 4),
@@ -79,7 +79,7 @@ def write_report(
         "rows": [{**row.as_dict(), "pace": entry.pace.as_dict()} for row, entry in zip(rows, entries, strict=True)],
         "published": [row._asdict() | {"bits_per_pixel": row.bits_per_pixel} for row in TABLE_1 + TABLE_3],
     }
-    pictures = draw_plots(out, rows) + draw_pictures(out, entries, source, indices, side)
+    pictures = draw_plots(out, rows) + draw_images(out, entries, source, indices, side)
     for name, text in (
         ("report.json", json.dumps(content, indent=1, ensure_ascii=False)),
         ("report.md", markdown(rows, header, pictures)),
@@ -270,7 +270,7 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
     return [*plots, ("rfid_bpp.png", caption)]
 
 
-def draw_pictures(
+def draw_images(
     out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int
 ) -> list[tuple[str, str]]:
     """Originals and every candidate's pictures where the first candidate is worst, in the middle and best."""
@@ -287,9 +287,7 @@ def draw_pictures(
         rows: list[Tensor] = [x]
         for entry in entries:
             rows.append(entry.candidate.reconstruct(x, these).images.cpu())
-        labelled(to_picture(grid(rows)), ["original", *(entry.summary.name for entry in entries)]).save(
-            out / f"{name}.png"
-        )
+        labelled(to_pil(grid(rows)), ["original", *(entry.summary.name for entry in entries)]).save(out / f"{name}.png")
         judged = "LPIPS" if column == "lpips_alex" else "squared error"
         names = ", ".join(Path(source.name(index)).name for index in these)
         drawn.append((f"{name}.png", f"{name.capitalize()} of {first.summary.name} by {judged}: {names}"))

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from flowmo.evaluate.features import FeatureNetwork
-from flowmo.evaluate.figures import decibels
-from flowmo.evaluate.frechet import StatisticsError
 from flowmo.evaluate.measurement import Measurement
+from flowmo.evaluate.metrics.features import FeatureNetwork
+from flowmo.evaluate.metrics.frechet import StatisticsError
+from flowmo.evaluate.metrics.pairs import decibels
 
 LEGACY_GROUP = 5
 """The release takes its PSNR of so many pictures at once."""

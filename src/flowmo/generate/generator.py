@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowmo.checkpoint import GENERATOR as STAGE
-from flowmo.checkpoint import CheckpointError, finite, on_meta, read_pth, read_shards, write_whole
+from flowmo.checkpoint.distributed import is_sharded
+from flowmo.checkpoint.eight_bit import expand, stored
+from flowmo.checkpoint.files import GENERATOR as STAGE
+from flowmo.checkpoint.files import CheckpointError, finite, on_meta, read_pth, read_shards, write_whole
 from flowmo.config import Config, ConfigError
 from flowmo.data.tokens import Vocabulary
-from flowmo.eight_bit import expand, stored
 from flowmo.generate.classes import GenerationError, class_titles, find_class
 from flowmo.generate.network import build_network
 from flowmo.generate.schedules import halton_order, hidden_counts
-from flowmo.packed import Packable
+from flowmo.model.cpu_prepack import Packable
 from flowmo.precision import computing
-from flowmo.sharded import is_sharded
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import identity_of
 

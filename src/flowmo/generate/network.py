@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.config import GeneratorConfig
-from flowmo.transformer import GELU, RMSNorm, attend
+from flowmo.model.transformer import GELU, RMSNorm, attend
 
 
 class MaskGiT(nn.Module):

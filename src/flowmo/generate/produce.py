@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowmo.checkpoint import write_content, write_whole
+from flowmo.checkpoint.files import write_content, write_whole
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.npz import write_npz
 from flowmo.generate.generator import Generator
-from flowmo.pictures import read_image, to_picture
+from flowmo.images import read_image, to_pil
 from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import FlowMo
 
@@ -49,7 +49,7 @@ class Drawing:
         return {name: getattr(self, name) for name in names}
 
 
-def picture_seeds(seed: int, numbers: Iterable[int]) -> list[int]:
+def image_seeds(seed: int, numbers: Iterable[int]) -> list[int]:
     """Of the pictures with these numbers in a larger set."""
     return [stream_seed(seed, Stream.GENERATED, number) for number in numbers]
 
@@ -80,7 +80,7 @@ def draw(
         numbers: theirs in a larger set, which with the seed decide all that is random.
         ids, keep: see ``Generator.sample``.
     """
-    seeds = picture_seeds(drawing.seed, numbers)
+    seeds = image_seeds(drawing.seed, numbers)
     drawn = generator.sample(labels, seeds, **drawing.sampling(), ids=ids, keep=keep, progress=progress)
     return tokenizer.decode(drawn, drawing.decode_steps, seeds, guidance=drawing.decode_guidance)
 
@@ -117,7 +117,7 @@ def produce(
         for number, picture in zip(
             some, draw(generator, tokenizer, [labels[n] for n in some], some, drawing), strict=True
         ):
-            write_whole(paths[number], partial(to_picture(picture).save, format="PNG"))
+            write_whole(paths[number], partial(to_pil(picture).save, format="PNG"))
         if progress:
             progress(start + len(some), len(mine))
     world.wait()

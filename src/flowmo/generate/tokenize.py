@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flowmo.checkpoint import write_content
+from flowmo.checkpoint.files import write_content
 from flowmo.config import Config
-from flowmo.data import DataError, Source, Views
-from flowmo.data.source import class_difference, require_labels
+from flowmo.data import DataError, ImageDataset, Source
+from flowmo.data.sources.base import class_difference, require_labels
 from flowmo.data.tokens import (
     MANIFEST,
     NO_CLASS,
     UNREADABLE,
-    TokenFacts,
+    TokenMetadata,
     describe,
     pack_shard,
-    read_facts,
+    read_metadata,
     read_shard,
 )
 from flowmo.distributed import World
-from flowmo.pictures import ImageError
-from flowmo.quantize import Quantizer
+from flowmo.images import ImageError
+from flowmo.model.quantizers import Quantizer
 from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import Codes
 
@@ -57,9 +57,9 @@ class Tokenizer(Protocol):
 class Samples(Dataset):
     """Sample number n of a source as (image 3 × side × side, label); an unreadable one is black and says so."""
 
-    def __init__(self, source: Source, facts: TokenFacts):
+    def __init__(self, source: Source, facts: TokenMetadata):
         self.source, self.facts = source, facts
-        self.views = Views(source, facts.image_size, random_crop=facts.crops > 1)
+        self.views = ImageDataset(source, facts.image_size, random_crop=facts.crops > 1)
 
     def __len__(self) -> int:
         return self.facts.count
@@ -91,7 +91,7 @@ def tokenize(
     workers: int = 0,
     world: World = World(),
     progress: Callable[[int, int], None] | None = None,
-) -> TokenFacts:
+) -> TokenMetadata:
     """Write the ids of every picture of a source, or what is missing of them, to a folder.
 
     All processes call this together; each takes whole shards.
@@ -113,7 +113,7 @@ def tokenize(
         raise DataError("this tokenizer is continuous and has no ids")
     if labels:
         require_labels(source)
-    facts = TokenFacts(
+    facts = TokenMetadata(
         tokenizer=tokenizer.identity(),
         model=model,
         image_size=tokenizer.config.data.image_size,
@@ -155,11 +155,11 @@ def tokenize(
     return facts
 
 
-def _claim(out: Path, facts: TokenFacts) -> None:
+def _claim(out: Path, facts: TokenMetadata) -> None:
     """Write what the folder is to be, or refuse one that is something else."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / MANIFEST).is_file():
-        there, ours = asdict(read_facts(out)[0]), asdict(facts)
+        there, ours = asdict(read_metadata(out)[0]), asdict(facts)
         classes = class_difference(there.pop("classes"), ours.pop("classes"))
         other = [classes] * bool(classes)
         other += [f"{key} {there[key]!r}, not {ours[key]!r}" for key in ours if there[key] != ours[key]]
@@ -171,7 +171,7 @@ def _claim(out: Path, facts: TokenFacts) -> None:
     _write(out, facts, complete=False)
 
 
-def _is_sound(out: Path, facts: TokenFacts, number: int) -> bool:
+def _is_sound(out: Path, facts: TokenMetadata, number: int) -> bool:
     try:
         read_shard(out / facts.shard(number)[0], facts, number)
     except DataError:
@@ -179,5 +179,5 @@ def _is_sound(out: Path, facts: TokenFacts, number: int) -> bool:
     return True
 
 
-def _write(out: Path, facts: TokenFacts, complete: bool) -> None:
+def _write(out: Path, facts: TokenMetadata, complete: bool) -> None:
     write_content(out / MANIFEST, describe(facts, complete=complete))

@@ -11,7 +11,7 @@ from flowmo.data import DataError
 from flowmo.data.loader import GO_ON
 from flowmo.distributed import FELLOW, DistributedError
 from flowmo.errors import FlowMoError
-from flowmo.train.plan import BatchPlan
+from flowmo.train.schedule import BatchPlan
 
 LOADER = ("DataLoader worker", "DataLoader timed out")
 

@@ -13,22 +13,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from flowmo import checkpoint
-from flowmo.checkpoint import GENERATOR
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.files import GENERATOR
 from flowmo.config import Config
 from flowmo.data import evenly_spread
-from flowmo.data.source import class_difference
+from flowmo.data.sources.base import class_difference
 from flowmo.data.tokens import NO_CLASS, Tokens
 from flowmo.distributed import World
-from flowmo.evaluate.figures import grid
+from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.generator import Generator, build_generator, cross_entropy
 from flowmo.generate.schedules import MEAN_HIDDEN_SHARE, hide
-from flowmo.pictures import to_picture
+from flowmo.images import to_pil
+from flowmo.losses.stages import Loss, to_device
 from flowmo.streams import Stream, seed_global, stream
 from flowmo.tokenizer import FlowMo
-from flowmo.train.account import Cost, generator_cost
-from flowmo.train.plan import Timetable
-from flowmo.train.stages import Loss, to_device
+from flowmo.train.cost import Cost, generator_cost
+from flowmo.train.schedule import Schedule
 from flowmo.train.task import TrainingError, autocast, changed_settings
 
 SAMPLES = 16
@@ -145,7 +145,7 @@ class GeneratorTask:
 
     # Steps
 
-    def advance(self, images: int, times: Timetable) -> bool:
+    def advance(self, images: int, times: Schedule) -> bool:
         return False
 
     def share(self, chunks: Sequence[Tensor], first: int) -> None:
@@ -200,7 +200,7 @@ class GeneratorTask:
         with autocast(self.config, self.world.device):
             ids = model.sample(labels)
             pictures = self.tokenizer.decode(ids, seed=list(range(len(ids))))
-        return to_picture(grid([pictures])), figures
+        return to_pil(grid([pictures])), figures
 
     # Checkpoints
 

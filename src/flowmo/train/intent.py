@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from flowmo.config import FIELDS, Config, ConfigError
-from flowmo.train.optimizer import RELEASE_EMA_STEPS, decay_per_step, width_multipliers
-from flowmo.train.plan import Position, Timetable
+from flowmo.train.ema import RELEASE_EMA_STEPS, decay_per_step
+from flowmo.train.optimizer import width_multipliers
+from flowmo.train.schedule import Position, Schedule
 
 STAGES = {
     "pretrain": "stage 1A, mode matching",
@@ -41,7 +42,7 @@ def check_start(config: Config, started: bool) -> None:
         )
 
 
-def check_length(config: Config, path: Path, start: Position, times: Timetable) -> None:
+def check_length(config: Config, path: Path, start: Position, times: Schedule) -> None:
     """Refuse a new run that would end where its checkpoint is.
 
     Raises:
@@ -55,7 +56,7 @@ def check_length(config: Config, path: Path, start: Position, times: Timetable) 
         )
 
 
-def describe(config: Config, start: Position, times: Timetable) -> str:
+def describe(config: Config, start: Position, times: Schedule) -> str:
     """Stage, length, learning rate, EMA and perceptual loss, as they follow from the settings and the checkpoint."""
     opt, model = config.opt, config.model
     left = max(times.duration - start.images, 0)

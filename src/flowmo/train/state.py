@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flowmo import checkpoint, sharded
+from flowmo.checkpoint import distributed as sharded
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.run_folder import listing
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.runs import listing
-from flowmo.train.optimizer import Average, NormControl
+from flowmo.train.ema import EMA
+from flowmo.train.optimizer import NormControl
 
 FORMAT = 2
 FACTS = "run.json"
@@ -38,7 +40,7 @@ class State:
     """Every tensor of a run, by reference: reading a checkpoint into it changes the run."""
 
     model: nn.Module
-    average: Average
+    average: EMA
     optimizer: torch.optim.Optimizer
     norms: NormControl
 
@@ -141,7 +143,7 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """What a checkpoint tells besides tensors: ``config``, ``step``, ``images``, ….
 
     Raises:

@@ -1,6 +1,6 @@
 """What a run trains: a model, the loss of a batch, and what can be seen of it on the way.
 
-The engine in ``flowmo.train.loop`` knows of batches, steps, processes and checkpoints, and nothing of pictures or ids;
+The engine in ``flowmo.train.trainer`` knows of batches, steps, processes and checkpoints, but not images or ids;
 a ``Task`` knows of those, and nothing of the others.
 """
 
@@ -18,9 +18,9 @@ from flowmo.config import Config
 from flowmo.data.loader import Items
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.train.account import Cost
-from flowmo.train.plan import Timetable
-from flowmo.train.stages import Loss
+from flowmo.losses.stages import Loss
+from flowmo.train.cost import Cost
+from flowmo.train.schedule import Schedule
 
 
 class TrainingError(FlowMoError, RuntimeError):
@@ -57,7 +57,7 @@ class Task(Protocol):
     def cost(self, fused: bool = True) -> Cost:
         """Of the stage as it is now, see ``training_cost``."""
 
-    def advance(self, images: int, times: Timetable) -> bool:
+    def advance(self, images: int, times: Schedule) -> bool:
         """Come to the step that starts at ``images``; whether other parameters learn from now on."""
 
     def share(self, chunks: Sequence[Tensor], first: int) -> Any:

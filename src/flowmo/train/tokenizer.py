@@ -11,26 +11,26 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flowmo import checkpoint
+from flowmo.checkpoint import files as checkpoint
 from flowmo.config import Config
-from flowmo.data import Source, Views, evenly_spread, open_source
+from flowmo.data import ImageDataset, Source, evenly_spread, open_source
 from flowmo.distributed import World
-from flowmo.evaluate.features import build_features
-from flowmo.evaluate.figures import grid, psnr
-from flowmo.evaluate.reconstruction import FlowMoReconstructor, Judges, measure
+from flowmo.evaluate.metrics.features import build_features
+from flowmo.evaluate.metrics.pairs import grid, psnr
+from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
 from flowmo.evaluate.summary import Summary
-from flowmo.perceptual import LPIPS, build_distance
-from flowmo.pictures import to_picture
-from flowmo.quantize import Learner, WholeBatch, alone
+from flowmo.images import to_pil
+from flowmo.losses.perceptual import LPIPS, build_distance
+from flowmo.losses.stages import Loss, Stage, TrainingNoise, cut_out
+from flowmo.model.quantizers import Learner, WholeBatch, alone
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo
-from flowmo.train.account import Cost, training_cost
+from flowmo.train.codebook_usage import CodeUsage
+from flowmo.train.cost import Cost, training_cost
 from flowmo.train.finite import restored_unless
 from flowmo.train.optimizer import scale_initial_weights
-from flowmo.train.plan import BatchPlan, Timetable
-from flowmo.train.stages import Draws, Loss, Stage, cut_out
+from flowmo.train.schedule import BatchPlan, Schedule
 from flowmo.train.task import TrainingError, autocast, changed_settings
-from flowmo.train.usage import CodeUsage
 
 GRID_PICTURES = 8
 FEWEST_FOR_RFID = 4
@@ -49,7 +49,7 @@ class TokenizerTask:
         self.stage = config.stage
         data = config.data
         pictures = self.open_source("train")
-        self.source = Views(
+        self.source = ImageDataset(
             pictures, data.image_size, data.random_crop, data.random_flip, data.draft, data.read_timeout
         )
         self.held_out = self._held_out(pictures) if world.main else None
@@ -65,7 +65,7 @@ class TokenizerTask:
         self.model.to(world.device)
         self.module = Stage(self.model, self.perceptual, self.teacher)
         self.norm_controlled = self.model.networks
-        self.judges = self._judges() if world.main else Judges()
+        self.judges = self._judges() if world.main else Evaluators()
         self.usage = CodeUsage(self.model.quantizer, world)
         self.frozen = False
         self.batch = BatchPlan.of(config, world.size).total
@@ -86,7 +86,7 @@ class TokenizerTask:
     def _held_out(self, pictures: Source) -> Tensor:
         """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
         data = self.config.data
-        source = Views(self.open_source("val") if data.val else pictures, data.image_size)
+        source = ImageDataset(self.open_source("val") if data.val else pictures, data.image_size)
         images = []
         for index in evenly_spread(GRID_PICTURES, len(source)):
             image, bad = source.readable(index, 0)
@@ -101,7 +101,7 @@ class TokenizerTask:
             self.unreadable.add(message)
             self.report(f"left out of the held-out images: {message}")
 
-    def _judges(self) -> Judges:
+    def _judges(self) -> Evaluators:
         """The network that ``trainer.best_metric`` needs.
 
         Raises:
@@ -110,16 +110,16 @@ class TokenizerTask:
         """
         metric = self.config.trainer.best_metric
         if metric == "lpips":
-            return Judges(lpips_alex=LPIPS("alex")).to(self.world.device)
+            return Evaluators(lpips_alex=LPIPS("alex")).to(self.world.device)
         if metric != "rfid":
-            return Judges()
+            return Evaluators()
         count = min(self.config.eval.pictures, len(self.open_source("val")))
         if count < FEWEST_FOR_RFID:
             raise TrainingError(
                 f"trainer.best_metric=rfid needs {FEWEST_FOR_RFID} held-out pictures, not {count}; raise "
                 "eval.pictures, or name more pictures by data.val"
             )
-        return Judges(features=build_features("inception")).to(self.world.device)
+        return Evaluators(features=build_features("inception")).to(self.world.device)
 
     def cost(self, fused: bool = True) -> Cost:
         config = self.config
@@ -129,7 +129,7 @@ class TokenizerTask:
 
     # Steps
 
-    def advance(self, images: int, times: Timetable) -> bool:
+    def advance(self, images: int, times: Schedule) -> bool:
         if self.frozen or not (self.stage != "pretrain" or images >= times.freeze_encoder_after):
             return False
         self.freeze_encoder()
@@ -168,7 +168,7 @@ class TokenizerTask:
 
     def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: WholeBatch) -> Loss:
         chunk = self._crop(chunk, place)
-        draws = Draws.of(self.config, chunk, range(place, place + len(chunk)))
+        draws = TrainingNoise.of(self.config, chunk, range(place, place + len(chunk)))
         seed_global(self.config.trainer.seed, Stream.BOTTLENECK, place)
         with autocast(self.config, self.world.device):
             loss = module(chunk, draws, shared, self.frozen)
@@ -235,7 +235,7 @@ class TokenizerTask:
         figures = {"held_out_psnr": float(psnr(x, y).mean())}
         if self.perceptual is not None:
             figures["held_out_distance"] = float(self.perceptual(x, y).mean())
-        return to_picture(grid([x, y])), figures
+        return to_pil(grid([x, y])), figures
 
     # Checkpoints
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from flowmo.evaluate.peers.base import SIDE, Peer, PeerError, TokenNetwork
 from flowmo.evaluate.peers.continuous import HUB, ContinuousPeer
 from flowmo.evaluate.peers.cosmos import Cosmos
 from flowmo.evaluate.peers.llamagen import LlamaGen
 from flowmo.evaluate.peers.magvit2 import OpenMagvit2
 from flowmo.evaluate.peers.maskgit import MaskBit
-from flowmo.evaluate.peers.peer import SIDE, Peer, PeerError, TokenNetwork
 from flowmo.evaluate.peers.titok import TiTok
 
 __all__ = ["CONTINUOUS", "DISCRETE", "SIDE", "Peer", "PeerError", "build_peer"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmo.evaluate.peers.peer import PeerError
+from flowmo.evaluate.peers.base import PeerError
 from flowmo.evaluate.reconstruction import Reconstruction
-from flowmo.torchvision_import import before_importing
+from flowmo.losses.torchvision_import import before_importing
 
 HUB = {"sdxl": ("stabilityai/sdxl-vae", ""), "flux": ("black-forest-labs/FLUX.1-schnell", "vae")}
 BITS = 16

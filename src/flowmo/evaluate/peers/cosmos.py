@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowmo.evaluate.peers.peer import PeerError, TokenNetwork
+from flowmo.evaluate.peers.base import PeerError, TokenNetwork
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 FILES = ("encoder.jit", "decoder.jit")

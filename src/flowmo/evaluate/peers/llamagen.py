@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowmo.evaluate.peers.base import TokenNetwork, fill, read_weights
 from flowmo.evaluate.peers.convolutional import Attention, HalveByConvolution, Residual, double, nearest, norm
-from flowmo.evaluate.peers.peer import TokenNetwork, fill, read_weights
 
 WIDTH, BLOCKS, CODE_CHANNELS = 128, 2, 256
 MULTIPLIERS = {8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}

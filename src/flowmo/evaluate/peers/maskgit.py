@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowmo.evaluate.peers.base import TokenNetwork, fill, read_weights
 from flowmo.evaluate.peers.convolutional import HalveByConvolution, Residual, bits_to_ids, double, ids_to_bits, norm
-from flowmo.evaluate.peers.peer import TokenNetwork, fill, read_weights
 
 WIDTH, BLOCKS, MULTIPLIERS = 128, 2, (1, 1, 2, 2, 4)
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowmo.evaluate.peers.base import SIDE, TokenNetwork, fill, read_weights
 from flowmo.evaluate.peers.convolutional import nearest
 from flowmo.evaluate.peers.maskgit import Decoder
-from flowmo.evaluate.peers.peer import SIDE, TokenNetwork, fill, read_weights
 
 SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth and heads."""

@@ -1,0 +1,1 @@
+"""The ``.flowmo`` file, its context models and its range coder."""

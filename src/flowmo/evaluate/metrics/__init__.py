@@ -1,0 +1,1 @@
+"""Metrics of image pairs and of image sets."""

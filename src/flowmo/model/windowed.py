@@ -1,0 +1,277 @@
+"""Encoder and decoder for images of any size: convolutions at high resolution, windowed attention over cells.
+
+One code token describes one cell of ``CELL`` × ``CELL`` pixels, so the number of tokens follows the area of the image.
+
+Notable:
+- Every operation is local or acts within windows of ``Shape.window`` × ``Shape.window`` cells, and every second block
+  shifts its windows by half their side (Liu et al. 2021). Weights therefore carry over to any height and width, and the
+  cost per pixel is constant.
+- The decoder is FlowMo's in all else (equation 3): it sees the noised image x_t, the code and the timestep.
+- Dense 3 × 3 convolutions at a quarter and an eighth of the resolution do most of the work on texture. On CPUs with
+  matrix units they run at several times the rate of attention blocks.
+- Tensors are b × rows × columns × channels. A convolution's weight is one matrix, so the optimizer and the norm control
+  treat it as the linear layer that it is.
+
+Nothing here knows of training, data, files or devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowmo.model.transformer import (
+    MIN_PREDICTION_TIME,
+    NORM_EPS,
+    TIMESTEP_SINUSOIDS,
+    Conditioning,
+    Modulation,
+    timestep_embedding,
+)
+
+CELL = 16
+
+
+@dataclass(frozen=True)
+class WindowedShape:
+    """Size of one network.
+
+    Attributes:
+        width: channels at the resolution of cells; half as many at an eighth of the image's, a quarter at a quarter.
+        heads: attention heads.
+        depth: windowed attention blocks.
+        conv_depth: residual convolution blocks at each of the two higher resolutions.
+        window: side of an attention window, in cells.
+        prediction: ``velocity`` or ``picture``, see ``flowmo.model.transformer.Decoder``.
+        initial_gate: residual gates of a fresh network.
+    """
+
+    width: int
+    heads: int
+    depth: int
+    conv_depth: int = 2
+    window: int = 8
+    mlp_ratio: float = 4.0
+    prediction: str = "picture"
+    initial_gate: float = 1.0
+
+    @property
+    def mean_velocity(self) -> bool:
+        """Stage 1C has no windowed decoder."""
+        return False
+
+
+def space_to_depth(x: Tensor, factor: int) -> Tensor:
+    """b r c d -> b r/f c/f f·f·d."""
+    b, r, c, d = x.shape
+    x = x.reshape(b, r // factor, factor, c // factor, factor, d)
+    return x.transpose(2, 3).reshape(b, r // factor, c // factor, factor * factor * d)
+
+
+def depth_to_space(x: Tensor, factor: int) -> Tensor:
+    """The inverse of ``space_to_depth``."""
+    b, r, c, d = x.shape
+    x = x.reshape(b, r, c, factor, factor, d // factor**2).transpose(2, 3)
+    return x.reshape(b, r * factor, c * factor, d // factor**2)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Layer norm over the channels, without scale and shift: a linear layer follows every use."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def relative_index(window: int, device: torch.device) -> Tensor:
+    """Index of each pair of a window's cells in its table of (2 · window − 1)² relative positions: cells × cells."""
+    cells = torch.arange(window**2, device=device)
+    row, column = cells // window, cells % window
+    down, across = row[:, None] - row + window - 1, column[:, None] - column + window - 1
+    return down * (2 * window - 1) + across
+
+
+class Convolution(nn.Linear):
+    """A dense 3 × 3 convolution over b r c d. ``weight`` is out × (3 · 3 · in)."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__(9 * channels_in, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias, padding=1).permute(0, 2, 3, 1)
+
+
+class ConvolutionBlock(nn.Module):
+    """Residual block of two convolutions. ``shift`` and ``scale`` of a timestep act on the normed input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv_in = Convolution(channels, channels)
+        self.conv_out = Convolution(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_out(F.silu(self.conv_in(norm(x))))
+
+
+class WindowedBlock(nn.Module):
+    """Attention within windows of cells, then an MLP; both residual."""
+
+    def __init__(self, shape: WindowedShape, shifted: bool, modulated: bool):
+        super().__init__()
+        self.heads, self.window = shape.heads, shape.window
+        self.offset = shape.window // 2 if shifted else 0
+        width, hidden = shape.width, int(shape.mlp_ratio * shape.width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp_in = nn.Linear(width, hidden)
+        self.mlp_out = nn.Linear(hidden, width)
+        self.position_bias = nn.Parameter(torch.zeros(shape.heads, (2 * shape.window - 1) ** 2))
+        # Modulations of all blocks come from one layer (Chen et al. 2023); each block adds its own.
+        gates = torch.tensor([0.0, 0.0, shape.initial_gate]).repeat(2)
+        self.modulation = nn.Parameter(gates[:, None].repeat(1, width)) if modulated else None
+
+    def modulate(self, common: Tensor) -> tuple[Modulation, Modulation]:
+        """common: n × 6 × width."""
+        parts = [part[:, None, None] for part in (common + self.modulation).unbind(1)]  # n 1 1 width
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+    def attention(self, x: Tensor, outside: Tensor | None) -> Tensor:
+        """x: b windows cells 3·d, outside: windows cells, True where there is no cell."""
+        q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # b windows heads cells d
+        bias = self.position_bias[:, relative_index(self.window, x.device)]  # heads cells cells
+        if outside is not None:
+            bias = bias + outside[:, None, None] * -1e4  # windows heads cells cells
+        logits = (norm(q) * (8 / q.shape[-1] ** 0.5)) @ norm(k).transpose(-2, -1)
+        attended = (logits + bias.to(q.dtype)).softmax(-1).to(v.dtype) @ v
+        return attended.transpose(2, 3).flatten(3)
+
+    def forward(self, x: Tensor, modulation: tuple[Modulation, Modulation] | None = None) -> Tensor:
+        """x: b r c d, any number of rows and columns."""
+        attention, mlp = modulation or (None, None)
+        windows, outside = self.partition(self.qkv(modulated(x, attention)))
+        attended = self.merge(self.attention(windows, outside), *x.shape[1:3])
+        x = gated(x, self.proj(attended), attention)
+        hidden = F.gelu(self.mlp_in(modulated(x, mlp)), approximate="tanh")
+        return gated(x, self.mlp_out(hidden), mlp)
+
+    def padding(self, rows: int, columns: int) -> tuple[int, int, int, int]:
+        """Cells to add left, right, above and below, so that the windows are whole."""
+        across, down = (-(n + self.offset) % self.window for n in (columns, rows))
+        return self.offset, across, self.offset, down
+
+    def partition(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """b r c d -> b windows cells d, and where these hold no cell: windows cells."""
+        rows, columns = x.shape[1:3]
+        padding = self.padding(rows, columns)
+        if not any(padding):
+            return self.windows(x), None
+        inside = F.pad(torch.ones((1, rows, columns, 1), dtype=torch.bool, device=x.device), (0, 0, *padding))
+        return self.windows(F.pad(x, (0, 0, *padding))), ~self.windows(inside)[0, :, :, 0]
+
+    def windows(self, x: Tensor) -> Tensor:
+        b, r, c, d = x.shape
+        w = self.window
+        return x.reshape(b, r // w, w, c // w, w, d).transpose(2, 3).reshape(b, -1, w * w, d)
+
+    def merge(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """The inverse of ``partition``."""
+        left, right, above, below = self.padding(rows, columns)
+        across, down = (columns + left + right) // self.window, (rows + above + below) // self.window
+        x = x.reshape(len(x), down, across, self.window, self.window, -1).transpose(2, 3)
+        x = x.reshape(len(x), down * self.window, across * self.window, -1)
+        return x[:, above : above + rows, left : left + columns]
+
+
+def modulated(x: Tensor, modulation: Modulation | None) -> Tensor:
+    return norm(x) if modulation is None else torch.addcmul(modulation.shift, norm(x), 1 + modulation.scale)
+
+
+def gated(x: Tensor, update: Tensor, modulation: Modulation | None) -> Tensor:
+    return x + update if modulation is None else x + modulation.gate * update
+
+
+class WindowedEncoder(nn.Module):
+    """Equation 1: an image b 3 h w, whole cells, to one code token per cell, b (h/16 · w/16) channels."""
+
+    def __init__(self, shape: WindowedShape, channels: int):
+        super().__init__()
+        self.shape = shape
+        w = shape.width
+        self.picture_in = Convolution(3 * 4**2, w // 4)
+        self.down8 = nn.Linear(4 * (w // 4), w // 2)
+        self.down16 = nn.Linear(4 * (w // 2), w)
+        convolutions = [ConvolutionBlock(n) for n in (w // 4, w // 2) for _ in range(shape.conv_depth)]
+        attention = [WindowedBlock(shape, i % 2 == 1, modulated=False) for i in range(shape.depth)]
+        self.blocks = nn.ModuleList([*convolutions, *attention])
+        self.code_out = nn.Linear(w, channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        n = self.shape.conv_depth
+        x = self.picture_in(space_to_depth(images.permute(0, 2, 3, 1), 4))
+        for block in self.blocks[:n]:
+            x = block(x)
+        x = self.down8(space_to_depth(x, 2))
+        for block in self.blocks[n : 2 * n]:
+            x = block(x)
+        x = self.down16(space_to_depth(x, 2))
+        for block in self.blocks[2 * n :]:
+            x = block(x)
+        return self.code_out(norm(x)).flatten(1, 2)
+
+
+class WindowedDecoder(nn.Module):
+    """Equation 3: the velocity of the noised image x_t given the code and the timestep."""
+
+    def __init__(self, shape: WindowedShape, channels: int):
+        super().__init__()
+        self.shape = shape
+        w = shape.width
+        self.time_in = nn.Linear(TIMESTEP_SINUSOIDS, w)
+        self.time_out = nn.Linear(w, w)
+        self.modulation = nn.Linear(w, 8 * w)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.code_in = nn.Linear(2 * channels + 1, w)
+        self.picture_in16 = nn.Linear(3 * 16**2, w)
+        self.picture_in8 = nn.Linear(3 * 8**2, w // 2)
+        self.picture_in4 = nn.Linear(3 * 4**2, w // 4)
+        self.up8 = nn.Linear(w, 4 * (w // 2))
+        self.up4 = nn.Linear(w // 2, 4 * (w // 4))
+        attention = [WindowedBlock(shape, i % 2 == 1, modulated=True) for i in range(shape.depth)]
+        convolutions = [ConvolutionBlock(n) for n in (w // 2, w // 4) for _ in range(shape.conv_depth)]
+        self.blocks = nn.ModuleList([*attention, *convolutions])
+        self.picture_out = Convolution(w // 4, 3 * 4**2)
+
+    def modulate(self, t: Tensor, end: Tensor | None = None) -> Conditioning:
+        embedded = F.silu(self.time_out(F.silu(self.time_in(timestep_embedding(t)))))
+        common = self.modulation(embedded).float().unflatten(-1, (8, -1))
+        blocks = tuple(block.modulate(common[:, :6]) for block in self.blocks[: self.shape.depth])
+        return Conditioning(t, blocks, Modulation(*(part[:, None, None] for part in common[:, 6:].unbind(1))))
+
+    def embed_code(self, code: Tensor, keep: Tensor | None = None) -> Tensor:
+        """b m channels -> b m width. A channel that is exactly 0 was not sent; the decoder is told which these are."""
+        code = F.pad(torch.cat((code, (code != 0).to(code.dtype)), dim=-1), (0, 1), value=1.0)
+        if keep is not None:
+            code = code * keep[:, None, None].to(code.dtype)
+        return self.code_in(code)
+
+    def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
+        """x_t: b 3 h w, code: embedded, b m width, at_t: of ``modulate`` -> velocity float32 b 3 h w."""
+        depth, n = self.shape.depth, self.shape.conv_depth
+        pixels = x_t.permute(0, 2, 3, 1)
+        patches = space_to_depth(pixels, 4)
+        rows, columns = x_t.shape[-2] // CELL, x_t.shape[-1] // CELL
+        x = code.unflatten(1, (rows, columns)) + self.picture_in16(space_to_depth(patches, 4))
+        for block, modulation in zip(self.blocks[:depth], at_t.blocks, strict=True):
+            x = block(x, modulation)
+        x = depth_to_space(self.up8(modulated(x, at_t.out)), 2) + self.picture_in8(space_to_depth(patches, 2))
+        for block in self.blocks[depth : depth + n]:
+            x = block(x)
+        x = depth_to_space(self.up4(norm(x)), 2) + self.picture_in4(patches)
+        for block in self.blocks[depth + n :]:
+            x = block(x)
+        out = depth_to_space(self.picture_out(norm(x)), 4).permute(0, 3, 1, 2).float()
+        if self.shape.prediction == "velocity":
+            return out
+        return (x_t - out) / at_t.t.clamp(min=MIN_PREDICTION_TIME)[:, None, None, None]

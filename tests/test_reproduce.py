@@ -1,0 +1,382 @@
+"""Studies at their smallest scale, which proves the machinery and no claim."""
+
+import dataclasses
+import importlib
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import PICTURES, open_gates
+
+from flowmo import FlowMo, save
+from flowmo.evaluate.reconstruction import Evaluators
+from flowmo.losses.torchvision_import import before_importing
+from flowmo.train.trainer import Trainer
+from reproduce import SCALES, STUDIES, distill, noise, peer, posttrain
+from reproduce.__main__ import main
+from reproduce.generation import Judge
+from reproduce.page import (
+    COLUMNS,
+    against_paper,
+    cell,
+    gain,
+    groups_of,
+    in_words,
+    markdown_table,
+    mean_and_deviation,
+)
+from reproduce.study import Place, StudyError, named_models, read_results, with_settings
+from reproduce.variance import correlation, detail, figures
+
+
+def test_means_and_cells():
+    assert mean_and_deviation([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert mean_and_deviation([1.0]) == (1.0, 0.0)
+    assert mean_and_deviation([1.0, None]) is None
+    assert cell([1.0, 3.0], 1) == "2.0 ± 1.4"
+    assert cell([2.5], 2) == "2.50"
+    assert cell([None], 2) == "–"
+    assert markdown_table(["a", "b"], [["1", "2"]]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_every_scale(name):
+    study = importlib.import_module(STUDIES[name])
+    assert set(study.SCALES) == set(SCALES)
+    for scale in study.SCALES.values():
+        assert scale.cost
+
+
+def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out"]
+    words = ["posttrain", "--data", PICTURES, "--held-out", PICTURES, *places, "--device", "cpu"]
+    assert main([str(word) for word in words]) == 0
+    found = json.loads((tmp_path / "out" / "posttrain-smoke.json").read_text())
+    assert [row["kind"] for row in found["rows"]] == ["base", "more", "one-step", "sample"]
+    assert all(row["pictures"] == 8 for row in found["rows"])
+    assert all(row["seconds"] > 0 for row in found["rows"])
+    assert len({row["psnr"] for row in found["rows"]}) == 4, "every arm is a model of its own"
+    text = (tmp_path / "out" / "posttrain-smoke.md").read_text()
+    assert text.count("\n| ") == 6
+    assert "(a) sample, weight 0.01" in text
+    runs = tmp_path / "results" / "posttrain-smoke"
+    for path in (tmp_path / "out" / "posttrain-smoke.png", runs / "pictures.png"):
+        assert path.stat().st_size > 5000
+    assert (runs / "base" / "checkpoints").is_dir()
+    assert not (runs / "sample-0.01-seed1" / "checkpoints").exists(), "what was measured gives back its room"
+    (tmp_path / "out" / "posttrain-smoke.md").unlink()
+    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
+    assert (tmp_path / "out" / "posttrain-smoke.md").read_text() == text
+    (tmp_path / "out" / "posttrain-smoke.md").unlink()
+    assert main(["posttrain", "--redraw", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "posttrain-smoke.md").read_text() == text
+
+
+def test_a_figure_that_some_rows_lack_is_left_out(tmp_path):
+    """A study that goes on where a judge is missing has rows with its figures and rows without."""
+    pytest.importorskip("matplotlib")
+    place = Place("some", "smoke", "", "", tmp_path, tmp_path)
+    complete, incomplete = {"psnr": 20.0, "lpips_alex": 0.3}, {"psnr": 21.0, "lpips_alex": None}
+
+    def row(kind, figures):
+        return {"kind": kind, "label": kind, "weight": 0.1, **figures}
+
+    rows = [[row("base", complete)], *([row(kind, incomplete)] for kind in ("more", "one-step", "sample"))]
+    posttrain.plot(rows, place)
+    assert "LPIPS" not in posttrain.verdict(rows)
+    rate = [{"rate": "1 bit", "noise": noise, **complete} for noise in (0.8, 0.9)]
+    rate.append({"rate": "1 bit", "noise": 1.0, **incomplete})
+    noise.plot([rate], COLUMNS[2], place)
+    text = noise.verdict([rate], COLUMNS[:3:2])
+    assert text == "- 1 bit, PSNR (dB): the best scale is 1 itself.\n"
+    assert (tmp_path / "some-smoke.png").stat().st_size > 5000
+
+
+def test_rows_of_the_same_weights_are_compared_by_their_differences():
+    """Seeds differ by 2 dB, what is done to both by 0.5 ± 0.07."""
+    ours, other = ([{"psnr": value} for value in values] for values in ((14.5, 16.6), (14.0, 16.0)))
+    assert gain(ours, other, COLUMNS[0], same_weights=True) == pytest.approx((0.55, 0.0707), rel=1e-3)
+    assert gain(ours, other, COLUMNS[0])[1] > 2
+    assert gain(ours, other[:1], COLUMNS[0], same_weights=True) is None
+
+
+def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out", "--models", tiny_model]
+    words = ["generate", "--data", class_folder, "--held-out", class_folder, *places, "--device", "cpu"]
+    assert main([str(word) for word in words]) == 0
+    found = json.loads((tmp_path / "out" / "generate-smoke.json").read_text())
+    kinds = ["originals", "others", "floor", "ceiling", "t1-g1.5", "halton", "bits"]
+    assert [row["kind"] for row in found["rows"]] == kinds
+    assert found["rows"][0]["frechet_distance"] == pytest.approx(0, abs=1e-2)
+    assert found["classes"] == ["tench", "English springer", "parachute"]
+    nats = [row["cross_entropy"] for row in found["rows"] if "cross_entropy" in row]
+    assert len(nats) == 3
+    assert nats[0] == nats[1] != nats[2], "one generator with a table of ids, one with bit tokens"
+    text = (tmp_path / "out" / "generate-smoke.md").read_text()
+    assert text.count("\n| ") == 9 + 4
+    assert (tmp_path / "out" / "generate-smoke.png").stat().st_size > 5000
+    assert (tmp_path / "results" / "generate-smoke" / "tiny-bits" / "classes.png").stat().st_size > 1000
+    (tmp_path / "out" / "generate-smoke.md").unlink()
+    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
+    assert (tmp_path / "out" / "generate-smoke.md").read_text() == text
+
+
+def test_tokenizers_smoke(trained_weights, class_folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    before_importing("diffusers")
+    pytest.importorskip("diffusers")
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out"]
+    words = ["tokenizers", "--data", class_folder, "--held-out", class_folder, *places, "--device", "cpu"]
+    assert main([str(word) for word in words]) == 0
+    found = json.loads((tmp_path / "out" / "tokenizers-smoke.json").read_text())
+    arms = ["pretrained", "posttrained", "convolutional"]
+    assert [(row["arm"], row["kind"]) for row in found["rows"]] == [
+        (arm, kind) for arm in arms for kind in ("reconstructed", "generated")
+    ]
+    assert len({row["tokenizer"] for row in found["rows"]}) == 3, "each has weights of its own"
+    assert len({row["frechet_distance"] for row in found["rows"]}) == 6
+    text = (tmp_path / "out" / "tokenizers-smoke.md").read_text()
+    assert text.count("\n| ") == 4 + 5 + 5
+    assert "FlowMo, stages 1A and 1B is" in text
+    assert (tmp_path / "out" / "tokenizers-smoke.png").stat().st_size > 5000
+    assert (tmp_path / "results" / "tokenizers-smoke" / "pretrained-reconstructed" / "classes.png").is_file()
+    (tmp_path / "out" / "tokenizers-smoke.md").unlink()
+    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
+    assert (tmp_path / "out" / "tokenizers-smoke.md").read_text() == text
+
+
+def test_distill_smoke(tiny_config, trained_weights, tmp_path, monkeypatch):
+    """A teacher of two steps: its curves, the student's, and what is said of the goals."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    torch.manual_seed(0)
+    teacher = tmp_path / "teacher.safetensors"
+    save(open_gates(FlowMo(tiny_config.override("eval.sampling.sample_steps=2", "eval.sampling.rho=2"))), teacher)
+    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out", "--models", teacher]
+    words = ["distill", "--data", PICTURES, "--held-out", PICTURES, *places, "--device", "cpu"]
+    assert main([str(word) for word in words]) == 0
+    found = json.loads((tmp_path / "out" / "distill-smoke.json").read_text())
+    curves = [(row["curve"], row["passes"]) for row in found["rows"]]
+    # Guidance acts in an interval, and costs a pass where a step begins in it; Heun looks twice but at the last step.
+    assert [passes for curve, passes in curves if curve == "teacher, Euler"] == [1, 3]
+    assert [passes for curve, passes in curves if curve == "teacher, heun"] == [1, 3]
+    assert [passes for curve, passes in curves if curve == "student towards the sample"] == [1, 2]
+    own = [row for row in found["rows"] if row.get("own")]
+    assert [row["passes"] for row in own] == [3]
+    assert len({row["psnr"] for row in found["rows"]}) >= len(found["rows"]) - 1, "one step is the same by two solvers"
+    text = (tmp_path / "out" / "distill-smoke.md").read_text()
+    assert "met: at most +10 %" in text or "missed: at most +10 %" in text
+    assert (tmp_path / "out" / "distill-smoke.png").stat().st_size > 5000
+    (tmp_path / "out" / "distill-smoke.md").unlink()
+    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
+    assert (tmp_path / "out" / "distill-smoke.md").read_text() == text
+
+
+def test_the_peer_takes_the_rate_that_trains_best(tmp_path, monkeypatch):
+    """Each rate on the training pictures, by LPIPS, or by PSNR without it; what was tried leaves no weights behind."""
+    rates = {5e-4: 0.4, 1e-3: 0.2, 2e-3: 0.3}
+    monkeypatch.setitem(peer.SCALES, "smoke", dataclasses.replace(peer.SCALES["smoke"], rates=tuple(rates)))
+    place = Place("peer", "smoke", "train", "held out", tmp_path, tmp_path)
+
+    def trial(facts, settings, match, name, there, judges, share):
+        assert there.held_out == "train"
+        (there.folder(name) / "checkpoints").mkdir(parents=True)
+        lpips = rates[facts["rate"]]
+        return {"psnr": 10 * lpips, "lpips_alex": lpips if name.startswith("trial-flowmo") else None}
+
+    monkeypatch.setattr(peer, "make_row", trial)
+    assert peer.best_rate("flowmo", None, place, None) == 1e-3
+    assert peer.best_rate("convolutional", None, place, None) == 5e-4
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize("sampler", [("euler", 1.5), ("heun", 1.5), ("heun", 1.0), ("midpoint", 1.0)])
+def test_a_teachers_own_setting_is_measured_once(sampler, tiny_config):
+    """Students are held against it, whatever its solver and guidance."""
+    solver, guidance = sampler
+    config = tiny_config.override(f"eval.sampling.solver={solver}", f"eval.sampling.guidance={guidance}")
+    settings = list(distill.teachers_settings(config, distill.SCALES["smoke"]))
+    assert [distill.is_own(config, setting) for _, setting in settings].count(True) == 1
+    assert len(set(settings)) == len(settings)
+
+
+def test_held_out_pictures_have_the_classes_of_the_others(class_folder, judges, tmp_path):
+    """Labels are numbers of a source's own classes."""
+    other = tmp_path / "other"
+    shutil.copytree(class_folder, other)
+    shutil.rmtree(other / "n01440764")
+    judges.features = object()
+    place = dataclasses.replace(place_of("generate", tmp_path), train=str(class_folder), held_out=str(other))
+    with pytest.raises(StudyError, match="other classes"):
+        Judge(place, judges, 4, 32)
+
+
+@pytest.mark.parametrize("study", ["generate", "tokenizers"])
+def test_generators_need_classes(study, trained_weights, tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    words = [study, "--data", PICTURES, "--held-out", PICTURES, "--models", tiny_model]
+    assert main([str(word) for word in [*words, "--results-dir", tmp_path, "--out", tmp_path]]) == 2
+    assert "one folder a class" in capsys.readouterr().err
+
+
+@pytest.fixture
+def judges(trained_weights, monkeypatch):
+    """The quickest alone."""
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    found, _ = Evaluators.find(("alex",), "none")
+    found.remember = True
+    return found
+
+
+def place_of(name, folder, *models):
+    pictures = str(PICTURES)
+    return Place(name, "smoke", pictures, pictures, folder / "results", folder / "out", report=str, models=models)
+
+
+def run_study(place, judges, monkeypatch):
+    """A study's rows and page; run and drawn again, it has the same page and trains nothing."""
+    pytest.importorskip("matplotlib")
+    recipe = importlib.import_module(STUDIES[place.name])
+    recipe.run(place, judges)
+    page = place.out / f"{place.stem}.md"
+    text = page.read_text()
+    assert (place.out / f"{place.stem}.png").stat().st_size > 3000
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train", lambda self: pytest.fail("trains again"))
+        for again in (lambda: recipe.run(place, judges), lambda: recipe.draw(place)):
+            page.unlink()
+            again()
+            assert page.read_text() == text
+    return read_results(place)["rows"], text
+
+
+def test_ablations_smoke(judges, tmp_path, monkeypatch):
+    """And the start noise at three rates, whose middle one is the baseline's weights."""
+    place = place_of("ablations", tmp_path)
+    rows, text = run_study(place, judges, monkeypatch)
+    by_arm = {row["arm"]: row for row in rows}
+    assert list(by_arm) == [
+        *("baseline", "patch", "mse", "no-lpips", "fsq", "logit-normal", "no-anchor", "rho-1", "no-guidance"),
+    ]
+    # Of two sampling steps none is in guidance's interval, and two of training may leave every bit of a code as it was.
+    same = {"no-guidance", "mse"}
+    assert len({row["psnr"] for row in rows if row["arm"] not in same}) == len(rows) - len(same)
+    assert {row["bits_per_pixel"] for row in rows} == {4 * 9 / 32**2}
+    assert by_arm["rho-1"]["seconds"] == by_arm["baseline"]["seconds"], "sampled from the baseline's weights"
+    assert all(row["colour_error"] > 0 for row in rows)
+    assert text.count("| PSNR (dB) | ") == 7, "beside each of table 4's rows"
+    for name in ("pictures", "figure7"):
+        assert (place.folder(name + ".png")).stat().st_size > 3000
+    assert (place.folder("baseline-seed1") / "checkpoints").is_dir()
+    assert not (place.folder("autoencoder-seed1") / "checkpoints").exists()
+    monkeypatch.setattr("reproduce.ablations.make", lambda *_: pytest.fail("the baseline is there"))
+    rows, text = run_study(place_of("noise", tmp_path), judges, monkeypatch)
+    assert [(row["noise"], row["rate"]) for row in rows] == [
+        (noise, f"{bits * 4 / 32**2:.4g} bits a pixel") for bits in (3, 9, 18) for noise in (0.8, 1.0)
+    ]
+    baseline = next(row for row in rows if row["noise"] == 1 and row["run"].startswith("bits9-"))
+    assert baseline["psnr"] == by_arm["baseline"]["psnr"]
+    assert text.count("the best scale is") == 9
+
+
+def test_continuous_smoke(judges, tmp_path, monkeypatch):
+    rows, text = run_study(place_of("continuous", tmp_path), judges, monkeypatch)
+    assert [row["arm"] for row in rows] == ["layernorm", "kl", "noop"]
+    assert {row["bits_per_pixel"] for row in rows} == {4 * 4 * 32 / 32**2}
+    assert "| DiTo | 0.78 | 24.1 | 0.706 | 0.102 |" in text
+
+
+def test_studies_of_trained_models_smoke(judges, tiny_config, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    sampling = ("eval.sampling.sample_steps=2", "model.prediction=picture")
+    for name in ("a", "b"):
+        save(open_gates(FlowMo(tiny_config.override(*sampling))).eval(), tmp_path / f"{name}.safetensors")
+    models = [str(tmp_path / f"{name}.safetensors") for name in ("a", "b")]
+    place = place_of("variance", tmp_path, *models)
+    rows, _ = run_study(place, judges, monkeypatch)
+    assert [row["arm"] for row in rows] == ["a", "b"]
+    assert all(row["spread"] > 0 and row["psnr_of_mean"] > row["psnr"] and row["lpips_between"] > 0 for row in rows)
+    assert (place.folder("a") / "figure8.png").stat().st_size > 1000
+    rows, _ = run_study(place_of("sampler", tmp_path, models[0]), judges, monkeypatch)
+    assert [row["part"] for row in rows] == ["shift", "shift", "guidance", "solver", "solver"]
+    assert [row["passes"] for row in rows] == [1, 2 + 1, 2, 1, 3], "guidance counts where its interval is met"
+    rows, text = run_study(place_of("likelihood", tmp_path, models[0]), judges, monkeypatch)
+    assert [row["kind"] for row in rows] == ["own", "other", "null", "sample"]
+    assert len({row["bits"] for row in rows}) == 4
+    assert "a picture's code (48 bits) saves" in text
+
+
+def test_peer_smoke(judges, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr("reproduce.peer.TIMED", 2)
+    place = place_of("peer", tmp_path)
+    rows, text = run_study(place, judges, monkeypatch)
+    assert [row["arm"] for row in rows] == ["flowmo", "convolutional"]
+    assert {row["bits_per_pixel"] for row in rows} == {4 * 9 / 32**2}
+    assert all(row["decode_alone"] > 0 and row["decode_together"] > 0 for row in rows)
+    counted = read_results(place)
+    ours, theirs = (counted["parameters"][kind] for kind in ("flowmo", "convolutional"))
+    assert 0.5 < theirs / ours < 2, "widths are coarse at this size"
+    assert "FlowMo is" in text
+
+
+def test_figures_of_samples():
+    torch.manual_seed(0)
+    x = torch.zeros(3, 16, 16)
+    x[:, :, 8:] = torch.rand(3, 16, 8) - 0.5
+    samples = x + 0.2 * torch.randn(50, 3, 16, 16) * (torch.arange(16) >= 8)
+    found = figures(x, samples)
+    assert found["spread"] == pytest.approx(0.2 / 2 * 127.5, rel=0.05)
+    assert found["with_detail"] > 0.8, "samples differ where the picture varies"
+    assert found["with_error"] > 0.6
+    assert found["psnr_of_mean"] > found["psnr"] + 10
+    assert detail(torch.ones(3, 8, 8)).max() < 1e-3
+    assert correlation(torch.ones(4, 4), torch.rand(4, 4)) == 0
+
+
+def test_directions_against_the_paper():
+    def rows(arm, *psnrs):
+        return [{"arm": arm, "label": arm.upper(), "psnr": psnr} for psnr in psnrs]
+
+    measured = (*rows("base", 20.0, 20.2), *rows("up", 21.0, 21.2), *rows("down", 19.0, 19.2), *rows("same", 20.1))
+    groups = groups_of(measured)
+    psnr = COLUMNS[0]
+    assert gain(groups[1], groups[0], psnr) == (pytest.approx(1.0), pytest.approx(0.2))
+    assert [in_words(better, 0.2) for better in (0.5, 0.3, -0.5)] == ["better than", "not apart from", "worse than"]
+    published = {name: {"psnr": figure} for name, figure in {"base": 20, "up": 22, "down": 22, "same": 22}.items()}
+    text = against_paper(groups, published)
+    directions = [line.split(" | ")[-1] for line in text.splitlines()[2:]]
+    assert directions == ["holds |", "does not hold |", "within the spread |"]
+    assert "| UP | PSNR (dB) | +2 | +1.00 (spread 0.20) | holds |" in text
+
+
+def test_models_have_names_of_their_own(tiny_model, tmp_path):
+    place = place_of("variance", tmp_path, str(tiny_model), str(tiny_model))
+    assert [name for name, _ in named_models(place)] == ["tiny", "tiny-2"]
+    _, tokenizer = next(iter(named_models(place)))
+    other = with_settings(tokenizer, "eval.sampling.rho=1")
+    assert other.config.eval.sampling.rho == 1
+    assert tokenizer.config.eval.sampling.rho == 4
+    assert other.decoder is tokenizer.decoder
+
+
+def test_a_study_that_does_not_exist_names_those_that_do(capsys):
+    with pytest.raises(SystemExit):
+        main(["ablation"])
+    told = capsys.readouterr().err
+    assert all(name in told for name in STUDIES)
+
+
+def test_studies_that_cannot_start(tmp_path, capsys):
+    assert main(["posttrain", "--out", str(tmp_path)]) == 2
+    assert "name the images" in capsys.readouterr().err
+    assert main(["posttrain", "--redraw", "--out", str(tmp_path)]) == 2
+    assert "no results to draw" in capsys.readouterr().err
+    with pytest.raises(StudyError, match="without --redraw"):
+        read_results(Place("posttrain", "cpu", "", "", tmp_path, tmp_path))
