@@ -141,7 +141,7 @@ def figures_of(
     found = measure(
         candidate, source, side, judges, limit=pictures, device=world.device, world=world, enlarge=True, pace=pace
     )
-    summary = Summary.of(candidate.name, found, side, judges.features)
+    summary = Summary.of(candidate.name, found, judges.features)
     place.report("\n".join(summary.lines()))
     return summary.as_dict()
 

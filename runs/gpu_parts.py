@@ -467,7 +467,7 @@ def finish(job: Job) -> None:
     rows: list[dict[str, Any]] = []
     shown = [read_crops(held_out, chosen, side)]
     for candidate in candidates(tokenizer, side, few=job.dry_run):
-        summary = Summary.of("", measure(candidate, held_out, side, judges, limit=limit, device=device), side)
+        summary = Summary.of("", measure(candidate, held_out, side, judges, limit=limit, device=device))
         names = ("bits_per_pixel", "psnr", "ssim", "lpips_alex", "lpips_vgg")
         metrics = {name: getattr(summary, name) for name in names}
         rows.append({"steps": candidate.steps, "images": summary.pictures, **rounded(metrics)})

@@ -70,7 +70,7 @@ def test_figures_of_the_model_card(nano, trained_weights):
     if not HELD_OUT.is_dir():
         pytest.skip("needs ../shared/data/imagenette_128/val")
     judges = Evaluators(lpips_alex=LPIPS("alex", trained_weights, download=False))
-    report = Summary.of("nano", measure(FlowMoReconstructor(nano), open_source(HELD_OUT), 128, judges, limit=100), 128)
+    report = Summary.of("nano", measure(FlowMoReconstructor(nano), open_source(HELD_OUT), 128, judges, limit=100))
     card = (BUNDLED / "nano.md").read_text()
     stated = {row.split("|")[1].strip(): row.split("|")[2] for row in card.splitlines() if row.startswith("| ")}
     mean, spread = (float(word) for word in stated["PSNR (dB)"].replace("±", " ").split())

@@ -1,5 +1,6 @@
 """Reconstruction figures: against published implementations, and the same however the work is cut."""
 
+import io
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES
+from conftest import PICTURES, run_command
 from PIL import Image
 
 from flowmo import save
@@ -96,14 +97,14 @@ def test_legacy_psnr_is_the_releases(source):
     y = Blur().reconstruct(chosen, range(5)).images.clamp(-1, 1)
     a, b = (((z + 1) / 2 * 255.0).permute(0, 2, 3, 1).to(torch.uint8).numpy() / np.float32(255) for z in (chosen, y))
     expected = metrics.peak_signal_noise_ratio(a.astype(np.float32), b.astype(np.float32), data_range=1)
-    assert Summary.of("blur", measured, 64).psnr_legacy == pytest.approx(expected, abs=1e-4)
+    assert Summary.of("blur", measured).psnr_legacy == pytest.approx(expected, abs=1e-4)
     assert decibels(squared_error(truncated(chosen), truncated(y))).shape == (5,)
 
 
 def test_legacy_ssim_is_the_releases(source):
     """Of 8 bits without their fraction, as float32 in [0, 1], written as the release writes it."""
     metrics = pytest.importorskip("skimage.metrics")
-    summary = Summary.of("blur", measure(Blur(), source, 64, Evaluators()), 64)
+    summary = Summary.of("blur", measure(Blur(), source, 64, Evaluators()))
     x = reconstruction.read_crops(source, range(len(source)), 64)
     y = Blur().reconstruct(x, range(len(x))).images.clamp(-1, 1)
     a, b = (((z + 1) / 2 * 255.0).permute(0, 2, 3, 1).to(torch.uint8).numpy() for z in (x, y))
@@ -193,7 +194,7 @@ def test_batches_and_order_change_nothing(source, judges):
     whole = measure(Blur(), source, 64, judges, batch_size=100, limit=6)
     for batch_size in (2, 5):
         same(whole, measure(Blur(), source, 64, judges, batch_size=batch_size, limit=6))
-    first = Summary.of("blur", whole, 64, judges.features)
+    first = Summary.of("blur", whole, judges.features)
     assert first.pictures == 6
     assert first.bits_per_pixel == 16 / 64**2
     assert first.lpips_vgg is None
@@ -287,12 +288,12 @@ def test_merging(source):
         whole.merge(Measurement.empty(2))
     assert whole.values.shape == (len(COLUMNS), len(source))
     with pytest.raises(StatisticsError, match="no picture"):
-        Summary.of("nothing", Measurement.empty(3), 64)
+        Summary.of("nothing", Measurement.empty(3))
 
 
 def test_few_pictures_have_no_distance_of_features(source):
     judges = Evaluators(features=Colours())
-    few = Summary.of("blur", measure(Blur(), source, 64, judges, limit=2), 64, judges.features)
+    few = Summary.of("blur", measure(Blur(), source, 64, judges, limit=2), judges.features)
     assert few.frechet_distance is None
     assert "at least 2" in few.missing
     assert any("at least 2" in line for line in few.lines())
@@ -303,7 +304,7 @@ def test_equal_pictures_have_no_psnr(source):
         def reconstruct(self, images, indices):
             return Reconstruction(images, torch.full((len(images),), 24.0))
 
-    summary = Summary.of("lossless", measure(Lossless(), source, 64, Evaluators()), 64)
+    summary = Summary.of("lossless", measure(Lossless(), source, 64, Evaluators()))
     assert summary.psnr is None
     assert not any(line.startswith("PSNR") for line in summary.lines())
     assert summary.equal_pictures == len(source)
@@ -328,7 +329,7 @@ def test_a_candidate_whose_pictures_are_not_finite(source):
 
 def test_flowmo_as_a_candidate(tiny, source):
     measured = measure(FlowMoReconstructor(tiny, steps=2), source, 32, Evaluators(features=Colours()), batch_size=3)
-    summary = Summary.of("tiny", measured, 32)
+    summary = Summary.of("tiny", measured)
     assert summary.bits_per_pixel == pytest.approx(48 / 1024)
     assert summary.id_count == 16
     assert measured.usage.sum() == len(source) * 12
@@ -349,7 +350,7 @@ def test_a_picture_larger_than_the_model_goes_through_tiles(tiny, source):
     codes = tiny.encode_image(to_pil(x[0]))
     expected = tiny.decode_image(codes, 2, image_seed(0, 3))
     assert torch.equal(to_bytes(result.images)[0], to_bytes(to_tensor(expected)))
-    summary = Summary.of("tiny", measure(candidate, source, 48, Evaluators(), limit=2), 48)
+    summary = Summary.of("tiny", measure(candidate, source, 48, Evaluators(), limit=2))
     assert summary.bits_per_pixel == pytest.approx(4 * 48 / 48**2)
 
 
@@ -383,12 +384,90 @@ def test_codecs_keep_to_the_budget(source):
         assert (floor.bits > 80).all(), "what does not fit says what it takes"
 
 
+@pytest.fixture
+def rectangles(tmp_path):
+    """Three images of different sizes and shapes, as lossless files."""
+    folder = tmp_path / "rectangles"
+    folder.mkdir()
+    for i, (width, height) in enumerate(((50, 37), (64, 33), (32, 70))):
+        picture = Image.open(sorted(PICTURES.glob("*.jpg"))[i]).convert("RGB").resize((width, height))
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["native", "tiny"])
+def test_whole_images_are_measured_one_by_one(kind, rectangles, request):
+    """Each at its own size: what a person gets who encodes and decodes the file, compared by scikit-image."""
+    metrics = pytest.importorskip("skimage.metrics")
+    tokenizer = request.getfixturevalue(kind)
+    rate = 0.15 if kind == "native" else None
+    candidate = FlowMoReconstructor(tokenizer, bits_per_pixel=rate)
+    measured = measure(candidate, open_source(rectangles), None, Evaluators(features=Colours()), batch_size=2)
+    rates, psnrs, ssims = [], [], []
+    for i, path in enumerate(sorted(rectangles.glob("*.png"))):
+        picture = Image.open(path)
+        codes = tokenizer.encode_image(picture, bits_per_pixel=rate)
+        decoded = tokenizer.decode_image(codes, seed=image_seed(0, i))
+        pair = np.asarray(picture), np.asarray(decoded)
+        rates.append(codes.bits / (picture.width * picture.height))
+        psnrs.append(metrics.peak_signal_noise_ratio(*pair))
+        ssims.append(metrics.structural_similarity(*pair, channel_axis=-1))
+    summary = Summary.of("whole", measured, Colours())
+    assert summary.bits_per_pixel == pytest.approx(np.mean(rates), rel=1e-6)
+    assert summary.psnr == pytest.approx(np.mean(psnrs), abs=1e-3)
+    assert summary.ssim == pytest.approx(np.mean(ssims), abs=1e-4)
+    assert summary.psnr_legacy is None, "five images of different sizes have no common error"
+
+
+def test_codecs_have_no_fewer_bytes(rectangles):
+    """At least the budget of each image, and by the lowest quality that reaches it."""
+    source = open_source(rectangles)
+    budgets = {0: 900, 1: 1100, 2: 700}
+    for index, budget in budgets.items():
+        x = reconstruction.read_crops(source, [index], None)
+        codec = CodecReconstructor("jpeg", budgets, at_least=True)
+        result = codec.reconstruct(x, [index])
+        sizes = []
+        for quality in range(101):
+            stream = io.BytesIO()
+            to_pil(x[0]).save(stream, "JPEG", quality=quality, optimize=True)
+            sizes.append(len(stream.getvalue()))
+        assert result.bits.item() / 8 == next(size for size in sizes if size >= budget)
+
+
+def test_whole_images_by_the_command(native, rectangles, tmp_path, capsys):
+    """A row for each rate and one for the codec beside it, which has at least the bytes of our files."""
+    save(native, tmp_path / "native.safetensors")
+    words = ["evaluate", rectangles, "--fit", "whole", "--model", tmp_path / "native.safetensors", "--no-lpips"]
+    words += ["--features", "none", "--bpp", "0.1", "0.3", "--peers", "jpeg", "--report", tmp_path / "out", "--json"]
+    status, out, _ = run_command(capsys, *words)
+    assert status == 0
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == ["native at 0.1", "JPEG at 0.1", "native at 0.3", "JPEG at 0.3"]
+    assert rows[1]["file_bytes"] >= rows[0]["file_bytes"]
+    assert rows[2]["file_bytes"] > rows[0]["file_bytes"]
+    assert (tmp_path / "out" / "median.png").is_file()
+    assert "each image whole, at its own size" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fit", "whole", "--size", "64"], "leave out --size"),
+        (["--fit", "whole", "--peers", "titok-l32=x"], "titok-l32 works at 256 × 256, not at whole images"),
+        (["--fit", "whole", "--bpp", "0.0001"], "below every rate"),
+    ],
+)
+def test_whole_images_that_cannot_be(native, rectangles, tmp_path, capsys, words, message):
+    save(native, tmp_path / "native.safetensors")
+    words = [rectangles, "--model", tmp_path / "native.safetensors", "--no-lpips", "--features", "none", *words]
+    status, _, error = run_command(capsys, "evaluate", *words)
+    assert status == 2
+    assert message in error
+
+
 def test_payloads_are_what_they_say():
     """JPEG's scan found by another way: everything after the one scan's header and before the end mark."""
-    import io
-
-    from PIL import Image
-
     from flowmo.evaluate.codecs import avif_payload, jpeg_payload, webp_payload
 
     picture = Image.effect_noise((64, 64), 80).convert("RGB")

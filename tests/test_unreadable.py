@@ -55,7 +55,7 @@ def test_every_metric_is_that_of_the_other_images(kind, batch_size, place, folde
     expected = measure(Blur(), open_source(sound), 64, judges, enlarge=True)
     assert len(named) == 1
     assert str(bad) in named[0]
-    ours, theirs = (Summary.of("blur", x, 64, judges.features).as_dict() for x in (found, expected))
+    ours, theirs = (Summary.of("blur", x, judges.features).as_dict() for x in (found, expected))
     assert (ours.pop("unreadable"), theirs.pop("unreadable")) == (1, 0)
     if place == "first":  # what a place in the source decides has moved: halves of the set, and this stand-in's ids
         for key in ("frechet_bias", "ids_used", "id_entropy"):
@@ -63,7 +63,7 @@ def test_every_metric_is_that_of_the_other_images(kind, batch_size, place, folde
             del theirs[key]
     for key, value in theirs.items():
         assert ours[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
-    assert "1 images cannot be read and are in no metric" in Summary.of("blur", found, 64).lines()
+    assert "1 images cannot be read and are in no metric" in Summary.of("blur", found).lines()
 
 
 def test_what_becomes_readable_is_measured_when_the_evaluation_goes_on(folders, tmp_path):

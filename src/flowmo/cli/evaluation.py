@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from flowmo.cli.shared import (
     UsageError,
     command,
+    finite,
     hasten,
     load,
     positive,
@@ -96,7 +98,10 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, w
 
     tokenizer = load(arguments, str(world.device))
     own, preset = tokenizer.config.data.image_size, tokenizer.config.eval
-    side = arguments.size or own
+    whole = arguments.fit == "whole"
+    if whole and arguments.size:
+        raise UsageError("--fit whole takes every image at its own size; leave out --size")
+    side = None if whole else arguments.size or own
     steps, guidance = arguments.steps or preset.sampling.sample_steps, arguments.guidance or preset.sampling.guidance
     name = Path(arguments.model).stem
     codec = None
@@ -105,22 +110,46 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, w
     sampling = {"steps": steps, "seed": arguments.seed, "guidance": guidance, "identity": tokenizer.identity()}
     sampling["precision"] = precision = describe(tokenizer.precision, tokenizer.device)
     ours = FlowMoReconstructor(tokenizer, arguments.steps, arguments.seed, arguments.guidance, name, codec)
-    candidates: list[tuple[Reconstructor, dict[str, Any]]] = [(ours, sampling)]  # with what its figures depend on
     model = tokenizer.config.model
-    tiles = len(Tiling(side, side, own).corners)
-    budget = math.ceil(tiles * (tokenizer.config.bits_per_image or 32 * model.code_length * model.context_dim) / 8)
-    for peer in arguments.peers:
-        kind, _, weights = peer.partition("=")
-        if kind in FORMATS:
-            whole_and_content = [CodecReconstructor(kind, budget, headers) for headers in (True, False)]
-            candidates += [(codec, {"budget": budget}) for codec in whole_and_content]
-            continue
-        if side != SIDE:
-            raise UsageError(f"{kind} works at {SIDE} × {SIDE}, not at {side} × {side}; add --size {SIDE}")
-        candidates.append((build_peer(kind, weights or None, world.device), {"weights": weights}))
-    judges.remember = len(candidates) > 1
-    entries = []
-    for candidate, depends in candidates:
+    tiles = len(Tiling(side, side, own).corners) if side else None
+    content = tokenizer.config.bits_per_image or 32 * model.code_length * model.context_dim
+    budget = math.ceil((tiles or 1) * content / 8)
+    entries: list[Entry] = []
+
+    def candidates() -> Iterator[tuple[Reconstructor, dict[str, Any]]]:
+        """Each candidate with the settings that its metrics depend on."""
+        for rate in arguments.bpp or [None]:
+            shown = name if rate is None else f"{name} at {rate:g}"
+            yield replace(ours, name=shown, bits_per_pixel=rate), sampling | {"bits_per_pixel": rate}
+            if whole:  # our whole files' bytes are the peers' budgets
+                found = entries[-1].measurement
+                sizes = dict(
+                    zip(chosen[found.done].tolist(), found.column("file_bits").div(8).int().tolist(), strict=True)
+                )
+                for kind in arguments.peers:
+                    peer = CodecReconstructor(kind, sizes, at_least=True)
+                    peer.name += "" if rate is None else f" at {rate:g}"
+                    yield peer, {"budget": "the model's files", **sampling, "bits_per_pixel": rate}
+        for peer, weights in [] if whole else peers:
+            if peer in FORMATS:
+                for headers in (True, False):
+                    yield CodecReconstructor(peer, budget, headers), {"budget": budget}
+            else:
+                yield build_peer(peer, weights or None, world.device), {"weights": weights}
+
+    peers = [peer.partition("=")[::2] for peer in arguments.peers]
+    for peer, _ in peers:
+        if peer in FORMATS:
+            CodecReconstructor(peer, 0)  # a codec that is missing is reported before hours of work
+        elif side != SIDE:
+            size = "whole images" if whole else f"{side} × {side}"
+            raise UsageError(f"{peer} works at {SIDE} × {SIDE}, not at {size}; add --size {SIDE}")
+    if whole and peers and codec is None:
+        raise UsageError("codecs beside whole images need a model that writes files; this one has a continuous code")
+    chosen = torch.tensor(evenly_spread(arguments.limit or len(source), len(source)))
+    judges.remember = bool(peers) or len(arguments.bpp or []) > 1
+    protocol = "whole, at its own size" if whole else f"short side resized to {side}, central square"
+    for candidate, depends in candidates():
         pace = Pace()
         measured = measure(
             candidate,
@@ -137,10 +166,10 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, w
             pace=pace,
             progress=progress_bar(candidate.name),
         )
-        summary = Summary.of(candidate.name, measured, side, judges.features)
+        summary = Summary.of(candidate.name, measured, judges.features)
         entries.append(Entry(candidate, measured, summary, pace))
         if not arguments.json:
-            say(f"{candidate.name}: {summary.pictures} pictures, short side resized to {side}, central square")
+            say(f"{candidate.name}: {summary.pictures} images, {'each ' if whole else ''}{protocol}")
             say("\n".join(summary.lines()) + "\n")
     if not arguments.json and not arguments.report:
         say(f"precision of {name}: {precision}")
@@ -149,21 +178,26 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, w
         rows = [{**entry.summary.as_dict(), **told} for entry in entries]
         say(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
     if arguments.report and world.main:
-        spread = torch.tensor(evenly_spread(arguments.limit or len(source), len(source)))
-        chosen = spread[entries[0].measurement.done].tolist()
+        measured_indices = chosen[entries[0].measurement.done].tolist()
         networks = {"LPIPS (AlexNet)": judges.lpips_alex, "LPIPS (VGG)": judges.lpips_vgg, "features": judges.features}
         facts = {
-            "pictures": f"{shown_path(arguments.pictures)}: {len(chosen)} of {len(source)}, evenly spread",
-            "protocol": f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}",
+            "pictures": f"{shown_path(arguments.pictures)}: {len(measured_indices)} of {len(source)}, evenly spread",
+            "protocol": f"each image {protocol}"
+            if whole
+            else f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}",
             "model": f"{shown_path(arguments.model)}, tokenizer {tokenizer.identity()}",
-            "tiles a picture": tiles,
+            **({"tiles a picture": tiles} if tiles else {}),
             "sampling": f"{steps} steps, seed {arguments.seed}, guidance {guidance}",
             "precision": precision,
             "judges' weights": {key: weights_hash(network) for key, network in networks.items() if network is not None},
         }
         if arguments.peers:
-            facts["codecs"] = f"highest quality within {budget} bytes a picture: whole files, and without their headers"
-        write_report(arguments.report, entries, source, chosen, side, facts)
+            facts["codecs"] = (
+                "lowest quality whose whole file has at least the bytes of the model's file of the same image"
+                if whole
+                else f"highest quality within {budget} bytes a picture: whole files, and without their headers"
+            )
+        write_report(arguments.report, entries, source, measured_indices, side, facts)
         say(f"report in {arguments.report}/index.html", sys.stderr if arguments.json else None)
 
 
@@ -176,6 +210,12 @@ def add_to(commands: Any) -> None:
     sub = command(evaluate, "PSNR, SSIM, LPIPS, rFID of reconstructions; FID of generated pictures", commands)
     sub.add_argument("pictures", nargs="?", help="folder, .tar, WebDataset shards, hf:NAME:SPLIT")
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
+    fit = (
+        "crop (default): the central square, as in the paper; whole: every image at its own size"
+    )
+    sub.add_argument("--fit", choices=("crop", "whole"), default="crop", help=fit)
+    bpp = "rates of a model of variable rate to measure, each the highest at or below it (the full rate)"
+    sub.add_argument("--bpp", type=finite, nargs="+", metavar="RATE", help=bpp)
     size = "side of the squares that are compared, in tiles where it is not the model's own (the model's)"
     sub.add_argument("--size", type=positive, help=size)
     peers = "measure beside: codecs at equal bytes (jpeg webp avif jxl), tokenizers by their weights (llamagen16=FILE)"

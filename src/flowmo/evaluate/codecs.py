@@ -9,7 +9,7 @@ then what it takes.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,8 +91,10 @@ class CodecReconstructor:
 
     Args:
         codec: a key of ``FORMATS``.
-        budget: bytes a picture.
+        budget: bytes per image; or the bytes of each, by the image's index in its source.
         headers: whether the budget is for the whole file; otherwise for its content alone, which no real file is.
+        at_least: take the lowest quality whose file has no fewer bytes than the budget, in place of the highest
+            quality within it. The codec then never has less to work with.
 
     Raises:
         CodecMissingError: this Pillow does not have it.
@@ -100,8 +102,8 @@ class CodecReconstructor:
 
     id_count = None
 
-    def __init__(self, codec: str, budget: int, headers: bool = True):
-        self.format, self.budget, self.headers = FORMATS[codec], budget, headers
+    def __init__(self, codec: str, budget: int | Mapping[int, int], headers: bool = True, at_least: bool = False):
+        self.format, self.budget, self.headers, self.at_least = FORMATS[codec], budget, headers, at_least
         self.name = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jxl": "JPEG XL"}[codec]
         self.name += "" if headers else ", without headers"
         if codec == "jxl":
@@ -114,8 +116,9 @@ class CodecReconstructor:
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         pictures, sizes, files = [], [], []
-        for image in images:
-            data = self.encode(to_pil(image))
+        for image, index in zip(images, indices, strict=True):
+            budget = self.budget if isinstance(self.budget, int) else self.budget[index]
+            data = self.encode(to_pil(image), budget)
             sizes.append(8.0 * self.size(data))
             files.append(8.0 * len(data))
             pictures.append(to_tensor(Image.open(io.BytesIO(data)).convert("RGB")))
@@ -124,8 +127,15 @@ class CodecReconstructor:
     def size(self, data: bytes) -> int:
         return len(data) if self.headers else self.format.payload(data)
 
-    def encode(self, picture: Image.Image) -> bytes:
-        """The file of the highest quality that fits, by bisection; of the smallest size where none does."""
+    def encode(self, picture: Image.Image, budget: int | None = None) -> bytes:
+        """Find the file for a budget, by default the codec's own, by bisection.
+
+        It is the highest quality that fits, or the smallest file where none does. With ``at_least`` it is the lowest
+        quality that reaches the budget, or the largest file where none does.
+        """
+        if budget is None:
+            assert isinstance(self.budget, int), "each image has a budget of its own"
+            budget = self.budget
         tried: dict[int, bytes] = {}
 
         def at(quality: int) -> bytes:
@@ -138,7 +148,10 @@ class CodecReconstructor:
         low, high = QUALITIES[0], QUALITIES[-1]
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.size(at(middle)) <= self.budget else (low, middle - 1)
+            low, high = (middle, high) if self.size(at(middle)) <= budget else (low, middle - 1)
+        if self.at_least:
+            quality = next((q for q in range(low, len(QUALITIES)) if self.size(at(q)) >= budget), QUALITIES[-1])
+            return at(quality)
         at(low)
-        fitting = [quality for quality, data in tried.items() if self.size(data) <= self.budget]
+        fitting = [quality for quality, data in tried.items() if self.size(data) <= budget]
         return tried[max(fitting)] if fitting else min(tried.values(), key=self.size)

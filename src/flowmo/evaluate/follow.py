@@ -120,7 +120,7 @@ class Follower:
             folder=self.folder / "measured" / path.stem,
             facts={"identity": tokenizer.identity(), "sampling": str(config.eval.sampling), "precision": precision},
         )
-        summary = Summary.of(path.name, measured, side, self.judges.features)
+        summary = Summary.of(path.name, measured, self.judges.features)
         self.report("\n".join((f"{path}: {summary.pictures} pictures of {val}", *summary.lines())))
         row = {"checkpoint": path.name, **summary.as_dict(), "precision": precision}
         if self.found:

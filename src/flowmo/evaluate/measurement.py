@@ -20,7 +20,7 @@ from flowmo.evaluate.metrics.frechet import Moments, StatisticsError, distance_b
 from flowmo.evaluate.metrics.kernel import kernel_distance
 
 COLUMNS = (
-    *("bits", "file_bits", "squared_error", "truncated_squared_error", "ssim", "truncated_ssim"),
+    *("bits", "pixels", "file_bits", "squared_error", "truncated_squared_error", "ssim", "truncated_ssim"),
     *("lpips_alex", "lpips_vgg"),
 )
 KERNEL_PICTURES = 5000

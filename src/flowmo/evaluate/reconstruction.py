@@ -22,7 +22,7 @@ from flowmo.data import DataError, Source, evenly_spread
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.measurement import COLUMNS, Measurement
-from flowmo.evaluate.metrics.features import FeatureNetwork, build_features, features_of, in_one_shape
+from flowmo.evaluate.metrics.features import AT_ONCE, FeatureNetwork, build_features, features_of, in_one_shape
 from flowmo.evaluate.metrics.pairs import squared_error, ssim
 from flowmo.images import ImageError, Tiling, resize_and_crop, to_bytes, to_pil, to_tensor
 from flowmo.losses.perceptual import LPIPS, WeightsNotFoundError
@@ -67,9 +67,9 @@ class Reconstructor(Protocol):
 
 @dataclass
 class FlowMoReconstructor:
-    """A FlowMo with its sampling settings, as a ``Reconstructor``; pictures of another size go through its tiles.
+    """A FlowMo with its sampling settings, as a ``Reconstructor``; images of another size go through ``encode_image``.
 
-    With a ``codec`` the files that pictures would be are measured too.
+    With a ``codec`` the files that images would be are measured too. ``bits_per_pixel`` is as in ``FlowMo.encode``.
     """
 
     tokenizer: FlowMo
@@ -79,6 +79,7 @@ class FlowMoReconstructor:
     name: str = "FlowMo"
     codec: Codec | None = None
     noise_scale: float = 1.0
+    bits_per_pixel: float | None = None
 
     @property
     def id_count(self) -> int | None:
@@ -87,8 +88,8 @@ class FlowMoReconstructor:
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         seeds = [image_seed(self.seed, index) for index in indices]
         side = self.tokenizer.config.data.image_size
-        if images.shape[-2:] != (side, side):
-            return self._through_tiles(images, seeds)
+        if images.shape[-2:] != (side, side) or self.tokenizer.native_size:
+            return self._one_by_one(images, seeds)
         codes = self.tokenizer.encode(images)
         pictures = self.tokenizer.decode(codes, self.steps, seeds, guidance=self.guidance, noise_scale=self.noise_scale)
         tiling, parts = Tiling(side, side, side), []
@@ -102,8 +103,9 @@ class FlowMoReconstructor:
             return None
         return torch.tensor([8.0 * len(self.codec.pack(one)) for one in codes])
 
-    def _through_tiles(self, images: Tensor, seeds: Sequence[int]) -> Reconstruction:
-        codes = [self.tokenizer.encode_image(to_pil(image)) for image in images]
+    def _one_by_one(self, images: Tensor, seeds: Sequence[int]) -> Reconstruction:
+        encode = partial(self.tokenizer.encode_image, bits_per_pixel=self.bits_per_pixel)
+        codes = [encode(to_pil(image)) for image in images]
         pictures = [
             to_tensor(self.tokenizer.decode_image(code, self.steps, seed, guidance=self.guidance))
             for code, seed in zip(codes, seeds, strict=True)
@@ -159,12 +161,15 @@ class Evaluators:
         return {key: network.name for key, network in named.items() if network is not None}
 
     @torch.no_grad()
-    def judge(self, measurement: Measurement, places: Tensor, x: Tensor, result: Reconstruction) -> None:
-        """Add pictures x, b 3 h w, and what they were made into to a measurement."""
+    def judge(
+        self, measurement: Measurement, places: Tensor, x: Tensor, result: Reconstruction, batch_size: int = AT_ONCE
+    ) -> None:
+        """Add images x, b 3 h w, and their reconstructions to a measurement. ``batch_size`` is that of the networks."""
         y = result.images.to(x.device)
         ours, theirs = to_bytes(x), to_bytes(y)
         values = {
             "bits": result.bits,
+            "pixels": torch.full((len(x),), float(x.shape[-2] * x.shape[-1])),
             "squared_error": squared_error(ours, theirs),
             "truncated_squared_error": squared_error(truncated(x), truncated(y)),
             "ssim": ssim(ours, theirs),
@@ -174,18 +179,18 @@ class Evaluators:
             values["file_bits"] = result.file_bits
         for name in ("lpips_alex", "lpips_vgg"):
             if getattr(self, name) is not None:
-                values[name] = in_one_shape(getattr(self, name), x, y)
+                values[name] = in_one_shape(getattr(self, name), x, y, batch_size=batch_size)
         if self.features is not None:
-            originals = self._features_of_originals(self.features, x)
-            measurement.add_features(places, originals, features_of(self.features, y).pooled)
+            originals = self._features_of_originals(self.features, x, batch_size)
+            measurement.add_features(places, originals, features_of(self.features, y, batch_size).pooled)
         measurement.add(places, values, result.ids)
 
-    def _features_of_originals(self, network: FeatureNetwork, x: Tensor) -> Tensor:
+    def _features_of_originals(self, network: FeatureNetwork, x: Tensor, batch_size: int) -> Tensor:
         if not self.remember:
-            return features_of(network, x).pooled
+            return features_of(network, x, batch_size).pooled
         names = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in to_bytes(x).cpu()]
         if not self._remembered.keys() >= set(names):
-            self._remembered |= dict(zip(names, features_of(network, x).pooled.cpu(), strict=True))
+            self._remembered |= dict(zip(names, features_of(network, x, batch_size).pooled.cpu(), strict=True))
         return torch.stack([self._remembered[name] for name in names])
 
 
@@ -225,7 +230,7 @@ def tell_unreadable(message: str) -> None:
 def measure(
     candidate: Reconstructor,
     source: Source,
-    side: int,
+    side: int | None,
     judges: Evaluators,
     *,
     limit: int | None = None,
@@ -239,11 +244,13 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     on_unreadable: Callable[[str], None] = tell_unreadable,
 ) -> Measurement:
-    """Make pictures (short side resized to ``side``, central square) into bits and back, and compare.
+    """Make images into bits and back, and compare them with the originals.
 
     All processes call this together and share the pictures; each has the whole result.
 
     Args:
+        side: short side that images are resized to, before the central square is cut; ``None`` takes every image whole,
+            at its own size, one at a time.
         limit: this many pictures only, spread evenly over the source.
         device: where the judges are.
         enlarge: take pictures smaller than ``side`` too.
@@ -274,6 +281,7 @@ def measure(
     mine = Measurement.empty(len(chosen), candidate.id_count, channels)
     todo = (~earlier.done).nonzero().flatten()[world.rank :: world.size]
     done = 0
+    batch_size, network_batch = (batch_size, AT_ONCE) if side else (1, 1)
     for places in todo.split(batch_size) if len(todo) else ():
         indices = chosen[places].tolist()
         x, unreadable = pace.timed("reading", readable_crops, source, indices, side, enlarge)
@@ -289,7 +297,7 @@ def measure(
         if broken.any():
             name = source.name(indices[broken.nonzero()[0]])
             raise EvaluationError(f"{candidate.name} makes {name} into values that are not finite")
-        pace.timed("judging", judges.judge, mine, places, x.to(device), result)
+        pace.timed("judging", judges.judge, mine, places, x.to(device), result, network_batch)
         pace.pictures += len(places)
         parts.save_now_and_then(mine)
         if progress:
@@ -301,8 +309,12 @@ def measure(
     return whole
 
 
-def read_crops(source: Source, indices: Sequence[int], side: int, enlarge: bool = False) -> Tensor:
-    """Central squares b 3 side side in [−1, 1]; see ``measure``. Raises ``ImageError`` where one cannot be read."""
+def read_crops(source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False) -> Tensor:
+    """Central squares b 3 side side in [−1, 1], or one whole image; see ``measure``.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
     crops, unreadable = readable_crops(source, indices, side, enlarge)
     for message in unreadable.values():
         raise ImageError(message)
@@ -310,9 +322,12 @@ def read_crops(source: Source, indices: Sequence[int], side: int, enlarge: bool 
 
 
 def readable_crops(
-    source: Source, indices: Sequence[int], side: int, enlarge: bool = False
+    source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False
 ) -> tuple[Tensor, dict[int, str]]:
-    """Central squares b 3 side side of the images that can be read, and by index the error of each other one."""
+    """Central squares b 3 side side of the images that can be read, and by index the error of each other one.
+
+    Without a ``side`` the one image of ``indices`` is taken whole.
+    """
     crops, unreadable = [], {}
     for index in indices:
         try:
@@ -320,13 +335,16 @@ def readable_crops(
         except ImageError as error:
             unreadable[index] = str(error)
             continue
+        if side is None:
+            crops.append(to_tensor(picture))
+            continue
         if min(picture.size) < side and not enlarge:
             raise EvaluationError(
                 f"{source.name(index)} is {picture.width}×{picture.height}, smaller than the crop of {side}×{side}; "
                 "leave it out, or enlarge such pictures knowingly"
             )
         crops.append(to_tensor(resize_and_crop(picture, side)))
-    return torch.stack(crops) if crops else torch.empty(0, 3, side, side), unreadable
+    return torch.stack(crops) if crops else torch.empty(0, 3, side or 0, side or 0), unreadable
 
 
 class Parts:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ COLUMNS = (
     ("id_entropy", "bits/id", 3),
 )
 GRID_PICTURES = 6
+GRID_HEIGHT = 256
+"""Height in pixels of whole images of any size on the page."""
 LABEL_SIZE = 14
 PACKAGES = ("torch", "numpy", "PIL", "torch_fidelity")
 
@@ -60,7 +63,12 @@ class Entry:
 
 
 def write_report(
-    out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int, facts: Mapping[str, Any]
+    out: Path,
+    entries: Sequence[Entry],
+    source: Source,
+    indices: Sequence[int],
+    side: int | None,
+    facts: Mapping[str, Any],
 ) -> None:
     """Write ``report.md``, ``.json``, ``.tex``, ``index.html``, the plots and the pictures.
 
@@ -271,7 +279,7 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
 
 
 def draw_images(
-    out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int
+    out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int | None
 ) -> list[tuple[str, str]]:
     """Originals and every candidate's pictures where the first candidate is worst, in the middle and best."""
     first = entries[0]
@@ -283,15 +291,25 @@ def draw_images(
     drawn = []
     for name, places in chosen.items():
         these = [indices[place] for place in places]
-        x = read_crops(source, these, side, enlarge=True)
-        rows: list[Tensor] = [x]
-        for entry in entries:
-            rows.append(entry.candidate.reconstruct(x, these).images.cpu())
+        columns = [read_crops(source, [index], side, enlarge=True) for index in these]
+        candidates = [entry.candidate for entry in entries]
+        rows = [[at_height(x[0], side) for x in columns]]
+        for candidate in candidates:
+            made = [candidate.reconstruct(x, [index]).images.cpu() for x, index in zip(columns, these, strict=True)]
+            rows.append([at_height(y[0], side) for y in made])
         labelled(to_pil(grid(rows)), ["original", *(entry.summary.name for entry in entries)]).save(out / f"{name}.png")
         judged = "LPIPS" if column == "lpips_alex" else "squared error"
         names = ", ".join(Path(source.name(index)).name for index in these)
         drawn.append((f"{name}.png", f"{name.capitalize()} of {first.summary.name} by {judged}: {names}"))
     return drawn
+
+
+def at_height(image: Tensor, side: int | None) -> Tensor:
+    """An image 3 h w of known size as it is, and another at ``GRID_HEIGHT``."""
+    if side:
+        return image
+    width = max(round(image.shape[2] * GRID_HEIGHT / image.shape[1]), 1)
+    return F.interpolate(image[None], (GRID_HEIGHT, width), mode="bilinear", antialias=True)[0]
 
 
 def labelled(picture: Image.Image, names: Sequence[str]) -> Image.Image:

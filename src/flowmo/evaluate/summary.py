@@ -25,8 +25,8 @@ class Summary:
         bytes_per_picture: of ids, packed; of a codec's budget.
         file_bytes: of whole files, whatever their coding.
         psnr: dB; of the pictures that are not equal to their originals, whose number is ``equal_pictures``.
-        psnr_legacy: as the release computes it: of five pictures at once, truncated to 8 bits.
-        ssim_legacy: likewise of pictures truncated, not rounded, to 8 bits.
+        psnr_legacy: as the release computes it: of five images at once, truncated to 8 bits; ``None`` of mixed sizes.
+        ssim_legacy: likewise of images truncated, not rounded, to 8 bits.
         frechet_distance: of the features of ``feature_network``; the rFID where that is FID's Inception.
         frechet_bias: by how much so few pictures overstate it, estimated.
         kernel_distance: unbiased; the KID where the network is FID's Inception.
@@ -42,10 +42,10 @@ class Summary:
     bytes_per_picture: float
     psnr: float | None
     psnr_spread: float | None
-    psnr_legacy: float | None
     equal_pictures: int
     ssim: float
     ssim_spread: float
+    psnr_legacy: float | None = None
     lpips_alex: float | None = None
     lpips_alex_spread: float | None = None
     lpips_vgg: float | None = None
@@ -64,8 +64,8 @@ class Summary:
     unreadable: int = 0
 
     @classmethod
-    def of(cls, name: str, measurement: Measurement, side: int, network: FeatureNetwork | None = None) -> Summary:
-        """Of pictures ``side`` pixels high and wide.
+    def of(cls, name: str, measurement: Measurement, network: FeatureNetwork | None = None) -> Summary:
+        """Summarize a measurement.
 
         Raises:
             StatisticsError: nothing was measured.
@@ -76,9 +76,11 @@ class Summary:
         decibel = decibels(measurement.column("squared_error"))
         facts: dict[str, Any] = {}
         facts["psnr"], facts["psnr_spread"] = mean_and_spread(decibel[decibel.isfinite()])
+        pixels = measurement.column("pixels")
         legacy = measurement.column("truncated_squared_error").split(LEGACY_GROUP)
         groups = decibels(measurement.column("truncated_squared_error").new_tensor([g.mean() for g in legacy]))
-        facts["psnr_legacy"] = mean_and_spread(groups[groups.isfinite()])[0]
+        if (pixels == pixels[0]).all():
+            facts["psnr_legacy"] = mean_and_spread(groups[groups.isfinite()])[0]
         facts["ssim_legacy"] = mean_and_spread(measurement.column("truncated_ssim"))[0]
         in_files = mean_and_spread(measurement.column("file_bits"))[0]
         facts["file_bytes"] = None if in_files is None else in_files / 8
@@ -99,7 +101,7 @@ class Summary:
         return cls(
             name,
             pictures=len(bits),
-            bits_per_pixel=float(bits.mean()) / side**2,
+            bits_per_pixel=float((bits / pixels).mean()),
             bytes_per_picture=float(bits.mean()) / 8,
             equal_pictures=int(decibel.isinf().sum()),
             unreadable=int((~measurement.done).sum()),

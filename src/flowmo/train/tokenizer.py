@@ -217,7 +217,7 @@ class TokenizerTask:
                 enlarge=True,
                 on_unreadable=self._leave_out,
             )
-        summary = Summary.of(candidate.name, measured, data.image_size, self.judges.features)
+        summary = Summary.of(candidate.name, measured, self.judges.features)
         # Of pictures that all equal their originals there is no mean of finite values; no checkpoint can be better.
         finite = math.inf if summary.psnr is None else summary.psnr
         figures = {"psnr": finite, "lpips": summary.lpips_alex, "rfid": summary.frechet_distance}

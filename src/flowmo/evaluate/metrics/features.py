@@ -100,25 +100,25 @@ def without_tf32() -> Iterator[None]:
 
 
 @without_tf32()
-def features_of(network: FeatureNetwork, images: Tensor) -> Features:
-    """A network's features of any number of pictures b 3 h w, seen in one shape."""
-    kinds = zip(*(network(*chunk) for chunk in one_shape(images)), strict=True)
+def features_of(network: FeatureNetwork, images: Tensor, batch_size: int = AT_ONCE) -> Features:
+    """A network's features of any number of images b 3 h w, computed in batches of one size."""
+    kinds = zip(*(network(*chunk) for chunk in one_shape(images, batch_size=batch_size)), strict=True)
     return Features(*(None if parts[0] is None else torch.cat(parts)[: len(images)] for parts in kinds))
 
 
 @without_tf32()
-def in_one_shape(network: Callable[..., Tensor], *images: Tensor) -> Tensor:
-    """A network's output for pictures b 3 h w, or for pairs of them."""
-    return torch.cat([network(*chunk) for chunk in one_shape(*images)])[: len(images[0])]
+def in_one_shape(network: Callable[..., Tensor], *images: Tensor, batch_size: int = AT_ONCE) -> Tensor:
+    """A network's output for images b 3 h w, or for pairs of them."""
+    return torch.cat([network(*chunk) for chunk in one_shape(*images, batch_size=batch_size)])[: len(images[0])]
 
 
-def one_shape(*images: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Pictures b 3 h w in batches of ``AT_ONCE``, the last padded.
+def one_shape(*images: Tensor, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Images b 3 h w in batches of ``batch_size``, the last padded.
 
     Rounding depends on a batch's shape; with one shape a picture's figure does not depend on the batch it came in.
     """
-    for chunk in zip(*(x.split(AT_ONCE) for x in images), strict=True):
-        missing = AT_ONCE - len(chunk[0])
+    for chunk in zip(*(x.split(batch_size) for x in images), strict=True):
+        missing = batch_size - len(chunk[0])
         yield tuple(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) for x in chunk)
 
 

@@ -54,12 +54,15 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return (luminance * structure).flatten(1).mean(dim=1)
 
 
-def grid(rows: Sequence[Tensor], gap: int = 2) -> Tensor:
-    """Batches b 3 h w, one a row, as one white-ruled picture 3 × height × width in [−1, 1]."""
+def grid(rows: Sequence[Tensor | Sequence[Tensor]], gap: int = 2) -> Tensor:
+    """Rows of images 3 h w as one white-ruled image 3 × height × width in [−1, 1].
+
+    The images of a row have one height; those of a column have one width.
+    """
     lines = []
     for row in rows:
-        padded = torch.nn.functional.pad(row.clamp(-1, 1), (0, gap, 0, gap), value=1.0)
-        lines.append(torch.cat(list(padded), dim=-1))
+        padded = [F.pad(image.clamp(-1, 1), (0, gap, 0, gap), value=1.0) for image in row]
+        lines.append(torch.cat(padded, dim=-1))
     return torch.cat(lines, dim=-2)[:, :-gap, :-gap]
 
 
