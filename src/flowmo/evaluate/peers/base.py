@@ -1,4 +1,4 @@
-"""Another tokenizer as a candidate of an evaluation: one interface, whatever is behind it."""
+"""The common interface of published tokenizers, and the reading of their weights."""
 
 from __future__ import annotations
 
@@ -16,30 +16,34 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate.reconstruction import Reconstruction
 
 SIDE = 256
-"""All of Table 1 is measured at 256 × 256."""
+"""Image size of table 1."""
 
 
 class PeerError(FlowMoError, RuntimeError):
-    """A tokenizer that cannot be had; the message says what to install, or which file to name."""
+    """A tokenizer cannot be built. The message names the package or the file that it needs."""
 
 
 class TokenNetwork(nn.Module):
     """A network with a vocabulary.
 
     Attributes:
-        id_count: ids run from 0 to ``id_count`` − 1.
-        low: what the network calls black; white is 1.
+        id_count: vocabulary size; ids run from 0 to ``id_count`` − 1.
+        low: pixel value of black; white is 1.
     """
 
     id_count: int
     low: float = -1.0
 
     def encode(self, x: Tensor) -> Tensor:
-        """Pictures b 3 h w from ``low`` to 1 -> ids, int64 b × tokens in any shape."""
+        """Encode images b×3×h×w in [``low``, 1] as int64 ids, b × any shape."""
         raise NotImplementedError
 
     def decode(self, ids: Tensor) -> Tensor:
-        """What ``encode`` returned -> pictures b 3 h w from ``low`` to 1."""
+        """Decode the ids of ``encode`` to images b×3×h×w in [``low``, 1]."""
+        raise NotImplementedError
+
+    def read(self, path: str | Path) -> None:
+        """Load the published weights. Raises ``PeerError`` if the file does not fit."""
         raise NotImplementedError
 
 
@@ -47,9 +51,8 @@ class Peer:
     """A token network as a ``flowmo.evaluate.reconstruction.Reconstructor``."""
 
     def __init__(self, name: str, network: TokenNetwork, device: torch.device | str = "cpu"):
-        self.name, self.id_count = name, network.id_count
+        self.name, self.id_count, self.device = name, network.id_count, torch.device(device)
         self.network = network.eval().requires_grad_(False).to(device)
-        self.device = torch.device(device)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
@@ -62,41 +65,45 @@ class Peer:
         return Reconstruction(y.clamp(-1, 1).cpu(), bits, flat)
 
 
-def read_weights(path: str | Path, *within: str) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or pickled file, without running code from it.
+def read_weights(path: str | Path, *keys: str) -> dict[str, Tensor]:
+    """Read the tensors of a ``.safetensors`` or pickled file without running code from it.
 
     Args:
-        within: keys under one of which they may lie.
+        keys: names of nested dicts that may hold the weights; the first that exists is taken.
 
     Raises:
-        PeerError: no such file, or no tensors in it.
+        PeerError: the file is missing, damaged, or holds no named tensors.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content: Mapping = read_pth(path)
+        content: object = read_pth(path)
     except (OSError, PthError, SafetensorError) as error:
-        raise PeerError(f"{path}: cannot be read ({' '.join(str(error).split())[:150]})") from None
-    for key in within:
+        raise PeerError(f"{path} cannot be read ({' '.join(str(error).split())[:150]}).") from None
+    for key in keys:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
     if not isinstance(content, Mapping):
-        raise PeerError(f"{path}: holds no weights by name")
+        raise PeerError(f"{path} holds no named weights.")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def fill(network: nn.Module, weights: Mapping[str, Tensor], path: str | Path, wanted: Callable[[str], bool]) -> None:
-    """Put ``weights`` into a network; those that ``wanted`` is false of belong to training only.
+def load_exactly(
+    network: nn.Module, weights: Mapping[str, Tensor], path: str | Path, keep: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Load ``weights`` into a network, except names that ``keep`` rejects because only training needs them.
 
     Raises:
-        PeerError: one is missing or of another shape, or there is one that the network does not have.
+        PeerError: a tensor is missing, unknown, or of another shape.
     """
     ours = network.state_dict()
-    theirs = {name: value for name, value in weights.items() if wanted(name)}
-    wrong = list(ours.keys() ^ theirs.keys())
-    wrong += [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
+    theirs = {name: value for name, value in weights.items() if keep(name)}
+    wrong = ours.keys() ^ theirs.keys()
+    wrong |= {name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape}
     if wrong:
-        raise PeerError(f"{path}: not its weights; {len(wrong)} tensors differ, such as {min(wrong)}")
+        raise PeerError(
+            f"{path} does not hold the weights of this tokenizer: {len(wrong)} tensors differ, such as {min(wrong)}."
+        )
     network.load_state_dict(theirs)

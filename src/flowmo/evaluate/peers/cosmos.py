@@ -1,6 +1,6 @@
-"""Cosmos DI (NVIDIA 2025): one id of 64 000 (FSQ levels 8·8·8·5·5·5) for each 8 × 8 or 16 × 16 pixels.
+"""Cosmos DI (NVIDIA 2025): one id of 64 000 (FSQ levels 8·8·8·5·5·5) per 8 × 8 or 16 × 16 pixels.
 
-Its weights are published as TorchScript, network and all, which is how its own package runs them.
+NVIDIA publishes the networks as TorchScript, and its own package runs them as such.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FILES = ("encoder.jit", "decoder.jit")
 
 
 class Cosmos(TokenNetwork):
-    """``encoder.jit`` and ``decoder.jit`` of a folder. Name only folders that you trust: TorchScript is a program."""
+    """``encoder.jit`` and ``decoder.jit`` of a folder. TorchScript is a program: name only folders that you trust."""
 
     id_count = math.prod(LEVELS)
 
@@ -28,11 +28,11 @@ class Cosmos(TokenNetwork):
                 setattr(self, name, torch.jit.load(str(Path(path) / file), map_location="cpu").float())
             except (RuntimeError, ValueError, OSError) as error:
                 reason = " ".join(str(error).split())[:100]
-                raise PeerError(f"{Path(path) / file}: no TorchScript of a Cosmos tokenizer ({reason})") from None
+                raise PeerError(f"{Path(path) / file} is not TorchScript of a Cosmos tokenizer ({reason}).") from None
 
     def encode(self, x: Tensor) -> Tensor:
-        found = self.encoder(x)
-        return (found[0] if isinstance(found, tuple) else found).long()
+        out = self.encoder(x)
+        return (out[0] if isinstance(out, tuple) else out).long()
 
     def decode(self, ids: Tensor) -> Tensor:
         return self.decoder(ids)

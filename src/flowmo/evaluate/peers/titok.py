@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowmo.evaluate.peers.base import SIDE, TokenNetwork, fill, read_weights
-from flowmo.evaluate.peers.convolutional import nearest
-from flowmo.evaluate.peers.maskgit import Decoder
+from flowmo.evaluate.peers.base import SIDE, TokenNetwork, load_exactly, read_weights
+from flowmo.evaluate.peers.convolutional import chain, nearest
+from flowmo.evaluate.peers.maskgit import decoder
 
 SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth and heads."""
-PATCH = 16
+PATCH, CODE_CHANNELS, PIXEL_CODES = 16, 12, 1024
 PATCHES = (SIDE // PATCH) ** 2
-PIXEL_CODES = 1024
 
 
 class Block(nn.Module):
@@ -25,8 +23,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        parts = {"c_fc": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "c_proj": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential(OrderedDict(parts))
+        self.mlp = chain(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ln_1(x)
@@ -35,7 +32,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """What encoder and decoder share: a class token and patches with positions, then latent tokens with theirs."""
+    """A transformer over a class token, the patches and the latent tokens, each with learned positions."""
 
     def __init__(self, size: str, tokens: int):
         super().__init__()
@@ -45,37 +42,33 @@ class ViT(nn.Module):
         self.positional_embedding = nn.Parameter(scale * torch.randn(PATCHES + 1, self.width))
         self.latent_token_positional_embedding = nn.Parameter(scale * torch.randn(tokens, self.width))
         self.ln_pre, self.ln_post = nn.LayerNorm(self.width), nn.LayerNorm(self.width)
-        self.transformer = nn.ModuleList(Block(self.width, heads) for _ in range(depth))
+        self.transformer = nn.Sequential(*(Block(self.width, heads) for _ in range(depth)))
 
     def run(self, patches: Tensor, latents: Tensor) -> Tensor:
-        """b × patches × width and b × tokens × width -> all of them, behind the class token."""
+        """Patches b × p × width and latents b × tokens × width -> b × (1 + p + tokens) × width."""
         first = self.class_embedding.expand(len(patches), 1, -1)
         x = torch.cat((first, patches), dim=1) + self.positional_embedding
-        x = self.ln_pre(torch.cat((x, latents + self.latent_token_positional_embedding), dim=1))
-        for block in self.transformer:
-            x = block(x)
-        return x
+        return self.transformer(self.ln_pre(torch.cat((x, latents + self.latent_token_positional_embedding), dim=1)))
 
 
 class Encoder(ViT):
-    def __init__(self, size: str, tokens: int, channels: int):
+    def __init__(self, size: str, tokens: int):
         super().__init__(size, tokens)
         self.patch_embed = nn.Conv2d(3, self.width, PATCH, PATCH)
-        self.conv_out = nn.Conv2d(self.width, channels, 1)
+        self.conv_out = nn.Conv2d(self.width, CODE_CHANNELS, 1)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        """Pictures and latent tokens -> code b × channels × tokens."""
+        """Images b×3×256×256 and latent tokens -> code b × channels × tokens."""
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)
         out = self.ln_post(self.run(patches, latents.expand(len(x), -1, -1))[:, 1 + PATCHES :])
         # The published weights were trained with this reshape, which reads tokens × width as width × tokens.
-        mixed = out.reshape(len(x), self.width, out.shape[1], 1)
-        return self.conv_out(mixed).flatten(2)
+        return self.conv_out(out.reshape(len(x), self.width, out.shape[1], 1)).flatten(2)
 
 
 class PatchDecoder(ViT):
-    def __init__(self, size: str, tokens: int, channels: int):
+    def __init__(self, size: str, tokens: int):
         super().__init__(size, tokens)
-        self.decoder_embed = nn.Linear(channels, self.width)
+        self.decoder_embed = nn.Linear(CODE_CHANNELS, self.width)
         self.mask_token = nn.Parameter(self.width**-0.5 * torch.randn(1, 1, self.width))
         wide = nn.Conv2d(self.width, 2 * self.width, 1)
         self.ffn = nn.Sequential(wide, nn.Tanh(), nn.Conv2d(2 * self.width, PIXEL_CODES, 1))
@@ -89,20 +82,18 @@ class PatchDecoder(ViT):
 
 
 class TiTok(TokenNetwork):
-    """Pictures of 256 × 256 in [0, 1]."""
+    """Images of 256 × 256 in [0, 1]."""
 
     id_count = 4096
     low = 0.0
 
     def __init__(self, size: str, tokens: int):
         super().__init__()
-        channels = 12
         self.latent_tokens = nn.Parameter(torch.randn(tokens, SIZES[size][0]))
-        self.encoder, self.decoder = Encoder(size, tokens, channels), PatchDecoder(size, tokens, channels)
-        self.quantize, self.pixel_quantize = nn.Module(), nn.Module()
-        self.quantize.embedding = nn.Embedding(self.id_count, channels)
-        self.pixel_quantize.embedding = nn.Embedding(PIXEL_CODES, 256)
-        self.pixel_decoder = Decoder(256, lowest_first=False, name="block")
+        self.encoder, self.decoder = Encoder(size, tokens), PatchDecoder(size, tokens)
+        self.quantize = chain(embedding=nn.Embedding(self.id_count, CODE_CHANNELS))
+        self.pixel_quantize = chain(embedding=nn.Embedding(PIXEL_CODES, 256))
+        self.pixel_decoder = decoder(256, maskbit=False)
 
     def codebook(self) -> Tensor:
         return F.normalize(self.quantize.embedding.weight, dim=-1)
@@ -117,5 +108,4 @@ class TiTok(TokenNetwork):
         return self.pixel_decoder(code)
 
     def read(self, path: str | Path) -> None:
-        """Weights as published: ``model.safetensors`` of ``tokenizer_titok_l32_imagenet`` and its like."""
-        fill(self, read_weights(path), path, lambda name: True)
+        load_exactly(self, read_weights(path), path)
