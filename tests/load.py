@@ -104,13 +104,13 @@ def visit(address: str, button: int, number: int) -> None:
 
 def load_page(count: int) -> tuple[int, int]:
     """Requests all at once, each with a connection of its own; bytes held after a first round and after all."""
-    from flowmo.web.demo import Page
+    from flowmo.web.demo import Demo
     from flowmo.web.page import serve
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load(tiny_file(Path(folder)))
         (Path(folder) / "kept").mkdir()
-        blocks = serve(Page(tokenizer, Codec(tokenizer), Path(folder) / "kept"), port=free_port())
+        blocks = serve(Demo(tokenizer, Codec(tokenizer), Path(folder) / "kept"), port=free_port())
         button = next(number for number, function in blocks.fns.items() if function.name == "reconstruct")
         try:
             for number in range(max(count // 10, 1)):

@@ -1,4 +1,4 @@
-"""The web page: what it does, and that it does so in a real browser without a network."""
+"""The web page: its operations, and the whole page in a real browser without a network."""
 
 import contextlib
 import os
@@ -21,14 +21,14 @@ from flowmo.codec.file import Codec, number
 from flowmo.data.tokens import Vocabulary
 from flowmo.evaluate.metrics.pairs import heat_map
 from flowmo.generate.generator import Generator, load_generator, save_generator
-from flowmo.web.demo import FLIPPED, MOST_DRAWN, MOST_PIXELS, MOST_SAMPLES, RANDOM, TYPED, DemoError, Page, shown_ids
-from flowmo.web.page import peers_table
+from flowmo.web.demo import FLIPPED, MAX_GENERATED, MAX_PIXELS, MAX_SAMPLES, RANDOM, TYPED, Demo, DemoError, show_ids
+from flowmo.web.page import peers_html
 
 
 @pytest.fixture
-def page(tiny, tmp_path):
+def demo(tiny, tmp_path):
     (tmp_path / "files").mkdir()
-    return Page(tiny, Codec(tiny), tmp_path / "files")
+    return Demo(tiny, Codec(tiny), tmp_path / "files")
 
 
 @pytest.fixture
@@ -53,42 +53,43 @@ def generator_file(tiny, tmp_path):
     return tmp_path / "generator.safetensors"
 
 
-def test_reconstruct(page, tiny, photo):
-    original, decoded, codes, file, facts = page.reconstruct(photo, "tile", 2, 5, 1.5)
+def test_reconstruct(demo, tiny, photo):
+    original, decoded, codes, file, nbytes, metrics = demo.reconstruct(photo, "tile", 2, 5, 1.5)
     assert original.size == decoded.size == (70, 50)
     assert decoded.tobytes() == tiny.decode_image(codes, 2, 5).tobytes()
     with open(file, "rb") as content:
-        assert torch.equal(page.codec.unpack(content.read()).ids, codes.ids)
-    assert facts["file"] == f"{os.path.getsize(file)} bytes"
-    assert facts["picture"] == "70 × 50 pixels, 6 tiles"
-    assert 3 < float(facts["PSNR"].removesuffix(" dB")) < 50
-    again = page.reconstruct(file, "tile", 2, 5, 1.5)
+        assert torch.equal(demo.codec.unpack(content.read()).ids, codes.ids)
+    assert nbytes == os.path.getsize(file)
+    assert metrics["file"] == f"{nbytes} bytes"
+    assert metrics["picture"] == "70 × 50 pixels, 6 tiles"
+    assert 3 < float(metrics["PSNR"].removesuffix(" dB")) < 50
+    again = demo.reconstruct(file, "tile", 2, 5, 1.5)
     assert torch.equal(again.codes.ids, codes.ids)
     assert again.decoded.tobytes() == decoded.tobytes()
     assert again.original is None
-    assert "PSNR" not in again.facts
-    assert page.reconstruct(photo, "crop", 1, 0, 1.0).original.size == (32, 32)
-    assert "6 tokens of 2 ids below 16 of each 32 × 32 pixels: 6 bytes" in page.about()
+    assert "PSNR" not in again.metrics
+    assert demo.reconstruct(photo, "crop", 1, 0, 1.0).original.size == (32, 32)
+    assert "6 tokens of 2 ids below 16 of each 32 × 32 pixels: 6 bytes" in demo.about()
 
 
-def test_other_codecs(page, photo):
-    codes = page.open(photo, "tile")[1]
-    peers = page.at_equal_bytes(photo, "tile", codes)
+def test_other_codecs(demo, photo):
+    result = demo.reconstruct(photo, "tile", 1, 0, 1.0)
+    peers = demo.at_equal_bytes(result)
     assert [peer.name for peer in peers][:2] == ["JPEG", "WebP"]
     assert not any(peer.fits for peer in peers), "36 bytes are too few for any of them"
-    assert all(peer.picture.size == (70, 50) and peer.size > 53 for peer in peers)
-    table = peers_table("<tiny>", {"file": "53 bytes"}, peers)
+    assert all(peer.image.size == (70, 50) and peer.nbytes > 53 for peer in peers)
+    table = peers_html("<tiny>", {"file": "53 bytes"}, peers)
     assert "FlowMo &lt;tiny&gt;" in table
-    assert f"{peers[0].size:,} bytes, its least" in table
+    assert f"{peers[0].nbytes:,} bytes, its least" in table
 
 
-def test_samples_and_where_they_differ(page, tiny, photo):
-    codes = page.open(photo, "tile")[1]
-    drawn, heat = page.samples(codes, 3, 1, 7, 1.0)
+def test_samples_and_where_they_differ(demo, tiny, photo):
+    result = demo.reconstruct(photo, "tile", 1, 0, 1.0)
+    drawn, heat = demo.samples(result, 3, 1, 7, 1.0)
     assert [caption for _, caption in drawn] == ["seed 7", "seed 8", "seed 9"]
-    assert drawn[0][0].tobytes() == tiny.decode_image(codes, 1, 7, guidance=1.0).tobytes()
+    assert drawn[0][0].tobytes() == tiny.decode_image(result.codes, 1, 7, guidance=1.0).tobytes()
     assert heat.size == (70, 50)
-    assert len(page.samples(codes, 1000, 1, 0, 1.0)[0]) == MOST_SAMPLES
+    assert len(demo.samples(result, 1000, 1, 0, 1.0)[0]) == MAX_SAMPLES
 
 
 def test_the_heat_maps_colours():
@@ -99,67 +100,73 @@ def test_the_heat_maps_colours():
     assert torch.isfinite(heat_map(torch.zeros(2, 2))).all()
 
 
-def test_edits_change_the_tokens_that_were_named(page, photo):
-    codes = page.open(photo, "tile")[1]
-    before, after = page.edit(codes, 0, 2, FLIPPED, "", 1, 0, 1.0)
+def test_edits_change_the_tokens_that_were_named(demo, photo):
+    result = demo.reconstruct(photo, "tile", 1, 0, 1.0)
+    before, after = demo.edit(result, 0, 2, FLIPPED, "", 1, 0, 1.0)
     assert before.tobytes() != after.tobytes()
-    assert before.tobytes() == page.decode(codes, 1, 0, 1.0).tobytes(), "the codes at hand stay as they are"
-    assert page.edit(codes, 2, 0, FLIPPED, "", 1, 0, 1.0)[1].tobytes() == after.tobytes()
-    assert page.edit(codes, 0, 2, RANDOM, "", 1, 0, 1.0)[1].tobytes() != after.tobytes()
+    assert before.tobytes() == demo.decode(result.codes, 1, 0, 1.0).tobytes(), "the codes at hand stay as they are"
+    assert demo.edit(result, 2, 0, FLIPPED, "", 1, 0, 1.0)[1].tobytes() == after.tobytes()
+    assert demo.edit(result, 0, 2, RANDOM, "", 1, 0, 1.0)[1].tobytes() != after.tobytes()
 
 
-def test_ids_that_are_typed(page, photo):
+def test_ids_that_are_typed(demo, photo):
     """As they are shown they change nothing; others do, and what is no id is refused."""
-    codes = page.open(photo, "crop")[1]
-    assert shown_ids(codes, 2, 1) == "\n".join(" ".join(map(str, row)) for row in codes.ids[0, 1:3].tolist())
-    before, same = page.edit(codes, 1, 2, TYPED, shown_ids(codes, 1, 2), 1, 0, 1.0)
+    result = demo.reconstruct(photo, "crop", 1, 0, 1.0)
+    ids = result.codes.ids[0]
+    assert show_ids(result, 2, 1) == "\n".join(" ".join(map(str, row)) for row in ids[1:3].tolist())
+    before, same = demo.edit(result, 1, 2, TYPED, show_ids(result, 1, 2), 1, 0, 1.0)
     assert before.tobytes() == same.tobytes()
-    flipped = str((15 - codes.ids[0, 1:3]).tolist())
-    typed = page.edit(codes, 1, 2, TYPED, flipped, 1, 0, 1.0)[1]
-    assert typed.tobytes() == page.edit(codes, 1, 2, FLIPPED, "", 1, 0, 1.0)[1].tobytes()
-    for bad, message in (("1 2 3", "type 4 numbers"), ("1 2 3 16", "16 is no id"), ("1 2 3 x", "type 4"), ("", "type")):
+    flipped = str((15 - ids[1:3]).tolist())
+    typed = demo.edit(result, 1, 2, TYPED, flipped, 1, 0, 1.0)[1]
+    assert typed.tobytes() == demo.edit(result, 1, 2, FLIPPED, "", 1, 0, 1.0)[1].tobytes()
+    for bad, message in (
+        ("1 2 3", "Type 4 numbers"),
+        ("1 2 3 16", "16 is not an id"),
+        ("1 2 3 x", "Type 4"),
+        ("", "Type"),
+    ):
         with pytest.raises(DemoError, match=message):
-            page.edit(codes, 1, 2, TYPED, bad, 1, 0, 1.0)
+            demo.edit(result, 1, 2, TYPED, bad, 1, 0, 1.0)
 
 
-def test_pictures_of_a_class(page, tiny, generator_file):
-    ours = Page(tiny, page.codec, page.folder, load_generator(generator_file))
+def test_pictures_of_a_class(demo, tiny, generator_file):
+    ours = Demo(tiny, demo.codec, demo.folder, load_generator(generator_file))
     pictures = ours.generate(0, 2, 3, 1.5)
     assert [picture.size for picture in pictures] == [(32, 32)] * 2
     assert pictures[0].tobytes() == ours.generate("tench", 1, 3, 1.5)[0].tobytes()
     assert ours.generate(None, 1, 3, 1.5)[0].tobytes() != pictures[0].tobytes()
-    assert len(ours.generate(1, 1000, 0, 1.5)) == MOST_DRAWN
+    assert len(ours.generate(1, 1000, 0, 1.5)) == MAX_GENERATED
 
 
-def test_what_was_just_made_is_kept_whatever_the_clock_says(page, monkeypatch):
-    monkeypatch.setattr("flowmo.web.demo.MOST_FILES", 2)
+def test_what_was_just_made_is_kept_whatever_the_clock_says(demo, monkeypatch):
+    monkeypatch.setattr("flowmo.web.demo.MAX_FILES", 2)
     for i in range(5):
-        file = page._keep(bytes([i]), "a.flowmo")
+        file = demo._keep(bytes([i]), "a.flowmo")
         assert file.is_file()
-        assert len(list(page.folder.iterdir())) <= 2
+        assert len(list(demo.folder.iterdir())) <= 2
         os.utime(file.parent, (10**10, 10**10))  # later than all that is still to come
 
 
-def test_what_is_too_large_or_broken_is_refused(page, tmp_path, photo):
+def test_what_is_too_large_or_broken_is_refused(demo, tmp_path, photo):
     large = tmp_path / "large.png"
-    Image.new("1", (MOST_PIXELS // 1000 + 1, 1000)).save(large)
+    Image.new("1", (MAX_PIXELS // 1000 + 1, 1000)).save(large)
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff not a picture")
     code = tmp_path / "code.flowmo"
     code.write_bytes(b"FLM\x02 no code either")
     vast = tmp_path / "vast.flowmo"  # a header, which is enough to refuse it
-    vast.write_bytes(b"FLM\x02" + page.codec.identity + number(2999) + number(1999) + number(31) + bytes(9))
+    vast.write_bytes(b"FLM\x02" + demo.codec.identity + number(2999) + number(1999) + number(31) + bytes(9))
     for file, message in (
         (large, "more than 4,000,000"),
         (vast, "vast.flowmo: 3000×2000 are more than 4,000,000"),
         (broken, "not a picture"),
         (code, "code.flowmo"),
-        (None, "choose"),
+        (None, "Choose"),
     ):
         with pytest.raises((DemoError, ImageError), match=message):
-            page.open(file and str(file), "tile")
-    with pytest.raises(DemoError, match="encode a picture first"):
-        page.samples(None, 2, 1, 0, 1.0)
+            demo.open(file and str(file), "tile")
+    with pytest.raises(DemoError, match="Encode a picture first"):
+        demo.samples(None, 2, 1, 0, 1.0)
 
 
 # In a browser
@@ -304,4 +311,4 @@ def test_it_listens_to_this_machine_alone_and_takes_no_large_upload(tiny_model):
         refused = subprocess.run(taken, capture_output=True, text=True, timeout=120)
         assert refused.returncode == 2
         assert refused.stderr.count("\n") == 1
-        assert "cannot serve on" in refused.stderr
+        assert "Cannot serve on" in refused.stderr

@@ -13,7 +13,7 @@ from flowmo.codec.file import Codec, find_context
 
 def demo(arguments: argparse.Namespace) -> None:
     """A web page on this machine: drop a picture, see its code's size and what it decodes to."""
-    from flowmo.web.demo import Page
+    from flowmo.web.demo import Demo
     from flowmo.web.page import serve
 
     tokenizer, generator = load(arguments), None
@@ -23,8 +23,8 @@ def demo(arguments: argparse.Namespace) -> None:
         generator = hasten(load_generator(arguments.generator, device=arguments.device), arguments)
     codec = Codec(tokenizer, find_context(arguments.model, tokenizer))
     with tempfile.TemporaryDirectory(prefix="flowmo-") as folder:
-        page = Page(tokenizer, codec, Path(folder), generator, Path(arguments.model).name)
-        blocks = serve(page, arguments.host, arguments.port)
+        operations = Demo(tokenizer, codec, Path(folder), generator, Path(arguments.model).name)
+        blocks = serve(operations, arguments.host, arguments.port)
         print(f"FlowMo at {blocks.local_url}; Ctrl-C ends it", flush=True)
         blocks.block_thread()
 
