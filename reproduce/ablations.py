@@ -178,7 +178,7 @@ def mse_encoder(base: Config, seed: int, place: Place) -> Callable[[Trainer], No
         model.encoder.load_state_dict(taken.encoder.state_dict())
         fresh.average = EMA(model, fresh.plan.total)
         fresh.norm_control.remember()
-        place.world.wait()  # until all processes have it
+        place.world.barrier()  # until all processes have it
         forget_checkpoints(name, place)
 
     return begin

@@ -413,7 +413,7 @@ def test_processes_that_cannot_meet(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(DistributedError, match="process 0 of 2 cannot meet the others"), join("cpu"):
+    with pytest.raises(DistributedError, match="Process 0 of 2 cannot reach the others"), join("cpu"):
         pass
 
 
@@ -424,15 +424,15 @@ def test_a_process_whose_fellow_was_killed_before_they_met_does_not_wait_for_eve
         port = free.getsockname()[1]
     for name, value in {"WORLD_SIZE": 2, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("flowmo.distributed.MEET", timedelta(seconds=1))
-    with pytest.raises(DistributedError, match=f"process {rank} of 2 cannot meet the others") as error, join("cpu"):
+    monkeypatch.setattr("flowmo.distributed.RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(DistributedError, match=f"Process {rank} of 2 cannot reach the others") as error, join("cpu"):
         pass
     assert "\n" not in str(error.value)
 
 
 def test_the_end_of_another_process_is_told_in_one_line():
     torchs = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1.\nThis is typical"
-    with pytest.raises(DistributedError, match="another process of the run has ended") as error, join(group=True):
+    with pytest.raises(DistributedError, match="Another process of the run has ended") as error, join(group=True):
         raise RuntimeError(torchs)
     assert "\n" not in str(error.value)
     with pytest.raises(RuntimeError, match="something else"), join(group=True):

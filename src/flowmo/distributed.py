@@ -1,6 +1,6 @@
-"""Several processes as one: who they are, what they agree on and how they add up.
+"""Process group of a run: rank, device and the few collectives that the package needs.
 
-Processes are started by ``torchrun``; without it there is one. gloo connects CPUs, nccl GPUs.
+``torchrun`` starts the processes; without it there is one. CPUs communicate by gloo, GPUs by nccl.
 """
 
 from __future__ import annotations
@@ -17,29 +17,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
 
-MEET = timedelta(minutes=5)
-"""How long one process waits for the others to come at all. One that was killed by then is never heard of; the end of
-one that came is noticed at once, by its connections."""
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+"""Timeout for process-group start-up. A rank that died before is reported only by this timeout."""
 
-TIMEOUT = timedelta(minutes=30)
-"""How long one process waits for others that came, the longest checkpoint included."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Timeout for one collective. It covers the longest checkpoint."""
 
-SETTLE = 0.1
-"""Seconds at the end in which gloo's threads let go of the last results."""
+SETTLE_SECONDS = 0.1
 
-FELLOW = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-"""Words of torch's errors about another process that has ended."""
+PEER_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""Substrings of torch's errors about a rank that has ended."""
 
 
 class DistributedError(FlowMoError, RuntimeError):
-    """Processes that cannot work together as asked."""
+    """The process group cannot start, or a rank has ended."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others of its run."""
+    """This process within its run: rank, world size and device."""
 
     rank: int = 0
     size: int = 1
@@ -49,94 +47,95 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that reports and writes."""
+        """True for rank 0, the only rank that logs and writes."""
         return self.rank == 0
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is up in any process."""
+        """Return, for each flag, whether any rank set it."""
         if self.size == 1:
             return list(flags)
-        ups = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(ups, op=dist.ReduceOp.MAX)
-        return [bool(up) for up in ups]
+        values = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return [bool(value) for value in values]
 
     def mean(self, values: Tensor) -> Tensor:
         return self.sum(values) / self.size
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, as a new tensor."""
+        """Sum over ranks, out of place."""
         if self.size == 1:
             return values
         total = values.clone()
         dist.all_reduce(total)
         return total
 
-    def agree(self, value: Any) -> Any:
-        """The main process's value, in every process."""
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
 
-    def wait(self) -> None:
-        """Until every process has come here."""
+    def barrier(self) -> None:
         if self.size > 1:
-            self.any(False)
+            self.any(False)  # through gloo: dist.barrier would need a GPU under nccl
 
 
 @contextmanager
 def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
-    """The ``World`` that torchrun's environment describes; its connections last as long as the context.
+    """Yield the ``World`` that torchrun's environment describes, with a process group for the context's lifetime.
 
     Args:
-        device: ``cpu`` or ``cuda``; the processes of a machine take its GPUs in turn.
-        group: connect even a process that is alone, which FSDP2 needs.
+        device: ``cpu`` or ``cuda``. With ``cuda``, local rank n uses GPU n.
+        group: make a process group even for a single process, as FSDP2 needs.
 
     Raises:
-        DistributedError: more processes on a machine than it has GPUs, they cannot meet, or one has ended before
-            the others.
+        DistributedError: a rank has no GPU, the ranks do not find each other, or another rank has ended.
     """
-    size, rank, place = (
-        int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    size, rank, local_rank, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
-    where = torch.device(device)
-    if where.type == "cuda" and where.index is None:
-        if place >= torch.cuda.device_count():
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        if local_rank >= torch.cuda.device_count():
             raise DistributedError(
-                f"process {place} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
-                "start fewer with --nproc-per-node, or train with --device cpu"
+                f"Process {local_rank} of this machine has no GPU of its own; there are {torch.cuda.device_count()}. "
+                "Start fewer processes with --nproc-per-node, or train with --device cpu."
             )
-        where = torch.device("cuda", place)
-        torch.cuda.set_device(where)
-    world = World(rank, size, where, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    world = World(rank, size, chosen, local_size)
     if (size == 1 and not group) or dist.is_initialized():
         yield world
         return
-    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-    try:
-        store = dist.HashStore()
-        if "MASTER_ADDR" in os.environ:
-            met, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEET))
-            met.set_timeout(TIMEOUT)
-            store = dist.PrefixStore("flowmo", met)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise DistributedError(
-            f"process {rank} of {size} cannot meet the others ({_one_line(error)}); start it with torchrun"
-        ) from None
+    _init_process_group(world)
     try:
         yield world
     except RuntimeError as error:
-        if isinstance(error, FlowMoError) or not any(mark in str(error) for mark in FELLOW):
+        if isinstance(error, FlowMoError) or not any(text in str(error) for text in PEER_LOST):
             raise
-        raise DistributedError(f"another process of the run has ended: {_one_line(error)}") from None
+        raise DistributedError(f"Another process of the run has ended: {one_line(error)}.") from None
     finally:
         dist.destroy_process_group()
-        # FSDP2 caches its mesh for good, and with it gloo's threads. One that still holds a tensor needs the
-        # interpreter's lock to drop it; an interpreter that is ending refuses, and the process would abort.
-        time.sleep(SETTLE)
+        # gloo threads that FSDP2's mesh keeps abort the process if they free a tensor during interpreter exit
+        time.sleep(SETTLE_SECONDS)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150]
+def _init_process_group(world: World) -> None:
+    try:
+        store = dist.HashStore()
+        if "MASTER_ADDR" in os.environ:
+            rendezvous = dist.rendezvous("env://", world.rank, world.size, timeout=RENDEZVOUS_TIMEOUT)
+            shared, _, _ = next(rendezvous)
+            shared.set_timeout(COLLECTIVE_TIMEOUT)
+            store = dist.PrefixStore("flowmo", shared)
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=COLLECTIVE_TIMEOUT
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise DistributedError(
+            f"Process {world.rank} of {world.size} cannot reach the others ({one_line(error)}). Start it with torchrun."
+        ) from None

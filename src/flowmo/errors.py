@@ -1,5 +1,10 @@
-"""The base of every error that a user can mend: its message is one line, and the command line prints just that."""
+"""Base class of the errors that a user can fix."""
 
 
 class FlowMoError(Exception):
-    """Something asked of FlowMo that cannot be done; the message says what, and what to do instead."""
+    """Base of the package's errors. The message is one line that says what to do; the command line prints only that."""
+
+
+def one_line(error: BaseException, length: int = 150) -> str:
+    """Return the message of another library's error as one line of at most ``length`` characters."""
+    return " ".join(str(error).split())[:length]

@@ -1,10 +1,9 @@
-"""Random streams: every use of a seed has a purpose, and each purpose draws from a stream of its own.
+"""Named random streams: every use of a seed draws from a generator of its own.
 
-A stream is named by seed, purpose and index; a hash of the name seeds its generator. Two uses with one seed would
-otherwise draw the same numbers, such as timesteps that follow the noise. Streams of different names coincide by chance
-only, for 1 pair in 2³² on a CPU, whose generator reads 32 bits of its seed.
+A hash of (seed, purpose, index) seeds each generator, so no two uses of a seed share numbers. Two different streams
+coincide with probability 2⁻³² on a CPU, whose generator reads 32 bits of its seed.
 
-``flowmo.model.sampler.seeded_noise`` alone takes a seed as it is: what a seed decodes to must not change.
+``flowmo.model.sampler.seeded_noise`` alone uses a seed directly, so that a seed decodes to the same image for ever.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import torch
 
 
 class Stream(StrEnum):
-    """What a stream is for; the comment names its index."""
+    """Purpose of a stream. The comment names its index."""
 
-    SAMPLE = ""  # image of a set; no name in the key, so that published samples keep their seeds
+    SAMPLE = ""  # image of a set; an empty name keeps the seeds of published samples
     GENERATED = "picture"  # image of a generated set
     IDS = "ids"
     EDIT = "edit"
@@ -56,16 +55,16 @@ class Stream(StrEnum):
 
 
 def stream_seed(seed: int, purpose: Stream, *index: int) -> int:
-    """Seed of a stream, from 0 to 2⁶³ − 1."""
+    """Return the seed of a stream, from 0 to 2⁶³ − 1."""
     key = " ".join([*purpose.split(), *map(str, index)])
     return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest(), "big") >> 1
 
 
 def stream(seed: int, purpose: Stream, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator at the start of a stream."""
+    """Return a new generator at the start of a stream."""
     return torch.Generator(device).manual_seed(stream_seed(seed, purpose, *index))
 
 
 def seed_global(seed: int, purpose: Stream, *index: int) -> None:
-    """Start torch's global generators at a stream, for code that takes no generator, such as dropout."""
+    """Seed torch's global generators, for code that takes no generator, such as dropout."""
     torch.manual_seed(stream_seed(seed, purpose, *index))

@@ -67,8 +67,8 @@ class Follower:
             return
         run, waiting = Path(wanted.eval_dir), False
         while True:
-            ended = self.world.agree(has_ended(run))  # asked before the listing, so that none is missed
-            there = self.world.agree([str(path) for path in listing(run / CHECKPOINTS)])
+            ended = self.world.broadcast(has_ended(run))  # asked before the listing, so that none is missed
+            there = self.world.broadcast([str(path) for path in listing(run / CHECKPOINTS)])
             left = [Path(path) for path in there if Path(path).name not in self._evaluated()]
             if not wanted.continuous:
                 if not there:
@@ -98,7 +98,7 @@ class Follower:
     def _evaluated(self) -> set[str]:
         log = self.folder / LOG
         lines = log.read_text().splitlines() if self.world.main and log.is_file() else []
-        return set(self.world.agree([json.loads(line)["checkpoint"] for line in lines]))
+        return set(self.world.broadcast([json.loads(line)["checkpoint"] for line in lines]))
 
     def _evaluate(self, path: Path) -> Summary:
         tokenizer = flowmo.load(path, *self.settings, device=str(self.world.device))

@@ -369,7 +369,7 @@ class Parts:
                 whole = part
             elif not (whole.done & part.done).any():
                 whole = whole.merge(part)
-        self.world.wait()  # until all have read, before one removes
+        self.world.barrier()  # until all have read, before one removes
         if whole is not None:
             self.finish(whole)
         return whole
@@ -400,4 +400,4 @@ class Parts:
             self._write(self.folder / WHOLE, whole)
             for path in self.folder.glob("part-*.pt"):
                 path.unlink()
-        self.world.wait()
+        self.world.barrier()

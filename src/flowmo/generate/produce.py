@@ -109,8 +109,8 @@ def produce(
     paths = [folder / f"{number:06d}.png" for number in range(len(labels))]
     if world.main:
         _claim(folder, generator, labels, drawing)
-    world.wait()
-    todo = world.agree([number for number, path in enumerate(paths) if not path.is_file()])
+    world.barrier()
+    todo = world.broadcast([number for number, path in enumerate(paths) if not path.is_file()])
     mine = todo[world.rank :: world.size]
     for start in range(0, len(mine), batch_size):
         some = mine[start : start + batch_size]
@@ -120,11 +120,11 @@ def produce(
             write_whole(paths[number], partial(to_pil(picture).save, format="PNG"))
         if progress:
             progress(start + len(some), len(mine))
-    world.wait()
+    world.barrier()
     if out.suffix == ".npz" and world.main:
         write_npz(out, _read(paths, batch_size), len(paths))
         shutil.rmtree(folder)
-    world.wait()
+    world.barrier()
 
 
 def _claim(folder: Path, generator: Generator, labels: Sequence[int], drawing: Drawing) -> None:

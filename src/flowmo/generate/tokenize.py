@@ -131,8 +131,8 @@ def tokenize(
     )
     if world.main:
         _claim(out, facts)
-    world.wait()
-    todo = world.agree([number for number in range(facts.shards) if not _is_sound(out, facts, number)])
+    world.barrier()
+    todo = world.broadcast([number for number in range(facts.shards) if not _is_sound(out, facts, number)])
     mine = todo[world.rank :: world.size]
     samples, done = Samples(source, facts), 0
     total = sum(len(facts.shard(number)[1]) for number in mine)
@@ -148,10 +148,10 @@ def tokenize(
             if progress:
                 progress(done, total)
         write_content(out / path, pack_shard(facts, shard, torch.cat(rows).numpy(), found))
-    world.wait()
+    world.barrier()
     if world.main:
         _write(out, facts, complete=True)
-    world.wait()
+    world.barrier()
     return facts
 
 

@@ -9,7 +9,7 @@ import torch
 
 from flowmo.data import DataError
 from flowmo.data.loader import GO_ON
-from flowmo.distributed import FELLOW, DistributedError
+from flowmo.distributed import PEER_LOST, DistributedError
 from flowmo.errors import FlowMoError
 from flowmo.train.schedule import BatchPlan
 
@@ -73,6 +73,6 @@ def in_one_line() -> Iterator[None]:
             raise
         if any(mark in text for mark in LOADER):
             raise DataError(f"reading pictures failed: {text[:200]}; {GO_ON}") from None
-        if any(mark in text for mark in FELLOW):
-            raise DistributedError(f"another process of the run has ended: {text[:200]}; {GO_ON}") from None
+        if any(mark in text for mark in PEER_LOST):
+            raise DistributedError(f"Another process of the run has ended: {text[:200]}; {GO_ON}") from None
         raise

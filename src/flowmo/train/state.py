@@ -121,7 +121,7 @@ def _save_shards(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any
     if world.main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    world.wait()
+    world.barrier()
     sharded.write(temporary, tensors)
     if world.main:
         (temporary / FACTS).write_text(json.dumps({"flowmo": FORMAT, **facts}))
@@ -129,7 +129,7 @@ def _save_shards(path: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any
             shutil.rmtree(path)
         os.replace(temporary, path)
         checkpoint.flush_folder(path.parent)
-    world.wait()
+    world.barrier()
     return path
 
 

@@ -94,7 +94,7 @@ class Trainer:
         self.bad: set[str] = set()
         if world.main:
             state.tidy(self.checkpoint_folder)
-        found = world.agree(self.checkpoints())
+        found = world.broadcast(self.checkpoints())
         if found:
             self._go_on_from(found)
         elif resume_from:
@@ -137,7 +137,7 @@ class Trainer:
             self.stop_file.unlink(missing_ok=True)
             (self.folder / ENDED).unlink(missing_ok=True)
             (self.folder / SETTINGS).write_text(self.config.to_json())
-        self.world.wait()
+        self.world.barrier()
         self.journal.open(self.step, self.images, self.config.to_dict())
         self.journal.report(self._describe())
         self.journal.report(intent.describe(self.config, Position(self.step, self.images), self.times))
@@ -337,7 +337,7 @@ class Trainer:
             value = figures[metric]
             self.journal.record(self.step, self.images, {f"eval_{name}": figure for name, figure in figures.items()})
             plot(self.folder, metric)
-        value = self.world.agree(value)
+        value = self.world.broadcast(value)
         better = self.guard.judge(self.step, value)
         best = "the best so far" if better else f"the best is step {self.guard.step} with {self.guard.value:.4f}"
         self.journal.report(f"step {self.step}  held-out {metric} {value:.4f}, {best}")
