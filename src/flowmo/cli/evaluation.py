@@ -210,9 +210,7 @@ def add_to(commands: Any) -> None:
     sub = command(evaluate, "PSNR, SSIM, LPIPS, rFID of reconstructions; FID of generated pictures", commands)
     sub.add_argument("pictures", nargs="?", help="folder, .tar, WebDataset shards, hf:NAME:SPLIT")
     sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
-    fit = (
-        "crop (default): the central square, as in the paper; whole: every image at its own size"
-    )
+    fit = "crop (default): the central square, as in the paper; whole: every image at its own size"
     sub.add_argument("--fit", choices=("crop", "whole"), default="crop", help=fit)
     bpp = "rates of a model of variable rate to measure, each the highest at or below it (the full rate)"
     sub.add_argument("--bpp", type=finite, nargs="+", metavar="RATE", help=bpp)

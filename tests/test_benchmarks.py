@@ -1,0 +1,72 @@
+"""The benchmarks of whole images: seams, screens, legibility and the table of rates, on images with a known answer."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import PICTURES, ROOT
+from PIL import Image
+
+from flowmo import save
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import legibility
+import rates
+import seams
+
+
+def test_a_seam_is_found_at_its_period_alone():
+    """Steps every 8 pixels on noise: the lines there carry more energy, those of other periods do not."""
+    noise = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) * 4
+    steps = torch.arange(96).div(8, rounding_mode="floor") % 2 * 20.0
+    assert seams.seam_energy([noise], 8) == pytest.approx(1, abs=0.15)
+    assert seams.seam_energy([noise + steps], 8) > 3
+    assert seams.seam_energy([noise + steps], 5) == pytest.approx(1, abs=0.3)
+
+
+def test_a_screen_is_a_peak_in_the_spectrum():
+    """Dots every 4 pixels are one; noise and a smooth gradient are none."""
+    noise = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    gradient = torch.linspace(0, 10, 32).expand(40, 3, 32, 32)
+    dots = torch.zeros(32, 32)
+    dots[::4, ::4] = 16.0
+    assert seams.screen(noise + gradient) == pytest.approx(0, abs=1)
+    assert 18 < seams.screen(noise + dots) < 22, "a quarter of the harmonics has 456 times the power of the noise"
+
+
+def test_flat_regions():
+    image = torch.full((3, 64, 64), 100.0)
+    image[:, 32:, 32:] += torch.arange(32.0) * 4
+    assert seams.flat_regions(image) == [(0, 0), (0, 32), (32, 0)]
+
+
+def test_edit_distance():
+    assert legibility.edit_distance("kitten", "sitting") == 3
+    assert legibility.edit_distance("", "abc") == 3
+    assert legibility.edit_distance("same", "same") == 0
+
+
+def test_rates_of_a_variable_model(native, tmp_path, monkeypatch, trained_weights):
+    """The model's own files, codecs with no fewer bytes, and the same table from the JSON alone."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    save(native, tmp_path / "native.safetensors")
+    for i, path in enumerate(sorted(PICTURES.glob("*.jpg"))[:3]):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.open(path).convert("RGB").resize((64, 80)).save(tmp_path / "images" / f"{i}.png")
+    words = ["rates.py", tmp_path / "images", "--models", tmp_path / "native.safetensors", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    rates.main()
+    content = json.loads((tmp_path / "out" / "rates.json").read_text())
+    ours = [row for row in content["rows"] if row["name"] == "native"]
+    assert [row["rate"] for row in ours] == sorted(row["rate"] for row in ours)
+    assert len(ours) > 2
+    for row in content["rows"]:
+        own = next(r for r in ours if r["rate"] == row["rate"])
+        assert all(size >= own["sizes"][index] for index, size in row["sizes"].items())
+    first = (tmp_path / "out" / "rates.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["rates.py", "--redraw", "--out", str(tmp_path / "out")])
+    rates.main()
+    assert (tmp_path / "out" / "rates.md").read_text() == first
+    assert (tmp_path / "out" / "images.jpg").is_file()
