@@ -52,7 +52,7 @@ with watching:
     from flowmo.codec.planes import PlaneModel, weight_shapes
     from flowmo.data import DataError, TarSource, build_index, default_index
     from flowmo.data.sources.tar import read_index
-    from flowmo.data.tokens import TokenMetadata, Tokens, describe, pack_shard, read_metadata
+    from flowmo.data.tokens import TokenMetadata, Tokens, manifest, pack_shard, read_metadata
     from flowmo.errors import FlowMoError
     from flowmo.evaluate.npz import NpzFile, write_npz
     from flowmo.generate.generator import load_generator
@@ -200,14 +200,14 @@ class TokensTarget(Target):
                 tokenizer="00" * 8, model="m", image_size=16, tokens=4, sub_tokens=1, id_bits=4, source="s",
                 count=3, shard_size=8, classes=classes,
             )  # fmt: skip
-            manifest = describe(facts, complete=True).encode()
+            content = manifest(facts, complete=True).encode()
             body = pack_shard(facts, 0, np.ones((3, 4, 1), np.int64), [-1, -2, -1] if not classes else [0, 1, -2])
-            yield struct.pack("<H", len(manifest)) + manifest + body
+            yield struct.pack("<H", len(content)) + content + body
 
     def __call__(self, data: bytes) -> None:
         length = struct.unpack("<H", data[:2].ljust(2, b"\0"))[0]
-        manifest, body = data[2 : 2 + length], data[2 + length :]
-        self.file("tokens.json", manifest)
+        content, body = data[2 : 2 + length], data[2 + length :]
+        self.file("tokens.json", content)
         with contextlib.suppress(FlowMoError):
             facts = read_metadata(self.folder)[0]
             size = facts.shard_bytes(0)

@@ -107,7 +107,7 @@ def test_a_damaged_picture_is_named(nested):
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        ("[]", "no pictures"),
+        ("[]", "no images"),
         ("{", "not an index"),
         ('[{"name": "a.jpg"}]', "not an index"),
         ('[{"name": "a.jpg", "offset": 0, "size": 100000000}]', "lies outside"),
@@ -147,7 +147,7 @@ def test_folders_that_hold_nothing(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         open_source(tmp_path / "none")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         open_source(tmp_path)
     with pytest.raises(DataError, match=r"neither a folder .* nor a \.tar"):
         open_source(tmp_path / "notes.txt")
@@ -220,9 +220,9 @@ def test_shards_are_one_source(shards, picture_files, spec, indexed):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("train-{000..003}.tar", r"train-003.tar: no such file, of 4"),
+        ("train-{000..003}.tar", r"train-003.tar: no such file. .* names 4 shards"),
         ("train-{5..2}.tar", "no range"),
-        ("other-*.tar", "no file of that pattern"),
+        ("other-*.tar", "no file matches this pattern"),
         ("train-{0..99999999999}.tar", "no range"),
     ],
 )
@@ -267,7 +267,7 @@ def test_hugging_face_dataset(saved, picture_files):
 
 
 def test_hugging_face_datasets_that_do_not_work(saved, tmp_path):
-    with pytest.raises(DataError, match="no split 'test'; it has train"):
+    with pytest.raises(DataError, match=r"no split 'test'\. It has train"):
         open_source(f"hf:{saved}:test")
     with pytest.raises(DataError, match="cannot be loaded"):
         open_source(f"hf:{tmp_path}")
@@ -306,7 +306,7 @@ def test_training_reads_what_people_have(tmp_path, picture_files):
     source = open_source(tmp_path)
     views = ImageDataset(source, 16, draft=True)
     for i in range(len(source)):
-        image, bad = views.readable(i, 0)
+        image, bad = views.load(i, 0)
         assert not bad, bad
         assert image.shape == (3, 16, 16)
         assert image.mean() > -0.95

@@ -155,10 +155,10 @@ def test_a_source_that_hangs_is_named(folder):
     source = FolderSource(folder)
     source.files[0].unlink()
     os.mkfifo(source.files[0])
-    image, bad = ImageDataset(source, 32, timeout=0.3).readable(0, seed=0)
+    image, bad = ImageDataset(source, 32, timeout=0.3).load(0, seed=0)
     assert image.shape == (3, 32, 32)
     assert list(bad) == [str(source.files[0])]
-    assert "still being read after 0.3 s (data.read_timeout)" in bad[str(source.files[0])]
+    assert "not read within 0.3 s (data.read_timeout)" in bad[str(source.files[0])]
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
@@ -168,8 +168,8 @@ def test_a_source_that_is_slow_for_ever_ends_in_one_line(folder):
             time.sleep(100)
 
     views = ImageDataset(Slow(folder), 32, timeout=0.05)
-    stream = batches(views, 2, seed=0, place=0, workers=0)
-    with pytest.raises(DataError, match=r"8 pictures in a row cannot be read, the first: .*still being read"):
+    stream = batches(views, 2, seed=0, start=0, workers=0)
+    with pytest.raises(DataError, match=r"8 images in a row cannot be read. The first: .*not read within"):
         next(stream)
 
 
@@ -181,14 +181,14 @@ from flowmo.train.failures import in_one_line
 class Items:
     def __len__(self):
         return 4
-    def readable(self, index, seed):
+    def load(self, index, seed):
         if index == 2:  # takes its reader with it
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.zeros(1), {}
 
 try:
     with in_one_line():
-        for _ in batches(Items(), 1, seed=0, place=0, workers=1):
+        for _ in batches(Items(), 1, seed=0, start=0, workers=1):
             pass
 except DataError as error:
     os.write(1, str(error).encode())
@@ -199,8 +199,8 @@ except DataError as error:
 def test_a_worker_killed_alone_ends_the_run_in_one_line():
     done = subprocess.run([sys.executable, "-c", FATAL], capture_output=True, text=True, timeout=120)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
-    assert done.stdout.startswith("reading pictures failed: ")
-    assert done.stdout.endswith("the same command goes on from the last checkpoint")
+    assert done.stdout.startswith("Data loading failed: ")
+    assert done.stdout.endswith("Run the same command again to resume from the last checkpoint.")
 
 
 def test_other_errors_stay_what_they_are():

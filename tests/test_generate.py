@@ -138,7 +138,7 @@ def test_unreadable_pictures_are_passed_over(tokenizer, class_folder, tmp_path):
     (class_folder / CLASSES[0] / "000.jpg").write_bytes(b"no picture")
     tokenize(tokenizer, open_source(class_folder), tmp_path / "out")
     tokens = Tokens(tmp_path / "out")
-    assert (tokens.facts.count, len(tokens)) == (7, 6)
+    assert (tokens.metadata.count, len(tokens)) == (7, 6)
     assert [tokens.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
 
 
@@ -167,11 +167,11 @@ def test_damaged_tokens_are_refused(tokenizer, class_folder, tmp_path, damage):
         (out / "keep").rename(shard)
     message = {
         "byte": "checksum",
-        "truncated": r"has .* bytes where .* belong",
+        "truncated": r"has .* bytes instead of",
         "missing": "missing",
-        "other tokenizer": "each tokenizer needs tokens",
-        "manifest": "not what `flowmo tokenize` wrote",
-        "another folder's": "of another tokenizer or another folder",
+        "other tokenizer": "Each tokenizer needs its own tokens",
+        "manifest": "not written by `flowmo tokenize`",
+        "another folder's": "belongs to another tokenizer or folder",
     }[damage]
     with pytest.raises(DataError, match=message) as error:
         Tokens(out, wanted)
@@ -185,7 +185,7 @@ def test_a_folder_of_other_tokens_is_refused(tokenizer, class_folder, tmp_path):
         tokenize(tokenizer, source, tmp_path / "out", crops=2)
     with pytest.raises(DataError, match="holds something else"):
         tokenize(tokenizer, source, class_folder)
-    with pytest.raises(DataError, match=r"holds no tokens\.json"):
+    with pytest.raises(DataError, match=r"contains no tokens\.json"):
         Tokens(class_folder)
 
 
@@ -609,7 +609,7 @@ def test_the_loss_is_that_of_the_hidden_ids(config):
 
 def test_a_step_asks_the_host_for_nothing(config, tmp_path, monkeypatch):
     run = Trainer(config, tmp_path / "run", report=quiet)
-    batch = torch.stack([run.task.source.readable(index, 0)[0] for index in range(run.plan.total)])
+    batch = torch.stack([run.task.source.load(index, 0)[0] for index in range(run.plan.total)])
     draws = Hidden.of(config, VOCABULARY.ids, range(len(batch)), batch.device)
     monkeypatch.setattr(Hidden, "of", lambda *_: draws)
     run._step(batch, run.module)
@@ -710,7 +710,7 @@ def test_a_run_refuses_other_tokens(config, class_folder, tiny_config, tmp_path)
     tokenize(other, open_source(class_folder), tmp_path / "others")
     with pytest.raises(TrainingError, match="has learnt ids of tokenizer"):
         Trainer(config.override(f"data.train={tmp_path / 'others'}"), tmp_path / "run", report=quiet)
-    with pytest.raises(DataError, match="each tokenizer needs tokens"):
+    with pytest.raises(DataError, match="Each tokenizer needs its own tokens"):
         Trainer(config.override(f"data.val={tmp_path / 'others'}"), tmp_path / "another", report=quiet)
     save(other, tmp_path / "other.safetensors")
     with pytest.raises(TrainingError, match=r"generator\.tokenizer"):

@@ -16,7 +16,7 @@ from torch import nn
 
 from flowmo import Config, FlowMo
 from flowmo.checkpoint.pth import PthError
-from flowmo.data.loader import EndlessOrder
+from flowmo.data.loader import ResumableSampler
 from flowmo.data.tokens import Vocabulary, read_metadata
 from flowmo.evaluate.codecs import QUALITIES, CodecReconstructor
 from flowmo.evaluate.generation import look, precision_and_recall
@@ -633,7 +633,7 @@ def test_the_learning_rate_depends_neither_on_ranks_nor_on_where_a_run_resumes(r
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_see_every_image_once_an_epoch_with_seeds_of_its_own(ranks):
     per_rank, count = 2, ranks * 2 * 5
-    streams = [EndlessOrder(count, 0, rank * per_rank, per_rank, ranks * per_rank) for rank in range(ranks)]
+    streams = [ResumableSampler(count, 0, rank * per_rank, per_rank, ranks * per_rank) for rank in range(ranks)]
     drawn = [list(itertools.islice(stream, 2 * count // ranks)) for stream in streams]
     first = [item for rank in drawn for item in rank[: count // ranks]]
     second = [item for rank in drawn for item in rank[count // ranks :]]

@@ -268,8 +268,8 @@ def test_samples_and_labels_as_webdataset_groups_them(tmp_path):
             message = str(error)
         if message:
             refused += 1
-            assert "holds no pictures" in message or "first dot" in message
-            assert "holds no pictures" in message or max(images.values()) > 1, (members.keys(), message)
+            assert "contains no images" in message or "first dot" in message
+            assert "contains no images" in message or max(images.values()) > 1, (members.keys(), message)
             continue
         expected = {}
         for sample in theirs:
@@ -338,7 +338,7 @@ def test_hidden_shards_are_left_out(tmp_path):
 
 def test_a_folder_of_shards_and_of_class_folders_is_refused(tmp_path):
     write_tar(write_folder(tmp_path, "cat/1.png") / "a.tar", {"0.png": None})
-    with pytest.raises(DataError, match="holds shards and folders of images"):
+    with pytest.raises(DataError, match="contains shards and folders of images"):
         open_source(tmp_path)
 
 

@@ -468,17 +468,17 @@ def test_every_picture_once_an_epoch():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_continues_anywhere(folder, workers):
     source = ImageDataset(open_source(folder), 32, random_crop=True, random_flip=True)
-    whole = batches(source, 2, seed=0, place=0, workers=workers)
+    whole = batches(source, 2, seed=0, start=0, workers=workers)
     first = [next(whole) for _ in range(5)]
-    later = batches(source, 2, seed=0, place=6, workers=0)
+    later = batches(source, 2, seed=0, start=6, workers=0)
     assert torch.equal(next(later), first[3])
     assert torch.equal(next(later), first[4])
 
 
 def test_processes_share_each_batch_without_overlap(folder):
     source = ImageDataset(open_source(folder), 32, random_crop=True)
-    whole = batches(source, 6, seed=0, place=0, workers=0)
-    parts = [batches(source, 2, seed=0, place=2 * rank, workers=0, stride=6) for rank in range(3)]
+    whole = batches(source, 6, seed=0, start=0, workers=0)
+    parts = [batches(source, 2, seed=0, start=2 * rank, workers=0, global_batch=6) for rank in range(3)]
     for _ in range(3):
         assert torch.equal(next(whole), torch.cat([next(part) for part in parts]))
 

@@ -78,14 +78,14 @@ def tokenize(arguments: argparse.Namespace) -> None:
             tell(
                 arguments,
                 f"{arguments.out}: {facts.count} samples{missing}, {len(facts.classes)} classes, {facts.ids} ids of "
-                f"{facts.id_bits} bits: {facts.count * facts.record / 1e6:.2f} MB of ids in {facts.shards} shards",
+                f"{facts.id_bits} bits: {facts.count * facts.item_bytes / 1e6:.2f} MB of ids in {facts.shards} shards",
                 folder=str(arguments.out),
                 samples=facts.count,
                 readable=readable,
                 classes=len(facts.classes),
                 ids=facts.ids,
                 id_bits=facts.id_bits,
-                bytes=facts.count * facts.record,
+                bytes=facts.count * facts.item_bytes,
                 shards=facts.shards,
                 tokenizer=facts.tokenizer,
             )

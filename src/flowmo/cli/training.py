@@ -17,7 +17,7 @@ from flowmo.checkpoint.run_folder import CHECKPOINTS, listing
 from flowmo.cli.shared import UsageError, command, with_device, with_json
 from flowmo.config import GENERATOR_PRESETS, PRESETS, Config
 from flowmo.data import default_index, open_source
-from flowmo.data.sources.tar import look_through
+from flowmo.data.sources.tar import scan_tar
 from flowmo.train.memory import keep_freed_memory
 
 SHOWN = 20
@@ -31,7 +31,7 @@ def index(arguments: argparse.Namespace) -> None:
     done = []
     for tar in arguments.tars:
         output = arguments.output or default_index(tar)
-        entries, left_out = look_through(tar)
+        entries, left_out = scan_tar(tar)
         checkpoint.write_content(output, json.dumps(entries))
         others = [{"name": name, "reason": reason} for name, reason in left_out.items()]
         done.append({"tar": str(tar), "index": str(output), "pictures": len(entries), "left_out": others})

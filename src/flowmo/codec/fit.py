@@ -38,7 +38,7 @@ def frequencies(tokens: Tokens) -> ContextModel:
     }
     bias = np.rint(scale * np.log(p / (1 - p)))
     arrays = {name: array.astype(np.int64) for name, array in {"bias": bias, **nothing}.items()}
-    return ContextModel(tokens.facts.tokenizer, (), **arrays)
+    return ContextModel(tokens.metadata.tokenizer, (), **arrays)
 
 
 def fit(
@@ -70,17 +70,17 @@ def fit(
         optimizer.step()
         if progress:
             progress(step + 1, steps)
-    return ContextModel(tokens.facts.tokenizer, neighbours, **net.rounded())
+    return ContextModel(tokens.metadata.tokenizer, neighbours, **net.rounded())
 
 
 def image_bits(tokens: Tokens, indices: Sequence[int]) -> Bits:
     """The bits of some samples."""
-    return token_bits(np.stack([tokens.ids(index).numpy() for index in indices]), tokens.facts.id_bits)
+    return token_bits(np.stack([tokens.ids(index).numpy() for index in indices]), tokens.metadata.id_bits)
 
 
 def tokens_shape(tokens: Tokens) -> tuple[int, int]:
     """Tokens of a picture and bits of a token."""
-    return tokens.facts.tokens, tokens.facts.sub_tokens * tokens.facts.id_bits
+    return tokens.metadata.tokens, tokens.metadata.sub_tokens * tokens.metadata.id_bits
 
 
 class Network(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Training pictures: where they come from, how they are cropped, and in which order they are seen."""
+"""Training images: where they come from, how they are cropped, and in which order they are seen."""
 
 from flowmo.data.loader import batches, epoch_order
 from flowmo.data.sources import open_source

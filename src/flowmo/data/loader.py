@@ -1,4 +1,4 @@
-"""Batches in an order that is a function of the seed and the position alone, so that a run resumes where it stopped."""
+"""Batches in an order that depends only on the seed and the position, so that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -17,121 +17,127 @@ from flowmo.data.sources.base import DataError
 from flowmo.data.transforms import ATTEMPTS
 from flowmo.streams import Stream, stream, stream_seed
 
-GO_ON = "the same command goes on from the last checkpoint"
-SIGNAL_ARRIVES = 0.1
-"""Seconds after a reader's last word within which the signal of its end has come."""
+RESUME_ADVICE = "Run the same command again to resume from the last checkpoint."
+SIGNAL_DELAY = 0.1
+"""Seconds within which the signal of a dead worker arrives."""
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of ``count`` pictures: every picture once an epoch, in another order each time."""
-    return torch.randperm(count, generator=stream(seed, Stream.ORDER, epoch)).tolist()
-
-
-class Items(Protocol):
-    """What a run learns from: items in a fixed order, the same in every process."""
+class IndexedDataset(Protocol):
+    """A dataset with a fixed order, identical in every process."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call item ``index``."""
+        """Human-readable name of item ``index``, for messages."""
 
-    def readable(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
-        """Item ``index``, what is random in it decided by ``seed``, or another where it cannot be read; and the error
-        message of each that could not, by its name. Raises ``DataError`` where too many cannot."""
+    def load(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
+        """Load item ``index`` with augmentation seed ``seed``. If it cannot be read, load a substitute.
+
+        Returns the item and a dict of {name: error} for every item that failed. Raises ``DataError`` if too many fail.
+        """
 
 
-class EndlessOrder(Sampler):
-    """(index, seed) of the pictures of one process, whose places are counted since the run's start.
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """Return the permutation of ``count`` images that one epoch follows."""
+    return torch.randperm(count, generator=stream(seed, Stream.ORDER, epoch)).tolist()
 
-    From ``place`` on it takes the first ``take`` of every ``stride``: with one process all, with several each its own
-    slice of every batch.
+
+class ResumableSampler(Sampler):
+    """Yields (dataset index, item seed) for one rank, starting at global sample ``start``.
+
+    Each global batch is split evenly: this rank takes ``per_rank`` consecutive samples of every ``global_batch``.
     """
 
-    def __init__(self, count: int, seed: int, place: int, take: int, stride: int):
-        self.count, self.seed, self.place, self.take, self.stride = count, seed, place, take, stride
+    def __init__(self, dataset_size: int, seed: int, start: int, per_rank: int, global_batch: int):
+        self.dataset_size, self.seed, self.start = dataset_size, seed, start
+        self.per_rank, self.global_batch = per_rank, global_batch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, order = -1, []
-        for start in itertools.count(self.place, self.stride):
-            for place in range(start, start + self.take):
-                if place // self.count != epoch:
-                    epoch = place // self.count
-                    order = epoch_order(self.count, self.seed, epoch)
-                yield order[place % self.count], stream_seed(self.seed, Stream.ITEM, place)
+        for start in itertools.count(self.start, self.global_batch):
+            for position in range(start, start + self.per_rank):
+                if position // self.dataset_size != epoch:
+                    epoch = position // self.dataset_size
+                    order = epoch_order(self.dataset_size, self.seed, epoch)
+                yield order[position % self.dataset_size], stream_seed(self.seed, Stream.ITEM, position)
 
 
-def _leave_signals_to_the_run(_: int) -> None:
-    """A scheduler signals a whole process group; a worker that ended first would break the run's last step."""
+def _ignore_signals(_: int) -> None:
+    """Workers ignore SIGINT and SIGTERM.
+
+    The scheduler signals the whole process group, and the main process still needs its workers for the last step.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Readable(Dataset):
-    """Items whose errors come back as values: an exception would leave a worker wrapped in its traceback."""
+class _ErrorsAsValues(Dataset):
+    """Return errors instead of raising them, because a DataLoader worker would wrap an exception in its traceback."""
 
-    def __init__(self, items: Items):
-        self.items = items
+    def __init__(self, dataset: IndexedDataset):
+        self.dataset = dataset
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, dict[str, str], str]:
         try:
-            return *self.items.readable(*item), ""
+            return *self.dataset.load(*item), ""
         except DataError as error:
             return None, {}, str(error)
 
 
 def _collate(items: list[tuple[Tensor | None, dict[str, str], str]]) -> tuple[Tensor | None, dict[str, str], str]:
     failure = next((failure for *_, failure in items if failure), "")
-    bad = {name: message for _, some, _ in items for name, message in some.items()}
-    return None if failure else torch.stack([item for item, *_ in items]), bad, failure
+    unreadable = {name: error for _, errors, _ in items for name, error in errors.items()}
+    return None if failure else torch.stack([item for item, *_ in items]), unreadable, failure
 
 
 def batches(
-    source: Items,
+    dataset: IndexedDataset,
     batch_size: int,
     seed: int,
-    place: int,
+    start: int,
     workers: int,
-    on_bad: Callable[[dict[str, str]], None] = lambda bad: None,
+    on_unreadable: Callable[[dict[str, str]], None] = lambda errors: None,
     *,
-    stride: int | None = None,
+    global_batch: int | None = None,
     pin_memory: bool = False,
     timeout: float = 0,
 ) -> Generator[Tensor]:
-    """Endless batches of stacked items, pictures b × 3 × side × side, starting with the item at ``place`` of the run.
+    """Yield stacked items without end, starting at global sample ``start``. Images are b × 3 × side × side.
 
     Args:
-        stride: places from one batch to the next; more than ``batch_size`` where other processes take the rest.
-        on_bad: called with the pictures of a batch that could not be read and were replaced, name to message.
-        timeout: seconds that an item may take before its source is taken to hang; workers that hang where no signal
-            reaches them are given up when a whole batch could have taken so long. 0 waits for ever.
+        batch_size: items per batch on this rank.
+        on_unreadable: callback with {name: error} for the unreadable images of a batch. They were replaced.
+        global_batch: items per batch over all ranks; ``batch_size`` by default.
+        timeout: seconds per item before the data source counts as hung; 0 disables. The DataLoader itself gives up
+            after ``timeout`` × (batch size + retries).
 
     Raises:
-        DataError: a picture cannot be read, nor can those drawn in its place.
+        DataError: too many images in a row cannot be read, or a worker died.
     """
     loader = DataLoader(
-        _Readable(source),
+        _ErrorsAsValues(dataset),
         batch_size=batch_size,
-        sampler=EndlessOrder(len(source), seed, place, batch_size, stride or batch_size),
+        sampler=ResumableSampler(len(dataset), seed, start, batch_size, global_batch or batch_size),
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=_ignore_signals,
         pin_memory=pin_memory,
         timeout=timeout * (batch_size + ATTEMPTS) if workers else 0,
     )
-    stream = iter(loader)
+    iterator = iter(loader)
     try:
         while True:
             try:
-                images, bad, failure = next(stream)
-            except (OSError, EOFError) as error:  # a worker that is killed while it hands over what it read
-                with suppress(RuntimeError):  # torch's, when the signal of that end arrives, wherever we are by then
-                    time.sleep(SIGNAL_ARRIVES)
+                images, unreadable, failure = next(iterator)
+            except (OSError, EOFError) as error:  # worker killed mid-transfer
+                with suppress(RuntimeError):  # torch raises this when the worker's signal arrives
+                    time.sleep(SIGNAL_DELAY)
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise DataError(f"reading pictures failed: {reason}; {GO_ON}") from None
+                raise DataError(f"Data loading failed: {reason}. {RESUME_ADVICE}") from None
             if failure:
                 raise DataError(failure)
-            if bad:
-                on_bad(bad)
+            if unreadable:
+                on_unreadable(unreadable)
             yield images
     finally:
-        stream = None  # its workers end with it, and must, even where an error's traceback keeps this frame
+        iterator = None  # drop the iterator so that its workers exit, even if a traceback holds this frame

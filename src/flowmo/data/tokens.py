@@ -1,16 +1,16 @@
-"""Ids of many pictures, bit-packed in shards: what stage 2 trains on.
+"""Ids of many images, bit-packed in shards. Stage 2 trains on them.
 
-A folder holds ``tokens.json``, which says whose ids they are, and ``tokens-00000.bin`` and so on. A shard, integers
+A folder holds the metadata in ``tokens.json`` and the shards ``tokens-00000.bin`` and so on. Integers of a shard are
 little-endian:
 
     4 bytes   magic "FLMT"
     1         version, 1
     8         identity of the tokenizer
-    1         bits of an id
-    4 + 4     tokens a picture, ids a token
-    8 + 4     number of its first picture, count of its pictures
-    …         the ids of each picture, lowest bit first, each picture filled up to whole bytes
-    …         the label of each picture, 4 bytes, −1 without a class and −2 where it could not be read
+    1         bits per id
+    4 + 4     tokens per image, ids per token
+    8 + 4     index of the first image, number of images
+    …         the ids of each image, lowest bit first, each image padded to whole bytes
+    …         the label of each image, 4 bytes; −1 is no class, −2 an unreadable image
     4         CRC-32 of everything before it
 """
 
@@ -40,24 +40,23 @@ HEADER = struct.Struct("<4sB8sBIIQI")
 CRC = struct.Struct("<I")
 IDENTITY_BYTES = 8
 MAX_SHARD_BYTES = 1 << 30
-"""A shard of the usual 4096 pictures has about a megabyte."""
 MAX_CLASSES = 1_000_000
 NO_CLASS, UNREADABLE = -1, -2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Whose ids they are and what they look like; a generator knows one, and no other.
+    """The ids of one tokenizer. A generator is trained for exactly one vocabulary.
 
     Attributes:
-        tokenizer: identity of the tokenizer, 16 hex digits; ids are noise to any other.
-        model: what it was called when it was loaded.
-        image_size: side of its pictures.
+        tokenizer: identity of the tokenizer, 16 hex digits.
+        model: name under which the tokenizer was loaded.
+        image_size: side of its images, in pixels.
         classes: names by label.
-        id_count: ids run from 0 to ``id_count`` − 1; ``None`` where these are all of ``id_bits`` bits.
+        id_count: ids run from 0 to ``id_count`` − 1; ``None`` means all values of ``id_bits`` bits.
 
     Raises:
-        TypeError: ``id_count`` does not take ``id_bits`` bits.
+        TypeError: ``id_count`` ids do not take ``id_bits`` bits.
     """
 
     tokenizer: str
@@ -76,21 +75,20 @@ class Vocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """Ids run from 0 to ``vocab_size`` − 1."""
         return self.id_count or 1 << self.id_bits
 
     @property
     def ids(self) -> int:
-        """Ids a picture."""
+        """Ids per image."""
         return self.tokens * self.sub_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMetadata(Vocabulary):
-    """What a folder of tokens says of itself, and what must be equal to go on with it.
+    """Content of ``tokens.json``. Tokenization resumes only if all of it is equal.
 
     Attributes:
-        count: samples: pictures × crops × 2 with mirrored ones.
+        count: samples: images × crops, × 2 with ``flip``.
     """
 
     source: str
@@ -105,8 +103,8 @@ class TokenMetadata(Vocabulary):
         return Vocabulary(**{f.name: getattr(self, f.name) for f in fields(Vocabulary)})
 
     @property
-    def record(self) -> int:
-        """Bytes a picture, without its label."""
+    def item_bytes(self) -> int:
+        """Bytes of one image's ids."""
         return packed_size(self.ids, self.id_bits)
 
     @property
@@ -114,7 +112,7 @@ class TokenMetadata(Vocabulary):
         return -(-self.count // self.shard_size)
 
     def shard(self, number: int) -> tuple[str, range]:
-        """A shard's file name, and the samples that it holds."""
+        """File name and samples of a shard."""
         first = number * self.shard_size
         return f"tokens-{number:05d}.bin", range(first, min(first + self.shard_size, self.count))
 
@@ -124,119 +122,127 @@ class TokenMetadata(Vocabulary):
         shape = (self.id_bits, self.tokens, self.sub_tokens)
         return HEADER.pack(MAGIC, FORMAT, identity, *shape, samples.start, len(samples))
 
+    def labels_offset(self, number: int) -> int:
+        return HEADER.size + len(self.shard(number)[1]) * self.item_bytes
+
     def shard_bytes(self, number: int) -> int:
-        return HEADER.size + len(self.shard(number)[1]) * (self.record + 4) + CRC.size
+        return self.labels_offset(number) + 4 * len(self.shard(number)[1]) + CRC.size
+
+    def check(self) -> None:
+        """Raise ``ValueError`` or ``TypeError`` if values read from a file are out of range."""
+        sizes = (self.image_size, self.tokens, self.sub_tokens, self.count, self.shard_size, self.id_bits)
+        if not all(isinstance(n, int) and 0 < n < 1 << 32 for n in sizes) or self.id_bits > 32:
+            raise ValueError("a size is out of range")
+        if self.shard_bytes(0) > MAX_SHARD_BYTES:
+            raise ValueError(f"shards of more than {MAX_SHARD_BYTES} bytes")
+        if len(bytes.fromhex(self.tokenizer)) != IDENTITY_BYTES:
+            raise ValueError("tokenizer is not an identity")
+        if not all(isinstance(name, str) for name in self.classes) or len(self.classes) > MAX_CLASSES:
+            raise ValueError(f"classes is not a list of at most {MAX_CLASSES} names")
 
 
-def pack_shard(facts: TokenMetadata, number: int, ids: np.ndarray, labels: Sequence[int]) -> bytes:
-    """The content of a shard: ids int64 samples × tokens × sub-tokens."""
-    body = b"".join(pack_ids(row, facts.id_bits) for row in ids)
-    content = facts.header(number) + body + np.asarray(labels, "<i4").tobytes()
+def pack_shard(metadata: TokenMetadata, number: int, ids: np.ndarray, labels: Sequence[int]) -> bytes:
+    """Content of a shard. ids: int64 samples × tokens × sub-tokens."""
+    body = b"".join(pack_ids(row, metadata.id_bits) for row in ids)
+    content = metadata.header(number) + body + np.asarray(labels, "<i4").tobytes()
     return content + CRC.pack(zlib.crc32(content))
 
 
-def read_shard(path: Path, facts: TokenMetadata, number: int) -> bytes:
-    """The content of a sound shard.
+def read_shard(path: Path, metadata: TokenMetadata, number: int) -> bytes:
+    """Read and verify a shard.
 
     Raises:
-        DataError: missing, truncated, damaged, or of other tokens.
+        DataError: the shard is missing, truncated, damaged, or belongs to other tokens.
     """
-    expected = facts.shard_bytes(number)
+    expected = metadata.shard_bytes(number)
     if not path.is_file():
-        raise DataError(f"{path}: missing")
+        raise DataError(f"{path}: missing. Tokenize again to write it.")
     if path.stat().st_size != expected:
-        raise DataError(f"{path}: has {path.stat().st_size} bytes where {expected} belong; tokenize again to mend it")
+        raise DataError(f"{path}: has {path.stat().st_size} bytes instead of {expected}. Tokenize again to replace it.")
     content = path.read_bytes()
     if zlib.crc32(content[: -CRC.size]) != CRC.unpack(content[-CRC.size :])[0]:
-        raise DataError(f"{path}: damaged, its checksum does not fit; remove it and tokenize again")
-    if content[: HEADER.size] != facts.header(number):
-        raise DataError(f"{path}: of another tokenizer or another folder than its {MANIFEST} says")
+        raise DataError(f"{path}: damaged, the checksum differs. Remove the file and tokenize again.")
+    if content[: HEADER.size] != metadata.header(number):
+        raise DataError(f"{path}: belongs to another tokenizer or folder than {MANIFEST} names.")
     return content
 
 
-def describe(facts: TokenMetadata, **more: Any) -> str:
-    """The content of ``tokens.json``."""
-    return json.dumps({"flowmo_tokens": FORMAT, **asdict(facts), **more}, indent=1)
+def manifest(metadata: TokenMetadata, complete: bool) -> str:
+    """Content of ``tokens.json``."""
+    return json.dumps({"flowmo_tokens": FORMAT, **asdict(metadata), "complete": complete}, indent=1)
 
 
-def read_metadata(folder: str | Path) -> tuple[TokenMetadata, dict[str, Any]]:
-    """What ``tokens.json`` says: the facts, and the rest.
+def read_metadata(folder: str | Path) -> tuple[TokenMetadata, bool]:
+    """Read ``tokens.json``. Returns the metadata, and True if all shards were written.
 
     Raises:
-        DataError: there is none, or it is no such file.
+        DataError: there is no such file, or it is damaged.
     """
     path = Path(folder) / MANIFEST
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.pop("flowmo_tokens") != FORMAT:
-            raise DataError(f"{path}: of another version of the format; this flowmo reads version {FORMAT}")
-        names = {name for name in TokenMetadata.__dataclass_fields__ if name in tree}
-        facts = TokenMetadata(**{name: tree.pop(name) for name in names})
-        numbers = (facts.image_size, facts.tokens, facts.sub_tokens, facts.count, facts.shard_size)
-        if not all(isinstance(n, int) and 0 < n < 1 << 32 for n in (*numbers, facts.id_bits)) or facts.id_bits > 32:
-            raise ValueError("a size that is none")
-        if facts.shard_bytes(0) > MAX_SHARD_BYTES:
-            raise ValueError(f"shards of more than {MAX_SHARD_BYTES} bytes")
-        if len(bytes.fromhex(facts.tokenizer)) != IDENTITY_BYTES:
-            raise ValueError("no identity of a tokenizer")
-        if not isinstance(facts.classes, list) or not all(isinstance(name, str) for name in facts.classes):
-            raise ValueError("no list of classes")
-        if len(facts.classes) > MAX_CLASSES:
-            raise ValueError(f"more than {MAX_CLASSES} classes")
+        if tree["flowmo_tokens"] != FORMAT:
+            raise DataError(f"{path}: written in another version of the format. This flowmo reads version {FORMAT}.")
+        if not isinstance(tree["classes"], list):
+            raise ValueError("classes is not a list")
+        known = {name: tree[name] for name in TokenMetadata.__dataclass_fields__ if name in tree}
+        metadata = TokenMetadata(**{**known, "classes": tuple(tree["classes"])})
+        metadata.check()
     except FileNotFoundError:
         raise DataError(
-            f"{folder}: holds no {MANIFEST}; make tokens with `flowmo tokenize DATA --out {folder}`"
+            f"{folder}: contains no {MANIFEST}. Make tokens with `flowmo tokenize DATA --out {folder}`."
         ) from None
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path}: not what `flowmo tokenize` wrote ({' '.join(str(error).split())[:100]})") from None
-    return TokenMetadata(**{**asdict(facts), "classes": tuple(facts.classes)}), tree
+        reason = " ".join(str(error).split())[:100]
+        raise DataError(f"{path}: not written by `flowmo tokenize`, or damaged ({reason}).") from None
+    return metadata, bool(tree.get("complete"))
 
 
 class Tokens(Dataset):
-    """The readable samples of a folder of tokens, in order; shards are mapped, not loaded.
+    """The readable samples of a folder of tokens, in order; a ``flowmo.data.loader.IndexedDataset``.
+
+    Shards are memory-mapped.
 
     Args:
-        path: the folder.
         tokenizer: identity that the ids must have, if given.
 
     Raises:
-        DataError: no such folder, not finished, of another tokenizer, or a shard is missing, truncated or damaged.
+        DataError: the folder is missing, incomplete or of another tokenizer, or a shard is missing or damaged.
     """
 
     def __init__(self, path: str | Path, tokenizer: str | None = None):
         self.path = Path(path)
-        self.facts, rest = read_metadata(self.path)
-        self.classes = self.facts.classes
-        if not rest.get("complete"):
-            raise DataError(f"{path}: not finished; run the same `flowmo tokenize` again to go on")
-        if tokenizer is not None and tokenizer != self.facts.tokenizer:
+        self.metadata, complete = read_metadata(self.path)
+        self.classes = self.metadata.classes
+        if not complete:
+            raise DataError(f"{path}: not finished. Run the same `flowmo tokenize` command again to complete it.")
+        if tokenizer is not None and tokenizer != self.metadata.tokenizer:
             raise DataError(
-                f"{path}: ids of tokenizer {self.facts.tokenizer} ({self.facts.model}), not of {tokenizer}; "
-                "each tokenizer needs tokens and a generator of its own"
+                f"{path}: made by tokenizer {self.metadata.tokenizer} ({self.metadata.model}), not by {tokenizer}. "
+                "Each tokenizer needs its own tokens and generator."
             )
         labels = []
-        for number in range(self.facts.shards):
-            content = read_shard(self._shard(number), self.facts, number)
-            labels.append(np.frombuffer(content[: -CRC.size], "<i4", offset=self._labels(number)))
+        for number in range(self.metadata.shards):
+            content = read_shard(self._shard_path(number), self.metadata, number)
+            labels.append(np.frombuffer(content[: -CRC.size], "<i4", offset=self.metadata.labels_offset(number)))
         self.labels = np.concatenate(labels)
         if self.labels.min() < UNREADABLE or self.labels.max() >= len(self.classes):
-            raise DataError(f"{path}: labels run from {self.labels.min()} to {self.labels.max()}, beyond its classes")
+            raise DataError(f"{path}: has labels from {self.labels.min()} to {self.labels.max()}, beyond its classes.")
         self.samples = np.flatnonzero(self.labels != UNREADABLE)
         if not len(self.samples):
-            raise DataError(f"{path}: none of its pictures could be read")
+            raise DataError(f"{path}: none of its images could be read.")
         self._maps: dict[int, mmap.mmap] = {}
 
-    def _shard(self, number: int) -> Path:
-        return self.path / self.facts.shard(number)[0]
-
-    def _labels(self, number: int) -> int:
-        return HEADER.size + len(self.facts.shard(number)[1]) * self.facts.record
+    def _shard_path(self, number: int) -> Path:
+        return self.path / self.metadata.shard(number)[0]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a data loader's worker opens its own
+        return {**self.__dict__, "_maps": {}}  # each DataLoader worker opens its own maps
 
     def name(self, index: int) -> str:
         return f"{self.path}, sample {self.samples[index]}"
@@ -247,18 +253,16 @@ class Tokens(Dataset):
 
     def ids(self, index: int) -> Tensor:
         """int64 tokens × sub-tokens."""
-        facts = self.facts
-        number, place = divmod(int(self.samples[index]), facts.shard_size)
+        metadata = self.metadata
+        number, position = divmod(int(self.samples[index]), metadata.shard_size)
         if number not in self._maps:
-            with self._shard(number).open("rb") as file:
+            with self._shard_path(number).open("rb") as file:
                 self._maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = HEADER.size + place * facts.record
-        content = self._maps[number][start : start + facts.record]
-        return torch.from_numpy(unpack_ids(content, facts.ids, facts.id_bits).reshape(facts.tokens, facts.sub_tokens))
+        start = HEADER.size + position * metadata.item_bytes
+        ids = unpack_ids(self._maps[number][start : start + metadata.item_bytes], metadata.ids, metadata.id_bits)
+        return torch.from_numpy(ids.reshape(metadata.tokens, metadata.sub_tokens))
 
-    # As training items
-
-    def readable(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
-        """Label, −1 without one, and ids of a sample as one row: int64 1 + ids. Nothing in it is random."""
+    def load(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
+        """Label (−1 without a class) and ids of a sample in one row: int64 1 + ids. Nothing in it is random."""
         label = torch.tensor([self.labels[self.samples[index]]], dtype=torch.int64)
         return torch.cat((label, self.ids(index).flatten())), {}

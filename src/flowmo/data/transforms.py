@@ -1,4 +1,4 @@
-"""A source's pictures as the networks see them: cropped to the training size, in [−1, 1]."""
+"""Images of a source as the networks see them: cropped to the training size, in [−1, 1]."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,84 +21,76 @@ ATTEMPTS = 8
 
 @contextmanager
 def time_limit(seconds: float, name: str) -> Iterator[None]:
-    """Raise ``ImageError`` within the context when it takes longer, in a main thread of a system with timers."""
+    """Raise ``ImageError`` if the block takes longer. Works in the main thread on systems with timers; 0 disables."""
     if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
-    def give_up(number: int, frame: object) -> None:
-        raise ImageError(f"{name}: still being read after {seconds:g} s (data.read_timeout)")
+    def on_alarm(number: int, frame: object) -> None:
+        raise ImageError(f"{name}: not read within {seconds:g} s (data.read_timeout).")
 
-    before = signal.signal(signal.SIGALRM, give_up)
+    previous = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
+@dataclass(eq=False)
 class ImageDataset(Dataset):
-    """Pictures of a source as float32 3 × side × side in [−1, 1].
+    """Images of a source as float32 3 × side × side in [−1, 1]; a ``flowmo.data.loader.IndexedDataset``.
 
-    An item is asked for as (index, seed); the seed alone decides the crop and the flip, so that what a run sees does
-    not depend on its workers.
+    An item is requested as (index, seed). The seed alone decides its crop and flip, so workers do not change a run.
 
-    Args:
-        random_crop: crop at a random place along the longer side; otherwise at the centre.
-        random_flip: mirror half of the pictures.
+    Attributes:
+        random_crop: crop at a random position along the longer side, instead of the centre.
+        random_flip: mirror half of the images.
         draft: decode much larger JPEGs at a reduced size, see ``read_image``.
-        timeout: seconds after which a picture that is still being read counts as unreadable; 0 waits for ever.
+        timeout: seconds before an image counts as unreadable; 0 disables.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        side: int,
-        random_crop: bool = False,
-        random_flip: bool = False,
-        draft: bool = False,
-        timeout: float = 0,
-    ):
-        self.source = source
-        self.side = side
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-        self.draft = draft
-        self.timeout = timeout
+    source: Source
+    side: int
+    random_crop: bool = False
+    random_flip: bool = False
+    draft: bool = False
+    timeout: float = 0
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, item: tuple[int, int]) -> Tensor:
         index, seed = item
-        picture = self.source.read(index, self.side if self.draft else None)
-        place, flip = torch.rand(2, generator=stream(seed, Stream.CROP)).tolist()
-        if self.random_crop and picture.width != picture.height:
-            short = min(picture.size)
-            left, top = (int(place * (length - short + 1)) for length in picture.size)
-            picture = picture.crop((left, top, left + short, top + short))
-        image = to_tensor(resize_and_crop(picture, self.side))
-        return image.flip(-1) if self.random_flip and flip < 0.5 else image
+        image = self.source.read(index, self.side if self.draft else None)
+        offset, flip = torch.rand(2, generator=stream(seed, Stream.CROP)).tolist()
+        if self.random_crop and image.width != image.height:
+            short = min(image.size)
+            left, top = (int(offset * (length - short + 1)) for length in image.size)
+            image = image.crop((left, top, left + short, top + short))
+        tensor = to_tensor(resize_and_crop(image, self.side))
+        return tensor.flip(-1) if self.random_flip and flip < 0.5 else tensor
 
     def name(self, index: int) -> str:
         return self.source.name(index)
 
-    def readable(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
-        """Item (index, seed), or where that picture cannot be read, one that the seed alone chooses in its place.
+    def load(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
+        """Load item (index, seed). If its image cannot be read, load one that the seed alone chooses.
 
         Returns:
-            The image, and the error message of each picture that could not be read, by its name.
+            The image, and a dict of {name: error} for every image that failed.
 
         Raises:
-            DataError: nor could ``ATTEMPTS`` others.
+            DataError: ``ATTEMPTS`` images in a row failed.
         """
-        bad: dict[str, str] = {}
+        unreadable: dict[str, str] = {}
         for attempt in range(ATTEMPTS):
             try:
                 with time_limit(self.timeout, self.source.name(index)):
-                    return self[index, seed], bad
+                    return self[index, seed], unreadable
             except ImageError as error:
-                bad[self.source.name(index)] = str(error)
+                unreadable[self.source.name(index)] = str(error)
                 index = stream_seed(seed, Stream.SUBSTITUTE, attempt) % len(self)
-        raise DataError(f"{ATTEMPTS} pictures in a row cannot be read, the first: {next(iter(bad.values()))}")
+        first = next(iter(unreadable.values()))
+        raise DataError(f"{ATTEMPTS} images in a row cannot be read. The first: {first}")

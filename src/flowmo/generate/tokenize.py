@@ -24,7 +24,7 @@ from flowmo.data.tokens import (
     NO_CLASS,
     UNREADABLE,
     TokenMetadata,
-    describe,
+    manifest,
     pack_shard,
     read_metadata,
     read_shard,
@@ -180,4 +180,4 @@ def _is_sound(out: Path, facts: TokenMetadata, number: int) -> bool:
 
 
 def _write(out: Path, facts: TokenMetadata, complete: bool) -> None:
-    write_content(out / MANIFEST, describe(facts, complete=complete))
+    write_content(out / MANIFEST, manifest(facts, complete))

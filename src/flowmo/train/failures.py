@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from flowmo.data import DataError
-from flowmo.data.loader import GO_ON
+from flowmo.data.loader import RESUME_ADVICE
 from flowmo.distributed import PEER_LOST, DistributedError
 from flowmo.errors import FlowMoError
 from flowmo.train.schedule import BatchPlan
@@ -72,7 +72,7 @@ def in_one_line() -> Iterator[None]:
         if isinstance(error, FlowMoError):
             raise
         if any(mark in text for mark in LOADER):
-            raise DataError(f"reading pictures failed: {text[:200]}; {GO_ON}") from None
+            raise DataError(f"Data loading failed: {text[:200]}. {RESUME_ADVICE}") from None
         if any(mark in text for mark in PEER_LOST):
-            raise DistributedError(f"Another process of the run has ended: {text[:200]}; {GO_ON}") from None
+            raise DistributedError(f"Another process of the run has ended: {text[:200]}. {RESUME_ADVICE}") from None
         raise

@@ -112,7 +112,7 @@ class GeneratorTask:
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         self.config, self.world = config, world
         self.source = Tokens(config.data.train)
-        self.vocabulary = self.source.facts.vocabulary
+        self.vocabulary = self.source.metadata.vocabulary
         self.held_out = Tokens(config.data.val, self.vocabulary.tokenizer) if config.data.val else None
         if self.held_out is not None:
             difference = class_difference(self.held_out.classes, self.vocabulary.classes)
@@ -180,7 +180,7 @@ class GeneratorTask:
         total = count = 0.0
         for start in range(0, len(chosen), self.config.eval.batch_size):
             places = chosen[start : start + self.config.eval.batch_size]
-            rows = torch.stack([held_out.readable(index, 0)[0] for index in places]).to(self.world.device)
+            rows = torch.stack([held_out.load(index, 0)[0] for index in places]).to(self.world.device)
             draws = Hidden.of(self.config, self.vocabulary.ids, places, self.world.device, 0, Stream.HELD_OUT)
             labels = self._labels(rows[:, 0], torch.ones_like(draws.keep))
             with torch.no_grad(), autocast(self.config, self.world.device):

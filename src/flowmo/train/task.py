@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowmo.config import Config
-from flowmo.data.loader import Items
+from flowmo.data.loader import IndexedDataset
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.losses.stages import Loss
@@ -43,7 +43,7 @@ class Task(Protocol):
     def stage(self) -> str: ...
 
     @property
-    def source(self) -> Items: ...
+    def source(self) -> IndexedDataset: ...
 
     @property
     def model(self) -> nn.Module: ...

@@ -89,7 +89,7 @@ class TokenizerTask:
         source = ImageDataset(self.open_source("val") if data.val else pictures, data.image_size)
         images = []
         for index in evenly_spread(GRID_PICTURES, len(source)):
-            image, bad = source.readable(index, 0)
+            image, bad = source.load(index, 0)
             images.append(image)
             for message in bad.values() if data.val else ():  # the loop names training images
                 self._leave_out(message)

@@ -195,7 +195,7 @@ class Trainer:
             self.images + self.world.rank * plan.per_process,
             data.num_workers,
             self._on_bad,
-            stride=plan.total,
+            global_batch=plan.total,
             pin_memory=self.device.type == "cuda",
             timeout=data.read_timeout,
         )

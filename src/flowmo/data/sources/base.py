@@ -1,9 +1,10 @@
-"""The interface of an image source, and what all sources share: labels, hidden files, errors."""
+"""The interface of an image source, and helpers that all sources share."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 from PIL import Image
@@ -11,79 +12,79 @@ from PIL import Image
 from flowmo.errors import FlowMoError
 
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
-"""Folders of copies and thumbnails that macOS, Synology and Windows add to people's files."""
+"""Folders of copies and thumbnails that macOS, Synology and Windows add."""
 HIDDEN = "hidden"
 NO_IMAGE = "not an image by its name"
 
 
 class DataError(FlowMoError, ValueError):
-    """A source of pictures that is missing, empty or damaged."""
+    """A data source is missing, empty or damaged."""
 
 
 class Source(Protocol):
-    """Pictures in a fixed order, the same in every process; ``read`` may be called in any of them."""
+    """Images in a fixed order, identical in every process. ``read`` works in any of them."""
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes by label; empty where no image has a class."""
+        """Class names by label; empty if no image has a class."""
 
     @property
     def left_out(self) -> Mapping[str, str]:
-        """Files that are no items, with the reason of each."""
+        """{file: reason} for files that are not items."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call picture ``index``."""
+        """Human-readable name of image ``index``, for messages."""
 
     def label(self, index: int) -> int | None:
-        """Class of picture ``index``, ``None`` where it has none."""
+        """Class of image ``index``, ``None`` without one."""
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
-        """Picture ``index`` as RGB; with ``side``, see ``read_image``. Raises ``ImageError``."""
+        """Image ``index`` as RGB; for ``side`` see ``read_image``. Raises ``ImageError``."""
 
 
 def is_hidden(name: str) -> bool:
-    """True if a part of a path begins with a dot or is a folder that only an operating system looks into."""
-    parts = name.split("/")
-    return any(part in SYSTEM_FOLDERS or (part[:1] == "." and part not in (".", "..")) for part in parts)
+    """True if any part of the path begins with a dot or is a system folder."""
+    return any(part in SYSTEM_FOLDERS or (part[:1] == "." and part not in (".", "..")) for part in name.split("/"))
 
 
 def class_order(name: str) -> tuple[int, int, str, str]:
-    """Sort key of class names: numbers by their value, then all others as text."""
+    """Sort key for class names: numbers by value, then all others as text."""
     digits = name.lstrip("0")
     return (0, len(digits), digits, name) if re.fullmatch("[0-9]+", name) else (1, 0, name, name)
 
 
 def class_labels(names: Sequence[str | None]) -> tuple[tuple[str, ...], list[int | None]]:
-    """Class names in order, and the label of each image, from the class name of each image."""
+    """Turn the class name of each image into sorted class names and one label per image."""
     classes = tuple(sorted({name for name in names if name is not None}, key=class_order))
     label = {name: i for i, name in enumerate(classes)}
     return classes, [None if name is None else label[name] for name in names]
 
 
 def require_labels(source: Source) -> None:
-    """Raise ``DataError`` where some images have a class and others have none."""
-    if source.classes:
-        without = [index for index in range(len(source)) if source.label(index) is None]
-        if without:
-            raise DataError(
-                f"{source.name(without[0])} has no label, as {len(without)} of {len(source)} images; give each "
-                "image one, or tokenize without labels (--no-labels)"
-            )
+    """Raise ``DataError`` if some images have a class and others have none."""
+    without = [index for index in range(len(source)) if source.label(index) is None] if source.classes else []
+    if without:
+        raise DataError(
+            f"{source.name(without[0])} has no label; {len(without)} of {len(source)} images have none. "
+            "Label every image, or tokenize without labels (--no-labels)."
+        )
 
 
 def class_difference(classes: Sequence[str], expected: Sequence[str]) -> str:
-    """Name the first class that two lists disagree on; empty where they are equal."""
-    for index, (name, other) in enumerate(zip(classes, expected, strict=False)):
+    """Describe the first class that differs between two lists; empty if they are equal."""
+    for index, (name, other) in enumerate(zip_longest(classes, expected)):
+        if name is None:
+            return f"class {index}, {other!r}, is missing"
         if name != other:
-            return f"class {index} is {name!r}, not {other!r}"
-    if len(classes) < len(expected):
-        return f"class {len(classes)}, {expected[len(classes)]!r}, is missing"
-    return f"class {len(expected)}, {classes[len(expected)]!r}, is new" if len(classes) > len(expected) else ""
+            return (
+                f"class {index} is {name!r}, not {other!r}" if other is not None else f"class {index}, {name!r}, is new"
+            )
+    return ""
 
 
 def evenly_spread(count: int, total: int) -> list[int]:
-    """``count`` of the numbers 0 … ``total`` − 1, or all of them where there are no more."""
+    """``count`` indices spread evenly over 0 … ``total`` − 1, or all of them if there are fewer."""
     count = min(count, total)
     return [i * total // count for i in range(count)]

@@ -13,29 +13,23 @@ from flowmo.images import EXTENSIONS, read_image
 
 
 class FolderSource:
-    """Every image file below a folder, sorted by its path. Links to files and folders are followed.
+    """Every image file below a folder, sorted by path. Links are followed; hidden files and folders are left out.
 
-    An image's class is its first-level sub-folder; an image that lies in none has no class. Hidden files and folders
-    are left out.
+    The class of an image is its first-level sub-folder. Images directly in the root have no class.
 
     Raises:
-        DataError: no such folder, or no images in it.
+        DataError: the folder does not exist or contains no images.
     """
 
     def __init__(self, folder: str | Path):
         root = Path(folder)
         if not root.is_dir():
-            raise DataError(f"{folder}: no such folder of pictures")
-        self.files: list[Path] = []
-        self.left_out: dict[str, str] = {}
-        for path, reason in walk(root):
-            if reason:
-                self.left_out[str(path)] = reason
-            else:
-                self.files.append(path)
+            raise DataError(f"{folder}: no such folder of images.")
+        found = dict(walk(root))
+        self.files = sorted(path for path, reason in found.items() if not reason)
+        self.left_out = {str(path): reason for path, reason in found.items() if reason}
         if not self.files:
-            raise DataError(f"{folder}: holds no pictures ({', '.join(EXTENSIONS)})")
-        self.files.sort()
+            raise DataError(f"{folder}: contains no images ({', '.join(EXTENSIONS)}).")
         parts = [path.relative_to(root).parts for path in self.files]
         self.classes, self.labels = class_labels([first if rest else None for first, *rest in parts])
         for path in root.iterdir():
@@ -56,22 +50,23 @@ class FolderSource:
 
 
 def walk(root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the image files below a folder with an empty reason, and all that is left out with the reason."""
+    """Yield (path, "") for every image file below a folder, and (path, reason) for everything left out."""
     failures: list[OSError] = []
-    real = {str(root): (root.resolve(), *root.resolve().parents)}  # of each folder: where it and those around it lie
-    for place, folders, files in os.walk(root, onerror=failures.append, followlinks=True):
-        around = real.pop(place)
+    # For each folder still to visit: its real path and those of its parents, to detect cycles of links.
+    real = {str(root): (root.resolve(), *root.resolve().parents)}
+    for folder, folders, files in os.walk(root, onerror=failures.append, followlinks=True):
+        parents = real.pop(folder)
         for name in [*folders]:
-            path = Path(place, name)
-            target = path.resolve() if path.is_symlink() else around[0] / name
-            reason = HIDDEN if is_hidden(name) else "a link to a folder around it" if target in around else ""
+            path = Path(folder, name)
+            target = path.resolve() if path.is_symlink() else parents[0] / name
+            reason = HIDDEN if is_hidden(name) else "a link to a folder around it" if target in parents else ""
             if reason:
                 folders.remove(name)
                 yield path, reason
             else:
-                real[os.path.join(place, name)] = (target, *around)
+                real[os.path.join(folder, name)] = (target, *parents)
         for name in files:
-            path = Path(place, name)
+            path = Path(folder, name)
             if is_hidden(name):
                 yield path, HIDDEN
             elif path.suffix.lower() not in EXTENSIONS:

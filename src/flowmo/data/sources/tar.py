@@ -1,10 +1,10 @@
-"""Pictures inside uncompressed tars, read in place through an index of their offsets.
+"""Images inside uncompressed tars, read in place through an index of their offsets.
 
-ImageNet's training set is a tar of one tar a class; the index points through both, so that nothing is unpacked. It is
-the authors' format: a JSON list of ``{"name", "offset", "size"}``, with a ``"label"`` where the tar has one.
+ImageNet's training set is a tar with one tar per class. The index points through both, so nothing is unpacked. It has
+the authors' format: a JSON list of ``{"name", "offset", "size"}``, with a ``"label"`` if the tar has one.
 
-A tar whose images share their keys with other files is a WebDataset: a key ends at the first dot of the base name, and
-the files of one key are a sample. The image of sample ``000`` is ``000.jpg``; ``000.seg.png`` is something else.
+A tar whose images share keys with other files is a WebDataset. A key ends at the first dot of the base name, and the
+files of one key are a sample. The image of sample ``000`` is ``000.jpg``; ``000.seg.png`` is not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -27,48 +28,56 @@ MAX_NESTING = 3
 MAX_LABEL_BYTES = 200
 MAX_LABELS = 1_000_000
 MAX_HEADER_BYTES = 1 << 20
-"""Of a member's header with its extensions: a header may claim any length for these, and all of it would be read."""
-MAX_PICTURE_BYTES = 1 << 28
+MAX_IMAGE_BYTES = 1 << 28
 MAX_UNINDEXED_BYTES = 1 << 34
-"""A larger tar is not looked through whenever it is opened; it needs an index."""
+"""A larger tar needs an index, because scanning it takes too long."""
 KEY_RULE = "in a WebDataset a key ends at the base name's first dot"
 WORDNET = re.compile(r"n\d{8}(?=_)")
-"""ImageNet's class at the start of a file name, which is all that the authors' index keeps of it."""
+"""ImageNet's class in a file name. The authors' index has no other trace of it."""
+
+
+class Entry(NamedTuple):
+    tar: Path
+    name: str
+    offset: int
+    size: int
+    label: int | str | None
 
 
 def default_index(tar: str | Path) -> Path:
-    """The file beside ``tar`` that its index is written to: ``train.tar`` has ``train.index.json``."""
+    """Path of a tar's index: ``train.tar`` has ``train.index.json``."""
     return Path(tar).with_suffix(".index.json")
 
 
 def build_index(tar: str | Path) -> list[dict]:
-    """Name, offset and size of every image in ``tar`` and in the tars inside it. Reads headers and labels only.
+    """Name, offset and size of every image in ``tar`` and in the tars inside it. Reads only headers and labels.
 
     Raises:
-        DataError: no such file, compressed, damaged, without images, or a WebDataset with a sample of several images.
+        DataError: the file is missing, compressed, damaged, without images, or a WebDataset in which a sample has
+            several images.
     """
-    return look_through(tar)[0]
+    return scan_tar(tar)[0]
 
 
-def look_through(tar: str | Path) -> tuple[list[dict], dict[str, str]]:
-    """The index of ``tar``, see ``build_index``, and the members that are no items, with the reason of each."""
+def scan_tar(tar: str | Path) -> tuple[list[dict], dict[str, str]]:
+    """Return the index of ``tar``, see ``build_index``, and {member: reason} for members that are not items."""
     left_out: dict[str, str] = {}
     try:
         with open(tar, "rb") as file:
-            entries = list(_images(_Headers(file), 0, "", 0, left_out))
+            entries = list(_scan(_LimitedReader(file), 0, "", 0, left_out))
     except (OSError, MemoryError) as error:
-        raise DataError(f"{tar}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise DataError(f"{tar}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
     except DataError as error:
         raise DataError(f"{tar}: {error}") from None
     except (tarfile.TarError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        raise DataError(f"{tar}: not an uncompressed tar, or a damaged one ({_short(error)})") from None
+        raise DataError(f"{tar}: not an uncompressed tar, or a damaged one ({_short(error)}).") from None
     if not entries:
-        raise DataError(f"{tar}: holds no pictures ({', '.join(EXTENSIONS)})")
+        raise DataError(f"{tar}: contains no images ({', '.join(EXTENSIONS)}).")
     return entries, left_out
 
 
-class _Headers:
-    """A file of which only short pieces may be read at a time."""
+class _LimitedReader:
+    """A file from which each read is short: a damaged header may claim any length for its extensions."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -80,16 +89,18 @@ class _Headers:
         return self._file.read(size)
 
 
-def _images(
-    file: IO[bytes] | _Headers, start: int, prefix: str, depth: int, left_out: dict[str, str]
-) -> Iterator[dict]:
-    found: list[dict[str, Any]] = []
+def _scan(file: _LimitedReader, start: int, prefix: str, depth: int, left_out: dict[str, str]) -> Iterator[dict]:
+    images: list[dict[str, Any]] = []
     labels: dict[str, str] = {}
-    companions: set[str] = set()
+    other_keys: set[str] = set()
     last = -1
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
+
+        def opened(member: tarfile.TarInfo) -> IO[bytes]:
+            return cast(IO[bytes], tar.extractfile(member))  # never None: ``member`` is a regular file
+
         for member in tar:
-            if member.size < 0 or member.offset_data <= last:  # it would be read again and again
+            if member.size < 0 or member.offset_data <= last:  # tarfile would read it forever
                 raise tarfile.ReadError(f"{member.name} has a negative size")
             last = member.offset_data
             name, offset = prefix + member.name, start + member.offset_data
@@ -97,138 +108,73 @@ def _images(
                 continue
             if is_hidden(name):
                 left_out[name] = HIDDEN
-            elif not member.isreg() or member.issparse():  # a sparse file's bytes lie in pieces
+            elif not member.isreg() or member.issparse():  # the bytes of a sparse file are not contiguous
                 left_out[name] = "a link or another member without bytes of its own"
             elif name.lower().endswith(EXTENSIONS):
-                found.append({"name": name, "offset": offset, "size": member.size})
+                images.append({"name": name, "offset": offset, "size": member.size})
             elif name.endswith(".tar") and depth < MAX_NESTING:
-                inner = _Headers(_opened(tar, member))
-                yield from _images(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1, left_out)
+                inner = _LimitedReader(opened(member))
+                yield from _scan(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1, left_out)
             elif name.lower().endswith(".cls") and member.size <= MAX_LABEL_BYTES:
-                labels[name] = _opened(tar, member).read().decode("utf-8", "replace").strip()
+                labels[name] = opened(member).read().decode("utf-8", "replace").strip()
             else:
                 left_out[name] = NO_IMAGE
-                companions.add(_key(name))
-    others = not_of_their_sample([entry["name"] for entry in found], companions | {_key(name) for name in labels})
-    left_out |= others | not_of_their_sample(list(labels))
-    of_sample = {_key(name): text for name, text in labels.items() if name not in left_out and text}
-    for entry in found:
-        if entry["name"] not in others:
-            label = of_sample.get(_key(entry["name"]))
-            yield entry if label is None else {**entry, "label": _as_label(label)}
+                other_keys.add(_key(name))
+    not_items = extra_files([image["name"] for image in images], other_keys | {_key(name) for name in labels})
+    left_out |= not_items | extra_files(list(labels))
+    label_of = {_key(name): text for name, text in labels.items() if name not in left_out and text}
+    for image in images:
+        if image["name"] not in not_items:
+            label = label_of.get(_key(image["name"]))
+            yield image if label is None else {**image, "label": _as_label(label)}
 
 
-def not_of_their_sample(names: Sequence[str], companions: Collection[str] | None = None) -> dict[str, str]:
-    """Those of a tar's images, or of its labels, that are not the one of their sample, with the reason of each.
+def extra_files(names: Sequence[str], other_keys: Collection[str] | None = None) -> dict[str, str]:
+    """Return {name: reason} for images, or labels, of a tar that are not the one of their sample.
 
-    ``000.jpg`` goes before ``000.seg.png``. A name with several dots counts where none of the tar has one.
+    ``000.jpg`` wins over ``000.seg.png``. A name with several dots is an item only if no name of the tar has one dot.
 
     Args:
-        companions: keys of the files that are not images. Without them all images of a tar are its items, but those
-            that lie beside a plain one.
+        other_keys: keys of the files that are not images. If no image shares one, the tar is no WebDataset and every
+            image is an item, except those beside a ``KEY.jpg``. ``None`` for labels: the tar is a WebDataset.
 
     Raises:
-        DataError: a sample of a WebDataset has several, and no rule chooses among them.
+        DataError: a sample of a WebDataset has several candidates.
     """
     samples: dict[str, list[str]] = {}
     for name in names:
         samples.setdefault(_key(name), []).append(name)
-    strict = companions is None or not samples.keys().isdisjoint(companions)
+    webdataset = other_keys is None or not samples.keys().isdisjoint(other_keys)
     plain = {key: [name for name in group if name.count(".", len(key)) == 1] for key, group in samples.items()}
-    some_plain = companions is not None and any(plain.values())
+    needs_plain = webdataset and other_keys is not None and any(plain.values())
     left_out: dict[str, str] = {}
     for key, group in samples.items():
-        chosen = plain[key] or ([] if strict and some_plain else group)
-        if strict and len(chosen) > 1:
+        chosen = plain[key] or ([] if needs_plain else group)
+        if len(chosen) > 1 and webdataset:
             raise DataError(
-                f"{_short(chosen[0])} and {_short(chosen[1])} are of one sample, {_short(key)!r}: {KEY_RULE}; "
-                "give each sample a key without dots, one image KEY.jpg and one label KEY.cls"
+                f"{_short(chosen[0])} and {_short(chosen[1])} are of one sample, {_short(key)!r}: {KEY_RULE}. "
+                "Give each sample a key without dots, one image KEY.jpg and one label KEY.cls."
             )
-        if plain[key] and len(plain[key]) > 1:
-            chosen = group
+        if len(plain[key]) > 1:
+            continue
         reason = f"beside {_short(chosen[0])}, the one of its sample" if chosen else f"its sample has no {key}.jpg"
         left_out |= dict.fromkeys([name for name in group if name not in chosen], reason)
     return left_out
 
 
-def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    file = tar.extractfile(member)
-    if file is None:
-        raise tarfile.ReadError(f"{member.name} is no file")
-    return file
-
-
 def _key(name: str) -> str:
-    """What the files of one WebDataset sample share: the name up to the first dot after its folder."""
+    """Key of a WebDataset sample: the path up to the first dot of the base name."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 
 
-class Entry(NamedTuple):
-    tar: Path
-    name: str
-    offset: int
-    size: int
-    label: int | str | None
-
-
 def _as_label(value: Any) -> int | str:
-    """A label of an index or of a ``.cls`` file: a number, or a class name."""
+    """Parse a label of an index or a ``.cls`` file: a number, or a class name."""
     if isinstance(value, str):
         return int(value) if re.fullmatch("[0-9]+", value) else value
     if int(value) != value:
         raise ValueError(f"label {value}")
     return int(value)
-
-
-def read_index(tar: Path, rows: Any, name: str | Path) -> list[Entry]:
-    """Entries of an index of ``tar``, from file ``name``.
-
-    Raises:
-        DataError: it is not an index, or not of this tar.
-    """
-    try:
-        entries = [
-            Entry(
-                tar,
-                str(row["name"]),
-                int(row["offset"]),
-                int(row["size"]),
-                _as_label(row["label"]) if row.get("label") is not None else None,
-            )
-            for row in rows
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise DataError(f"{name}: not an index, a list of name, offset and size ({_short(repr(error))})") from None
-    if not entries:
-        raise DataError(f"{name}: an index of no pictures")
-    total = tar.stat().st_size
-    outside = next((e.name for e in entries if e.offset < 0 or e.size < 0 or e.offset + e.size > total), None)
-    if outside is not None:
-        raise DataError(f"{name}: {_short(outside)} lies outside {tar}; the index is of another file")
-    for entry in entries:
-        if entry.size > MAX_PICTURE_BYTES:
-            raise DataError(f"{name}: {_short(entry.name)} has {entry.size} bytes, more than {MAX_PICTURE_BYTES}")
-        if isinstance(entry.label, int) and not 0 <= entry.label < MAX_LABELS:
-            raise DataError(f"{name}: {_short(entry.name)} has a label that is not from 0 to {MAX_LABELS - 1}")
-    _refuse_overlaps(entries, name)
-    # An index may be older than these rules, or not ours.
-    entries = [entry for entry in entries if not is_hidden(entry.name)]
-    labelled = {_key(entry.name) for entry in entries if entry.label is not None}
-    try:
-        others = not_of_their_sample([entry.name for entry in entries], labelled)
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from None
-    return [entry for entry in entries if entry.name not in others]
-
-
-def _refuse_overlaps(entries: Sequence[Entry], name: str | Path) -> None:
-    """Two entries may be of one picture, and so draw it more often, but not of parts of each other."""
-    last: Entry | None = None
-    for entry in sorted(entries, key=lambda e: (e.offset, e.size)):
-        if last is not None and entry.offset < last.offset + last.size and entry[2:4] != last[2:4]:
-            raise DataError(f"{name}: {_short(last.name)} and {_short(entry.name)} overlap; the index is damaged")
-        last = entry
 
 
 def _short(value: object) -> str:
@@ -237,43 +183,85 @@ def _short(value: object) -> str:
 
 
 def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
-    """Entries of ``tar`` by its index file, by default the one beside it; looked for in the tar where there is none."""
+    """Read the index file of ``tar``, by default the one beside it. Without one, scan the tar."""
     path = Path(index or default_index(tar))
     if not path.is_file():
         if index is None and tar.stat().st_size <= MAX_UNINDEXED_BYTES:
             return read_index(tar, build_index(tar), tar)
-        raise DataError(f"{path}: no such index of {tar}; make it with: flowmo data index {tar}")
+        raise DataError(f"{path}: no such index of {tar}. Make it with: flowmo data index {tar}")
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{path}: not an index, a list of name, offset and size ({_short(repr(error))})") from None
+        raise DataError(_not_an_index(path, error)) from None
     return read_index(tar, rows, path)
 
 
-class TarSource:
-    """Images of one or more tars in the order of their file names, which is the authors'.
+def _not_an_index(name: str | Path, error: Exception) -> str:
+    return f"{name}: not an index, a list of name, offset and size ({_short(repr(error))})."
 
-    Classes are the ``.cls`` files of a WebDataset; where there are none the folders inside the tar, the inner tars of
-    a tar of tars, or the ``n01440764_`` of ImageNet's file names. A folder around all others is no class.
 
-    Args:
-        tars: files, each indexed by ``index``, or by the file beside it. A tar without an index is looked through.
-        entries: the images, where they are known already.
+def read_index(tar: Path, rows: Any, name: str | Path) -> list[Entry]:
+    """Validate the rows of an index of ``tar``; ``name`` is the index in messages.
 
     Raises:
-        DataError: a tar is missing, its index is damaged or of another tar, or some labels are numbers and others are
-            words.
+        DataError: the rows are not an index, or belong to another tar.
+    """
+    try:
+        entries = []
+        for row in rows:
+            label = None if row.get("label") is None else _as_label(row["label"])
+            entries.append(Entry(tar, str(row["name"]), int(row["offset"]), int(row["size"]), label))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise DataError(_not_an_index(name, error)) from None
+    if not entries:
+        raise DataError(f"{name}: the index contains no images.")
+    total = tar.stat().st_size
+    for e in entries:
+        problem = ""
+        if e.offset < 0 or e.size < 0 or e.offset + e.size > total:
+            problem = f"lies outside {tar}. The index belongs to another file"
+        elif e.size > MAX_IMAGE_BYTES:
+            problem = f"has {e.size} bytes, more than {MAX_IMAGE_BYTES}"
+        elif isinstance(e.label, int) and not 0 <= e.label < MAX_LABELS:
+            problem = f"has a label that is not from 0 to {MAX_LABELS - 1}"
+        if problem:
+            raise DataError(f"{name}: {_short(e.name)} {problem}.")
+    for a, b in pairwise(sorted(entries, key=lambda e: (e.offset, e.size))):
+        # The same image twice is allowed: it is drawn more often.
+        if b.offset < a.offset + a.size and (a.offset, a.size) != (b.offset, b.size):
+            raise DataError(f"{name}: {_short(a.name)} and {_short(b.name)} overlap. The index is damaged.")
+    # An index may be older than these rules, or not ours.
+    entries = [entry for entry in entries if not is_hidden(entry.name)]
+    try:
+        not_items = extra_files([e.name for e in entries], {_key(e.name) for e in entries if e.label is not None})
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    return [entry for entry in entries if entry.name not in not_items]
+
+
+class TarSource:
+    """Images of one or more tars, sorted by file name as in the authors' code.
+
+    Classes are the ``.cls`` files of a WebDataset. Without those they are the folders inside the tar, the inner tars
+    of a tar of tars, or the ``n01440764_`` of ImageNet's file names. A folder around everything is no class.
+
+    Args:
+        tars: files. Each is indexed by ``index`` or by the file beside it; a tar without an index is scanned.
+        entries: the images, if they are already known.
+
+    Raises:
+        DataError: a tar is missing, its index is damaged or belongs to another tar, or labels mix numbers and names.
     """
 
     def __init__(
         self, tars: Sequence[str | Path], index: str | Path | None = None, entries: Sequence[Entry] | None = None
     ):
-        missing = next((tar for tar in tars if not Path(tar).is_file()), None)
-        if missing is not None:
-            raise DataError(f"{missing}: no such file")
-        if entries is None:
-            entries = [entry for tar in tars for entry in load_index(Path(tar), index)]
         self.tars = [Path(tar) for tar in tars]
+        missing = next((tar for tar in self.tars if not tar.is_file()), None)
+        if missing is not None:
+            raise DataError(f"{missing}: no such file.")
+        if entries is None:
+            entries = [entry for tar in self.tars for entry in load_index(tar, index)]
         self.entries = sorted(entries, key=lambda e: (e.name.rpartition("/")[2], str(e.tar), e.name))
         self.classes, self.labels = self._classes()
         self._descriptors: dict[Path, int] = {}
@@ -284,32 +272,30 @@ class TarSource:
         number, word = (next((i for i, x in enumerate(some) if x is not None), None) for some in (numbers, words))
         if number is not None and word is not None:
             raise DataError(
-                f"{self.name(number)} has the label {numbers[number]}, {self.name(word)} has {words[word]!r}; "
-                "give all images numbers, or all of them names"
+                f"{self.name(number)} has the label {numbers[number]}, {self.name(word)} has {words[word]!r}. "
+                "Give all images numbers, or all of them names."
             )
         if number is not None:
             return tuple(str(label) for label in range(max(n for n in numbers if n is not None) + 1)), numbers
         if word is not None:
             return class_labels(words)
-        names = [[part for part in entry.name.split("/") if part != "."] for entry in self.entries]
-        while len({parts[0] for parts in names}) == 1 and all(len(parts) > 2 for parts in names):
-            names = [parts[1:] for parts in names]  # `tar cf train.tar train` puts one folder around all
-        folders: list[str | None] = []
-        for first, *rest in names:
-            wordnet = WORDNET.match(first)
-            folders.append(first if rest else wordnet.group() if wordnet else None)
-        return class_labels(folders)
+        parts = [[part for part in entry.name.split("/") if part != "."] or [""] for entry in self.entries]
+        while len({first for first, *_ in parts}) == 1 and all(len(path) > 2 for path in parts):
+            parts = [path[1:] for path in parts]  # `tar cf train.tar train` puts one folder around everything
+        wordnet = [WORDNET.match(first) for first, *_ in parts]
+        names = [path[0] if path[1:] else match and match.group() for path, match in zip(parts, wordnet, strict=True)]
+        return class_labels(names)
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Members that are no items. Tars are looked through for them, but for very large ones."""
-        small = [tar for tar in self.tars if tar.stat().st_size <= MAX_UNINDEXED_BYTES]
+        """{member: reason} for members that are not items. Tars that need an index are not scanned for them."""
         known = {(entry.tar, entry.name) for entry in self.entries}
         left_out: dict[str, str] = {}
-        for tar in small:
-            entries, others = look_through(tar)
-            others |= {row["name"]: "not in the index" for row in entries if (tar, row["name"]) not in known}
-            left_out |= {f"{tar}:{name}": reason for name, reason in others.items()}
+        for tar in self.tars:
+            if tar.stat().st_size <= MAX_UNINDEXED_BYTES:
+                entries, others = scan_tar(tar)
+                others |= {row["name"]: "not in the index" for row in entries if (tar, row["name"]) not in known}
+                left_out |= {f"{tar}:{name}": reason for name, reason in others.items()}
         return left_out
 
     def __len__(self) -> int:
@@ -326,10 +312,10 @@ class TarSource:
         try:
             if entry.tar not in self._descriptors:
                 self._descriptors[entry.tar] = os.open(entry.tar, os.O_RDONLY)
-            # pread has no file position, so that forked workers may share the descriptor
+            # pread needs no file position, so forked workers share the descriptor
             content = os.pread(self._descriptors[entry.tar], entry.size, entry.offset)
-        except OSError as error:  # the file has gone, or the disk fails
-            raise ImageError(f"{self.name(index)}: cannot be read ({error.strerror})") from None
+        except OSError as error:
+            raise ImageError(f"{self.name(index)}: cannot be read ({error.strerror}).") from None
         return read_image(io.BytesIO(content), self.name(index), side)
 
     def __getstate__(self) -> Mapping:

@@ -1,8 +1,7 @@
-"""WebDataset shards: many tars of one dataset, seen as one source with random access.
+"""WebDataset shards: many tars of one dataset, used as one source with random access.
 
-A sample is the files of a tar that share a name up to its first dot; its image and its ``.cls`` label are read, see
-``flowmo.data.sources.tar``.
-Shuffling stays exact, every picture once an epoch, because the shards are indexed, not streamed.
+Samples and labels are read as ``flowmo.data.sources.tar`` describes. Shuffling is exact, because shards are indexed and
+not streamed.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ MAX_SHARDS = 1_000_000
 
 
 def find_shards(path: str | Path) -> list[Path]:
-    """The shards that a range, a pattern or a folder of tars names; empty where ``path`` is something else.
+    """Return the shards that a range, a pattern or a folder of tars names; empty if ``path`` is something else.
 
     Raises:
-        DataError: a range or pattern of ``.tar`` files that names none, or lacks one; a folder of both shards and
-            folders of images.
+        DataError: a range or pattern of ``.tar`` files matches nothing or misses a file; or a folder contains both
+            shards and folders of images.
     """
     text = str(path)
     if Path(path).is_dir():
@@ -34,7 +33,7 @@ def find_shards(path: str | Path) -> list[Path]:
         if any(file.parent == Path(path) for file in images):
             return []
         if images:
-            raise DataError(f"{path}: holds shards and folders of images, such as {images[0].parent}; name one of them")
+            raise DataError(f"{path}: contains shards and folders of images ({images[0].parent}). Name one of them.")
         return tars
     if not text.endswith(".tar") or Path(path).is_file():
         return []
@@ -42,12 +41,12 @@ def find_shards(path: str | Path) -> list[Path]:
         shards = expand(text)
         missing = next((shard for shard in shards if not shard.is_file()), None)
         if missing is not None:
-            raise DataError(f"{missing}: no such file, of {len(shards)} that {text} names")
+            raise DataError(f"{missing}: no such file. {text} names {len(shards)} shards.")
         return shards
     if any(mark in text for mark in "*?["):
         shards = sorted(map(Path, glob.glob(text)))
         if not shards:
-            raise DataError(f"{text}: no file of that pattern")
+            raise DataError(f"{text}: no file matches this pattern.")
         return shards
     return []
 
@@ -55,17 +54,13 @@ def find_shards(path: str | Path) -> list[Path]:
 def expand(pattern: str) -> list[Path]:
     """``train-{000..002}.tar`` -> its three files; several ranges give every combination."""
     parts = RANGE.split(pattern)  # text, first, last, text, first, last, …, text
-    choices: list[range] = []
-    widths: list[int] = []
+    choices: list[list[str]] = []
     for first, last in zip(parts[1::3], parts[2::3], strict=True):
         if max(len(first), len(last)) > 9 or not int(first) <= int(last) < int(first) + MAX_SHARDS:
-            raise DataError(f"{pattern[:100]}: {{{first[:20]}..{last[:20]}}} is no range of shards")
-        choices.append(range(int(first), int(last) + 1))
-        widths.append(len(first))
-    if math.prod(map(len, choices)) > MAX_SHARDS:
-        raise DataError(f"{pattern[:100]}: names more than {MAX_SHARDS} shards")
-    names = []
-    for chosen in itertools.product(*choices):
-        numbers = [f"{i:0{width}d}" for i, width in zip(chosen, widths, strict=True)]
-        names.append("".join(itertools.chain.from_iterable(zip(parts[::3], (*numbers, ""), strict=True))))
-    return [Path(name) for name in names]
+            raise DataError(f"{pattern[:100]}: {{{first[:20]}..{last[:20]}}} is no range of shards.")
+        numbers = range(int(first), int(last) + 1)
+        if math.prod(map(len, choices)) * len(numbers) > MAX_SHARDS:
+            raise DataError(f"{pattern[:100]}: names more than {MAX_SHARDS} shards.")
+        choices.append([f"{number:0{len(first)}d}" for number in numbers])
+    template = "%s".join(text.replace("%", "%%") for text in parts[::3])
+    return [Path(template % chosen) for chosen in itertools.product(*choices)]
