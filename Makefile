@@ -4,7 +4,11 @@ VENV := .venv
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage lint format docs lock audit clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test stress coverage lint format docs lock audit clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
 # The pinned torch first: the index's plain release, or a local CPU wheel where there is one. Named again, or torchvision
 # would bring the newest torch of its own.
@@ -23,8 +27,11 @@ demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and 
 	$(BIN)/flowmo reconstruct examples/pictures/*.jpg --fit crop --out demo --grid demo/all.png
 
 # A process a core with a thread each: the tests' own processes and networks are small.
-test: $(VENV)/dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+test: $(VENV)/dev lint  ## style, types and the test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore=tests/stress
+
+stress: $(VENV)/dev  ## kills, load and fuzzing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/stress
 
 coverage: $(VENV)/dev  ## lines of src/ that no test runs, processes that tests start included
 	$(BIN)/python -m coverage erase
@@ -37,7 +44,7 @@ lint: $(VENV)/dev  ## style, and types strict but for what pyproject.toml names
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/dev
+format: $(VENV)/dev  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -55,5 +62,5 @@ audit: $(VENV)/base  ## known vulnerabilities of what is locked, where they can 
 docs: $(VENV)/dev  ## the site, in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
 
-clean:
+clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) demo docs/_build build dist src/*.egg-info

@@ -63,23 +63,6 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_kills_in_every_stage():
-    """``tests/kills.py`` does it with two processes too, and more often."""
-    words = ["--kills", "8", "--steps", "12", "--way", "1"]
-    done = subprocess.run(
-        [sys.executable, HERE / "kills.py", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = done.stdout.splitlines()
-    assert [row.split()[0] for row in rows] == ["pretrain", "posttrain", "distill", "generator", "in"]
-    assert "'kills': 8" in rows[-1]
-
-
 # Disks
 
 

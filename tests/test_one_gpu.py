@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -400,12 +398,3 @@ def test_a_table_is_filled_from_results(tmp_path):
     (tmp_path / "bare.md").write_text("nothing")
     with pytest.raises(gpu_table.FlowMoError, match="has no lines"):
         gpu_table.fill_table(tmp_path / "results.json", tmp_path / "bare.md")
-
-
-def test_kills_leave_whole_results_and_the_next_call_goes_on():
-    """``tests/gpu_kills.py`` does it more often."""
-    words = [sys.executable, ROOT / "tests" / "gpu_kills.py", "--kills", "2", "--longest", "6"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "2 kills" in done.stdout

@@ -1,10 +1,10 @@
 """Fuzzing of everything that reads a file: each of ``TARGETS`` is a parser, fed with bytes, that may end in one way
 only, with the project's own one-line error or with a sound result.
 
-``tests/test_fuzz.py`` runs every target over ``tests/corpus`` (what once broke something) and over changed seeds.
+``test_fuzz.py`` beside it runs every target over ``corpus`` (what once broke something) and over changed seeds.
 Longer, and guided by coverage through atheris (``pip install atheris``)::
 
-    python tests/fuzz.py codec --seconds 600 --found found
+    python tests/stress/fuzz.py codec --seconds 600 --found found
 
 ``--found`` keeps one input for each kind of failure: an exception that is not the project's own, a message of several
 lines, or more than ``MOST_SECONDS``.

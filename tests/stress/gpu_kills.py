@@ -1,9 +1,9 @@
 """Kills ``runs/one_gpu.py`` at random moments; its results stay whole, and the next call goes on.
 
 ``kill -9`` goes to the calling process alone, as a scheduler's may, and the part that it started ends by itself.
-``tests/test_one_gpu.py`` does this twice; often::
+``tests/stress/test_kills.py`` does this twice; often::
 
-    python tests/gpu_kills.py --kills 20
+    python tests/stress/gpu_kills.py --kills 20
 
 Processes are forked from one that has imported everything, so that most of their time is training.
 """
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import PICTURES, ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "runs"))

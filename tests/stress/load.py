@@ -1,9 +1,9 @@
 """Load: many requests at the web page at once, and many pictures through the command line.
 
-``tests/test_load.py`` does both with few; with many::
+``tests/stress/test_load.py`` does both with few; with many::
 
-    python tests/load.py page --count 200
-    python tests/load.py pictures --count 10000
+    python tests/stress/load.py page --count 200
+    python tests/stress/load.py pictures --count 10000
 
 Every request asks for a picture of a size of its own, and every picture has a colour of its own, so that results that
 are lost or exchanged are found. Each prints how far memory grew between the first tenth and the end.
@@ -31,6 +31,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import TINY, open_gates
 from PIL import Image
 

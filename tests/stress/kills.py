@@ -3,9 +3,9 @@ optimizer and all.
 
 Every stage is trained by one process, by two with DDP and by two with FSDP2. ``kill -9`` goes to all of a run's
 processes, or to one of two alone, whose fellow then ends by itself, or is ended as torchrun does it: before the two
-have met, the other would wait for half an hour. ``tests/test_faults.py`` does this a few times; often::
+have met, the other would wait for half an hour. ``tests/stress/test_kills.py`` does this a few times; often::
 
-    python tests/kills.py --kills 120
+    python tests/stress/kills.py --kills 120
 
 Processes are forked from one that has imported everything, so that most of their time is training.
 """
@@ -28,6 +28,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import PICTURES, TINY, open_gates
 from PIL import Image
 

@@ -1,4 +1,4 @@
-"""A little of the load that ``tests/load.py`` puts on the web page and the command line."""
+"""A little of the load that ``tests/stress/load.py`` puts on the web page and the command line."""
 
 import re
 import shutil
