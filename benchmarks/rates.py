@@ -36,10 +36,11 @@ from flowmo.checkpoint.files import write_content
 from flowmo.codec.file import Codec, find_context
 from flowmo.data import evenly_spread, open_source
 from flowmo.evaluate.codecs import FORMATS, CodecReconstructor
-from flowmo.evaluate.metrics.features import FeatureNetwork, build_features
-from flowmo.evaluate.metrics.frechet import frechet_distance
-from flowmo.evaluate.metrics.kernel import kernel_distance
+from flowmo.evaluate.metrics import build_features
+from flowmo.evaluate.metrics.features import FeatureNetwork
+from flowmo.evaluate.metrics.fid import Gaussian, frechet_distance
 from flowmo.evaluate.metrics.pairs import grid, psnr, ssim
+from flowmo.evaluate.metrics.sets import kernel_distance
 from flowmo.images import to_bytes, to_pil, to_tensor
 from flowmo.losses.perceptual import LPIPS
 from flowmo.model.sampler import image_seed
@@ -150,7 +151,7 @@ class Evaluator:
 def distance(x: Tensor, y: Tensor) -> float:
     """Fréchet distance of two sets of features, n × d each."""
     x, y = x.double(), y.double()
-    return float(frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()))
+    return frechet_distance(*(Gaussian(features.mean(0), features.T.cov()) for features in (x, y)))
 
 
 def candidates(

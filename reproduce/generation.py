@@ -15,9 +15,9 @@ from flowmo.data import Source, evenly_spread, open_source
 from flowmo.data.sources.base import class_difference, require_labels
 from flowmo.data.tokens import Tokens
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.generation import GenerationSummary, Seen, look
+from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_features
 from flowmo.evaluate.metrics.pairs import grid
-from flowmo.evaluate.reconstruction import Evaluators, readable_crops, tell_unreadable
+from flowmo.evaluate.reconstruction import Evaluators, print_unreadable, readable_crops
 from flowmo.generate.generator import Generator, load_generator
 from flowmo.generate.produce import Drawing, image_seeds
 from flowmo.generate.tokenize import Tokenizer, tokenize
@@ -48,7 +48,7 @@ class Drawn(NamedTuple):
 
 
 class InMemory:
-    """Pictures as ``flowmo.evaluate.generation.look`` takes them."""
+    """Pictures as ``flowmo.evaluate.generation.extract_features`` takes them."""
 
     def __init__(self, name: str, images: Tensor):
         self.name, self.images = name, images
@@ -88,13 +88,15 @@ class Judge:
             raise StudyError(f"{place.held_out} has other classes than {place.train}: {difference}")
         require_labels(other)
         self.others, _ = read(other, evenly_spread(min(count, len(other)), len(other)), side)
-        self._reference: Seen | None = None
+        self._reference: SetFeatures | None = None
 
     def __call__(self, name: str, drawn: Drawn) -> dict[str, Any]:
         """Figures of some pictures."""
         if self._reference is None:
-            self._reference = look(InMemory("training pictures", self.originals.images), self.network, world=self.world)
-        seen = look(InMemory(name, drawn.images), self.network, world=self.world)
+            self._reference = extract_features(
+                InMemory("training pictures", self.originals.images), self.network, world=self.world
+            )
+        seen = extract_features(InMemory(name, drawn.images), self.network, world=self.world)
         found = GenerationSummary.of(seen, self._reference, self.network, (name, "training pictures")).as_dict()
         return {**found, "accuracy": self._accuracy(drawn)}
 
@@ -126,7 +128,7 @@ def read(source: Source, indices: Sequence[int], side: int) -> tuple[Drawn, list
         images.append(to_bytes(crops))
         kept += [index for index in chunk if index not in unreadable]
         for message in unreadable.values():
-            tell_unreadable(message)
+            print_unreadable(message)
     return Drawn(torch.cat(images), torch.tensor([source.label(index) for index in kept])), kept
 
 

@@ -21,7 +21,7 @@ from flowmo.config import Config
 from flowmo.data import open_source
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, Pace, Reconstructor, measure
+from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, Reconstructor, Throughput, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.tokenizer import FlowMo
 from flowmo.train.state import read_metadata
@@ -134,12 +134,12 @@ def judged_count(place: Place, most: int) -> int:
 
 
 def figures_of(
-    candidate: Reconstructor, side: int, place: Place, judges: Evaluators, pictures: int, pace: Pace | None = None
+    candidate: Reconstructor, side: int, place: Place, judges: Evaluators, pictures: int, pace: Throughput | None = None
 ) -> dict[str, Any]:
     """Figures of anything that makes pictures into bits and back, on held-out pictures."""
     source, world = open_source(place.held_out), place.world
     found = measure(
-        candidate, source, side, judges, limit=pictures, device=world.device, world=world, enlarge=True, pace=pace
+        candidate, source, side, judges, limit=pictures, device=world.device, world=world, enlarge=True, throughput=pace
     )
     summary = Summary.of(candidate.name, found, judges.features)
     place.report("\n".join(summary.lines()))

@@ -69,8 +69,8 @@ def test_figures_of_the_model_card(nano, trained_weights):
     """A sample of the held-out set lands where the card says the whole of it does."""
     if not HELD_OUT.is_dir():
         pytest.skip("needs ../shared/data/imagenette_128/val")
-    judges = Evaluators(lpips_alex=LPIPS("alex", trained_weights, download=False))
-    report = Summary.of("nano", measure(FlowMoReconstructor(nano), open_source(HELD_OUT), 128, judges, limit=100))
+    evaluators = Evaluators(lpips_alex=LPIPS("alex", trained_weights, download=False))
+    report = Summary.of("nano", measure(FlowMoReconstructor(nano), open_source(HELD_OUT), 128, evaluators, limit=100))
     card = (BUNDLED / "nano.md").read_text()
     stated = {row.split("|")[1].strip(): row.split("|")[2] for row in card.splitlines() if row.startswith("| ")}
     mean, spread = (float(word) for word in stated["PSNR (dB)"].replace("±", " ").split())

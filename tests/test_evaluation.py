@@ -17,13 +17,13 @@ from PIL import Image
 from flowmo import save
 from flowmo.codec.file import Codec
 from flowmo.data import open_source
-from flowmo.evaluate import reconstruction
+from flowmo.evaluate import measurement, reconstruction
 from flowmo.evaluate.codecs import CodecReconstructor
 from flowmo.evaluate.measurement import COLUMNS, Measurement
 from flowmo.evaluate.metrics.features import Features, ResNetFeatures
-from flowmo.evaluate.metrics.frechet import StatisticsError
-from flowmo.evaluate.metrics.kernel import kernel_distance
+from flowmo.evaluate.metrics.fid import StatisticsError
 from flowmo.evaluate.metrics.pairs import decibels, psnr, squared_error, ssim
+from flowmo.evaluate.metrics.sets import kernel_distance
 from flowmo.evaluate.reconstruction import (
     EvaluationError,
     Evaluators,
@@ -84,7 +84,7 @@ def test_ssim_and_psnr_equal_scikit_image(pair):
 def test_ssim_of_equals_and_of_too_small_pictures(pair):
     x = to_bytes(pair[0])
     assert torch.allclose(ssim(x, x), torch.ones(4, dtype=torch.float64))
-    with pytest.raises(ValueError, match="at least 7 pixels"):
+    with pytest.raises(ValueError, match="images of at least 7 pixels"):
         ssim(x[..., :6], x[..., :6])
 
 
@@ -175,7 +175,7 @@ def same(a, b):
 
 
 @pytest.fixture
-def judges(trained_weights):
+def evaluators(trained_weights):
     from flowmo.losses.perceptual import LPIPS
 
     return Evaluators(LPIPS("alex", trained_weights, download=False), features=Colours())
@@ -190,11 +190,11 @@ def test_the_stand_in_network(trained_weights, pair):
     assert "resnet50" in network.name
 
 
-def test_batches_and_order_change_nothing(source, judges):
-    whole = measure(Blur(), source, 64, judges, batch_size=100, limit=6)
+def test_batches_and_order_change_nothing(source, evaluators):
+    whole = measure(Blur(), source, 64, evaluators, batch_size=100, limit=6)
     for batch_size in (2, 5):
-        same(whole, measure(Blur(), source, 64, judges, batch_size=batch_size, limit=6))
-    first = Summary.of("blur", whole, judges.features)
+        same(whole, measure(Blur(), source, 64, evaluators, batch_size=batch_size, limit=6))
+    first = Summary.of("blur", whole, evaluators.features)
     assert first.pictures == 6
     assert first.bits_per_pixel == 16 / 64**2
     assert first.lpips_vgg is None
@@ -205,9 +205,9 @@ def test_batches_and_order_change_nothing(source, judges):
 
 
 def test_an_interrupted_evaluation_goes_on(source, tmp_path, monkeypatch):
-    judges = Evaluators(features=Colours())
-    monkeypatch.setattr(reconstruction, "SAVE_SECONDS", 0)
-    whole = measure(Blur(), source, 64, judges)
+    evaluators = Evaluators(features=Colours())
+    monkeypatch.setattr(measurement, "SAVE_SECONDS", 0)
+    whole = measure(Blur(), source, 64, evaluators)
 
     class Dies(Blur):
         def reconstruct(self, images, indices):
@@ -216,7 +216,7 @@ def test_an_interrupted_evaluation_goes_on(source, tmp_path, monkeypatch):
             return super().reconstruct(images, indices)
 
     with pytest.raises(KeyboardInterrupt):
-        measure(Dies(), source, 64, judges, batch_size=1, folder=tmp_path)
+        measure(Dies(), source, 64, evaluators, batch_size=1, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["part-00000.pt"]
     seen = []
 
@@ -225,22 +225,22 @@ def test_an_interrupted_evaluation_goes_on(source, tmp_path, monkeypatch):
             seen.extend(indices)
             return super().reconstruct(images, indices)
 
-    same(whole, measure(Counts(), source, 64, judges, batch_size=1, folder=tmp_path))
+    same(whole, measure(Counts(), source, 64, evaluators, batch_size=1, folder=tmp_path))
     assert seen == list(range(2, len(source)))
-    same(whole, measure(Dies(), source, 64, judges, folder=tmp_path))
+    same(whole, measure(Dies(), source, 64, evaluators, folder=tmp_path))
     with pytest.raises(EvaluationError, match="holds another evaluation"):
-        measure(Blur(), source, 32, judges, folder=tmp_path)
+        measure(Blur(), source, 32, evaluators, folder=tmp_path)
     (tmp_path / "measured.pt").write_bytes(b"no")
-    with pytest.raises(EvaluationError, match="not part of an evaluation"):
-        measure(Blur(), source, 64, judges, folder=tmp_path)
+    with pytest.raises(EvaluationError, match="is not part of an evaluation"):
+        measure(Blur(), source, 64, evaluators, folder=tmp_path)
 
 
 def test_a_kill_between_writing_the_whole_and_removing_its_parts(source, tmp_path, monkeypatch):
-    judges = Evaluators(features=Colours())
-    whole = measure(Blur(), source, 64, judges, folder=tmp_path)
+    evaluators = Evaluators(features=Colours())
+    whole = measure(Blur(), source, 64, evaluators, folder=tmp_path)
     content = torch.load(tmp_path / "measured.pt", weights_only=True)
     torch.save(content, tmp_path / "part-00003.pt")
-    same(whole, measure(Blur(), source, 64, judges, folder=tmp_path))
+    same(whole, measure(Blur(), source, 64, evaluators, folder=tmp_path))
 
 
 def test_two_processes_give_what_one_gives(source, tmp_path):
@@ -272,11 +272,11 @@ def test_remembered_features_are_the_same(source):
             return super().forward(images)
 
     network = Counts()
-    judges = Evaluators(features=network, remember=True)
+    evaluators = Evaluators(features=network, remember=True)
     whole = measure(Blur(), source, 64, Evaluators(features=Colours()))
-    same(whole, measure(Blur(), source, 64, judges))
+    same(whole, measure(Blur(), source, 64, evaluators))
     before = network.seen
-    same(whole, measure(Blur(), source, 64, judges))
+    same(whole, measure(Blur(), source, 64, evaluators))
     assert network.seen == 1.5 * before
 
 
@@ -287,13 +287,13 @@ def test_merging(source):
     with pytest.raises(StatisticsError, match="different evaluations"):
         whole.merge(Measurement.empty(2))
     assert whole.values.shape == (len(COLUMNS), len(source))
-    with pytest.raises(StatisticsError, match="no picture"):
+    with pytest.raises(StatisticsError, match="No image was measured"):
         Summary.of("nothing", Measurement.empty(3))
 
 
 def test_few_pictures_have_no_distance_of_features(source):
-    judges = Evaluators(features=Colours())
-    few = Summary.of("blur", measure(Blur(), source, 64, judges, limit=2), judges.features)
+    evaluators = Evaluators(features=Colours())
+    few = Summary.of("blur", measure(Blur(), source, 64, evaluators, limit=2), evaluators.features)
     assert few.frechet_distance is None
     assert "at least 2" in few.missing
     assert any("at least 2" in line for line in few.lines())
@@ -323,7 +323,7 @@ def test_a_candidate_whose_pictures_are_not_finite(source):
             result.images[-1, 0, 0, 0] = torch.nan
             return result
 
-    with pytest.raises(EvaluationError, match=f"blur makes {source.name(2)} into values that are not finite"):
+    with pytest.raises(EvaluationError, match=f"blur reconstructs {source.name(2)} with values that are not finite"):
         measure(Broken(), source, 32, Evaluators(), limit=None, batch_size=3)
 
 

@@ -78,7 +78,7 @@ def test_the_newest_and_a_named_one(config, tmp_path):
     assert [line["checkpoint"] for line in logged(tmp_path / "b")] == ["00000003.pth"]
     assert [line["precision"] for line in logged(tmp_path / "b")] == ["float32 (cpu)"]
     Trainer(config.override("data.val=''"), tmp_path / "bare", report=lambda line: None).train()
-    with pytest.raises(EvaluationError, match="no held-out pictures"):
+    with pytest.raises(EvaluationError, match="no held-out images"):
         Follower((f"eval.eval_dir={tmp_path}/bare",), tmp_path / "c", Evaluators()).evaluate()
 
 
@@ -116,12 +116,12 @@ def test_the_index_of_the_held_out_tar(origin, config, tmp_path, picture_files, 
 
 
 def test_nothing_to_evaluate(tmp_path):
-    with pytest.raises(EvaluationError, match="name pictures, or a run"):
+    with pytest.raises(EvaluationError, match="Name images, or a run"):
         Follower((), tmp_path, Evaluators())
-    with pytest.raises(EvaluationError, match="no such run"):
+    with pytest.raises(EvaluationError, match="There is no run"):
         Follower((f"eval.eval_dir={tmp_path}/none",), tmp_path, Evaluators())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EvaluationError, match="no checkpoint yet"):
+    with pytest.raises(EvaluationError, match="has no checkpoint yet"):
         Follower((f"eval.eval_dir={tmp_path}/empty",), tmp_path, Evaluators()).evaluate()
 
 

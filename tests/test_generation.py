@@ -13,16 +13,10 @@ from conftest import PICTURES, run_command
 from PIL import Image
 
 from flowmo.data import DataError
-from flowmo.evaluate.generation import (
-    GenerationSummary,
-    Seen,
-    inception_score,
-    look,
-    open_image_set,
-    precision_and_recall,
-)
+from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_features, open_image_set
 from flowmo.evaluate.metrics.features import Features, ResNetFeatures
-from flowmo.evaluate.metrics.frechet import StatisticsError
+from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError
+from flowmo.evaluate.metrics.sets import inception_score, precision_and_recall
 from flowmo.evaluate.npz import NpzError, NpzFile, write_npz
 from flowmo.losses.torchvision_import import import_torchvision
 
@@ -52,7 +46,9 @@ def as_folder(path, pictures):
 
 def summary(ours, theirs):
     network = Colours()
-    return GenerationSummary.of(look(open_image_set(ours), network), look(open_image_set(theirs), network), network)
+    return GenerationSummary.of(
+        extract_features(open_image_set(ours), network), extract_features(open_image_set(theirs), network), network
+    )
 
 
 def test_folder_and_npz_are_the_same(tmp_path):
@@ -79,8 +75,8 @@ def test_reference_statistics_instead_of_pictures(tmp_path):
     write_npz(tmp_path / "a.npz", [ours], 30)
     write_npz(tmp_path / "b.npz", [theirs], 25)
     whole = summary(tmp_path / "a.npz", tmp_path / "b.npz")
-    seen = look(open_image_set(tmp_path / "b.npz"), Colours())
-    (mean, covariance), (mean_s, covariance_s) = seen.gaussians["pooled"], seen.gaussians["spatial"]
+    seen = extract_features(open_image_set(tmp_path / "b.npz"), Colours())
+    (mean, covariance, _), (mean_s, covariance_s, _) = seen.gaussians["pooled"], seen.gaussians["spatial"]
     np.savez(tmp_path / "ref.npz", mu=mean, sigma=covariance, mu_s=mean_s, sigma_s=covariance_s)  # as ADM's are
     part = summary(tmp_path / "a.npz", tmp_path / "ref.npz")
     assert part.frechet_distance == pytest.approx(whole.frechet_distance)
@@ -133,10 +129,9 @@ def test_distances_to_statistics_of_more_images_than_the_file_holds():
     linalg = pytest.importorskip("scipy.linalg")
     generator = torch.Generator().manual_seed(0)
     ours, some, whole = (torch.randn(n, 40, generator=generator) for n in (200, 10, 300))
-    gaussians = [{"pooled": (x.double().mean(0), x.double().T.cov())} for x in (ours, whole)]
-    seen = Seen(200, gaussians[0], ours, torch.empty(200, 0))
-    reference = Seen(10, gaussians[1], some, torch.empty(10, 0), frozenset(("pooled",)))
-    (mean, covariance), (mean_2, covariance_2) = (pair["pooled"] for pair in gaussians)
+    (mean, covariance), (mean_2, covariance_2) = ((x.double().mean(0), x.double().T.cov()) for x in (ours, whole))
+    seen = SetFeatures(200, {"pooled": Gaussian(mean, covariance, 200)}, ours, torch.empty(200, 0))
+    reference = SetFeatures(10, {"pooled": Gaussian(mean_2, covariance_2)}, some, torch.empty(10, 0))
     root = linalg.sqrtm((covariance @ covariance_2).numpy()).real
     expected = float((mean - mean_2).square().sum() + covariance.trace() + covariance_2.trace()) - 2 * np.trace(root)
     assert GenerationSummary.of(seen, reference, Colours()).frechet_distance == pytest.approx(expected, rel=1e-6)
@@ -149,7 +144,7 @@ def test_statistics_of_another_network_are_refused(kind, tmp_path, capsys, monke
             torch.nn.Module.__init__(self)
 
     monkeypatch.setattr(
-        "flowmo.evaluate.metrics.features.build_features", lambda kind: StandIn() if kind == "resnet" else Colours()
+        "flowmo.evaluate.metrics.build_features", lambda kind: StandIn() if kind == "resnet" else Colours()
     )
     ours = as_folder(tmp_path / "a", random_pictures(30))
     write_npz(tmp_path / "b.npz", [random_pictures(25, 1)], 25, {"pooled": (torch.zeros(6), torch.eye(6))})
@@ -160,12 +155,12 @@ def test_statistics_of_another_network_are_refused(kind, tmp_path, capsys, monke
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     """``flowmo evaluate PICTURES --reference OTHERS``, as lines and as JSON, and what it refuses."""
-    monkeypatch.setattr("flowmo.evaluate.metrics.features.build_features", lambda kind: Colours())
+    monkeypatch.setattr("flowmo.evaluate.metrics.build_features", lambda kind: Colours())
     ours, theirs = as_folder(tmp_path / "a", random_pictures(30)), tmp_path / "b.npz"
     write_npz(theirs, random_pictures(25, 1).split(7), 25)
     status, out, _ = run_command(capsys, "evaluate", ours, "--reference", theirs)
     assert status == 0
-    assert out.startswith("30 pictures against 25\n")
+    assert out.startswith("30 images against 25\n")
     expected = summary(ours, theirs)
     for name, value in (("Fréchet distance", expected.frechet_distance), ("recall", expected.recall)):
         line = next(line for line in out.splitlines() if line.startswith(name))
@@ -221,7 +216,7 @@ def test_precision_and_recall_on_a_line():
     # Radii of the generated: 3.4, 0.2, 0.2, 0.5, 0.5.
     assert recall == pytest.approx(4 / 4)
     assert precision_and_recall(reference, generated[1:], neighbours=1)[1] == 0
-    with pytest.raises(StatisticsError, match="more than 3 pictures"):
+    with pytest.raises(StatisticsError, match="more than 3 images"):
         precision_and_recall(reference[:3], generated)
 
 
@@ -263,7 +258,7 @@ def test_equals_torch_fidelity():
                 part = next(place)
                 return Features(part, torch.zeros(8, 3), torch.zeros(8, 12))
 
-        seen.append(look(Rows(rows), Given(), batch_size=8))
+        seen.append(extract_features(Rows(rows), Given(), batch_size=8))
     ours = GenerationSummary.of(*seen, network)
     fid = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert ours.frechet_distance == pytest.approx(fid, rel=1e-4)
@@ -279,17 +274,17 @@ def test_equals_torch_fidelity():
 def test_sets_that_mean_nothing(tmp_path):
     network = Colours()
     one = as_folder(tmp_path / "one", random_pictures(1))
-    with pytest.raises(StatisticsError, match="one picture has no covariance"):
-        look(open_image_set(one), network)
+    with pytest.raises(StatisticsError, match=r"1 of 1 images can be read\. A covariance"):
+        extract_features(open_image_set(one), network)
     mixed = as_folder(tmp_path / "mixed", random_pictures(2))
     as_folder(mixed / "more", random_pictures(1, size=20))
     with pytest.raises(DataError, match="of one size"):
-        look(open_image_set(mixed), network)
+        extract_features(open_image_set(mixed), network)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures"):
         open_image_set(tmp_path / "empty")
     with pytest.raises(DataError, match="of one size"):
-        look(open_image_set(PICTURES), network)
+        extract_features(open_image_set(PICTURES), network)
 
 
 def npz_of(path, **members):
@@ -309,28 +304,28 @@ def test_damaged_and_hostile_npz(tmp_path):
     path = tmp_path / "x.npz"
     good = npy(np.zeros((4, 8, 8, 3), np.uint8))
     path.write_bytes(b"PK no")
-    with pytest.raises(NpzError, match=r"no \.npz"):
+    with pytest.raises(NpzError, match=r"is not an \.npz file"):
         NpzFile(path)
-    with pytest.raises(NpzError, match=r"no \.npz"):
+    with pytest.raises(NpzError, match=r"is not an \.npz file"):
         NpzFile(tmp_path / "missing.npz")
-    with pytest.raises(NpzError, match="not uint8 pictures"):
+    with pytest.raises(NpzError, match="not uint8 images"):
         NpzFile(npz_of(path, arr_0=npy(np.zeros((4, 8, 8, 3), np.float32))))
-    with pytest.raises(NpzError, match="not uint8 pictures"):
+    with pytest.raises(NpzError, match="not uint8 images"):
         NpzFile(npz_of(path, arr_0=npy(np.array([{"a": 1}], dtype=object))))  # a pickle, never read
     with pytest.raises(NpzError, match="is damaged"):
         NpzFile(npz_of(path, arr_0=good[:20]))
-    with pytest.raises(NpzError, match="ends within picture 3 of 4"):
+    with pytest.raises(NpzError, match="ends within image 3 of 4"):
         list(NpzFile(npz_of(path, arr_0=good[:-10])).batches(2))
     terabyte = npy(np.zeros((1, 8, 8, 3), np.uint8)).replace(b"(1, 8, 8, 3), }    ", b"(99999, 4096, 4096, 3), }", 1)
     file = NpzFile(npz_of(path, arr_0=terabyte)) if b"99999" in terabyte else None
     if file:
-        with pytest.raises(NpzError, match="ends within picture 0"):
+        with pytest.raises(NpzError, match="ends within image 0"):
             next(file.batches(1))
-    with pytest.raises(NpzError, match="no mean"):
+    with pytest.raises(NpzError, match="are not a mean and its covariance"):
         NpzFile(npz_of(path, mu=npy(np.zeros(3)), sigma=npy(np.zeros((2, 2))))).statistics("pooled")
     with pytest.raises(NpzError, match="not a mean"):
         NpzFile(npz_of(path, mu=npy(np.zeros((3, 3))), sigma=npy(np.zeros((2, 2))))).statistics("pooled")
-    with pytest.raises(DataError, match="neither pictures nor"):
-        look(open_image_set(npz_of(path, other=good)), Colours())
-    with pytest.raises(NpzError, match="2 pictures were given, not 3"):
+    with pytest.raises(DataError, match="neither images nor"):
+        extract_features(open_image_set(npz_of(path, other=good)), Colours())
+    with pytest.raises(NpzError, match="2 images were given, not 3"):
         write_npz(path, [random_pictures(2)], 3)

@@ -28,9 +28,9 @@ from flowmo.data.sources.webdataset import expand
 from flowmo.data.tokens import Tokens
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
+from flowmo.evaluate.measurement import MeasurementFolder
 from flowmo.evaluate.npz import NpzError, NpzFile
 from flowmo.evaluate.peers.base import read_weights
-from flowmo.evaluate.reconstruction import Parts
 from flowmo.generate.generator import load_generator
 from flowmo.images import ImageError, read_image
 from flowmo.losses.perceptual import BACKBONES, HEADS, LPIPS, RESNET, ResNetLogits
@@ -69,7 +69,7 @@ PLACES = {
     "planes.safetensors": PlaneModel.read,
     "tokenizer.safetensors": lambda file: flowmo.load(file),
     "peer.pt": read_weights,
-    "whole.pt": lambda file: Parts(file.parent, "x", World()).take_over(),
+    "whole.pt": lambda file: MeasurementFolder(file.parent, "x", World()).resume(),
     BACKBONES["alex"][0][0]: lambda file: LPIPS("alex", file.parent, download=False),
     HEADS["alex"][0][0]: lambda file: LPIPS("alex", beside_a_backbone(file), download=False),
     RESNET[0][0]: lambda file: ResNetLogits(file.parent, download=False),

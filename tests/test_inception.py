@@ -137,6 +137,6 @@ def test_files_that_are_not_this_network(tmp_path):
 
     for content in ({"fc.weight": torch.zeros(2)}, Trap()):
         torch.save(content, tmp_path / WEIGHTS[0][0])
-        with pytest.raises(FeatureNetworkError, match="not the weights of FID's Inception"):
+        with pytest.raises(FeatureNetworkError, match="does not hold the weights of FID's Inception"):
             FIDInception(tmp_path, download=False)
     assert not (tmp_path / "ran").exists()

@@ -19,11 +19,11 @@ from flowmo.checkpoint.pth import PthError
 from flowmo.data.loader import ResumableSampler
 from flowmo.data.tokens import Vocabulary, read_metadata
 from flowmo.evaluate.codecs import QUALITIES, CodecReconstructor
-from flowmo.evaluate.generation import look, precision_and_recall
-from flowmo.evaluate.metrics.features import Features, features_of, in_one_shape
-from flowmo.evaluate.metrics.frechet import Moments, distance_between
-from flowmo.evaluate.metrics.kernel import kernel_distance
+from flowmo.evaluate.generation import extract_features
+from flowmo.evaluate.metrics.features import Features, in_fixed_batches
+from flowmo.evaluate.metrics.fid import Moments, frechet_distance
 from flowmo.evaluate.metrics.pairs import psnr
+from flowmo.evaluate.metrics.sets import kernel_distance, precision_and_recall
 from flowmo.evaluate.reconstruction import Evaluators, Reconstruction, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.generate.generator import GenerationError, Generator, build_generator
@@ -193,8 +193,8 @@ def test_frechet_distance_of_few_images_has_no_imaginary_part(count):
     cx, cy = ((rows - rows.mean(0)) / np.sqrt(len(rows) - 1) for rows in (x, y))
     root = np.linalg.svd(cx @ cy.T, compute_uv=False).sum()
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + (cx**2).sum() + (cy**2).sum() - 2 * root
-    assert distance_between(*moments) == pytest.approx(expected, rel=1e-3)
-    assert distance_between(moments[0], moments[0]) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(*(m.gaussian() for m in moments)) == pytest.approx(expected, rel=1e-3)
+    assert frechet_distance(moments[0].gaussian(), moments[0].gaussian()) == pytest.approx(0, abs=1e-4)
 
 
 def test_kernel_distance_is_the_unbiased_one_and_may_be_negative():
@@ -233,10 +233,10 @@ class Pictures(list):
 def test_the_last_partial_batch_counts():
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(256, (3, 8, 8), generator=generator, dtype=torch.uint8) for _ in range(7)]
-    seen = look(Pictures(images), Means(), batch_size=3)
+    seen = extract_features(Pictures(images), Means(), batch_size=3)
     rows = np.stack([image.numpy().astype(float).mean((1, 2)) / 127.5 - 1 for image in images])
     assert seen.count == 7
-    mean, covariance = seen.gaussians["pooled"]
+    mean, covariance, _ = seen.gaussians["pooled"]
     np.testing.assert_allclose(mean, rows.mean(0), atol=1e-5)
     np.testing.assert_allclose(covariance, np.cov(rows.T), atol=1e-5)
 
@@ -301,11 +301,11 @@ def test_networks_that_measure_do_not_compute_in_tf32():
     try:
         network(images)
         assert network.tf32 == (True, True)  # PyTorch's default, and what a caller may set
-        features_of(network, images)
+        in_fixed_batches(network, images)
         assert network.tf32 == (False, False)
         network(images)
         assert network.tf32 == (True, True)
-        in_one_shape(lambda x, y: network(x).pooled, images, images)
+        in_fixed_batches(lambda x, y: network(x).pooled, images, images)
         assert network.tf32 == (False, False)
         assert torch.get_float32_matmul_precision() == "high"
     finally:

@@ -9,7 +9,7 @@ from conftest import run_command
 from test_evaluation import Blur, Colours
 
 from flowmo.data import open_source
-from flowmo.evaluate.generation import GenerationSummary, look, open_image_set
+from flowmo.evaluate.generation import GenerationSummary, extract_features, open_image_set
 from flowmo.evaluate.reconstruction import EvaluationError, Evaluators, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.train.trainer import Trainer
@@ -48,14 +48,14 @@ def test_every_metric_is_that_of_the_other_images(kind, batch_size, place, folde
     bad, named = spoil(spoilt, kind), []
     if place == "first":
         bad = bad.rename(spoilt / "0bad.jpg")
-    judges = Evaluators(features=Colours())
+    evaluators = Evaluators(features=Colours())
     found = measure(
-        Blur(), open_source(spoilt), 64, judges, batch_size=batch_size, on_unreadable=named.append, enlarge=True
+        Blur(), open_source(spoilt), 64, evaluators, batch_size=batch_size, on_unreadable=named.append, enlarge=True
     )
-    expected = measure(Blur(), open_source(sound), 64, judges, enlarge=True)
+    expected = measure(Blur(), open_source(sound), 64, evaluators, enlarge=True)
     assert len(named) == 1
     assert str(bad) in named[0]
-    ours, theirs = (Summary.of("blur", x, judges.features).as_dict() for x in (found, expected))
+    ours, theirs = (Summary.of("blur", x, evaluators.features).as_dict() for x in (found, expected))
     assert (ours.pop("unreadable"), theirs.pop("unreadable")) == (1, 0)
     if place == "first":  # what a place in the source decides has moved: halves of the set, and this stand-in's ids
         for key in ("frechet_bias", "ids_used", "id_entropy"):
@@ -81,7 +81,7 @@ def test_what_becomes_readable_is_measured_when_the_evaluation_goes_on(folders, 
 
 def test_where_none_can_be_read_there_are_no_metrics(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
-    with pytest.raises(EvaluationError, match=r"none of 1 images can be read, such as .*a\.jpg"):
+    with pytest.raises(EvaluationError, match=r"None of 1 images can be read, such as .*a\.jpg"):
         measure(Blur(), open_source(tmp_path), 64, Evaluators(), on_unreadable=lambda message: None)
 
 
@@ -117,7 +117,7 @@ def test_sets_that_are_compared(spoilt_one, folders):
                 file.unlink()
 
     def seen(folder):
-        return look(open_image_set(folder), network, batch_size=2)
+        return extract_features(open_image_set(folder), network, batch_size=2)
 
     pair = (spoilt, sound) if spoilt_one == "generated" else (sound, spoilt)
     ours = GenerationSummary.of(*map(seen, pair), network).as_dict()

@@ -29,7 +29,7 @@ from flowmo.cli.shared import (
 from flowmo.codec.file import Codec, find_context
 from flowmo.data import Source, evenly_spread, open_source
 from flowmo.distributed import World
-from flowmo.evaluate.metrics.features import KINDS
+from flowmo.evaluate.metrics import KINDS
 from flowmo.evaluate.reconstruction import Evaluators, Reconstructor
 from flowmo.images import Tiling
 from flowmo.precision import describe
@@ -44,8 +44,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """
     from flowmo.distributed import join
     from flowmo.evaluate.follow import Follower
-    from flowmo.evaluate.generation import GenerationSummary, NpzImages, look, open_image_set
-    from flowmo.evaluate.metrics.features import ResNetFeatures, build_features
+    from flowmo.evaluate.generation import GenerationSummary, NpzImages, extract_features, open_image_set
+    from flowmo.evaluate.metrics import build_features
+    from flowmo.evaluate.metrics.features import ResNetFeatures
     from flowmo.evaluate.npz import STATISTICS
 
     def say(line: str, to: Any = None) -> None:
@@ -60,14 +61,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
             network = build_features(arguments.features).to(world.device)
             own = isinstance(network, ResNetFeatures) or arguments.features == "inception-legacy"
             for pictures in sets if own else ():
-                if isinstance(pictures, NpzImages) and pictures.file.names & set(sum(STATISTICS.values(), ())):
+                if isinstance(pictures, NpzImages) and pictures.names & set(sum(STATISTICS.values(), ())):
                     raise UsageError(
                         f"{pictures.name} holds statistics of FID's Inception, and {network.name} sees otherwise; add "
                         "--features inception, or name a folder of pictures"
                     )
             show = progress_bar("looking")
             generated, reference = (
-                look(pictures, network, device=world.device, world=world, progress=show) for pictures in sets
+                extract_features(pictures, network, device=world.device, world=world, progress=show)
+                for pictures in sets
             )
             found = GenerationSummary.of(generated, reference, network, (sets[0].name, sets[1].name))
             say(json.dumps(found.as_dict(), indent=1) if arguments.json else "\n".join(found.lines()))
@@ -92,7 +94,7 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, w
     """A model beside its peers on some pictures."""
     from flowmo.evaluate.codecs import FORMATS, CodecReconstructor
     from flowmo.evaluate.peers import SIDE, build_peer
-    from flowmo.evaluate.reconstruction import FlowMoReconstructor, Pace, measure
+    from flowmo.evaluate.reconstruction import FlowMoReconstructor, Throughput, measure
     from flowmo.evaluate.report import Entry, weights_hash, write_report
     from flowmo.evaluate.summary import Summary
 
@@ -150,7 +152,7 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, w
     judges.remember = bool(peers) or len(arguments.bpp or []) > 1
     protocol = "whole, at its own size" if whole else f"short side resized to {side}, central square"
     for candidate, depends in candidates():
-        pace = Pace()
+        throughput = Throughput()
         measured = measure(
             candidate,
             source,
@@ -162,12 +164,12 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, w
             world=world,
             enlarge=arguments.enlarge,
             folder=arguments.report / "measured" / candidate.name if arguments.report else None,
-            facts=depends,
-            pace=pace,
+            metadata=depends,
+            throughput=throughput,
             progress=progress_bar(candidate.name),
         )
         summary = Summary.of(candidate.name, measured, judges.features)
-        entries.append(Entry(candidate, measured, summary, pace))
+        entries.append(Entry(candidate, measured, summary, throughput))
         if not arguments.json:
             say(f"{candidate.name}: {summary.pictures} images, {'each ' if whole else ''}{protocol}")
             say("\n".join(summary.lines()) + "\n")

@@ -1,1 +1,1 @@
-"""How good reconstructions are: figures of pairs of pictures, and their mean over a set."""
+"""Evaluation of reconstructions and of generated images."""

@@ -1,9 +1,8 @@
-"""The codecs that a person would otherwise use, as candidates: JPEG, WebP, AVIF and JPEG XL at a budget of bytes.
+"""JPEG, WebP, AVIF and JPEG XL at a budget of bytes, as candidates of an evaluation.
 
-Each picture gets the highest quality that bisection finds to fit. A WebP or AVIF can be some bytes smaller than one of
-a lower quality, so this may be a step or two below the best: once in 581 trials of WebP. These formats stop shrinking
-at some hundred bytes for the smallest pictures, so a file may exceed the budget at the lowest quality; its bytes are
-then what it takes.
+Bisection finds the highest quality that fits. A WebP or AVIF can be some bytes smaller than one of a lower quality, so
+the result can be a step or two below the best: once in 581 trials of WebP. At the lowest quality these formats need
+some hundred bytes even for tiny images, and a file may exceed the budget. Its true bytes are then reported.
 """
 
 from __future__ import annotations
@@ -22,66 +21,68 @@ from flowmo.images import to_pil, to_tensor
 
 
 class CodecMissingError(FlowMoError, RuntimeError):
-    """A codec that this machine's Pillow does not have."""
-
-
-class Format(NamedTuple):
-    """How Pillow calls a format, the settings it is given, and the bytes of content in a file of it."""
-
-    pillow: str
-    settings: dict[str, Any]
-    payload: Callable[[bytes], int]
+    """The installed Pillow does not have this codec."""
 
 
 def jpeg_payload(data: bytes) -> int:
-    """Bytes of the scans: all but markers and tables."""
-    at, total = 2, 0
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xD9:
-        marker = data[at + 1]
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xDA:  # a scan's data follows its header, up to the next marker that is no escape or restart
-            start = at
-            while at + 1 < len(data) and not (data[at] == 0xFF and data[at + 1] not in (0x00, *range(0xD0, 0xD8))):
-                at += 1
-            total += at - start
+    """Bytes of the scans, without markers and tables."""
+    position, total = 2, 0
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xD9:
+        marker = data[position + 1]
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker == 0xDA:  # a scan ends at the next marker that is no escape or restart
+            start = position
+            while position + 1 < len(data) and not (
+                data[position] == 0xFF and data[position + 1] not in (0x00, *range(0xD0, 0xD8))
+            ):
+                position += 1
+            total += position - start
     return total
 
 
 def webp_payload(data: bytes) -> int:
-    """Bytes of the VP8 chunk behind its frame header."""
-    frame_header = 10
-    at = 12
-    while at + 8 <= len(data):
-        size = int.from_bytes(data[at + 4 : at + 8], "little")
-        if data[at : at + 4] == b"VP8 ":
-            return size - frame_header
-        at += 8 + size + size % 2
+    """Bytes of the VP8 chunk after its frame header of 10 bytes."""
+    position = 12
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        if data[position : position + 4] == b"VP8 ":
+            return size - 10
+        position += 8 + size + size % 2
     return len(data)
 
 
 def avif_payload(data: bytes) -> int:
     """Bytes of the ``mdat`` box, which holds the AV1 stream."""
-    at = 0
-    while at + 8 <= len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] == b"mdat":
-            return (size or len(data) - at) - 8
+    position = 0
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] == b"mdat":
+            return (size or len(data) - position) - 8
         if size < 8:
             break
-        at += size
+        position += size
     return len(data)
 
 
 def jxl_payload(data: bytes) -> int:
-    """Of a bare codestream, whose header is a few bits, all but its two bytes of signature."""
+    """Bytes of a bare codestream without its signature; the rest of its header is a few bits."""
     return len(data) - 2
 
 
+class Format(NamedTuple):
+    """A format: its printed name, Pillow's name, settings for Pillow, and the bytes of content in a file."""
+
+    name: str
+    pillow: str
+    settings: dict[str, Any]
+    payload: Callable[[bytes], int]
+
+
 FORMATS = {
-    "jpeg": Format("JPEG", {"optimize": True}, jpeg_payload),
-    "webp": Format("WEBP", {"method": 6}, webp_payload),
-    "avif": Format("AVIF", {"speed": 4}, avif_payload),
-    "jxl": Format("JXL", {"effort": 9}, jxl_payload),
+    "jpeg": Format("JPEG", "JPEG", {"optimize": True}, jpeg_payload),
+    "webp": Format("WebP", "WEBP", {"method": 6}, webp_payload),
+    "avif": Format("AVIF", "AVIF", {"speed": 4}, avif_payload),
+    "jxl": Format("JPEG XL", "JXL", {"effort": 9}, jxl_payload),
 }
 QUALITIES = range(101)
 
@@ -91,67 +92,65 @@ class CodecReconstructor:
 
     Args:
         codec: a key of ``FORMATS``.
-        budget: bytes per image; or the bytes of each, by the image's index in its source.
-        headers: whether the budget is for the whole file; otherwise for its content alone, which no real file is.
-        at_least: take the lowest quality whose file has no fewer bytes than the budget, in place of the highest
-            quality within it. The codec then never has less to work with.
+        budget: bytes per image; or {dataset index: bytes}.
+        headers: count the full file. Otherwise count its content alone, which no real file is.
+        at_least: take the lowest quality that reaches the budget, instead of the highest within it.
 
     Raises:
-        CodecMissingError: this Pillow does not have it.
+        CodecMissingError: the installed Pillow does not have the codec.
     """
 
     id_count = None
 
     def __init__(self, codec: str, budget: int | Mapping[int, int], headers: bool = True, at_least: bool = False):
         self.format, self.budget, self.headers, self.at_least = FORMATS[codec], budget, headers, at_least
-        self.name = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jxl": "JPEG XL"}[codec]
-        self.name += "" if headers else ", without headers"
+        self.name = self.format.name + ("" if headers else ", without headers")
         if codec == "jxl":
             try:
                 import pillow_jxl  # noqa: F401  # registers the format
             except ImportError:
-                raise CodecMissingError("JPEG XL needs pillow-jxl-plugin: pip install 'flowmo[evaluate]'") from None
+                raise CodecMissingError(
+                    "JPEG XL needs pillow-jxl-plugin. Install it: pip install 'flowmo[evaluate]'."
+                ) from None
         elif codec != "jpeg" and not features.check(codec):
-            raise CodecMissingError(f"this Pillow was built without {self.name}")
+            raise CodecMissingError(
+                f"This Pillow was built without {self.name}. Install another build, or leave it out."
+            )
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
-        pictures, sizes, files = [], [], []
-        for image, index in zip(images, indices, strict=True):
-            budget = self.budget if isinstance(self.budget, int) else self.budget[index]
-            data = self.encode(to_pil(image), budget)
-            sizes.append(8.0 * self.size(data))
-            files.append(8.0 * len(data))
-            pictures.append(to_tensor(Image.open(io.BytesIO(data)).convert("RGB")))
-        return Reconstruction(torch.stack(pictures), torch.tensor(sizes), file_bits=torch.tensor(files))
+        budgets = [self.budget if isinstance(self.budget, int) else self.budget[index] for index in indices]
+        files = [self.encode(to_pil(image), budget) for image, budget in zip(images, budgets, strict=True)]
+        decoded = [to_tensor(Image.open(io.BytesIO(data)).convert("RGB")) for data in files]
+        bits, file_bits = (torch.tensor([8.0 * size(data) for data in files]) for size in (self.size, len))
+        return Reconstruction(torch.stack(decoded), bits, file_bits=file_bits)
 
     def size(self, data: bytes) -> int:
         return len(data) if self.headers else self.format.payload(data)
 
-    def encode(self, picture: Image.Image, budget: int | None = None) -> bytes:
-        """Find the file for a budget, by default the codec's own, by bisection.
+    def encode(self, image: Image.Image, budget: int | None = None) -> bytes:
+        """Encode an image within ``budget`` bytes, by default the codec's.
 
-        It is the highest quality that fits, or the smallest file where none does. With ``at_least`` it is the lowest
-        quality that reaches the budget, or the largest file where none does.
+        If no quality fits, the smallest file is returned; with ``at_least`` the largest.
         """
         if budget is None:
-            assert isinstance(self.budget, int), "each image has a budget of its own"
+            assert isinstance(self.budget, int), "the budget depends on the image"
             budget = self.budget
         tried: dict[int, bytes] = {}
 
-        def at(quality: int) -> bytes:
+        def encoded(quality: int) -> bytes:
             if quality not in tried:
                 stream = io.BytesIO()
-                picture.save(stream, self.format.pillow, quality=quality, **self.format.settings)
+                image.save(stream, self.format.pillow, quality=quality, **self.format.settings)
                 tried[quality] = stream.getvalue()
             return tried[quality]
 
         low, high = QUALITIES[0], QUALITIES[-1]
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.size(at(middle)) <= budget else (low, middle - 1)
+            low, high = (middle, high) if self.size(encoded(middle)) <= budget else (low, middle - 1)
         if self.at_least:
-            quality = next((q for q in range(low, len(QUALITIES)) if self.size(at(q)) >= budget), QUALITIES[-1])
-            return at(quality)
-        at(low)
+            enough = (quality for quality in QUALITIES[low:] if self.size(encoded(quality)) >= budget)
+            return encoded(next(enough, QUALITIES[-1]))
+        encoded(low)
         fitting = [quality for quality, data in tried.items() if self.size(data) <= budget]
         return tried[max(fitting)] if fitting else min(tried.values(), key=self.size)

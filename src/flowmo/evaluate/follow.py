@@ -1,4 +1,4 @@
-"""Evaluation beside a training run: each checkpoint once, as soon as it is whole, until the run has ended."""
+"""Evaluation of a training run: every checkpoint once, as soon as it is complete, until the run ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS, has_ended, listi
 from flowmo.config import Config, DataConfig
 from flowmo.data import open_source
 from flowmo.distributed import World
-from flowmo.evaluate.reconstruction import EvaluationError, Evaluators, FlowMoReconstructor, measure
+from flowmo.evaluate.measurement import EvaluationError
+from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.precision import describe
 from flowmo.tokenizer import FlowMo
@@ -26,22 +27,22 @@ POLL_SECONDS = 10.0
 
 @dataclass
 class Follower:
-    """Evaluates checkpoints of a run, or one checkpoint.
+    """Evaluates a run's checkpoints, or one checkpoint.
 
     Args:
-        settings: ``section.name=value`` over the checkpoints' own, ``eval.…`` and ``data.val`` among them.
-        folder: of this evaluation; its log is ``evaluations.jsonl``, and so is the line added to the run's folder.
-        report: takes each line.
-        found: takes the figures of each checkpoint, as the log does.
+        settings: ``section.name=value``; they override the checkpoint's own.
+        folder: of this evaluation. Its log ``evaluations.jsonl`` is also appended to the run's.
+        report: callback with each line for a person.
+        found: callback with the metrics of each checkpoint, as logged.
         ready: packs or compiles each tokenizer.
 
     Raises:
-        EvaluationError: there is neither a run nor a checkpoint, or no held-out pictures are named.
+        EvaluationError: the settings name no run, checkpoint or held-out images, or there is none.
     """
 
     settings: Sequence[str]
     folder: Path
-    judges: Evaluators
+    evaluators: Evaluators
     world: World = World()
     report: Callable[[str], None] = print
     found: Callable[[dict[str, Any]], None] | None = None
@@ -50,43 +51,44 @@ class Follower:
 
     def __post_init__(self) -> None:
         self.config = Config().override(*self.settings)
-        wanted = self.config.eval
-        if not wanted.eval_dir and not wanted.force_ckpt_path:
+        settings = self.config.eval
+        if not settings.eval_dir and not settings.force_ckpt_path:
             raise EvaluationError(
-                "name pictures, or a run (eval.eval_dir=results/RUN), or a checkpoint (eval.force_ckpt_path=FILE)"
+                "Name images, or a run (eval.eval_dir=results/RUN), or a checkpoint (eval.force_ckpt_path=FILE)."
             )
-        self.run = Path(wanted.eval_dir) if wanted.eval_dir else None
-        if self.run and not self.run.is_dir() and not (wanted.continuous or wanted.force_ckpt_path):
-            raise EvaluationError(f"{self.run}: no such run")
+        self.run = Path(settings.eval_dir) if settings.eval_dir else None
+        if self.run and not self.run.is_dir() and not (settings.continuous or settings.force_ckpt_path):
+            raise EvaluationError(f"There is no run {self.run}.")
 
     def evaluate(self) -> None:
-        """Evaluate what the settings ask for. With ``eval.continuous``, return when the run has ended."""
-        wanted = self.config.eval
-        if wanted.force_ckpt_path:
-            self._evaluate(Path(wanted.force_ckpt_path))
+        """Evaluate a named checkpoint, or the run's newest, or with ``eval.continuous`` all until the run ends."""
+        settings = self.config.eval
+        if settings.force_ckpt_path:
+            self._evaluate(Path(settings.force_ckpt_path))
             return
-        run, waiting = Path(wanted.eval_dir), False
+        run, waiting = Path(settings.eval_dir), False
         while True:
-            ended = self.world.broadcast(has_ended(run))  # asked before the listing, so that none is missed
-            there = self.world.broadcast([str(path) for path in listing(run / CHECKPOINTS)])
-            left = [Path(path) for path in there if Path(path).name not in self._evaluated()]
-            if not wanted.continuous:
-                if not there:
-                    raise EvaluationError(f"{run}: no checkpoint yet; eval.continuous=true waits for one")
-                left = [Path(there[-1])]
-            for path in left[:1]:
-                self._try(path)
-                waiting = False
-            if not wanted.continuous or (ended and not left):
+            ended = self.world.broadcast(has_ended(run))  # before the listing, so that no checkpoint is missed
+            checkpoints = self.world.broadcast([str(path) for path in listing(run / CHECKPOINTS)])
+            if not settings.continuous:
+                if not checkpoints:
+                    raise EvaluationError(f"{run} has no checkpoint yet. eval.continuous=true waits for one.")
+                self._try(Path(checkpoints[-1]))
                 return
-            if not left:
+            remaining = [Path(path) for path in checkpoints if Path(path).name not in self._evaluated()]
+            if remaining:
+                self._try(remaining[0])
+                waiting = False
+            elif ended:
+                return
+            else:
                 if not waiting:
                     self.report(f"waiting for the next checkpoint of {run}")
                 waiting = True
                 time.sleep(POLL_SECONDS)
 
     def _try(self, path: Path) -> None:
-        """Evaluate a checkpoint, unless the run has replaced it by a newer one meanwhile."""
+        """Evaluate a checkpoint, unless the run removes it meanwhile."""
         try:
             self._evaluate(path)
         except (CheckpointError, OSError):
@@ -100,52 +102,49 @@ class Follower:
         lines = log.read_text().splitlines() if self.world.main and log.is_file() else []
         return set(self.world.broadcast([json.loads(line)["checkpoint"] for line in lines]))
 
-    def _evaluate(self, path: Path) -> Summary:
+    def _evaluate(self, path: Path) -> None:
         tokenizer = flowmo.load(path, *self.settings, device=str(self.world.device))
         if self.ready:
             self.ready(tokenizer)
         config, precision = tokenizer.config, describe(tokenizer.precision, tokenizer.device)
         val, index = self._held_out(config.data)
         source = open_source(val, index or None)
-        candidate, side = FlowMoReconstructor(tokenizer, name=path.name), config.data.image_size
         measured = measure(
-            candidate,
+            FlowMoReconstructor(tokenizer, name=path.name),
             source,
-            side,
-            self.judges,
+            config.data.image_size,
+            self.evaluators,
             limit=max(len(source) // self.config.eval.subsample_rate, 1),
             batch_size=self.config.eval.batch_size,
             device=self.world.device,
             world=self.world,
             folder=self.folder / "measured" / path.stem,
-            facts={"identity": tokenizer.identity(), "sampling": str(config.eval.sampling), "precision": precision},
+            metadata={"identity": tokenizer.identity(), "sampling": str(config.eval.sampling), "precision": precision},
         )
-        summary = Summary.of(path.name, measured, self.judges.features)
-        self.report("\n".join((f"{path}: {summary.pictures} pictures of {val}", *summary.lines())))
+        summary = Summary.of(path.name, measured, self.evaluators.features)
+        self.report("\n".join((f"{path}: {summary.pictures} images of {val}", *summary.lines())))
         row = {"checkpoint": path.name, **summary.as_dict(), "precision": precision}
         if self.found:
             self.found(row)
         if path.name not in self._evaluated():
             self._record(row)
-        return summary
 
     def _held_out(self, trained: DataConfig) -> tuple[str, str]:
-        """Held-out source and its index: those of the settings, else of the checkpoint, else of the run.
+        """Held-out source and its index, from the settings, else the checkpoint, else the run.
 
-        An index belongs to the source that is named beside it. One in the settings alone is for the source they leave.
+        An index belongs to the source beside it. One in the settings without a source applies to the others.
         """
-        own = self.config.data
-        of_the_run = self._of_the_run()
+        ours, run = self.config.data, self._run_data()
         for val, index in (
-            (own.val, own.val_index),
-            (trained.val, own.val_index or trained.val_index),
-            (of_the_run.get("val"), own.val_index or of_the_run.get("val_index", "")),
+            (ours.val, ours.val_index),
+            (trained.val, ours.val_index or trained.val_index),
+            (run.get("val"), ours.val_index or run.get("val_index", "")),
         ):
             if val:
                 return val, index
-        raise EvaluationError("no held-out pictures: name them by data.val=PICTURES")
+        raise EvaluationError("There are no held-out images. Name them with data.val=IMAGES.")
 
-    def _of_the_run(self) -> dict[str, Any]:
+    def _run_data(self) -> dict[str, Any]:
         try:
             return dict(json.loads((self.run / SETTINGS).read_text())["data"]) if self.run else {}
         except (OSError, ValueError, KeyError, TypeError):

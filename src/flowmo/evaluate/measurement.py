@@ -1,43 +1,52 @@
-"""What an evaluation knows so far: sufficient for every figure of a report, and merged without rounding.
+"""The measurements of an evaluation so far: enough for every metric, merged without rounding, and kept in files.
 
-Figures of single pictures are kept, some bytes each; sums over pictures are taken at the end, in the pictures' order.
-Statistics of features and of ids are sums of whole numbers. So neither the cut into batches, nor their order, nor the
-number of processes, nor an interruption changes a figure.
+Metrics of single images are stored, some bytes each, and averaged at the end in the order of the images. Statistics of
+features and ids are integer sums. So neither batches, nor their order, nor ranks, nor an interruption change a metric.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowmo.data import evenly_spread
+from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.pth import PthError, read_pth
+from flowmo.data import DataError, evenly_spread
 from flowmo.distributed import World
-from flowmo.evaluate.metrics.frechet import Moments, StatisticsError, distance_between
-from flowmo.evaluate.metrics.kernel import kernel_distance
+from flowmo.evaluate.metrics.fid import Moments, StatisticsError, finite_sample_bias, frechet_distance
+from flowmo.evaluate.metrics.sets import kernel_distance
 
 COLUMNS = (
     *("bits", "pixels", "file_bits", "squared_error", "truncated_squared_error", "ssim", "truncated_ssim"),
     *("lpips_alex", "lpips_vgg"),
 )
-KERNEL_PICTURES = 5000
-"""Features are kept of so many pictures, evenly spread, for the kernel distance."""
+KERNEL_IMAGES = 5000
+"""Number of images, evenly spread, whose features are kept for the kernel distance."""
 HALVES = 2
+SAVE_SECONDS = 60
+MERGED = "measured.pt"
+
+
+class EvaluationError(DataError):
+    """The evaluation would be meaningless; the message says why."""
 
 
 @dataclass
 class Measurement:
-    """Of N pictures and what they were made into.
+    """Measurements of N images and their reconstructions.
 
     Attributes:
-        values: float64, ``COLUMNS`` × N; NaN where a picture, or that figure of all, is not measured.
-        usage: int64, how often each id was used; empty for continuous codes.
-        originals, results: statistics of features, of the pictures at even and at odd places; empty without a network.
-        kept: float32 2 × k × channels, features of originals and results of the places ``evenly_spread(k, N)``; NaN
-            where not yet measured.
+        values: float64, ``COLUMNS`` × N; NaN if an image, or that metric of every image, is not measured.
+        usage: int64, how often each id occurs; empty for continuous codes.
+        originals, results: moments of features of the images at even and odd positions; empty without a network.
+        kept: float32 2 × k × channels, features of originals and results at the positions ``evenly_spread(k, N)``; NaN
+            if not yet measured.
     """
 
     values: Tensor
@@ -47,54 +56,53 @@ class Measurement:
     kept: Tensor | None = None
 
     @classmethod
-    def empty(cls, pictures: int, id_count: int | None = None, channels: int | None = None) -> Measurement:
-        values = torch.full((len(COLUMNS), pictures), torch.nan, dtype=torch.float64)
-        self = cls(values, torch.zeros(id_count or 0, dtype=torch.int64))
-        if channels:
-            self.originals, self.results = (
-                tuple(Moments.empty(channels) for _ in range(HALVES)) for _ in ("originals", "results")
-            )
-            self.kept = torch.full((2, min(pictures, KERNEL_PICTURES), channels), torch.nan)
-        return self
+    def empty(cls, images: int, id_count: int | None = None, channels: int | None = None) -> Measurement:
+        values = torch.full((len(COLUMNS), images), torch.nan, dtype=torch.float64)
+        usage = torch.zeros(id_count or 0, dtype=torch.int64)
+        if not channels:
+            return cls(values, usage)
+        originals, results = (tuple(Moments.empty(channels) for _ in range(HALVES)) for _ in range(2))
+        kept = torch.full((2, min(images, KERNEL_IMAGES), channels), torch.nan)
+        return cls(values, usage, originals, results, kept)
 
     @property
     def done(self) -> Tensor:
-        """Which pictures are measured: bool N."""
+        """Bool N: measured images."""
         return ~self.values[COLUMNS.index("bits")].isnan()
 
     def column(self, name: str) -> Tensor:
-        """A figure of the measured pictures, in their order; without NaN, and empty where it was not asked for."""
+        """A metric of the measured images in order; empty if it was not requested."""
         column = self.values[COLUMNS.index(name)][self.done]
         return column[:0] if column.isnan().all() else column
 
-    def add(self, places: Tensor, values: Mapping[str, Tensor], ids: Tensor | None = None) -> None:
-        """Take in some pictures: their places among the N, int64 b, their figures, each b, and their ids."""
+    def add(self, positions: Tensor, values: Mapping[str, Tensor], ids: Tensor | None = None) -> None:
+        """Add b images: their positions among the N, int64 b, their metrics, each b, and their ids."""
         for name, value in values.items():
-            self.values[COLUMNS.index(name), places] = value.double().cpu()
+            self.values[COLUMNS.index(name), positions] = value.double().cpu()
         if ids is not None:
             self.usage += torch.bincount(ids.flatten().cpu(), minlength=len(self.usage))
 
-    def add_features(self, places: Tensor, originals: Tensor, results: Tensor) -> None:
-        """Take in some pictures' features, b × channels. Raises ``StatisticsError`` where none are kept."""
+    def add_features(self, positions: Tensor, originals: Tensor, results: Tensor) -> None:
+        """Add features b × channels of b images. Raises ``StatisticsError`` if no features are kept."""
         kept = self._kept()
         chosen = torch.tensor(evenly_spread(kept.shape[1], self.values.shape[1]))
-        slots = torch.searchsorted(chosen, places).clamp(max=len(chosen) - 1)
-        keep = chosen[slots] == places
+        slots = torch.searchsorted(chosen, positions).clamp(max=len(chosen) - 1)
+        keep = chosen[slots] == positions
         for i, (features, moments) in enumerate(((originals, self.originals), (results, self.results))):
             for half in range(HALVES):
-                moments[half].add(features[(places % HALVES == half).to(features.device)])
+                moments[half].add(features[(positions % HALVES == half).to(features.device)])
             kept[i, slots[keep]] = features.float().cpu()[keep]
 
     def merge(self, other: Measurement) -> Measurement:
-        """Both together.
+        """Both measurements together.
 
         Raises:
-            StatisticsError: a picture is in both, or they are not of the same evaluation.
+            StatisticsError: an image is in both, or they belong to different evaluations.
         """
         if self.values.shape != other.values.shape or len(self.usage) != len(other.usage):
-            raise StatisticsError("measurements of different evaluations do not merge")
+            raise StatisticsError("Measurements of different evaluations do not merge.")
         if (self.done & other.done).any():
-            raise StatisticsError("a picture is in both measurements")
+            raise StatisticsError("An image is in both measurements.")
 
         def both(ours: tuple[Moments, ...], theirs: tuple[Moments, ...]) -> tuple[Moments, ...]:
             return tuple(a.merge(b) for a, b in zip(ours, theirs, strict=True))
@@ -108,19 +116,20 @@ class Measurement:
         )
 
     def gather(self, world: World) -> Measurement:
-        """What all processes measured, in each of them."""
+        """The measurements of all ranks together, on every rank."""
         if world.size == 1:
             return self
 
         def union(x: Tensor) -> Tensor:
-            """Of values that one process alone has: a number plus zeros is that number."""
-            there = world.sum((~x.isnan()).to(torch.int32))
-            return torch.where(there > 0, world.sum(x.nan_to_num(0.0)), torch.nan)
+            """Each value is NaN on all ranks but one: add zeros to it."""
+            present = world.sum((~x.isnan()).to(torch.int32))
+            return torch.where(present > 0, world.sum(x.nan_to_num(0.0)), torch.nan)
 
-        kept = None if self.kept is None else union(self.kept)
         usage = world.sum(self.usage) if len(self.usage) else self.usage
         originals, results = (tuple(m.gather(world) for m in moments) for moments in (self.originals, self.results))
-        return Measurement(union(self.values), usage, originals, results, kept)
+        return Measurement(
+            union(self.values), usage, originals, results, None if self.kept is None else union(self.kept)
+        )
 
     def state(self) -> dict[str, Any]:
         """As plain tensors, for a file."""
@@ -130,30 +139,84 @@ class Measurement:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Measurement:
         moments = {name: tuple(Moments.from_state(m) for m in state[name]) for name in ("originals", "results")}
-        return replace(cls(state["values"], state["usage"], kept=state["kept"]), **moments)
+        return cls(state["values"], state["usage"], kept=state["kept"], **moments)
 
-    # Figures of all pictures
-
-    def frechet(self) -> tuple[float, float]:
-        """Fréchet distance of originals and results, and its estimated bias.
-
-        The distance of n pictures exceeds that of infinitely many by about c / n, so that of n / 2 exceeds it by twice
-        as much: the bias is the mean distance of the two halves less that of all.
+    def rfid(self) -> tuple[float, float]:
+        """Fréchet distance of originals and results, and its estimated bias. It is the rFID if the network is FID's.
 
         Raises:
-            StatisticsError: fewer than two pictures a half.
+            StatisticsError: a half has fewer than two images.
         """
-        halves = [distance_between(a, b) for a, b in zip(self.originals, self.results, strict=True)]
-        whole = distance_between(self.originals[0].merge(self.originals[1]), self.results[0].merge(self.results[1]))
-        return whole, sum(halves) / HALVES - whole
+        halves = [(a.gaussian(), b.gaussian()) for a, b in zip(self.originals, self.results, strict=True)]
+        all_images = (first.merge(second).gaussian() for first, second in (self.originals, self.results))
+        distance = frechet_distance(*all_images)
+        return distance, finite_sample_bias(distance, halves)
 
-    def kernel(self) -> float:
-        """Kernel distance of the kept and measured features. Raises ``StatisticsError`` for fewer than two pictures."""
+    def rkid(self) -> float:
+        """Kernel distance of the kept features. Raises ``StatisticsError`` for fewer than two images."""
         kept = self._kept()
-        ours, theirs = kept[:, ~kept.isnan().any(dim=2).any(dim=0)]
-        return kernel_distance(ours, theirs, paired=True)
+        originals, results = kept[:, ~kept.isnan().any(dim=2).any(dim=0)]
+        return kernel_distance(originals, results, paired=True)
 
     def _kept(self) -> Tensor:
         if self.kept is None:
-            raise StatisticsError("an evaluation without a feature network keeps no features")
+            raise StatisticsError("An evaluation without a feature network keeps no features.")
         return self.kept
+
+
+class MeasurementFolder:
+    """Measurements on disk: one part per rank, and one file with all that earlier processes measured.
+
+    A kill at any time counts nothing twice: a part that the merged file already holds is ignored. Without a folder
+    nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None, identity: str, world: World):
+        self.folder, self.identity, self.world = folder, identity, world
+        self.saved = time.monotonic()
+
+    def resume(self) -> Measurement | None:
+        """Merge the files into one and return their measurements; ``None`` if there are none."""
+        if self.folder is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        merged = None
+        for path in sorted(self.folder.glob("*.pt"), key=lambda path: path.name != MERGED):
+            part = self._read(path)
+            if merged is None:
+                merged = part
+            elif not (merged.done & part.done).any():
+                merged = merged.merge(part)
+        self.world.barrier()  # no rank removes a file that another still reads
+        if merged is not None:
+            self.finish(merged)
+        return merged
+
+    def _read(self, path: Path) -> Measurement:
+        try:
+            content = read_pth(path)
+            identity, state = content["identity"], content["measurement"]
+        except (PthError, KeyError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise EvaluationError(f"{path} is not part of an evaluation ({reason}).") from None
+        if identity != self.identity:
+            raise EvaluationError(f"{self.folder} holds another evaluation. Name an empty folder, or remove it.")
+        return Measurement.from_state(state)
+
+    def _write(self, path: Path, measurement: Measurement) -> None:
+        content = {"identity": self.identity, "measurement": measurement.state()}
+        checkpoint.write_whole(path, lambda temporary: torch.save(content, temporary))
+
+    def save_periodically(self, measurement: Measurement) -> None:
+        """Save this rank's part once in ``SAVE_SECONDS``."""
+        if self.folder is not None and time.monotonic() - self.saved > SAVE_SECONDS:
+            self._write(self.folder / f"part-{self.world.rank:05d}.pt", measurement)
+            self.saved = time.monotonic()
+
+    def finish(self, merged: Measurement) -> None:
+        """Replace all parts by one file."""
+        if self.folder is not None and self.world.main:
+            self._write(self.folder / MERGED, merged)
+            for path in self.folder.glob("part-*.pt"):
+                path.unlink()
+        self.world.barrier()

@@ -1,8 +1,8 @@
-"""Pictures and statistics in the ``.npz`` files of the ADM evaluator, read and written a batch at a time.
+"""The ADM evaluator's ``.npz`` files, read and written one batch at a time.
 
-Such a file holds ``arr_0``, uint8 pictures N × h × w × 3, ten gigabytes for 50 000 at 256 pixels, and in a reference
-batch also ``mu``, ``sigma`` of the pooled and ``mu_s``, ``sigma_s`` of the spatial features. No pickles are read, and
-what a header claims is bounded before anything is read: a few compressed bytes can stand for any number of zeros.
+``arr_0`` holds uint8 images N × h × w × 3: ten gigabytes for 50 000 of 256 pixels. Reference files also hold the
+statistics ``mu``, ``sigma`` of the pooled and ``mu_s``, ``sigma_s`` of the spatial features. ``numpy.load`` would read
+whole arrays, and allocate what a hostile header claims. Here sizes are checked first, and pickles are never read.
 """
 
 from __future__ import annotations
@@ -20,91 +20,87 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from flowmo.data import DataError
+from flowmo.evaluate.metrics.fid import Gaussian
 
-PICTURES = "arr_0"
+IMAGES = "arr_0"
 STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 MAX_CHANNELS = 4096
 MAX_PIXELS = 1 << 24
-"""Of one picture; the evaluator's have 2^16."""
+"""Per image; the evaluator's have 2^16."""
 
 
 class NpzError(DataError):
-    """A ``.npz`` that is not one of the ADM evaluator's."""
+    """The file is not an ``.npz`` of the ADM evaluator."""
 
 
 class NpzFile:
-    """One such file.
+    """An ``.npz`` file that is open only while it is read.
 
     Attributes:
-        shape: N, h, w, 3 of its pictures; ``None`` where it has none.
+        names: its arrays.
+        shape: (N, h, w, 3) of its images, or ``None``.
 
     Raises:
-        NpzError: it cannot be read, or its pictures are not uint8 N × h × w × 3.
+        NpzError: the file cannot be read, or its images are not uint8 N × h × w × 3.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.shape: tuple[int, int, int, int] | None = None
-        with self._reading("it is no .npz file"), zipfile.ZipFile(self.path) as archive:
+        self.shape: tuple[int, ...] | None = None
+        with self._errors("is not an .npz file"), zipfile.ZipFile(self.path) as archive:
             self.names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-        if PICTURES in self.names:
-            with self._member(PICTURES) as member:
-                shape, dtype, fortran = self._header(member)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
-                what = f"{dtype} {shape}"[:100]
-                raise NpzError(f"{path}: {PICTURES} is {what}, not uint8 pictures N × height × width × 3")
+        if IMAGES in self.names:
+            with self._array(IMAGES) as (_, shape, dtype, fortran):
+                if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
+                    raise self._error(
+                        f"{IMAGES} is {f'{dtype} {shape}'[:100]}, not uint8 images N × height × width × 3"
+                    )
             if shape[1] * shape[2] > MAX_PIXELS:
-                raise NpzError(f"{path}: its pictures have {shape[1]}×{shape[2]} pixels, more than {MAX_PIXELS:,}")
+                raise self._error(f"its images have {shape[1]}×{shape[2]} pixels, more than {MAX_PIXELS:,}")
             self.shape = shape
 
+    def _error(self, reason: str) -> NpzError:
+        return NpzError(f"{self.path}: {reason}.")
+
     @contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
-        """Turns whatever ``zipfile`` and numpy raise on a damaged file into one ``NpzError``."""
+    def _errors(self, reason: str) -> Iterator[None]:
+        """Turn whatever ``zipfile`` and NumPy raise on a damaged file into an ``NpzError``."""
         try:
             yield
         except NpzError:
             raise
-        except Exception as error:  # numpy evaluates a header as Python, and raises as Python does
-            raise NpzError(f"{self.path}: {what} ({' '.join(str(error).split())[:100]})") from None
+        except Exception as error:  # NumPy evaluates a header as Python, and raises as Python does
+            raise self._error(f"{reason} ({' '.join(str(error).split())[:100]})") from None
 
     @contextmanager
-    def _member(self, name: str) -> Iterator[IO[bytes]]:
+    def _array(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, bool]]:
+        """Open an array behind its header: the data, shape, dtype and whether it is in Fortran order."""
         with (
-            self._reading(f"{name} is damaged"),
+            self._errors(f"{name} is damaged"),
             zipfile.ZipFile(self.path) as archive,
-            archive.open(f"{name}.npy") as member,
+            archive.open(f"{name}.npy") as data,
         ):
-            yield member
-
-    @staticmethod
-    def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
-        version = npy.read_magic(member)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = read(member)
-        return shape, dtype, fortran
+            read = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
+            shape, fortran, dtype = read(data)
+            yield data, shape, dtype, fortran
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Its pictures in their order, uint8 b × 3 × h × w.
-
-        Raises:
-            NpzError: it has none, or ends before its last.
-        """
+        """Yield the images in order, uint8 b×3×h×w. Raises ``NpzError`` if there are none, or the file ends early."""
         if self.shape is None:
-            raise NpzError(f"{self.path}: holds no pictures ({PICTURES})")
-        count, *one = self.shape
-        length = math.prod(one)
-        with self._member(PICTURES) as member:
-            self._header(member)
+            raise self._error(f"it holds no images ({IMAGES})")
+        count, *image = self.shape
+        length = math.prod(image)
+        with self._array(IMAGES) as (data, *_):
             for start in range(0, count, size):
                 wanted = min(size, count - start)
-                data = member.read(wanted * length)
-                if len(data) < wanted * length:
-                    raise NpzError(f"{self.path}: ends within picture {start + len(data) // length} of {count}")
-                pictures = np.frombuffer(bytearray(data), np.uint8).reshape(wanted, *one)
-                yield torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+                content = data.read(wanted * length)
+                if len(content) < wanted * length:
+                    raise self._error(f"it ends within image {start + len(content) // length} of {count}")
+                batch = np.frombuffer(bytearray(content), np.uint8).reshape(wanted, *image)
+                yield torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
 
-    def statistics(self, kind: str) -> tuple[Tensor, Tensor] | None:
-        """Mean and covariance of the ``pooled`` or ``spatial`` features, float64; ``None`` where it has none.
+    def statistics(self, kind: str) -> Gaussian | None:
+        """Read the statistics of the ``pooled`` or ``spatial`` features; ``None`` if there are none.
 
         Raises:
             NpzError: they are damaged, or do not belong together.
@@ -113,51 +109,45 @@ class NpzFile:
             return None
         arrays = []
         for name, dimensions in zip(STATISTICS[kind], (1, 2), strict=True):
-            with self._member(name) as member:
-                shape, dtype, fortran = self._header(member)
-                sizes = len(shape) == dimensions and all(1 <= n <= MAX_CHANNELS for n in shape)
-                if not sizes or dtype.kind != "f":
-                    what = f"{dtype} {shape}"[:100]
-                    raise NpzError(f"{self.path}: {name} is {what}, not a mean or covariance")
-                data = member.read(math.prod(shape) * dtype.itemsize)
-            if len(data) < math.prod(shape) * dtype.itemsize:
-                raise NpzError(f"{self.path}: {name} ends early")
-            array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+            with self._array(name) as (data, shape, dtype, fortran):
+                if len(shape) != dimensions or not all(1 <= n <= MAX_CHANNELS for n in shape) or dtype.kind != "f":
+                    raise self._error(f"{name} is {f'{dtype} {shape}'[:100]}, not a mean or covariance")
+                content = data.read(math.prod(shape) * dtype.itemsize)
+            if len(content) < math.prod(shape) * dtype.itemsize:
+                raise self._error(f"{name} ends early")
+            array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
             arrays.append(torch.from_numpy(array.astype(np.float64)))
         mean, covariance = arrays
         if covariance.shape != (len(mean), len(mean)) or not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise NpzError(f"{self.path}: {' and '.join(STATISTICS[kind])} are no mean and its covariance")
-        return mean, covariance
+            raise self._error(f"{' and '.join(STATISTICS[kind])} are not a mean and its covariance")
+        return Gaussian(mean, covariance)
 
 
 def write_npz(
-    path: str | Path,
-    batches: Iterable[Tensor],
-    count: int,
-    statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    path: str | Path, batches: Iterable[Tensor], count: int, statistics: Mapping[str, tuple[Tensor, ...]] | None = None
 ) -> None:
-    """Write ``count`` pictures, uint8 b × 3 × h × w at a time, and the statistics that ``NpzFile`` reads.
+    """Write ``count`` images, in batches uint8 b×3×h×w, and (mean, covariance) per kind of ``STATISTICS``.
 
     Raises:
-        NpzError: they are not ``count``, or not of one size.
+        NpzError: the images are not ``count``, or not of one size.
     """
     shape: tuple[int, ...] | None = None
     written = 0
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open(f"{PICTURES}.npy", "w", force_zip64=True) as member:
+        with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as member:
             for batch in batches:
-                pictures = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                images = batch.permute(0, 2, 3, 1).contiguous().cpu().numpy()
                 if shape is None:
-                    shape = pictures.shape[1:]
+                    shape = images.shape[1:]
                     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
                     npy.write_array_header_1_0(member, header)
-                if pictures.shape[1:] != shape or pictures.dtype != np.uint8:
-                    raise NpzError(f"{path}: a picture is {pictures.dtype} {pictures.shape[1:]}, the first {shape}")
-                member.write(pictures.tobytes())
-                written += len(pictures)
+                if images.shape[1:] != shape or images.dtype != np.uint8:
+                    raise NpzError(f"{path}: an image is {images.dtype} {images.shape[1:]}, the first {shape}.")
+                member.write(images.tobytes())
+                written += len(images)
         if written != count:
-            raise NpzError(f"{path}: {written} pictures were given, not {count}")
-        for kind, pair in (statistics or {}).items():
-            for name, array in zip(STATISTICS[kind], pair, strict=True):
+            raise NpzError(f"{path}: {written} images were given, not {count}.")
+        for kind, arrays in (statistics or {}).items():
+            for name, array in zip(STATISTICS[kind], arrays, strict=False):
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     npy.write_array(member, array.double().cpu().numpy(), allow_pickle=False)

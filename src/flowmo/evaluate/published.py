@@ -1,4 +1,4 @@
-"""Figures that were published, not measured here: tables 1 and 3 of the paper."""
+"""Published metrics, not measured here: tables 1 and 3 of the paper."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """A row: ImageNet-1K validation, 50 000 pictures at 256 × 256.
+    """A table row: 50 000 images of ImageNet-1K validation at 256 × 256.
 
     Attributes:
-        tokens, bits: a picture's tokens, and the bits of one; ``None`` where the code is continuous.
-        own: the figures are those of its authors, not measured by the paper.
+        tokens, bits: tokens per image, and bits per token; ``None`` for a continuous code.
+        own: reported by the tokenizer's authors, not measured by the paper.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Published(NamedTuple):
         return None if self.bits is None else self.tokens * self.bits / 256**2
 
 
-COSMOS_BITS = math.log2(8**3 * 5**3)  # the levels of its FSQ
+COSMOS_BITS = math.log2(8**3 * 5**3)  # levels of its FSQ
 
 TABLE_1 = (
     Published("TiTok-L-32", 32, 12, 2.21, 15.60, 0.359, 0.322),

@@ -1,4 +1,4 @@
-"""How close the pictures that a tokenizer makes come to the originals, under the paper's protocol (section 4.1)."""
+"""Evaluation of reconstructions: a candidate encodes and decodes images, and evaluators compare (section 4.1)."""
 
 from __future__ import annotations
 
@@ -15,31 +15,29 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flowmo.checkpoint import files as checkpoint
-from flowmo.checkpoint.pth import PthError, read_pth
 from flowmo.codec.file import Codec
-from flowmo.data import DataError, Source, evenly_spread
+from flowmo.data import Source, evenly_spread
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.measurement import COLUMNS, Measurement
-from flowmo.evaluate.metrics.features import AT_ONCE, FeatureNetwork, build_features, features_of, in_one_shape
+from flowmo.evaluate.measurement import COLUMNS, EvaluationError, Measurement, MeasurementFolder
+from flowmo.evaluate.metrics import build_features
+from flowmo.evaluate.metrics.features import BATCH, FeatureNetwork, in_fixed_batches
 from flowmo.evaluate.metrics.pairs import squared_error, ssim
 from flowmo.images import ImageError, Tiling, resize_and_crop, to_bytes, to_pil, to_tensor
-from flowmo.losses.perceptual import LPIPS, WeightsNotFoundError
+from flowmo.losses.perceptual import LPIPS
 from flowmo.model.sampler import image_seed
 from flowmo.tokenizer import Codes, FlowMo
 
-SAVE_SECONDS = 60
-WHOLE = "measured.pt"
-
-
-class EvaluationError(DataError):
-    """An evaluation that would mean nothing; the message says why."""
-
 
 class Reconstruction(NamedTuple):
-    """What pictures were made into: images b 3 h w in [−1, 1]; the bits that each took, b; their ids, if any; the bits
-    of each as a file, b, where it would be one."""
+    """Reconstructions of b images.
+
+    Attributes:
+        images: b×3×h×w in [−1, 1].
+        bits: b, bits of each image's code.
+        ids: the ids, if any.
+        file_bits: b, bits of each image's file, if it has one.
+    """
 
     images: Tensor
     bits: Tensor
@@ -48,11 +46,11 @@ class Reconstruction(NamedTuple):
 
 
 class Reconstructor(Protocol):
-    """Anything that makes pictures into few bits and back: a FlowMo, another tokenizer, a codec.
+    """Encodes and decodes images: a FlowMo, another tokenizer or a codec.
 
     Attributes:
-        name: as in a table's row.
-        id_count: ids run from 0 to ``id_count`` − 1; ``None`` where there are none.
+        name: its name in tables.
+        id_count: vocabulary size; ``None`` without ids.
     """
 
     @property
@@ -62,14 +60,16 @@ class Reconstructor(Protocol):
     def id_count(self) -> int | None: ...
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
-        """Pictures b 3 h w in [−1, 1], on the CPU; ``indices``, theirs in their source, seed what is random."""
+        """Reconstruct images b×3×h×w in [−1, 1] on the CPU. Their dataset ``indices`` seed random draws."""
 
 
 @dataclass
 class FlowMoReconstructor:
     """A FlowMo with its sampling settings, as a ``Reconstructor``; images of another size go through ``encode_image``.
 
-    With a ``codec`` the files that images would be are measured too. ``bits_per_pixel`` is as in ``FlowMo.encode``.
+    Attributes:
+        codec: measures the size of files too.
+        bits_per_pixel: as in ``FlowMo.encode_image``.
     """
 
     tokenizer: FlowMo
@@ -91,35 +91,33 @@ class FlowMoReconstructor:
         if images.shape[-2:] != (side, side) or self.tokenizer.native_size:
             return self._one_by_one(images, seeds)
         codes = self.tokenizer.encode(images)
-        pictures = self.tokenizer.decode(codes, self.steps, seeds, guidance=self.guidance, noise_scale=self.noise_scale)
-        tiling, parts = Tiling(side, side, side), []
-        if self.codec is not None:
-            parts = [replace(codes, ids=ids[None], tiling=tiling) for ids in codes.ids]
+        decoded = self.tokenizer.decode(codes, self.steps, seeds, guidance=self.guidance, noise_scale=self.noise_scale)
+        tiling = Tiling(side, side, side)
+        singles = [replace(codes, ids=ids[None], tiling=tiling) for ids in codes.ids] if self.codec else []
         bits = torch.full((len(images),), codes.bits / len(codes))
-        return Reconstruction(pictures, bits, codes.ids, self._file_bits(parts))
-
-    def _file_bits(self, codes: Sequence[Codes]) -> Tensor | None:
-        if self.codec is None:
-            return None
-        return torch.tensor([8.0 * len(self.codec.pack(one)) for one in codes])
+        return Reconstruction(decoded, bits, codes.ids, self._file_bits(singles))
 
     def _one_by_one(self, images: Tensor, seeds: Sequence[int]) -> Reconstruction:
         encode = partial(self.tokenizer.encode_image, bits_per_pixel=self.bits_per_pixel)
         codes = [encode(to_pil(image)) for image in images]
-        pictures = [
+        decoded = [
             to_tensor(self.tokenizer.decode_image(code, self.steps, seed, guidance=self.guidance))
             for code, seed in zip(codes, seeds, strict=True)
         ]
         ids = torch.cat([code.ids for code in codes]) if self.id_count else None
         bits = torch.tensor([float(code.bits) for code in codes])
-        return Reconstruction(torch.stack(pictures), bits, ids, self._file_bits(codes))
+        return Reconstruction(torch.stack(decoded), bits, ids, self._file_bits(codes))
+
+    def _file_bits(self, codes: Sequence[Codes]) -> Tensor | None:
+        return torch.tensor([8.0 * len(self.codec.pack(code)) for code in codes]) if self.codec else None
 
 
 @dataclass
 class Evaluators:
-    """The networks that compare pictures; each may be missing, and its figures are then.
+    """The networks that compare images. Metrics of a missing network are missing too.
 
-    With ``remember`` the features of originals are kept, for judging many candidates on the same pictures.
+    Attributes:
+        remember: keep the features of originals, to evaluate several candidates on the same images.
     """
 
     lpips_alex: LPIPS | None = None
@@ -130,41 +128,39 @@ class Evaluators:
 
     @classmethod
     def find(cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto") -> tuple[Evaluators, list[str]]:
-        """The judges of those names that can be had, and why each other one cannot.
+        """Build the networks of these names. Returns also a message for each that cannot be built.
 
         Args:
             features: see ``build_features``; or ``none``.
         """
-        builders: dict[str, Callable[[], LPIPS | FeatureNetwork]] = {
-            f"lpips_{net}": partial(LPIPS, net) for net in lpips
-        }
+        builders: dict[str, Callable[[], Any]] = {f"lpips_{net}": partial(LPIPS, net) for net in lpips}
         if features != "none":
             builders["features"] = partial(build_features, features)
-        found: dict[str, Any] = {}
-        missing = []
+        found, missing = {}, []
         for name, build in builders.items():
             try:
                 found[name] = build()
-            except (FlowMoError, WeightsNotFoundError) as error:
+            except FlowMoError as error:
                 missing.append(f"no {name.replace('_', ' ')}: {error}")
         return cls(**found), missing
 
+    def networks(self) -> dict[str, LPIPS | FeatureNetwork]:
+        named = {"lpips_alex": self.lpips_alex, "lpips_vgg": self.lpips_vgg, "features": self.features}
+        return {key: network for key, network in named.items() if network is not None}
+
     def to(self, device: torch.device) -> Evaluators:
-        for network in (self.lpips_alex, self.lpips_vgg, self.features):
-            if network is not None:
-                network.to(device)
+        for network in self.networks().values():
+            network.to(device)
         return self
 
     def describe(self) -> dict[str, str]:
-        """Names of those at hand."""
-        named = {"lpips_alex": self.lpips_alex, "lpips_vgg": self.lpips_vgg, "features": self.features}
-        return {key: network.name for key, network in named.items() if network is not None}
+        return {key: network.name for key, network in self.networks().items()}
 
     @torch.no_grad()
-    def judge(
-        self, measurement: Measurement, places: Tensor, x: Tensor, result: Reconstruction, batch_size: int = AT_ONCE
+    def evaluate(
+        self, measurement: Measurement, positions: Tensor, x: Tensor, result: Reconstruction, batch_size: int = BATCH
     ) -> None:
-        """Add images x, b 3 h w, and their reconstructions to a measurement. ``batch_size`` is that of the networks."""
+        """Add images x, b×3×h×w, and their reconstructions to a measurement. ``batch_size`` is that of the networks."""
         y = result.images.to(x.device)
         ours, theirs = to_bytes(x), to_bytes(y)
         values = {
@@ -177,53 +173,52 @@ class Evaluators:
         }
         if result.file_bits is not None:
             values["file_bits"] = result.file_bits
-        for name in ("lpips_alex", "lpips_vgg"):
-            if getattr(self, name) is not None:
-                values[name] = in_one_shape(getattr(self, name), x, y, batch_size=batch_size)
+        for name, network in self.networks().items():
+            if name != "features":
+                values[name] = in_fixed_batches(network, x, y, batch_size=batch_size)
         if self.features is not None:
             originals = self._features_of_originals(self.features, x, batch_size)
-            measurement.add_features(places, originals, features_of(self.features, y, batch_size).pooled)
-        measurement.add(places, values, result.ids)
+            results = in_fixed_batches(self.features, y, batch_size=batch_size).pooled
+            measurement.add_features(positions, originals, results)
+        measurement.add(positions, values, result.ids)
 
     def _features_of_originals(self, network: FeatureNetwork, x: Tensor, batch_size: int) -> Tensor:
         if not self.remember:
-            return features_of(network, x, batch_size).pooled
-        names = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in to_bytes(x).cpu()]
-        if not self._remembered.keys() >= set(names):
-            self._remembered |= dict(zip(names, features_of(network, x, batch_size).pooled.cpu(), strict=True))
-        return torch.stack([self._remembered[name] for name in names])
+            return in_fixed_batches(network, x, batch_size=batch_size).pooled
+        keys = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in to_bytes(x).cpu()]
+        if not self._remembered.keys() >= set(keys):
+            pooled = in_fixed_batches(network, x, batch_size=batch_size).pooled.cpu()
+            self._remembered |= dict(zip(keys, pooled, strict=True))
+        return torch.stack([self._remembered[key] for key in keys])
 
 
 def truncated(images: Tensor) -> Tensor:
-    """8 bits as the release takes them for PSNR and SSIM: 255·(x / 2 + 1/2) without its fraction."""
+    """Convert to 8 bits as the release does for PSNR and SSIM: 255·(x / 2 + 1/2), truncated instead of rounded."""
     return ((images.clamp(-1, 1) + 1) / 2 * 255.0).to(torch.uint8)
 
 
 @dataclass
-class Pace:
-    """Seconds spent, in this process, with the candidate, with judging, and with reading pictures."""
+class Throughput:
+    """Seconds of this process per part of an evaluation: ``reading``, ``reconstructing`` and ``judging``."""
 
-    pictures: int = 0
-    reconstructing: float = 0.0
-    judging: float = 0.0
-    reading: float = 0.0
+    images: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, float]:
-        """Pictures a second: of the candidate alone, of the evaluator without it, and of reading."""
-        parts = {"reconstructing": self.reconstructing, "judging": self.judging, "reading": self.reading}
-        return {f"{name}_per_second": self.pictures / seconds for name, seconds in parts.items() if seconds}
+        """Images per second of each part."""
+        return {f"{part}_per_second": self.images / seconds for part, seconds in self.seconds.items() if seconds}
 
     def timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
         start = time.perf_counter()
         result = function(*arguments)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
         return result
 
 
-def tell_unreadable(message: str) -> None:
-    """Name an image that is left out, on standard error."""
+def print_unreadable(message: str) -> None:
+    """Report an image that is left out on standard error."""
     print(f"left out: {message}", file=sys.stderr, flush=True)
 
 
@@ -231,7 +226,7 @@ def measure(
     candidate: Reconstructor,
     source: Source,
     side: int | None,
-    judges: Evaluators,
+    evaluators: Evaluators,
     *,
     limit: int | None = None,
     batch_size: int = 16,
@@ -239,82 +234,70 @@ def measure(
     world: World = World(),
     enlarge: bool = False,
     folder: Path | None = None,
-    facts: Mapping[str, Any] | None = None,
-    pace: Pace | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    throughput: Throughput | None = None,
     progress: Callable[[int, int], None] | None = None,
-    on_unreadable: Callable[[str], None] = tell_unreadable,
+    on_unreadable: Callable[[str], None] = print_unreadable,
 ) -> Measurement:
-    """Make images into bits and back, and compare them with the originals.
+    """Reconstruct images and compare them with the originals.
 
-    All processes call this together and share the pictures; each has the whole result.
+    All ranks call this together and share the images; each returns the complete result.
 
     Args:
-        side: short side that images are resized to, before the central square is cut; ``None`` takes every image whole,
-            at its own size, one at a time.
-        limit: this many pictures only, spread evenly over the source.
-        device: where the judges are.
-        enlarge: take pictures smaller than ``side`` too.
-        folder: where what is measured is kept while it grows; the same call goes on from there, on any number of
-            processes.
-        facts: what else the result depends on, such as the steps and the seed; the folder is refused to another.
-        progress: called with (pictures done, pictures in all), both of this process.
-        on_unreadable: called with the error message of each image that this process cannot read. It is left out of
-            all metrics alike: it is not ``done`` in the result. By default it is named on standard error.
+        side: resize the short side to this and cut the central square; ``None`` takes each image at its own size, in a
+            batch of one.
+        limit: use this many images, spread evenly over the source.
+        device: that of the evaluators.
+        enlarge: accept images smaller than ``side``.
+        folder: keep measurements here. The same call resumes from them, on any number of ranks.
+        metadata: what else the result depends on, such as steps and seed. A folder with other metadata is refused.
+        progress: callback with (images done, images in total) of this rank.
+        on_unreadable: callback with the error message of each unreadable image of this rank. Such an image is not
+            ``done`` in the result and is in no metric.
 
     Raises:
-        DataError: no pictures.
-        EvaluationError: none of them can be read, one is smaller than the crop, or a folder with another evaluation in
-            it.
+        EvaluationError: no image can be read, one is smaller than the crop or has a reconstruction that is not finite,
+            or the folder holds another evaluation.
     """
-    pace = pace or Pace()
+    throughput = throughput or Throughput()
     chosen = torch.tensor(evenly_spread(limit or len(source), len(source)))
-    channels = judges.features.channels if judges.features is not None else None
-    identity = {
-        "columns": COLUMNS,
-        "candidate": candidate.name,
-        "pictures": len(chosen),
-        "of": len(source),
-        "side": side,
-    }
-    parts = Parts(folder, json.dumps({**identity, **judges.describe(), **(facts or {})}, sort_keys=True), world)
-    earlier = parts.take_over() or Measurement.empty(len(chosen), candidate.id_count, channels)
-    mine = Measurement.empty(len(chosen), candidate.id_count, channels)
-    todo = (~earlier.done).nonzero().flatten()[world.rank :: world.size]
+    identity = {"columns": COLUMNS, "candidate": candidate.name, "pictures": len(chosen), "of": len(source)}
+    identity |= {"side": side, **evaluators.describe(), **(metadata or {})}
+    files = MeasurementFolder(folder, json.dumps(identity, sort_keys=True), world)
+    empty = partial(Measurement.empty, len(chosen), candidate.id_count, getattr(evaluators.features, "channels", None))
+    earlier, mine = files.resume() or empty(), empty()
+    remaining = (~earlier.done).nonzero().flatten()[world.rank :: world.size]
     done = 0
-    batch_size, network_batch = (batch_size, AT_ONCE) if side else (1, 1)
-    for places in todo.split(batch_size) if len(todo) else ():
-        indices = chosen[places].tolist()
-        x, unreadable = pace.timed("reading", readable_crops, source, indices, side, enlarge)
-        done += len(places)
+    batch_size, network_batch = (batch_size, BATCH) if side else (1, 1)
+    for positions in remaining.split(batch_size) if len(remaining) else ():
+        indices = chosen[positions].tolist()
+        x, unreadable = throughput.timed("reading", readable_crops, source, indices, side, enlarge)
+        done += len(positions)
         for message in unreadable.values():
             on_unreadable(message)
         readable = [i for i, index in enumerate(indices) if index not in unreadable]
         if not readable:
             continue
-        places, indices = places[readable], [indices[i] for i in readable]
-        result = pace.timed("reconstructing", candidate.reconstruct, x, indices)
-        broken = ~result.images.isfinite().flatten(1).all(dim=1).cpu()
-        if broken.any():
-            name = source.name(indices[broken.nonzero()[0]])
-            raise EvaluationError(f"{candidate.name} makes {name} into values that are not finite")
-        pace.timed("judging", judges.judge, mine, places, x.to(device), result, network_batch)
-        pace.pictures += len(places)
-        parts.save_now_and_then(mine)
+        positions, indices = positions[readable], [indices[i] for i in readable]
+        result = throughput.timed("reconstructing", candidate.reconstruct, x, indices)
+        finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
+        if not all(finite):
+            name = source.name(indices[finite.index(False)])
+            raise EvaluationError(f"{candidate.name} reconstructs {name} with values that are not finite.")
+        throughput.timed("judging", evaluators.evaluate, mine, positions, x.to(device), result, network_batch)
+        throughput.images += len(positions)
+        files.save_periodically(mine)
         if progress:
-            progress(done, len(todo))
-    whole = earlier.merge(mine.gather(world))
-    parts.finish(whole)
-    if not whole.done.any():
-        raise EvaluationError(f"none of {len(chosen)} images can be read, such as {source.name(int(chosen[0]))}")
-    return whole
+            progress(done, len(remaining))
+    merged = earlier.merge(mine.gather(world))
+    files.finish(merged)
+    if not merged.done.any():
+        raise EvaluationError(f"None of {len(chosen)} images can be read, such as {source.name(int(chosen[0]))}.")
+    return merged
 
 
 def read_crops(source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False) -> Tensor:
-    """Central squares b 3 side side in [−1, 1], or one whole image; see ``measure``.
-
-    Raises:
-        ImageError: an image cannot be read.
-    """
+    """Read central squares b×3×side×side in [−1, 1], or one full image. Raises ``ImageError`` if one is unreadable."""
     crops, unreadable = readable_crops(source, indices, side, enlarge)
     for message in unreadable.values():
         raise ImageError(message)
@@ -324,80 +307,21 @@ def read_crops(source: Source, indices: Sequence[int], side: int | None, enlarge
 def readable_crops(
     source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False
 ) -> tuple[Tensor, dict[int, str]]:
-    """Central squares b 3 side side of the images that can be read, and by index the error of each other one.
+    """Read central squares b×3×side×side in [−1, 1]. Returns also {index: error} of the unreadable images.
 
-    Without a ``side`` the one image of ``indices`` is taken whole.
+    Without a ``side``, the one image of ``indices`` is not cropped.
     """
     crops, unreadable = [], {}
     for index in indices:
         try:
-            picture = source.read(index)
+            image = source.read(index)
         except ImageError as error:
             unreadable[index] = str(error)
             continue
-        if side is None:
-            crops.append(to_tensor(picture))
-            continue
-        if min(picture.size) < side and not enlarge:
+        if side and min(image.size) < side and not enlarge:
             raise EvaluationError(
-                f"{source.name(index)} is {picture.width}×{picture.height}, smaller than the crop of {side}×{side}; "
-                "leave it out, or enlarge such pictures knowingly"
+                f"{source.name(index)} is {image.width}×{image.height}, smaller than the crop of {side}×{side}. "
+                "Leave it out, or enlarge such images with --enlarge."
             )
-        crops.append(to_tensor(resize_and_crop(picture, side)))
+        crops.append(to_tensor(resize_and_crop(image, side) if side else image))
     return torch.stack(crops) if crops else torch.empty(0, 3, side or 0, side or 0), unreadable
-
-
-class Parts:
-    """What the processes of an evaluation have measured, in a folder: one file each, and one of what they took over.
-
-    Nothing is counted twice, wherever a process is killed: a part that the whole already holds is left out.
-    """
-
-    def __init__(self, folder: Path | None, identity: str, world: World):
-        self.folder, self.identity, self.world = folder, identity, world
-        self.saved = time.monotonic()
-
-    def take_over(self) -> Measurement | None:
-        """All that is there, which the main process then keeps as one file; ``None`` where nothing is."""
-        if self.folder is None:
-            return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        whole = None
-        for path in sorted(self.folder.glob("*.pt"), key=lambda path: path.name != WHOLE):
-            part = self._read(path)
-            if whole is None:
-                whole = part
-            elif not (whole.done & part.done).any():
-                whole = whole.merge(part)
-        self.world.barrier()  # until all have read, before one removes
-        if whole is not None:
-            self.finish(whole)
-        return whole
-
-    def _read(self, path: Path) -> Measurement:
-        try:
-            content = read_pth(path)
-            identity, state = content["identity"], content["measurement"]
-        except (PthError, KeyError) as error:
-            raise EvaluationError(f"{path}: not part of an evaluation ({' '.join(str(error).split())[:100]})") from None
-        if identity != self.identity:
-            raise EvaluationError(f"{self.folder} holds another evaluation; name an empty folder, or remove it")
-        return Measurement.from_state(state)
-
-    def _write(self, path: Path, measurement: Measurement) -> None:
-        content = {"identity": self.identity, "measurement": measurement.state()}
-        checkpoint.write_whole(path, lambda temporary: torch.save(content, temporary))
-
-    def save_now_and_then(self, measurement: Measurement) -> None:
-        """Once a minute."""
-        if self.folder is not None and time.monotonic() - self.saved > SAVE_SECONDS:
-            self._write(self.folder / f"part-{self.world.rank:05d}.pt", measurement)
-            self.saved = time.monotonic()
-
-    def finish(self, whole: Measurement) -> None:
-        """Keep the whole in the place of its parts."""
-        if self.folder is not None and self.world.main:
-            self._write(self.folder / WHOLE, whole)
-            for path in self.folder.glob("part-*.pt"):
-                path.unlink()
-        self.world.barrier()

@@ -1,15 +1,15 @@
-"""A comparison of tokenizers and codecs as files to send to a colleague: a page, tables, plots and pictures."""
+"""A comparison of tokenizers and codecs as files to share: a web page, tables, plots and images."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate.measurement import Measurement
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.published import TABLE_1, TABLE_3
-from flowmo.evaluate.reconstruction import Pace, Reconstructor, read_crops
+from flowmo.evaluate.reconstruction import Reconstructor, Throughput, read_crops
 from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
 
-COLUMNS = (
+COLUMNS = (  # attribute of a summary, heading, digits
     ("bits_per_pixel", "bits/pixel", 4),
     ("bytes_per_picture", "bytes", 1),
     ("file_bytes", "bytes, file", 1),
@@ -41,25 +41,42 @@ COLUMNS = (
     ("ids_used", "ids used", 3),
     ("id_entropy", "bits/id", 3),
 )
-GRID_PICTURES = 6
+NOT_FID = {"rFID ↓": "Fréchet ↓", "rKID ↓": "kernel ↓"}
+LATEX = str.maketrans(
+    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
+    | {"±": r"$\pm$", "–": "--", "é": r"\'e"}
+)
+GRID_IMAGES = 6
 GRID_HEIGHT = 256
-"""Height in pixels of whole images of any size on the page."""
+"""Height in pixels of images of any size on the page."""
 LABEL_SIZE = 14
 PACKAGES = ("torch", "numpy", "PIL", "torch_fidelity")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+td:first-child, th:first-child { text-align: left }
+table:first-of-type tbody tr:first-child td { font-weight: 600 }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dt { color: #666 } dd { margin: 0 }
+img { max-width: 100%; image-rendering: auto } figure { margin: 2rem 0 } figcaption { color: #666 }
+"""
+
+Table = list[list[str]]
+"""Rows of cells; the first row is the heading."""
 
 
 class ReportError(FlowMoError, RuntimeError):
-    """A report that cannot be drawn."""
+    """A report cannot be drawn."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A candidate and what was found."""
+    """A candidate and its results."""
 
     candidate: Reconstructor
     measurement: Measurement
     summary: Summary
-    pace: Pace
+    throughput: Throughput
 
 
 def write_report(
@@ -68,43 +85,46 @@ def write_report(
     source: Source,
     indices: Sequence[int],
     side: int | None,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
 ) -> None:
-    """Write ``report.md``, ``.json``, ``.tex``, ``index.html``, the plots and the pictures.
+    """Write ``report.md``, ``.json``, ``.tex``, ``index.html``, plots and images.
 
     Args:
-        indices: of the pictures that were measured, in the measurements' order.
-        facts: protocol, weights, seed: what the header says.
+        indices: dataset indices of the measured images, in order.
+        side: size of the crops; ``None`` for images of any size.
+        metadata: protocol, weights, seed and so on, for the header.
 
     Raises:
         ReportError: matplotlib is missing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    header = {**facts, "versions": versions()} | speed(entries)
+    header = {**metadata, "versions": versions()} | images_per_second(entries)
     rows = [entry.summary for entry in entries]
     content = {
         "header": header,
-        "rows": [{**row.as_dict(), "pace": entry.pace.as_dict()} for row, entry in zip(rows, entries, strict=True)],
+        "rows": [{**entry.summary.as_dict(), "pace": entry.throughput.as_dict()} for entry in entries],
         "published": [row._asdict() | {"bits_per_pixel": row.bits_per_pixel} for row in TABLE_1 + TABLE_3],
     }
-    pictures = draw_plots(out, rows) + draw_images(out, entries, source, indices, side)
+    figures = draw_plots(out, rows) + draw_images(out, entries, source, indices, side)
     for name, text in (
         ("report.json", json.dumps(content, indent=1, ensure_ascii=False)),
-        ("report.md", markdown(rows, header, pictures)),
-        ("report.tex", latex(rows)),
-        ("index.html", page(out, rows, header, pictures)),
+        ("report.md", markdown(rows, header, figures)),
+        ("report.tex", latex(results_table(rows))),
+        ("index.html", web_page(out, rows, header, figures)),
     ):
         write_content(out / name, text)
 
 
-def speed(entries: Sequence[Entry]) -> dict[str, str]:
-    """Pictures a second of what this call did itself; an evaluation that was found whole has none."""
-    first = entries[0].pace.as_dict()
+def images_per_second(entries: Sequence[Entry]) -> dict[str, str]:
+    """Speed of this call; an evaluation that was complete before has none."""
+    first = entries[0].throughput.as_dict()
     if not first:
         return {}
-    evaluator = f"reading {first['reading_per_second']:.0f}, judging {first['judging_per_second']:.1f}"
-    paces = ((entry.summary.name, entry.pace.as_dict().get("reconstructing_per_second")) for entry in entries)
-    return {"pictures a second": ", ".join([evaluator, *(f"{name} {pace:.1f}" for name, pace in paces if pace)])}
+    parts = [f"reading {first['reading_per_second']:.0f}", f"judging {first['judging_per_second']:.1f}"]
+    for entry in entries:
+        speed = entry.throughput.as_dict().get("reconstructing_per_second")
+        parts += [f"{entry.summary.name} {speed:.1f}"] if speed else []
+    return {"pictures a second": ", ".join(parts)}
 
 
 def versions() -> dict[str, str]:
@@ -112,15 +132,13 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         try:
             found[name] = __import__(name).__version__
-        except ImportError:
-            continue
-        except RuntimeError:  # a torchvision of another torch; its version matters to no figure
+        except (ImportError, RuntimeError):  # RuntimeError: a torchvision for another torch
             continue
     return found
 
 
 def weights_hash(network: nn.Module) -> str:
-    """16 hex digits that name its weights."""
+    """Hash a network's weights: 16 hex digits."""
     digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
@@ -128,240 +146,200 @@ def weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# Tables
+# Tables and text
 
 
-def cells(row: Summary, columns: Sequence[tuple[str, str, int]]) -> list[str]:
-    values = row.as_dict()
-    shown = []
-    for key, _, places in columns:
-        value, spread = values[key], values.get(f"{key}_spread")
-        text = "–" if value is None else f"{value:.{places}f}"
-        shown.append(text if value is None or spread is None else f"{text} ± {spread:.{min(places, 3)}f}")
-    return shown
+def results_table(rows: Sequence[Summary]) -> Table:
+    """Tabulate the columns in which a row has a value. Distances are called FID only if all of them are."""
+    values = [row.as_dict() for row in rows]
+    columns = [column for column in COLUMNS if any(row[column[0]] is not None for row in values)]
+    names = {} if all(row.is_fid for row in rows) else NOT_FID
+
+    def cell(row: Mapping[str, Any], key: str, digits: int) -> str:
+        value, spread = row[key], row.get(f"{key}_spread")
+        text = "–" if value is None else f"{value:.{digits}f}"
+        return text if value is None or spread is None else f"{text} ± {spread:.{min(digits, 3)}f}"
+
+    heading = ["", *(names.get(name, name) for _, name, _ in columns)]
+    return [heading, *([row["name"], *(cell(row, key, digits) for key, _, digits in columns)] for row in values)]
 
 
-def used_columns(rows: Sequence[Summary]) -> list[tuple[str, str, int]]:
-    """Those that a row has a value in, and called FID only where all distances are."""
-    columns = [column for column in COLUMNS if any(row.as_dict()[column[0]] is not None for row in rows)]
-    if all(row.is_fid for row in rows):
-        return columns
-    names = {"rFID ↓": "Fréchet ↓", "rKID ↓": "kernel ↓"}
-    return [(key, names.get(name, name), places) for key, name, places in columns]
+def published_table() -> Table:
+    table = [["", "bits/pixel", "rFID", "PSNR", "SSIM", "LPIPS"]]
+    for row in TABLE_1 + TABLE_3:
+        rate = "continuous" if row.bits_per_pixel is None else f"{row.bits_per_pixel:.4f}"
+        values = ["–" if value is None else f"{value:g}" for value in (row.rfid, row.psnr, row.ssim, row.lpips)]
+        table.append([row.name + " †" * row.own, rate, *values])
+    return table
 
 
-def table(rows: Sequence[Summary]) -> str:
-    columns = used_columns(rows)
-    lines = [["", *(name for _, name, _ in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[row.name, *cells(row, columns)] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def notes(rows: Sequence[Summary]) -> list[str]:
+    """What a reader must know to compare the rows."""
 
+    def listed(key: str, digits: int) -> str:
+        values = ((row.name, getattr(row, key)) for row in rows)
+        return ", ".join(f"{name} {value:.{digits}f}" for name, value in values if value is not None)
 
-def notes(rows: Sequence[Summary], header: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to compare."""
     first = rows[0]
-    said = [
-        f"{first.pictures} pictures; ± is the standard deviation over pictures, not an error of the mean.",
-        "PSNR is of each picture, of 8-bit pixels. As the release computes it, of five pictures at once, truncated: "
-        + ", ".join(f"{row.name} {row.psnr_legacy:.2f}" for row in rows if row.psnr_legacy is not None)
-        + ". SSIM of truncated pictures: "
-        + ", ".join(f"{row.name} {row.ssim_legacy:.4f}" for row in rows if row.ssim_legacy is not None)
-        + ".",
+    lines = [
+        f"{first.pictures} images; ± is the standard deviation over images, not an error of the mean.",
+        "PSNR is of each image, of 8-bit pixels. As the release computes it, of five images at once, truncated: "
+        f"{listed('psnr_legacy', 2)}. SSIM of truncated images: {listed('ssim_legacy', 4)}.",
     ]
     if first.frechet_distance is not None:
-        biases = ", ".join(f"{row.name} {row.frechet_bias:.2f}" for row in rows if row.frechet_bias is not None)
-        said.append(
-            f"Distances of features: {first.feature_network}. A Fréchet distance of few pictures is too large, by the "
-            f"distances of halves by about: {biases}. The kernel distance is not. Compare at equal counts only."
+        lines.append(
+            f"Distances of features: {first.feature_network}. A Fréchet distance of few images is too large, by the "
+            f"distances of halves by about: {listed('frechet_bias', 2)}. The kernel distance is not. Compare at equal "
+            "counts only."
         )
-    said += [f"{row.name}: {row.missing}" for row in rows if row.missing]
-    said += [f"{row.name}: {row.equal_pictures} pictures equal their originals." for row in rows if row.equal_pictures]
-    return said
+    lines += [f"{row.name}: {row.missing}" for row in rows if row.missing]
+    lines += [f"{row.name}: {row.equal_pictures} images equal their originals." for row in rows if row.equal_pictures]
+    return lines
 
 
 def header_lines(header: Mapping[str, Any]) -> list[tuple[str, str]]:
     def shown(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return ", ".join(f"{name} {version}" for name, version in value.items())
-        return str(value)
+        return ", ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, Mapping) else str(value)
 
     return [(name.replace("_", " "), shown(value)) for name, value in header.items()]
 
 
-def markdown(rows: Sequence[Summary], header: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
+def markdown_table(table: Table) -> str:
+    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def markdown(rows: Sequence[Summary], header: Mapping[str, Any], figures: Sequence[tuple[str, str]]) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in header_lines(header))
-    said = "\n".join(f"- {line}" for line in notes(rows, header))
-    images = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in pictures)
-    return f"# Reconstruction\n\n{about}\n\n{table(rows)}\n{said}\n\n{images}\n\n{published_table()}"
+    said = "\n".join(f"- {line}" for line in notes(rows))
+    images = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in figures)
+    published = "Published, ImageNet-1K validation at 256 × 256 (tables 1 and 3 of the paper), not measured here:"
+    return (
+        f"# Reconstruction\n\n{about}\n\n{markdown_table(results_table(rows))}\n{said}\n\n{images}\n\n"
+        f"{published}\n\n{markdown_table(published_table())}\n† as their authors report\n"
+    )
 
 
-def published_table() -> str:
-    lines = [
-        "Published figures, ImageNet-1K validation at 256 × 256 (tables 1 and 3 of the paper), not measured here:",
-        "",
-    ]
-    lines += ["| | bits/pixel | rFID | PSNR | SSIM | LPIPS |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in TABLE_1 + TABLE_3:
-        rate = "continuous" if row.bits_per_pixel is None else f"{row.bits_per_pixel:.4f}"
-        values = ["–" if value is None else f"{value:g}" for value in (row.rfid, row.psnr, row.ssim, row.lpips)]
-        lines.append("| " + " | ".join((row.name + " †" * row.own, rate, *values)) + " |")
-    return "\n".join([*lines, "", "† as their authors report"]) + "\n"
+def latex(table: Table) -> str:
+    """Format a table as a tabular with booktabs' rules."""
+    lines = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in table]
+    begin = r"\begin{tabular}{l" + "r" * (len(table[0]) - 1) + "}"
+    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def latex(rows: Sequence[Summary]) -> str:
-    """A tabular with booktabs' rules."""
-    columns = used_columns(rows)
-
-    def escaped(text: str) -> str:
-        for plain, tex in (("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#"), ("↑", r"$\uparrow$")):
-            text = text.replace(plain, tex)
-        return text.replace("↓", r"$\downarrow$").replace("±", r"$\pm$").replace("–", "--").replace("é", r"\'e")
-
-    lines = [r"\begin{tabular}{l" + "r" * len(columns) + "}", r"\toprule"]
-    lines.append(" & ".join(["", *(escaped(name) for _, name, _ in columns)]) + r" \\")
-    lines.append(r"\midrule")
-    lines += [" & ".join(map(escaped, [row.name, *cells(row, columns)])) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+def html_table(table: Table) -> str:
+    head, *body = (
+        "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for row, tag in zip(table, ["th"] + ["td"] * len(table), strict=False)
+    )
+    return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
 
 
-# Plots and pictures
+def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, Any], figures: Sequence[tuple[str, str]]) -> str:
+    """Write one file that needs no other: images are embedded."""
+    about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in header_lines(header))
+    said = "".join(f"<li>{escape(line)}</li>" for line in notes(rows))
+    images = ""
+    for name, caption in figures:
+        data, text = base64.b64encode((out / name).read_bytes()).decode(), escape(caption)
+        image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+        images += f"<figure>{image}<figcaption>{text}</figcaption></figure>"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>FlowMo: reconstruction</title>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
+<h1>Reconstruction</h1><dl>{about}</dl>
+{html_table(results_table(rows))}
+<ul>{said}</ul>{images}
+<h2>Published, not measured here</h2><p>ImageNet-1K validation at 256 × 256; † as their authors report.</p>
+{html_table(published_table())}</body></html>
+"""
+
+
+# Plots and images. Each function returns (file name, caption) of every file that it writes.
 
 
 def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
-    """Rate against distortion, and rate against the distance of features with the published points."""
+    """Plot rate against distortion, and rate against rFID with the published points."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ReportError("the report's plots need matplotlib: pip install 'flowmo[studies]'") from None
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    shown = [("psnr", "PSNR (dB)")]
-    shown.append(("lpips_alex", "LPIPS (AlexNet)") if rows[0].lpips_alex is not None else ("ssim", "SSIM"))
-    for axis, (key, name) in zip(axes, shown, strict=True):
+        raise ReportError("The report's plots need matplotlib. Install it: pip install 'flowmo[studies]'.") from None
+
+    def plot(axis: Any, key: str, **labels: Any) -> None:
         for i, row in enumerate(rows):
-            value = getattr(row, key)
-            if value is not None:
-                marker = "*" if i == 0 else "o"
-                axis.plot(row.bits_per_pixel, value, marker, markersize=12 if i == 0 else 7, label=row.name)
-        axis.set(xlabel="bits per pixel", ylabel=name)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+            if getattr(row, key) is not None:
+                marker, size = ("*", 12) if i == 0 else ("o", 7)
+                axis.plot(row.bits_per_pixel, getattr(row, key), marker, markersize=size, label=f"{row.name}, here")
+        axis.set(xlabel="bits per pixel", **labels)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=7)
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plot(left, "psnr", ylabel="PSNR (dB)")
+    key, name = ("lpips_alex", "LPIPS (AlexNet)") if rows[0].lpips_alex is not None else ("ssim", "SSIM")
+    plot(right, key, ylabel=name)
     figure.savefig(out / "rate_distortion.png", dpi=110)
-    plots = [("rate_distortion.png", "Rate against distortion, measured here")]
-    measured = [row for row in rows if row.frechet_distance is not None]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     published = [row for row in TABLE_1 if row.bits_per_pixel is not None]
     axis.plot([r.bits_per_pixel for r in published], [r.rfid for r in published], "x", color="gray", label="published")
-    for point in published:
-        axis.annotate(
-            point.name,
-            (point.bits_per_pixel, point.rfid),
-            fontsize=6,
-            color="gray",
-            xytext=(3, 3),
-            textcoords="offset points",
-        )
-    for i, row in enumerate(measured):
-        axis.plot(
-            row.bits_per_pixel, row.frechet_distance, "*" if i == 0 else "o", markersize=10, label=f"{row.name}, here"
-        )
-    name = "rFID" if all(row.is_fid for row in measured) else "Fréchet distance (published: rFID)"
-    axis.set(xlabel="bits per pixel", ylabel=name, yscale="log", xscale="log")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7)
+    style: dict[str, Any] = {"fontsize": 6, "color": "gray", "xytext": (3, 3), "textcoords": "offset points"}
+    for row in published:
+        axis.annotate(row.name, (row.bits_per_pixel, row.rfid), **style)
+    is_fid = all(row.is_fid for row in rows if row.frechet_distance is not None)
+    name = "rFID" if is_fid else "Fréchet distance (published: rFID)"
+    plot(axis, "frechet_distance", ylabel=name, yscale="log", xscale="log")
     figure.savefig(out / "rfid_bpp.png", dpi=110)
     caption = (
-        "rFID against rate. Published points are of 50 000 pictures of ImageNet at 256 × 256; those measured here are "
-        f"of {rows[0].pictures} other pictures and not to be compared with them"
+        "rFID against rate. Published points are of 50 000 images of ImageNet at 256 × 256; those measured here are of "
+        f"{rows[0].pictures} other images and not to be compared with them"
     )
-    return [*plots, ("rfid_bpp.png", caption)]
+    return [("rate_distortion.png", "Rate against distortion, measured here"), ("rfid_bpp.png", caption)]
 
 
 def draw_images(
     out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int | None
 ) -> list[tuple[str, str]]:
-    """Originals and every candidate's pictures where the first candidate is worst, in the middle and best."""
+    """Draw originals and reconstructions where the first candidate is worst, median and best."""
     first = entries[0]
     column = "lpips_alex" if first.summary.lpips_alex is not None else "squared_error"
+    metric = {"lpips_alex": "LPIPS", "squared_error": "squared error"}[column]
     order = first.measurement.column(column).argsort(descending=True).tolist()
-    count = min(GRID_PICTURES, len(order))
+    count = min(GRID_IMAGES, len(order))
     middle = (len(order) - count) // 2
     chosen = {"worst": order[:count], "median": order[middle : middle + count], "best": order[len(order) - count :]}
     drawn = []
-    for name, places in chosen.items():
-        these = [indices[place] for place in places]
-        columns = [read_crops(source, [index], side, enlarge=True) for index in these]
-        candidates = [entry.candidate for entry in entries]
-        rows = [[at_height(x[0], side) for x in columns]]
-        for candidate in candidates:
-            made = [candidate.reconstruct(x, [index]).images.cpu() for x, index in zip(columns, these, strict=True)]
-            rows.append([at_height(y[0], side) for y in made])
-        labelled(to_pil(grid(rows)), ["original", *(entry.summary.name for entry in entries)]).save(out / f"{name}.png")
-        judged = "LPIPS" if column == "lpips_alex" else "squared error"
-        names = ", ".join(Path(source.name(index)).name for index in these)
-        drawn.append((f"{name}.png", f"{name.capitalize()} of {first.summary.name} by {judged}: {names}"))
+    for name, positions in chosen.items():
+        these = [indices[position] for position in positions]
+        originals = [read_crops(source, [index], side, enlarge=True) for index in these]
+        rows = [[at_grid_height(x[0], side) for x in originals]]
+        for entry in entries:
+            results = [entry.candidate.reconstruct(x, [i]).images.cpu() for x, i in zip(originals, these, strict=True)]
+            rows.append([at_grid_height(y[0], side) for y in results])
+        labels = ["original", *(entry.summary.name for entry in entries)]
+        label_rows(to_pil(grid(rows)), labels).save(out / f"{name}.png")
+        files = ", ".join(Path(source.name(index)).name for index in these)
+        drawn.append((f"{name}.png", f"{name.capitalize()} of {first.summary.name} by {metric}: {files}"))
     return drawn
 
 
-def at_height(image: Tensor, side: int | None) -> Tensor:
-    """An image 3 h w of known size as it is, and another at ``GRID_HEIGHT``."""
+def at_grid_height(image: Tensor, side: int | None) -> Tensor:
+    """Resize an image 3×h×w to ``GRID_HEIGHT``, unless all have one ``side``."""
     if side:
         return image
     width = max(round(image.shape[2] * GRID_HEIGHT / image.shape[1]), 1)
     return F.interpolate(image[None], (GRID_HEIGHT, width), mode="bilinear", antialias=True)[0]
 
 
-def labelled(picture: Image.Image, names: Sequence[str]) -> Image.Image:
-    """A picture of rows of equal height with their names at the left."""
+def label_rows(image: Image.Image, names: Sequence[str]) -> Image.Image:
+    """Add names to the left of an image's rows, which have one height."""
     font = ImageFont.load_default(LABEL_SIZE)
     margin = max(math.ceil(font.getlength(name)) for name in names) + LABEL_SIZE
-    wide = Image.new("RGB", (margin + picture.width, picture.height), "white")
-    wide.paste(picture, (margin, 0))
+    wide = Image.new("RGB", (margin + image.width, image.height), "white")
+    wide.paste(image, (margin, 0))
     canvas = ImageDraw.Draw(wide)
     for i, name in enumerate(names):
-        middle = (i + 0.5) * picture.height / len(names)
+        middle = (i + 0.5) * image.height / len(names)
         canvas.text((margin - LABEL_SIZE // 2, middle), name, "#222", font, anchor="rm")
     return wide
-
-
-def page(out: Path, rows: Sequence[Summary], header: Mapping[str, Any], pictures: Sequence[tuple[str, str]]) -> str:
-    """One file that needs no other: the pictures are inside."""
-    columns = used_columns(rows)
-    about = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in header_lines(header)
-    )
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *(name for _, name, _ in columns)))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in (row.name, *cells(row, columns))) + "</tr>"
-        for row in rows
-    )
-    said = "".join(f"<li>{html.escape(line)}</li>" for line in notes(rows, header))
-    images = ""
-    for name, caption in pictures:
-        data = base64.b64encode((out / name).read_bytes()).decode()
-        text = html.escape(caption)
-        images += (
-            f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-        )
-    known = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in line.strip("| ").split("|")) + "</tr>"
-        for line in published_table().splitlines()
-        if line.startswith("|") and "---" not in line
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>FlowMo: reconstruction</title>
-<meta name="viewport" content="width=device-width"><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }}
-td, th {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
-td:first-child, th:first-child {{ text-align: left }} tr:first-child td {{ font-weight: 600 }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }} dt {{ color: #666 }} dd {{ margin: 0 }}
-img {{ max-width: 100%; image-rendering: auto }} figure {{ margin: 2rem 0 }} figcaption {{ color: #666 }}
-</style></head><body>
-<h1>Reconstruction</h1><dl>{about}</dl>
-<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
-<ul>{said}</ul>{images}
-<h2>Published, not measured here</h2><p>ImageNet-1K validation at 256 × 256; † as their authors report.</p>
-<table>{known}</table></body></html>
-"""

@@ -15,7 +15,7 @@ from flowmo.checkpoint import files as checkpoint
 from flowmo.config import Config
 from flowmo.data import ImageDataset, Source, evenly_spread, open_source
 from flowmo.distributed import World
-from flowmo.evaluate.metrics.features import build_features
+from flowmo.evaluate.metrics import build_features
 from flowmo.evaluate.metrics.pairs import grid, psnr
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
 from flowmo.evaluate.summary import Summary

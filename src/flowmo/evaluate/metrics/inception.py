@@ -1,8 +1,7 @@
-"""The feature network of the FID: Inception of 2015-12-05, ported from TensorFlow by ``torch-fidelity``."""
+"""FID's feature network: Inception of 2015-12-05, ported from TensorFlow by ``torch-fidelity``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.checkpoint.pth import PthError, read_pth
-from flowmo.evaluate.metrics.features import FeatureNetworkError, Features
+from flowmo.evaluate.metrics.features import FeatureNetwork, FeatureNetworkError, Features
 from flowmo.images import to_bytes
 from flowmo.losses.perceptual import find_weights, in_float32
 from flowmo.losses.torchvision_import import import_torchvision
@@ -27,26 +26,25 @@ PROTOCOLS = {
 }
 
 
-class FIDInception(nn.Module):
-    """Pictures to the 2048 features that FIDs are taken over, the 1008 logits of Inception Scores, and the 2023 spatial
-    features of sFIDs: the first 7 channels of ``mixed_6/conv`` in the ADM evaluator's order row, column, channel.
+class FIDInception(FeatureNetwork):
+    """Images to the 2048 features of FID, the 1008 logits of the Inception Score and the 2023 spatial features of sFID.
+
+    Spatial features are the first 7 channels of ``mixed_6/conv``, in the ADM evaluator's order row, column, channel.
 
     Args:
-        weights: folder to look in first; then ``FLOWMO_WEIGHTS``, the torch hub cache, a download.
-        download: whether weights found nowhere may be downloaded.
-        protocol: ``default`` sees 8-bit images and resizes them as TensorFlow 1 did, like torch-fidelity and ADM.
-            ``legacy`` sees float images and resizes them by ``F.interpolate``, like the release's copy of pytorch-fid;
-            the paper's rFID is of this protocol.
+        weights: folder to search first; then come ``FLOWMO_WEIGHTS``, the torch hub cache and a download.
+        download: allow the download.
+        protocol: ``default`` rounds images to 8 bits and resizes them as TensorFlow 1 did, like torch-fidelity and ADM.
+            ``legacy`` resizes float images by ``F.interpolate``, like the release's copy of pytorch-fid. The paper's
+            rFID has the legacy protocol.
 
     Attributes:
-        name: to be told with every result; it names the protocol.
-        channels: 2048.
-        has_logits: whether the weights came with their classifier; some copies of the network lack it.
+        has_logits: the weights include the classifier; some copies lack it.
 
     Raises:
         TorchvisionError: torchvision is missing.
-        FeatureNetworkError: ``torch-fidelity`` is missing, or the file is not this network's.
-        WeightsNotFoundError: the weights are nowhere.
+        FeatureNetworkError: ``torch-fidelity`` is missing, or the file does not fit.
+        WeightsNotFoundError: no weights were found.
     """
 
     channels, spatial_channels = 2048, 2023
@@ -60,7 +58,7 @@ class FIDInception(nn.Module):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
             from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
         except ImportError:
-            raise FeatureNetworkError("this needs torch-fidelity: pip install 'flowmo[evaluate]'") from None
+            raise FeatureNetworkError("FID needs torch-fidelity. Install it: pip install 'flowmo[evaluate]'.") from None
         path = find_weights(*WEIGHTS, weights, download)
         try:
             read_pth(path)  # torch-fidelity would run code from the file
@@ -69,10 +67,10 @@ class FIDInception(nn.Module):
             )
         except (PthError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:150]
-            raise FeatureNetworkError(f"{path}: not the weights of FID's Inception ({reason})") from None
+            raise FeatureNetworkError(f"{path} does not hold the weights of FID's Inception ({reason}).") from None
         self.has_logits = bool(self.network.fc.weight.any())
         self.classes = 1008 if self.has_logits else 0
-        self._resize_as_tensorflow: Callable[..., Tensor] = interpolate_bilinear_2d_like_tensorflow1x
+        self._resize_as_tensorflow = interpolate_bilinear_2d_like_tensorflow1x
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
@@ -80,7 +78,7 @@ class FIDInception(nn.Module):
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     def _input(self, images: Tensor) -> Tensor:
-        """What the first convolution sees, b 3 299 299 in about [−1, 1]."""
+        """Input of the first convolution, b×3×299×299 in about [−1, 1]."""
         if self.protocol == "legacy":
             return F.interpolate(images.clamp(-1, 1), (SIDE, SIDE), mode="bilinear", align_corners=False)
         return (self._resize_as_tensorflow(to_bytes(images).float(), (SIDE, SIDE), align_corners=False) - 128) / 128
@@ -88,8 +86,7 @@ class FIDInception(nn.Module):
     @torch.no_grad()
     @in_float32
     def forward(self, images: Tensor) -> Features:
-        """images: b 3 h w in [−1, 1]; features in float32."""
-        *layers, classifier = self.network.children()  # in the order of its own forward, which takes bytes only
+        *layers, classifier = self.network.children()  # its own forward takes 8-bit images only
         pooled = self._input(images)
         for layer in layers:
             pooled = layer(pooled)

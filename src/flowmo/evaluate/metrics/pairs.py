@@ -1,4 +1,4 @@
-"""Figures of pairs of pictures, and pictures of pictures."""
+"""PSNR and SSIM of image pairs, image grids and heat maps. LPIPS is in ``flowmo.losses.perceptual``."""
 
 from __future__ import annotations
 
@@ -15,34 +15,32 @@ SSIM_K = 0.01, 0.03
 
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared difference of each pair of 8-bit pictures b c h w, as numbers 0 … 255: float64 b."""
+    """Mean squared error of each pair of 8-bit images b×c×h×w, on the scale 0 … 255: float64 b."""
     return (x.double() - y.double()).square().flatten(1).mean(dim=1)
 
 
 def decibels(error: Tensor) -> Tensor:
-    """PSNR of mean squared errors of 8-bit pictures; none at all is infinite."""
+    """PSNR in dB of mean squared errors of 8-bit images; infinite for an error of 0."""
     return 10 * torch.log10(255.0**2 / error)
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair in [−1, 1], in dB, of the 8-bit pictures that would be saved: b.
-
-    Equal pictures have infinite PSNR.
-    """
+    """PSNR in dB of each pair of images in [−1, 1], rounded to 8 bits first: b; infinite if they are equal."""
     return decibels(squared_error(to_bytes(x), to_bytes(y))).float()
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity of each pair of 8-bit pictures b c h w: float64 b; equal ones have 1.
+    """SSIM of each pair of 8-bit images b×c×h×w: float64 b.
 
-    As scikit-image's default, which the paper reports: windows of 7 × 7 pixels that all count alike, unbiased
-    variances, each channel by itself, no windows over the border.
+    It equals scikit-image's default, which the paper reports: uniform windows of 7 × 7 pixels inside the image,
+    unbiased variances, channels apart. torchmetrics has biased variances.
 
     Raises:
-        ValueError: pictures smaller than a window.
+        ValueError: the images are smaller than a window.
     """
     if min(x.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, not {tuple(x.shape[-2:])}")
+        size = tuple(x.shape[-2:])
+        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, not {size}.")
     x, y = x.double(), y.double()
     c1, c2 = ((k * 255) ** 2 for k in SSIM_K)
     mean_x, mean_y, xx, yy, xy = (F.avg_pool2d(z, SSIM_WINDOW, 1) for z in (x, y, x * x, y * y, x * y))
@@ -55,9 +53,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def grid(rows: Sequence[Tensor | Sequence[Tensor]], gap: int = 2) -> Tensor:
-    """Rows of images 3 h w as one white-ruled image 3 × height × width in [−1, 1].
+    """Lay out rows of images 3×h×w as one image 3 × height × width in [−1, 1], with white rules.
 
-    The images of a row have one height; those of a column have one width.
+    Images of a row share their height, those of a column their width.
     """
     lines = []
     for row in rows:
@@ -67,13 +65,13 @@ def grid(rows: Sequence[Tensor | Sequence[Tensor]], gap: int = 2) -> Tensor:
 
 
 HEAT = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.56, 0.04), (0.99, 1.0, 0.64))
-"""Colours of ``heat_map`` from least to most."""
+"""Colours of ``heat_map`` from 0 to the maximum."""
 
 
 def heat_map(values: Tensor) -> Tensor:
-    """Values h w as a picture 3 h w in [−1, 1], from black at 0 over red to light yellow at their greatest."""
+    """Colour values h×w as an image 3×h×w in [−1, 1], from black at 0 over red to light yellow at the maximum."""
     colours = torch.tensor(HEAT, dtype=torch.float32)
-    place = values.float() / values.max().clamp(min=1e-9) * (len(HEAT) - 1)
-    below = place.floor().long().clamp(max=len(HEAT) - 2)
-    mixed = torch.lerp(colours[below], colours[below + 1], (place - below)[..., None])
+    position = values.float() / values.max().clamp(min=1e-9) * (len(HEAT) - 1)
+    below = position.floor().long().clamp(max=len(HEAT) - 2)
+    mixed = torch.lerp(colours[below], colours[below + 1], (position - below)[..., None])
     return mixed.movedim(-1, 0) * 2 - 1
