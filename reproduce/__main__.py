@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowmo.cli.shared import UsageError, choose_device, message_of, with_device
+from flowmo.cli.options import DEVICE, choose_device
+from flowmo.cli.output import UsageError, status_of
 from flowmo.distributed import join
-from flowmo.errors import FlowMoError
 from flowmo.evaluate.reconstruction import Evaluators
 from reproduce import SCALES, STUDIES
 from reproduce.study import Place
@@ -27,7 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     models = "trained tokenizers for the studies that need one: presets or files (nano)"
     parser.add_argument("--models", nargs="+", default=["nano"], metavar="MODEL", help=models)
     parser.add_argument("--redraw", action="store_true", help="only draw the table and plots of the results in --out")
-    with_device(parser)
+    flags, settings = DEVICE
+    parser.add_argument(*flags, **settings)
     return parser
 
 
@@ -58,15 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     choose_device(arguments)
-    try:
-        run(arguments)
-    except KeyboardInterrupt:
-        print("reproduce: interrupted", file=sys.stderr)
-        return 130
-    except (FlowMoError, OSError) as error:
-        print(f"reproduce: {message_of(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return status_of("reproduce", lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def test_the_output_can_follow_the_input(capsys, tmp_path, weights, photo):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("encode", "a.jpg", "b.jpg", "-o", "c.flowmo"), "--out-dir takes many"),
-        (("encode", "a.jpg", "-o", "c.flowmo", "--out-dir", "d"), "give one of them"),
+        (("encode", "a.jpg", "b.jpg", "-o", "c.flowmo"), "Use --out-dir for many"),
+        (("encode", "a.jpg", "-o", "c.flowmo", "--out-dir", "d"), "Give one of them"),
         (("encode", "-", "--out-dir", "d"), "has no name"),
         (("decode", "-", "a.flowmo"), "comes alone"),
         (("decode", "a.flowmo", "-o", "a.mp3"), "ends in .png"),

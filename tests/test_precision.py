@@ -11,7 +11,7 @@ from conftest import run_command
 
 from flowmo import load, precision
 from flowmo.cli import build_parser
-from flowmo.cli.shared import choose_device
+from flowmo.cli.options import choose_device
 from flowmo.model.cpu_prepack import PackedError, available
 
 

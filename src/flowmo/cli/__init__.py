@@ -1,72 +1,68 @@
-"""The command line: thin, every command is a few calls of the library.
-
-Errors that a user can mend are one line on standard error. Exit statuses: see ``STATUSES``.
-"""
+"""The command line. Every command is a function with a table of options, and calls the library."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
 
 import flowmo
-from flowmo.cli import demo as page
-from flowmo.cli import evaluation, generation, models, training
-from flowmo.cli import images as pictures
-from flowmo.cli.shared import UsageError, choose_device, message_of
-from flowmo.errors import FlowMoError
+from flowmo.cli.evaluation import evaluate
+from flowmo.cli.generation import context, generate, tokenize
+from flowmo.cli.images import decode, encode, reconstruct
+from flowmo.cli.models import bench, convert, demo, info, push
+from flowmo.cli.options import Command, choose_device, command, option
+from flowmo.cli.output import UsageError, status_of
+from flowmo.cli.training import index, show, train
 
-STATUSES = (
-    "Exit status: 0 done; 1 the reader of a pipe is gone; 2 something that you can mend, said in one line on standard "
+EXIT_STATUSES = (
+    "Exit status: 0 success; 1 the reader of a pipe has gone; 2 an error that you can fix, in one line on standard "
     "error; 130 interrupted."
 )
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else list(argv)
-    settings = [word for word in words if SETTING.fullmatch(word)]
-    parser = build_parser()
-    arguments = parser.parse_args([word for word in words if word not in settings])
-    arguments.settings = settings
-    choose_device(arguments)
-    try:
-        arguments.run(arguments)
-    except KeyboardInterrupt:
-        print("flowmo: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (FlowMoError, OSError) as error:
-        print(f"flowmo: {message_of(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def completion(shell: str) -> str:
-    """A script for a shell, made once: to complete a word, nothing of this package is imported.
-
-    Raises:
-        UsageError: shtab is not installed.
-    """
+@command(
+    "print a script that completes commands in a shell",
+    option("shell", choices=("bash", "zsh", "tcsh"), help="shell to write the script for"),
+)
+def completion(arguments: argparse.Namespace) -> None:
+    """Print a completion script. Completing a word then imports nothing of this package."""
     try:
         import shtab
     except ImportError:
-        raise UsageError("completion scripts need shtab: pip install shtab") from None
-    return shtab.complete(build_parser(), shell)
+        raise UsageError("Completion scripts need shtab. Install it: pip install shtab.") from None
+    print(shtab.complete(build_parser(), arguments.shell))
+
+
+COMMANDS: Sequence[Command] = (
+    *(completion, reconstruct, encode, decode, info, bench, convert, push),
+    *(train, evaluate, tokenize, context, generate, demo),
+)
+DATA_COMMANDS: Sequence[Command] = (index, show)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    about = "Pictures to a short string of bits and back."
-    parser = argparse.ArgumentParser(prog="flowmo", description=about, epilog=STATUSES)
+    description = "Encode images as short strings of bits and decode them again."
+    parser = argparse.ArgumentParser(prog="flowmo", description=description, epilog=EXIT_STATUSES)
     parser.add_argument("--version", action="version", version=f"flowmo {flowmo.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    shells = commands.add_parser("completion", help="a script that completes commands in a shell")
-    shells.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which")
-    shells.set_defaults(run=lambda arguments: print(completion(arguments.shell)))
-    for part in (pictures, models, training, evaluation, generation, page):
-        part.add_to(commands)
+    for each in COMMANDS:
+        each.add_to(commands)
+    text = "prepare and inspect training data"
+    data = commands.add_parser("data", help=text, description=f"{text.capitalize()}.")
+    data_commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for each in DATA_COMMANDS:
+        each.add_to(data_commands)
     return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv``, by default the process's own. Returns the exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    settings = [word for word in words if SETTING.fullmatch(word)]
+    arguments = build_parser().parse_args([word for word in words if word not in settings])
+    arguments.settings = settings
+    choose_device(arguments)
+    return status_of("flowmo", lambda: arguments.run(arguments))

@@ -14,18 +14,8 @@ from typing import Any
 
 import torch
 
-from flowmo.cli.shared import (
-    UsageError,
-    command,
-    finite,
-    hasten,
-    load,
-    positive,
-    progress_bar,
-    with_json,
-    with_model,
-    with_sampling,
-)
+from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, SAMPLING, command, load, option, prepare
+from flowmo.cli.output import UsageError, progress_bar
 from flowmo.codec.file import Codec, find_context
 from flowmo.data import Source, evenly_spread, open_source
 from flowmo.distributed import World
@@ -35,6 +25,50 @@ from flowmo.images import Tiling
 from flowmo.precision import describe
 
 
+@command(
+    "measure reconstructions (PSNR, SSIM, LPIPS, rFID) or generated images (FID)",
+    option("images", nargs="?", metavar="PICTURES", help=DATASET),
+    option("--limit", type=POSITIVE, help="use this many images, evenly spread"),
+    option(
+        "--fit",
+        choices=("crop", "whole"),
+        default="crop",
+        help="crop: the central square, as in the paper; whole: every image at its own size",
+    ),
+    option(
+        "--bpp",
+        type=FINITE,
+        nargs="+",
+        metavar="RATE",
+        help="variable-rate models: measure the highest rate up to each RATE bits per pixel (default: the full rate)",
+    ),
+    option(
+        "--size",
+        type=POSITIVE,
+        help="side of the square crops; other sizes than the model's go in tiles (default: the model's)",
+    ),
+    option(
+        "--peers",
+        nargs="+",
+        default=(),
+        metavar="PEER",
+        help="also measure codecs at equal bytes (jpeg webp avif jxl) and tokenizers (llamagen16=WEIGHTS)",
+    ),
+    option("--report", type=Path, help="folder for a page with tables, plots and images"),
+    option("--reference", help="PICTURES are generated: compare them with this folder or ADM's .npz"),
+    option("--no-lpips", action="store_true", help="leave out LPIPS, which needs trained networks"),
+    option(
+        "--features",
+        choices=KINDS,
+        default="auto",
+        help="network of the Fréchet distance: auto is FID's Inception if its weights are found; inception-legacy sees "
+        "float images, as in the paper's rFID",
+    ),
+    option("--enlarge", action="store_true", help="enlarge images smaller than the crop instead of refusing them"),
+    option("--experiment-name", default="my_evaluation", help="without PICTURES: name of the evaluation's folder"),
+    option("--results-dir", type=Path, default=Path("results"), help="without PICTURES: folder of all evaluations"),
+    *(*MODEL, *SAMPLING, JSON),
+)
 def evaluate(arguments: argparse.Namespace) -> None:
     """How close reconstructions come to pictures, or how good generated pictures are.
 
@@ -55,9 +89,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     with join(arguments.device) as world:
         if arguments.reference:
-            if not arguments.pictures or arguments.features == "none":
+            if not arguments.images or arguments.features == "none":
                 raise UsageError("--reference compares generated PICTURES by a feature network; name both")
-            sets = open_image_set(arguments.pictures), open_image_set(arguments.reference)
+            sets = open_image_set(arguments.images), open_image_set(arguments.reference)
             network = build_features(arguments.features).to(world.device)
             own = isinstance(network, ResNetFeatures) or arguments.features == "inception-legacy"
             for pictures in sets if own else ():
@@ -74,13 +108,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
             found = GenerationSummary.of(generated, reference, network, (sets[0].name, sets[1].name))
             say(json.dumps(found.as_dict(), indent=1) if arguments.json else "\n".join(found.lines()))
             return
-        source = open_source(arguments.pictures) if arguments.pictures else None
+        source = open_source(arguments.images) if arguments.images else None
         judges, missing = Evaluators.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
         judges.to(world.device)
         if source is None:
             folder = arguments.results_dir / arguments.experiment_name
             follower = Follower(arguments.settings, folder, judges, world, say)
-            follower.ready = partial(hasten, arguments=arguments)
+            follower.ready = partial(prepare, arguments=arguments)
             if arguments.json:  # a line of it a checkpoint, as each is done; what people read goes the other way
                 follower.report, follower.found = partial(say, to=sys.stderr), lambda row: say(json.dumps(row))
             follower.evaluate()
@@ -183,7 +217,7 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, w
         measured_indices = chosen[entries[0].measurement.done].tolist()
         networks = {"LPIPS (AlexNet)": judges.lpips_alex, "LPIPS (VGG)": judges.lpips_vgg, "features": judges.features}
         facts = {
-            "pictures": f"{shown_path(arguments.pictures)}: {len(measured_indices)} of {len(source)}, evenly spread",
+            "pictures": f"{shown_path(arguments.images)}: {len(measured_indices)} of {len(source)}, evenly spread",
             "protocol": f"each image {protocol}"
             if whole
             else f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}",
@@ -206,33 +240,3 @@ def compare(arguments: argparse.Namespace, source: Source, judges: Evaluators, w
 def shown_path(name: str) -> str:
     """What a report calls a file or folder; where it lies on this machine is nobody else's business."""
     return Path(name).name if Path(name).exists() else name
-
-
-def add_to(commands: Any) -> None:
-    sub = command(evaluate, "PSNR, SSIM, LPIPS, rFID of reconstructions; FID of generated pictures", commands)
-    sub.add_argument("pictures", nargs="?", help="folder, .tar, WebDataset shards, hf:NAME:SPLIT")
-    sub.add_argument("--limit", type=positive, help="this many pictures, spread over the folder")
-    fit = "crop (default): the central square, as in the paper; whole: every image at its own size"
-    sub.add_argument("--fit", choices=("crop", "whole"), default="crop", help=fit)
-    bpp = "rates of a model of variable rate to measure, each the highest at or below it (the full rate)"
-    sub.add_argument("--bpp", type=finite, nargs="+", metavar="RATE", help=bpp)
-    size = "side of the squares that are compared, in tiles where it is not the model's own (the model's)"
-    sub.add_argument("--size", type=positive, help=size)
-    peers = "measure beside: codecs at equal bytes (jpeg webp avif jxl), tokenizers by their weights (llamagen16=FILE)"
-    sub.add_argument("--peers", nargs="+", default=[], metavar="PEER", help=peers)
-    sub.add_argument("--report", type=Path, help="folder to write a page, tables, plots and pictures to")
-    sub.add_argument("--reference", help="PICTURES are generated: compare with these, a folder or ADM's .npz")
-    sub.add_argument("--no-lpips", action="store_true", help="leave LPIPS out, which needs trained networks")
-    features = (
-        "network of the Fréchet distance; inception-legacy sees float pictures as the paper's rFID does; auto takes "
-        "FID's Inception where its weights are (auto)"
-    )
-    sub.add_argument("--features", choices=KINDS, default="auto", help=features)
-    sub.add_argument("--enlarge", action="store_true", help="take pictures smaller than the crop too")
-    sub.add_argument(
-        "--experiment-name", default="my_evaluation", help="folder of an evaluation of a run's checkpoints"
-    )
-    sub.add_argument("--results-dir", type=Path, default=Path("results"), help="where that folder is (results)")
-    with_model(sub)
-    with_sampling(sub)
-    with_json(sub)

@@ -1,9 +1,12 @@
-"""Commands of stage 2: ids, generators, and the pictures that they draw."""
+"""Commands of stage 2: tokenize a dataset, fit a context model to its ids, generate images."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +14,8 @@ import numpy as np
 import torch
 
 import flowmo
-from flowmo.checkpoint import files as checkpoint
-from flowmo.cli.shared import (
-    UsageError,
-    command,
-    finite,
-    hasten,
-    load,
-    positive,
-    progress_bar,
-    seed,
-    tell,
-    with_json,
-    with_model,
-)
+from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, SEED, command, load, number, option, prepare
+from flowmo.cli.output import UsageError, progress_bar, report, write, write_image
 from flowmo.codec.context import IntegerModel
 from flowmo.config import REVEALING_ORDERS
 from flowmo.data import evenly_spread, open_source
@@ -32,18 +23,30 @@ from flowmo.evaluate.metrics.pairs import grid
 from flowmo.images import ImageError, read_image, to_pil
 from flowmo.tokenizer import FlowMo
 
-MOST_IN_A_GRID = 1000
+MAX_GRID_IMAGES = 1000
 GRID_COLUMNS = 8
 GUIDANCE = (
-    "classifier-free guidance g of the ids (the generator's: 1.5): null + g (class - null), where the generator has "
-    "generator.guided_from=class, as the paper's, class + g (class - null); the paper's 1.5 is 2.5 of the first form"
+    "classifier-free guidance g of the ids: null + g (class - null), or with generator.guided_from=class, as the "
+    "paper's, class + g (class - null); the paper's 1.5 is 2.5 of the first form (default: the generator's, 1.5)"
 )
 
 
+@command(
+    "write a dataset's ids, which train a generator",
+    option("images", metavar="PICTURES", help=DATASET),
+    option("--out", type=Path, required=True, help="folder for the shards; an interrupted one is completed"),
+    option("--crops", type=POSITIVE, default=1, help="crops per image: 1 is the central square, more are random"),
+    option("--flip", action="store_true", help="add the mirror image of each crop"),
+    option("--no-labels", action="store_true", help="leave out the classes"),
+    option("--seed", type=SEED, default=0, help="seed of random crops"),
+    option("--shard-size", type=POSITIVE, default=4096, help="samples per shard; an interruption loses at most one"),
+    option("--workers", type=number(int, 0), default=0, help="processes that read images"),
+    *(*MODEL, JSON),
+)
 def tokenize(arguments: argparse.Namespace) -> None:
-    """The ids of every picture of a dataset, bit-packed in shards: what a generator is trained on.
+    """Write the ids of every image of a dataset, bit-packed in shards, for training a generator.
 
-    Under torchrun the processes share the work. Run again after an interruption, it goes on.
+    Under torchrun the processes share the work. Run an interrupted command again to complete it.
     """
     from flowmo.data.tokens import Tokens
     from flowmo.distributed import join
@@ -51,249 +54,215 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
     with join(arguments.device) as world:
         tokenizer = load(arguments, str(world.device))
-        source = open_source(arguments.pictures)
-        facts = write_tokens(
+        source = open_source(arguments.images)
+        written = write_tokens(
             tokenizer,
             source,
             arguments.out,
-            name=Path(arguments.pictures).name,
+            name=Path(arguments.images).name,
             model=Path(arguments.model).name,
-            crops=arguments.crops,
-            flip=arguments.flip,
             labels=not arguments.no_labels,
-            seed=arguments.seed,
-            shard_size=arguments.shard_size,
             batch_size=tokenizer.config.eval.batch_size,
-            workers=arguments.workers,
             world=world,
             progress=progress_bar("tokenizing"),
+            **{name: getattr(arguments, name) for name in ("crops", "flip", "seed", "shard_size", "workers")},
         )
-        if world.main:
-            tokens = Tokens(arguments.out)
-            readable = len(tokens)
-            unreadable = sorted({number % len(source) for number in {*range(facts.count)} - {*tokens.samples.tolist()}})
-            missing = f", {facts.count - readable} of which cannot be read" if readable < facts.count else ""
-            for index in unreadable:
-                print(f"left out: {source.name(index)} cannot be read", file=sys.stderr)
-            tell(
-                arguments,
-                f"{arguments.out}: {facts.count} samples{missing}, {len(facts.classes)} classes, {facts.ids} ids of "
-                f"{facts.id_bits} bits: {facts.count * facts.item_bytes / 1e6:.2f} MB of ids in {facts.shards} shards",
-                folder=str(arguments.out),
-                samples=facts.count,
-                readable=readable,
-                classes=len(facts.classes),
-                ids=facts.ids,
-                id_bits=facts.id_bits,
-                bytes=facts.count * facts.item_bytes,
-                shards=facts.shards,
-                tokenizer=facts.tokenizer,
-            )
+        if not world.main:
+            return
+        samples = Tokens(arguments.out).samples.tolist()
+        missing = {*range(written.count)} - {*samples}
+        for index in sorted({sample % len(source) for sample in missing}):
+            print(f"left out: {source.name(index)} cannot be read", file=sys.stderr)
+        size, classes, shards = written.count * written.item_bytes, len(written.classes), written.shards
+        unreadable = f", {len(missing)} of which cannot be read" if missing else ""
+        summary = {"folder": str(arguments.out), "samples": written.count, "readable": len(samples), "classes": classes}
+        summary |= {"ids": written.ids, "id_bits": written.id_bits, "bytes": size, "shards": shards}
+        report(
+            arguments,
+            f"{arguments.out}: {written.count} samples{unreadable}, {classes} classes, {written.ids} ids of "
+            f"{written.id_bits} bits: {size / 1e6:.2f} MB of ids in {shards} shards",
+            **summary,
+            tokenizer=written.tokenizer,
+        )
 
 
+@command(
+    "fit a context model of a tokenizer's ids, which makes .flowmo files shorter",
+    option("tokens", metavar="TOKENS", help="folder written by flowmo tokenize; native size: a dataset of images"),
+    option("--out", type=Path, required=True, help="file to write, MODEL.context.safetensors"),
+    option("--model", default="nano", help="tokenizer of the ids"),
+    option("--held-out", metavar="TOKENS", help="other ids, or for native size images, to measure on"),
+    option("--frequencies", action="store_true", help="only count how often each bit is set"),
+    option("--count", type=POSITIVE, default=1000, help="native size: images to take of a dataset"),
+    option("--hidden", type=POSITIVE, help="hidden units (default: 128; native size: 64)"),
+    option("--fit-steps", type=POSITIVE, help="steps of 512 tokens (default: 4000; native size: 2000 of 1024 cells)"),
+    option("--seed", type=SEED, default=0, help="seed of weights and order"),
+    JSON,
+)
 def context(arguments: argparse.Namespace) -> None:
-    """Learn from the ids of many pictures how likely each bit is, so that .flowmo files get shorter.
+    """Fit a context model to the ids of many images: how likely each bit is, so that .flowmo files get shorter.
 
-    TOKENS is a folder that flowmo tokenize wrote. For a tokenizer of native size it is a dataset of pictures, which are
-    encoded first. The file belongs beside the tokenizer's, as NAME.context.safetensors beside NAME.safetensors.
+    TOKENS is a folder written by flowmo tokenize. For a tokenizer of native size it is a dataset of images, which are
+    encoded first. The file belongs beside the tokenizer's: NAME.context.safetensors beside NAME.safetensors.
     """
     tokenizer = flowmo.load(arguments.model)
-    models, packed, bits = (native_contexts if tokenizer.native_size else fixed_contexts)(arguments, tokenizer)
-    chosen = list(models.values())[-1]
+    models = fit_models(arguments, tokenizer)
+    chosen = [*models.values()][-1]
     content = chosen.save()
-    checkpoint.write_content(arguments.out, content)
-    facts: dict[str, Any] = {"file": str(arguments.out), "bytes": len(content), "identity": chosen.identity.hex()}
+    write(arguments.out, content)
+    summary: dict[str, Any] = {"file": str(arguments.out), "bytes": len(content), "identity": chosen.identity.hex()}
     lines = [f"{arguments.out}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}"]
     if arguments.held_out:
-        facts |= {"pictures": len(packed), "packed": float(packed.mean())}
-        lines.append(f"bytes of ids a picture, {len(packed)} others: packed {facts['packed']:.1f}")
+        packed, bits = measure_models(arguments, tokenizer, models)
+        summary |= {"pictures": len(packed), "packed": float(packed.mean())}
+        lines.append(f"bytes of ids a picture, {len(packed)} others: packed {summary['packed']:.1f}")
         for name, costs in bits.items():
             size = costs.sum(axis=1) / 8
-            facts |= {name: float(size.mean()), f"{name}_spread": float(size.std())}
+            summary |= {name: float(size.mean()), f"{name}_spread": float(size.std())}
             lines[1] += f", by {name} {size.mean():.1f} ± {size.std():.1f}"
             if tokenizer.native_size:
                 planes = (costs.sum(axis=0) / (8 * packed.sum()) * costs.shape[1]).tolist()
-                facts[f"{name}_planes"] = planes
+                summary[f"{name}_planes"] = planes
                 lines.append(f"share of each plane by {name}: {' '.join(f'{share:.3f}' for share in planes)}")
-    tell(arguments, "\n".join(lines), **facts)
+    report(arguments, "\n".join(lines), **summary)
 
 
-Contexts = tuple[dict[str, IntegerModel], np.ndarray, dict[str, np.ndarray]]
-"""Models by name; of held-out pictures the bytes of packed ids, n, and the bits by each model, n × planes."""
+def fit_models(arguments: argparse.Namespace, tokenizer: FlowMo) -> dict[str, IntegerModel]:
+    """Fit the baseline that only counts frequencies, and unless it is asked for alone, the context model."""
+    from flowmo.codec import fit, fit_planes
+    from flowmo.data.tokens import Tokens
+
+    named = {"hidden": arguments.hidden, "steps": arguments.fit_steps, "seed": arguments.seed}
+    settings = {name: value for name, value in named.items() if value is not None}
+    models: dict[str, IntegerModel] = {}
+    if tokenizer.native_size:
+        images = encode_dataset(arguments.tokens, arguments.count, tokenizer, "encoding")
+        models["frequencies"] = fit_planes.frequencies(images, tokenizer)
+        fit_context: Any = partial(fit_planes.fit, images, tokenizer)
+    else:
+        tokens = Tokens(arguments.tokens, tokenizer.identity())
+        models["frequencies"] = fit.frequencies(tokens)
+        fit_context = partial(fit.fit, tokens, tokenizer.config.model.code_layout)
+    if not arguments.frequencies:
+        models["context"] = fit_context(progress=progress_bar("fitting"), **settings)
+    return models
 
 
-def fixed_contexts(arguments: argparse.Namespace, tokenizer: FlowMo) -> Contexts:
-    from flowmo.codec import fit as fitting
+def measure_models(
+    arguments: argparse.Namespace, tokenizer: FlowMo, models: dict[str, Any]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Measure held-out images. Returns bytes of packed ids, n, and bits by each model, n × planes."""
+    from flowmo.codec import fit, fit_planes
     from flowmo.codec.context import cost
     from flowmo.data.tokens import Tokens
 
-    tokens = Tokens(arguments.tokens, tokenizer.identity())
-    models = {"frequencies": fitting.frequencies(tokens)}
-    if not arguments.frequencies:
-        layout = tokenizer.config.model.code_layout
-        models["context"] = fitting.fit(tokens, layout, **fit_settings(arguments))
-    if not arguments.held_out:
-        return {**models}, np.zeros(0), {}
-    others = Tokens(arguments.held_out, tokenizer.identity())
-    bits = fitting.image_bits(others, range(len(others)))
-    costs = {name: cost(model, bits)[:, None] for name, model in models.items()}
-    return {**models}, np.full(len(bits), bits[0].size / 8), costs
+    if tokenizer.native_size:
+        images = encode_dataset(arguments.held_out, arguments.count, tokenizer, "encoding others")
+        packed = [ids.size * models["frequencies"].shape[1] / 8 for ids in images]
+        costs = {name: np.stack([fit_planes.plane_costs(m, ids) for ids in images]) for name, m in models.items()}
+        return np.array(packed), costs
+    tokens = Tokens(arguments.held_out, tokenizer.identity())
+    bits = fit.image_bits(tokens, range(len(tokens)))
+    return np.full(len(bits), bits[0].size / 8), {name: cost(m, bits)[:, None] for name, m in models.items()}
 
 
-def native_contexts(arguments: argparse.Namespace, tokenizer: FlowMo) -> Contexts:
-    from flowmo.codec import fit_planes
+def encode_dataset(path: str, count: int, tokenizer: FlowMo, title: str) -> list[np.ndarray]:
+    """Encode up to ``count`` images, evenly spread over a dataset. Returns ids rows × columns × planes of each."""
+    from flowmo.codec.fit_planes import ids_on_lattice
 
-    def ids_of(path: str, show: str) -> list[np.ndarray]:
-        source = open_source(path)
-        chosen, report = evenly_spread(arguments.count, len(source)), progress_bar(show)
-        images = []
-        for i, index in enumerate(chosen):
-            try:
-                codes = tokenizer.encode_image(source.read(index))
-            except ImageError as error:
-                print(f"flowmo: left out: {error}", file=sys.stderr)
-                continue
-            images.append(fit_planes.ids_on_lattice(codes, tokenizer))
-            if report:
-                report(i + 1, len(chosen))
-        return images
-
-    images = ids_of(arguments.tokens, "encoding")
-    models = {"frequencies": fit_planes.frequencies(images, tokenizer)}
-    if not arguments.frequencies:
-        models["context"] = fit_planes.fit(images, tokenizer, **fit_settings(arguments))
-    if not arguments.held_out:
-        return {**models}, np.zeros(0), {}
-    others = ids_of(arguments.held_out, "encoding others")
-    costs = {name: np.stack([fit_planes.plane_costs(m, ids) for ids in others]) for name, m in models.items()}
-    return {**models}, np.array([ids.size * models["frequencies"].shape[1] / 8 for ids in others]), costs
+    source = open_source(path)
+    chosen, show = evenly_spread(count, len(source)), progress_bar(title)
+    images = []
+    for i, index in enumerate(chosen):
+        try:
+            images.append(ids_on_lattice(tokenizer.encode_image(source.read(index)), tokenizer))
+        except ImageError as error:
+            print(f"flowmo: left out: {error}", file=sys.stderr)
+        if show:
+            show(i + 1, len(chosen))
+    return images
 
 
-def fit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those that are given; the fits have defaults of their own."""
-    given = {"hidden": arguments.hidden, "steps": arguments.fit_steps, "seed": arguments.seed}
-    return {"progress": progress_bar("fitting"), **{name: value for name, value in given.items() if value is not None}}
-
-
+@command(
+    "generate images of classes with a trained generator",
+    option("generator", metavar="GENERATOR", help="generator's .safetensors file or training checkpoint"),
+    option(
+        "--class",
+        dest="classes",
+        nargs="+",
+        metavar="CLASS",
+        help="name or WordNet id; an index if no class has that name (default: all classes)",
+    ),
+    option("--per-class", type=POSITIVE, default=8, help="images per class"),
+    option("--count", type=POSITIVE, help="images in total, shared evenly by the classes"),
+    option("--out", type=Path, default=Path("generated.png"), help="a .png, a folder or an .npz"),
+    option("--edit", type=Path, metavar="PICTURE", help="start from the ids of this image"),
+    option("--keep", default="0-0", metavar="TOKENS", help="with --edit: tokens to keep, such as 0-31,40"),
+    option("--steps", type=POSITIVE, help="steps from hidden ids to all ids (default: the generator's, 64)"),
+    option("--guidance", type=FINITE, help=GUIDANCE),
+    option("--temperature", type=FINITE, help="softmax temperature of the first step (default: 1.3)"),
+    option("--last-temperature", type=FINITE, help="softmax temperature of the last step (default: 0.5)"),
+    option("--choice-temperature", type=FINITE, help="noise in the choice of ids to keep (default: 4.5)"),
+    option("--order", choices=REVEALING_ORDERS, help="order in which ids are revealed (default: confidence)"),
+    option("--seed", type=SEED, default=0, help="seed of everything random"),
+    option("--decode-steps", type=POSITIVE, help="sampling steps of the tokenizer (default: its own)"),
+    option("--decode-guidance", type=FINITE, help="guidance of the tokenizer (default: its own)"),
+    *(*MODEL, JSON),
+)
 def generate(arguments: argparse.Namespace) -> None:
-    """Pictures of classes, drawn by a generator and decoded by the tokenizer whose ids it has learnt.
+    """Generate ids of classes and decode them with the tokenizer that the generator was trained on.
 
-    Many of them under torchrun, to a folder or to the .npz that FID is taken of: --count 50000 --out samples.npz.
-    With --edit, part of a picture's code is kept and the rest drawn anew.
+    Many images go to a folder, or to the .npz that FID reads, also under torchrun: --count 50000 --out samples.npz.
+    With --edit, part of an image's ids is kept and the rest generated.
     """
     from flowmo.distributed import join
     from flowmo.generate.generator import load_generator
     from flowmo.generate.produce import Drawing, check_pair, draw, parse_places, produce
 
+    out = arguments.out
     with join(arguments.device) as world:
         generator = load_generator(arguments.generator, *arguments.settings, device=str(world.device))
-        generator = hasten(generator, arguments)
-        tokenizer = hasten(flowmo.load(arguments.model, device=str(world.device)), arguments)
+        generator = prepare(generator, arguments)
+        tokenizer = prepare(flowmo.load(arguments.model, device=str(world.device)), arguments)
         check_pair(generator, tokenizer)
+        as_grid = out.suffix == ".png"
+        if arguments.edit and not as_grid:
+            raise UsageError("--edit writes one image. Name it with --out PICTURE.png.")
         names = arguments.classes or [*range(len(generator.vocabulary.classes))] or [-1]
         classes = [generator.label(name) for name in names]
-        class_names = [generator.class_name(label) for label in classes]
         count = arguments.count or len(classes) * arguments.per_class
-        rows = (
-            arguments.out.suffix == ".png" and not arguments.count
-        )  # a picture of pictures, classes one below another
-        labels = [classes[i // arguments.per_class if rows else i % len(classes)] for i in range(count)]
-        sampled = ("steps", "guidance", "temperature", "last_temperature", "choice_temperature", "order", "seed")
-        guided = {"guidance": generator.guidance_in_words(arguments.guidance)}
-        drawing = Drawing(
-            **{name: getattr(arguments, name) for name in sampled},
-            decode_steps=arguments.decode_steps,
-            decode_guidance=arguments.decode_guidance,
-        )
-        if arguments.out.suffix != ".png":
-            if arguments.edit:
-                raise UsageError("--edit writes one picture; name it with --out PICTURE.png")
-            produce(generator, tokenizer, labels, arguments.out, drawing, world=world, progress=progress_bar("drawing"))
+        class_rows = as_grid and not arguments.count  # one class below another
+        labels = [classes[i // arguments.per_class if class_rows else i % len(classes)] for i in range(count)]
+        drawing = Drawing(**{field.name: getattr(arguments, field.name) for field in fields(Drawing)})
+        class_names = [generator.class_name(label) for label in classes]
+        summary = {"file": str(out), "pictures": count, "classes": class_names, "indices": classes}
+        guidance, show = generator.guidance_in_words(arguments.guidance), progress_bar("drawing")
+        if not as_grid:
+            produce(generator, tokenizer, labels, out, drawing, world=world, progress=show)
             if world.main:
-                named = f": {', '.join(class_names)}" if arguments.classes else ""
-                line = f"{guided['guidance']}\n{arguments.out}: {count} pictures of {len(classes)} classes{named}"
-                told = {"pictures": count, "classes": class_names, "indices": classes, **guided}
-                tell(arguments, line, file=str(arguments.out), **told)
+                shown = f": {', '.join(class_names)}" if arguments.classes else ""
+                line = f"{guidance}\n{out}: {count} pictures of {len(classes)} classes{shown}"
+                report(arguments, line, **summary, guidance=guidance)
             return
         if world.size > 1:
-            raise UsageError(f"several processes write a folder or an .npz, not {arguments.out}")
-        if count > MOST_IN_A_GRID:
-            raise UsageError(f"{count} pictures are too many for one; name a folder or an .npz with --out")
+            raise UsageError(f"Several processes cannot write {out}. Name a folder or an .npz with --out.")
+        if count > MAX_GRID_IMAGES:
+            raise UsageError(f"{count} images are too many for one .png. Name a folder or an .npz with --out.")
         ids = keep = None
         if arguments.edit:
             codes = tokenizer.encode_image(read_image(arguments.edit), "crop")
-            assert codes.ids is not None  # the generator has learnt ids of this tokenizer
+            assert codes.ids is not None  # a generator's tokenizer has ids
             ids = codes.ids.expand(count, -1, -1)
             keep = parse_places(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
-        show = progress_bar("drawing")
-        drawn = draw(generator, tokenizer, labels, range(count), drawing, ids, keep, show)
-        columns = min(count, arguments.per_class if len(classes) > 1 and not arguments.count else GRID_COLUMNS)
-        blank = torch.ones_like(drawn[:1]).expand(-count % columns, -1, -1, -1)
-        rows = torch.cat((drawn, blank)).split(columns)
-        checkpoint.write_whole(arguments.out, lambda name: to_pil(grid(list(rows))).save(name, "PNG"))
-        drawn_as = f"{count} pictures, rows of {columns}: {', '.join(class_names)}"
-        line = f"{guided['guidance']}\n{arguments.out}: {drawn_as}"
-        tell(
-            arguments,
-            line,
-            file=str(arguments.out),
-            pictures=count,
-            classes=class_names,
-            indices=classes,
-            columns=columns,
-            **guided,
-        )
+        images = draw(generator, tokenizer, labels, range(count), drawing, ids, keep, show)
+        columns = min(count, arguments.per_class if class_rows and len(classes) > 1 else GRID_COLUMNS)
+        write_grid(out, images, columns)
+        line = f"{guidance}\n{out}: {count} pictures, rows of {columns}: {', '.join(class_names)}"
+        report(arguments, line, **summary, columns=columns, guidance=guidance)
 
 
-def add_to(commands: Any) -> None:
-    sub = command(tokenize, "a dataset's ids, for a generator to learn", commands)
-    sub.add_argument("pictures", metavar="PICTURES", help="folder, .tar, WebDataset shards, hf:NAME:SPLIT")
-    sub.add_argument("--out", type=Path, required=True, help="folder to write the shards to, or to go on with")
-    sub.add_argument("--crops", type=positive, default=1, help="1 is the central square; more are random ones (1)")
-    sub.add_argument("--flip", action="store_true", help="each crop mirrored as well")
-    sub.add_argument("--no-labels", action="store_true", help="leave the classes out")
-    sub.add_argument("--seed", type=seed, default=0, help="seed of random crops (0)")
-    sub.add_argument("--shard-size", type=positive, default=4096, help="samples a shard, which are lost at most (4096)")
-    sub.add_argument("--workers", type=int, default=0, help="processes that read pictures (0)")
-    with_model(sub)
-    with_json(sub)
-
-    sub = command(context, "a model of a tokenizer's ids that makes .flowmo files shorter", commands)
-    sub.add_argument(
-        "tokens", metavar="TOKENS", help="folder that flowmo tokenize wrote; a dataset of pictures for native size"
-    )
-    sub.add_argument("--out", type=Path, required=True, help="file to write, MODEL.context.safetensors")
-    sub.add_argument("--model", default="nano", help="the tokenizer whose ids they are (nano)")
-    sub.add_argument("--held-out", metavar="TOKENS", help="other pictures or their ids, to measure on")
-    sub.add_argument("--frequencies", action="store_true", help="only count how often each bit is set")
-    sub.add_argument("--count", type=positive, default=1000, help="native size: pictures to take of a dataset (1000)")
-    sub.add_argument("--hidden", type=positive, help="hidden units (128; native size: 64)")
-    sub.add_argument("--fit-steps", type=positive, help="steps of 512 tokens (4000; native size: 2000 of 1024 cells)")
-    sub.add_argument("--seed", type=seed, default=0, help="seed of weights and order (0)")
-    with_json(sub)
-
-    sub = command(generate, "pictures of a class, by a trained generator", commands)
-    sub.add_argument("generator", metavar="GENERATOR", help="file of a generator: .safetensors, or a checkpoint")
-    sub.add_argument(
-        "--class",
-        dest="classes",
-        nargs="+",
-        metavar="CLASS",
-        help="name, WordNet id, or index where no class has that name (all)",
-    )
-    sub.add_argument("--per-class", type=positive, default=8, help="pictures of each (8)")
-    sub.add_argument("--count", type=positive, help="pictures in all, shared evenly by the classes")
-    sub.add_argument("--out", type=Path, default=Path("generated.png"), help="a .png, a folder or .npz (generated.png)")
-    sub.add_argument("--edit", type=Path, metavar="PICTURE", help="start from a picture's code")
-    sub.add_argument("--keep", default="0-0", metavar="TOKENS", help="of --edit: tokens that stay, such as 0-31,40")
-    sub.add_argument("--steps", type=positive, help="steps from hidden ids to all (the generator's: 64)")
-    sub.add_argument("--guidance", type=finite, help=GUIDANCE)
-    sub.add_argument("--temperature", type=finite, help="softmax temperature of the first step (1.3)")
-    sub.add_argument("--last-temperature", type=finite, help="and of the last (0.5)")
-    sub.add_argument("--choice-temperature", type=finite, help="noise in which ids are kept (4.5)")
-    sub.add_argument("--order", choices=REVEALING_ORDERS, help="which ids are revealed first (confidence)")
-    sub.add_argument("--seed", type=seed, default=0, help="seed of everything (0)")
-    sub.add_argument("--decode-steps", type=positive, help="Euler steps of the tokenizer (its own)")
-    sub.add_argument("--decode-guidance", type=finite, help="guidance of the tokenizer (its own)")
-    with_model(sub)
-    with_json(sub)
+def write_grid(out: Path, images: torch.Tensor, columns: int) -> None:
+    """Write images n 3 h w as one PNG, row by row; the last row is filled up with white."""
+    blank = torch.ones_like(images[:1]).expand(-len(images) % columns, -1, -1, -1)
+    rows: Sequence[torch.Tensor] = torch.cat((images, blank)).split(columns)
+    write_image(out, to_pil(grid(rows)))

@@ -1,4 +1,4 @@
-"""Commands on pictures and their files."""
+"""Commands on images and their .flowmo files: reconstruct, encode, decode."""
 
 from __future__ import annotations
 
@@ -9,143 +9,146 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from flowmo.checkpoint import files as checkpoint
-from flowmo.cli.shared import (
+from flowmo.cli.options import FIT, JSON, MODEL, SAMPLING, command, load, option, sampling
+from flowmo.cli.output import (
+    IMAGE_FORMATS,
+    PIPE,
     UsageError,
-    command,
-    load,
+    check_outputs,
     message_of,
     progress_bar,
-    refuse_clash,
-    sampling,
-    with_fit,
-    with_json,
-    with_model,
-    with_sampling,
+    write,
+    write_image,
 )
 from flowmo.codec.context import BitModel
 from flowmo.codec.file import MAX_BYTES, Codec, CodecError, MissingPlanes, find_context, read_context
 from flowmo.codec.planes import PlaneModel
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.metrics.pairs import grid, psnr
-from flowmo.images import read_image, resize_and_crop, to_pil, to_rgb, to_tensor
+from flowmo.images import read_image, resize_and_crop, to_pil, to_tensor
 from flowmo.tokenizer import FlowMo
 
 SUFFIX = ".flowmo"
-PIPE = Path("-")
-"""Standard input or output in place of a file."""
-DRAWN: dict[str, dict[str, Any]] = {
-    ".png": {"format": "PNG"},
-    ".jpg": {"format": "JPEG", "quality": 95},
-    ".jpeg": {"format": "JPEG", "quality": 95},
-    ".webp": {"format": "WEBP", "lossless": True},
-    ".ppm": {"format": "PPM"},
-}
-"""How a picture is written, by the end of its file's name; to standard output as the first."""
+Job = tuple[Path, Path]
+"""An input file and its output file."""
+IMAGES = option("images", nargs="+", type=Path, metavar="PICTURE", help="image file")
+CONTEXT = (
+    option("--context", type=Path, metavar="FILE", help="context model of the ids (default: the tokenizer's)"),
+    option("--generator", type=Path, metavar="FILE", help="generator to use as the context model; slower"),
+)
+OUT_DIR = option("--out-dir", type=Path, help="folder for the results of many files (default: beside each file)")
 
 
+@command(
+    "write images beside their reconstructions",
+    IMAGES,
+    option("--out", type=Path, default=Path("reconstructions"), help="folder to write to"),
+    option("--grid", type=Path, metavar="FILE", help="with --fit crop: also write all of them as one image"),
+    *(*MODEL, *SAMPLING, *FIT, JSON),
+)
 def reconstruct(arguments: argparse.Namespace) -> None:
-    """Encode and decode pictures; write each beside its original and print what it cost.
-
-    With --grid and --fit crop all of them are written as one picture too, originals above.
-    """
-    if arguments.grid and arguments.fit != "crop":
-        raise UsageError("--grid puts squares beside each other; add --fit crop")
-    if arguments.grid and arguments.grid.suffix.lower() not in DRAWN:
-        raise UsageError(f"{arguments.grid}: name a picture that ends in {', '.join(DRAWN)}")
+    """Encode and decode images. Write each original and its reconstruction side by side, and print size and PSNR."""
+    grids = [arguments.grid] if arguments.grid else []
+    if grids and arguments.fit != "crop":
+        raise UsageError("--grid needs images of one size. Add --fit crop.")
+    outputs = [arguments.out / f"{path.stem}.png" for path in arguments.images]
+    check_outputs([*outputs, *grids], (*IMAGE_FORMATS,))
     tokenizer = load(arguments)
-    outputs = [arguments.out / f"{path.stem}.png" for path in arguments.pictures]
-    refuse_clash([*outputs, *([arguments.grid] if arguments.grid else [])])
     pairs: list[torch.Tensor] = []
+
+    def run(path: Path, output: Path) -> tuple[dict, str]:
+        image = read_image(path)
+        codes = tokenizer.encode_image(image, arguments.fit, arguments.bpp)
+        if arguments.fit == "crop":
+            image = resize_and_crop(image, tokenizer.config.data.image_size)
+        decoded = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
+        pair = torch.stack((to_tensor(image), to_tensor(decoded)))
+        write_image(output, to_pil(grid([pair])))
+        if grids:
+            pairs.append(pair)
+        size, rate, quality = f"{image.width}×{image.height}", codes.bits_per_pixel, float(psnr(pair[:1], pair[1:]))
+        row = {"height": image.height, "width": image.width, "bytes_of_ids": codes.nbytes}
+        row |= {"bits_per_pixel": round(rate, 5), "psnr": round(quality, 4)}
+        return row, f"{path.name[:28]:28} {size:>11} {codes.nbytes:>7} {rate:>10.4f} {quality:>8.2f}"
+
     if not arguments.json:
         print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
-
-    def work(path: Path, output: Path) -> tuple[dict, str]:
-        original = read_image(path)
-        codes = tokenizer.encode_image(original, arguments.fit, arguments.bpp)
-        if arguments.fit == "crop":
-            original = resize_and_crop(to_rgb(original), tokenizer.config.data.image_size)
-        decoded = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
-        pair = torch.stack((to_tensor(original), to_tensor(decoded)))
-        checkpoint.write_whole(output, lambda name: to_pil(grid([pair])).save(name, "PNG"))
-        if arguments.grid:
-            pairs.append(pair)
-        quality = float(psnr(pair[:1], pair[1:]))
-        size = f"{original.width}×{original.height}"
-        facts = {
-            "height": original.height,
-            "width": original.width,
-            "bytes_of_ids": codes.nbytes,
-            "bits_per_pixel": round(codes.bits_per_pixel, 5),
-            "psnr": round(quality, 4),
-        }
-        return facts, f"{path.name[:28]:28} {size:>11} {codes.nbytes:>7} {codes.bits_per_pixel:>10.4f} {quality:>8.2f}"
-
-    each(list(zip(arguments.pictures, outputs, strict=True)), work, arguments.json)
-    if pairs:
-        rows = list(torch.stack(pairs, dim=1))
-        form = DRAWN[arguments.grid.suffix.lower()]
-        checkpoint.write_whole(arguments.grid, lambda name: to_pil(grid(rows)).save(name, **form))
+    run_all(list(zip(arguments.images, outputs, strict=True)), run, arguments.json)
+    if grids:
+        write_image(arguments.grid, to_pil(grid([*torch.stack(pairs, dim=1)])))
     if not arguments.json:
-        print(f"original | reconstruction in {arguments.out}/")
-        if pairs:
-            print(f"originals above reconstructions in {arguments.grid}")
+        print(f"Original and reconstruction side by side: {arguments.out}/")
+        if grids:
+            print(f"Originals above reconstructions: {arguments.grid}")
 
 
+@command(
+    "write images as .flowmo files",
+    IMAGES,
+    option("--output", "-o", type=Path, help="file to write; - is standard output (default: PICTURE with .flowmo)"),
+    OUT_DIR,
+    *CONTEXT,
+    option("--packed", action="store_true", help="pack the ids without entropy coding"),
+    *(*MODEL, *FIT, JSON),
+)
 def encode(arguments: argparse.Namespace) -> None:
-    """Write the ids of pictures to .flowmo files, entropy-coded where a context model lies beside the tokenizer.
+    """Write the ids of images to .flowmo files, entropy-coded if the tokenizer has a context model.
 
-    The file to write can follow a single picture, encode photo.jpg photo.flowmo. A picture named - comes from standard
-    input, and a file named - goes to standard output.
+    The output can follow a single image: encode photo.jpg photo.flowmo. An image named - is standard input, a file
+    named - is standard output.
     """
-    jobs = outputs_of(arguments, arguments.pictures, (SUFFIX,), SUFFIX)
+    jobs = pair_outputs(arguments, arguments.images, (SUFFIX,), SUFFIX)
     tokenizer = load(arguments)
-    codec = Codec(tokenizer, None if arguments.packed else context_of(arguments, tokenizer))
+    codec = Codec(tokenizer, None if arguments.packed else find_context_model(arguments, tokenizer))
 
-    def work(path: Path, output: Path) -> tuple[dict, str]:
-        original = read_image(io.BytesIO(sys.stdin.buffer.read()), "standard input") if path == PIPE else None
-        codes = tokenizer.encode_image(original or read_image(path), arguments.fit, arguments.bpp)
+    def run(path: Path, output: Path) -> tuple[dict, str]:
+        image = read_image(io.BytesIO(sys.stdin.buffer.read()), "standard input") if path == PIPE else read_image(path)
+        codes = tokenizer.encode_image(image, arguments.fit, arguments.bpp)
         content = codec.pack(codes)
         write(output, content)
         height, width = codes.output_size
-        pixels = height * width
-        facts = {
-            "height": height,
-            "width": width,
-            "bytes": len(content),
-            "bytes_of_ids": codes.nbytes,
-            "bits_per_pixel": round(8 * len(content) / pixels, 5),
-        }
-        rate = f"{8 * len(content) / pixels:.4f} bits per pixel"
-        return facts, f"{output}: {len(content)} bytes, {rate}, for {codes.nbytes} of ids"
+        rate = 8 * len(content) / (height * width)
+        row = {"height": height, "width": width, "bytes": len(content), "bytes_of_ids": codes.nbytes}
+        line = f"{output}: {len(content)} bytes, {rate:.4f} bits per pixel, for {codes.nbytes} of ids"
+        return row | {"bits_per_pixel": round(rate, 5)}, line
 
-    done = each(jobs, work, arguments.json)
-    if len(done) > 1 and not arguments.json:
-        size, pixels = sum(row["bytes"] for row in done), sum(row["height"] * row["width"] for row in done)
-        seconds = sum(row["seconds"] for row in done) / len(done)
-        print(f"{len(done)} pictures: {size} bytes, {8 * size / pixels:.4f} bits per pixel, {seconds:.2f} s a picture")
+    rows = run_all(jobs, run, arguments.json)
+    if len(rows) > 1 and not arguments.json:
+        size, pixels = sum(row["bytes"] for row in rows), sum(row["height"] * row["width"] for row in rows)
+        print(f"{len(rows)} pictures: {size} bytes, {8 * size / pixels:.4f} bits per pixel, {seconds_each(rows)}")
 
 
+@command(
+    "decode .flowmo files to images",
+    option("files", nargs="+", type=Path, metavar="FILE", help=".flowmo file"),
+    option(
+        "--output", "-o", type=Path, help="image to write: .png .jpg .webp .ppm, or - (default: FILE with .flowmo.png)"
+    ),
+    OUT_DIR,
+    *CONTEXT,
+    option("--ids", action="store_true", help="print the ids as JSON and decode no image"),
+    *(*MODEL, *SAMPLING, JSON),
+)
 def decode(arguments: argparse.Namespace) -> None:
-    """Draw the pictures of .flowmo files.
+    """Decode .flowmo files to images.
 
-    The picture to write can follow a single file, decode photo.flowmo photo.png. A file named - comes from standard
-    input, and a picture named - goes to standard output, as PNG.
+    The output can follow a single file: decode photo.flowmo photo.png. A file named - is standard input, an image named
+    - is standard output, as PNG.
     """
     if arguments.ids and (arguments.output or arguments.out_dir):
-        raise UsageError("--ids prints the ids and writes no file; leave --output and --out-dir out")
-    jobs = outputs_of(arguments, arguments.files, tuple(DRAWN), f"{SUFFIX}.png")  # a plain .png could be the original
-    unknown = next((o for _, o in jobs if o != PIPE and o.suffix.lower() not in DRAWN), None)
-    if unknown:
-        raise UsageError(f"{unknown}: name a picture that ends in {', '.join(DRAWN)}, or - for standard output")
+        raise UsageError("--ids prints the ids and writes no file. Leave out --output and --out-dir.")
+    # a plain .png could be the original
+    jobs = pair_outputs(arguments, arguments.files, tuple(IMAGE_FORMATS), f"{SUFFIX}.png")
+    check_outputs([output for _, output in jobs if output != PIPE], (*IMAGE_FORMATS,))
+    if arguments.ids:
+        jobs = [(path, Path()) for path, _ in jobs]  # nothing is written to standard output but the ids
     tokenizer = load(arguments)
-    codec = Codec(tokenizer, context_of(arguments, tokenizer))
+    codec = Codec(tokenizer, find_context_model(arguments, tokenizer))
 
-    def work(path: Path, output: Path) -> tuple[dict, str]:
+    def run(path: Path, output: Path) -> tuple[dict, str]:
         missing: list[MissingPlanes] = []
         try:
             codes = codec.unpack(read_bytes(path), on_missing=missing.append)
@@ -154,44 +157,36 @@ def decode(arguments: argparse.Namespace) -> None:
         for warning in missing:
             print(f"flowmo: {path}: {warning}", file=sys.stderr)
         if arguments.ids:
-            assert codes.ids is not None  # only continuous tokenizers' codes have none, and those have no files
+            assert codes.ids is not None  # a continuous tokenizer has no files
             ids = codes.ids.tolist()
             return {"output": None, "bytes_of_ids": codes.nbytes, "ids": ids}, json.dumps(ids)
-        picture = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
-        content = io.BytesIO()
-        picture.save(content, **DRAWN[".png" if output == PIPE else output.suffix.lower()])
-        write(output, content.getvalue())
-        facts = {"height": picture.height, "width": picture.width, "bytes_of_ids": codes.nbytes}
+        image = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
+        write_image(output, image)
+        row = {"height": image.height, "width": image.width, "bytes_of_ids": codes.nbytes}
         if tokenizer.native_size:
-            facts["planes_missing"] = sum(warning.total - warning.planes for warning in missing)
-        return facts, f"{output}: {picture.width}×{picture.height} from {codes.nbytes} bytes of ids"
+            row["planes_missing"] = sum(warning.total - warning.planes for warning in missing)
+        return row, f"{output}: {image.width}×{image.height} from {codes.nbytes} bytes of ids"
 
-    if arguments.ids:
-        jobs = [(path, Path()) for path, _ in jobs]  # nothing is written, and nothing but the ids is printed
-    done = each(jobs, work, arguments.json)
-    if len(done) > 1 and not arguments.json and not arguments.ids:
-        print(f"{len(done)} pictures, {sum(row['seconds'] for row in done) / len(done):.2f} s a picture")
+    rows = run_all(jobs, run, arguments.json)
+    if len(rows) > 1 and not arguments.json and not arguments.ids:
+        print(f"{len(rows)} pictures, {seconds_each(rows)}")
 
 
-# Shared by them
-
-Work = Callable[[Path, Path], tuple[dict, str]]
-"""From an input and where its output belongs to facts for JSON and a line for people."""
-
-
-def each(jobs: Sequence[tuple[Path, Path]], work: Work, as_json: bool = False) -> list[dict]:
-    """Do many jobs; where one fails, the others still are done.
+def run_all(jobs: Sequence[Job], run: Callable[[Path, Path], tuple[dict, str]], as_json: bool) -> list[dict]:
+    """Run every job, even if others fail. ``run`` returns a row for JSON and a line for people.
 
     Raises:
-        FlowMoError: one or more failed.
+        FlowMoError: a job failed.
     """
-    done: list[dict] = []
+    rows: list[dict] = []
     failed: list[str] = []
     show = progress_bar("files") if as_json and len(jobs) > 1 else None
+    piped = any(output == PIPE for _, output in jobs)  # standard output is for the file
+    log = sys.stderr if piped else sys.stdout
     for i, (source, output) in enumerate(jobs):
         start = time.perf_counter()
         try:
-            facts, line = work(source, output)
+            row, line = run(source, output)
         except (FlowMoError, OSError) as error:
             if len(jobs) == 1 or isinstance(error, BrokenPipeError):
                 raise
@@ -199,53 +194,56 @@ def each(jobs: Sequence[tuple[Path, Path]], work: Work, as_json: bool = False) -
             print(f"flowmo: {message_of(error)}", file=sys.stderr)
             continue
         seconds = round(time.perf_counter() - start, 4)
-        done.append({"input": str(source), "output": str(output), **facts, "seconds": seconds})
+        rows.append({"input": str(source), "output": str(output), **row, "seconds": seconds})
         if show:
             show(i + 1, len(jobs))
         if not as_json:
-            print(line, file=sys.stderr if output == PIPE else sys.stdout, flush=True)
+            print(line, file=log, flush=True)
     if as_json:
-        print(json.dumps(done, indent=1), file=sys.stderr if any(o == PIPE for _, o in jobs) else sys.stdout)
+        print(json.dumps(rows, indent=1), file=log)
     if failed:
         raise FlowMoError(f"{len(failed)} of {len(jobs)} failed: {', '.join(failed[:5])}{' …' * (len(failed) > 5)}")
-    return done
+    return rows
 
 
-def outputs_of(
-    arguments: argparse.Namespace, named: Sequence[Path], kinds: Sequence[str], suffix: str
-) -> list[tuple[Path, Path]]:
-    """Every input with the file to write.
+def seconds_each(rows: Sequence[dict]) -> str:
+    return f"{sum(row['seconds'] for row in rows) / len(rows):.2f} s a picture"
+
+
+def pair_outputs(
+    arguments: argparse.Namespace, inputs: Sequence[Path], suffixes: Sequence[str], suffix: str
+) -> list[Job]:
+    """Pair every input with its output.
 
     Args:
-        named: the inputs; the last of two is the output where it looks like one.
-        kinds: what names of outputs end in, and those of inputs never do.
-        suffix: ends the names of outputs that are not named.
+        inputs: files; the last of two is the output if it ends in one of ``suffixes``, or is - and the first is not.
+        suffix: replaces the suffix of an input whose output is not named.
 
     Raises:
-        UsageError: what is named makes no sense together.
+        UsageError: the arguments contradict each other.
     """
-    inputs, output = list(named), arguments.output
+    inputs, output = list(inputs), arguments.output
     if len(inputs) == 2 and not (output or arguments.out_dir):
         last = inputs[-1]
-        if last.suffix.lower() in kinds or (last == PIPE != inputs[0]):
+        if last.suffix.lower() in suffixes or (last == PIPE != inputs[0]):
             output = inputs.pop()
     if output is not None and len(inputs) > 1:
-        raise UsageError("--output names one file, for one input; --out-dir takes many")
+        raise UsageError("--output names one file, for one input. Use --out-dir for many.")
     if PIPE in inputs and len(inputs) > 1:
-        raise UsageError("- is standard input, and comes alone")
+        raise UsageError("- is standard input and comes alone. Name one input.")
     if output is not None and arguments.out_dir:
-        raise UsageError("--output names the file, and --out-dir the folder of many; give one of them")
+        raise UsageError("--output names the file, --out-dir the folder of many. Give one of them.")
     if inputs[0] == PIPE:
         if arguments.out_dir:
-            raise UsageError("what comes from standard input has no name; name the file with --output")
+            raise UsageError("Standard input has no name for a file in --out-dir. Name the file with --output.")
         return [(PIPE, output or PIPE)]
     outputs = [output or (arguments.out_dir or path.parent) / f"{path.stem}{suffix}" for path in inputs]
-    refuse_clash(outputs)
+    check_outputs(outputs)
     return list(zip(inputs, outputs, strict=True))
 
 
-def context_of(arguments: argparse.Namespace, tokenizer: FlowMo) -> BitModel | PlaneModel | None:
-    """The generator or the context model that is named, or else the context model beside the tokenizer."""
+def find_context_model(arguments: argparse.Namespace, tokenizer: FlowMo) -> BitModel | PlaneModel | None:
+    """Read the named generator or context model, by default the context model beside the tokenizer's file."""
     if arguments.generator:
         from flowmo.codec.generator import GeneratorModel
         from flowmo.generate.generator import load_generator
@@ -257,62 +255,9 @@ def context_of(arguments: argparse.Namespace, tokenizer: FlowMo) -> BitModel | P
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a .flowmo file or of standard input; no more than one can have."""
+    """Read a .flowmo file or standard input, but not beyond the size limit of the format."""
     with sys.stdin.buffer if path == PIPE else path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        raise CodecError(f"more than the {MAX_BYTES} bytes that a .flowmo file can have")
+        raise CodecError(f"too long: a .flowmo file has at most {MAX_BYTES} bytes")
     return content
-
-
-def write(output: Path, content: bytes) -> None:
-    """To a file, whole or not at all, or to standard output.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    if output == PIPE:
-        if sys.stdout.isatty():
-            raise UsageError("standard output is a terminal; name a file with --output, or another program after |")
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-        return
-    try:
-        checkpoint.write_content(output, content)
-    except OSError as error:  # which names a temporary file
-        raise UsageError(f"{output}: cannot be written ({error.strerror})") from None
-
-
-def add_to(commands: Any) -> None:
-    sub = command(reconstruct, "pictures beside what their bits decode to", commands)
-    sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
-    sub.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder to write to (reconstructions)")
-    sub.add_argument("--grid", type=Path, metavar="FILE", help="with --fit crop, all in one picture too")
-    with_model(sub)
-    with_sampling(sub)
-    with_fit(sub)
-    with_json(sub)
-
-    context = "context model of the ids (the one beside the tokenizer)"
-    generator = "a generator of the ids in the place of a context model; slower"
-    sub = command(encode, "pictures to .flowmo files", commands)
-    sub.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE")
-    sub.add_argument("--output", "-o", type=Path, help="file to write; - is standard output (PICTURE with .flowmo)")
-    sub.add_argument("--out-dir", type=Path, help="folder to write many to (beside each picture)")
-    sub.add_argument("--context", type=Path, metavar="FILE", help=context)
-    sub.add_argument("--generator", type=Path, metavar="FILE", help=generator)
-    sub.add_argument("--packed", action="store_true", help="pack the ids rather than code them by what is likely")
-    with_model(sub)
-    with_fit(sub)
-    with_json(sub)
-
-    sub = command(decode, ".flowmo files to pictures", commands)
-    sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    sub.add_argument("--output", "-o", type=Path, help="picture to write: .png .jpg .webp .ppm, or - (FILE.flowmo.png)")
-    sub.add_argument("--out-dir", type=Path, help="folder to write many to (beside each file)")
-    sub.add_argument("--context", type=Path, metavar="FILE", help=context)
-    sub.add_argument("--generator", type=Path, metavar="FILE", help=generator)
-    sub.add_argument("--ids", action="store_true", help="print the ids as JSON instead of drawing the picture")
-    with_model(sub)
-    with_sampling(sub)
-    with_json(sub)
