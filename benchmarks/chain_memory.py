@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from flowmo import Config, FlowMo
-from flowmo.losses.perceptual import blank_distance
-from flowmo.losses.stages import Stage, TrainingNoise
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.perceptual import build_distance
+from flowmo.losses.stages import Stage
 from flowmo.train.cost import training_cost
 from flowmo.train.trainer import used_memory
 
@@ -77,7 +78,7 @@ def two_steps(size: str, steps: int, batch: int, device: torch.device) -> int:
     torch.manual_seed(0)
     tokenizer = FlowMo(config).to(device)
     tokenizer.encoder.requires_grad_(False)
-    stage = Stage(tokenizer, blank_distance("resnet").to(device))
+    stage = Stage(tokenizer, config.opt, build_distance("resnet", pretrained=False).to(device))
     side = config.data.image_size
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
     for _ in range(2):

@@ -24,7 +24,8 @@ import torch
 import flowmo
 from flowmo import Config, FlowMo
 from flowmo.distributed import World
-from flowmo.losses.stages import Stage, TrainingNoise
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.stages import Stage
 from flowmo.train.cost import training_cost
 from flowmo.train.ema import EMA
 from flowmo.train.optimizer import build_optimizer
@@ -79,7 +80,7 @@ def train_once(preset: str, policy: str, batch: int, device: torch.device) -> No
     """Two steps, so that Adam's moments are there when the second one's activations are."""
     config = settings(preset, policy, "opt.lpips_weight=0")
     tokenizer = FlowMo(config).to(device)
-    stage = prepare(Stage(tokenizer, None), World(device=device), config.trainer)
+    stage = prepare(Stage(tokenizer, config.opt), World(device=device), config.trainer)
     optimizer, average = build_optimizer(tokenizer), EMA(tokenizer, batch)
     side = config.data.image_size
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1

@@ -27,8 +27,9 @@ from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
 from flowmo.evaluate.speed import timed
 from flowmo.generate.generator import Generator
-from flowmo.losses.perceptual import blank_distance
-from flowmo.losses.stages import Stage, TrainingNoise
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.perceptual import build_distance
+from flowmo.losses.stages import Stage
 from flowmo.train.cost import Cost, generator_cost, peak_flops, training_cost
 from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorStage, Hidden
@@ -58,7 +59,7 @@ def build(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module, C
         return generator, prepare(GeneratorStage(generator), World(device=device), config.trainer), guess
     with device:  # a large model's weights are drawn for seconds on a CPU
         tokenizer = flowmo.FlowMo(config)
-        perceptual = blank_distance(config.opt.lpips_mode) if config.opt.lpips_weight else None
+        perceptual = build_distance(config.opt.lpips_mode, pretrained=False) if config.opt.lpips_weight else None
     tokenizer.encoder.requires_grad_(config.stage == "pretrain")
     side = config.data.image_size
 
@@ -67,7 +68,11 @@ def build(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module, C
         draws = TrainingNoise.of(config, images, range(first, first + batch))
         return stage(images, draws, freeze_encoder=config.stage != "pretrain").total
 
-    return tokenizer, prepare(Stage(tokenizer, perceptual), World(device=device), config.trainer), reconstruct
+    return (
+        tokenizer,
+        prepare(Stage(tokenizer, config.opt, perceptual), World(device=device), config.trainer),
+        reconstruct,
+    )
 
 
 def measure(config: Config, device: torch.device, batch: int, steps: int) -> dict[str, float]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flowmo import ConfigError, FlowMo, load, save
-from flowmo.losses.stages import MOST_PASSES, TrainingNoise, distill_loss, random_jumps, teacher_path
+from flowmo.losses.noise import MAX_STUDENT_STEPS, TrainingNoise, random_jumps
+from flowmo.losses.stages import distill_loss, teacher_path
 from flowmo.model.sampler import shifted_times
 from flowmo.train.cost import training_cost
 from flowmo.train.trainer import Trainer, TrainingError
@@ -76,7 +77,7 @@ def test_a_path_is_the_sampler(tiny, images):
 
 def test_jumps_are_steps_of_samplers():
     generator = torch.Generator().manual_seed(0)
-    lengths, grids = [], {(t, end) for n in range(1, MOST_PASSES + 1) for t, end in pairs(n)}
+    lengths, grids = [], {(t, end) for n in range(1, MAX_STUDENT_STEPS + 1) for t, end in pairs(n)}
     for _ in range(300):
         starts, ends = (times.tolist() for times in random_jumps(5, 4.0, generator))
         assert (starts[0], ends[0], ends[1]) == (1.0, 0.0, 0.0)
@@ -108,11 +109,11 @@ def test_a_perfect_student_has_no_flow_loss(tiny, images, distilling):
     teacher = straight(tiny)
     student = taken_over(teacher, *distilling)
     draws = TrainingNoise.of(student.config, images, range(5))
-    loss = distill_loss(student, images, draws, squared_distance, teacher=teacher)
+    loss = distill_loss(student, images, draws, student.config.opt, squared_distance, teacher=teacher)
     assert loss.parts["flow"] < 1e-5  # the shortest step of 25 is 2.6e-6 long, and a difference over it rounds
     assert loss.parts["jump_distance"] < 1e-8
     to_pil = taken_over(teacher, *distilling, "opt.distill_towards=picture")
-    parts = distill_loss(to_pil, images, draws, squared_distance, teacher=teacher).parts
+    parts = distill_loss(to_pil, images, draws, to_pil.config.opt, squared_distance, teacher=teacher).parts
     sample = draws.jumps.noise - 0.5
     torch.testing.assert_close(parts["jump_distance"], squared_distance(images, sample).mean())
 
@@ -125,7 +126,7 @@ def test_the_loss_is_that_of_every_jump(tiny, images, distilling, space):
         student.decoder.span_out.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
     draws = TrainingNoise.of(student.config, images, range(5))
     noise, starts, ends = draws.jumps
-    loss = distill_loss(student, images, draws, squared_distance, teacher=tiny)
+    loss = distill_loss(student, images, draws, student.config.opt, squared_distance, teacher=tiny)
     flow_errors, distances = [], []
     with torch.no_grad():
         code = tiny.quantizer.quantize(tiny.encoder(images))[0]

@@ -83,7 +83,7 @@ PLACES = {
 
 
 def beside_a_backbone(file):
-    blank = LPIPS.blank("alex")
+    blank = LPIPS("alex", pretrained=False)
     weights = {f"features.{i}.{part}": getattr(conv, part) for row in blank.rows for i, conv in row.items()
                for part in ("weight", "bias")}  # fmt: skip
     torch.save(weights, file.parent / BACKBONES["alex"][0][0])

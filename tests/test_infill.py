@@ -8,7 +8,8 @@ import torch
 from conftest import write_language_model
 
 from flowmo import FlowMo, load, save
-from flowmo.losses.stages import TrainingNoise, pretrain_loss
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.stages import pretrain_loss
 from flowmo.model.quantizers.infill import Infill, LanguageModelError
 
 CHANNELS = 16
@@ -62,7 +63,7 @@ def test_training_and_loading(folder, tiny_config, images, tmp_path):
         "model.quantization_type=qwen2.5-coder-0.5b", f"model.context_dim={CHANNELS}", f"model.language_model={folder}"
     )
     tokenizer = FlowMo(config)
-    loss = pretrain_loss(tokenizer, images, TrainingNoise.of(config, images, range(5)), None)
+    loss = pretrain_loss(tokenizer, images, TrainingNoise.of(config, images, range(5)), tokenizer.config.opt, None)
     loss.total.backward()
     assert not [name for name in tokenizer.state_dict() if "embed_tokens" in name]
     save(tokenizer, tmp_path / "model.safetensors")

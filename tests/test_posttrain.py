@@ -15,7 +15,8 @@ from flowmo.checkpoint import files as checkpoint
 from flowmo.data import evenly_spread, open_source
 from flowmo.evaluate.metrics.features import Features
 from flowmo.evaluate.reconstruction import FlowMoReconstructor, Reconstruction, read_crops
-from flowmo.losses.stages import Chain, TrainingNoise, posttrain_loss, sample_chain
+from flowmo.losses.noise import Chain, TrainingNoise
+from flowmo.losses.stages import posttrain_loss, sample_chain
 from flowmo.model import flow
 from flowmo.train.early_stopping import EarlyStopping
 from flowmo.train.trainer import Trainer, TrainingError
@@ -69,7 +70,7 @@ def test_recomputed_gradients_equal_kept_ones(posttrained, images, guidance_drop
 def test_the_loss_is_its_parts(posttrained, images):
     tokenizer = open_gates(FlowMo(posttrained))
     draws = TrainingNoise.of(posttrained, images, range(5))
-    loss = posttrain_loss(tokenizer, images, draws, squared_distance)
+    loss = posttrain_loss(tokenizer, images, draws, tokenizer.config.opt, squared_distance)
     loss.total.backward()
     parts = loss.parts
     assert parts["codebook_entropy"] > 0

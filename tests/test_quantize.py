@@ -6,7 +6,8 @@ import torch
 
 from flowmo import load, save
 from flowmo.config import Config, ConfigError
-from flowmo.losses.stages import TrainingNoise, pretrain_loss
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.stages import pretrain_loss
 from flowmo.model.quantizers import BSQ, FSQ, KL, LFQ, VQ, Identity, LayerNorm, Learner, build_quantizer, check_ids
 from flowmo.tokenizer import FlowMo
 from flowmo.train.cost import training_cost
@@ -258,7 +259,7 @@ def test_noise_synchronization(tiny_config, images):
     draws = TrainingNoise.of(config, images, range(5))
     for seed in range(20):
         torch.manual_seed(seed)
-        pretrain_loss(tokenizer, images, draws, None)
+        pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None)
     moved = torch.stack(seen)
     assert (moved >= draws.t - 1e-6).all()
     assert 0 < (moved > draws.t + 1e-6).sum() < 40

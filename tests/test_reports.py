@@ -30,8 +30,9 @@ from flowmo.generate.generator import GenerationError, Generator, build_generato
 from flowmo.generate.produce import image_seeds
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import ImageError, read_image, resize_and_crop, to_bytes, to_pil, to_tensor
+from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS
-from flowmo.losses.stages import Stage, TrainingNoise
+from flowmo.losses.stages import Stage
 from flowmo.model.quantizers import FSQ, LFQ, VQ
 from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorStage, Hidden
@@ -314,7 +315,7 @@ def test_networks_that_measure_do_not_compute_in_tf32():
 
 def test_lpips_takes_images_from_minus_one_to_one():
     """Its normalisation of these is ImageNet's of images from 0 to 1."""
-    network = LPIPS.blank("alex")
+    network = LPIPS("alex", pretrained=False)
     for value in (-1.0, 0.3, 1.0):
         ours = (torch.full((3, 1, 1), value) - network.mean) / network.std
         theirs = ((value + 1) / 2 - torch.tensor((0.485, 0.456, 0.406))) / torch.tensor((0.229, 0.224, 0.225))
@@ -322,7 +323,7 @@ def test_lpips_takes_images_from_minus_one_to_one():
 
 
 def test_lpips_refuses_heads_of_other_names(tmp_path):
-    network = LPIPS.blank("alex")
+    network = LPIPS("alex", pretrained=False)
     rows = {
         f"features.{i}.{k}": v for row in network.rows for i, conv in row.items() for k, v in conv.state_dict().items()
     }
@@ -597,7 +598,7 @@ def test_a_pass_without_gradients_costs_none_under_autocast(frozen):
         for name, parameter in tokenizer.named_parameters():
             if "modulation" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    stage, images = Stage(tokenizer, None), torch.rand(2, 3, 32, 32) * 2 - 1
+    stage, images = Stage(tokenizer, config.opt), torch.rand(2, 3, 32, 32) * 2 - 1
     learning = tokenizer.decoder if frozen else tokenizer
     if frozen:
         tokenizer.encoder.requires_grad_(False)

@@ -33,7 +33,7 @@ from flowmo.evaluate.reconstruction import Evaluators, measure
 from flowmo.evaluate.speed import UNCOUNTED
 from flowmo.generate.generator import Generator
 from flowmo.generate.tokenize import tokenize
-from flowmo.losses.stages import TrainingNoise
+from flowmo.losses.noise import TrainingNoise
 from flowmo.train.tokenizer import TokenizerTask
 from flowmo.train.trainer import Trainer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flowmo
-from flowmo.losses.stages import TrainingNoise
+from flowmo.losses.noise import TrainingNoise
 from flowmo.model.sampler import image_seed, seeded_noise
 from flowmo.streams import Stream, seed_global, stream, stream_seed
 

@@ -16,7 +16,8 @@ from flowmo.checkpoint import files as checkpoint
 from flowmo.config import ConfigError
 from flowmo.data import DataError, ImageDataset, batches, epoch_order, open_source
 from flowmo.evaluate.metrics.pairs import psnr
-from flowmo.losses.stages import TrainingNoise, pretrain_loss
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.stages import pretrain_loss
 from flowmo.train.ema import EMA
 from flowmo.train.optimizer import NormControl, build_optimizer
 from flowmo.train.schedule import Schedule
@@ -60,7 +61,7 @@ def config(tiny_config, folder):
 def test_every_row_of_every_parameter_gets_a_gradient(tiny_config, images, kind):
     tokenizer = open_gates(FlowMo(tiny_config.override(f"model.quantization_type={kind}")))
     draws = TrainingNoise.of(tokenizer.config, images, range(5))._replace(keep=torch.ones(5, dtype=torch.bool))
-    pretrain_loss(tokenizer, images, draws, None).total.backward()
+    pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None).total.backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
         rows = parameter.grad.flatten(1) if parameter.ndim > 1 else parameter.grad[:, None]
@@ -71,7 +72,9 @@ def test_the_log_is_in_float32(tiny_config, images):
     """A sum of bfloat16 numbers stops growing after some dozens of steps."""
     tokenizer = FlowMo(tiny_config)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = pretrain_loss(tokenizer, images, TrainingNoise.of(tokenizer.config, images, range(5)), half_distance)
+        loss = pretrain_loss(
+            tokenizer, images, TrainingNoise.of(tokenizer.config, images, range(5)), tokenizer.config.opt, half_distance
+        )
     assert {name: value.dtype for name, value in loss.parts.items() if value.dtype != torch.float32} == {}
     assert abs(loss.parts["lpips"] - 0.123456) < 1e-3
 
@@ -84,7 +87,9 @@ def test_the_logged_terms_add_up_to_the_loss(kind, tiny_config, images):
     )
     torch.manual_seed(0)
     tokenizer = FlowMo(config)
-    parts = pretrain_loss(tokenizer, images, TrainingNoise.of(config, images, range(5)), half_distance).parts
+    parts = pretrain_loss(
+        tokenizer, images, TrainingNoise.of(config, images, range(5)), tokenizer.config.opt, half_distance
+    ).parts
     terms = [parts[name] for name in ("flow", "entropy", "commitment", "kl") if name in parts]
     assert float(parts["loss"]) == pytest.approx(float(sum(terms)) + 0.1 * float(parts["lpips"]), rel=1e-5)
     if kind == "lfq":
@@ -114,7 +119,13 @@ def test_the_perceptual_loss_sees_both_pictures_cut_alike(tiny_config, images):
 
     draws = TrainingNoise.of(config, images, range(5))
     for start, chunk in ((0, images[:2]), (2, images[2:])):
-        pretrain_loss(tokenizer, chunk, TrainingNoise.of(config, chunk, range(start, start + len(chunk))), distance)
+        pretrain_loss(
+            tokenizer,
+            chunk,
+            TrainingNoise.of(config, chunk, range(start, start + len(chunk))),
+            tokenizer.config.opt,
+            distance,
+        )
     assert len(set(draws.cut)) > 1
     cut = torch.cat([x for x, _ in seen])
     assert cut.shape == torch.cat([y for _, y in seen]).shape == (5, 3, 27, 27)

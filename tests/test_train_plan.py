@@ -14,8 +14,9 @@ from flowmo import Config, ConfigError, FlowMo, preset
 from flowmo.config import Span
 from flowmo.distributed import World
 from flowmo.evaluate.speed import UNCOUNTED
-from flowmo.losses.perceptual import blank_distance
-from flowmo.losses.stages import Stage, TrainingNoise, pretrain_loss
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.perceptual import build_distance
+from flowmo.losses.stages import Stage, pretrain_loss
 from flowmo.model.quantizers import LFQ
 from flowmo.train.cost import PeakMemory, peak_flops, training_cost
 from flowmo.train.failures import OutOfMemoryError, within_memory
@@ -215,7 +216,7 @@ def test_flops_are_those_of_the_real_step(tiny_config, images):
     tokenizer = FlowMo(config)
     draws = TrainingNoise.of(config, images, range(5))
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-        pretrain_loss(tokenizer, images, draws, None).total.backward()
+        pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None).total.backward()
     assert training_cost(config).flops == pytest.approx(counter.get_total_flops() / 5, rel=0.02)
 
 
@@ -252,7 +253,7 @@ def test_blocks_compile_whatever_checkpointing_keeps(tiny_config, images, keeps)
     expected = tokenizer.encoder(images)
     torch._dynamo.reset()
     counters.clear()
-    prepare(Stage(tokenizer, None), World(), config.trainer)
+    prepare(Stage(tokenizer, config.opt), World(), config.trainer)
     torch.testing.assert_close(tokenizer.encoder(images), expected, rtol=0, atol=1e-5)
     assert counters["stats"]["unique_graphs"] > 0
 
@@ -275,8 +276,8 @@ def test_compiled_blocks_never_fall_back_to_eager(tiny_config, monkeypatch, netw
     torch._dynamo.reset()
     tokenizer = FlowMo(config)
     stages = [
-        prepare(Stage(tokenizer, distance), World(), config.trainer),
-        Stage(FlowMo(config.override("model.posttrain_sample=true")), distance),
+        prepare(Stage(tokenizer, config.opt, distance), World(), config.trainer),
+        Stage(FlowMo(config.override("model.posttrain_sample=true")), config.opt, distance),
     ]
     stages[1].tokenizer.load_state_dict(tokenizer.state_dict())
     prepare(stages[1], World(), config.trainer)
@@ -306,7 +307,7 @@ def test_what_checkpointing_keeps(tiny_config, images, bfloat16):
     for name, policy in policies.items():
         torch.manual_seed(0)
         tokenizer = open_gates(FlowMo(policy))
-        stage = prepare(Stage(tokenizer, None), World(), policy.trainer)
+        stage = prepare(Stage(tokenizer, config.opt), World(), policy.trainer)
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 loss = stage(images, TrainingNoise.of(policy, images, range(5))).total
@@ -347,7 +348,7 @@ def test_forecast_of_stage_1b_equals_a_step_with_contents(tiny_config, steps):
     for batch in (2, 6):
         tokenizer = FlowMo(config)
         tokenizer.encoder.requires_grad_(False)
-        stage = Stage(tokenizer, blank_distance("alex"))
+        stage = Stage(tokenizer, config.opt, build_distance("alex", pretrained=False))
         images = torch.rand(batch, 3, 64, 64)[..., :32, :32].contiguous()
         draws, memory = TrainingNoise.of(config, images, range(batch)), PeakMemory()
         for parameter in tokenizer.parameters():

@@ -12,7 +12,8 @@ from conftest import TINY_NATIVE, run_command
 from PIL import Image
 
 from flowmo import Config, ConfigError, FlowMo, load, save
-from flowmo.losses.stages import TrainingNoise, kept_sub_tokens, pretrain_loss
+from flowmo.losses.noise import TrainingNoise, kept_sub_tokens
+from flowmo.losses.stages import pretrain_loss
 from flowmo.model import blocks
 from flowmo.model.windowed import Convolution, WindowedBlock, WindowedShape, depth_to_space, space_to_depth
 from flowmo.tokenizer import Codes
@@ -98,7 +99,7 @@ def test_every_parameter_learns(config):
     draws = TrainingNoise.of(config, images, range(3))._replace(t=torch.tensor([0.3, 0.7, 1.0]))
     for _ in range(2):  # the modulation's layer starts at zero, and passes no gradient on before its first step
         model.zero_grad()
-        pretrain_loss(model, images, draws, None).total.backward()
+        pretrain_loss(model, images, draws, model.config.opt, None).total.backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sub_(0.1 * parameter.grad)
@@ -172,11 +173,11 @@ def test_what_is_not_sent_is_zero_and_changes_the_image(tokenizer):
 
 
 def test_kept_prefixes_are_uniform_and_of_their_own_stream(config):
-    kept = kept_sub_tokens(config, range(4000))
+    kept = kept_sub_tokens(config.model, config.trainer.seed, range(4000))
     counts = torch.bincount(kept, minlength=5)[1:]
     assert counts.sum() == 4000
     assert (counts - 1000).abs().max() < 120  # over four standard deviations
-    assert torch.equal(kept[100:200], kept_sub_tokens(config, range(100, 200)))
+    assert torch.equal(kept[100:200], kept_sub_tokens(config.model, config.trainer.seed, range(100, 200)))
 
 
 def test_blocks_cover_every_cell_once_and_blend_to_one():

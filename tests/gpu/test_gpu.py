@@ -24,7 +24,8 @@ from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World, join
 from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.generate.generator import Generator
-from flowmo.losses.stages import Stage, TrainingNoise
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.stages import Stage
 from flowmo.train.generator import GeneratorStage, Hidden
 from flowmo.train.parallel import KEPT, prepare
 from flowmo.train.trainer import Trainer
@@ -159,7 +160,7 @@ def test_a_step_of_each_stage_equals_the_cpus(stage):
         teacher = None
         if stage == "1C":
             teacher = fresh(settings()).to(device).requires_grad_(False)
-        loss = Stage(tokenizer, distance, teacher)(
+        loss = Stage(tokenizer, config.opt, distance, teacher)(
             images.to(device), moved(draws, device), freeze_encoder=stage != "1A"
         )
         loss.total.backward()
@@ -193,7 +194,7 @@ def test_compiled_blocks_have_the_same_gradients(keeps, compiled):
     results = []
     for config in (eager, eager.override("trainer.compile=true")):
         tokenizer = fresh(config).to(DEVICE)
-        stage = prepare(Stage(tokenizer, None), World(device=DEVICE), config.trainer)
+        stage = prepare(Stage(tokenizer, config.opt), World(device=DEVICE), config.trainer)
         stage(images, draws).total.backward()
         results.append(gradients(tokenizer))
     assert counters["stats"]["unique_graphs"] > 0
@@ -208,7 +209,7 @@ def test_ddp_of_one_rank_has_the_same_gradients(compiled):
     with join(DEVICE.type, group=True) as world:
         for wrapped in (False, True):
             tokenizer = fresh(config).to(DEVICE)
-            stage = prepare(Stage(tokenizer, None), world, config.trainer)
+            stage = prepare(Stage(tokenizer, config.opt), world, config.trainer)
             if wrapped:
                 devices = [world.device] if CUDA else None
                 stage = DistributedDataParallel(stage, device_ids=devices, gradient_as_bucket_view=True)

@@ -1,1 +1,1 @@
-"""What training minimises: the losses of stages 1A, 1B and 1C, and the perceptual distances in them."""
+"""Training losses of each stage, and the perceptual distances that they use."""

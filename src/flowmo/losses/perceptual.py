@@ -1,12 +1,7 @@
-"""Perceptual distances ``distance(x, y) -> b`` of pictures in [−1, 1], and where their trained weights come from.
+"""Perceptual distances of images in [−1, 1], ``distance(x, y) -> b``, and the search for their trained weights.
 
-LPIPS is stage 1A's and the report's; the logits of a ResNet-50 are stage 1B's. LPIPS' network parts are those of the
-``lpips`` package (v0.1 heads), defined here because that package needs torchvision, which the base install does
-without. Weights are looked for, in this order, in
-
-1. the folder given by the caller (``opt.perceptual_weights``),
-2. the folder named by the environment variable ``FLOWMO_WEIGHTS``,
-3. the torch hub cache, where they are downloaded to unless ``download=False``.
+LPIPS is stage 1A's distance and the reported metric; the logits of a ResNet-50 are stage 1B's. Both networks are
+defined here because the ``lpips`` package needs torchvision, which the base install does without.
 """
 
 from __future__ import annotations
@@ -25,38 +20,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowmo.checkpoint.pth import PthError, read_pth
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
 from flowmo.losses.resnet import ResNet50
 
 Result = TypeVar("Result")
 
-# (name, accepted file names, download address)
+TORCH_HUB = "https://download.pytorch.org/models"
+LPIPS_HUB = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
+# network: (accepted file names, download address)
 BACKBONES = {
-    "vgg": (
-        ("vgg16-397923af.pth", "vgg16_torchvision_features.pth"),
-        "https://download.pytorch.org/models/vgg16-397923af.pth",
-    ),
-    "alex": (
-        ("alexnet-owt-7be5be79.pth", "alexnet_torchvision_features.pth"),
-        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-    ),
+    "vgg": (("vgg16-397923af.pth", "vgg16_torchvision_features.pth"), f"{TORCH_HUB}/vgg16-397923af.pth"),
+    "alex": (("alexnet-owt-7be5be79.pth", "alexnet_torchvision_features.pth"), f"{TORCH_HUB}/alexnet-owt-7be5be79.pth"),
 }
-HEADS = {
-    net: (
-        (f"lpips_{net}_heads.pth", f"{net}.pth"),
-        f"https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/{net}.pth",
-    )
-    for net in BACKBONES
-}
+HEADS = {net: ((f"lpips_{net}_heads.pth", f"{net}.pth"), f"{LPIPS_HUB}/{net}.pth") for net in BACKBONES}
+RESNET = (("resnet50-0676ba61.pth", "resnet50_caffe.safetensors"), f"{TORCH_HUB}/resnet50-0676ba61.pth")
+"""torchvision's ImageNet V1 weights, as in the paper. The original weights, as Keras ships them, can replace them."""
 
-RESNET = (
-    ("resnet50-0676ba61.pth", "resnet50_caffe.safetensors"),
-    "https://download.pytorch.org/models/resnet50-0676ba61.pth",
-)
-"""torchvision's ImageNet V1 weights, the paper's; the original's, as Keras ships them, stand in where those are not."""
-
-# Convolution layers as (index in torchvision's ``features``, in, out, kernel, stride, padding); a new tap (a feature
-# map that the distance compares) follows the last layer of each row, and max-pooling lies between the rows marked so.
+# Convolutions as (index in torchvision's ``features``, in, out, kernel, stride, padding). LPIPS compares the feature
+# maps after the last convolution of each row.
 VGG_ROWS = (
     ((0, 3, 64, 3, 1, 1), (2, 64, 64, 3, 1, 1)),
     ((5, 64, 128, 3, 1, 1), (7, 128, 128, 3, 1, 1)),
@@ -71,38 +52,57 @@ ALEX_ROWS = (
     ((8, 384, 256, 3, 1, 1),),
     ((10, 256, 256, 3, 1, 1),),
 )
-ARCHITECTURES = {  # rows, max-pool kernel, rows that a max-pool of stride 2 precedes
-    "vgg": (VGG_ROWS, 2, (1, 2, 3, 4)),
-    "alex": (ALEX_ROWS, 3, (1, 2)),
-}
-MEAN = (-0.030, -0.088, -0.188)  # LPIPS' own normalisation of pictures in [−1, 1]
-STD = (0.458, 0.448, 0.450)
+# network: (rows, max-pool kernel, rows that start with a max-pool of stride 2)
+ARCHITECTURES = {"vgg": (VGG_ROWS, 2, (1, 2, 3, 4)), "alex": (ALEX_ROWS, 3, (1, 2))}
 
 
 class WeightsNotFoundError(FlowMoError, FileNotFoundError):
-    """Trained weights are in none of the places where they are looked for; the message says which file to put where."""
+    """Trained weights were found nowhere."""
 
 
-def build_distance(mode: str, weights: str | Path | None = None) -> LPIPS | ResNetLogits:
-    """The distance that ``opt.lpips_mode`` names: ``vgg``, ``alex`` or ``resnet``."""
-    return ResNetLogits(weights) if mode == "resnet" else LPIPS(mode, weights)
+def build_distance(mode: str, weights: str | Path | None = None, pretrained: bool = True) -> LPIPS | ResNetLogits:
+    """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex`` or ``resnet``."""
+    if mode == "resnet":
+        return ResNetLogits(weights, pretrained=pretrained)
+    return LPIPS(mode, weights, pretrained=pretrained)
 
 
-def blank_distance(mode: str) -> LPIPS | ResNetLogits:
-    """The network of ``build_distance`` with random weights, for accounts and measurements of its cost."""
-    return ResNetLogits.blank() if mode == "resnet" else LPIPS.blank(mode)
+def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:
+    """Return the first of ``names`` found in ``folder``, in ``$FLOWMO_WEIGHTS`` or in the torch hub cache.
+
+    If there is none, download ``url`` into the cache.
+
+    Raises:
+        WeightsNotFoundError: the file is nowhere and cannot be downloaded.
+    """
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    folders = [*(Path(place) for place in (folder, os.environ.get("FLOWMO_WEIGHTS")) if place), cache]
+    for path in (place / name for place in folders for name in names):
+        if path.is_file():
+            return path
+    reason = "downloads are switched off"
+    if download:
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(cache / names[0]), progress=False)
+            return cache / names[0]
+        except OSError as error:
+            reason = f"the download failed ({error})"
+    raise WeightsNotFoundError(
+        f"There is no {' or '.join(names)} in {', '.join(map(str, folders))}, and {reason}. "
+        f"Fetch {url} and put it into a folder named by FLOWMO_WEIGHTS."
+    )
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """b c h w with its channels adjacent in memory, as convolutions want them."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def in_float32(method: Callable[..., Result]) -> Callable[..., Result]:
-    """Make a network's method compute in float32 inside autocast too.
+    """Decorate a network's method to compute in float32, inside autocast too.
 
-    In bfloat16 the features of similar images round to nearly the same numbers: with noise of deviation 0.01 on 16
-    photographs, single LPIPS distances were off by up to 12 %, ResNet-50 distances by up to 68 %.
+    In bfloat16, features of similar images round to the same numbers: for noise of deviation 0.01 on 16 photographs,
+    LPIPS was off by up to 12 %, ResNet-50 distances by up to 68 %.
     """
 
     @wraps(method)
@@ -113,109 +113,65 @@ def in_float32(method: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:
-    """The first of ``names`` found in the places that the module's docstring lists.
-
-    Raises:
-        WeightsNotFoundError: it is in none of them and could not be downloaded.
-    """
-    places = [Path(place) for place in (folder, os.environ.get("FLOWMO_WEIGHTS")) if place]
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    for place in (*places, cache):
-        for name in names:
-            if (place / name).is_file():
-                return place / name
-    reason = "downloads are switched off"
-    if download:
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(cache / names[0]), progress=False)
-            return cache / names[0]
-        except OSError as error:
-            reason = f"the download failed ({error})"
-    raise WeightsNotFoundError(
-        f"no {' or '.join(names)} in {', '.join(map(str, (*places, cache)))}, and {reason}: "
-        f"fetch {url} and put it into a folder named by FLOWMO_WEIGHTS"
-    )
-
-
 @contextmanager
-def _fitting(path: Path) -> Iterator[None]:
-    """Turns what loading another network's weights raises into one line."""
+def _loading(path: Path) -> Iterator[None]:
+    """Raise ``PthError`` if the file holds another network's weights."""
     try:
         yield
     except PthError:
         raise
     except (KeyError, RuntimeError, AttributeError, TypeError, OSError, SafetensorError) as error:
-        raise PthError(f"{path}: not the weights of this network ({' '.join(str(error).split())[:150]})") from None
+        raise PthError(f"{path}: not the weights of this network ({one_line(error)}).") from None
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance between pictures (Zhang et al. 2018, version 0.1): ``distance(x, y) -> b``.
+    """Learned perceptual distance (Zhang et al. 2018, version 0.1): b 3 h w × b 3 h w in [−1, 1] -> float32 b.
 
-    Frozen: its parameters take no gradient, and a reference that needs none saves no activations. It computes in
-    float32, inside autocast too.
+    Frozen and always in float32.
 
     Args:
-        net: ``vgg`` (the paper's training loss) or ``alex`` (the usual one to report, and a fiftieth of the cost).
-        weights: folder to look in first.
-        download: whether files found nowhere may be downloaded.
+        net: ``vgg``, the paper's training loss, or ``alex``, the reported metric, 50 times cheaper.
+        weights: folder to search first.
+        download: allow downloads of missing files.
+        pretrained: load trained weights; False leaves random ones, for measurements of cost.
 
     Raises:
         WeightsNotFoundError: see ``find_weights``.
         PthError: a file is damaged, unsafe, or of another network.
-        ValueError: an unknown ``net``.
+        ValueError: ``net`` is unknown.
     """
 
-    def __init__(self, net: str = "vgg", weights: str | Path | None = None, download: bool = True):
+    def __init__(
+        self, net: str = "vgg", weights: str | Path | None = None, download: bool = True, pretrained: bool = True
+    ):
         super().__init__()
-        self._build(net)
-        self._load(find_weights(*BACKBONES[net], weights, download), find_weights(*HEADS[net], weights, download))
-        self.to(memory_format=torch.channels_last)
-
-    @classmethod
-    def blank(cls, net: str) -> LPIPS:
-        """The network with random weights, for accounts of its cost."""
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._build(net)
-        return self
-
-    @property
-    def name(self) -> str:
-        """Which network this is, to be told with every result."""
-        return f"LPIPS ({self.net})"
-
-    def _build(self, net: str) -> None:
         if net not in ARCHITECTURES:
-            raise ValueError(f"unknown LPIPS network {net!r}; use vgg or alex")
-        self.net = net
+            raise ValueError(f"There is no LPIPS network {net!r}. Use vgg or alex.")
         rows, self.pool, self.pooled_rows = ARCHITECTURES[net]
-        self.rows = nn.ModuleList(
-            nn.ModuleDict(
-                {str(index): nn.Conv2d(i, o, kernel, stride, padding) for index, i, o, kernel, stride, padding in row}
-            )
-            for row in rows
-        )
+        self.name = f"LPIPS ({net})"
+        self.rows = nn.ModuleList(nn.ModuleDict({str(i): nn.Conv2d(*conv) for i, *conv in row}) for row in rows)
         self.heads = nn.ModuleList(nn.Conv2d(row[-1][2], 1, 1, bias=False) for row in rows)
-        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
+        if pretrained:
+            backbone, heads = (find_weights(*files[net], weights, download) for files in (BACKBONES, HEADS))
+            self._load(backbone, heads)
+            self.to(memory_format=torch.channels_last)
 
     def _load(self, backbone: Path, heads: Path) -> None:
-        with _fitting(backbone):
+        with _loading(backbone):
             state = {key.removeprefix("features."): value for key, value in read_pth(backbone).items()}
-            for row in self.rows:
-                for index, conv in row.items():
-                    conv.load_state_dict({"weight": state[f"{index}.weight"], "bias": state[f"{index}.bias"]})
-        with _fitting(heads):
+            for index, conv in (layer for row in self.rows for layer in row.items()):
+                conv.load_state_dict({part: state[f"{index}.{part}"] for part in ("weight", "bias")})
+        with _loading(heads):
             state = read_pth(heads)
             for i, head in enumerate(self.heads):
                 head.load_state_dict({"weight": state[f"lin{i}.model.1.weight"]})
 
     @in_float32
     def features(self, x: Tensor) -> list[Tensor]:
-        """Unit-length feature maps of pictures b 3 h w in [−1, 1], one per row of the network, float32."""
+        """Return unit-length float32 feature maps of images b 3 h w in [−1, 1], one per row of the network."""
         x = channels_last((x - self.mean) / self.std)
         maps = []
         for i, row in enumerate(self.rows):
@@ -223,14 +179,13 @@ class LPIPS(nn.Module):
                 x = F.max_pool2d(x, self.pool, 2)
             for conv in row.values():
                 x = F.relu(conv(x))
-            # Where every channel is zero the length has no gradient; the floor makes that gradient 0, not NaN.
+            # without the floor, all-zero channels would have a NaN gradient
             length = x.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
             maps.append(x / (length + 1e-10))
         return maps
 
     @in_float32
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each pair of pictures, b 3 h w in [−1, 1] -> float32 b."""
         total = 0
         for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
             total = total + torch.einsum("bchw,c->bhw", (a - b).square(), head.weight.flatten()).mean((1, 2))
@@ -238,67 +193,45 @@ class LPIPS(nn.Module):
 
 
 class ResNetLogits(nn.Module):
-    """Mean squared difference of a ResNet-50's ImageNet logits, at 224 × 224 (section 3.3): ``distance(x, y) -> b``.
+    """Mean squared difference of ResNet-50's ImageNet logits at 224 × 224 (section 3.3): b 3 h w, b 3 h w -> b.
 
-    Frozen, and in float32, as ``LPIPS``.
-
-    Args:
-        weights: folder to look in first.
-        download: whether weights found nowhere may be downloaded.
-
-    Attributes:
-        name: which weights these are, to be told with every result.
-
-    Raises:
-        WeightsNotFoundError: see ``find_weights``.
-        PthError: a file is damaged, unsafe, or of another network.
+    Frozen and always in float32. Arguments and errors as for ``LPIPS``. ``name`` says which weights are in use.
     """
 
     SIDE = 224
-    IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    CAFFE_MEAN = (123.68, 116.779, 103.939)  # of 0…255; red, green, blue here, the network takes them backwards
 
-    def __init__(self, weights: str | Path | None = None, download: bool = True):
+    def __init__(self, weights: str | Path | None = None, download: bool = True, pretrained: bool = True):
         super().__init__()
-        path = find_weights(*RESNET, weights, download)
-        self._build(caffe=path.suffix == ".safetensors")
-        with _fitting(path):
-            state = load_file(path) if self.caffe else read_pth(path)
-            state = {name: value.float() for name, value in state.items() if not name.endswith("num_batches_tracked")}
-            missing, unexpected = self.network.load_state_dict(state, strict=False)
-        if unexpected or [name for name in missing if not name.endswith("num_batches_tracked")]:
-            raise WeightsNotFoundError(f"{path}: not the weights of a ResNet-50")
-        self.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-    @classmethod
-    def blank(cls) -> ResNetLogits:
-        """The network with random weights, for accounts of its cost."""
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._build(caffe=False)
-        return self.eval().requires_grad_(False)
-
-    def _build(self, caffe: bool) -> None:
-        self.caffe = caffe
-        self.name = "resnet50 (Keras' weights, in the place of torchvision's)" if caffe else "resnet50 (torchvision)"
-        self.network = ResNet50(caffe)
-        mean = torch.tensor(self.CAFFE_MEAN) / 255 if caffe else torch.tensor(self.IMAGENET_MEAN)
-        std = torch.full((3,), 1 / 255) if caffe else torch.tensor(self.IMAGENET_STD)
+        path = find_weights(*RESNET, weights, download) if pretrained else None
+        self.caffe = path is not None and path.suffix == ".safetensors"
+        self.network = ResNet50(self.caffe)
+        if self.caffe:
+            self.name = "resnet50 (Keras' weights, in the place of torchvision's)"
+            mean, std = torch.tensor([123.68, 116.779, 103.939]) / 255, torch.full((3,), 1 / 255)
+        else:
+            self.name = "resnet50 (torchvision)"
+            mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", mean[:, None, None], persistent=False)
         self.register_buffer("std", std[:, None, None], persistent=False)
+        if path is not None:
+            with _loading(path):
+                counters = {n: b for n, b in self.network.named_buffers() if n.endswith("num_batches_tracked")}
+                state = load_file(path) if self.caffe else read_pth(path)
+                self.network.load_state_dict({**counters, **{name: value.float() for name, value in state.items()}})
+            self.to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
 
     @in_float32
     def features(self, x: Tensor) -> Tensor:
-        """Pictures b 3 h w in [−1, 1] -> b 2048, of which the logits are a linear function."""
+        """Return the pooled features b × 2048 of images b 3 h w in [−1, 1]."""
         x = F.interpolate(x / 2 + 0.5, (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
         x = (x - self.mean) / self.std
-        return self.network.features(channels_last(x.flip(1) if self.caffe else x))
+        return self.network.features(channels_last(x.flip(1) if self.caffe else x))  # Caffe's channels are B, G, R
 
     @in_float32
     def logits(self, x: Tensor) -> Tensor:
-        """Pictures b 3 h w in [−1, 1] -> float32 b 1000."""
+        """Return float32 logits b × 1000 of images b 3 h w in [−1, 1]."""
         return self.network.fc(self.features(x))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each pair of pictures, b 3 h w in [−1, 1] -> float32 b."""
         return (self.logits(x) - self.logits(y)).square().mean(dim=1)

@@ -1,161 +1,38 @@
-"""The loss of each training stage as a function of a tokenizer and a batch, all randomness handed in.
+"""Training losses of stages 1A, 1B and 1C as functions of a tokenizer, images and their random numbers.
 
-Stage 1A matches the distribution of pictures, 1B looks for the modes that look like the original, both as the paper
-has them. Stage 1C is ours: a student whose decoder jumps along the paths that the teacher of stage 1B walks.
+Stage 1A (mode matching) and stage 1B (mode seeking) are the paper's sections 3.2 and 3.3. Stage 1C is not in the
+paper: it distils a tokenizer into a student whose decoder samples in one or a few steps.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowmo.config import Config, OptConfig
+from flowmo.config import OptConfig
+from flowmo.losses.noise import Chain, TrainingNoise, cut_size, to_device
 from flowmo.model import flow
 from flowmo.model.quantizers import Quantized, WholeBatch, alone
 from flowmo.model.sampler import euler, guided_velocity, shifted_times
-from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
 
-NULL_CODE_SHARE = 0.1
-"""Share of training pictures whose code is replaced by the null code, for classifier-free guidance."""
-
-MOST_PASSES = 25
-"""Passes of the decoder up to which a student of stage 1C learns to split the way."""
-
 Distance = Callable[[Tensor, Tensor], Tensor]
-
-
-class Jumps(NamedTuple):
-    """Random numbers of stage 1C: the noise b 3 h w from which a teacher's path starts, and where the jumps along it
-    start and end, each b × jumps in [0, 1]."""
-
-    noise: Tensor
-    starts: Tensor
-    ends: Tensor
-
-
-class Chain(NamedTuple):
-    """Random numbers of stage 1B's samples: noise b 3 h w, times b × (n + 1) from 1 to 0, and b × n, False where a
-    step's code is dropped."""
-
-    noise: Tensor
-    times: Tensor
-    keep: Tensor
-
-
-class TrainingNoise(NamedTuple):
-    """Random numbers of some pictures: timesteps b in [0, 1], noise b 3 h w, and b, False where the code is dropped;
-    in stage 1B also those of their samples, in stage 1C those of the jumps; with ``opt.lpips_jitter`` or
-    ``opt.lpips_crop`` the row and column at which the perceptual loss cuts each image; with ``model.nested_dropout`` b,
-    the sub-tokens that each image keeps."""
-
-    t: Tensor
-    noise: Tensor
-    keep: Tensor
-    chain: Chain | None = None
-    jumps: Jumps | None = None
-    cut: Sequence[tuple[int, int]] | None = None
-    kept: Tensor | None = None
-
-    @classmethod
-    def of(cls, config: Config, images: Tensor, places: Sequence[int]) -> TrainingNoise:
-        """Draws of the pictures b 3 h w that come at ``places`` of the run, counted from its start.
-
-        They are a function of the seed and the place alone, so that neither an interruption, nor the number of
-        processes, nor the cut of a batch into passes changes them. Each kind of number has a stream of its own. The
-        noise is drawn on the pictures' device.
-        """
-        model, device, stage = config.model, images.device, config.stage
-        dropped = NULL_CODE_SHARE if model.enable_cfg else 0.0
-        dropped_in_chain = NULL_CODE_SHARE if model.posttrain_sample_enable_cfg else 0.0
-        seed, steps = config.trainer.seed, model.posttrain_sample_k
-
-        def normal(purpose: Stream, place: int) -> Tensor:
-            return torch.randn(images.shape[1:], generator=stream(seed, purpose, place, device=device), device=device)
-
-        def uniform(purpose: Stream, place: int, *shape: int) -> Tensor:
-            return torch.rand(shape, generator=stream(seed, purpose, place))
-
-        rows: list[list[Tensor]] = []
-        cut: list[tuple[int, int]] = []
-        for place in places:
-            of_t = stream(seed, Stream.TIMESTEP, place)
-            t = flow.sample_timesteps(1, config.opt.schedule, of_t, config.opt.anchor)[0]
-            row = [t, normal(Stream.NOISE, place), uniform(Stream.CODE_DROP, place) >= dropped]
-            if stage != "pretrain":
-                row.append(normal(Stream.CHAIN_NOISE, place))
-            if stage == "posttrain":
-                times = flow.random_steps(uniform(Stream.CHAIN_TIMES, place, 1, steps))[0]
-                row += [times, uniform(Stream.CHAIN_DROP, place, steps) >= dropped_in_chain]
-            if stage == "distill":
-                row += random_jumps(config.opt.jumps, config.eval.sampling.rho, stream(seed, Stream.JUMPS, place))
-            margins = (n - m for n, m in zip(images.shape[2:], cut_size(config.opt, images), strict=True))
-            of_cut = stream(seed, Stream.CUT, place)
-            top, left = (int(torch.randint(0, margin + 1, (), generator=of_cut)) for margin in margins)
-            cut.append((top, left))
-            rows.append(row)
-        t, noise, keep, *more = (to_device(torch.stack(column), device) for column in zip(*rows, strict=True))
-        chain = Chain(*more) if stage == "posttrain" else None
-        jumps = Jumps(*more) if stage == "distill" else None
-        kept = to_device(kept_sub_tokens(config, places), device) if model.nested_dropout else None
-        cuts = config.opt.lpips_jitter or config.opt.lpips_crop
-        return cls(t, noise, keep, chain, jumps, cut if cuts else None, kept)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device without waiting for it: a GPU copies from pinned memory while the host goes on."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def kept_sub_tokens(config: Config, places: Sequence[int]) -> Tensor:
-    """Length of the prefix of sub-tokens that each image keeps, int64 b: all, or any with equal probability."""
-    model = config.model
-    group = model.codebook_size_for_entropy
-    if model.quantization_type == "fsq":
-        group = int(group / math.log2(model.fsq_levels) + 1e-9)
-    most, kept = model.context_dim // max(group, 1), []
-    for place in places:
-        generator = stream(config.trainer.seed, Stream.PREFIX, place)
-        drop = float(torch.rand((), generator=generator)) < model.nested_dropout
-        kept.append(int(torch.randint(1, most + 1, (), generator=generator)) if drop else most)
-    return torch.tensor(kept)
-
-
-def cut_size(opt: OptConfig, images: Tensor) -> tuple[int, int]:
-    """Height and width of the part of images b 3 h w that the perceptual loss on the one-step estimate sees."""
-    if opt.lpips_crop:
-        return opt.lpips_crop, opt.lpips_crop
-    return images.shape[2] - opt.lpips_jitter, images.shape[3] - opt.lpips_jitter
-
-
-def random_jumps(count: int, rho: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Where one picture's jumps start and end, each ``count``.
-
-    They are steps of samplers of 1 to ``MOST_PASSES`` steps: the one step of the first, the last step of another, then
-    any. Few steps, which go furthest, come most often: log-uniformly.
-    """
-    starts, ends = [1.0], [0.0]
-    for jump in range(1, count):
-        size, place = torch.rand(2, generator=generator).tolist()
-        times = shifted_times(round(MOST_PASSES**size), rho)
-        start = len(times) - 2 if jump == 1 else int(place * (len(times) - 1))
-        starts.append(times[start])
-        ends.append(times[start + 1])
-    return torch.tensor(starts), torch.tensor(ends)
+"""Perceptual distance of two batches of images in [−1, 1], b 3 h w × b 3 h w -> b."""
 
 
 class Loss(NamedTuple):
-    """The loss to minimise; its parts and the bottleneck's statistics for the log, detached; the ids that were
-    used, where they are counted."""
+    """Loss of a micro-batch.
+
+    Attributes:
+        total: the scalar to minimise.
+        parts: detached float32 scalars for the log.
+        ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -165,166 +42,112 @@ class Loss(NamedTuple):
 def pretrain_loss(
     tokenizer: FlowMo,
     images: Tensor,
-    draws: TrainingNoise,
+    noise: TrainingNoise,
+    opt: OptConfig,
     perceptual: Distance | None,
     whole_batch: WholeBatch = alone,
     freeze_encoder: bool = False,
 ) -> Loss:
-    """Stage 1A, equation 9: flow, perceptual and bottleneck losses of pictures b 3 h w in [−1, 1].
+    """Stage 1A, equation 9: flow, perceptual and bottleneck losses of images b 3 h w in [−1, 1].
 
     Args:
-        perceptual: distance of pictures, b, applied to the one-step estimate (equation 6).
+        perceptual: distance between the images and their one-step estimates (equation 6); ``None`` omits it.
         whole_batch: see ``flowmo.model.quantizers.Quantizer``.
-        freeze_encoder: the encoder only encodes, and the bottleneck's losses, which train nothing then, are left out.
+        freeze_encoder: run the encoder without gradient, and omit the bottleneck losses, which train only the encoder.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
     if quantized.noise_level is not None:
-        draws = draws._replace(t=torch.lerp(quantized.noise_level, torch.ones_like(draws.t), draws.t))
-    code = quantized.code if draws.kept is None else tokenizer.keep_prefix(quantized.code, draws.kept[:, None])
-    flow_loss, estimate = one_step(tokenizer, code, images, draws)
+        noise = noise._replace(t=torch.lerp(quantized.noise_level, torch.ones_like(noise.t), noise.t))
+    code = quantized.code if noise.kept is None else tokenizer.keep_prefix(quantized.code, noise.kept[:, None])
+    flow_loss, x_t, velocity = one_step(tokenizer, code, images, noise, opt)
     distances = {}
     if perceptual is not None:
-        x, y = images, estimate()
-        if draws.cut is not None:
-            x, y = (cut_out(image, draws.cut, *cut_size(tokenizer.config.opt, images)) for image in (x, y))
+        x, y = images, flow.denoise(x_t, velocity, noise.t)
+        if noise.cut is not None:
+            x, y = (cut_out(image, noise.cut, *cut_size(opt, images)) for image in (x, y))
         distances["lpips"] = perceptual(x, y).float().mean()
-    return _sum(tokenizer, {} if freeze_encoder else quantized.losses, flow_loss, distances, quantized)
+    return _sum({"flow": flow_loss, **({} if freeze_encoder else quantized.losses)}, distances, opt, quantized)
 
 
 def posttrain_loss(
     tokenizer: FlowMo,
     images: Tensor,
-    draws: TrainingNoise,
+    noise: TrainingNoise,
+    opt: OptConfig,
     perceptual: Distance | None,
     whole_batch: WholeBatch = alone,
-    freeze_encoder: bool = True,
 ) -> Loss:
-    """Stage 1B, section 3.3: the flow loss, and the distance of pictures to their samples through the whole chain.
+    """Stage 1B, equation 12: flow loss, and perceptual distance between images and samples through the whole chain.
 
-    Arguments as in ``pretrain_loss``; the encoder never learns. ``draws.chain`` holds the samples' steps and noise.
+    The encoder is frozen. Arguments as in ``pretrain_loss``; ``noise.chain`` must be set.
     """
     with torch.no_grad():
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
     distances = {}
     if perceptual is not None:
-        if draws.chain is None:
-            raise ValueError("stage 1B needs draws of its samples, and these are another stage's")
-        sample = sample_chain(tokenizer, quantized.code, draws.chain)
+        if noise.chain is None:
+            raise ValueError("Stage 1B needs noise.chain, and this noise was drawn for another stage.")
+        sample = sample_chain(tokenizer, quantized.code, noise.chain)
         distances["sample_distance"] = perceptual(images, sample).float().mean()
-    # After the chain: the backward pass frees the flow loss's activations first, before it recomputes the chain's.
-    flow_loss, _ = one_step(tokenizer, quantized.code, images, draws)
-    return _sum(tokenizer, {}, flow_loss, distances, quantized)
+    # after the chain, so that backward frees these activations before it recomputes the chain's
+    flow_loss = one_step(tokenizer, quantized.code, images, noise, opt)[0]
+    return _sum({"flow": flow_loss}, distances, opt, quantized)
 
 
 def distill_loss(
     tokenizer: FlowMo,
     images: Tensor,
-    draws: TrainingNoise,
+    noise: TrainingNoise,
+    opt: OptConfig,
     perceptual: Distance | None,
     whole_batch: WholeBatch = alone,
-    freeze_encoder: bool = True,
     *,
     teacher: FlowMo,
 ) -> Loss:
-    """Stage 1C: jumps along the teacher's paths against where they should end, one pass for each.
+    """Stage 1C: regress the mean velocity between two points of the teacher's sampling path, one pass per jump.
 
-    The teacher walks from noise to its sample once, guidance included; the student regresses the mean velocity between
-    points of that path, and its jumps to the end should look like the sample, or like the picture itself.
-    Arguments as in ``pretrain_loss``; the encoder never learns, and is the teacher's.
+    The first two jumps of each image end at t = 0; the perceptual loss compares them with the teacher's sample or the
+    image. The encoder is frozen. Arguments as in ``pretrain_loss``; ``noise.jumps`` must be set.
     """
-    if draws.jumps is None:
-        raise ValueError("stage 1C needs draws of its jumps, and these are another stage's")
-    noise, starts, ends = draws.jumps
+    if noise.jumps is None:
+        raise ValueError("Stage 1C needs noise.jumps, and this noise was drawn for another stage.")
+    start_noise, starts, ends = noise.jumps
     b, jumps = starts.shape
     with torch.no_grad():
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
-        path = teacher_path(teacher, quantized.code, noise, tokenizer.config.opt.teacher_steps)
+        path = teacher_path(teacher, quantized.code, start_noise, opt.teacher_steps)
         x_start, x_end = (path.at(times).flatten(0, 1) for times in (starts, ends))  # (b jumps) 3 h w
     starts, ends = starts.flatten(), ends.flatten()
     decoder = tokenizer.decoder
     code = decoder.embed_code(quantized.code).repeat_interleave(jumps, dim=0)
     velocity = decoder(x_start, code, decoder.modulate(starts, ends)).float()
     span = (starts - ends)[:, None, None, None]
-    weighted = starts if tokenizer.config.opt.loss_space == "picture" else None
-    flow_loss = flow.flow_loss(velocity, (x_start - x_end) / span, weighted)
+    flow_loss = flow.flow_loss(velocity, (x_start - x_end) / span, _weighting(opt, starts))
     distances = {}
     if perceptual is not None:
         final = (x_start - span * velocity).unflatten(0, (b, jumps))[:, :2].flatten(0, 1)
-        original = images if tokenizer.config.opt.distill_towards == "picture" else path.states[-1]
-        distances["jump_distance"] = perceptual(original.repeat_interleave(2, dim=0), final).float().mean()
-    return _sum(tokenizer, {}, flow_loss, distances, quantized)
+        target = images if opt.distill_towards == "picture" else path.states[-1]
+        distances["jump_distance"] = perceptual(target.repeat_interleave(2, dim=0), final).float().mean()
+    return _sum({"flow": flow_loss}, distances, opt, quantized)
 
 
-def cut_out(images: Tensor, corners: Sequence[tuple[int, int]], h: int, w: int) -> Tensor:
-    """Of each image b 3 H W the part of h × w pixels that begins at the row and column in ``corners``.
-
-    A network's strides see every picture at the same phase, and a decoder finds the texture that pleases it there; cut
-    at random, the same picture is seen at all of them (after E-LPIPS, Kettunen et al. 2019).
-    """
-    pairs = zip(images, corners, strict=True)
-    return torch.stack([image[:, top : top + h, left : left + w] for image, (top, left) in pairs])
-
-
-class Path(NamedTuple):
-    """A sampler's way from noise to pictures: times n + 1 from 1 to 0, and the states there, n + 1 b 3 h w."""
-
-    times: Tensor
-    states: Tensor
-
-    def at(self, t: Tensor) -> Tensor:
-        """States at times b × k of each picture's own, b k 3 h w: Euler's path is straight between its steps."""
-        after = torch.searchsorted(-self.times, -t.contiguous()).clamp(1, len(self.times) - 1)
-        early, late = self.times[after - 1], self.times[after]
-        share = ((early - t) / (early - late))[..., None, None, None]
-        row = torch.arange(len(t), device=t.device)[:, None]
-        return torch.lerp(self.states[after - 1, row], self.states[after, row], share)
-
-
-@torch.no_grad()
-def teacher_path(teacher: FlowMo, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
-    """The teacher's way from noise b 3 h w by its own settings of the sampler, or by ``steps`` of Euler's."""
-    own = teacher.config.eval.sampling
-    times = shifted_times(steps or own.sample_steps, own.rho)
-    velocity = guided_velocity(teacher.decoder, code, times, own.guidance, own.guidance_low, own.guidance_high)
-    states = [noise]
-    for pair in itertools.pairwise(times):
-        states.append(euler(velocity, states[-1], pair))
-    return Path(to_device(torch.tensor(times), noise.device), torch.stack(states))
-
-
-def one_step(tokenizer: FlowMo, code: Tensor, x: Tensor, draws: TrainingNoise) -> tuple[Tensor, Callable[[], Tensor]]:
-    """The flow loss of pictures x noised to ``draws.t``, and the decoder's one-step estimate of them, b 3 h w."""
-    decoder, t = tokenizer.decoder, draws.t
-    x_t = flow.interpolate(x, draws.noise, t)
-    velocity = decoder(x_t, decoder.embed_code(code, draws.keep), decoder.modulate(t)).float()
-    weighted = t if tokenizer.config.opt.loss_space == "picture" else None
-    return flow.flow_loss(velocity, draws.noise - x, weighted), lambda: flow.denoise(x_t, velocity, t)
-
-
-def _sum(
-    tokenizer: FlowMo,
-    losses: dict[str, Tensor],
-    flow_loss: Tensor,
-    distances: dict[str, Tensor],
-    quantized: Quantized,
-) -> Loss:
-    parts = {"flow": flow_loss, **losses}
-    total = sum(parts.values()) + tokenizer.config.opt.lpips_weight * sum(distances.values())
-    logged = {**parts, **distances, "loss": total}
-    # A statistic may share its name with a weighted term, and must not replace it.
-    logged |= {f"unweighted_{n}" if n in logged else n: value for n, value in quantized.statistics.items()}
-    # In float32, or the log's sum over a hundred steps would stand still at bfloat16's eight bits.
-    return Loss(total, {name: value.detach().float() for name, value in logged.items()}, quantized.ids)
+def one_step(
+    tokenizer: FlowMo, code: Tensor, x: Tensor, noise: TrainingNoise, opt: OptConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the flow loss (equation 5) of images x b 3 h w, and the noised images and velocity behind it."""
+    decoder, t = tokenizer.decoder, noise.t
+    x_t = flow.interpolate(x, noise.noise, t)
+    velocity = decoder(x_t, decoder.embed_code(code, noise.keep), decoder.modulate(t)).float()
+    return flow.flow_loss(velocity, noise.noise - x, _weighting(opt, t)), x_t, velocity
 
 
 def sample_chain(tokenizer: FlowMo, code: Tensor, chain: Chain, recompute: bool = True) -> Tensor:
-    """Pictures b 3 h w drawn from pure noise by one Euler step for each pair of ``chain.times``, differentiably.
+    """Sample images b 3 h w differentiably from pure noise, one Euler step per pair of times (equation 10).
 
     Args:
         code: quantized, b × tokens × channels.
-        recompute: keep only the state before each step, and run the step again in the backward pass; the memory of
-            the chain is then that of one step and ``n`` states.
+        recompute: keep only the state before each step and recompute the step in the backward pass.
     """
     decoder = tokenizer.decoder
 
@@ -339,25 +162,81 @@ def sample_chain(tokenizer: FlowMo, code: Tensor, chain: Chain, recompute: bool 
     return z
 
 
-class Stage(nn.Module):
-    """The loss of the stage that the settings name, as a module: what DDP, FSDP2 and ``torch.compile`` wrap."""
+class Path(NamedTuple):
+    """Sampling path: n + 1 times from 1 to 0, and the states there, n + 1 b 3 h w."""
 
-    def __init__(self, tokenizer: FlowMo, perceptual: Distance | None, teacher: FlowMo | None = None):
+    times: Tensor
+    states: Tensor
+
+    def at(self, t: Tensor) -> Tensor:
+        """Interpolate the states at times b × k, one row per image, -> b k 3 h w. Euler's path is piecewise linear."""
+        after = torch.searchsorted(-self.times, -t.contiguous()).clamp(1, len(self.times) - 1)
+        early, late = self.times[after - 1], self.times[after]
+        share = ((early - t) / (early - late))[..., None, None, None]
+        row = torch.arange(len(t), device=t.device)[:, None]
+        return torch.lerp(self.states[after - 1, row], self.states[after, row], share)
+
+
+@torch.no_grad()
+def teacher_path(teacher: FlowMo, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
+    """Sample from noise b 3 h w with the teacher's own settings, or in ``steps`` Euler steps, and keep every state."""
+    sampling = teacher.config.eval.sampling
+    times = shifted_times(steps or sampling.sample_steps, sampling.rho)
+    guidance = sampling.guidance, sampling.guidance_low, sampling.guidance_high
+    velocity = guided_velocity(teacher.decoder, code, times, *guidance)
+    states = [noise]
+    for pair in itertools.pairwise(times):
+        states.append(euler(velocity, states[-1], pair))
+    return Path(to_device(torch.tensor(times), noise.device), torch.stack(states))
+
+
+def cut_out(images: Tensor, corners: Sequence[tuple[int, int]], h: int, w: int) -> Tensor:
+    """Crop each image of b 3 H W to h × w pixels at its (row, column).
+
+    Random crops shift the perceptual network's strides over the image, so the decoder cannot learn textures that
+    please one alignment only (after E-LPIPS, Kettunen et al. 2019).
+    """
+    pairs = zip(images, corners, strict=True)
+    return torch.stack([image[:, top : top + h, left : left + w] for image, (top, left) in pairs])
+
+
+def _weighting(opt: OptConfig, t: Tensor) -> Tensor | None:
+    return t if opt.loss_space == "picture" else None
+
+
+def _sum(terms: dict[str, Tensor], distances: dict[str, Tensor], opt: OptConfig, quantized: Quantized) -> Loss:
+    total = sum(terms.values()) + opt.lpips_weight * sum(distances.values())
+    logged = {**terms, **distances, "loss": total}
+    # a statistic must not replace the weighted term of the same name
+    logged |= {f"unweighted_{n}" if n in logged else n: value for n, value in quantized.statistics.items()}
+    # float32, because a bfloat16 sum over a hundred steps stops growing
+    return Loss(total, {name: value.detach().float() for name, value in logged.items()}, quantized.ids)
+
+
+class Stage(nn.Module):
+    """Loss of a stage as a module, for DDP, FSDP2 and ``torch.compile`` to wrap.
+
+    A ``teacher`` makes it stage 1C, ``model.posttrain_sample`` stage 1B, neither stage 1A.
+    """
+
+    def __init__(
+        self, tokenizer: FlowMo, opt: OptConfig, perceptual: Distance | None = None, teacher: FlowMo | None = None
+    ):
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.opt = tokenizer, opt
         self.networks = tuple(tokenizer.networks.values())
-        # In a tuple and a partial function, so that they are no part of what is trained, sharded and saved.
-        self.others = (perceptual,)
-        losses: dict[str, Callable[..., Loss]] = {"pretrain": pretrain_loss, "posttrain": posttrain_loss}
-        if teacher is not None:
-            losses["distill"] = partial(distill_loss, teacher=teacher)
-        self.loss = losses[tokenizer.config.stage]
+        self.untrained = (perceptual, teacher)  # a tuple keeps them out of parameters(), sharding and checkpoints
 
     def forward(
-        self, images: Tensor, draws: TrainingNoise | None, whole_batch: WholeBatch = alone, freeze_encoder: bool = False
+        self, images: Tensor, noise: TrainingNoise | None, whole_batch: WholeBatch = alone, freeze_encoder: bool = False
     ) -> Loss | None:
-        """The loss of some pictures; without ``draws`` only ``whole_batch`` is shown their statistics."""
-        if draws is None:
-            self.tokenizer.quantizer(self.tokenizer.encoder(images), whole_batch)
+        """Return the loss. Without ``noise``, only report the bottleneck's statistics to ``whole_batch``."""
+        tokenizer, (perceptual, teacher) = self.tokenizer, self.untrained
+        if noise is None:
+            tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
             return None
-        return self.loss(self.tokenizer, images, draws, *self.others, whole_batch, freeze_encoder)
+        if teacher is not None:
+            return distill_loss(tokenizer, images, noise, self.opt, perceptual, whole_batch, teacher=teacher)
+        if tokenizer.config.model.posttrain_sample:
+            return posttrain_loss(tokenizer, images, noise, self.opt, perceptual, whole_batch)
+        return pretrain_loss(tokenizer, images, noise, self.opt, perceptual, whole_batch, freeze_encoder)

@@ -1,8 +1,8 @@
-"""torchvision beside any torch.
+"""Import torchvision next to any build of torch.
 
-Package indices hold a torchvision that was built for CUDA. Beside a torch without CUDA it does not import, and neither
-does what imports it (``lpips``, ``torch-fidelity``, ``transformers`` where torchvision is installed), because two of
-its operators are then never registered. Registering their names is enough; nothing here calls them.
+Package indices ship a torchvision built for CUDA. Next to a CPU build of torch its import fails, and so does that of
+``lpips``, ``torch-fidelity`` and ``transformers``, because two of its operators are not registered. Registering their
+names is enough; nothing here calls them.
 """
 
 from __future__ import annotations
@@ -13,37 +13,36 @@ from types import ModuleType
 
 import torch
 
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
 
-OPERATORS = ("nms", "qnms")
-_registered: list[torch.library.Library] = []  # names last as long as the object that they were defined through
+_registered: list[torch.library.Library] = []  # an operator lives as long as its library object
 
 
 class TorchvisionError(FlowMoError, ImportError):
-    """torchvision is not installed, or does not import."""
+    """torchvision is not installed, or its import fails."""
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also one that was built for CUDA beside a torch that was not.
+    """Import torchvision.
 
     Raises:
-        TorchvisionError: it is not installed, or does not import for another reason.
+        TorchvisionError: it is not installed, or its import fails for a reason other than the CUDA build.
     """
     try:
         return importlib.import_module("torchvision")
     except ImportError:
-        raise TorchvisionError("this needs torchvision: pip install 'flowmo[evaluate]'") from None
+        raise TorchvisionError("This needs torchvision: pip install 'flowmo[evaluate]'.") from None
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
-            raise TorchvisionError(f"torchvision does not import: {' '.join(str(error).split())[:150]}") from None
+            raise TorchvisionError(f"torchvision cannot be imported: {one_line(error)}.") from None
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in OPERATORS:
+    for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _registered.append(library)
     return importlib.import_module("torchvision")
 
 
 def before_importing(package: str) -> None:
-    """To be called before ``package`` is imported, which imports torchvision where that is installed."""
+    """Import torchvision first if ``package`` is installed and would import it."""
     if find_spec(package) and find_spec("torchvision"):
         import_torchvision()

@@ -20,8 +20,9 @@ from flowmo.config import Config, DataConfig, EvalConfig, OptConfig, SamplingCon
 from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
 from flowmo.generate.network import build_network
-from flowmo.losses.perceptual import blank_distance
-from flowmo.losses.stages import Chain, Jumps, Stage, TrainingNoise
+from flowmo.losses.noise import Chain, Jumps, TrainingNoise
+from flowmo.losses.perceptual import build_distance
+from flowmo.losses.stages import Stage
 from flowmo.model import transformer
 from flowmo.model.quantizers import alone
 from flowmo.model.quantizers.infill import HUB_NAMES
@@ -190,12 +191,12 @@ def _step(config: Config, freeze_encoder: bool, count: int) -> tuple[Callable[[]
     """The loss of a step over ``count`` images, and the modules that it holds."""
     perceptual, mode = None, config.opt.lpips_mode
     if config.opt.lpips_weight:
-        perceptual = blank_distance(mode)
+        perceptual = build_distance(mode, pretrained=False)
     tokenizer, teacher = FlowMo(config), None
     tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not freeze_encoder)
     if config.stage == "distill":
         teacher = FlowMo(teacher_of(config)).requires_grad_(False)
-    stage = prepare(Stage(tokenizer, perceptual, teacher), World(), config.trainer)
+    stage = prepare(Stage(tokenizer, tokenizer.config.opt, perceptual, teacher), World(), config.trainer)
     side = config.data.image_size
     images = torch.empty(count, 3, side, side)
     flags = torch.ones(count, config.model.posttrain_sample_k, dtype=torch.bool)

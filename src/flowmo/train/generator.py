@@ -24,7 +24,8 @@ from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.generator import Generator, build_generator, cross_entropy
 from flowmo.generate.schedules import MEAN_HIDDEN_SHARE, hide
 from flowmo.images import to_pil
-from flowmo.losses.stages import Loss, to_device
+from flowmo.losses.noise import to_device
+from flowmo.losses.stages import Loss
 from flowmo.streams import Stream, seed_global, stream
 from flowmo.tokenizer import FlowMo
 from flowmo.train.cost import Cost, generator_cost

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flowmo.config import Config
-from flowmo.losses.stages import TrainingNoise, pretrain_loss
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.stages import pretrain_loss
 from flowmo.streams import Stream, seed_global
 from flowmo.tokenizer import FlowMo
 from flowmo.train.optimizer import NormControl, build_optimizer, scale_initial_weights, set_learning_rate
@@ -82,7 +83,7 @@ def _one_run(config: Config, width: int, images: Tensor, steps: int, seed: int) 
         activations: dict[str, Tensor] = {}
         hooks = _record(tokenizer, activations)
         optimizer.zero_grad()
-        pretrain_loss(tokenizer, images, draws, None).total.backward()
+        pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None).total.backward()
         for hook in hooks:
             hook.remove()
         if step in (0, steps):

@@ -20,8 +20,9 @@ from flowmo.evaluate.metrics.pairs import grid, psnr
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
+from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS, build_distance
-from flowmo.losses.stages import Loss, Stage, TrainingNoise, cut_out
+from flowmo.losses.stages import Loss, Stage, cut_out
 from flowmo.model.quantizers import Learner, WholeBatch, alone
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo
@@ -63,7 +64,7 @@ class TokenizerTask:
         scale_initial_weights(self.model)
         self.teacher = self._take_over(Path(config.opt.teacher)) if config.opt.teacher else None
         self.model.to(world.device)
-        self.module = Stage(self.model, self.perceptual, self.teacher)
+        self.module = Stage(self.model, config.opt, self.perceptual, self.teacher)
         self.norm_controlled = self.model.networks
         self.judges = self._judges() if world.main else Evaluators()
         self.usage = CodeUsage(self.model.quantizer, world)
