@@ -2,8 +2,8 @@
 
     python runs/search.py OUT HELD_OUT IMAGES [--images 3840] [--limit 48] [--only base lfq]
 
-Trains a small native network once per decision from the same images in the same order, with the learning rate falling to
-zero over the second half, and measures each on whole HELD_OUT images at the lowest, the middle and the highest rate.
+Trains a small native network once per decision on the same images in the same order, with the learning rate falling
+to zero over the second half. Measures each on whole HELD_OUT images at the lowest, the middle and the highest rate.
 Finished runs are not repeated; an interrupted one goes on. Prints a Markdown table and writes OUT/search.json.
 
 Cost: about 4 minutes per run on one core with bfloat16 matrix units.
@@ -106,9 +106,8 @@ def main() -> None:
             rows[name] = {"settings": DECISIONS[name][0], "expected": DECISIONS[name][1], "cpu_seconds": seconds}
             rows[name]["metrics"] = evaluate(checkpoint, arguments, evaluators)
             write_content(path, json.dumps(rows, indent=1) + "\n")
-    print(
-        "| | expected | CPU seconds | bits/pixel | PSNR (dB) | LPIPS (AlexNet) | LPIPS (VGG) |\n|---|---|--:|--:|--:|--:|--:|"
-    )
+    columns = ["", "expected", "CPU seconds", "bits/pixel", "PSNR (dB)", "LPIPS (AlexNet)", "LPIPS (VGG)"]
+    print(f"| {' | '.join(columns)} |\n|---|---" + "|--:" * 5 + "|")
     for name, row in rows.items():
         cells = [
             " / ".join(f"{metrics[key]:.{digits}f}" for metrics in row["metrics"])
