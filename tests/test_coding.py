@@ -11,7 +11,8 @@ from flowmo import preset
 from flowmo.cli import main
 from flowmo.codec import fit as fitting
 from flowmo.codec import range_coder
-from flowmo.codec.context import ONE, ContextError, ContextModel, cost, ids_of_bits, logistic_table, token_bits
+from flowmo.codec.bits import token_bits, token_ids
+from flowmo.codec.context import ONE, ContextError, ContextModel, cost, logistic_table
 from flowmo.codec.generator import GeneratorModel
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator
@@ -41,7 +42,7 @@ class Sources:
             bits[:, token, :4] = np.where(rng.random((400, 4)) < 0.9, above, fresh)
             bits[:, token, 4:] = bits[:, token, 3::-1]
         self.bits = bits
-        self._ids = torch.from_numpy(ids_of_bits(bits, 4))
+        self._ids = torch.from_numpy(token_ids(bits, 4))
 
     def __len__(self):
         return 400
@@ -75,7 +76,7 @@ def test_bits_and_ids():
     ids = torch.randint(0, 512, (3, 5, 4)).numpy()
     bits = token_bits(ids, 9)
     assert bits.shape == (3, 5, 36)
-    assert np.array_equal(ids_of_bits(bits, 9), ids)
+    assert np.array_equal(token_ids(bits, 9), ids)
     assert token_bits(np.array([[[1, 6]]]), 3).tolist() == [[[1, 0, 0, 0, 1, 1]]]
 
 
@@ -215,7 +216,7 @@ def test_a_generator_in_the_place_of_a_context_model(generator, sources):
     """Its strings are as long as its likelihood says, and the ids come back."""
     pytest.importorskip("constriction")
     model, bits = GeneratorModel(generator, steps=4), sources.bits[:5]
-    likelihood = generator.log_prob(torch.from_numpy(ids_of_bits(bits, 4)), steps=4).numpy()
+    likelihood = generator.log_prob(torch.from_numpy(token_ids(bits, 4)), steps=4).numpy()
     assert cost(model, bits) == pytest.approx(-likelihood / np.log(2), rel=0.04)
     assert likelihood.std() > 1
     string = range_coder.encode(model, bits)

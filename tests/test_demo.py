@@ -17,7 +17,7 @@ from PIL import Image
 from test_codec import peaked
 
 from flowmo import ImageError, preset
-from flowmo.codec.file import Codec, number
+from flowmo.codec.file import Codec, varint
 from flowmo.data.tokens import Vocabulary
 from flowmo.evaluate.metrics.pairs import heat_map
 from flowmo.generate.generator import Generator, load_generator, save_generator
@@ -155,7 +155,7 @@ def test_what_is_too_large_or_broken_is_refused(demo, tmp_path, photo):
     code = tmp_path / "code.flowmo"
     code.write_bytes(b"FLM\x02 no code either")
     vast = tmp_path / "vast.flowmo"  # a header, which is enough to refuse it
-    vast.write_bytes(b"FLM\x02" + demo.codec.identity + number(2999) + number(1999) + number(31) + bytes(9))
+    vast.write_bytes(b"FLM\x02" + demo.codec.identity + varint(2999) + varint(1999) + varint(31) + bytes(9))
     for file, message in (
         (large, "more than 4,000,000"),
         (vast, "vast.flowmo: 3000×2000 are more than 4,000,000"),

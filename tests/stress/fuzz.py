@@ -48,7 +48,7 @@ with watching:
     from flowmo.checkpoint import files as checkpoint
     from flowmo.codec import range_coder
     from flowmo.codec.context import ContextModel
-    from flowmo.codec.file import CONTEXT_BYTES, CRC, PLANE_CRC, Codec, CodecError, read_number
+    from flowmo.codec.file import CONTEXT_BYTES, CRC, PLANE_CRC, Codec, CodecError, read_varint
     from flowmo.codec.planes import PlaneModel, weight_shapes
     from flowmo.data import DataError, TarSource, build_index, default_index
     from flowmo.data.sources.tar import read_index
@@ -176,7 +176,7 @@ class PlanesTarget(Target):
         choice, content = data[0] if data else 0, data[1:]
         if choice & 128:
             with contextlib.suppress(CodecError):
-                place = read_number(content, read_number(content, 8)[1])[1] + 1
+                place = read_varint(content, read_varint(content, 8)[1])[1] + 1
                 place += CONTEXT_BYTES * (content[3] >> 4 == 1)
                 head = content[:place]
                 content = head + PLANE_CRC.pack(crc_hqx(head, 0)) + content[place + PLANE_CRC.size :]

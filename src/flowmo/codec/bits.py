@@ -1,23 +1,44 @@
-"""Ids as bits: packed without a gap, lowest bit first."""
+"""Ids as bits, lowest bit first."""
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes of ``count`` ids of ``bits`` bits."""
-    return (count * bits + 7) // 8
+Bits: TypeAlias = np.ndarray
+"""0 or 1, int8: images × tokens × bits per token."""
 
 
-def pack_ids(ids: np.ndarray, bits: int) -> bytes:
-    """Ids of any shape, each in [0, 2^bits), in C order; the last byte is filled up with zeros."""
-    spread = (ids.reshape(-1, 1) >> np.arange(bits)) & 1
-    return np.packbits(spread.astype(np.uint8), bitorder="little").tobytes()
+def _split(ids: np.ndarray, id_bits: int) -> np.ndarray:
+    return ((ids[..., None] >> np.arange(id_bits)) & 1).astype(np.int8)
 
 
-def unpack_ids(content: bytes | memoryview, count: int, bits: int) -> np.ndarray:
-    """The first ``count`` ids of ``packed_size(count, bits)`` bytes or more: int64."""
-    flat = np.frombuffer(content, np.uint8, count=packed_size(count, bits))
-    spread = np.unpackbits(flat, count=count * bits, bitorder="little").reshape(count, bits)
-    return (spread.astype(np.int64) << np.arange(bits)).sum(axis=-1)
+def _join(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.int64) << np.arange(bits.shape[-1])).sum(axis=-1)
+
+
+def token_bits(ids: np.ndarray, id_bits: int) -> Bits:
+    """Ids, images × tokens × sub-tokens -> bits, images × tokens × (sub-tokens · id_bits)."""
+    return _split(ids, id_bits).reshape(*ids.shape[:2], -1)
+
+
+def token_ids(bits: Bits, id_bits: int) -> np.ndarray:
+    """Invert ``token_bits``: int64."""
+    return _join(bits.reshape(*bits.shape[:2], -1, id_bits))
+
+
+def packed_size(count: int, id_bits: int) -> int:
+    """Number of bytes of ``count`` packed ids."""
+    return (count * id_bits + 7) // 8
+
+
+def pack_ids(ids: np.ndarray, id_bits: int) -> bytes:
+    """Pack ids of any shape, each in [0, 2^id_bits), in C order. Zeros fill the last byte."""
+    return np.packbits(_split(ids, id_bits), bitorder="little").tobytes()
+
+
+def unpack_ids(content: bytes | memoryview, count: int, id_bits: int) -> np.ndarray:
+    """Unpack the first ``count`` ids of ``packed_size(count, id_bits)`` or more bytes: int64."""
+    packed = np.frombuffer(content, np.uint8, count=packed_size(count, id_bits))
+    return _join(np.unpackbits(packed, count=count * id_bits, bitorder="little").reshape(count, id_bits))

@@ -1,27 +1,26 @@
-"""The ``.flowmo`` file: the ids of one picture behind a short header, packed or entropy-coded.
+"""The ``.flowmo`` file: the ids of one image behind a short header, packed or entropy-coded.
 
     3 bytes   magic "FLM"
-    1         version, 2, in the lower four bits; how the ids are coded in the upper: 0 packed, 1 by a
-              context model or a generator
-    4         the first of the tokenizer's identity (architecture and weights): its codes are noise to any other
-    1 to 5    height of the picture in pixels, less 1
-    1 to 5    its width, less 1
-    1 to 5    side of a tile in pixels, less 1; the tiling follows from these three (``pictures.Tiling``)
-    2         the first of the context model's identity, where there is one
+    1         version 2 in the lower four bits; coding in the upper: 0 packed, 1 by a context model or generator
+    4         start of the tokenizer's identity (architecture and weights)
+    1 to 5    image height in pixels, less 1
+    1 to 5    image width, less 1
+    1 to 5    side of a tile in pixels, less 1; these three determine the ``Tiling``
+    2         start of the context model's identity, if coded
     …         the ids in the order tile, token, sub-token, lowest bit first; or the context model's string of them
-    4         CRC-32 of the header and of the packed ids, little-endian
+    4         CRC-32 of the header and the packed ids, little-endian
 
-Numbers of 1 to 5 bytes hold seven bits a byte, lowest first, and set the eighth bit of all bytes but the last. The
-checksum is of the ids however they are coded: a context model that decodes to other ids is found out.
+Numbers of 1 to 5 bytes are varints: seven bits a byte, lowest first, with the eighth bit set in all bytes but the last.
+The checksum always covers the packed ids, so it detects a context model that decodes to other ids.
 
-Version 3 is for tokenizers of native size. It has no tiles: a plane holds one sub-token of every cell, and a prefix of
+Version 3 is for tokenizers of native size. It has no tiles. A plane holds one sub-token of every cell, and a prefix of
 the planes is a coarser image. It differs after the width:
 
     1         number of planes
-    2         the first of the context model's identity, where there is one
+    2         start of the context model's identity, if coded
     2         CRC-16 of the header
     and for each plane
-    1 to 5    length of its ids in bytes, where there is a context model; packed ids keep their length
+    1 to 5    length of its ids in bytes, if coded; a plane of full length is packed
     …         the ids in the order of cells, packed; or the context model's string of them
     2         CRC-16 of the packed ids, which continues the CRC-16 before it
 """
@@ -35,164 +34,161 @@ import zlib
 from binascii import crc_hqx
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from flowmo.checkpoint import files as checkpoint
 from flowmo.codec import range_coder
-from flowmo.codec.bits import pack_ids, packed_size, unpack_ids
-from flowmo.codec.context import BitModel, ContextError, ContextModel, ids_of_bits, token_bits
+from flowmo.codec.bits import pack_ids, packed_size, token_bits, token_ids, unpack_ids
+from flowmo.codec.context import BitModel, ContextError, ContextModel, Predictor
 from flowmo.codec.planes import PlaneModel
 from flowmo.errors import FlowMoError
 from flowmo.images import MAX_PIXELS, Tiling
 from flowmo.tokenizer import Codes, FlowMo
 
 MAGIC = b"FLM"
-VERSION = 2
-PLANES_VERSION = 3
+VERSION, PLANES_VERSION = 2, 3
 PACKED, CONTEXT = 0, 1
 IDENTITY_BYTES = 4
 CONTEXT_BYTES = 2
 CRC = struct.Struct("<I")
 PLANE_CRC = struct.Struct("<H")
-LONGEST_NUMBER = 5
-SHORTEST = len(MAGIC) + 1 + IDENTITY_BYTES + 3 + CRC.size
+VARINT_BYTES = 5
+MIN_BYTES = len(MAGIC) + 1 + IDENTITY_BYTES + 3 + CRC.size
 MAX_BYTES = 1 << 28
-MOST_TILED = 4
-"""Times the most pixels that a picture may have, those of all its tiles or cells together may have. A line of pixels in
-square tiles would be worth gigabytes of ids in a file of kilobytes."""
+MAX_OVERHANG = 4
+"""Limit of the pixels of all tiles or cells, as a multiple of the pixel limit. Otherwise a file of kilobytes could
+claim a line of pixels whose square tiles need gigabytes of ids."""
 CELLS_PER_BYTE = 16
-"""Most cells per byte of an entropy-coded plane: no short file can ask for much work."""
+"""Upper limit of the cells per byte of a coded plane, so that a short file cannot cause much work."""
 CONTEXT_SUFFIX = ".context.safetensors"
 
 
 class CodecError(FlowMoError, ValueError):
-    """A ``.flowmo`` file that is damaged or of another tokenizer; the message is one line."""
+    """A ``.flowmo`` file that cannot be written or read. The message is one line."""
+
+
+def _damaged(reason: str) -> CodecError:
+    return CodecError(f"The file is damaged: {reason}.")
 
 
 class MissingPlanes(UserWarning):
     """A file in planes ends early or is damaged; the planes before the damage give a coarser image.
 
     Attributes:
-        planes: planes that were read.
-        total: planes that the file should have.
+        planes: number of planes that were read.
+        total: number of planes in the intact file.
     """
 
     def __init__(self, planes: int, total: int, reason: str):
-        super().__init__(f"{reason}; the image is coarser, from {planes} of {total} planes")
+        super().__init__(f"{reason} The image is coarser, from {planes} of {total} planes.")
         self.planes, self.total = planes, total
 
 
 class Codec:
-    """Writes and reads the pictures of one tokenizer.
+    """Writes and reads the images of one tokenizer.
 
     Args:
-        context: a context model of the tokenizer's ids, which makes files shorter and is needed to read those that
-            it made. A tokenizer of native size takes a ``PlaneModel``.
+        context: a context model of the tokenizer's ids. It shortens files, and reading those files needs it. A
+            tokenizer of native size takes a ``PlaneModel``.
 
     Raises:
-        CodecError: a continuous tokenizer, or a context model of another one.
-        ContextError: there is a context model, and constriction is not installed.
+        CodecError: the tokenizer is continuous, or the context model belongs to another one.
+        ContextError: there is a context model, but constriction is not installed.
     """
 
     def __init__(self, tokenizer: FlowMo, context: BitModel | PlaneModel | None = None):
         quantizer, identity = tokenizer.quantizer, tokenizer.identity()
         if quantizer.id_count is None or quantizer.sub_tokens is None:
-            raise CodecError("this tokenizer is continuous and has no ids to write")
-        self.context = context
+            raise CodecError("This tokenizer is continuous and has no ids to write.")
         self.identity = bytes.fromhex(identity)[:IDENTITY_BYTES]
         self.tile, self.cell = tokenizer.config.data.image_size, tokenizer.config.model.patch_size
         self.id_count, self.bits = quantizer.id_count, (quantizer.id_count - 1).bit_length()
         self.tokens, self.sub_tokens = tokenizer.code_length, quantizer.sub_tokens
-        self.version = PLANES_VERSION if tokenizer.native_size else VERSION
-        self.variable_rate = tokenizer.variable_rate
+        self.native = tokenizer.native_size
+        self.version = PLANES_VERSION if self.native else VERSION
+        self._plane_counts = range(1 if tokenizer.variable_rate else self.sub_tokens, self.sub_tokens + 1)
+        self.context: Any = context
+        """A ``PlaneModel`` for native size, else a ``BitModel``."""
         if context is None:
             return
         range_coder.library()
-        if isinstance(context, PlaneModel) != tokenizer.native_size:
-            raise CodecError("tokenizers of native size and of fixed size have different kinds of context models")
-        if (context.tokenizer, context.shape) != (identity, self._shape):
-            raise CodecError(f"the context model is of tokenizer {context.tokenizer}, not of this one ({identity})")
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        if self.version == PLANES_VERSION:
-            return self.sub_tokens, self.bits
-        return self.tokens, self.sub_tokens * self.bits
+        if isinstance(context, PlaneModel) != self.native:
+            raise CodecError("Tokenizers of native size and of fixed size take different kinds of context models.")
+        shape = (self.sub_tokens, self.bits) if self.native else (self.tokens, self.sub_tokens * self.bits)
+        if (context.tokenizer, context.shape) != (identity, shape):
+            raise CodecError(f"The context model is of tokenizer {context.tokenizer}, not of this one ({identity}).")
 
     def pack(self, codes: Codes) -> bytes:
-        """The bytes of a picture's codes, as ``encode_image`` returned them.
+        """Serialize the codes of one image, from ``encode_image``.
 
         Raises:
-            CodecError: codes that are not of one picture, or of another tokenizer, or of a picture so long and thin
-                that no reader takes them.
+            CodecError: the codes are not of one image or not of this tokenizer, or the image is so long and thin that
+                no reader accepts it.
         """
         if codes.ids is None:
-            raise CodecError("a continuous code has no ids to write")
-        if self.version == VERSION:
-            return self._pack_tiles(codes, codes.ids.cpu().numpy())
-        contents = [self._pack_planes(codes, codes.ids.cpu().numpy(), None)]
-        if isinstance(self.context, PlaneModel):
-            contents.append(self._pack_planes(codes, codes.ids.cpu().numpy(), self.context))
-        return min(contents, key=len)
-
-    def _pack_tiles(self, codes: Codes, ids: np.ndarray) -> bytes:
-        tiling = codes.tiling
+            raise CodecError("A continuous code has no ids to write.")
+        ids, tiling = codes.ids.cpu().numpy(), None if self.native else codes.tiling
+        if len(ids) != 1 if self.native else tiling is None:
+            raise CodecError("Only the ids of one image, from encode_image, can be written.")
         if tiling is None:
-            raise CodecError("only the ids of one picture, from encode_image, can be written")
-        if ids.shape != (tiling.count, self.tokens, self.sub_tokens) or codes.id_count != self.id_count:
-            raise CodecError(f"ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer")
-        if tiling.count * tiling.tile**2 > MOST_TILED * MAX_PIXELS:
-            raise CodecError(f"{tiling.count} tiles are too many for a file")
-        packed = pack_ids(ids, self.bits)
-        coded, coding, name = packed, PACKED, b""
-        if self.context is not None and not isinstance(self.context, PlaneModel):
-            string = range_coder.encode(self.context, token_bits(ids, self.bits))
-            string = string.ljust(len(ids), b"\0")  # a byte a tile: no short file can ask for much work
-            if len(string) + CONTEXT_BYTES < len(packed):
-                coded, coding, name = string, CONTEXT, self.context.identity[:CONTEXT_BYTES]
-        sizes = b"".join(number(n - 1) for n in (tiling.height, tiling.width, tiling.tile))
-        head = MAGIC + bytes([VERSION | coding << 4]) + self.identity + sizes + name
-        return head + coded + CRC.pack(zlib.crc32(head + packed))
+            count = math.prod(self._lattice(*codes.output_size))
+            fits = ids.shape[1] == count and ids.shape[2] in self._plane_counts
+        else:
+            count = tiling.count
+            fits = ids.shape == (count, self.tokens, self.sub_tokens)
+        if not fits or codes.id_count != self.id_count:
+            raise CodecError(f"Ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer.")
+        if self._too_large(count, MAX_PIXELS):
+            raise CodecError(f"An image of {count} {'cells' if self.native else 'tiles'} is too large for a file.")
+        if tiling is not None:
+            return self._pack_tiles(tiling, ids)
+        models = [None, *([] if self.context is None else [self.context])]  # packed wins a tie
+        return min((self._pack_planes(codes.output_size, ids, model) for model in models), key=len)
 
-    def _pack_planes(self, codes: Codes, ids: np.ndarray, context: PlaneModel | None) -> bytes:
-        if len(ids) != 1:
-            raise CodecError("only the ids of one picture, from encode_image, can be written")
-        height, width = codes.output_size
-        rows, columns = self._lattice(height, width)
-        cells, planes = ids.shape[1:]
-        if cells != rows * columns or planes not in self._plane_counts or codes.id_count != self.id_count:
-            raise CodecError(f"ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer")
-        if self._too_many(cells, MAX_PIXELS):
-            raise CodecError(f"{rows}×{columns} cells are too many for a file")
+    def _header(self, context: BitModel | PlaneModel | None, *sizes: int, planes: bytes = b"") -> bytes:
         coding, name = (PACKED, b"") if context is None else (CONTEXT, context.identity[:CONTEXT_BYTES])
-        content = MAGIC + bytes([PLANES_VERSION | coding << 4]) + self.identity
-        content += number(height - 1) + number(width - 1) + bytes([planes]) + name
+        version = bytes([self.version | coding << 4])
+        return MAGIC + version + self.identity + b"".join(varint(size - 1) for size in sizes) + planes + name
+
+    def _pack_tiles(self, tiling: Tiling, ids: np.ndarray) -> bytes:
+        content = packed = pack_ids(ids, self.bits)
+        context = self.context
+        if context is not None:
+            content = self._encode(context, ids, len(ids))  # a byte a tile: no short file can cause much work
+            if len(content) + CONTEXT_BYTES >= len(packed):
+                content, context = packed, None
+        header = self._header(context, tiling.height, tiling.width, tiling.tile)
+        return header + content + CRC.pack(zlib.crc32(header + packed))
+
+    def _pack_planes(self, size: tuple[int, int], ids: np.ndarray, context: PlaneModel | None) -> bytes:
+        cells, planes = ids.shape[1:]
+        content = self._header(context, *size, planes=bytes([planes]))
         crc = crc_hqx(content, 0)
         content += PLANE_CRC.pack(crc)
         for plane in range(planes):
             packed = coded = pack_ids(ids[..., plane], self.bits)
             if context is not None:
-                model = context.plane(ids[0, :, :plane].reshape(rows, columns, plane))
-                string = range_coder.encode(model, token_bits(ids[..., plane : plane + 1], self.bits))
-                coded = min(packed, string.ljust(least_bytes(cells), b"\0"), key=len)
-                content += number(len(coded))
+                model = context.plane(ids[0, :, :plane].reshape(*self._lattice(*size), plane))
+                coded = min(packed, self._encode(model, ids[..., plane : plane + 1], min_bytes(cells)), key=len)
+                content += varint(len(coded))
             crc = crc_hqx(packed, crc)
             content += coded + PLANE_CRC.pack(crc)
         return content
 
-    @property
-    def _plane_counts(self) -> range:
-        """Numbers of planes that an image can have."""
-        return range(1 if self.variable_rate else self.sub_tokens, self.sub_tokens + 1)
+    def _encode(self, model: Predictor, ids: np.ndarray, least: int) -> bytes:
+        return range_coder.encode(model, token_bits(ids, self.bits)).ljust(least, b"\0")
 
     def _lattice(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of cells."""
         return math.ceil(height / self.cell), math.ceil(width / self.cell)
 
-    def _too_many(self, cells: int, most_pixels: int) -> bool:
-        return cells > 1 and cells * self.cell**2 > MOST_TILED * most_pixels
+    def _too_large(self, count: int, max_pixels: int) -> bool:
+        """True if ``count`` tiles or cells cover too many pixels."""
+        side = self.cell if self.native else self.tile
+        return count > 1 and count * side**2 > MAX_OVERHANG * max_pixels
 
     def unpack(
         self,
@@ -200,169 +196,144 @@ class Codec:
         most_pixels: int = MAX_PIXELS,
         on_missing: Callable[[MissingPlanes], object] = warnings.warn,
     ) -> Codes:
-        """The codes in the bytes of a ``.flowmo`` file; every byte is accounted for before anything is allocated.
+        """Parse the bytes of a ``.flowmo`` file. Sizes are checked before anything is allocated.
 
         Args:
-            most_pixels: of the picture; a file that says more is refused before its ids are decoded.
-            on_missing: called if the file is in planes and only the first of them are sound. The codes then have
-                fewer sub-tokens.
+            most_pixels: refuse a larger image before its ids are decoded.
+            on_missing: callback if only the first planes of a file are intact. The codes then have fewer sub-tokens.
 
         Raises:
-            CodecError: not such a file, damaged, too large, or written by another tokenizer or with another context
-                model.
-            ContextError: it is entropy-coded, and constriction is not installed.
+            CodecError: not such a file, damaged, too large, or from another tokenizer or context model.
+            ContextError: the file is entropy-coded, but constriction is not installed.
         """
-        if content[:3] != MAGIC or len(content) < SHORTEST:
-            raise CodecError("not a .flowmo file")
-        version, coding = content[3] & 15, content[3] >> 4
+        if content[:3] != MAGIC or len(content) < MIN_BYTES:
+            raise CodecError("This is not a .flowmo file.")
+        reader, version, coding = _Reader(content, len(MAGIC) + 1), content[3] & 15, content[3] >> 4
         if version not in (VERSION, PLANES_VERSION) or coding not in (PACKED, CONTEXT):
             raise CodecError(
-                f"version {version}, coding {coding} of the format; this flowmo reads versions {VERSION} and "
-                f"{PLANES_VERSION}"
+                f"The file has version {version}, coding {coding}. This flowmo reads versions {VERSION} and "
+                f"{PLANES_VERSION}."
             )
-        place = len(MAGIC) + 1 + IDENTITY_BYTES
-        identity = content[place - IDENTITY_BYTES : place]
+        identity = reader.take(IDENTITY_BYTES)
         if identity != self.identity:
-            raise CodecError(f"written by tokenizer {identity.hex()}, not by this one ({self.identity.hex()})")
+            raise CodecError(
+                f"The file was written by tokenizer {identity.hex()}, not by this one ({self.identity.hex()})."
+            )
         if version != self.version:
-            raise CodecError(f"damaged: version {version} where this tokenizer writes version {self.version}")
-        height, place = read_number(content, place)
-        width, place = read_number(content, place)
-        height, width = height + 1, width + 1
+            raise _damaged(f"it has version {version} where this tokenizer writes version {self.version}")
+        height, width = reader.varint() + 1, reader.varint() + 1
         if height * width > MAX_PIXELS:
-            raise CodecError(f"damaged: {height}×{width} pixels")
+            raise _damaged(f"it claims {height}×{width} pixels")
         if height * width > most_pixels:
-            raise CodecError(f"{height}×{width} are more than {most_pixels:,} pixels, the most that is taken here")
-        if version == PLANES_VERSION:
-            return self._unpack_planes(content, place, height, width, most_pixels, on_missing)
-        return self._unpack_tiles(content, place, height, width, most_pixels)
+            raise CodecError(
+                f"The image of {height}×{width} pixels has more than {most_pixels:,} pixels, the limit here."
+            )
+        if self.native:
+            return self._unpack_planes(reader, height, width, most_pixels, on_missing)
+        return self._unpack_tiles(reader, Tiling(height, width, reader.varint() + 1), most_pixels)
 
-    def _unpack_tiles(self, content: bytes, place: int, height: int, width: int, most_pixels: int) -> Codes:
-        """The rest of a file of version 2; ``place`` is behind the width."""
-        tile, place = read_number(content, place)
-        tile += 1
+    def _unpack_tiles(self, reader: _Reader, tiling: Tiling, most_pixels: int) -> Codes:
+        count, tile = tiling.count, tiling.tile
         if tile != self.tile:
-            raise CodecError(f"damaged: {height}×{width} pixels in tiles of {tile}")
-        tiling = Tiling(height, width, tile)
-        if tiling.count > 1 and tiling.count * tile**2 > MOST_TILED * most_pixels:
-            raise CodecError(f"damaged: {height}×{width} pixels in {tiling.count} tiles")
-        context = None
-        if content[3] >> 4 == CONTEXT:
-            context = self._context(content[place : place + CONTEXT_BYTES])
-            place += CONTEXT_BYTES
-        assert not isinstance(context, PlaneModel)  # ``__init__`` takes none for fixed size
-        head, coded = content[:place], content[place : -CRC.size]
-        packed = self._packed(coded, context, tiling.count)
-        if zlib.crc32(head + packed) != CRC.unpack(content[-CRC.size :])[0]:
-            raise CodecError("damaged: its checksum does not fit")
-        shape = (tiling.count, self.tokens, self.sub_tokens)
-        ids = torch.from_numpy(unpack_ids(packed, math.prod(shape), self.bits).reshape(shape))
-        if ids.max() >= self.id_count:
-            raise CodecError(f"damaged: id {ids.max()} where {self.id_count - 1} is the largest")
+            raise _damaged(f"{tiling.height}×{tiling.width} pixels in tiles of {tile}")
+        if self._too_large(count, most_pixels):
+            raise _damaged(f"{tiling.height}×{tiling.width} pixels in {count} tiles")
+        context = self._context(reader.take(CONTEXT_BYTES)) if reader.coded else None
+        header = reader.content[: reader.position]
+        content = reader.take(len(reader.content) - reader.position - CRC.size)
+        shape = (count, self.tokens, self.sub_tokens)
+        packed = self._decode(context, content, math.prod(shape), count, count)
+        if reader.take(CRC.size) != CRC.pack(zlib.crc32(header + packed)):
+            raise _damaged("its checksum does not match")
+        ids = torch.from_numpy(self._unpack_ids(packed, math.prod(shape)).reshape(shape))
         return Codes(ids, (tile, tile), self.id_count, tiling)
 
     def _unpack_planes(
         self,
-        content: bytes,
-        place: int,
+        reader: _Reader,
         height: int,
         width: int,
         most_pixels: int,
         on_missing: Callable[[MissingPlanes], object],
     ) -> Codes:
-        """The rest of a file of version 3; ``place`` is behind the width."""
-        coded = content[3] >> 4 == CONTEXT
-        total, name = content[place : place + 1], content[place + 1 : place + 1 + coded * CONTEXT_BYTES]
-        place += 1 + len(name)
-        crc = crc_hqx(content[:place], 0)
-        place += PLANE_CRC.size
-        if content[place - PLANE_CRC.size : place] != PLANE_CRC.pack(crc):
-            raise CodecError("damaged: the checksum of its header does not fit")
+        total, name = reader.take(1)[0], reader.take(CONTEXT_BYTES) if reader.coded else b""
+        crc = crc_hqx(reader.content[: reader.position], 0)
+        if reader.take(PLANE_CRC.size) != PLANE_CRC.pack(crc):
+            raise _damaged("the checksum of its header does not match")
         rows, columns = self._lattice(height, width)
-        if total[0] not in self._plane_counts:
-            raise CodecError(f"damaged: {total[0]} planes of a tokenizer that has {self.sub_tokens}")
-        if self._too_many(rows * columns, most_pixels):
-            raise CodecError(f"damaged: {height}×{width} pixels in {rows}×{columns} cells")
-        context = self._context(name) if coded else None
-        assert context is None or isinstance(context, PlaneModel)  # ``__init__`` takes no other for native size
-        ids: np.ndarray = np.zeros((rows * columns, 0), np.int64)
+        if total not in self._plane_counts:
+            raise _damaged(f"{total} planes for a tokenizer of {self.sub_tokens}")
+        if self._too_large(rows * columns, most_pixels):
+            raise _damaged(f"{height}×{width} pixels in {rows}×{columns} cells")
+        context = self._context(name) if reader.coded else None
+        ids: np.ndarray = np.zeros((rows, columns, 0), np.int64)
         try:
-            for _ in range(total[0]):
-                model = None if context is None else context.plane(ids.reshape(rows, columns, ids.shape[1]))
-                plane, place, crc = self._read_plane(content, place, rows * columns, crc, model)
-                ids = np.concatenate((ids, plane[:, None]), axis=1)
+            for _ in range(total):
+                plane, crc = self._read_plane(reader, rows * columns, crc, context and context.plane(ids))
+                ids = np.concatenate((ids, plane.reshape(rows, columns, 1)), axis=2)
         except CodecError as error:
-            if ids.shape[1] not in self._plane_counts:
+            if ids.shape[2] not in self._plane_counts:
                 raise
-            on_missing(MissingPlanes(ids.shape[1], total[0], str(error)))
+            on_missing(MissingPlanes(ids.shape[2], total, str(error)))
         else:
-            if place != len(content):
-                raise CodecError("damaged: bytes follow its last plane")
+            if reader.position != len(reader.content):
+                raise _damaged("bytes follow its last plane")
         size = (rows * self.cell, columns * self.cell)
-        return Codes(torch.from_numpy(ids)[None], size, self.id_count, image_size=(height, width))
+        ids = ids.reshape(1, rows * columns, -1)
+        return Codes(torch.from_numpy(ids), size, self.id_count, image_size=(height, width))
 
-    def _read_plane(
-        self, content: bytes, place: int, cells: int, crc: int, model: BitModel | None
-    ) -> tuple[np.ndarray, int, int]:
-        """The ids of a plane, the place behind it and its checksum; ``place`` and ``crc`` are those before it."""
-        length = size = packed_size(cells, self.bits)
-        if model is not None:
-            length, place = read_number(content, place)
-        packed, end = content[place : place + length], place + length + PLANE_CRC.size
-        if length > size:
-            raise CodecError("damaged: a plane is longer than its ids")
-        if end > len(content):
-            raise CodecError("damaged: it ends early")
-        if model is not None and length < size:
-            packed = self._decoded(model, packed, 1, least_bytes(cells))
+    def _read_plane(self, reader: _Reader, cells: int, crc: int, model: Predictor | None) -> tuple[np.ndarray, int]:
+        """Return a plane's ids and its checksum. ``crc``: the checksum before it."""
+        size = packed_size(cells, self.bits)
+        length = size if model is None else reader.varint()
+        content, stored = reader.take(length), reader.take(PLANE_CRC.size)
+        packed = self._decode(None if length == size else model, content, cells, 1, min_bytes(cells))
         crc = crc_hqx(packed, crc)
-        if content[end - PLANE_CRC.size : end] != PLANE_CRC.pack(crc):
-            raise CodecError("damaged: the checksum of a plane does not fit")
-        ids = unpack_ids(packed, cells, self.bits)
-        if ids.max() >= self.id_count:
-            raise CodecError(f"damaged: id {ids.max()} where {self.id_count - 1} is the largest")
-        return ids, end, crc
+        if stored != PLANE_CRC.pack(crc):
+            raise _damaged("the checksum of a plane does not match")
+        return self._unpack_ids(packed, cells), crc
 
-    def _context(self, name: bytes) -> BitModel | PlaneModel:
-        """The context model, where it is the one of that name."""
+    def _context(self, name: bytes) -> Any:
+        """Return the context model if it has this identity."""
         if self.context is None:
             range_coder.library()
-            raise CodecError(f"coded with context model {name.hex()}, which is not at hand")
+            raise CodecError(f"The file needs context model {name.hex()}, which is not available.")
         ours = self.context.identity[:CONTEXT_BYTES]
         if name != ours:
-            raise CodecError(f"coded with context model {name.hex()}, not with the one at hand ({ours.hex()})")
+            raise CodecError(f"The file needs context model {name.hex()}, not the available one ({ours.hex()}).")
         return self.context
 
-    def _packed(self, coded: bytes, context: BitModel | None, tiles: int) -> bytes:
-        """The packed ids of so many tiles, out of what a context model made of them, or of themselves."""
-        size = packed_size(tiles * self.tokens * self.sub_tokens, self.bits)
-        if context is None:
-            if len(coded) != size:
-                raise CodecError("damaged: its length is not what its header says")
-            return coded
-        if len(coded) >= size:
-            raise CodecError("damaged: its length is not what its header says")
-        return self._decoded(context, coded, tiles, tiles)
-
-    def _decoded(self, context: BitModel, coded: bytes, pictures: int, least: int) -> bytes:
-        """The packed ids of so many pictures, out of a context model's string of ``least`` bytes or more."""
-        if len(coded) < least or coded != coded.rstrip(b"\0").ljust(least, b"\0"):
-            raise CodecError("damaged: its length is not what its header says")
+    def _decode(self, model: Predictor | None, content: bytes, count: int, images: int, least: int) -> bytes:
+        """Return the packed form of ``count`` ids of ``images`` images. A coded string has ``least`` bytes or more."""
+        size = packed_size(count, self.bits)
+        sound = len(content) == size
+        if model is not None:
+            sound = least <= len(content) < size and content == content.rstrip(b"\0").ljust(least, b"\0")
+        if not sound:
+            raise _damaged("its length does not match its header")
+        if model is None:
+            return content
         try:
-            return pack_ids(ids_of_bits(range_coder.decode(context, coded, pictures), self.bits), self.bits)
-        except ContextError as error:
-            raise CodecError(f"damaged: {error}") from None
+            return pack_ids(token_ids(range_coder.decode(model, content, images), self.bits), self.bits)
+        except ContextError:
+            raise _damaged("it holds no string of its context model") from None
+
+    def _unpack_ids(self, packed: bytes, count: int) -> np.ndarray:
+        ids = unpack_ids(packed, count, self.bits)
+        if ids.max() >= self.id_count:
+            raise _damaged(f"it has id {ids.max()} where {self.id_count - 1} is the largest")
+        return ids
 
 
-def least_bytes(cells: int) -> int:
-    """Bytes that the context model's string of a plane has at least; zeros fill it up."""
+def min_bytes(cells: int) -> int:
+    """Minimum length of a coded plane; zeros pad shorter strings."""
     return -(-cells // CELLS_PER_BYTE)
 
 
 def find_context(source: str | Path, tokenizer: FlowMo) -> ContextModel | PlaneModel | None:
-    """The context model beside a tokenizer's file, ``NAME.context.safetensors`` beside ``NAME.safetensors``.
+    """Read the context model beside a tokenizer's file, ``NAME.context.safetensors`` beside ``NAME.safetensors``.
 
-    ``None`` where there is none for this tokenizer, or constriction, which uses it, is not installed.
+    Returns ``None`` if there is none for this tokenizer, or if constriction is not installed.
 
     Raises:
         ContextError: the file is damaged.
@@ -376,16 +347,30 @@ def find_context(source: str | Path, tokenizer: FlowMo) -> ContextModel | PlaneM
 
 
 def read_context(path: Path, tokenizer: FlowMo) -> ContextModel | PlaneModel:
-    """The context model in a file, of the kind that the tokenizer takes.
-
-    Raises:
-        ContextError: there is none, or it is damaged or of another kind.
-    """
+    """Read a context model of the kind that the tokenizer takes. Raises ``ContextError``."""
     return PlaneModel.read(path) if tokenizer.native_size else ContextModel.read(path)
 
 
-def number(value: int) -> bytes:
-    """A number of up to ``LONGEST_NUMBER`` bytes."""
+class _Reader:
+    """A position in the bytes of a file. Reading past the end raises ``CodecError``."""
+
+    def __init__(self, content: bytes, position: int):
+        self.content, self.position = content, position
+        self.coded = content[3] >> 4 == CONTEXT
+
+    def take(self, count: int) -> bytes:
+        if not 0 <= count <= len(self.content) - self.position:
+            raise _damaged("it ends early")
+        self.position += count
+        return self.content[self.position - count : self.position]
+
+    def varint(self) -> int:
+        value, self.position = read_varint(self.content, self.position)
+        return value
+
+
+def varint(value: int) -> bytes:
+    """Encode a number in at most ``VARINT_BYTES`` bytes."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -393,20 +378,17 @@ def number(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def read_number(content: bytes, place: int) -> tuple[int, int]:
-    """The number at a place of some bytes, and the place behind it.
+def read_varint(content: bytes, position: int) -> tuple[int, int]:
+    """Decode the number at ``position``. Returns it and the position after it.
 
     Raises:
-        CodecError: it does not end, or could be shorter.
+        CodecError: the number does not end, or is longer than necessary.
     """
     value = 0
-    digits = content[place : place + LONGEST_NUMBER]
-    for i, byte in enumerate(digits):
+    for i, byte in enumerate(content[position : position + VARINT_BYTES]):
         value |= (byte & 127) << 7 * i
         if byte < 128:
             if byte == 0 and i:
                 break
-            return value, place + i + 1
-    if len(digits) < LONGEST_NUMBER and all(byte > 127 for byte in digits):
-        raise CodecError("damaged: it ends early")
-    raise CodecError("damaged: a size in it does not end")
+            return value, position + i + 1
+    raise _damaged("a number in it does not end")

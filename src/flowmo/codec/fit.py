@@ -1,43 +1,40 @@
-"""Fit a context model to the ids of many pictures: in floating point, then rounded to integers."""
+"""Fit a ``ContextModel`` to the ids of many images: in floating point, then rounded to integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.codec.context import FRACTION, NEIGHBOURS, Bits, ContextModel, token_bits
+from flowmo.codec.bits import Bits, token_bits
+from flowmo.codec.context import FRACTION, NEIGHBOURS, ContextModel, context_shapes
 from flowmo.data.tokens import Tokens
 from flowmo.model.transformer import code_lattice
 from flowmo.streams import Stream, stream
 
-BATCH = 512
-COUNTED = 1024
-RATE = 2e-3
+BATCH_TOKENS = 512
+COUNT_BATCH = 1024
+LEARNING_RATE = 2e-3
 COOLDOWN = 0.5
-"""Last share of the steps over which the learning rate falls to 0."""
+"""Final fraction of the steps, over which the learning rate falls linearly to 0."""
 
 
 def frequencies(tokens: Tokens) -> ContextModel:
-    """The model that knows how often each bit of each token is set, and nothing else."""
-    t, b = tokens_shape(tokens)
-    count, scale = np.zeros((t, b)), 1 << FRACTION
-    for start in range(0, len(tokens), COUNTED):
-        count += image_bits(tokens, range(start, min(start + COUNTED, len(tokens)))).sum(axis=0, dtype=np.int64)
+    """Return the model that knows only how often each bit of each token is set."""
+    t, b = _shape(tokens)
+    count = np.zeros((t, b))
+    for start in range(0, len(tokens), COUNT_BATCH):
+        indices = range(start, min(start + COUNT_BATCH, len(tokens)))
+        count += image_bits(tokens, indices).sum(axis=0, dtype=np.int64)
     p = (count + 0.5) / (len(tokens) + 1)
-    nothing = {
-        "place": np.zeros((t, 0)),
-        "hidden": np.zeros((0, 0)),
-        "own": np.zeros((b, 0)),
-        "readout": np.zeros((b, 0)),
-        "direct": np.zeros((0, b)),
-        "earlier": np.zeros((b, b)),
+    arrays: dict[str, np.ndarray] = {
+        name: np.zeros(shape, np.int64) for name, shape in context_shapes(t, b, 0, 0).items()
     }
-    bias = np.rint(scale * np.log(p / (1 - p)))
-    arrays = {name: array.astype(np.int64) for name, array in {"bias": bias, **nothing}.items()}
+    arrays["bias"] = np.rint((1 << FRACTION) * np.log(p / (1 - p))).astype(np.int64)
     return ContextModel(tokens.metadata.tokenizer, (), **arrays)
 
 
@@ -49,79 +46,112 @@ def fit(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ContextModel:
-    """A context model of ``hidden`` units for the ids of a tokenizer whose ``model.code_layout`` is ``layout``.
+    """Fit a context model to the tokens of a dataset. 4 000 steps take minutes on one core.
 
-    A step takes ``BATCH`` tokens of random pictures. 4 000 take minutes on one core.
+    Args:
+        layout: the tokenizer's ``model.code_layout``.
+        hidden: number of hidden units.
     """
     generator = stream(seed, Stream.CONTEXT_MODEL)
-    t, b = tokens_shape(tokens)
-    neighbours = NEIGHBOURS[layout]
-    net = Network(t, b, neighbours, hidden, generator)
-    optimizer = torch.optim.Adam(net.parameters(), lr=RATE)
-    pictures = max(BATCH // t, 1)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (steps - step) / (COOLDOWN * steps))
-        chosen = torch.randint(len(tokens), (pictures,), generator=generator).tolist()
+    t, b = _shape(tokens)
+    network = Network(t, b, NEIGHBOURS[layout], hidden, generator)
+
+    def loss() -> Tensor:
+        chosen = torch.randint(len(tokens), (max(BATCH_TOKENS // t, 1),), generator=generator).tolist()
         signs = torch.from_numpy(image_bits(tokens, chosen)).float() * 2 - 1
-        loss = F.softplus(-signs * net(signs)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if progress:
-            progress(step + 1, steps)
-    return ContextModel(tokens.metadata.tokenizer, neighbours, **net.rounded())
+        return F.softplus(-signs * network(signs)).mean()
+
+    minimise(network, loss, LEARNING_RATE, steps, progress)
+    return ContextModel(tokens.metadata.tokenizer, NEIGHBOURS[layout], **network.rounded())
 
 
 def image_bits(tokens: Tokens, indices: Sequence[int]) -> Bits:
-    """The bits of some samples."""
+    """Bits of some samples."""
     return token_bits(np.stack([tokens.ids(index).numpy() for index in indices]), tokens.metadata.id_bits)
 
 
-def tokens_shape(tokens: Tokens) -> tuple[int, int]:
-    """Tokens of a picture and bits of a token."""
+def _shape(tokens: Tokens) -> tuple[int, int]:
     return tokens.metadata.tokens, tokens.metadata.sub_tokens * tokens.metadata.id_bits
 
 
-class Network(torch.nn.Module):
-    """``ContextModel`` in floating point, all bits at once; its parameters have the same names and shapes."""
+def minimise(
+    network: torch.nn.Module,
+    loss: Callable[[], Tensor],
+    learning_rate: float,
+    steps: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Minimise ``loss``, which draws its own batch, with Adam."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (steps - step) / (COOLDOWN * steps))
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        if progress:
+            progress(step + 1, steps)
+
+
+class FloatModel(torch.nn.Module):
+    """An integer model in floating point. Its parameters have the same names and shapes.
+
+    Args:
+        scales: standard deviations of the initial weights; 0 where absent.
+
+    Attributes:
+        fractions: fractional bits of weights in fixed point; ``FRACTION`` where absent.
+    """
+
+    fractions: ClassVar[Mapping[str, int]] = {}
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], scales: Mapping[str, float], generator: torch.Generator):
+        super().__init__()
+        for name, shape in shapes.items():
+            weights = scales.get(name, 0.0) * torch.randn(shape, generator=generator)
+            self.register_parameter(name, torch.nn.Parameter(weights))
+
+    @torch.no_grad()
+    def rounded(self) -> dict[str, np.ndarray]:
+        """Return the weights in fixed point."""
+        limit = (1 << 15) - 1
+        return {
+            name: (weights * (1 << self.fractions.get(name, FRACTION)))
+            .round()
+            .clamp(-limit, limit)
+            .numpy()
+            .astype(np.int64)
+            for name, weights in self.named_parameters()
+        }
+
+
+class Network(FloatModel):
+    """``ContextModel`` in floating point, for all bits at once."""
 
     def __init__(
         self, t: int, b: int, neighbours: tuple[tuple[int, int], ...], hidden: int, generator: torch.Generator
     ):
-        super().__init__()
-        k = len(neighbours)
+        near = len(neighbours) * b
+        scales = {"hidden": near**-0.5, "own": b**-0.5, "readout": max(hidden, 1) ** -0.5}
+        super().__init__(context_shapes(t, b, len(neighbours), hidden), scales, generator)
         rows, columns = code_lattice(t)
         row, column = torch.arange(t) // columns, torch.arange(t) % columns
         down, right = torch.tensor(neighbours).T
         row, column = row[:, None] + down, column[:, None] + right
         inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-        # Tokens outside the lattice are read from a place behind the last, which holds zeros.
+        # index t holds zeros, for neighbours outside the lattice
         self.register_buffer("source", torch.where(inside, row * columns + column, t))
 
-        def weights(*shape: int, scale: float = 0.0) -> torch.nn.Parameter:
-            return torch.nn.Parameter(scale * torch.randn(shape, generator=generator))
-
-        self.bias = weights(t, b)
-        self.place = weights(t, hidden)
-        self.hidden = weights(k * b, hidden, scale=(k * b) ** -0.5)
-        self.own = weights(b, hidden, scale=b**-0.5)
-        self.readout = weights(b, hidden, scale=max(hidden, 1) ** -0.5)
-        self.direct = weights(k * b, b)
-        self.earlier = weights(b, b)
-
     def forward(self, signs: Tensor) -> Tensor:
-        """Signs n × T × B, −1 or 1 -> logits of the same shape, each from what is coded before it."""
-        seen = F.pad(signs, (0, 0, 0, 1))[:, self.source].flatten(2)  # n T K·B
+        """Signs n × T × B, −1 or 1 -> logits of the same shape, each from the bits coded before it."""
+        inputs = F.pad(signs, (0, 0, 0, 1))[:, self.source].flatten(2)  # n T K·B
         from_own = signs[..., None] * self.own  # n T B H
         before = from_own.cumsum(dim=2) - from_own
-        hidden = F.relu((self.place + seen @ self.hidden)[:, :, None] + before)
+        hidden = F.relu((self.place + inputs @ self.hidden)[:, :, None] + before)
         from_hidden = (hidden * self.readout).sum(dim=-1)
-        return self.bias + from_hidden + seen @ self.direct + signs @ self.earlier.tril(-1).T
+        return self.bias + from_hidden + inputs @ self.direct + signs @ self.earlier.tril(-1).T
 
-    @torch.no_grad()
     def rounded(self) -> dict[str, np.ndarray]:
-        """The arrays of a ``ContextModel``."""
-        limit, scale = (1 << 15) - 1, 1 << FRACTION
-        weights = {name: p.tril(-1) if name == "earlier" else p for name, p in self.named_parameters()}
-        return {name: (scale * p).round().clamp(-limit, limit).numpy().astype(np.int64) for name, p in weights.items()}
+        arrays = super().rounded()
+        return arrays | {"earlier": np.tril(arrays["earlier"], -1)}

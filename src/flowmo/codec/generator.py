@@ -1,10 +1,11 @@
-"""Probabilities of a picture's bits by a stage-2 generator, for the range coder.
+"""A stage-2 generator as the context model of the range coder.
 
-The generator reveals the ids in its fixed order, some at a time, and each bit of an id is coded from the highest with
-its share of what is left of the generator's distribution. Unlike a ``ContextModel`` it computes in floating point, and
-two machines may differ in the last digits. It does so in double precision and rounds to multiples of 2^−16: differences
-in the 13th digit would reach another multiple about once in a million pictures, by estimate, and the file's checksum
-would notice.
+The generator reveals the ids in its fixed order. Each bit of an id, from the highest, is coded with its share of the
+remaining probability mass.
+
+Unlike a ``ContextModel`` it computes in floating point, so two machines may differ in the last digits. Double
+precision rounded to multiples of 2^−16 makes a mismatch unlikely: about one image in a million by estimate, and the
+file's checksum detects it.
 """
 
 from __future__ import annotations
@@ -16,55 +17,52 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from flowmo.codec.context import IDENTITY_BYTES, ONE, BitCoder, Bits
+from flowmo.codec.bits import Bits
+from flowmo.codec.context import IDENTITY_BYTES, ONE, BitCoder
 from flowmo.generate.generator import Generator
 
 STEPS = 16
 
 
 class GeneratorModel:
-    """A generator in the place of a ``ContextModel``. Of a picture's class it knows nothing.
+    """A ``BitModel`` from a generator, without a class condition.
 
     Args:
-        steps: in which the ids are revealed; more take longer and predict better.
+        steps: number of steps that reveal the ids; more are slower and predict better.
     """
 
     def __init__(self, generator: Generator, steps: int = STEPS):
         self.generator, self.steps = generator, steps
         self.network = copy.deepcopy(generator.network).double().cpu().eval()
-        self.tokenizer = generator.vocabulary.tokenizer
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Tokens of a picture, and bits of a token."""
-        v = self.generator.vocabulary
-        return v.tokens, v.sub_tokens * v.id_bits
+        vocabulary = generator.vocabulary
+        self.tokenizer = vocabulary.tokenizer
+        self.shape = vocabulary.tokens, vocabulary.sub_tokens * vocabulary.id_bits
 
     @cached_property
     def identity(self) -> bytes:
-        """Names the model in files that need it."""
         text = f"{self.generator.identity()} in {self.steps} steps"
         return hashlib.blake2b(text.encode(), digest_size=IDENTITY_BYTES).digest()
 
     @torch.no_grad()
-    def run(self, pictures: int, code: BitCoder) -> Bits:
-        """As ``ContextModel.run``, in another order: that of the generator, each id from its highest bit."""
-        v, rows = self.generator.vocabulary, np.arange(pictures)
-        ids = torch.zeros(pictures, v.ids, dtype=torch.int64)
-        known: Bits = np.zeros((pictures, *self.shape), np.int8)
-        nobody = torch.full((1,), self.generator.null_class)
+    def run(self, images: int, code: BitCoder) -> Bits:
+        v, rows = self.generator.vocabulary, np.arange(images)
+        ids = torch.zeros(images, v.ids, dtype=torch.int64)
+        known: Bits = np.zeros((images, *self.shape), np.int8)
+        null_class = torch.full((1,), self.generator.null_class)
         for hidden, revealed in self.generator.reveal_plan(self.steps, "halton"):
-            shares = torch.cat([self.network(row[None], hidden[None], nobody)[:, revealed] for row in ids])
-            counts = (shares.softmax(dim=-1) * ONE).round().long().numpy() + 1
-            for i, place in enumerate(revealed.tolist()):
-                token, sub = divmod(place, v.sub_tokens)
+            # one image a pass: a batch of another size would round differently
+            logits = torch.cat([self.network(row[None], hidden[None], null_class)[:, revealed] for row in ids])
+            counts = (logits.softmax(dim=-1) * ONE).round().long().numpy() + 1
+            for i, position in enumerate(revealed.tolist()):
+                token, sub_token = divmod(position, v.sub_tokens)
                 left = counts[:, i]
                 for bit in reversed(range(v.id_bits)):
-                    halves = left.reshape(pictures, 2, -1)
+                    halves = left.reshape(images, 2, -1)
                     unset, set_ = halves.sum(axis=-1).T
                     p = np.clip((set_ * ONE) // (unset + set_), 1, ONE - 1)
-                    chosen = code(token, sub * v.id_bits + bit, p)
-                    known[:, token, sub * v.id_bits + bit] = chosen
-                    ids[:, place] |= torch.from_numpy(chosen.astype(np.int64) << bit)
+                    index = sub_token * v.id_bits + bit
+                    chosen = code(token, index, p)
+                    known[:, token, index] = chosen
+                    ids[:, position] |= torch.from_numpy(chosen.astype(np.int64) << bit)
                     left = halves[rows, chosen]
         return known

@@ -1,15 +1,15 @@
-"""Context models of native-size codes: the probability of every bit of a plane of ids, in integers alone.
+"""Context models of native-size codes, in integer arithmetic.
 
-An image has a lattice of cells and one id per cell in each of its planes. An id has D digits of B bits: FSQ's levels,
-or LFQ's signs. Plane s of a cell is predicted from planes 0 … s of the cells around it, as far as they are coded, and
-each digit from those before it in its id. The 2^B − 1 logits of a digit are the nodes of a binary tree, whose root is
-the highest bit.
+An image has a lattice of cells and one id per cell in each plane. An id has D digits of B bits: FSQ's levels or LFQ's
+signs. Plane s of a cell is predicted from planes 0 … s of the surrounding cells, as far as they are coded, and each
+digit also from the earlier digits of its id. A digit's 2^B − 1 logits are the nodes of a binary tree; the root is the
+highest bit.
 
-Cells are coded in few steps. ``order`` gives the step of every cell and repeats over the lattice, so the number of
-steps does not grow with the image. The cells of one step see only those of earlier steps and are computed together.
+All cells of one step are computed together and see only cells of earlier steps. ``order`` gives each cell's step and
+repeats over the lattice, so the number of steps does not grow with the image.
 
-Products are of float64 numbers that are whole and below 2^53 in every partial sum. They are exact in any order of
-summation, so every machine and library finds the same probabilities.
+Matrix products use float64 on integers whose partial sums stay below 2^53. They are exact in any summation order, so
+every machine computes the same probabilities.
 """
 
 from __future__ import annotations
@@ -19,34 +19,27 @@ from functools import cached_property
 
 import numpy as np
 
-from flowmo.codec.context import (
-    FRACTION,
-    LARGEST_LOGIT,
-    BitCoder,
-    Bits,
-    ContextError,
-    IntegerModel,
-    logistic_table,
-)
+from flowmo.codec.bits import Bits
+from flowmo.codec.context import FRACTION, BitCoder, ContextError, IntegerModel, probability
 
 WEIGHT_FRACTION = 12
-"""Binary digits behind the point of the weights of products. Biases, activations and logits have ``FRACTION``."""
+"""Fractional bits of the weights of products. Biases, activations and logits have ``FRACTION``."""
 LARGEST_ACTIVATION = (1 << 16) - 1
 CELLS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class PlaneModel(IntegerModel):
-    """Probabilities of S planes from K cells around, H hidden units. ``neighbours`` includes (0, 0), the cell itself.
+    """Predicts S planes from K neighbouring cells, with H hidden units. ``neighbours`` includes (0, 0), itself.
 
     Attributes:
-        order: rows × columns, the step of a cell at its row and column modulo these.
+        order: rows × columns, the step of a cell, indexed by its row and column modulo this shape.
         start: S × H, bias of the first hidden layer.
-        around: S × K·S·D × H, from the digits of ``neighbours``: 2 · digit + 1 − 2^B, and 0 where not coded.
+        around: S × K·S·D × H, from the neighbours' digits (2 · digit + 1 − 2^B, and 0 where not coded).
         middle: S × H × H, from the first hidden layer to the second.
         middle_start: S × H, bias of the second hidden layer.
-        digits: S × S·D × 2^B × H, what each known digit of the cell adds to the second hidden layer.
-        readout: S × D × H × 2^B − 1, to the logits of a digit.
+        digits: S × S·D × 2^B × H, from each known digit of the cell to the second hidden layer.
+        readout: S × D × H × 2^B − 1, from the second hidden layer to a digit's logits.
         bias: S × D × 2^B − 1, of the logits.
     """
 
@@ -64,7 +57,7 @@ class PlaneModel(IntegerModel):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.order.ndim != 2 or not self.order.size:
-            raise ContextError("order gives no step to the cells of a lattice")
+            raise ContextError("The array order assigns no step to the cells.")
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         (planes, hidden), (digits, nodes) = self.start.shape, self.bias.shape[1:]
@@ -72,22 +65,22 @@ class PlaneModel(IntegerModel):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Planes of an image, and bits of an id."""
+        """Planes per image and bits per id."""
         planes, digits, nodes = self.bias.shape
         return planes, digits * nodes.bit_length()
 
     def plane(self, earlier: np.ndarray) -> Plane:
-        """The model of the plane that follows ``earlier`` ones: ids rows × columns × planes."""
+        """Return the model of the plane after ``earlier``: ids, rows × columns × planes."""
         return Plane(self, earlier)
 
     @cached_property
     def products(self) -> dict[str, np.ndarray]:
-        """The weights that are multiplied, as float64."""
+        """The weights of products, as float64."""
         return {name: self.arrays[name].astype(np.float64) for name in ("around", "middle", "readout")}
 
 
 def weight_shapes(planes: int, digits: int, bits: int, neighbours: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a ``PlaneModel``'s weights."""
+    """Shapes of the weights of a ``PlaneModel``."""
     nodes = (1 << bits) - 1
     return {
         "start": (planes, hidden),
@@ -102,116 +95,93 @@ def weight_shapes(planes: int, digits: int, bits: int, neighbours: int, hidden: 
 
 @dataclass(frozen=True)
 class Plane:
-    """A ``BitModel`` of one plane of an image, whose cells are its tokens."""
+    """A ``Predictor`` of one plane of one image. Its tokens are the cells; one call codes all cells of a step."""
 
     model: PlaneModel
     earlier: np.ndarray
 
-    @property
-    def tokenizer(self) -> str:
-        return self.model.tokenizer
-
-    @property
-    def identity(self) -> bytes:
-        return self.model.identity
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells, and bits of an id."""
-        rows, columns, _ = self.earlier.shape
-        return rows * columns, self.model.shape[1]
-
-    def run(self, pictures: int, code: BitCoder) -> Bits:
-        """All bits of the plane, each through ``code``, which gets all cells of a step at once. One picture only."""
-        model, s = self.model, self.earlier.shape[2]
+    def run(self, images: int, code: BitCoder) -> Bits:
+        model, (rows, columns, s) = self.model, self.earlier.shape
         around, middle, readout = (model.products[name][s] for name in ("around", "middle", "readout"))
-        digits, nodes = model.bias.shape[1:]
-        bits, table, largest = nodes.bit_length(), logistic_table(), LARGEST_LOGIT << FRACTION
-        known: Bits = np.zeros((pictures, *self.shape), np.int8)
-        lattice = Lattice(self.earlier.shape[0], self.earlier.shape[1], model.neighbours, model.order)
-        earlier = digits_of(self.earlier.reshape(len(known[0]), s), digits, bits)
+        digits, bits = model.bias.shape[1], model.bias.shape[2].bit_length()
+        known: Bits = np.zeros((images, rows * columns, digits * bits), np.int8)
+        lattice = Lattice(rows, columns, model.neighbours, model.order)
+        earlier = split_digits(self.earlier.reshape(rows * columns, s), digits, bits)
         field = lattice.field(self.earlier, model.shape[0], digits, bits)
         for cells in lattice.steps():
-            seen = field[lattice.around(cells)].reshape(len(cells), -1)
-            hidden = model.start[s] + product(seen, around, WEIGHT_FRACTION - FRACTION)
-            hidden = model.middle_start[s] + product(activated(hidden), middle, WEIGHT_FRACTION)
+            inputs = field[lattice.around(cells)].reshape(len(cells), -1)
+            hidden = model.start[s] + product(inputs, around, WEIGHT_FRACTION - FRACTION)
+            hidden = model.middle_start[s] + product(activation(hidden), middle, WEIGHT_FRACTION)
             hidden += model.digits[s, np.arange(s * digits), earlier[cells]].sum(axis=1)
             for digit in range(digits):
-                logits = model.bias[s, digit] + product(activated(hidden), readout[digit], WEIGHT_FRACTION)
-                p = table[np.clip(logits, -largest, largest) + largest]
+                p = probability(model.bias[s, digit] + product(activation(hidden), readout[digit], WEIGHT_FRACTION))
                 node: np.ndarray = np.ones(len(cells), np.int64)
-                for bit in reversed(range(bits)):
-                    index = digit * bits + bit
-                    chosen = code(cells, index, np.take_along_axis(p, node[:, None] - 1, 1).T)
-                    known[:, cells, index] = chosen
+                for bit in reversed(range(digit * bits, (digit + 1) * bits)):
+                    chosen = code(cells, bit, np.take_along_axis(p, node[:, None] - 1, 1).T)
+                    known[:, cells, bit] = chosen
                     node = 2 * node + chosen[0]
                 value = node - (1 << bits)
                 hidden += model.digits[s, s * digits + digit, value]
-                field[lattice.at(cells), s * digits + digit] = centred(value, bits)
+                field[lattice.index(cells), s * digits + digit] = centre(value, bits)
         return known
 
 
 class Lattice:
-    """Where the cells of an image are in a field of digits, which has a margin of zeros.
+    """Maps an image's cells to rows of a field of digits. The field has a margin of zeros.
 
     Args:
-        neighbours: rows and columns away.
-        order: of ``PlaneModel``.
+        neighbours: offsets (rows, columns).
+        order: as in ``PlaneModel``.
     """
 
     def __init__(self, rows: int, columns: int, neighbours: tuple[tuple[int, int], ...], order: np.ndarray):
-        self.rows, self.columns, self.order = rows, columns, order
-        self.margin = max((abs(away) for pair in neighbours for away in pair), default=0)
+        self.rows, self.columns = rows, columns
+        self.margin = max((abs(offset) for pair in neighbours for offset in pair), default=0)
         self.width = columns + 2 * self.margin
         self.offsets = np.array([down * self.width + right for down, right in neighbours], np.int64)
-
-    @property
-    def step_of(self) -> np.ndarray:
-        """The step of every cell."""
-        row, column = np.indices((self.rows, self.columns)).reshape(2, -1)
-        return self.order[row % self.order.shape[0], column % self.order.shape[1]]
+        row, column = np.indices((rows, columns)).reshape(2, -1)
+        self.step_of = order[row % order.shape[0], column % order.shape[1]]
 
     def steps(self) -> list[np.ndarray]:
-        """Indices of the cells of each step, in the order of coding; large steps in parts of ``CELLS_AT_ONCE``."""
-        step_of = self.step_of
-        cells = np.argsort(step_of, kind="stable")
-        steps = np.split(cells, np.flatnonzero(np.diff(step_of[cells])) + 1)
+        """Cell indices of each step, in coding order. Large steps are split into parts of ``CELLS_AT_ONCE``."""
+        cells = np.argsort(self.step_of, kind="stable")
+        steps = np.split(cells, np.flatnonzero(np.diff(self.step_of[cells])) + 1)
         return [step[i : i + CELLS_AT_ONCE] for step in steps for i in range(0, len(step), CELLS_AT_ONCE)]
 
-    def at(self, cells: np.ndarray) -> np.ndarray:
-        """Rows of the field that belong to cells."""
+    def index(self, cells: np.ndarray) -> np.ndarray:
+        """Field rows of cells."""
         row, column = np.divmod(cells, self.columns)
         return (row + self.margin) * self.width + column + self.margin
 
     def around(self, cells: np.ndarray) -> np.ndarray:
-        """Rows of the field that belong to the neighbours of cells: cells × K."""
-        return self.at(cells)[:, None] + self.offsets
+        """Field rows of the cells' neighbours: cells × K."""
+        return self.index(cells)[:, None] + self.offsets
 
     def field(self, ids: np.ndarray, planes: int, digits: int, bits: int) -> np.ndarray:
-        """Digits of the first planes' ids, rows × columns × planes, and zeros: int16, positions × planes · digits."""
+        """Ids, rows × columns × known planes -> their centred digits, padded with zeros: int16, field rows × S·D."""
         margin, known = self.margin, ids.shape[2]
         field: np.ndarray = np.zeros((self.rows + 2 * margin, self.width, planes, digits), np.int16)
-        values = digits_of(ids, digits, bits).reshape(self.rows, self.columns, known, digits)
-        field[margin : margin + self.rows, margin : margin + self.columns, :known] = centred(values, bits)
+        values = split_digits(ids, digits, bits).reshape(self.rows, self.columns, known, digits)
+        field[margin : margin + self.rows, margin : margin + self.columns, :known] = centre(values, bits)
         return field.reshape(-1, planes * digits)
 
 
 def product(x: np.ndarray, weights: np.ndarray, shift: int) -> np.ndarray:
-    """⌊x · weights / 2^shift⌋ of whole numbers: int64."""
+    """⌊x · weights / 2^shift⌋ of integer-valued arrays: int64."""
     return np.floor((x.astype(np.float64) @ weights) * 2.0**-shift).astype(np.int64)
 
 
-def activated(hidden: np.ndarray) -> np.ndarray:
-    """The bounds keep every sum of a product exact."""
+def activation(hidden: np.ndarray) -> np.ndarray:
+    """ReLU with an upper bound that keeps every product exact."""
     return np.clip(hidden, 0, LARGEST_ACTIVATION)
 
 
-def digits_of(ids: np.ndarray, digits: int, bits: int) -> np.ndarray:
-    """ids … × planes -> their digits, … × planes · digits."""
-    spread = (ids[..., None] >> bits * np.arange(digits)) & ((1 << bits) - 1)
-    return spread.reshape(*ids.shape[:-1], ids.shape[-1] * digits)
+def split_digits(ids: np.ndarray, digits: int, bits: int) -> np.ndarray:
+    """Ids … × planes -> digits … × planes · digits."""
+    values = (ids[..., None] >> bits * np.arange(digits)) & ((1 << bits) - 1)
+    return values.reshape(*ids.shape[:-1], ids.shape[-1] * digits)
 
 
-def centred(digit: np.ndarray, bits: int) -> np.ndarray:
-    """Digits as the network sees them, around 0."""
+def centre(digit: np.ndarray, bits: int) -> np.ndarray:
+    """Shift digits to be symmetric about 0, as the network sees them."""
     return 2 * digit + 1 - (1 << bits)

@@ -1,4 +1,4 @@
-"""Bits to bytes and back under a ``BitModel``, through constriction's range coder (Bamler 2022)."""
+"""Bits to bytes and back under a context model, by constriction's range coder (Bamler 2022)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from flowmo.codec.context import ONE, BitModel, Bits, ContextError
+from flowmo.codec.bits import Bits
+from flowmo.codec.context import ONE, ContextError, Predictor
 
-WORD = 4
-"""Bytes of the coder's words."""
+WORD_BYTES = 4
 
 
 def library() -> ModuleType:
-    """constriction's stream codes.
-
-    Raises:
-        ContextError: it is not installed.
-    """
+    """Return constriction's stream codes. Raises ``ContextError`` if it is not installed."""
     try:
         import constriction
     except ImportError:
-        raise ContextError("entropy coding needs constriction: pip install 'flowmo[codec]'") from None
+        raise ContextError("Entropy coding needs constriction. Run pip install 'flowmo[codec]'.") from None
     return constriction.stream
 
 
 def available() -> bool:
-    """Whether the range coder is installed."""
+    """True if constriction is installed."""
     try:
         library()
     except ContextError:
@@ -36,39 +32,38 @@ def available() -> bool:
     return True
 
 
-def encode(model: BitModel, bits: Bits) -> bytes:
-    """The bits of some pictures, n × tokens × bits of a token, as one string."""
+def encode(model: Predictor, bits: Bits) -> bytes:
+    """Encode the bits of some images, n × tokens × bits per token, as one string."""
     coded: list[tuple[Bits, np.ndarray]] = []
 
     def look_up(token: Any, bit: int, p: np.ndarray) -> Bits:
         coded.append((bits[:, token, bit], p))
-        return bits[:, token, bit]
+        return coded[-1][0]
 
     model.run(len(bits), look_up)
-    return _string(coded)
+    return _encode(coded)
 
 
-def _string(coded: Sequence[tuple[Bits, np.ndarray]]) -> bytes:
-    """Of bits and their probabilities · ``ONE``, in the order of coding."""
+def _encode(coded: Sequence[tuple[Bits, np.ndarray]]) -> bytes:
+    """Encode (bits, probabilities · ``ONE``) in coding order."""
     stream = library()
     encoder = stream.queue.RangeEncoder()
     symbols, p = (np.concatenate([part.ravel() for part in column]) for column in zip(*coded, strict=True))
-    # The division is exact, by a power of 2.
+    # division by a power of two is exact
     encoder.encode(symbols.astype(np.int32), stream.model.Bernoulli(perfect=False), p / ONE)
-    # The first byte counts most; zeros at the end are what the decoder reads there anyway.
+    # big-endian words; the decoder reads missing bytes as zeros
     return encoder.get_compressed().astype(">u4").tobytes().rstrip(b"\0")
 
 
-def decode(model: BitModel, content: bytes, pictures: int) -> Bits:
-    """The inverse of ``encode``, whose strings may be followed by zeros; another string gives other bits.
+def decode(model: Predictor, content: bytes, images: int) -> Bits:
+    """Invert ``encode``. Zeros may follow the string.
 
     Raises:
-        ContextError: the string cannot come from ``encode``: each group of bits has one that does.
+        ContextError: ``encode`` never writes this string.
     """
     stream = library()
-    words = np.frombuffer(content + bytes(-len(content) % WORD), ">u4").astype(np.uint32)
+    words = np.frombuffer(content + bytes(-len(content) % WORD_BYTES), ">u4").astype(np.uint32)
     decoder, family = stream.queue.RangeDecoder(words), stream.model.Bernoulli(perfect=False)
-
     coded: list[tuple[Bits, np.ndarray]] = []
 
     def next_bits(token: Any, bit: int, p: np.ndarray) -> Bits:
@@ -76,9 +71,9 @@ def decode(model: BitModel, content: bytes, pictures: int) -> Bits:
         return coded[-1][0]
 
     try:
-        bits = model.run(pictures, next_bits)
-    except AssertionError:  # constriction's word for data that its model cannot have made
-        raise ContextError("no string of this context model") from None
-    if _string(coded) != content.rstrip(b"\0"):
-        raise ContextError("no string of this context model")
+        bits = model.run(images, next_bits)
+    except AssertionError:  # constriction's error for impossible data
+        bits = None
+    if bits is None or _encode(coded) != content.rstrip(b"\0"):  # each group of bits has one string
+        raise ContextError("The string was not written with this context model.")
     return bits
