@@ -24,7 +24,7 @@ class Sources:
     """Ids of pictures as ``Tokens`` gives them, with a structure to be found: a token repeats the one above it with
     some noise, its second half is the first reversed, and token 0 is always 0."""
 
-    facts = Vocabulary(
+    metadata = Vocabulary(
         tokenizer="0123456789abcdef",
         model="tiny",
         image_size=32,
@@ -206,7 +206,7 @@ def generator(sources):
     """One of random weights, strong enough to have opinions."""
     torch.manual_seed(0)
     small = ("generator.depth=2", "generator.hidden_size=64", "generator.num_heads=1")
-    generator = Generator(preset("maskgit_nano").override(*small), Sources.facts).eval().requires_grad_(False)
+    generator = Generator(preset("maskgit_nano").override(*small), Sources.metadata).eval().requires_grad_(False)
     for parameter in generator.parameters():
         parameter.mul_(4)
     return generator
