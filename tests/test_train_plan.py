@@ -405,3 +405,14 @@ def test_peak_is_measured_where_no_sheet_is():
     flops, source = peak_flops(torch.device("cpu"), False)
     assert source == "measured"
     assert flops > 1e9
+
+
+def test_cost_of_mixed_crop_sizes_is_their_mean():
+    """A windowed network costs the same per pixel at any size, so FLOPs follow the mean area; memory, the largest."""
+    small = ("model.hidden_size=96", "model.enc_hidden_size=96", "opt.lpips_weight=0")
+    base = preset("native").override(*small, "data.image_size=256", "model.code_length=256")
+    costs = {side: training_cost(base.override(f"data.crop_sizes={side}x{side}")) for side in (128, 256)}
+    mixed = training_cost(base.override("data.crop_sizes=128x128 256x256"))
+    assert mixed.flops == pytest.approx((costs[128].flops + costs[256].flops) / 2)
+    assert mixed.flops == pytest.approx(2.5 * costs[128].flops, rel=0.02)
+    assert mixed.activation_bytes == costs[256].activation_bytes > costs[128].activation_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -89,7 +90,7 @@ def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = Tr
     if model.quantization_type in HUB_NAMES:  # its language model is not counted
         model = replace(model, quantization_type="noop")
     relevant = Config(
-        data=DataConfig(image_size=config.data.image_size),
+        data=DataConfig(image_size=config.data.image_size, crop_sizes=config.data.crop_sizes),
         model=model,
         opt=OptConfig(
             lpips_weight=config.opt.lpips_weight,
@@ -170,14 +171,16 @@ def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
 
     short = shorter(config, 2) if beyond else config
     plain = replace(short, trainer=replace(config.trainer, enable_bfloat16=True, activation_checkpointing=False))
-    states = beyond * 4 * 3 * config.data.image_size**2
+    sizes = config.data.crops or [(config.data.image_size, config.data.image_size)]
+    largest = max(sizes, key=math.prod)
+    states = beyond * 4 * 3 * math.prod(largest)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        flops = _flops(_step(plain, freeze_encoder, COUNTED)[0], bfloat16=True)
+        flops = _mean_flops(plain, freeze_encoder, sizes)
         if beyond:
-            flops += beyond * (flops - _flops(_step(shorter(plain, 1), freeze_encoder, COUNTED)[0], bfloat16=True))
+            flops += beyond * (flops - _mean_flops(shorter(plain, 1), freeze_encoder, sizes))
         try:
             transformer.plain_bfloat16_on_cpu = not fused
-            steps = [_step(short, freeze_encoder, n) for n in (COUNTED, 2 * COUNTED)]
+            steps = [_step(short, freeze_encoder, n, largest) for n in (COUNTED, 2 * COUNTED)]
             few, many = (_peak(step, modules, config.trainer.enable_bfloat16) for step, modules in steps)
         finally:
             transformer.plain_bfloat16_on_cpu = True
@@ -187,8 +190,15 @@ def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
     return Cost(flops / COUNTED, 5 * 4 * parameters, per_image + states, fixed)
 
 
-def _step(config: Config, freeze_encoder: bool, count: int) -> tuple[Callable[[], Tensor], list[nn.Module]]:
-    """The loss of a step over ``count`` images, and the modules that it holds."""
+def _mean_flops(config: Config, freeze_encoder: bool, sizes: Sequence[tuple[int, int]]) -> float:
+    """FLOPs of a step over ``COUNTED`` images, mean over the sizes that training draws with equal chance."""
+    return sum(_flops(_step(config, freeze_encoder, COUNTED, size)[0], bfloat16=True) for size in sizes) / len(sizes)
+
+
+def _step(
+    config: Config, freeze_encoder: bool, count: int, size: tuple[int, int]
+) -> tuple[Callable[[], Tensor], list[nn.Module]]:
+    """The loss of a step over ``count`` images of one height and width, and the modules that it holds."""
     perceptual, mode = None, config.opt.lpips_mode
     if config.opt.lpips_weight:
         perceptual = build_distance(mode, pretrained=False)
@@ -197,8 +207,7 @@ def _step(config: Config, freeze_encoder: bool, count: int) -> tuple[Callable[[]
     if config.stage == "distill":
         teacher = FlowMo(teacher_of(config)).requires_grad_(False)
     stage = prepare(Stage(tokenizer, tokenizer.config.opt, perceptual, teacher), World(), config.trainer)
-    side = config.data.image_size
-    images = torch.empty(count, 3, side, side)
+    images = torch.empty(count, 3, *size)
     flags = torch.ones(count, config.model.posttrain_sample_k, dtype=torch.bool)
     chain = Chain(images, torch.empty(count, config.model.posttrain_sample_k + 1), flags)
     times = torch.empty(count, config.opt.jumps)
