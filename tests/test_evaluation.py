@@ -453,7 +453,7 @@ def test_whole_images_by_the_command(native, rectangles, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--fit", "whole", "--size", "64"], "leave out --size"),
+        (["--fit", "whole", "--size", "64"], "Leave out --size"),
         (["--fit", "whole", "--peers", "titok-l32=x"], "titok-l32 works at 256 × 256, not at whole images"),
         (["--fit", "whole", "--bpp", "0.0001"], "below every rate"),
     ],

@@ -171,7 +171,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     for words in (["--reference", theirs], [ours, "--reference", theirs, "--features", "none"]):
         status, _, err = run_command(capsys, "evaluate", *words)
         assert status == 2
-        assert "name both" in err
+        assert "Name both" in err
 
 
 def test_inception_score_by_its_definition():

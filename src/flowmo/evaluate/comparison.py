@@ -1,0 +1,168 @@
+"""Measure a FlowMo beside codecs and other tokenizers on the same images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from flowmo.data import Source, evenly_spread
+from flowmo.distributed import World
+from flowmo.evaluate.codecs import FORMATS, CodecReconstructor
+from flowmo.evaluate.measurement import EvaluationError
+from flowmo.evaluate.peers import SIDE, build_peer
+from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, Reconstructor, Throughput, measure
+from flowmo.evaluate.report import Entry, weights_hash, write_report
+from flowmo.evaluate.summary import Summary
+from flowmo.images import Tiling
+from flowmo.precision import describe
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """A FlowMo, codecs and other tokenizers, to measure on the same images. All ranks use it together.
+
+    Attributes:
+        model: the FlowMo. Its ``steps`` and ``guidance`` are numbers, for the report.
+        side: side of the central square crops; ``None`` takes each image at its own size.
+        rates: bits per pixel to encode at, by a variable-rate model; none is the full rate.
+        peers: names of ``FORMATS``, or ``NAME=WEIGHTS`` as ``build_peer`` takes them. Codecs get the bytes of the ids;
+            without a ``side``, at least the bytes of the model's file of the same image.
+        limit: measure this many images, evenly spread.
+        enlarge: accept images smaller than ``side``.
+        out: folder of the measurements and the report. The same comparison resumes from it.
+        progress: makes a callback from a candidate's name, see ``measure``.
+
+    Raises:
+        EvaluationError: a peer cannot work at this size.
+        CodecMissingError: the installed Pillow lacks a codec.
+    """
+
+    model: FlowMoReconstructor
+    source: Source
+    evaluators: Evaluators
+    side: int | None
+    rates: Sequence[float] = ()
+    peers: Sequence[str] = ()
+    limit: int | None = None
+    enlarge: bool = False
+    out: Path | None = None
+    world: World = World()
+    progress: Callable[[str], Callable[[int, int], None] | None] = lambda name: None
+    entries: list[Entry] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.evaluators.remember = bool(self.peers) or len(self.rates) > 1
+        self.chosen = evenly_spread(self.limit or len(self.source), len(self.source))
+        for peer in self.peers:
+            name = peer.partition("=")[0]
+            if name in FORMATS:
+                CodecReconstructor(name, 0)  # report a missing codec before hours of work
+            elif self.side != SIDE:
+                size = f"{self.side} × {self.side}" if self.side else "whole images"
+                raise EvaluationError(f"{name} works at {SIDE} × {SIDE}, not at {size}. Add --size {SIDE}.")
+        if self.peers and not self.side and self.model.codec is None:
+            raise EvaluationError(
+                "Codecs beside whole images need a model that writes files. This one has a continuous code."
+            )
+
+    @property
+    def precision(self) -> str:
+        return describe(self.model.tokenizer.precision, self.model.tokenizer.device)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a square crop."""
+        side = self.side or 1
+        return len(Tiling(side, side, self.model.tokenizer.config.data.image_size).corners)
+
+    @property
+    def budget(self) -> int:
+        """Bytes of the ids of a square crop."""
+        config = self.model.tokenizer.config
+        bits = config.bits_per_image or 32 * config.model.code_length * config.model.context_dim
+        return math.ceil(self.tiles * bits / 8)
+
+    @property
+    def protocol(self) -> str:
+        if self.side is None:
+            return "whole, at its own size"
+        return f"short side resized to {self.side}, central square"
+
+    def measured_indices(self, entry: Entry) -> list[int]:
+        """Return the dataset indices of the images that could be read, in order."""
+        return [index for index, done in zip(self.chosen, entry.measurement.done.tolist(), strict=True) if done]
+
+    def measure(self) -> Iterator[Entry]:
+        """Measure one candidate after another."""
+        for candidate, metadata in self._candidates():
+            throughput = Throughput()
+            measured = measure(
+                candidate,
+                self.source,
+                self.side,
+                self.evaluators,
+                limit=self.limit,
+                batch_size=self.model.tokenizer.config.eval.batch_size,
+                device=self.world.device,
+                world=self.world,
+                enlarge=self.enlarge,
+                folder=self.out / "measured" / candidate.name if self.out else None,
+                metadata=metadata,
+                throughput=throughput,
+                progress=self.progress(candidate.name),
+            )
+            summary = Summary.of(candidate.name, measured, self.evaluators.features)
+            self.entries.append(Entry(candidate, measured, summary, throughput))
+            yield self.entries[-1]
+
+    def _candidates(self) -> Iterator[tuple[Reconstructor, dict[str, Any]]]:
+        """Yield each candidate with the settings that its metrics depend on."""
+        model = self.model
+        sampling = {"steps": model.steps, "seed": model.seed, "guidance": model.guidance, "precision": self.precision}
+        sampling["identity"] = model.tokenizer.identity()
+        for rate in self.rates or (None,):
+            suffix = "" if rate is None else f" at {rate:g}"
+            sampling = sampling | {"bits_per_pixel": rate}
+            yield replace(model, name=model.name + suffix, bits_per_pixel=rate), sampling
+            if self.side or not self.peers:
+                continue
+            ours = self.entries[-1]
+            file_bytes = ours.measurement.column("file_bits").div(8).int().tolist()
+            budgets = dict(zip(self.measured_indices(ours), file_bytes, strict=True))
+            for codec in self.peers:
+                peer = CodecReconstructor(codec, budgets, at_least=True)
+                peer.name += suffix
+                yield peer, {"budget": "the model's files", **sampling}
+        for name, _, weights in (peer.partition("=") for peer in self.peers if self.side):
+            if name in FORMATS:
+                for headers in (True, False):
+                    yield CodecReconstructor(name, self.budget, headers), {"budget": self.budget}
+            else:
+                yield build_peer(name, weights or None, self.world.device), {"weights": weights}
+
+    def report(self, source: str, model: str) -> None:
+        """Write the report to ``out``. ``source`` and ``model`` are names for its header."""
+        assert self.out is not None
+        own, side, indices = self.model, self.side, self.measured_indices(self.entries[0])
+        networks = {"LPIPS (AlexNet)": self.evaluators.lpips_alex, "LPIPS (VGG)": self.evaluators.lpips_vgg}
+        networks["features"] = self.evaluators.features
+        square = f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}"
+        header: dict[str, Any] = {
+            "pictures": f"{source}: {len(indices)} of {len(self.source)}, evenly spread",
+            "protocol": square if side else f"each image {self.protocol}",
+            "model": f"{model}, tokenizer {own.tokenizer.identity()}",
+            **({"tiles a picture": self.tiles} if side else {}),
+            "sampling": f"{own.steps} steps, seed {own.seed}, guidance {own.guidance}",
+            "precision": self.precision,
+            "judges' weights": {name: weights_hash(network) for name, network in networks.items() if network},
+        }
+        if self.peers:
+            header["codecs"] = (
+                f"highest quality within {self.budget} bytes a picture: whole files, and without their headers"
+                if side
+                else "lowest quality whose whole file has at least the bytes of the model's file of the same image"
+            )
+        write_report(self.out, self.entries, self.source, indices, side, header)
