@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from flowmo.evaluate.peers import CONTINUOUS, DISCRETE, SIDE, Peer, PeerError, build_peer
-from flowmo.evaluate.peers.convolutional import bits_to_ids, ids_to_bits
 from flowmo.evaluate.peers.cosmos import FILES, Cosmos
 from flowmo.evaluate.peers.titok import TiTok
+from flowmo.evaluate.peers.vqgan import bits_to_ids, ids_to_bits
 from flowmo.evaluate.published import TABLE_1
 from flowmo.losses.torchvision_import import before_importing
 

@@ -14,10 +14,8 @@ import torch
 from flowmo.evaluate.peers.base import SIDE, Peer, PeerError, TokenNetwork
 from flowmo.evaluate.peers.continuous import HUB, ContinuousPeer
 from flowmo.evaluate.peers.cosmos import Cosmos
-from flowmo.evaluate.peers.llamagen import LlamaGen
-from flowmo.evaluate.peers.magvit2 import OpenMagvit2
-from flowmo.evaluate.peers.maskgit import MaskBit
 from flowmo.evaluate.peers.titok import TiTok
+from flowmo.evaluate.peers.vqgan import LlamaGen, MaskBit, OpenMagvit2
 
 __all__ = ["CONTINUOUS", "DISCRETE", "SIDE", "Peer", "PeerError", "build_peer"]
 

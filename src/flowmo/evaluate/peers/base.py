@@ -93,17 +93,21 @@ def read_weights(path: str | Path, *keys: str) -> dict[str, Tensor]:
 def load_exactly(
     network: nn.Module, weights: Mapping[str, Tensor], path: str | Path, keep: Callable[[str], bool] = lambda name: True
 ) -> None:
-    """Load ``weights`` into a network, except names that ``keep`` rejects because only training needs them.
+    """Load ``weights`` into a network, except names that ``keep`` rejects. Dots and underscores in names are ignored.
 
     Raises:
         PeerError: a tensor is missing, unknown, or of another shape.
     """
-    ours = network.state_dict()
-    theirs = {name: value for name, value in weights.items() if keep(name)}
+
+    def key(name: str) -> str:
+        return name.replace(".", "").replace("_", "")
+
+    ours = {key(name): (name, value.shape) for name, value in network.state_dict().items()}
+    theirs = {key(name): value for name, value in weights.items() if keep(name)}
     wrong = ours.keys() ^ theirs.keys()
-    wrong |= {name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape}
+    wrong |= {name for name in ours.keys() & theirs.keys() if ours[name][1] != theirs[name].shape}
     if wrong:
         raise PeerError(
             f"{path} does not hold the weights of this tokenizer: {len(wrong)} tensors differ, such as {min(wrong)}."
         )
-    network.load_state_dict(theirs)
+    network.load_state_dict({name: theirs[key(name)] for name, _ in ours.values()})

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.evaluate.peers.base import SIDE, TokenNetwork, load_exactly, read_weights
-from flowmo.evaluate.peers.convolutional import chain, nearest
-from flowmo.evaluate.peers.maskgit import decoder
+from flowmo.evaluate.peers.vqgan import TITOK, Chain, VectorCodebook
 
 SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth and heads."""
@@ -23,7 +21,8 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = chain(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
+        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = Chain({"c_fc": wide, "gelu": nn.GELU(), "c_proj": narrow})
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ln_1(x)
@@ -91,19 +90,15 @@ class TiTok(TokenNetwork):
         super().__init__()
         self.latent_tokens = nn.Parameter(torch.randn(tokens, SIZES[size][0]))
         self.encoder, self.decoder = Encoder(size, tokens), PatchDecoder(size, tokens)
-        self.quantize = chain(embedding=nn.Embedding(self.id_count, CODE_CHANNELS))
-        self.pixel_quantize = chain(embedding=nn.Embedding(PIXEL_CODES, 256))
-        self.pixel_decoder = decoder(256, maskbit=False)
-
-    def codebook(self) -> Tensor:
-        return F.normalize(self.quantize.embedding.weight, dim=-1)
+        self.quantize = VectorCodebook(self.id_count, CODE_CHANNELS)
+        self.pixel_quantize = VectorCodebook(PIXEL_CODES, 256)
+        self.pixel_decoder = TITOK.decoder(256)
 
     def encode(self, x: Tensor) -> Tensor:
-        code = self.encoder(x, self.latent_tokens).transpose(1, 2)
-        return nearest(F.normalize(code, dim=-1), self.codebook())
+        return self.quantize.ids(self.encoder(x, self.latent_tokens).transpose(1, 2))
 
     def decode(self, ids: Tensor) -> Tensor:
-        logits = self.decoder(self.codebook()[ids])
+        logits = self.decoder(self.quantize.vectors()[ids])
         code = torch.einsum("bnhw,nc->bchw", logits.softmax(dim=1), self.pixel_quantize.embedding.weight)
         return self.pixel_decoder(code)
 
