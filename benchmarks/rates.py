@@ -207,22 +207,28 @@ def union(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dic
 
 
 def draw_table(content: dict[str, Any]) -> str:
-    """Markdown: a table for each rate of the first model, and one of the rest."""
+    """Markdown page: curves, images, a table for each rate of the first model, and one of the rest."""
     metrics = {key: name for key, name in METRICS.items() if key in content["rows"][0]}
     head = ["", "bytes", "bits/pixel", *metrics.values()]
     rule = "|---" + "|--:" * (len(head) - 1) + "|"
     lines = [
+        "# Whole images over five rates",
+        "",
         f"{content['images']} whole images of `{content['source']}`, entire files. ± is the standard error.",
         "For each image, a codec takes the lowest quality whose file has at least the bytes of the model's file.",
         "Where its smallest file is larger, it codes the image at half or a quarter of its size and enlarges it.",
         f"The features of rFID and rKID come from {content['rows'][0]['features']}. So few images overstate rFID.",
+        "",
+        "![Metrics over bits per pixel](curves.png)",
+        "",
+        "![Twelve images, evenly spread over the set, each at three rates](images.jpg)",
     ]
     rate: Any = ""
     for row in content["rows"]:
         if row["rate"] != rate:
             rate = row["rate"]
             title = "own rate" if rate is None else f"{rate:.4f} bits per pixel before entropy coding"
-            lines += ["", f"### {title}", "", "| " + " | ".join(head) + " |", rule]
+            lines += ["", f"## {title[0].upper()}{title[1:]}", "", "| " + " | ".join(head) + " |", rule]
         cells = [row["name"], f"{row['bytes']:.0f}", f"{row['bits_per_pixel']:.4f}"]
         for key in metrics:
             error = f" ± {row[f'{key}_error']:.{DIGITS.get(key, 3)}f}" if f"{key}_error" in row else ""
