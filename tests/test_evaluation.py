@@ -456,6 +456,7 @@ def test_whole_images_by_the_command(native, rectangles, tmp_path, capsys):
         (["--fit", "whole", "--size", "64"], "Leave out --size"),
         (["--fit", "whole", "--peers", "titok-l32=x"], "titok-l32 works at 256 × 256, not at whole images"),
         (["--fit", "whole", "--bpp", "0.0001"], "below every rate"),
+        (["--fit", "whole", "--peers", "heic"], "heic"),
     ],
 )
 def test_whole_images_that_cannot_be(native, rectangles, tmp_path, capsys, words, message):
@@ -464,6 +465,16 @@ def test_whole_images_that_cannot_be(native, rectangles, tmp_path, capsys, words
     status, _, error = run_command(capsys, "evaluate", *words)
     assert status == 2
     assert message in error
+
+
+def test_whole_images_of_a_few_pixels_are_refused_by_name(native, tmp_path, capsys):
+    """AlexNet's features need 31 pixels a side."""
+    Image.new("RGB", (200, 31)).save(tmp_path / "thin.png")
+    save(native, tmp_path / "native.safetensors")
+    words = ["evaluate", tmp_path, "--fit", "whole", "--model", tmp_path / "native.safetensors", "--features", "none"]
+    status, _, error = run_command(capsys, *words, "--no-lpips")
+    assert status == 2
+    assert "thin.png is 200×31. Metrics need at least 32 pixels a side." in error
 
 
 def test_payloads_are_what_they_say():

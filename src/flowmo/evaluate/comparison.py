@@ -12,7 +12,7 @@ from flowmo.data import Source, evenly_spread
 from flowmo.distributed import World
 from flowmo.evaluate.codecs import FORMATS, CodecReconstructor
 from flowmo.evaluate.measurement import EvaluationError
-from flowmo.evaluate.peers import SIDE, build_peer
+from flowmo.evaluate.peers import CONTINUOUS, DISCRETE, SIDE, build_peer
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, Reconstructor, Throughput, measure
 from flowmo.evaluate.report import Entry, weights_hash, write_report
 from flowmo.evaluate.summary import Summary
@@ -60,6 +60,8 @@ class Comparison:
             name = peer.partition("=")[0]
             if name in FORMATS:
                 CodecReconstructor(name, 0)  # report a missing codec before hours of work
+            elif name not in (*DISCRETE, *CONTINUOUS):
+                build_peer(name, None)  # reports the known names
             elif self.side != SIDE:
                 size = f"{self.side} × {self.side}" if self.side else "whole images"
                 raise EvaluationError(f"{name} works at {SIDE} × {SIDE}, not at {size}. Add --size {SIDE}.")

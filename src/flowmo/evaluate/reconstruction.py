@@ -28,6 +28,9 @@ from flowmo.losses.perceptual import LPIPS
 from flowmo.model.sampler import image_seed
 from flowmo.tokenizer import Codes, FlowMo
 
+SMALLEST_WHOLE = 32
+"""Pixels a side of the smallest image that every metric takes: AlexNet of LPIPS needs 31."""
+
 
 class Reconstruction(NamedTuple):
     """Reconstructions of b images.
@@ -322,6 +325,11 @@ def readable_crops(
             raise EvaluationError(
                 f"{source.name(index)} is {image.width}×{image.height}, smaller than the crop of {side}×{side}. "
                 "Leave it out, or enlarge such images with --enlarge."
+            )
+        if side is None and min(image.size) < SMALLEST_WHOLE:
+            raise EvaluationError(
+                f"{source.name(index)} is {image.width}×{image.height}. Metrics need at least {SMALLEST_WHOLE} pixels "
+                "a side. Leave it out."
             )
         crops.append(to_tensor(resize_and_crop(image, side) if side else image))
     return torch.stack(crops) if crops else torch.empty(0, 3, side or 0, side or 0), unreadable
