@@ -22,7 +22,7 @@ from flowmo.data.tokens import Tokens
 from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.generate.classes import class_titles
 from flowmo.generate.generator import Generator
-from flowmo.generate.produce import Drawing
+from flowmo.generate.samples import SampleSettings
 from flowmo.tokenizer import FlowMo
 from reproduce.generation import (
     COLUMNS,
@@ -145,7 +145,7 @@ def study_tokenizer(
 
     def drawn(trained: tuple[Generator, float], kind: str, label: str, **drawing: Any) -> dict[str, Any]:
         generator, nats = trained
-        make = partial(generated, generator, tokenizer, labels, Drawing(steps=scale.steps, **drawing), place)
+        make = partial(generated, generator, tokenizer, labels, SampleSettings(steps=scale.steps, **drawing), place)
         return row(kind, label, make, cross_entropy=nats, **drawing)
 
     table, swept = train_generator(scale.generator, f"{name}-table", there), []

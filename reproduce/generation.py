@@ -19,7 +19,7 @@ from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_f
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.reconstruction import Evaluators, print_unreadable, readable_crops
 from flowmo.generate.generator import Generator, load_generator
-from flowmo.generate.produce import Drawing, image_seeds
+from flowmo.generate.samples import SampleSettings, image_seeds
 from flowmo.generate.tokenize import Tokenizer, tokenize
 from flowmo.images import to_bytes, to_pil
 from flowmo.streams import Stream, stream
@@ -207,7 +207,9 @@ def independent(tokenizer: Tokenizer, tokens: Tokens, labels: Tensor) -> Drawn:
     return Drawn(torch.cat(images), labels)
 
 
-def generated(generator: Generator, tokenizer: Tokenizer, labels: Tensor, drawing: Drawing, place: Place) -> Drawn:
+def generated(
+    generator: Generator, tokenizer: Tokenizer, labels: Tensor, drawing: SampleSettings, place: Place
+) -> Drawn:
     """The same on any number of processes, which share the work."""
     side, device = tokenizer.config.data.image_size, place.world.device
     images = torch.zeros(len(labels), 3, side, side, dtype=torch.int32)

@@ -18,7 +18,7 @@ from flowmo.config import Config, preset
 from flowmo.data import open_source
 from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.generate.classes import class_titles
-from flowmo.generate.produce import Drawing
+from flowmo.generate.samples import SampleSettings
 from flowmo.generate.tokenize import Tokenizer
 from flowmo.train.state import read_metadata
 from reproduce import bases
@@ -160,7 +160,7 @@ def study_tokenizer(kind: str, match: Match, judge: Judge, place: Place) -> Iter
     for seed in range(1, scale.seeds + 1):
         name = f"{kind}-generator-seed{seed}"
         generator, nats = train_generator(scale.generator.override(f"trainer.seed={seed}"), name, tokens)
-        drawing = Drawing(seed=seed, steps=scale.steps)
+        drawing = SampleSettings(seed=seed, steps=scale.steps)
         make = partial(generated, generator, tokenizer, judge.evenly(), drawing, place)
         yield judged(name, KINDS[kind], judge, place, make, kind="generated", seed=seed, cross_entropy=nats, **facts)
 

@@ -27,7 +27,7 @@ from flowmo.evaluate.metrics.sets import kernel_distance, precision_and_recall
 from flowmo.evaluate.reconstruction import Evaluators, Reconstruction, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.generate.generator import GenerationError, Generator, build_generator
-from flowmo.generate.produce import image_seeds
+from flowmo.generate.samples import image_seeds
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import ImageError, read_image, resize_and_crop, to_bytes, to_pil, to_tensor
 from flowmo.losses.noise import TrainingNoise

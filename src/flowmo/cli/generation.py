@@ -217,7 +217,7 @@ def generate(arguments: argparse.Namespace) -> None:
     """
     from flowmo.distributed import join
     from flowmo.generate.generator import load_generator
-    from flowmo.generate.produce import Drawing, check_pair, draw, parse_places, produce
+    from flowmo.generate.samples import SampleSettings, check_pair, parse_positions, sample_images, write_samples
 
     out = arguments.out
     with join(arguments.device) as world:
@@ -233,12 +233,12 @@ def generate(arguments: argparse.Namespace) -> None:
         count = arguments.count or len(classes) * arguments.per_class
         class_rows = as_grid and not arguments.count  # one class below another
         labels = [classes[i // arguments.per_class if class_rows else i % len(classes)] for i in range(count)]
-        drawing = Drawing(**{field.name: getattr(arguments, field.name) for field in fields(Drawing)})
+        drawing = SampleSettings(**{field.name: getattr(arguments, field.name) for field in fields(SampleSettings)})
         class_names = [generator.class_name(label) for label in classes]
         summary = {"file": str(out), "pictures": count, "classes": class_names, "indices": classes}
         guidance, show = generator.guidance_in_words(arguments.guidance), progress_bar("drawing")
         if not as_grid:
-            produce(generator, tokenizer, labels, out, drawing, world=world, progress=show)
+            write_samples(generator, tokenizer, labels, out, drawing, world=world, progress=show)
             if world.main:
                 shown = f": {', '.join(class_names)}" if arguments.classes else ""
                 line = f"{guidance}\n{out}: {count} pictures of {len(classes)} classes{shown}"
@@ -253,8 +253,8 @@ def generate(arguments: argparse.Namespace) -> None:
             codes = tokenizer.encode_image(read_image(arguments.edit), "crop")
             assert codes.ids is not None  # a generator's tokenizer has ids
             ids = codes.ids.expand(count, -1, -1)
-            keep = parse_places(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
-        images = draw(generator, tokenizer, labels, range(count), drawing, ids, keep, show)
+            keep = parse_positions(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
+        images = sample_images(generator, tokenizer, labels, range(count), drawing, ids, keep, show)
         columns = min(count, arguments.per_class if class_rows and len(classes) > 1 else GRID_COLUMNS)
         write_grid(out, images, columns)
         line = f"{guidance}\n{out}: {count} pictures, rows of {columns}: {', '.join(class_names)}"

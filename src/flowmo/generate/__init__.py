@@ -1,1 +1,1 @@
-"""Stage 2: pictures from tokens. A dataset as ids, a MaskGiT that learns them, and its samples."""
+"""Stage 2: a MaskGiT that generates a tokenizer's ids from classes."""

@@ -1,9 +1,9 @@
-"""Bidirectional transformers that guess hidden ids from the others and a class (Chang et al. 2022).
+"""Bidirectional transformers that predict hidden ids from the visible ones and a class (Chang et al. 2022).
 
-``MaskGiT`` is ours. ``UViT`` is the paper's: TiTok's ``UViTBert`` (bytedance/1d-tokenizer), which has 397 178 368
-parameters at width 1024, depth 28, 512 ids of 9 bits and 1000 classes.
+``MaskGiT`` is ours. ``UViT`` is the paper's: TiTok's ``UViTBert`` (bytedance/1d-tokenizer), with 397 178 368 parameters
+at width 1024, depth 28, 512 ids of 9 bits and 1000 classes.
 
-Shape annotations name axes: b batch, n ids of a picture, d width, v ids of the vocabulary.
+Shapes: b batch, n ids per image, d width, v vocabulary size.
 """
 
 from __future__ import annotations
@@ -17,42 +17,31 @@ from flowmo.model.transformer import GELU, RMSNorm, attend
 
 
 class MaskGiT(nn.Module):
-    """Ids b n, some hidden, and a class b to logits b n v of every place.
+    """Ids b n, a mask of hidden ones and a class b -> logits b n v.
 
     Args:
-        settings: widths and depth, and how ids enter.
-        id_bits: bits of an id; the vocabulary is 2^id_bits.
-        ids: of a picture, n.
-        classes: number of classes; class number ``classes`` is the null class of guidance.
+        settings: width, depth and how ids enter.
+        id_bits: bits of an id; the vocabulary size is 2^id_bits.
+        ids: number of ids per image, n.
+        classes: number of classes; class ``classes`` is the null class of guidance.
     """
 
     def __init__(self, settings: GeneratorConfig, id_bits: int, ids: int, classes: int):
         super().__init__()
         width = settings.hidden_size
-        self.id_bits, self.classes, self.bit_tokens = id_bits, classes, settings.bit_tokens
-        if settings.bit_tokens:  # MaskBiT: an id enters as the signs that the tokenizer's decoder sees, no table
+        self.id_bits, self.bit_tokens = id_bits, settings.bit_tokens
+        if settings.bit_tokens:  # MaskBiT: no table; an id enters as the signs that the tokenizer's decoder sees
             self.bits_in = nn.Linear(id_bits, width)
         else:
             self.id_table = nn.Embedding(2**id_bits, width)
         self.hidden_id = nn.Parameter(torch.empty(width))
-        self.place = nn.Parameter(torch.empty(ids, width))
+        self.place = nn.Parameter(torch.empty(ids, width))  # position embedding
         self.class_table = nn.Embedding(classes + 1, width)
-        self.blocks = nn.ModuleList(
-            Block(width, settings.num_heads, settings.mlp_ratio, settings.dropout) for _ in range(settings.depth)
-        )
+        shape = (width, settings.num_heads, settings.mlp_ratio, settings.dropout)
+        self.blocks = nn.ModuleList(Block(*shape) for _ in range(settings.depth))
         self.norm_out = nn.LayerNorm(width)
         self.logits_out = nn.Linear(width, 2**id_bits)
-        self.initialise()
-
-    def initialise(self) -> None:
-        """Normal weights of deviation 0.02, as BERT's; what ends a residual branch shrinks with their number."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "norm" not in name:  # their scales are 1
-                ends_branch = name.endswith(("proj.weight", "mlp_out.weight"))
-                deviation = 0.02 / (2 * len(self.blocks)) ** 0.5 if ends_branch else 0.02
-                nn.init.normal_(parameter, std=deviation)
+        initialise(self, {"proj.weight": 2 * settings.depth, "mlp_out.weight": 2 * settings.depth})
 
     def forward(self, ids: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
         """Args: ids int64 b n, any value where hidden; hidden bool b n; labels int64 b."""
@@ -63,15 +52,29 @@ class MaskGiT(nn.Module):
         return self.logits_out(self.norm_out(x[:, 1:]))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """b n d."""
         if not self.bit_tokens:
             return self.id_table(ids)
         bits = (ids[..., None] >> torch.arange(self.id_bits, device=ids.device)) & 1
         return self.bits_in(2 * bits.to(self.place.dtype) - 1)
 
 
+def initialise(network: nn.Module, residual: dict[str, int] | None = None) -> None:
+    """Draw normal weights of standard deviation 0.02, as in BERT. Norms keep scale 1; biases are 0.
+
+    Args:
+        residual: endings of the names of layers that end a residual branch -> number of branches. Their standard
+            deviation is divided by its square root.
+    """
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "norm" not in name:
+            branches = next((n for ending, n in (residual or {}).items() if name.endswith(ending)), 1)
+            nn.init.normal_(parameter, std=0.02 / branches**0.5)
+
+
 class Block(nn.Module):
-    """Attention over all places, then an MLP, each normed before and added."""
+    """Pre-norm attention, then a pre-norm MLP, both residual."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float):
         super().__init__()
@@ -84,23 +87,24 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(int(mlp_ratio * width), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """b n d -> b n d."""
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(self.qkv(self.attention_norm(x)), self.heads)
         mixed = attend(self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype), v, q.shape[-1] ** -0.5)
-        x = x + self._drop(self.proj(mixed.transpose(1, 2).flatten(2)))
-        return x + self._drop(self.mlp_out(self.gelu(self.mlp_in(self.mlp_norm(x)))))
+        x = x + F.dropout(self.proj(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        mlp = self.mlp_out(self.gelu(self.mlp_in(self.mlp_norm(x))))
+        return x + F.dropout(mlp, self.dropout, self.training)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+
+def split_heads(qkv: Tensor, heads: int) -> Tensor:
+    """b n 3d -> queries, keys and values: 3 b heads n d/heads."""
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class UViT(nn.Module):
-    """TiTok's generator: a transformer whose later blocks read the earlier ones' outputs.
+    """TiTok's generator: a transformer whose later blocks also read the outputs of the earlier ones.
 
-    Arguments as of ``MaskGiT``. The names and shapes of its tensors are those of ``UViTBert.state_dict()``, so that
-    either loads the other's. ``embeddings`` has a row for each id, then one for hidden ids, one for each class, and one
-    for the null class. ``depth`` / 2 blocks come before ``mid_block``; each of as many after it first maps its input
-    and the output of its counterpart before, side by side, to the width.
+    Takes the arguments of ``MaskGiT``. Names and shapes of its tensors are those of ``UViTBert.state_dict()``, so each
+    loads the other's weights. The rows of ``embeddings`` are the ids, the hidden id, the classes and the null class.
+    ``depth`` / 2 blocks come before ``mid_block`` and as many after it, each with a skip from its mirror image.
     """
 
     def __init__(self, settings: GeneratorConfig, id_bits: int, ids: int, classes: int):
@@ -115,35 +119,29 @@ class UViT(nn.Module):
         self.out_blocks = nn.ModuleList(UViTBlock(*shape, skip=True) for _ in range(half))
         self.norm = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, self.vocabulary_size)
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "norm" not in name:  # their scales are 1
-                nn.init.normal_(parameter, std=0.02)  # TiTok truncates it at ±2, a hundred deviations
+        initialise(self)  # TiTok also truncates at ±2, a hundred standard deviations
 
     @property
     def blocks(self) -> list[UViTBlock]:
-        """All, in the order in which they run."""
+        """All blocks in execution order."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def forward(self, ids: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
-        """As ``MaskGiT``: logits b n v."""
-        tokens = torch.cat(
-            (labels[:, None] + self.vocabulary_size + 1, ids.masked_fill(hidden, self.vocabulary_size)), 1
-        )
-        x = self.embeddings(tokens) + self.pos_embed
-        outputs: list[Tensor] = []
+        """Same arguments and result as ``MaskGiT.forward``."""
+        classes = labels[:, None] + self.vocabulary_size + 1
+        x = self.embeddings(torch.cat((classes, ids.masked_fill(hidden, self.vocabulary_size)), 1)) + self.pos_embed
+        skips: list[Tensor] = []
         for block in self.in_blocks:
             x = block(x)
-            outputs.append(x)
+            skips.append(x)
         x = self.mid_block(x)
         for block in self.out_blocks:
-            x = block(x, outputs.pop())
+            x = block(x, skips.pop())
         return self.lm_head(self.norm(x[:, 1:]))
 
 
 class UViTBlock(nn.Module):
-    """Attention, then an MLP, each normed before and added; with ``skip`` after a linear map of two inputs."""
+    """Pre-norm attention, then a pre-norm MLP, both residual. ``skip`` adds a linear layer that merges two inputs."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float, skip: bool = False):
         super().__init__()
@@ -155,10 +153,9 @@ class UViTBlock(nn.Module):
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
 
     def forward(self, x: Tensor, earlier: Tensor | None = None) -> Tensor:
-        """b n d -> b n d."""
         if self.skip_linear is not None and earlier is not None:
             x = self.skip_linear(torch.cat((x, earlier), dim=-1))
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(self.attn["qkv"](self.norm1(x)), self.heads)
         mixed = attend(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
         x = x + F.dropout(self.attn["proj"](mixed), self.dropout, self.training)
         hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))
@@ -166,6 +163,6 @@ class UViTBlock(nn.Module):
 
 
 def build_network(settings: GeneratorConfig, id_bits: int, ids: int, classes: int) -> MaskGiT | UViT:
-    """The network that ``generator.network`` names; arguments as of ``MaskGiT``."""
+    """Build the network that ``generator.network`` names. Takes the arguments of ``MaskGiT``."""
     kinds: dict[str, type[MaskGiT] | type[UViT]] = {"maskgit": MaskGiT, "uvit": UViT}
     return kinds[settings.network](settings, id_bits, ids, classes)

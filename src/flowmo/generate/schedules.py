@@ -1,4 +1,4 @@
-"""How a MaskGiT hides and reveals ids (Chang et al. 2022): how many are hidden when, and in which order they appear."""
+"""How a MaskGiT hides and reveals ids (Chang et al. 2022): how many ids are hidden at each step, and the order."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from torch import Tensor
 
 
 def hidden_share(progress: Tensor, schedule: str) -> Tensor:
-    """Share of ids that are hidden, falling from 1 at progress 0 to 0 at progress 1.
+    """Fraction of hidden ids, falling from 1 at progress 0 to 0 at progress 1.
 
-    ``arccos`` and ``cosine`` reveal few ids first, when little is known, and many at the end; ``arccos`` more so.
+    ``cosine`` reveals few ids at first, when little is known, and many at the end; ``arccos`` even more so.
     """
+    progress = progress.clamp(0, 1)
     if schedule == "arccos":
-        return torch.acos(progress.clamp(0, 1)) * (2 / math.pi)
-    if schedule == "cosine":
-        return torch.cos(progress.clamp(0, 1) * (math.pi / 2))
-    return 1 - progress.clamp(0, 1)
+        return torch.acos(progress) * (2 / math.pi)
+    return torch.cos(progress * (math.pi / 2)) if schedule == "cosine" else 1 - progress
 
 
 MEAN_HIDDEN_SHARE = {"arccos": 2 / math.pi, "cosine": 2 / math.pi, "linear": 0.5}
@@ -25,45 +24,39 @@ MEAN_HIDDEN_SHARE = {"arccos": 2 / math.pi, "cosine": 2 / math.pi, "linear": 0.5
 
 
 def hidden_counts(ids: int, steps: int, schedule: str) -> list[int]:
-    """How many of ``ids`` are hidden after each of ``steps`` steps: strictly falling while any are, at the end none.
+    """Number of ids still hidden after each step: strictly falling to 0.
 
-    With more steps than ids, one id a step is revealed and the last steps have nothing to do.
+    With more steps than ids, each step reveals one id and the last steps none.
 
     Raises:
         ValueError: fewer than one step or id.
     """
     if steps < 1 or ids < 1:
-        raise ValueError(f"{ids} ids cannot be revealed in {steps} steps; both must be at least 1")
+        raise ValueError(f"{ids} ids cannot be revealed in {steps} steps. Both must be at least 1.")
     shares = hidden_share(torch.arange(1, steps + 1, dtype=torch.float64) / steps, schedule)
     counts, left = [], ids
-    for step, share in enumerate(shares.tolist(), start=1):
-        steps_left = steps - step
-        # At least one now, and not so many that a later step finds none.
-        left = max(min(math.floor(share * ids), left - 1), 0) if steps_left else 0
+    for share in shares[:-1].tolist():
+        left = max(min(math.floor(share * ids), left - 1), 0)  # at least one a step
         counts.append(left)
-    return counts
+    return [*counts, 0]
 
 
 def halton_order(tokens: int, sub_tokens: int) -> Tensor:
-    """A permutation of the tokens × sub-tokens places in which any first part is spread evenly: int64 ids.
+    """A permutation of the tokens × sub-tokens positions whose every prefix is evenly spread: int64.
 
-    The Halton sequence (Besnier et al. 2025) over tokens, in base 2, and sub-tokens, in base 3.
+    The Halton sequence (Besnier et al. 2025), with base 2 over tokens and base 3 over sub-tokens.
     """
-    order: list[int] = []
-    seen = set()
+    order: dict[int, None] = {}
     index = 1
     while len(order) < tokens * sub_tokens:
         token, sub_token = int(van_der_corput(index, 2) * tokens), int(van_der_corput(index, 3) * sub_tokens)
-        place = token * sub_tokens + sub_token
-        if place not in seen:
-            seen.add(place)
-            order.append(place)
+        order.setdefault(token * sub_tokens + sub_token)
         index += 1
-    return torch.tensor(order)
+    return torch.tensor(list(order))
 
 
 def van_der_corput(index: int, base: int) -> float:
-    """The digits of ``index`` mirrored at the point: in [0, 1)."""
+    """Mirror the digits of ``index`` at the radix point: in [0, 1)."""
     value, scale = 0.0, 1.0
     while index:
         scale /= base
@@ -73,9 +66,9 @@ def van_der_corput(index: int, base: int) -> float:
 
 
 def hide(ids: int, generator: torch.Generator, schedule: str) -> Tensor:
-    """Which of a picture's ids a training step hides: bool, at least one.
+    """Draw the mask of ids that a training step hides: bool, at least one.
 
-    The share is that of a uniformly drawn progress, the places are drawn without preference.
+    The hidden share belongs to a uniformly drawn progress; positions are drawn uniformly.
     """
     share = hidden_share(torch.rand((), generator=generator), schedule)
     count = max(1, math.ceil(float(share) * ids))

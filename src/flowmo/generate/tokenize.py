@@ -1,7 +1,7 @@
-"""A dataset of pictures to a folder of tokens, by any number of processes; an interrupted pass goes on.
+"""Encode an image dataset into a folder of tokens, with any number of processes. An interrupted call resumes.
 
-Every sample has its number: picture i of crop c, plain or mirrored. A shard holds a range of numbers and appears whole
-or not at all, so however often the work is broken off, no sample is lost and none is there twice.
+Every sample has a number: image i with crop c, plain or mirrored. A shard holds a range of numbers and appears whole or
+not at all, so interruptions neither lose nor repeat a sample.
 """
 
 from __future__ import annotations
@@ -18,17 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from flowmo.checkpoint.files import write_content
 from flowmo.config import Config
 from flowmo.data import DataError, ImageDataset, Source
+from flowmo.data import tokens as files
 from flowmo.data.sources.base import class_difference, require_labels
-from flowmo.data.tokens import (
-    MANIFEST,
-    NO_CLASS,
-    UNREADABLE,
-    TokenMetadata,
-    manifest,
-    pack_shard,
-    read_metadata,
-    read_shard,
-)
+from flowmo.data.tokens import TokenMetadata
 from flowmo.distributed import World
 from flowmo.images import ImageError
 from flowmo.model.quantizers import Quantizer
@@ -39,7 +31,7 @@ SHARD_SIZE = 4096
 
 
 class Tokenizer(Protocol):
-    """What a generator needs of a tokenizer: a ``FlowMo``, or another that pictures are drawn with for comparison."""
+    """The part of ``FlowMo`` that stage 2 needs. Other tokenizers implement it for comparison."""
 
     config: Config
     quantizer: Quantizer
@@ -55,24 +47,25 @@ class Tokenizer(Protocol):
 
 
 class Samples(Dataset):
-    """Sample number n of a source as (image 3 × side × side, label); an unreadable one is black and says so."""
+    """Samples of a source by number: (image 3 × side × side, label). An unreadable image is black, with a mark."""
 
-    def __init__(self, source: Source, facts: TokenMetadata):
-        self.source, self.facts = source, facts
-        self.views = ImageDataset(source, facts.image_size, random_crop=facts.crops > 1)
+    def __init__(self, source: Source, metadata: TokenMetadata):
+        self.source, self.metadata = source, metadata
+        self.crops = ImageDataset(source, metadata.image_size, random_crop=metadata.crops > 1)
 
     def __len__(self) -> int:
-        return self.facts.count
+        return self.metadata.count
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        pass_, index = divmod(number, len(self.source))
-        crop, mirrored = (pass_ // 2, pass_ % 2 == 1) if self.facts.flip else (pass_, False)
+        metadata = self.metadata
+        epoch, index = divmod(number, len(self.source))
+        crop, mirrored = (epoch // 2, epoch % 2 == 1) if metadata.flip else (epoch, False)
         try:
-            image = self.views[index, stream_seed(self.facts.seed, Stream.TOKENIZED, index, crop)]
+            image = self.crops[index, stream_seed(metadata.seed, Stream.TOKENIZED, index, crop)]
         except ImageError:
-            return torch.zeros(3, *(2 * [self.facts.image_size])), UNREADABLE
-        label = self.source.label(index) if self.facts.classes else None
-        return image.flip(-1) if mirrored else image, NO_CLASS if label is None else label
+            return torch.zeros(3, metadata.image_size, metadata.image_size), files.UNREADABLE
+        label = self.source.label(index) if metadata.classes else None
+        return image.flip(-1) if mirrored else image, files.NO_CLASS if label is None else label
 
 
 def tokenize(
@@ -92,35 +85,33 @@ def tokenize(
     world: World = World(),
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenMetadata:
-    """Write the ids of every picture of a source, or what is missing of them, to a folder.
+    """Write the ids of every image of a source to a folder, as far as they are missing.
 
-    All processes call this together; each takes whole shards.
+    All ranks call this together; each takes whole shards. Unreadable images are marked in the folder.
 
     Args:
-        name, model: what the source and the tokenizer are called in the folder's ``tokens.json``.
-        crops: 1 takes each picture's central square; more take so many at random places along its longer side.
-        flip: each crop mirrored as well.
-        labels: keep the source's classes; then either all of its images have one, or none.
-        progress: called with (samples done, samples in all), both of this process.
+        name, model: names of the source and the tokenizer for ``tokens.json``.
+        crops: 1 takes the central square of each image. More take random squares along its longer side.
+        flip: also add every crop mirrored.
+        labels: store the source's classes. Then all images must have one, or none.
+        progress: called with (samples done, total samples) of this rank.
 
     Raises:
-        DataError: the folder holds something else, the tokenizer has no ids, or an image has no label and others have.
-            A picture that cannot be read is no
-            error; it is marked, and whoever reads the folder passes over it.
+        DataError: the folder holds something else, the tokenizer has no ids, or only some images have a label.
     """
     sub_tokens, id_count = tokenizer.quantizer.sub_tokens, tokenizer.quantizer.id_count
     if sub_tokens is None or id_count is None:
-        raise DataError("this tokenizer is continuous and has no ids")
+        raise DataError("This tokenizer is continuous and has no ids.")
     if labels:
         require_labels(source)
-    facts = TokenMetadata(
+    metadata = TokenMetadata(
         tokenizer=tokenizer.identity(),
         model=model,
         image_size=tokenizer.config.data.image_size,
         tokens=tokenizer.code_length,
         sub_tokens=sub_tokens,
         id_bits=(id_count - 1).bit_length(),
-        id_count=None if id_count.bit_count() == 1 else id_count,  # what older folders lack, where it tells nothing
+        id_count=None if id_count.bit_count() == 1 else id_count,  # absent in older folders
         source=name,
         count=len(source) * crops * (2 if flip else 1),
         shard_size=shard_size,
@@ -130,54 +121,51 @@ def tokenize(
         classes=tuple(source.classes) if labels else (),
     )
     if world.main:
-        _claim(out, facts)
+        _claim(out, metadata)
     world.barrier()
-    todo = world.broadcast([number for number in range(facts.shards) if not _is_sound(out, facts, number)])
-    mine = todo[world.rank :: world.size]
-    samples, done = Samples(source, facts), 0
-    total = sum(len(facts.shard(number)[1]) for number in mine)
+    missing = world.broadcast([shard for shard in range(metadata.shards) if not _is_intact(out, metadata, shard)])
+    mine = missing[world.rank :: world.size]
+    samples, done = Samples(source, metadata), 0
+    total = sum(len(metadata.shard(shard)[1]) for shard in mine)
     for shard in mine:
-        path, numbers = facts.shard(shard)
-        rows, found = [], []
-        for images, some in DataLoader(samples, batch_size, sampler=numbers, num_workers=workers):
-            ids = tokenizer.encode(images).ids
-            assert ids is not None, "its bottleneck has ids"
-            rows.append(ids.cpu())
-            found += some.tolist()
-            done += len(some)
+        path, numbers = metadata.shard(shard)
+        ids, found = [], []
+        for images, batch_labels in DataLoader(samples, batch_size, sampler=numbers, num_workers=workers):
+            codes = tokenizer.encode(images)
+            assert codes.ids is not None, "its bottleneck has ids"
+            ids.append(codes.ids.cpu())
+            found += batch_labels.tolist()
+            done += len(batch_labels)
             if progress:
                 progress(done, total)
-        write_content(out / path, pack_shard(facts, shard, torch.cat(rows).numpy(), found))
+        write_content(out / path, files.pack_shard(metadata, shard, torch.cat(ids).numpy(), found))
     world.barrier()
     if world.main:
-        _write(out, facts, complete=True)
+        write_content(out / files.MANIFEST, files.manifest(metadata, complete=True))
     world.barrier()
-    return facts
+    return metadata
 
 
-def _claim(out: Path, facts: TokenMetadata) -> None:
-    """Write what the folder is to be, or refuse one that is something else."""
+def _claim(out: Path, metadata: TokenMetadata) -> None:
+    """Write the metadata to the folder, or refuse a folder with other content."""
     out.mkdir(parents=True, exist_ok=True)
-    if (out / MANIFEST).is_file():
-        there, ours = asdict(read_metadata(out)[0]), asdict(facts)
-        classes = class_difference(there.pop("classes"), ours.pop("classes"))
-        other = [classes] * bool(classes)
-        other += [f"{key} {there[key]!r}, not {ours[key]!r}" for key in ours if there[key] != ours[key]]
-        if other:
-            raise DataError(f"{out} holds other tokens ({', '.join(other)[:200]}); name an empty folder")
-        return
-    if any(out.iterdir()):
-        raise DataError(f"{out} holds something else; name an empty folder")
-    _write(out, facts, complete=False)
+    if (out / files.MANIFEST).is_file():
+        old, new = asdict(files.read_metadata(out)[0]), asdict(metadata)
+        different = [class_difference(old.pop("classes"), new.pop("classes"))]
+        different += [f"{key} {old[key]!r}, not {new[key]!r}" for key in new if old[key] != new[key]]
+        if any(different):
+            raise DataError(
+                f"{out} holds other tokens ({', '.join(filter(None, different))[:200]}). Name an empty folder."
+            )
+    elif any(out.iterdir()):
+        raise DataError(f"{out} holds something else. Name an empty folder.")
+    else:
+        write_content(out / files.MANIFEST, files.manifest(metadata, complete=False))
 
 
-def _is_sound(out: Path, facts: TokenMetadata, number: int) -> bool:
+def _is_intact(out: Path, metadata: TokenMetadata, shard: int) -> bool:
     try:
-        read_shard(out / facts.shard(number)[0], facts, number)
+        files.read_shard(out / metadata.shard(shard)[0], metadata, shard)
     except DataError:
         return False
     return True
-
-
-def _write(out: Path, facts: TokenMetadata, complete: bool) -> None:
-    write_content(out / MANIFEST, manifest(facts, complete))

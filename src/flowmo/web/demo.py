@@ -23,7 +23,7 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate.codecs import FORMATS, CodecMissingError, CodecReconstructor
 from flowmo.evaluate.metrics.pairs import heat_map, psnr
 from flowmo.generate.generator import Generator
-from flowmo.generate.produce import Drawing, check_pair, draw
+from flowmo.generate.samples import SampleSettings, check_pair, sample_images
 from flowmo.images import read_image, resize_and_crop, to_pil, to_tensor
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import Codes, FlowMo
@@ -204,8 +204,8 @@ class Demo:
         """Generate images of a class, or of no class if ``name`` is ``None``."""
         assert self.generator is not None  # the page has no such tab otherwise
         labels = [self.generator.label(-1 if name is None else name)] * min(int(count), MAX_GENERATED)
-        drawing = Drawing(seed=int(seed), guidance=float(guidance))
-        return [to_pil(x) for x in draw(self.generator, self.tokenizer, labels, range(len(labels)), drawing)]
+        drawing = SampleSettings(seed=int(seed), guidance=float(guidance))
+        return [to_pil(x) for x in sample_images(self.generator, self.tokenizer, labels, range(len(labels)), drawing)]
 
 
 def uploaded(file: str | None) -> Path:

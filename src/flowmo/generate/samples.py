@@ -1,0 +1,152 @@
+"""Generate images of classes, and write many of them with any number of processes. An interrupted call resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowmo.checkpoint.files import write_content, write_whole
+from flowmo.distributed import World
+from flowmo.evaluate.npz import write_npz
+from flowmo.generate.classes import GenerationError
+from flowmo.generate.generator import Generator
+from flowmo.images import read_image, to_pil
+from flowmo.streams import Stream, stream_seed
+from flowmo.tokenizer import FlowMo
+
+SETTINGS_FILE = "samples.json"
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Settings of sampling and decoding. ``None`` is the default of the generator or the tokenizer."""
+
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    temperature: float | None = None
+    last_temperature: float | None = None
+    choice_temperature: float | None = None
+    order: str | None = None
+    decode_steps: int | None = None
+    decode_guidance: float | None = None
+
+    def sampling(self) -> dict:
+        """Keyword arguments for ``Generator.sample``."""
+        return {name: v for name, v in asdict(self).items() if name != "seed" and not name.startswith("decode")}
+
+
+def image_seeds(seed: int, indices: Iterable[int]) -> list[int]:
+    """Seeds of the images with these indices in a larger set."""
+    return [stream_seed(seed, Stream.GENERATED, index) for index in indices]
+
+
+def check_pair(generator: Generator, tokenizer: FlowMo) -> None:
+    """Raise ``GenerationError`` if the generator was trained on another tokenizer's ids."""
+    ours, theirs = tokenizer.identity(), generator.vocabulary.tokenizer
+    if ours != theirs:
+        raise GenerationError(
+            f"The generator needs tokenizer {theirs} ({generator.vocabulary.model}), but this one is {ours}. "
+            "Name the right one with --model."
+        )
+
+
+def sample_images(
+    generator: Generator,
+    tokenizer: FlowMo,
+    labels: Sequence[int],
+    indices: Sequence[int],
+    settings: SampleSettings,
+    ids: Tensor | None = None,
+    keep: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Generate images of classes: b 3 h w in [−1, 1].
+
+    Args:
+        indices: of the images in a larger set. With the seed they determine all randomness.
+        ids, keep: see ``Generator.sample``.
+    """
+    seeds = image_seeds(settings.seed, indices)
+    sampled = generator.sample(labels, seeds, **settings.sampling(), ids=ids, keep=keep, progress=progress)
+    return tokenizer.decode(sampled, settings.decode_steps, seeds, guidance=settings.decode_guidance)
+
+
+def write_samples(
+    generator: Generator,
+    tokenizer: FlowMo,
+    labels: Sequence[int],
+    out: Path,
+    settings: SampleSettings,
+    *,
+    batch_size: int = 16,
+    world: World = World(),
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write one image per label to a folder as ``000000.png`` …, or to an ``.npz`` for the ADM evaluator.
+
+    All ranks call this together and share the images, which do not depend on the world size. The images of an ``.npz``
+    stay in a folder beside it until all exist.
+
+    Raises:
+        GenerationError: the generator and the tokenizer do not match, or the folder holds something else.
+    """
+    check_pair(generator, tokenizer)
+    folder = out.with_name(f"{out.name}.pictures") if out.suffix == ".npz" else out
+    paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
+    if world.main:
+        _claim(folder, generator, labels, settings)
+    world.barrier()
+    missing = world.broadcast([index for index, path in enumerate(paths) if not path.is_file()])
+    mine = missing[world.rank :: world.size]
+    for start in range(0, len(mine), batch_size):
+        batch = mine[start : start + batch_size]
+        images = sample_images(generator, tokenizer, [labels[index] for index in batch], batch, settings)
+        for index, image in zip(batch, images, strict=True):
+            write_whole(paths[index], partial(to_pil(image).save, format="PNG"))
+        if progress:
+            progress(start + len(batch), len(mine))
+    world.barrier()
+    if out.suffix == ".npz" and world.main:
+        write_npz(out, _read(paths, batch_size), len(paths))
+        shutil.rmtree(folder)
+    world.barrier()
+
+
+def _claim(folder: Path, generator: Generator, labels: Sequence[int], settings: SampleSettings) -> None:
+    """Record the samples' settings in the folder, or refuse a folder with other content."""
+    content = json.dumps({**asdict(settings), "generator": generator.identity(), "labels": [*labels]})
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS_FILE
+    if path.is_file() and path.read_text() == content:
+        return
+    if any(folder.iterdir()):
+        raise GenerationError(f"{folder} holds other images. Name an empty folder.")
+    write_content(path, content)
+
+
+def _read(paths: Sequence[Path], batch_size: int) -> Iterator[Tensor]:
+    for start in range(0, len(paths), batch_size):
+        rows = [np.asarray(read_image(path)) for path in paths[start : start + batch_size]]
+        yield torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
+
+
+def parse_positions(text: str, tokens: int) -> Tensor:
+    """Parse token positions such as ``0-31,40`` into a bool mask. Raises ``GenerationError``."""
+    mask = torch.zeros(tokens, dtype=torch.bool)
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) >= tokens:
+            raise GenerationError(
+                f"{part!r} names no tokens. Give numbers and ranges from 0 to {tokens - 1}, such as 0-31,40."
+            )
+        mask[int(first) : int(last or first) + 1] = True
+    return mask
