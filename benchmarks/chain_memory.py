@@ -23,7 +23,7 @@ from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage
 from flowmo.train.cost import training_cost
-from flowmo.train.trainer import used_memory
+from flowmo.train.memory import used_memory
 
 MIB = 2**20
 STEPS = (1, 4, 8)

@@ -28,9 +28,9 @@ from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import Stage
 from flowmo.train.cost import training_cost
 from flowmo.train.ema import EMA
-from flowmo.train.optimizer import build_optimizer
+from flowmo.train.memory import used_memory
+from flowmo.train.optimizer import build_optimizers
 from flowmo.train.parallel import prepare
-from flowmo.train.trainer import used_memory
 
 GIB = 2**30
 POLICIES = ("all", "products", "attention", "inputs")
@@ -81,7 +81,7 @@ def train_once(preset: str, policy: str, batch: int, device: torch.device) -> No
     config = settings(preset, policy, "opt.lpips_weight=0")
     tokenizer = FlowMo(config).to(device)
     stage = prepare(Stage(tokenizer, config.opt), World(device=device), config.trainer)
-    optimizer, average = build_optimizer(tokenizer), EMA(tokenizer, batch)
+    (optimizer, *_), average = build_optimizers(tokenizer), EMA(tokenizer, batch)
     side = config.data.image_size
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
     for step in range(2):

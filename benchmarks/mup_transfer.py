@@ -17,10 +17,10 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from mup_check import coordinate_check
 
 from flowmo import Config
 from flowmo.data import ImageDataset, open_source
-from flowmo.train.mup_check import coordinate_check
 from flowmo.train.trainer import Trainer
 
 BASE = {

@@ -33,10 +33,10 @@ from flowmo.losses.stages import Stage
 from flowmo.train.cost import Cost, generator_cost, peak_flops, training_cost
 from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorStage, Hidden
-from flowmo.train.optimizer import NormControl, build_optimizer, clip_gradients
+from flowmo.train.memory import machine_memory, used_memory
+from flowmo.train.optimizer import NormControl, build_optimizers, clip_gradients
 from flowmo.train.parallel import prepare
 from flowmo.train.task import in_bfloat16
-from flowmo.train.trainer import machine_memory, used_memory
 
 PAPER_VOCABULARY = Vocabulary(
     tokenizer="0" * 16, model="lo", image_size=256, tokens=256, sub_tokens=2, id_bits=9, classes=("class",) * 1000
@@ -78,18 +78,19 @@ def build(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module, C
 def measure(config: Config, device: torch.device, batch: int, steps: int) -> dict[str, float]:
     """Images a second (median step after two that warm up), seconds of the first step, and most bytes held."""
     model, stage, loss_of = build(config, device)
-    optimizer, average = build_optimizer(model), EMA(model, batch)
+    optimizers, average = build_optimizers(model), EMA(model, batch)
     norms = NormControl({} if config.generator.train else model.networks)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     def step(number: int) -> None:
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(config, device)):
             loss = loss_of(stage, number * batch, batch)
         loss.backward()
         clip_gradients(model.parameters(), config.opt.max_grad_norm)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         norms.apply()
         average.update(number)
 

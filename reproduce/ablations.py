@@ -176,7 +176,7 @@ def mse_encoder(base: Config, seed: int, place: Place) -> Callable[[Trainer], No
         taken = flowmo.load(train(base.override(*MSE, f"trainer.seed={seed}"), name, place).checkpoint)
         model = fresh.task.model
         model.encoder.load_state_dict(taken.encoder.state_dict())
-        fresh.average = EMA(model, fresh.plan.total)
+        fresh.ema = EMA(model, fresh.plan.total)
         fresh.norm_control.remember()
         place.world.barrier()  # until all processes have it
         forget_checkpoints(name, place)

@@ -45,18 +45,18 @@ def train_peer(config: Config, width: int, run: str, place: Place) -> tuple[Conv
     since = time.perf_counter()
     while images < times.duration:
         for adam in adams:
-            adam.param_groups[0]["lr"] = times.rate(opt, images)
+            adam.param_groups[0]["lr"] = times.learning_rate(opt, images)
         adversarial = images >= ADVERSARIAL_SHARE * times.duration
         with autocast(config, device):
             losses = both.losses(next(stream).to(device), adversarial)
         step(both, adams, losses, opt.max_grad_norm)
         average.update(images // data.global_batch_size)
         images += data.global_batch_size
-        if times.due(times.log, images):
+        if times.is_due(times.log, images):
             if not torch.isfinite(losses[0]):
                 raise StudyError(f"{run}: the peer's loss is no longer finite at {images} images; lower opt.lr")
             place.report(f"{run}  {images} images  loss {losses[0].item():.4f}")
-        if times.due(times.checkpoint, images) or images >= times.duration:
+        if times.is_due(times.checkpoint, images) or images >= times.duration:
             seconds, since = seconds + time.perf_counter() - since, time.perf_counter()
             save(path, both, average, adams, images, seconds)
     both.tokenizer.load_state_dict(average.state)

@@ -94,9 +94,9 @@ def train(
     training = Trainer(config.override(*data), folder, place.world, start, place.report)
     if begin is not None and not training.images:
         begin(training)
-    if training.images < training.times.duration:
+    if training.images < training.schedule.duration:
         training.train()
-    if training.images < training.times.duration:
+    if training.images < training.schedule.duration:
         raise StudyError(f"stopped in {run}; the same command goes on from here")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     begun = read_metadata(start)["images"] if start else 0

@@ -287,12 +287,12 @@ class PackTask(TokenizerTask):
     def open_source(self, part: str) -> Source:
         return self.sources[part]
 
-    def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "seconds": self.seconds}
+    def metadata(self) -> dict[str, Any]:
+        return {**super().metadata(), "seconds": self.seconds}
 
-    def check(self, path: Path, facts: Any) -> None:
-        super().check(path, facts)
-        self.seconds = float(facts.get("seconds", 0.0))
+    def check(self, path: Path, metadata: Any) -> None:
+        super().check(path, metadata)
+        self.seconds = float(metadata.get("seconds", 0.0))
 
 
 class TimedTrainer(Trainer):
@@ -332,7 +332,7 @@ class TimedTrainer(Trainer):
         share = self.task.seconds / (self.before + self.end - self.begun + self.job.later)
         length = round((self.images + self.plan.total) / min(max(share, 1e-6), 1.0))
         due = {name: self._due(name, seconds, now) for name, seconds in PERIODS.items()}
-        self.times = replace(self.times, duration=length, **due)
+        self.schedule = replace(self.schedule, duration=length, **due)
         self.asked_to_stop = self.asked_to_stop or now >= self.end
         return super()._step(batch, module)
 
@@ -345,7 +345,7 @@ class TimedTrainer(Trainer):
 
     def save(self) -> Path:
         path = super().save()
-        weights = write_weights(self._averaged(), self.job)
+        weights = write_weights(self._ema_model(), self.job)
         checkpoint.write_content(self.job.out / METRICS, self._metrics())
         seconds = self.task.seconds
         progress = {"images": self.images, "steps": self.step, "train_seconds": seconds}

@@ -221,7 +221,7 @@ def test_a_batch_that_does_not_divide(base, tmp_path):
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "flowmo.train", "--config", settings]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode != 0
-    assert "flowmo: a batch of 5 does not divide among 2 processes; write data.global_batch_size=4 or" in done.stderr
+    assert "flowmo: A batch of 5 cannot be split over 2 processes. Write data.global_batch_size=4 or" in done.stderr
 
 
 LEAVE = """
@@ -395,7 +395,7 @@ def test_an_unreadable_checkpoint_is_named(base, tmp_path):
     older, newest = listing(tmp_path / "run" / "checkpoints")
     whole = newest.read_bytes()
     newest.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TrainingError, match=rf"{newest}.*remove it to go on from {older}"):
+    with pytest.raises(TrainingError, match=rf"{newest}.*Remove it to go on from {older}"):
         Trainer(base, tmp_path / "run", report=quiet)
     newest.unlink()
     assert Trainer(base, tmp_path / "run", report=quiet).step == 3

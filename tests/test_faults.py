@@ -18,7 +18,8 @@ from flowmo.checkpoint.run_folder import listing
 from flowmo.data import DataError, FolderSource, ImageDataset, TarSource, batches, build_index
 from flowmo.data.sources.tar import read_index
 from flowmo.images import ImageError
-from flowmo.train.failures import in_one_line
+from flowmo.train.failures import plain_errors
+from flowmo.train.schedule import BatchPlan
 from flowmo.train.state import StateError
 from flowmo.train.trainer import Trainer
 
@@ -105,7 +106,7 @@ def test_a_disk_fills_up_is_made_read_only_and_mended(config, mounted, tmp_path)
 def test_a_file_in_the_way_of_the_checkpoints(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").touch()
-    with pytest.raises(StateError, match="there is none yet") as error:
+    with pytest.raises(StateError, match="There is none yet") as error:
         Trainer(config, tmp_path / "run", report=quiet).train()
     assert len(str(error.value).splitlines()) == 1
 
@@ -159,7 +160,8 @@ def test_a_source_that_is_slow_for_ever_ends_in_one_line(folder):
 FATAL = """
 import os, signal, sys, torch
 from flowmo.data import DataError, batches
-from flowmo.train.failures import in_one_line
+from flowmo.train.failures import plain_errors
+from flowmo.train.schedule import BatchPlan
 
 class Items:
     def __len__(self):
@@ -170,7 +172,7 @@ class Items:
         return torch.zeros(1), {}
 
 try:
-    with in_one_line():
+    with plain_errors(BatchPlan(1, 1, 1), lambda: 1):
         for _ in batches(Items(), 1, seed=0, start=0, workers=1):
             pass
 except DataError as error:
@@ -187,9 +189,9 @@ def test_a_worker_killed_alone_ends_the_run_in_one_line():
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="another matter"), in_one_line():
+    with pytest.raises(RuntimeError, match="another matter"), plain_errors(BatchPlan(1, 1, 1), lambda: 1):
         raise RuntimeError("another matter")
-    with pytest.raises(StateError, match="gloo"), in_one_line():
+    with pytest.raises(StateError, match="gloo"), plain_errors(BatchPlan(1, 1, 1), lambda: 1):
         raise StateError("gloo")
 
 

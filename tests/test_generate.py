@@ -708,7 +708,7 @@ def test_a_run_refuses_other_tokens(config, class_folder, tiny_config, tmp_path)
     torch.manual_seed(1)
     other = FlowMo(tiny_config).eval()
     tokenize(other, open_source(class_folder), tmp_path / "others")
-    with pytest.raises(TrainingError, match="has learnt ids of tokenizer"):
+    with pytest.raises(TrainingError, match="was trained on ids of tokenizer"):
         Trainer(config.override(f"data.train={tmp_path / 'others'}"), tmp_path / "run", report=quiet)
     with pytest.raises(DataError, match="Each tokenizer needs its own tokens"):
         Trainer(config.override(f"data.val={tmp_path / 'others'}"), tmp_path / "another", report=quiet)
@@ -753,7 +753,7 @@ def test_tokens_of_other_classes_are_refused(change, config, class_folder, token
             Trainer(config.override(setting), tmp_path / run, report=quiet)
         assert difference in str(error.value)
     checkpoint = tmp_path / "run" / "checkpoints" / "00000001.pth"
-    with pytest.raises(TrainingError, match="has learnt: class"):
+    with pytest.raises(TrainingError, match="was trained on: class"):
         Trainer(
             config.override(f"data.train={tmp_path / 'others'}"),
             tmp_path / "fresh",

@@ -422,5 +422,5 @@ def test_a_training_checkpoint_of_odd_facts(tmp_path):
     assert state.read_metadata(tmp_path / "good.pth") == good
     for change in ({"step": -1}, {"images": "4"}, {"config": []}, {"stage": None}):
         torch.save({**good, **change}, tmp_path / "a.pth")
-        with pytest.raises(state.StateError, match="missing or no such thing"):
+        with pytest.raises(state.StateError, match="is missing or invalid"):
             state.read_metadata(tmp_path / "a.pth")

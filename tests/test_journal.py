@@ -8,7 +8,7 @@ from PIL import Image
 
 from flowmo.distributed import World
 from flowmo.model.quantizers import LFQ, Identity
-from flowmo.train.codebook_usage import CodeUsage
+from flowmo.train.codebook_usage import CodebookUsage
 from flowmo.train.logging import MetricLogger, MetricLoggerError
 
 
@@ -31,7 +31,7 @@ def test_tensorboard_holds_figures_and_pictures(tmp_path):
     journal = MetricLogger(tmp_path, True)
     journal.open(0, 0, {})
     journal.record(1, 4, {"loss": 0.25})
-    journal.picture(1, Image.new("RGB", (4, 2), "red"))
+    journal.image(1, Image.new("RGB", (4, 2), "red"))
     journal.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
@@ -68,7 +68,7 @@ def test_other_processes_are_silent(tmp_path):
 
 def test_code_usage():
     quantizer = LFQ(4, 2)
-    usage = CodeUsage(quantizer, World())
+    usage = CodebookUsage(quantizer.id_count, World())
     usage.add(torch.tensor([[[0, 1], [2, 3]]]))
     usage.add(torch.tensor([[[0, 1], [2, 3]]]))
     assert usage.take() == pytest.approx({"ids_used": 1, "id_entropy": 1, "bit_entropy": 1})
@@ -77,6 +77,6 @@ def test_code_usage():
     usage.add(torch.tensor([[[0, 1], [1, 0]]]))
     assert usage.take() == pytest.approx({"ids_used": 0.5, "id_entropy": 0.5, "bit_entropy": 0.5})
     assert usage.take() == {}
-    continuous = CodeUsage(Identity(4), World())
+    continuous = CodebookUsage(Identity(4).id_count, World())
     continuous.add(None)
     assert continuous.take() == {}

@@ -248,7 +248,7 @@ def timed_run(job, clock, seconds, later=0.0):
 
     def watched(self, *arguments):
         result = step(self, *arguments)
-        rates.append(self.optimizer.param_groups[0]["lr"])
+        rates.append(self.optimizers[0].param_groups[0]["lr"])
         return result
 
     with pytest.MonkeyPatch.context() as patch:
@@ -288,7 +288,7 @@ def test_a_run_starts_from_weights(job, clock, tmp_path):
     job = Job(**{**job.__dict__, "start": tmp_path / "start.safetensors", "settings": ("opt.lr=1e-30",)})
     run, _ = timed_run(job, clock, 5)
     for name, value in tokenizer.state_dict().items():
-        torch.testing.assert_close(run.average.state[name], value, msg=name)
+        torch.testing.assert_close(run.ema.state[name], value, msg=name)
 
 
 def test_each_part_gets_its_share_and_training_the_rest():

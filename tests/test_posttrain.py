@@ -162,7 +162,7 @@ def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
     assert (run.step, run.images) == (5, 5 * 128)
     weight = state["decoder.time_in.in_layer.weight"]
     assert torch.equal(run.task.model.decoder.time_in.weight, weight)
-    assert torch.equal(run.average.state["decoder.time_in.weight"], weight + 1)
+    assert torch.equal(run.ema.state["decoder.time_in.weight"], weight + 1)
     qkv = run.task.model.decoder.blocks[0].picture.qkv.weight
     torch.testing.assert_close(run.norm_control.state["decoder.blocks.0.picture.qkv.weight"], qkv.detach().norm())
     run.train()
@@ -182,14 +182,14 @@ def test_starting_from_nothing_is_refused(settings, tmp_path):
 @pytest.mark.parametrize(("metric", "values", "best"), [("psnr", [1, 3, 2, 3, 1], 1), ("lpips", [3, 1, 2, 1, 4], 1)])
 def test_the_best_is_remembered(metric, values, best):
     guard = EarlyStopping(metric, patience=3)
-    assert [guard.judge(step, value) for step, value in enumerate(values)] == [True, True, False, False, False]
+    assert [guard.update(step, value) for step, value in enumerate(values)] == [True, True, False, False, False]
     assert (guard.step, guard.value) == (best, values[best])
     assert guard.exhausted
     again = EarlyStopping(metric, patience=4)
-    again.restore(guard.facts())
+    again.load_state_dict(guard.state_dict())
     assert (again.step, again.since, again.exhausted) == (best, 3, False)
     other = EarlyStopping("psnr" if metric == "lpips" else "lpips")
-    other.restore(guard.facts())
+    other.load_state_dict(guard.state_dict())
     assert other.step is None
 
 
@@ -215,12 +215,12 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
     assert run.step < 40
     assert "ended early, best checkpoint" in lines[-1]
     kept = [int(path.stem) for path in run.checkpoints()]
-    assert kept == [run.guard.step, run.step]
+    assert kept == [run.early_stopping.step, run.step]
     assert (tmp_path / "run" / "guard.png").stat().st_size > 1000
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     judged = {record["step"]: record["eval_psnr"] for record in records if "eval_psnr" in record}
-    assert max(judged, key=judged.get) == run.guard.step
-    assert run.step == run.guard.step + 2
+    assert max(judged, key=judged.get) == run.early_stopping.step
+    assert run.step == run.early_stopping.step + 2
     again = Trainer(worse, tmp_path / "run", report=quiet)
     again.train()
     assert again.step == run.step, "an ended run stays ended"
@@ -238,8 +238,10 @@ def test_reconstructions_that_all_equal_their_originals_are_the_best(settings, t
     held_out = (f"data.val={settings.data.train}", "eval.pictures=2", "trainer.best_metric=psnr")
     run = Trainer(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
     run.train()
-    assert (run.guard.step, run.guard.value) == (1, float("inf"))
-    assert Trainer(run.config, tmp_path / "run", report=quiet).guard.value == float("inf"), "kept in the checkpoint"
+    assert (run.early_stopping.step, run.early_stopping.value) == (1, float("inf"))
+    assert Trainer(run.config, tmp_path / "run", report=quiet).early_stopping.value == float("inf"), (
+        "kept in the checkpoint"
+    )
 
 
 class Colours(torch.nn.Module):
@@ -269,13 +271,13 @@ def test_checkpoints_are_judged_by_rfid(settings, tmp_path, monkeypatch):
     (mean, mean_2), (first, second) = zip(*((f.mean(0), np.cov(f, rowvar=False)) for f in features), strict=True)
     root = linalg.sqrtm(first @ second).real
     expected = ((mean - mean_2) ** 2).sum() + np.trace(first + second - 2 * root)
-    assert run.guard.value == pytest.approx(expected, rel=0.02)
-    assert not run.guard.judge(2, run.guard.value + 1)
-    assert run.guard.judge(3, run.guard.value - 1)
-    with pytest.raises(TrainingError, match="needs 4 held-out pictures, not 3"):
+    assert run.early_stopping.value == pytest.approx(expected, rel=0.02)
+    assert not run.early_stopping.update(2, run.early_stopping.value + 1)
+    assert run.early_stopping.update(3, run.early_stopping.value - 1)
+    with pytest.raises(TrainingError, match="needs 4 held-out images, not 3"):
         Trainer(run.config.override("eval.pictures=3"), tmp_path / "few", report=quiet)
 
 
 def test_a_guard_needs_held_out_pictures(settings, tmp_path):
-    with pytest.raises(ConfigError, match=r"needs held-out pictures; write data\.val"):
+    with pytest.raises(ConfigError, match=r"needs held-out images\. Write data\.val"):
         Trainer(settings.override("trainer.best_metric=psnr"), tmp_path / "run", report=quiet)

@@ -17,7 +17,7 @@ from flowmo.cli import main
 from flowmo.data import open_source
 from flowmo.generate.tokenize import tokenize
 from flowmo.train.ema import EMA
-from flowmo.train.optimizer import build_optimizer, scale_initial_weights
+from flowmo.train.optimizer import build_optimizers, scale_initial_weights
 from flowmo.train.trainer import Trainer
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -74,7 +74,7 @@ def test_one_learning_rate_for_all(name):
     before = {key: value.clone() for key, value in tokenizer.state_dict().items()}
     scale_initial_weights(tokenizer)
     assert all(torch.equal(value, before[key]) for key, value in tokenizer.state_dict().items())
-    groups = build_optimizer(tokenizer).param_groups
+    groups = build_optimizers(tokenizer)[0].param_groups
     assert sum(len(group["params"]) for group in groups) == len(list(tokenizer.parameters()))
     assert {config.opt.lr * group["scale"] for group in groups} == {5e-5 if "posttrain" in name else 1e-4}
 
@@ -175,7 +175,7 @@ def test_stage_1b_from_the_authors_checkpoint_starts_with_a_fresh_ema(tmp_path, 
     run = Trainer(config, tmp_path / "run", resume_from=tmp_path / "flowmo_lo.pth", report=lambda line: None)
     weight = state["decoder.time_in.in_layer.weight"]
     assert torch.equal(run.task.model.decoder.time_in.weight, weight)
-    assert torch.equal(run.average.state["decoder.time_in.weight"], weight), "not the file's EMA"
+    assert torch.equal(run.ema.state["decoder.time_in.weight"], weight), "not the file's EMA"
 
 
 # Residual gates

@@ -628,7 +628,7 @@ def test_the_learning_rate_depends_neither_on_ranks_nor_on_where_a_run_resumes(r
         times = Schedule.of(config, batch, 100, Position(resumed, resumed * batch))
         for step in (0, 49, 99, 300, 500, 750, 999):
             expected = 1e-3 * min(1, (step + 1) / 100) * min(1, (1000 - step) / 500)
-            assert times.rate(config.opt, step * batch) == pytest.approx(expected)
+            assert times.learning_rate(config.opt, step * batch) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -19,7 +19,7 @@ from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import pretrain_loss
 from flowmo.train.ema import EMA
-from flowmo.train.optimizer import NormControl, build_optimizer
+from flowmo.train.optimizer import NormControl, build_optimizers
 from flowmo.train.schedule import Schedule
 from flowmo.train.task import autocast
 from flowmo.train.trainer import Trainer, TrainingError
@@ -235,7 +235,7 @@ def test_frozen_encoder_stays(config, tmp_path):
     run = Trainer(config.override("opt.freeze_encoder_after=2 steps"), tmp_path / "run", report=quiet)
     seen = []
     for images in (next(batches(run.task.source, 4, 0, 0, 0)) for _ in range(4)):
-        if run.images >= run.times.freeze_encoder_after:
+        if run.images >= run.schedule.freeze_encoder_after:
             run.task.freeze_encoder()
         run._step(images, run.module)
         seen.append(run.task.model.encoder.code_out.weight.detach().clone())
@@ -259,7 +259,7 @@ def test_losses_that_stay_not_finite_stop_the_run(config, tmp_path):
 
 
 def adam_state(run: Trainer) -> dict[str, torch.Tensor]:
-    state = run.optimizer.state
+    state = {p: s for one in run.optimizers for p, s in one.state.items()}
     return {f"{i}.{key}": value for i, part in enumerate(state.values()) for key, value in part.items()}
 
 
@@ -338,7 +338,7 @@ def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part, optim
 
     run._step(images, run.module)
     before = {name: value.clone() for name, value in run.task.model.state_dict().items()}
-    average = {name: value.clone() for name, value in run.average.state.items()}
+    average = {name: value.clone() for name, value in run.ema.state.items()}
     optimizer = {name: value.clone() for name, value in adam_state(run).items()}
     assert run._step(images, broken)["finite"] == 0
     assert (run.step, run.skipped.read()) == (2, (1, 1))
@@ -346,7 +346,7 @@ def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part, optim
     assert lines[-1] == "1 step up to step 2 skipped: loss or gradient is not finite"
     assert all(torch.equal(value, optimizer[name]) for name, value in adam_state(run).items())
     assert all(torch.equal(value, before[name]) for name, value in run.task.model.state_dict().items())
-    assert all(torch.equal(value, average[name]) for name, value in run.average.state.items())
+    assert all(torch.equal(value, average[name]) for name, value in run.ema.state.items())
 
 
 def test_checkpoints_that_are_kept(config, tmp_path):
@@ -389,10 +389,10 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, folder, tmp_path
 def test_learning_rate():
     config = Config().override("opt.lr=1", "opt.warmup=10 steps", "opt.cooldown=0.5", "trainer.max_steps=100")
     times = Schedule.of(config, batch=3, epoch=7)
-    rates = [times.rate(config.opt, 3 * step) for step in (0, 4, 9, 50, 75, 99)]
+    rates = [times.learning_rate(config.opt, 3 * step) for step in (0, 4, 9, 50, 75, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.02])
     plain = Schedule.of(Config(), 128, 1000)
-    assert plain.rate(Config().opt, 10**8) == Config().opt.lr
+    assert plain.learning_rate(Config().opt, 10**8) == Config().opt.lr
 
 
 def test_average_forgets_the_start(tiny_config):
@@ -430,7 +430,7 @@ def test_norm_control_covers_every_matrix_of_the_blocks(tiny_config):
 @has_muon
 def test_muon_takes_the_matrices_that_tokens_meet_in_blocks(tiny_config):
     tokenizer = FlowMo(tiny_config.override("opt.optimizer=muon", "opt.lr=1e-3"))
-    adam, muon = build_optimizer(tokenizer).optimizers
+    adam, muon = build_optimizers(tokenizer)
     names = {id(p): name for name, p in tokenizer.named_parameters()}
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     others = {names[id(p)] for group in adam.param_groups for p in group["params"]}
@@ -444,12 +444,12 @@ def test_muon_takes_the_matrices_that_tokens_meet_in_blocks(tiny_config):
 def test_muon_steps_are_of_one_size_in_every_direction(tiny_config):
     """What sets it apart: the change of a matrix has singular values near 1, whatever those of its gradient."""
     tokenizer = FlowMo(tiny_config.override("opt.optimizer=muon"))
-    optimizer, weight = build_optimizer(tokenizer), tokenizer.decoder.blocks[0].picture.proj.weight
+    (_, muon), weight = build_optimizers(tokenizer), tokenizer.decoder.blocks[0].picture.proj.weight
     before = weight.detach().clone()
     for parameter in tokenizer.parameters():
         parameter.grad = torch.zeros_like(parameter)
     weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 0, 64)
-    optimizer.step()
+    muon.step()
     singular = torch.linalg.svdvals((before - weight.detach()) / 0.02)
     assert torch.linalg.cond(weight.grad) > 100
     assert singular.max() / singular.quantile(0.25) < 3
@@ -461,7 +461,7 @@ def test_muon_needs_whole_matrices(tiny_config):
 
 
 def test_optimizer_is_the_papers(tiny_config):
-    group = build_optimizer(FlowMo(tiny_config)).param_groups[0]
+    group = build_optimizers(FlowMo(tiny_config))[0].param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.95), 0)
 
 
@@ -519,7 +519,7 @@ def test_too_many_unreadable_pictures_end_the_run(config, folder, tmp_path, work
     for i in range(3):
         (folder / f"text{i}.jpg").write_text("this is no picture")
     run = Trainer(config.override(f"data.num_workers={workers}"), tmp_path / "run", report=quiet)
-    with pytest.raises(TrainingError, match="of 7 pictures cannot be read") as error:
+    with pytest.raises(TrainingError, match="of 7 images cannot be read") as error:
         run.train()
     assert "Traceback" not in str(error.value)
     assert multiprocessing.active_children() == []  # or Python would wait for them for ever when it ends

@@ -10,6 +10,7 @@ from test_windowed import TINY_NATIVE
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.mup_check import coordinate_check
 from flowmo import Config, ConfigError, FlowMo, preset
 from flowmo.config import Span
 from flowmo.distributed import World
@@ -19,9 +20,8 @@ from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage, pretrain_loss
 from flowmo.model.quantizers import LFQ
 from flowmo.train.cost import PeakMemory, peak_flops, training_cost
-from flowmo.train.failures import OutOfMemoryError, within_memory
-from flowmo.train.mup_check import coordinate_check
-from flowmo.train.optimizer import build_optimizer, clip_gradients, scale_initial_weights
+from flowmo.train.failures import OutOfMemoryError, plain_errors
+from flowmo.train.optimizer import build_optimizers, clip_gradients, scale_initial_weights
 from flowmo.train.parallel import KEPT, prepare
 from flowmo.train.schedule import BatchPlan, Position, Schedule
 
@@ -73,8 +73,8 @@ def test_steps_after_a_checkpoint_of_another_batch():
 
 def test_what_is_due():
     times = Schedule.of(Config().override("trainer.log_every=100 images", "trainer.sample_every=0"), 48, 1000)
-    assert [images for images in range(48, 500, 48) if times.due(times.log, images)] == [144, 240, 336, 432]
-    assert not any(times.due(times.sample, images) for images in range(48, 500, 48))
+    assert [images for images in range(48, 500, 48) if times.is_due(times.log, images)] == [144, 240, 336, 432]
+    assert not any(times.is_due(times.sample, images) for images in range(48, 500, 48))
 
 
 @pytest.mark.parametrize(
@@ -92,15 +92,15 @@ def test_what_is_due():
 )
 def test_the_cut_of_a_batch(settings, processes, most, expected):
     plan = BatchPlan.of(Config().override(*settings), processes, most)
-    assert (plan.processes, plan.passes, plan.microbatch) == expected
+    assert (plan.world_size, plan.accumulation_steps, plan.microbatch) == expected
     assert plan.total == expected[0] * expected[1] * expected[2]
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["data.global_batch_size=100"], r"100 does not divide among 8 .* data.global_batch_size=96 or .*=104"),
-        (["data.global_batch_size=4"], r"4 does not divide among 8 .* write data.global_batch_size=8$"),
+        (["data.global_batch_size=100"], r"100 cannot be split over 8 .* data.global_batch_size=96 or .*=104"),
+        (["data.global_batch_size=4"], r"4 cannot be split over 8 .* Write data.global_batch_size=8\.$"),
         (["opt.n_grad_acc=3"], r"opt.n_grad_acc=3 does not divide the 16 .* \[1, 2, 4, 8, 16\]"),
     ],
 )
@@ -173,7 +173,9 @@ def test_activations_keep_their_scale_over_widths(wide_config, images):
 def test_learning_rates_follow_the_width(tiny_config):
     def scales(*settings):
         tokenizer = FlowMo(tiny_config.override(*settings))
-        scale = {id(p): group["scale"] for group in build_optimizer(tokenizer).param_groups for p in group["params"]}
+        scale = {
+            id(p): group["scale"] for group in build_optimizers(tokenizer)[0].param_groups for p in group["params"]
+        }
         return {name: scale[id(p)] for name, p in tokenizer.named_parameters()}
 
     ours = scales("opt.mup_base_width=768")  # decoder 64 wide, encoder 32
@@ -375,11 +377,11 @@ def test_stage_1b_of_lo_fits_its_cards():
     ("error", "taken"), [(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 5), (MemoryError(), 2)]
 )
 def test_exhausted_memory_names_the_setting_to_lower(error, taken):
-    plan = BatchPlan(processes=2, passes=1, microbatch=12)
+    plan = BatchPlan(world_size=2, accumulation_steps=1, microbatch=12)
     value = {5: 4, 2: 2}[taken]
     with (
-        pytest.raises(OutOfMemoryError, match=rf"12 images ran out.*max_microbatch={value} .*takes up to {taken}\)"),
-        within_memory(plan, lambda: taken),
+        pytest.raises(OutOfMemoryError, match=rf"12 images ran out.*max_microbatch={value}; .*allows up to {taken}\."),
+        plain_errors(plan, lambda: taken),
     ):
         raise error
 
@@ -387,7 +389,7 @@ def test_exhausted_memory_names_the_setting_to_lower(error, taken):
 def test_one_image_that_does_not_fit():
     with (
         pytest.raises(OutOfMemoryError, match=r"1 image ran out.*activation_checkpointing=true"),
-        within_memory(BatchPlan(1, 4, 1), lambda: 1),
+        plain_errors(BatchPlan(1, 4, 1), lambda: 1),
     ):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
 

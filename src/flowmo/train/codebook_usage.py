@@ -1,33 +1,34 @@
-"""How much of its vocabulary a bottleneck uses."""
+"""Codebook usage: how many ids a bottleneck uses, and how evenly."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from flowmo.distributed import World
-from flowmo.model.quantizers import Quantizer
 
 
-class CodeUsage:
-    """Counts the ids of many batches, over all processes; of a continuous bottleneck, nothing."""
+class CodebookUsage:
+    """Counts ids over batches and ranks. ``id_count`` is ``None`` for a continuous bottleneck, which has no ids."""
 
-    def __init__(self, quantizer: Quantizer, world: World):
-        self.world = world
-        self.id_count = quantizer.id_count
+    def __init__(self, id_count: int | None, world: World):
+        self.id_count, self.world = id_count or 0, world
         self.counts: Tensor | None = None
 
     def add(self, ids: Tensor | None) -> None:
-        """ids: int64 b × tokens × sub-tokens."""
+        """Count ids, int64 b × tokens × sub-tokens."""
         if ids is not None:
             if self.counts is None:
-                self.counts = torch.zeros(self.id_count or 0, dtype=torch.int64, device=ids.device)
-            # bincount would ask the host for the largest id
-            self.counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
+                self.counts = torch.zeros(self.id_count, dtype=torch.int64, device=ids.device)
+            self.counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))  # bincount would sync the host
 
     def take(self) -> dict[str, float]:
-        """Figures since the last call: ``ids_used``, share of the ids that occurred; ``id_entropy``, entropy of an id
-        over its bits, 1 where all ids are equally frequent; ``bit_entropy``, mean entropy of a bit alone, at most 1.
+        """Return the metrics since the last call, on all ranks together, and start anew.
+
+        ``ids_used`` is the share of ids that occurred. ``id_entropy`` is the entropy of an id over its bits, 1 where
+        all ids are equally frequent. ``bit_entropy`` is the mean entropy of a single bit, at most 1.
         """
         if self.counts is None:
             return {}
@@ -35,13 +36,10 @@ class CodeUsage:
         self.counts = None
         share = counts / counts.sum()
         bits = (len(counts) - 1).bit_length()
-        every_id, every_bit = (torch.arange(count, device=share.device) for count in (len(counts), bits))
-        is_set = (every_id[:, None] >> every_bit) & 1
+        is_set = (torch.arange(len(counts), device=share.device)[:, None] >> torch.arange(bits).to(share.device)) & 1
         p = (share[:, None] * is_set).sum(dim=0)
-        entropy = -torch.special.xlogy(share, share).sum() / torch.log(torch.tensor(2.0)) / bits
-        bit_entropy = torch.special.entr(torch.stack((p, 1 - p))).sum(dim=0).mean() / torch.log(torch.tensor(2.0))
         return {
             "ids_used": float((counts > 0).double().mean()),
-            "id_entropy": float(entropy),
-            "bit_entropy": float(bit_entropy),
+            "id_entropy": float(torch.special.entr(share).sum()) / math.log(2) / bits,
+            "bit_entropy": float(torch.special.entr(torch.stack((p, 1 - p))).sum(dim=0).mean()) / math.log(2),
         }

@@ -1,4 +1,4 @@
-"""What a training step costs, by arithmetic: FLOPs and bytes of a picture, counted on tensors without contents."""
+"""Forecast of a training step's FLOPs and memory per image, on fake tensors without contents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,13 +42,16 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Dense bfloat16 FLOPs a second with float32 sums, from the makers' data sheets; the first name that matches counts."""
+"""Dense bfloat16 FLOP/s with float32 accumulation, from data sheets, by the first part of the name that matches."""
 
-IMAGENET = 1_281_167
-"""Training pictures of ImageNet-1K, for lengths in epochs."""
-
+IMAGENET_IMAGES = 1_281_167
+STATE_BYTES = 5 * 4
+"""Per parameter: weight, gradient, Adam's two moments and EMA in float32."""
 COUNTED = 2
-"""Pictures of the batch that is counted: with one, a product of tables could look like a product of the batch."""
+"""Images of the counted batch. With one, products of tables would look like products of the batch."""
+
+Step = tuple[Callable[[], Tensor], Sequence[nn.Module]]
+"""Function that computes a loss, and the modules whose parameters it uses."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,11 @@ class Cost:
     """Cost of training.
 
     Attributes:
-        flops: floating-point operations of matrix products and convolutions a picture, forward and backward. What
-            activation checkpointing computes again is not among them, what stage 1B's chain does is.
-        state_bytes: weights, gradients, Adam's two moments and the averaged weights, whole.
-        activation_bytes: growth of the step's peak memory per image: what the forward pass keeps, and what the
-            backward pass computes again and holds at once.
-        fixed_bytes: part of the peak that no image adds to, such as copies of the weights in bfloat16.
+        flops: matrix-product and convolution FLOPs per image, forward and backward. Recomputation by activation
+            checkpointing is not counted, recomputation of stage 1B's chain is.
+        state_bytes: weights, gradients, Adam's two moments and EMA, unsharded.
+        activation_bytes: growth of a step's peak memory per image.
+        fixed_bytes: part of the peak that does not grow with the batch, such as bfloat16 copies of the weights.
     """
 
     flops: float
@@ -70,53 +72,22 @@ class Cost:
     fixed_bytes: float = 0.0
 
     def peak_bytes(self, images: int, shards: int = 1) -> float:
-        """Peak memory of a step over a micro-batch of ``images``, with the state cut into ``shards``."""
+        """Return the peak memory of a micro-batch of ``images``, with the state in ``shards``."""
         return self.state_bytes / shards + self.fixed_bytes + images * self.activation_bytes
 
     def max_images(self, memory: float, shards: int = 1) -> int:
-        """Pictures of one pass that fit into ``memory`` bytes beside the state cut into ``shards``; at least 1."""
-        free = 0.9 * memory - self.peak_bytes(0, shards)  # a tenth for the allocator's gaps and the libraries
+        """Return the largest micro-batch, at least 1, that fits in ``memory`` bytes."""
+        free = 0.9 * memory - self.peak_bytes(0, shards)  # 10 % for fragmentation and libraries
         return max(int(free / self.activation_bytes), 1)
 
 
-def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = True) -> Cost:
-    """Cost of the stage that the settings name. Takes a few seconds and no memory to speak of.
-
-    Args:
-        freeze_encoder: of the time when the encoder no longer learns.
-        fused: with attention in one kernel, as on a GPU; CPUs keep the tables of attention in bfloat16.
-    """
-    model = config.model
-    if model.quantization_type in HUB_NAMES:  # its language model is not counted
-        model = replace(model, quantization_type="noop")
-    relevant = Config(
-        data=DataConfig(image_size=config.data.image_size, crop_sizes=config.data.crop_sizes),
-        model=model,
-        opt=OptConfig(
-            lpips_weight=config.opt.lpips_weight,
-            lpips_mode=config.opt.lpips_mode,
-            lpips_crop=config.opt.lpips_crop,
-            teacher="teacher" if config.opt.teacher else "",
-            teacher_steps=config.opt.teacher_steps,
-            jumps=config.opt.jumps,
-        ),
-        eval=EvalConfig(sampling=SamplingConfig(guidance=1.0)),
-        trainer=TrainerConfig(
-            enable_bfloat16=config.trainer.enable_bfloat16,
-            activation_checkpointing=config.trainer.activation_checkpointing,
-            checkpoint_keeps=config.trainer.checkpoint_keeps,
-        ),
-    )
-    return _training_cost(relevant, freeze_encoder, fused)
-
-
 def describe_training(config: Config) -> dict[str, Any]:
-    """What the run of ``config`` costs, by arithmetic: nothing here is measured."""
-    times = Schedule.of(config, config.data.global_batch_size or PAPER_BATCH, IMAGENET)
-    images = times.duration
-    thawed = min(times.freeze_encoder_after, images)
+    """Return the forecast cost of a whole run; nothing is measured."""
+    schedule = Schedule.of(config, config.data.global_batch_size or PAPER_BATCH, IMAGENET_IMAGES)
+    images = schedule.duration
+    thawed = min(schedule.freeze_encoder_after, images)
     early, late = training_cost(config), training_cost(config, freeze_encoder=True)
-    recomputing = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
+    checkpointing = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
     flops = thawed * early.flops + (images - thawed) * late.flops
     return {
         "training_images": images,
@@ -125,110 +96,158 @@ def describe_training(config: Config) -> dict[str, Any]:
         "exaflop_of_the_run": round(flops / 1e18, 1),
         "gib_of_state": round(early.state_bytes / 2**30, 2),
         "gib_of_activations_per_image": round(early.activation_bytes / 2**30, 3),
-        "gib_with_activation_checkpointing": round(training_cost(recomputing).activation_bytes / 2**30, 3),
+        "gib_with_activation_checkpointing": round(training_cost(checkpointing).activation_bytes / 2**30, 3),
         "hours_on_8_h100_at_40_percent": round(flops / (8 * 0.4 * PEAKS["H100"]) / 3600, 1),
     }
 
 
-@cache
-def generator_cost(config: Config, vocabulary: Vocabulary, fused: bool = True) -> Cost:
-    """Cost of stage 2, as ``training_cost`` gives that of the others."""
+def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = True) -> Cost:
+    """Forecast the cost of stage 1A, 1B or 1C, in seconds and without allocating the model.
 
-    def build(precise: Config, images: int) -> tuple[Callable[[], Tensor], nn.Module]:
-        ids = torch.empty(images, vocabulary.ids, dtype=torch.int64)
-        network = build_network(precise.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
-        for block in network.blocks if precise.trainer.activation_checkpointing else ():
-            recompute(block, precise.trainer.checkpoint_keeps)
-        arguments = (ids, torch.empty_like(ids, dtype=torch.bool), ids[:, 0])
-        return lambda: network(*arguments).float().sum(), network
+    Args:
+        freeze_encoder: forecast the steps in which the encoder no longer learns.
+        fused: assume fused attention, as on a GPU; a CPU keeps attention matrices in bfloat16.
+    """
+    model, opt, trainer = config.model, config.opt, config.trainer
+    if model.quantization_type in HUB_NAMES:  # its language model is not counted
+        model = replace(model, quantization_type="noop")
+    # only what matters for the cost, so that more calls find their result in the cache
+    relevant = Config(
+        data=DataConfig(image_size=config.data.image_size, crop_sizes=config.data.crop_sizes),
+        model=model,
+        opt=OptConfig(
+            lpips_weight=opt.lpips_weight,
+            lpips_mode=opt.lpips_mode,
+            lpips_crop=opt.lpips_crop,
+            teacher="teacher" if opt.teacher else "",
+            teacher_steps=opt.teacher_steps,
+            jumps=opt.jumps,
+        ),
+        eval=EvalConfig(sampling=SamplingConfig(guidance=1.0)),
+        trainer=_memory_settings(trainer),
+    )
+    return _training_cost(relevant, freeze_encoder, fused)
 
-    plain = replace(config, trainer=replace(config.trainer, enable_bfloat16=True, activation_checkpointing=False))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        loss, network = build(plain, COUNTED)
-        flops, parameters = _flops(loss, bfloat16=True), sum(p.numel() for p in network.parameters())
-        bfloat16, peaks = config.trainer.enable_bfloat16, []
-        for images in (COUNTED, 2 * COUNTED):
-            loss, network = build(config, images)
-            peaks.append(_peak(loss, [network], bfloat16))
-    few, many = peaks
-    return Cost(flops / COUNTED, 5 * 4 * parameters, *_per_image(few, many))
 
-
-def _per_image(few: float, many: float) -> tuple[float, float]:
-    """Growth per image and fixed part of the peaks of ``COUNTED`` and twice as many images."""
-    growth = (many - few) / COUNTED
-    return growth, few - COUNTED * growth
+def _memory_settings(trainer: TrainerConfig, plain: bool = False) -> TrainerConfig:
+    """Keep the settings that change memory; ``plain`` replaces them for FLOP counts."""
+    return TrainerConfig(
+        enable_bfloat16=plain or trainer.enable_bfloat16,
+        activation_checkpointing=trainer.activation_checkpointing and not plain,
+        checkpoint_keeps=trainer.checkpoint_keeps,
+    )
 
 
 @cache
 def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
-    # The counter knows the products of plain attention; the fused one does the same products and keeps less.
-    # A step of stage 1B's chain beyond the second adds its FLOPs and the state that it starts from, and no more.
-    beyond = max(config.model.posttrain_sample_k - 2, 0) if config.stage == "posttrain" else 0
-
-    def shorter(config: Config, steps: int) -> Config:
-        return replace(config, model=replace(config.model, posttrain_sample_k=steps))
-
-    short = shorter(config, 2) if beyond else config
-    plain = replace(short, trainer=replace(config.trainer, enable_bfloat16=True, activation_checkpointing=False))
+    # Beyond two steps, each step of stage 1B's chain adds the same FLOPs and one stored state.
+    steps = config.model.posttrain_sample_k
+    counted = min(steps, 2) if config.stage == "posttrain" else steps
+    extra = steps - counted
     sizes = config.data.crops or [(config.data.image_size, config.data.image_size)]
     largest = max(sizes, key=math.prod)
-    states = beyond * 4 * 3 * math.prod(largest)
+
+    def step(images: int, size: tuple[int, int] = largest, chain: int = counted, plain: bool = False) -> Step:
+        model, trainer = replace(config.model, posttrain_sample_k=chain), _memory_settings(config.trainer, plain)
+        return _tokenizer_step(replace(config, model=model, trainer=trainer), freeze_encoder, images, size)
+
+    def mean_flops(chain: int) -> float:  # training draws each size with equal probability
+        return sum(_flops(step(COUNTED, size, chain, plain=True)) for size in sizes) / len(sizes)
+
     with FakeTensorMode(allow_non_fake_inputs=True):
-        flops = _mean_flops(plain, freeze_encoder, sizes)
-        if beyond:
-            flops += beyond * (flops - _mean_flops(shorter(plain, 1), freeze_encoder, sizes))
+        flops = mean_flops(counted)
+        if extra:
+            flops += extra * (flops - mean_flops(1))
         try:
             transformer.plain_bfloat16_on_cpu = not fused
-            steps = [_step(short, freeze_encoder, n, largest) for n in (COUNTED, 2 * COUNTED)]
-            few, many = (_peak(step, modules, config.trainer.enable_bfloat16) for step, modules in steps)
+            per_image, fixed = _memory(step, config.trainer.enable_bfloat16)
         finally:
             transformer.plain_bfloat16_on_cpu = True
-            transformer.rotary_table.cache_clear()  # of tables without contents
+            transformer.rotary_table.cache_clear()  # drop tables without contents
         parameters = sum(p.numel() for p in FlowMo(config).parameters())
-    per_image, fixed = _per_image(few, many)
-    return Cost(flops / COUNTED, 5 * 4 * parameters, per_image + states, fixed)
+    chain_states = extra * 4 * 3 * math.prod(largest)
+    return Cost(flops / COUNTED, STATE_BYTES * parameters, per_image + chain_states, fixed)
 
 
-def _mean_flops(config: Config, freeze_encoder: bool, sizes: Sequence[tuple[int, int]]) -> float:
-    """FLOPs of a step over ``COUNTED`` images, mean over the sizes that training draws with equal chance."""
-    return sum(_flops(_step(config, freeze_encoder, COUNTED, size)[0], bfloat16=True) for size in sizes) / len(sizes)
+@cache
+def generator_cost(config: Config, vocabulary: Vocabulary, fused: bool = True) -> Cost:
+    """Forecast the cost of stage 2. ``fused`` makes no difference."""
+
+    def step(images: int, plain: bool = False) -> Step:
+        trainer = _memory_settings(config.trainer, plain)
+        ids = torch.empty(images, vocabulary.ids, dtype=torch.int64)
+        network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
+        for block in network.blocks if trainer.activation_checkpointing else ():
+            recompute(block, trainer.checkpoint_keeps)
+        hidden = torch.empty_like(ids, dtype=torch.bool)
+        return lambda: network(ids, hidden, ids[:, 0]).float().sum(), [network]
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        plain = step(COUNTED, plain=True)
+        parameters = sum(p.numel() for p in plain[1][0].parameters())
+        return Cost(_flops(plain) / COUNTED, STATE_BYTES * parameters, *_memory(step, config.trainer.enable_bfloat16))
 
 
-def _step(
-    config: Config, freeze_encoder: bool, count: int, size: tuple[int, int]
-) -> tuple[Callable[[], Tensor], list[nn.Module]]:
-    """The loss of a step over ``count`` images of one height and width, and the modules that it holds."""
-    perceptual, mode = None, config.opt.lpips_mode
-    if config.opt.lpips_weight:
-        perceptual = build_distance(mode, pretrained=False)
+def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tuple[int, int]) -> Step:
+    perceptual = build_distance(config.opt.lpips_mode, pretrained=False) if config.opt.lpips_weight else None
     tokenizer, teacher = FlowMo(config), None
     tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not freeze_encoder)
     if config.stage == "distill":
-        teacher = FlowMo(teacher_of(config)).requires_grad_(False)
-    stage = prepare(Stage(tokenizer, tokenizer.config.opt, perceptual, teacher), World(), config.trainer)
+        teacher = FlowMo(_teacher(config)).requires_grad_(False)
+    stage = prepare(Stage(tokenizer, config.opt, perceptual, teacher), World(), config.trainer)
     images = torch.empty(count, 3, *size)
-    flags = torch.ones(count, config.model.posttrain_sample_k, dtype=torch.bool)
-    chain = Chain(images, torch.empty(count, config.model.posttrain_sample_k + 1), flags)
+    keep = torch.ones(count, config.model.posttrain_sample_k, dtype=torch.bool)
+    chain = Chain(images, torch.empty(count, config.model.posttrain_sample_k + 1), keep)
     times = torch.empty(count, config.opt.jumps)
     cut = [(0, 0)] * count if config.opt.lpips_crop else None
-    draws = TrainingNoise(torch.empty(count), images, flags[:, 0], chain, Jumps(images, times, times), cut)
+    noise = TrainingNoise(torch.empty(count), images, keep[:, 0], chain, Jumps(images, times, times), cut)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
-    step = partial(stage, images, draws, alone, freeze_encoder)
-    return lambda: step().total, modules
+    return lambda: stage(images, noise, alone, freeze_encoder).total, modules
 
 
-def teacher_of(config: Config) -> Config:
-    """A tokenizer as the student's teacher is, sampled by the paper's settings unless the steps are set."""
+def _teacher(config: Config) -> Config:
+    """Return the settings of a student's teacher, which samples by the paper's settings unless the steps are set."""
     sampling = SamplingConfig(sample_steps=config.opt.teacher_steps or SamplingConfig().sample_steps)
     model = replace(config.model, mean_velocity=False)
     return Config(data=config.data, model=model, eval=EvalConfig(sampling=sampling))
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors that operators make and that are alive at once: now, and at most.
+def _backward(loss: Callable[[], Tensor], bfloat16: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        total = loss()
+    total.backward()
 
-    Works on tensors with and without contents. Memory that a kernel uses inside one operator is not seen.
+
+def _flops(step: Step) -> float:
+    """Count the FLOPs of a loss and its gradients with plain attention, whose products the counter knows."""
+    with FlopCounterMode(display=False) as counter:
+        _backward(step[0], bfloat16=True)
+    return counter.get_total_flops()
+
+
+def _memory(step: Callable[[int], Step], bfloat16: bool) -> tuple[float, float]:
+    """Return the growth per image and the fixed part of the peak memory beside the state."""
+    few, many = (_peak(*step(images), bfloat16) for images in (COUNTED, 2 * COUNTED))
+    growth = (many - few) / COUNTED
+    return growth, few - COUNTED * growth
+
+
+def _peak(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16: bool) -> float:
+    memory = PeakMemory()
+    for parameter in (p for module in modules for p in module.parameters()):
+        memory.ignore(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)  # counted as state
+            memory.ignore(parameter.grad)
+    with memory:  # apart from the FLOP counter, whose hooks keep activations that checkpointing would free
+        _backward(loss, bfloat16)
+    return memory.peak
+
+
+class PeakMemory(TorchDispatchMode):
+    """Tracks the bytes of live tensors that operators create: now, and at the peak.
+
+    Works on fake tensors too. Workspace inside an operator is not seen.
     """
 
     def __init__(self) -> None:
@@ -244,7 +263,7 @@ class PeakMemory(TorchDispatchMode):
         return out
 
     def ignore(self, tensor: Tensor) -> None:
-        """Leave out a tensor that was there before."""
+        """Do not count an existing tensor."""
         self._known.add(tensor.untyped_storage()._cdata)
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -260,37 +279,9 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-def _flops(loss: Callable[[], Tensor], bfloat16: bool) -> float:
-    """FLOPs of a loss and its gradients."""
-    with FlopCounterMode(display=False) as counter:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            total = loss()
-        total.backward()
-    return counter.get_total_flops()
-
-
-def _peak(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16: bool) -> float:
-    """Peak of the memory that a loss and its gradients take beside weights and their gradients."""
-    memory = PeakMemory()
-    for parameter in (p for module in modules for p in module.parameters()):
-        memory.ignore(parameter)
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)  # counted as state
-            memory.ignore(parameter.grad)
-    # Not under the FLOP counter too: its hooks on modules keep the activations that checkpointing would free.
-    with memory:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            total = loss()
-        total.backward()
-    return memory.peak
-
-
 @cache
 def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
-    """FLOPs a second that utilisation is measured against, and where the figure is from.
-
-    The data sheet's for a GPU of ``PEAKS`` in bfloat16; for any other device the best of some matrix products.
-    """
+    """Return the device's peak FLOP/s and its source: the data sheet, or a measurement for a device not in it."""
     if device.type == "cuda" and bfloat16:
         name = torch.cuda.get_device_name(device)
         sheet = next((flops for part, flops in PEAKS.items() if part in name), None)
@@ -300,16 +291,19 @@ def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
 
 
 def matrix_rate(device: torch.device, bfloat16: bool) -> float:
-    """FLOPs a second that the device reaches now, at best, in products of large square matrices."""
+    """Measure the best FLOP/s that the device reaches in products of large square matrices."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     best = float("inf")
     for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronise(device)
         start = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronise(device)
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,6 +1,4 @@
-"""Against reward hacking: every checkpoint is measured on held-out pictures, the best is kept, and a run that only
-makes its loss better ends (section 3.3: post-training is stopped early by rFID).
-"""
+"""Early stopping by a held-out metric (section 3.3), against runs that improve only their loss."""
 
 from __future__ import annotations
 
@@ -11,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 HIGHER_IS_BETTER = {"psnr": True, "lpips": False, "rfid": False, "cross_entropy": False}
-LOSSES = ("sample_distance", "lpips", "cross_entropy")
+LOSSES = ("sample_distance", "lpips", "cross_entropy", "loss")
 PLOT = "guard.png"
 
 
 @dataclass
 class EarlyStopping:
-    """Remembers the best of a run's checkpoints by one held-out figure.
+    """Best checkpoint of a run by one held-out metric.
 
     Attributes:
-        metric: ``psnr``, ``lpips``, ``rfid`` or ``cross_entropy``; empty judges nothing.
-        patience: checkpoints in a row without a better one that end the run; 0 never does.
-        step: of the best checkpoint, ``None`` before the first.
-        value: its figure.
-        since: checkpoints since then.
+        metric: key of ``HIGHER_IS_BETTER``; empty switches early stopping off.
+        patience: end the run after this many checkpoints without improvement; 0 never ends it.
+        step: step of the best checkpoint, ``None`` before the first.
+        value: metric of the best checkpoint.
+        since: checkpoints since the best one.
     """
 
     metric: str = ""
@@ -33,46 +31,46 @@ class EarlyStopping:
     value: float | None = None
     since: int = 0
 
-    def judge(self, step: int, value: float) -> bool:
-        """Take in a checkpoint's figure; whether it is the best so far."""
-        better = self.value is None or ((value > self.value) == HIGHER_IS_BETTER[self.metric] and value != self.value)
-        if better:
+    def update(self, step: int, value: float) -> bool:
+        """Record a checkpoint's metric. Return True if it is the best so far."""
+        sign = 1 if HIGHER_IS_BETTER[self.metric] else -1
+        if self.value is None or sign * value > sign * self.value:
             self.step, self.value, self.since = step, value, 0
-        else:
-            self.since += 1
-        return better
+            return True
+        self.since += 1
+        return False
 
     @property
     def exhausted(self) -> bool:
         return bool(self.patience) and self.since >= self.patience
 
-    def facts(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"best_step": self.step, "best_value": self.value, "since_best": self.since, "best_metric": self.metric}
 
-    def restore(self, facts: Mapping[str, Any]) -> None:
-        """Go on with what a checkpoint remembers, unless it was judged by another figure."""
-        if facts.get("best_metric") == self.metric:
-            self.step, self.value, self.since = facts["best_step"], facts["best_value"], facts["since_best"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a checkpoint's state if it was of the same metric."""
+        if state.get("best_metric") == self.metric:
+            self.step, self.value, self.since = state["best_step"], state["best_value"], state["since_best"]
 
 
-def plot(folder: Path, metric: str) -> Path | None:
-    """Draw a run's perceptual loss and its held-out figure over the images seen, where matplotlib is installed.
-
-    Where the loss still falls and the figure turns, the run has begun to please the loss alone.
-    """
+def plot(folder: Path, metric: str) -> None:
+    """Plot training loss and held-out metric over images seen, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None
+        return
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    loss = next((name for name in LOSSES if any(name in line for line in lines)), "loss")
-    trained = [(line["images"], line[loss]) for line in lines if loss in line]
-    held_out = [(line["images"], line[f"eval_{metric}"]) for line in lines if f"eval_{metric}" in line]
+
+    def curve(name: str) -> list[tuple[float, float]]:
+        return [(line["images"], line[name]) for line in lines if name in line]
+
+    held_out = curve(f"eval_{metric}")
     if not held_out:
-        return None
+        return
     figure = Figure(figsize=(7, 4), layout="constrained")
     left = figure.subplots()
-    left.plot(*zip(*trained, strict=True), color="tab:blue", label=f"training: {loss}") if trained else None
+    loss = next((name for name in LOSSES if curve(name)), "loss")
+    left.plot(*zip(*curve(loss) or [(0, float("nan"))], strict=True), color="tab:blue", label=f"training: {loss}")
     left.set(xlabel="images", ylabel=loss)
     right = left.twinx()
     right.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label=f"held out: {metric}")
@@ -81,4 +79,3 @@ def plot(folder: Path, metric: str) -> Path | None:
     right.axvline(best[0], color="gray", linestyle=":", label=f"best held out, {best[1]:.4g}")
     figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(folder / PLOT, dpi=90)
-    return folder / PLOT

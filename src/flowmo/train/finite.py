@@ -1,7 +1,6 @@
-"""Steps without a finite loss and gradient change nothing, and no step waits for the host to find out.
+"""Skipping of steps whose loss or gradient is not finite, without a host sync.
 
-Whether a step is finite stays a number on the device. The optimizer reads it there; the host reads the counts with
-each line of the log.
+The verdict stays a tensor on the device. The optimizer reads it there; the host reads counters with the log.
 """
 
 from __future__ import annotations
@@ -17,40 +16,32 @@ from flowmo.distributed import World
 
 
 class StepCounts:
-    """Counts of the steps that were skipped, on the device.
-
-    Args:
-        total: skipped steps before a resumed run goes on.
-    """
+    """Counters of skipped steps, on the device. ``total`` continues a resumed run's count."""
 
     def __init__(self, world: World, total: int = 0):
         self.world = world
-        self.counts = torch.tensor([total, 0, 0], device=world.device)  # in all, in a row, most in a row
+        self.counts = torch.tensor([total, 0, 0], device=world.device)  # total, current row, longest row
 
     def add(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Count a step by its loss and gradient norm. Returns 1.0 if both are finite in every rank, else 0.0."""
-        skipped = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        skipped = skipped.to(torch.int64)
+        """Count a step. Return 1.0 if its loss and gradient norm are finite on every rank, else 0.0."""
+        skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).to(torch.int64)
         if self.world.size > 1:
             dist.all_reduce(skipped, op=dist.ReduceOp.MAX)
-        total, row, most = self.counts.unbind()
+        total, row, longest = self.counts.unbind()
         row = (row + 1) * skipped
-        self.counts = torch.stack((total + skipped, row, torch.maximum(most, row)))
+        self.counts = torch.stack((total + skipped, row, torch.maximum(longest, row)))
         return (1 - skipped).float()
 
     def read(self) -> tuple[int, int]:
-        """Skipped steps in all, and the most in a row. Waits for the device."""
-        total, _, most = self.counts.tolist()
-        return total, most
+        """Return the number of skipped steps and the longest row of them. Waits for the device."""
+        total, _, longest = self.counts.tolist()
+        return total, longest
 
 
 @torch.no_grad()
 def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """Step the optimizer where ``finite`` is 1, else leave parameters and state as they are, without asking the host.
-
-    Fused Adam takes the flag itself; for others (Muon) parameters and state are put back.
-    """
-    if isinstance(optimizer, torch.optim.AdamW):
+    """Step the optimizer if ``finite`` is 1; otherwise leave parameters and state unchanged."""
+    if isinstance(optimizer, torch.optim.AdamW):  # fused Adam takes the flag itself
         optimizer.grad_scale, optimizer.found_inf = None, 1 - finite
         optimizer.step()
         return
@@ -62,7 +53,7 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 @contextmanager
 def restored_unless(finite: Tensor, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put tensors back to their values at the start where ``finite`` is 0, without asking the host."""
+    """Restore the tensors at the end of the context if ``finite`` is 0."""
     before = [tensor.clone() for tensor in tensors]
     yield
     for tensor, value in zip(tensors, before, strict=True):

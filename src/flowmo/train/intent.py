@@ -1,4 +1,4 @@
-"""What a run is meant to do: what cannot be meant is refused before it starts, the rest is one line of the log."""
+"""Checks of what a run is meant to do, and the log line that describes it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ STAGES = {
     "distill": "stage 1C, distillation",
     "generator": "stage 2, generation",
 }
+PERCEPTUAL_OF = {"pretrain": "one-step estimates", "posttrain": "samples of {} steps", "distill": "jumps"}
 POSTTRAIN_STEPS = 25_000
 """Length of the paper's stage 1B."""
 
 
 def check_start(config: Config, started: bool) -> None:
-    """Refuse an encoder that would stay as random as it is, and a length that belongs to another stage.
+    """Refuse to train with a frozen random encoder, or for the default length of another stage.
 
     Args:
         started: the run has weights to start from.
 
     Raises:
-        ConfigError: with what to write instead.
+        ConfigError: the settings cannot be meant.
     """
-    never_learns = config.stage == "posttrain" or (
-        config.stage == "pretrain" and not config.opt.freeze_encoder_after.amount
-    )
-    if never_learns and not started:
-        why = "Stage 1B trains" if config.stage == "posttrain" else "opt.freeze_encoder_after=0 trains"
-        raise ConfigError(f"{why} with a frozen encoder, which is random here. Add --resume-from-ckpt CHECKPOINT.")
+    frozen = config.stage == "pretrain" and not config.opt.freeze_encoder_after.amount
+    if (frozen or config.stage == "posttrain") and not started:
+        why = "opt.freeze_encoder_after=0" if frozen else "Stage 1B"
+        raise ConfigError(
+            f"{why} trains with a frozen encoder, which is random here. Add --resume-from-ckpt CHECKPOINT."
+        )
     if config.stage != "pretrain" and config.trainer.duration == FIELDS["trainer.duration"].default:
         raise ConfigError(
             f"trainer.duration={config.trainer.duration} is the length of stage 1A. Name the length of this stage, "
@@ -42,13 +43,13 @@ def check_start(config: Config, started: bool) -> None:
         )
 
 
-def check_length(config: Config, path: Path, start: Position, times: Schedule) -> None:
+def check_length(config: Config, path: Path, start: Position, schedule: Schedule) -> None:
     """Refuse a new run that would end where its checkpoint is.
 
     Raises:
-        ConfigError: with a length that works.
+        ConfigError: the run has no step to take.
     """
-    if start.images >= times.duration:
+    if start.images >= schedule.duration:
         raise ConfigError(
             f"{path} is at step {start.step} ({start.images} images), where trainer.duration="
             f"{config.trainer.duration} has ended. For {POSTTRAIN_STEPS} steps more write "
@@ -56,31 +57,26 @@ def check_length(config: Config, path: Path, start: Position, times: Schedule) -
         )
 
 
-def describe(config: Config, start: Position, times: Schedule) -> str:
-    """Stage, length, learning rate, EMA and perceptual loss, as they follow from the settings and the checkpoint."""
-    opt, model = config.opt, config.model
-    left = max(times.duration - start.images, 0)
-    steps = -(-left // times.batch)
-    rate = f"learning rate {opt.lr:g}"
-    scales = {net: 1 / width for net, width in width_multipliers(config).items() if width != 1}
-    if scales and config.stage != "generator":
-        rate += f" (µP: wide matrices of the {' and the '.join(f'{n} × {s:.3g}' for n, s in scales.items())})"
-    every = RELEASE_EMA_STEPS if model.ema_update == "release" else 1
+def describe(config: Config, start: Position, schedule: Schedule) -> str:
+    """Describe stage, length, learning rate, EMA and perceptual loss in one line."""
+    opt, stage = config.opt, config.stage
+    steps = -(-max(schedule.duration - start.images, 0) // schedule.batch)
+    scales = [f"{net} × {1 / width:.3g}" for net, width in width_multipliers(config).items() if width != 1]
+    mup = f" (µP: wide matrices of the {' and the '.join(scales)})" if scales and stage != "generator" else ""
+    every = f", every {RELEASE_EMA_STEPS} steps" if config.model.ema_update == "release" else ""
     parts = [
-        f"{STAGES[config.stage]}: {steps} steps from step {start.step} to step {start.step + steps}",
-        rate,
-        f"EMA decay {decay_per_step(config, times.batch):.6g} per step" + (f", every {every} steps" * (every > 1)),
+        f"{STAGES[stage]}: {steps} steps from step {start.step} to step {start.step + steps}",
+        f"learning rate {opt.lr:g}{mup}",
+        f"EMA decay {decay_per_step(config, schedule.batch):.6g} per step{every}",
     ]
-    if config.stage != "generator":
-        frozen = config.stage != "pretrain" or start.images >= times.freeze_encoder_after
-        last = times.freeze_encoder_after
-        parts.append("encoder frozen" if frozen else f"encoder frozen from image {last}" if last < times.duration else
-                     "encoder learns")  # fmt: skip
-        where = {"posttrain": f"samples of {model.posttrain_sample_k} steps", "distill": "jumps"}
-        distance = (
-            f"{opt.lpips_mode} distance × {opt.lpips_weight:g} of {where.get(config.stage, 'one-step estimates')}"
-        )
-        parts.append(distance if opt.lpips_weight else "no perceptual loss")
+    if stage == "generator":
+        generator = config.generator
+        return "; ".join([*parts, f"network {generator.network}, visible ids at weight {generator.visible_weight:g}"])
+    freeze = schedule.freeze_encoder_after
+    if stage != "pretrain" or start.images >= freeze:
+        parts.append("encoder frozen")
     else:
-        parts.append(f"network {config.generator.network}, visible ids at weight {config.generator.visible_weight:g}")
-    return "; ".join(parts)
+        parts.append(f"encoder frozen from image {freeze}" if freeze < schedule.duration else "encoder learns")
+    target = PERCEPTUAL_OF[stage].format(config.model.posttrain_sample_k)
+    distance = f"{opt.lpips_mode} distance × {opt.lpips_weight:g} of {target}"
+    return "; ".join([*parts, distance if opt.lpips_weight else "no perceptual loss"])

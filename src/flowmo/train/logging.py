@@ -1,36 +1,42 @@
-"""What a run tells: lines, a live line on a terminal, ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+"""Logs of a run: lines, a progress line on a terminal, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
+from flowmo.checkpoint.files import write_content
+from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 
 METRICS = "metrics.jsonl"
+PROGRESS_INTERVAL = 0.25
+CLEAR_LINE = "\r\033[K"
 
 
 class MetricLoggerError(FlowMoError, RuntimeError):
-    """A service that was asked for and is not there."""
+    """A logging service is not installed."""
 
 
 class MetricLogger:
-    """Writes for one process of a run; the others' ``MetricLogger`` is silent but for ``report(…, everywhere=True)``.
+    """Writes the logs of one rank. An inactive logger writes nothing but ``report(…, everywhere=True)``.
 
     Args:
-        active: whether this is the process that writes.
-        report: takes each line.
-        wandb_project: Weights & Biases project to send to; empty sends nothing.
+        active: True for the rank that writes.
+        report: prints a line.
+        wandb_project: Weights & Biases project; empty switches it off.
 
     Raises:
-        JournalError: wandb was asked for and is not installed.
+        MetricLoggerError: wandb is asked for and not installed.
     """
 
     def __init__(
@@ -42,25 +48,25 @@ class MetricLogger:
         wandb_project: str = "",
     ):
         self.folder, self.active = folder, active
-        self._report = report
-        self._tensorboard, self._project = tensorboard, wandb_project
+        self._report, self._tensorboard, self._project = report, tensorboard, wandb_project
         self._writer: Any = None
-        self._run: Any = None
-        self._shown = 0.0
+        self._wandb: Any = None
+        self._progress_at = 0.0
         if wandb_project and active:
             try:
                 import wandb  # noqa: F401
             except ImportError:
                 raise MetricLoggerError(
-                    f"trainer.wandb_project={wandb_project} needs Weights & Biases: pip install wandb"
+                    f"trainer.wandb_project={wandb_project} needs Weights & Biases: pip install wandb."
                 ) from None
 
     def open(self, step: int, images: int, settings: Mapping[str, Any]) -> None:
-        """Go on from a position; what an interrupted run wrote beyond it is dropped, it will come again."""
+        """Start logging at a position. Metrics that an interrupted run wrote beyond it are dropped."""
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._drop_after(images)
+        if (self.folder / METRICS).exists():
+            self._drop_after(images)
         if self._tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -71,46 +77,38 @@ class MetricLogger:
         if self._project:
             import wandb
 
-            self._run = wandb.init(
-                project=self._project,
-                name=self.folder.name,
-                id=self.folder.name,
-                dir=str(self.folder),
-                resume="allow",
-                config=dict(settings),
-            )
+            name = self.folder.name
+            options = {"id": name, "dir": str(self.folder), "resume": "allow", "config": dict(settings)}
+            self._wandb = wandb.init(project=self._project, name=name, **options)
 
     def _drop_after(self, images: int) -> None:
-        path = self.folder / METRICS
-        if not path.exists():
-            return
-        sound = []
-        for line in path.read_text().splitlines():
+        kept = []
+        for line in (self.folder / METRICS).read_text().splitlines():
             try:
                 if json.loads(line)["images"] <= images:
-                    sound.append(line + "\n")
+                    kept.append(line + "\n")
             except (ValueError, KeyError):  # cut off by a kill
                 continue
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(sound))
-        os.replace(temporary, path)
+        write_content(self.folder / METRICS, "".join(kept))
 
     def report(self, line: str, everywhere: bool = False) -> None:
+        """Print a line; with ``everywhere``, on an inactive rank too."""
         if self.active or everywhere:
-            if self._shown:
-                sys.stderr.write("\r\033[K")
-                self._shown = 0.0
+            if self._progress_at:
+                sys.stderr.write(CLEAR_LINE)
+                self._progress_at = 0.0
             self._report(line)
 
-    def live(self, line: Callable[[], str]) -> None:
-        """A line on a terminal that the next one replaces, at most four a second."""
+    def progress(self, line: Callable[[], str]) -> None:
+        """Replace the progress line of a terminal, at most four times a second."""
         now = time.monotonic()
-        if self.active and sys.stderr.isatty() and now - self._shown > 0.25:
-            sys.stderr.write(f"\r\033[K{line()}")
+        if self.active and sys.stderr.isatty() and now - self._progress_at > PROGRESS_INTERVAL:
+            sys.stderr.write(CLEAR_LINE + line())
             sys.stderr.flush()
-            self._shown = now
+            self._progress_at = now
 
     def record(self, step: int, images: int, values: Mapping[str, float]) -> None:
+        """Write metrics to ``metrics.jsonl`` and to the services."""
         if not self.active:
             return
         with (self.folder / METRICS).open("a") as file:
@@ -118,27 +116,69 @@ class MetricLogger:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
-        if self._run is not None:
-            self._run.log({"images": images, **values}, step=step)
+        if self._wandb is not None:
+            self._wandb.log({"images": images, **values}, step=step)
 
-    def picture(self, step: int, picture: Image.Image) -> Path:
-        """Keep a sample grid; its path."""
+    def image(self, step: int, image: Image.Image) -> Path:
+        """Save a grid of samples and return its path."""
         path = self.folder / "samples" / f"{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        image.save(path)
         if self._writer is not None:
             import numpy as np
 
-            self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
-        if self._run is not None:
+            self._writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
+        if self._wandb is not None:
             import wandb
 
-            self._run.log({"samples": wandb.Image(str(path))}, step=step)
+            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
         return path
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        if self._run is not None:
-            self._run.finish()
-        self._writer = self._run = None
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._writer = self._wandb = None
+
+
+class Meter:
+    """Mean losses and throughput since the last log line. ``skipped`` is the count of skipped steps up to it."""
+
+    def __init__(self, world: World, batch: int, skipped: int = 0):
+        self.world, self.batch, self.skipped = world, batch, skipped
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+        self.since = time.perf_counter()
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Add a step's losses. Those of a skipped step, whose ``finite`` is 0, do not count."""
+        self.steps += 1
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(parts["finite"] > 0, value.float(), 0.0)
+
+    def rate(self) -> float:
+        """Images per second."""
+        return self.steps * self.batch / max(time.perf_counter() - self.since, 1e-9)
+
+    def take(self) -> tuple[float, dict[str, float]]:
+        """Return images per second and the means over steps and ranks, and start anew."""
+        means: dict[str, float] = {}
+        if self.sums:
+            values = self.world.mean(torch.stack([value.float() for value in self.sums.values()]))
+            means = dict(zip(self.sums, values.tolist(), strict=True))
+            finite = means.pop("finite")
+            means = {name: value / finite for name, value in means.items()} if finite else {}
+        rate = self.rate()
+        self._restart()
+        return rate, means
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time of this context."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start

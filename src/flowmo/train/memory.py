@@ -1,34 +1,44 @@
-"""Memory on a CPU: how much there is, and how a process deals with what it frees."""
+"""Memory: how much a process may use, how much it has used, and how a CPU process keeps what it frees."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+# mallopt options of glibc and their values
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
-"""glibc's names for what ``mallopt`` sets."""
-LARGE = 1 << 30
+MALLOPT = ((MMAP_THRESHOLD, 1 << 30), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 1 << 26))
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for what is allocated next, rather than give it back; whether it can.
+    """Tell glibc to keep freed memory for the next allocation. Return whether it does.
 
-    A training step frees and takes again hundreds of megabytes. Given back, they return as pages that the kernel
-    clears one by one at their first touch, which costs a compiled step on a CPU about a sixth of its time.
+    A training step frees and allocates hundreds of megabytes. Returned to the kernel, their pages are cleared again at
+    first touch, which takes about a sixth of a compiled step on a CPU.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
-    settings = ((MMAP_THRESHOLD, LARGE), (TRIM_THRESHOLD, 2**31 - 1), (TOP_PAD, 1 << 26))
-    return all(library.mallopt(name, value) for name, value in settings)
+    return all(library.mallopt(name, value) for name, value in MALLOPT)
+
+
+def used_memory(device: torch.device) -> int:
+    """Return the process's peak memory in bytes: on its GPU if it has one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may use: the machine's, or the limit of a container around it.
+    """Return the bytes of memory that this process may use: the machine's, or the limit of its container.
 
     Args:
         root: where ``proc`` and ``sys`` are mounted.
@@ -38,27 +48,26 @@ def machine_memory(root: Path = Path("/")) -> int:
 
 
 def _cgroup_limits(root: Path) -> Iterator[int]:
-    """The memory limits of this process's control groups, of version 1 and 2, and of all groups around them."""
+    """Yield the memory limits of this process's cgroups (versions 1 and 2) and of their parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux, or no /proc
+    except OSError:  # not Linux, or no /proc
         return
     mounts = root / "sys/fs/cgroup"
-    for line in lines:  # "0::/path" of version 2, "7:memory:/path" of version 1
+    for line in lines:  # "0::/path" in version 2, "7:memory:/path" in version 1
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            places, name = (mounts, mounts / "unified"), "memory.max"
+            bases, name = (mounts, mounts / "unified"), "memory.max"
         elif "memory" in controllers.split(","):
-            places, name = (mounts / "memory", mounts / controllers), "memory.limit_in_bytes"
+            bases, name = (mounts / "memory", mounts / controllers), "memory.limit_in_bytes"
         else:
             continue
         group = Path(path.lstrip("/"))
-        for place in places:
-            # In a container the path may be the host's, which is not there; the container's own group is the root.
-            for folder in (place / group, *(place / above for above in group.parents)):
-                try:
-                    limit = (folder / name).read_text().strip()
-                except OSError:
-                    continue
-                if limit.isdecimal():  # not "max"
-                    yield int(limit)
+        # in a container the path may be the host's; the parents then end at the container's own root
+        for folder in (base / part for base in bases for part in (group, *group.parents)):
+            try:
+                limit = (folder / name).read_text().strip()
+            except OSError:
+                continue
+            if limit.isdecimal():  # not "max"
+                yield int(limit)

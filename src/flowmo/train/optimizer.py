@@ -1,6 +1,6 @@
-"""What turns gradients into weights: Adam under µP, and norm control.
+"""Optimizers under µP, gradient clipping and norm control.
 
-Every class here works on plain tensors and on the sharded ones of FSDP2 alike.
+Everything works on plain tensors and on FSDP2's sharded ones.
 """
 
 from __future__ import annotations
@@ -11,39 +11,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from flowmo.config import Config, ConfigError
 from flowmo.tokenizer import FlowMo
-from flowmo.train.finite import step_if
+from flowmo.train.parallel import local
 
 READOUTS = ("picture_out", "code_out")
 INPUTS = ("picture_in", "code_in", "time_in", "span_in")
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def width_multipliers(config: Config) -> dict[str, float]:
-    """Width of each network over µP's base width; 1 where nothing is scaled."""
+    """Return each network's width over µP's base width, or 1 without µP."""
     base = config.opt.mup_base_width if config.model.enable_mup else 0
     widths = {"encoder": config.model.enc_hidden_size, "decoder": config.model.hidden_size}
     return {net: width / base if base else 1.0 for net, width in widths.items()}
 
 
-def is_wide(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix that sums over a network's width: every one but the input layers'."""
-    return parameter.ndim == 2 and name.split(".")[1] not in INPUTS
-
-
 @torch.no_grad()
 def scale_initial_weights(tokenizer: FlowMo) -> None:
-    """Turn PyTorch's fresh weights into µP's (Yang et al. 2022, table 3), which are PyTorch's at the base width.
+    """Rescale PyTorch's initial weights to µP's (Yang et al. 2022, table 3); at the base width they are equal.
 
-    A readout's weights shrink by another 1/sqrt(width) and biases stop shrinking with width. With the readout's
-    learning rate over width in ``build_optimizer`` this equals the usual multiplier 1/width on its output under Adam,
-    but leaves the network's function, and so every checkpoint, alone.
+    Readout weights shrink by another 1/√width, and biases no longer shrink with width. With the readout's learning
+    rate over width, this equals under Adam the usual output multiplier 1/width, but keeps the network's function, and
+    so every checkpoint, as it is.
     """
     multipliers = width_multipliers(tokenizer.config)
     for name, module in tokenizer.named_modules():
@@ -53,56 +44,33 @@ def scale_initial_weights(tokenizer: FlowMo) -> None:
         if layer in READOUTS:
             module.weight.mul_(multipliers[net] ** -0.5)
         parts = module.bias.view(-1, module.in_features) if layer.endswith("modulation") else module.bias[None]
-        parts[torch.arange(len(parts)) % 3 != 2] *= multipliers[net] ** 0.5  # gates start at a value of their own
+        parts[torch.arange(len(parts)) % 3 != 2] *= multipliers[net] ** 0.5  # every third part is a gate: unscaled
 
 
-class Together:
-    """Several optimizers of different parameters, used as one."""
+def build_optimizers(model: nn.Module) -> list[Optimizer]:
+    """Build Adam, and with ``opt.optimizer=muon`` also Muon (Jordan 2024) for the matrices that multiply tokens.
 
-    def __init__(self, *optimizers: torch.optim.Optimizer):
-        self.optimizers = optimizers
-        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.state = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-def step_all(optimizer: torch.optim.Optimizer | Together, finite: Tensor) -> None:
-    """Step every optimizer where ``finite`` is 1, see ``flowmo.train.finite.step_if``."""
-    for one in optimizer.optimizers if isinstance(optimizer, Together) else (optimizer,):
-        step_if(one, finite)
-
-
-def build_optimizer(model: nn.Module) -> torch.optim.Optimizer | Together:
-    """Adam with the paper's betas (0.9, 0.95), decoupled weight decay where there is one, µP's learning rates; with
-    ``opt.optimizer=muon`` Muon (Jordan 2024) in its place for the matrices that blocks multiply their tokens with.
-
-    Each group's ``scale`` is its share of the learning rate. Adam's is 1 / multiplier of the width for matrices that
-    sum over the width, 1 for the rest and for a generator; Muon's is ``opt.muon_lr`` over ``opt.lr``, whatever the
-    width. Weight decay is for every weight of a tokenizer, as in the release, and for a generator's linear maps alone,
-    as in TiTok. All state exists from the start, so that a checkpoint can be read into it.
+    Each group's ``scale`` multiplies the learning rate. For Adam it is 1 / width multiplier for matrices that sum over
+    a network's width, else 1; for Muon it is ``opt.muon_lr / opt.lr``. Weight decay applies to all weights of a
+    tokenizer, as in the release, and to linear layers only in a generator, as in TiTok. All state exists at once, so
+    that a checkpoint can be read into it.
 
     Raises:
         ConfigError: this PyTorch has no Muon.
     """
-    opt = model.config.opt
+    config, opt = model.config, model.config.opt
+    multipliers = width_multipliers(config)
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     groups: dict[tuple[float, float], list[Tensor]] = {}
     matrices: list[Tensor] = []
-    multipliers = width_multipliers(model.config)
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, parameter in model.named_parameters():
         if opt.optimizer == "muon" and "block" in name and parameter.ndim == 2 and "modulation" not in name:
             matrices.append(parameter)
             continue
-        multiplier = multipliers.get(name.partition(".")[0], 1.0)
-        scale = 1 / multiplier if is_wide(name, parameter) else 1.0
-        decay = opt.weight_decay if model.config.stage != "generator" or name in linear else 0.0
+        net, layer = name.split(".")[:2]
+        sums_over_width = parameter.ndim == 2 and layer not in INPUTS
+        scale = 1 / multipliers.get(net, 1.0) if sums_over_width else 1.0
+        decay = opt.weight_decay if config.stage != "generator" or name in linear else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     adam = torch.optim.AdamW(
         [{"params": found, "scale": scale, "weight_decay": decay} for (scale, decay), found in groups.items()],
@@ -117,23 +85,23 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer | Together:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     if not matrices:
-        return adam
+        return [adam]
     if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f"opt.optimizer=muon needs PyTorch 2.9 or newer, not {torch.__version__}; write adam")
+        raise ConfigError(f"opt.optimizer=muon needs PyTorch 2.9 or newer, not {torch.__version__}. Write adam.")
     group = {"params": matrices, "scale": opt.muon_lr / opt.lr}
     muon = torch.optim.Muon([group], lr=opt.muon_lr, weight_decay=opt.weight_decay)
     for parameter in matrices:
         muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-    return Together(adam, muon)
+    return [adam, muon]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
 
 
 def squared_norms(tensors: Iterable[Tensor]) -> Tensor:
-    """Squared Frobenius norms as one vector, of whole tensors where they are sharded."""
+    """Return squared Frobenius norms as one vector, of the full tensors where they are sharded."""
     tensors = list(tensors)
     squares = torch.stack(torch._foreach_norm([local(t).detach() for t in tensors])).square()
     sharded = next((t for t in tensors if isinstance(t, DTensor)), None)
@@ -143,19 +111,22 @@ def squared_norms(tensors: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], longest: float) -> Tensor:
-    """Scale all gradients so that their common norm is at most ``longest`` (0: leave them); the norm as it was."""
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients to a total norm of at most ``max_norm``; 0 leaves them. Return the norm before.
+
+    ``clip_grad_norm_`` does not serve: on sharded gradients it returns a DTensor and launches one kernel per tensor.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = squared_norms(gradients).sum().sqrt()
-    if longest:
-        torch._foreach_mul_([local(g) for g in gradients], (longest / (norm + 1e-6)).clamp(max=1.0))
+    if max_norm:
+        torch._foreach_mul_([local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 class NormControl:
-    """Puts every linear weight of the blocks back to its initial Frobenius norm (section 4.1, after EDM2).
+    """Resets every linear weight of the blocks to its initial Frobenius norm (section 4.1, after EDM2).
 
-    The target norms follow from the initial weights, which a resumed run no longer has: ``state`` keeps them.
+    ``state`` holds the target norms, because a resumed run no longer has the initial weights.
 
     Args:
         networks: by name, each with ``blocks``.
@@ -171,13 +142,13 @@ class NormControl:
         self.remember()
 
     def remember(self) -> None:
-        """Take the norms that the weights have now as those to keep."""
+        """Make the current norms the targets."""
         norms = squared_norms(self.weights.values()).sqrt() if self.weights else ()
         self.state = {name: norm.clone() for name, norm in zip(self.weights, norms, strict=True)}
 
     @torch.no_grad()
     def apply(self, finite: Tensor | None = None) -> None:
-        """Reset the norms; where ``finite``, a number on the device, is 0, weights stay as they are, to the bit."""
+        """Reset the norms of the weights that have gradients, unless ``finite``, a scalar on the device, is 0."""
         weights = {name: weight for name, weight in self.weights.items() if weight.grad is not None}
         if weights:
             targets = torch.stack([self.state[name] for name in weights])

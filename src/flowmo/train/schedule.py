@@ -1,6 +1,6 @@
-"""What a run does when: how a batch is cut over processes and passes, and where in the run its events lie.
+"""Batch split and training schedule.
 
-Everything is counted in images, so that neither the number of processes nor the memory of a device changes a recipe.
+Everything is counted in images, so that neither the number of ranks nor a device's memory changes a recipe.
 """
 
 from __future__ import annotations
@@ -15,51 +15,51 @@ PAPER_BATCH = 128
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How ``total`` images a step are shared: ``processes`` × ``passes`` × ``microbatch``."""
+    """Global batch = ranks × gradient-accumulation steps × micro-batch."""
 
-    processes: int
-    passes: int
+    world_size: int
+    accumulation_steps: int
     microbatch: int
 
     @property
-    def per_process(self) -> int:
-        return self.passes * self.microbatch
+    def per_rank(self) -> int:
+        return self.accumulation_steps * self.microbatch
 
     @property
     def total(self) -> int:
-        return self.processes * self.per_process
+        return self.world_size * self.per_rank
 
     @classmethod
-    def of(cls, config: Config, processes: int, most: int | None = None) -> BatchPlan:
-        """The plan with the fewest passes that the settings and the memory allow.
+    def of(cls, config: Config, world_size: int, max_microbatch: int | None = None) -> BatchPlan:
+        """Choose the fewest accumulation steps that settings and memory allow.
 
         Args:
-            most: images of one pass that the device's memory holds, where that is known.
+            max_microbatch: images that fit in the device's memory, used if ``data.max_microbatch`` is not set.
 
         Raises:
-            ConfigError: the batch cannot be shared evenly; the message says which batch can.
+            ConfigError: the batch cannot be split evenly.
         """
         data = config.data
-        total = data.global_batch_size or data.batch_size * processes or PAPER_BATCH
-        if total % processes:
-            below, above = total // processes * processes, (total // processes + 1) * processes
+        total = data.global_batch_size or data.batch_size * world_size or PAPER_BATCH
+        if total % world_size:
+            below, above = total // world_size * world_size, (total // world_size + 1) * world_size
             near = " or ".join(f"data.global_batch_size={n}" for n in (below, above) if n)
-            raise ConfigError(f"a batch of {total} does not divide among {processes} processes; write {near}")
-        share = total // processes
+            raise ConfigError(f"A batch of {total} cannot be split over {world_size} processes. Write {near}.")
+        per_rank = total // world_size
+        divisors = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
         wanted = config.opt.n_grad_acc or 1
-        if share % wanted:
-            fits = [n for n in range(1, share + 1) if share % n == 0]
+        if wanted not in divisors:
             raise ConfigError(
-                f"opt.n_grad_acc={wanted} does not divide the {share} pictures of a process; write one of {fits}"
+                f"opt.n_grad_acc={wanted} does not divide the {per_rank} images of a process. Write one of {divisors}."
             )
-        limit = data.max_microbatch or most or share
-        passes = next(n for n in range(wanted, share + 1) if share % n == 0 and share // n <= max(limit, 1))
-        return cls(processes, passes, share // passes)
+        limit = max(data.max_microbatch or max_microbatch or per_rank, 1)
+        steps = next(n for n in divisors if n >= wanted and per_rank // n <= limit)
+        return cls(world_size, steps, per_rank // steps)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: optimizer steps taken (skipped ones too) and images seen."""
+    """Progress of a run: optimizer steps, skipped ones included, and images seen."""
 
     step: int = 0
     images: int = 0
@@ -67,10 +67,10 @@ class Position:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The settings' lengths and periods in images, 0 for what is switched off.
+    """Lengths and periods of a run in images; 0 is off.
 
-    A length in steps is converted from where the run started or goes on: ``trainer.max_steps=1325000`` after a
-    checkpoint at step 1 300 000 is 25 000 steps more, whatever the batch was before it.
+    A length in steps counts from where the run starts or resumes: ``trainer.max_steps=1325000`` after a checkpoint at
+    step 1 300 000 means 25 000 more steps, even if the earlier batch size was another.
     """
 
     batch: int
@@ -84,7 +84,9 @@ class Schedule:
 
     @classmethod
     def of(cls, config: Config, batch: int, epoch: int, start: Position = Position()) -> Schedule:
-        def place(span: Span) -> int:
+        """Convert the settings for a global batch and an epoch of so many images."""
+
+        def length(span: Span) -> int:
             if span.unit != "steps" or not span.amount:
                 return span.images(batch, epoch)
             return max(start.images + round((span.amount - start.step) * batch), 0)
@@ -92,24 +94,24 @@ class Schedule:
         opt, trainer = config.opt, config.trainer
         return cls(
             batch=batch,
-            duration=place(trainer.duration),
+            duration=length(trainer.duration),
             warmup=opt.warmup.images(batch, epoch),
-            freeze_encoder_after=place(opt.freeze_encoder_after),
+            freeze_encoder_after=length(opt.freeze_encoder_after),
             log=trainer.log_every.images(batch, epoch),
             sample=trainer.sample_every.images(batch, epoch),
             checkpoint=trainer.checkpoint_every.images(batch, epoch),
             keep=trainer.keep_every.images(batch, epoch),
         )
 
-    def due(self, period: int, images: int) -> bool:
-        """Whether the step that ended at ``images`` reached or passed a multiple of ``period``."""
+    def is_due(self, period: int, images: int) -> bool:
+        """Return whether the step that ended at ``images`` crossed a multiple of ``period``."""
         return bool(period) and images // period > (images - self.batch) // period
 
-    def rate(self, opt: OptConfig, images: int) -> float:
-        """Learning rate of the step that starts at ``images``.
+    def learning_rate(self, opt: OptConfig, images: int) -> float:
+        """Return the learning rate of the step that starts at ``images``.
 
-        It rises over ``opt.warmup``, stays at ``opt.lr``, and falls to ``opt.final_lr`` over the last ``opt.cooldown``
-        of the run: evenly, or as half a cosine, which begins no sooner than the warm-up ends.
+        It rises linearly over ``opt.warmup``, and falls from ``opt.lr`` to ``opt.final_lr`` over the last
+        ``opt.cooldown`` of the run, linearly or as half a cosine. A cosine starts after the warm-up at the earliest.
         """
         rise = min(1.0, (images + self.batch) / self.warmup) if self.warmup else 1.0
         length = opt.cooldown * self.duration

@@ -1,14 +1,13 @@
-"""What a run trains: a model, the loss of a batch, and what can be seen of it on the way.
+"""Interface between the trainer and what it trains.
 
-The engine in ``flowmo.train.trainer`` knows of batches, steps, processes and checkpoints, but not images or ids;
-a ``Task`` knows of those, and nothing of the others.
+The ``Trainer`` knows batches, steps, ranks and checkpoints. A ``Task`` knows images or ids, the model and its loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,113 +23,113 @@ from flowmo.train.schedule import Schedule
 
 
 class TrainingError(FlowMoError, RuntimeError):
-    """A run that cannot start or go on; the message says why and what to do."""
+    """A run cannot start or continue."""
 
 
-class Task(Protocol):
-    """One stage of training.
+class Task:
+    """One stage of training. A subclass sets the attributes and at least the methods without a default.
 
     Attributes:
-        stage: its name in checkpoints; an optimizer's state is of use to the same stage only.
-        source: what it learns from, as ``flowmo.data.batches`` takes it.
-        model: whose weights are trained, averaged and saved; has a ``config``.
-        module: computes the loss of a part of a batch; its ``networks`` have ``blocks``, which are compiled, recomputed
-            and sharded each for itself.
-        norm_controlled: networks of the model, by name, whose blocks' weights keep their initial norms.
+        stage: its name in checkpoints; only the same stage resumes an optimizer's state.
+        source: the training set, as ``flowmo.data.batches`` takes it.
+        model: the module to train, average and save. It has a ``config``.
+        module: computes the loss of a micro-batch. Its ``networks`` have ``blocks``, which are compiled, checkpointed
+            and sharded one by one.
+        norm_controlled: networks, by name, whose blocks keep their initial weight norms.
     """
 
-    @property
-    def stage(self) -> str: ...
+    stage: str
+    source: IndexedDataset
+    model: nn.Module
+    module: nn.Module
+    norm_controlled: Mapping[str, nn.Module]
 
-    @property
-    def source(self) -> IndexedDataset: ...
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def norm_controlled(self) -> Mapping[str, nn.Module]: ...
+    def __init__(self, config: Config, world: World, report: Callable[[str], None]):
+        self.config, self.world, self.report = config, world, report
 
     def cost(self, fused: bool = True) -> Cost:
-        """Of the stage as it is now, see ``training_cost``."""
+        """Forecast the stage's current cost, see ``training_cost``."""
+        raise NotImplementedError
 
-    def advance(self, images: int, times: Schedule) -> bool:
-        """Come to the step that starts at ``images``; whether other parameters learn from now on."""
+    # Step
+
+    def advance(self, images: int, schedule: Schedule) -> bool:
+        """Prepare the step that starts at ``images``. Return True if the set of trained parameters changes."""
+        return False
 
     def share(self, chunks: Sequence[Tensor], first: int) -> Any:
-        """What the passes over a process's ``chunks`` of a batch, the first item at place ``first``, have in common."""
+        """Compute what all micro-batches of this step share. ``first`` is the run index of the first item."""
 
-    def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: Any) -> Loss:
-        """Of a pass, through ``module``, which may wrap the task's own."""
+    def loss(self, module: nn.Module, chunk: Tensor, first: int, shared: Any) -> Loss:
+        """Compute a micro-batch's loss through ``module``, which may wrap the task's own."""
+        raise NotImplementedError
 
-    def stepped(self, step: int, finite: Tensor) -> None:
-        """Learn what is not learnt by gradients, after the optimizer's step; all ranks call this together.
+    def after_step(self, step: int, finite: Tensor) -> None:
+        """Update what does not learn by gradients, on all ranks together.
 
         Args:
-            step: index of the step, from 0.
-            finite: 1.0, or 0.0 after a step that was skipped, on the device.
+            step: from 0.
+            finite: 1.0, or 0.0 after a skipped step, on the device.
         """
 
+    # Evaluation
+
     def statistics(self) -> dict[str, float]:
-        """Figures for the log since the last call; all processes call this together."""
+        """Return metrics for the log since the last call, on all ranks together."""
+        return {}
 
-    def averaged(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The model with other weights, for inference."""
+    def build_ema(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Build the model with other weights, for inference."""
+        raise NotImplementedError
 
-    def judge(self, model: nn.Module) -> dict[str, float]:
-        """Held-out figures of a model, ``trainer.best_metric`` among them; the main process alone calls this."""
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return held-out metrics, ``trainer.best_metric`` among them. Rank 0 only."""
+        raise NotImplementedError
 
-    def show(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
-        """What a model can do, as a picture and figures; the main process alone calls this."""
+    def sample(self, model: nn.Module) -> tuple[Image.Image | None, dict[str, float]]:
+        """Return a grid of samples and metrics. Rank 0 only."""
+        raise NotImplementedError
 
-    def facts(self) -> dict[str, Any]:
-        """What checkpoints need besides settings and weights, as plain values."""
+    # Checkpoints
 
-    def check(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Raise ``TrainingError`` for a checkpoint of another model."""
+    def metadata(self) -> dict[str, Any]:
+        """Return plain values that checkpoints need besides settings and weights."""
+        return {}
+
+    def check(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Raise ``TrainingError`` if the checkpoint is of another model."""
+        raise NotImplementedError
 
     def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """``model`` and ``ema`` weights in a file of another form. Raises ``CheckpointError``, ``TrainingError``."""
+        """Yield ``model`` and ``ema`` weights of a file in another format.
+
+        Raises:
+            CheckpointError, TrainingError: the file is damaged or does not fit.
+        """
+        raise NotImplementedError
 
 
-def build_task(config: Config, world: World, report: Callable[[str], None]) -> Task:
-    """The task that the settings name, with fresh weights, on the process's device."""
-    if config.generator.train:
-        from flowmo.train.generator import GeneratorTask
-
-        return GeneratorTask(config, world, report)
-    from flowmo.train.tokenizer import TokenizerTask
-
-    return TokenizerTask(config, world, report)
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path, section: str) -> None:
-    """Raise ``TrainingError`` where a checkpoint's model has other settings."""
+def check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path, section: str) -> None:
+    """Raise ``TrainingError`` if a checkpoint's model has other settings."""
     changed = [f"{section}.{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if changed:
         raise TrainingError(
-            f"{path} is of a model with other settings: {', '.join(changed)}; use another --experiment-name, "
-            "or the settings it was started with"
+            f"{path} is of a model with other settings: {', '.join(changed)}. Use another --experiment-name, "
+            "or the settings it was started with."
         )
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a product of bfloat16 matrices is worth asking for: a CPU without instructions for it takes 70 times as
-    long as in float32 (2 cores of an AVX2 machine).
-    """
+    """Return whether the device has bfloat16 matrix products. A CPU that emulates them takes 70 times as long."""
     if device.type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def in_bfloat16(config: Config, device: torch.device) -> bool:
-    """Whether a run multiplies in bfloat16: ``trainer.enable_bfloat16`` allows it, and the device can."""
+    """Return whether a run multiplies in bfloat16: ``trainer.enable_bfloat16`` allows it and the device can."""
     return config.trainer.enable_bfloat16 and multiplies_bfloat16(device)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Matrix products in bfloat16 where ``in_bfloat16`` says so."""
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(config, device))

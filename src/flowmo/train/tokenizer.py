@@ -1,11 +1,10 @@
-"""Stages 1A and 1B as tasks of the engine: pictures in, a tokenizer out."""
+"""Training task of stages 1A, 1B and 1C: images in, a tokenizer out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -26,101 +25,100 @@ from flowmo.losses.stages import Loss, Stage, cut_out
 from flowmo.model.quantizers import Learner, WholeBatch, alone
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo
-from flowmo.train.codebook_usage import CodeUsage
+from flowmo.train.codebook_usage import CodebookUsage
 from flowmo.train.cost import Cost, training_cost
 from flowmo.train.finite import restored_unless
 from flowmo.train.optimizer import scale_initial_weights
 from flowmo.train.schedule import BatchPlan, Schedule
-from flowmo.train.task import TrainingError, autocast, changed_settings
+from flowmo.train.task import Task, TrainingError, autocast, check_same_settings
 
-GRID_PICTURES = 8
-FEWEST_FOR_RFID = 4
+GRID_IMAGES = 8
+MIN_IMAGES_FOR_RFID = 4
 
 
-class TokenizerTask:
-    """A ``flowmo.train.task.Task``: stage 1A, with ``model.posttrain_sample`` 1B, with ``opt.teacher`` 1C.
+class TokenizerTask(Task):
+    """Stage 1A; with ``model.posttrain_sample`` stage 1B, with ``opt.teacher`` stage 1C.
 
     Raises:
-        DataError, WeightsNotFoundError: the pictures or the perceptual network are not there.
+        DataError, WeightsNotFoundError: the images or the perceptual network are missing.
     """
 
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
-        self.config, self.world, self.report = config, world, report
-        self.unreadable: set[str] = set()
+        super().__init__(config, world, report)
+        data, opt = config.data, config.opt
         self.stage = config.stage
-        data = config.data
-        pictures = self.open_source("train")
+        self.unreadable: set[str] = set()
+        images = self.open_source("train")
         self.source = ImageDataset(
-            pictures, data.image_size, data.random_crop, data.random_flip, data.draft, data.read_timeout
+            images, data.image_size, data.random_crop, data.random_flip, data.draft, data.read_timeout
         )
-        self.held_out = self._held_out(pictures) if world.main else None
+        self.held_out = self._held_out(images) if world.main else None
         self.perceptual = None
-        if config.opt.lpips_weight:
-            self.perceptual = build_distance(config.opt.lpips_mode, config.opt.perceptual_weights or None)
-            self.perceptual.to(world.device)
+        if opt.lpips_weight:
+            self.perceptual = build_distance(opt.lpips_mode, opt.perceptual_weights or None).to(world.device)
             report(f"perceptual loss: {self.perceptual.name}")
         seed_global(config.trainer.seed, Stream.WEIGHTS)
         self.model = FlowMo(config)
         scale_initial_weights(self.model)
-        self.teacher = self._take_over(Path(config.opt.teacher)) if config.opt.teacher else None
+        self.teacher = self._load_teacher(Path(opt.teacher)) if opt.teacher else None
         self.model.to(world.device)
-        self.module = Stage(self.model, config.opt, self.perceptual, self.teacher)
+        self.module = Stage(self.model, opt, self.perceptual, self.teacher)
         self.norm_controlled = self.model.networks
-        self.judges = self._judges() if world.main else Evaluators()
-        self.usage = CodeUsage(self.model.quantizer, world)
+        self.evaluators = self._build_evaluators() if world.main else Evaluators()
+        self.usage = CodebookUsage(self.model.quantizer.id_count, world)
         self.frozen = False
         self.batch = BatchPlan.of(config, world.size).total
 
-    def _take_over(self, path: Path) -> FlowMo:
-        """The teacher of stage 1C, whose weights the fresh student starts with."""
-        teacher = checkpoint.load(path)
-        expected = {**self.config.architecture(), "mean_velocity": False}
-        changed_settings(teacher.config.architecture(), expected, path, "model")
-        self.model.load_state_dict(teacher.state_dict(), strict=False)  # it lacks what is told of a step's end
-        return teacher.to(self.world.device).eval().requires_grad_(False)
-
     def open_source(self, part: str) -> Source:
-        """The images of ``data.train`` or ``data.val``."""
+        """Open the images of ``data.train`` or ``data.val``."""
         data = self.config.data
         return open_source(data.train, data.train_index) if part == "train" else open_source(data.val, data.val_index)
 
-    def _held_out(self, pictures: Source) -> Tensor:
-        """A few pictures for the sample grids, spread over the held-out ones, or the training ones without those."""
+    def _load_teacher(self, path: Path) -> FlowMo:
+        """Load stage 1C's teacher and copy its weights into the student."""
+        teacher = checkpoint.load(path)
+        expected = {**self.config.architecture(), "mean_velocity": False}
+        check_same_settings(teacher.config.architecture(), expected, path, "model")
+        self.model.load_state_dict(teacher.state_dict(), strict=False)  # it has no layers for a step's end time
+        return teacher.to(self.world.device).eval().requires_grad_(False)
+
+    def _held_out(self, training_images: Source) -> Tensor:
+        """Read the images of the sample grids, evenly spread over the held-out set, or else over the training set."""
         data = self.config.data
-        source = ImageDataset(self.open_source("val") if data.val else pictures, data.image_size)
+        source = ImageDataset(self.open_source("val") if data.val else training_images, data.image_size)
         images = []
-        for index in evenly_spread(GRID_PICTURES, len(source)):
-            image, bad = source.load(index, 0)
+        for index in evenly_spread(GRID_IMAGES, len(source)):
+            image, errors = source.load(index, 0)
             images.append(image)
-            for message in bad.values() if data.val else ():  # the loop names training images
-                self._leave_out(message)
+            for message in errors.values() if data.val else ():  # the trainer reports training images
+                self._report_unreadable(message)
         return torch.stack(images).to(self.world.device)
 
-    def _leave_out(self, message: str) -> None:
-        """Name an unreadable held-out image once in a run."""
+    def _report_unreadable(self, message: str) -> None:
+        """Report an unreadable held-out image once per run."""
         if message not in self.unreadable:
             self.unreadable.add(message)
             self.report(f"left out of the held-out images: {message}")
 
-    def _judges(self) -> Evaluators:
-        """The network that ``trainer.best_metric`` needs.
+    def _build_evaluators(self) -> Evaluators:
+        """Build the network that ``trainer.best_metric`` needs.
 
         Raises:
-            TrainingError: too few pictures for a distance and its bias.
-            FeatureNetworkError, WeightsNotFoundError: the network cannot be had.
+            TrainingError: there are too few images for rFID.
+            FeatureNetworkError, WeightsNotFoundError: the network is not available.
         """
-        metric = self.config.trainer.best_metric
+        metric, device = self.config.trainer.best_metric, self.world.device
         if metric == "lpips":
-            return Evaluators(lpips_alex=LPIPS("alex")).to(self.world.device)
+            return Evaluators(lpips_alex=LPIPS("alex")).to(device)
         if metric != "rfid":
             return Evaluators()
         count = min(self.config.eval.pictures, len(self.open_source("val")))
-        if count < FEWEST_FOR_RFID:
+        if count < MIN_IMAGES_FOR_RFID:
             raise TrainingError(
-                f"trainer.best_metric=rfid needs {FEWEST_FOR_RFID} held-out pictures, not {count}; raise "
-                "eval.pictures, or name more pictures by data.val"
+                f"trainer.best_metric=rfid needs {MIN_IMAGES_FOR_RFID} held-out images, not {count}. Raise "
+                "eval.pictures, or name more images by data.val."
             )
-        return Evaluators(features=build_features("inception")).to(self.world.device)
+        return Evaluators(features=build_features("inception")).to(device)
 
     def cost(self, fused: bool = True) -> Cost:
         config = self.config
@@ -128,27 +126,26 @@ class TokenizerTask:
             config = config.override(f"opt.teacher_steps={self.teacher.config.eval.sampling.sample_steps}")
         return training_cost(config, self.frozen, fused)
 
-    # Steps
+    # Step
 
-    def advance(self, images: int, times: Schedule) -> bool:
-        if self.frozen or not (self.stage != "pretrain" or images >= times.freeze_encoder_after):
+    def advance(self, images: int, schedule: Schedule) -> bool:
+        if self.frozen or (self.stage == "pretrain" and images < schedule.freeze_encoder_after):
             return False
         self.freeze_encoder()
         return True
 
     def freeze_encoder(self) -> None:
-        """From now on the encoder only encodes."""
         self.model.encoder.requires_grad_(False)
         self.frozen = True
 
     def share(self, chunks: Sequence[Tensor], first: int) -> WholeBatch:
-        """How a bottleneck that needs it learns a statistic of the whole batch.
+        """Return how a bottleneck obtains a statistic of the global batch.
 
-        Where a process takes its part in several passes, the pictures of all are encoded once beforehand. With a
-        frozen encoder the statistic trains nothing, and each pass's own is logged.
+        With gradient accumulation, all images are encoded once beforehand. A frozen encoder needs none of this,
+        because the statistic then trains nothing.
         """
-        settings = self.config.model
-        if not self.model.quantizer.needs_whole_batch or settings.entropy_statistics == "process" or self.frozen:
+        model = self.config.model
+        if not self.model.quantizer.needs_whole_batch or model.entropy_statistics == "process" or self.frozen:
             return alone
         if len(chunks) == 1:
             return alone if self.world.size == 1 else self.world.mean
@@ -159,98 +156,93 @@ class TokenizerTask:
             return statistic
 
         with torch.no_grad(), autocast(self.config, self.world.device):
-            place = first
             for chunk in chunks:
-                seed_global(self.config.trainer.seed, Stream.BOTTLENECK, place)
-                self.module(self._crop(chunk, place), None, collect)
-                place += len(chunk)
+                seed_global(self.config.trainer.seed, Stream.BOTTLENECK, first)
+                self.module(self._crop(chunk, first), None, collect)
+                first += len(chunk)
         mean = self.world.mean(torch.stack(seen).mean(dim=0))
         return lambda statistic: mean
 
-    def loss(self, module: nn.Module, chunk: Tensor, place: int, shared: WholeBatch) -> Loss:
-        chunk = self._crop(chunk, place)
-        draws = TrainingNoise.of(self.config, chunk, range(place, place + len(chunk)))
-        seed_global(self.config.trainer.seed, Stream.BOTTLENECK, place)
+    def loss(self, module: nn.Module, chunk: Tensor, first: int, shared: WholeBatch) -> Loss:
+        chunk = self._crop(chunk, first)
+        noise = TrainingNoise.of(self.config, chunk, range(first, first + len(chunk)))
+        seed_global(self.config.trainer.seed, Stream.BOTTLENECK, first)
         with autocast(self.config, self.world.device):
-            loss = module(chunk, draws, shared, self.frozen)
+            loss = module(chunk, noise, shared, self.frozen)
         self.usage.add(loss.ids)
         return loss
 
-    def _crop(self, chunk: Tensor, place: int) -> Tensor:
-        """Random crops of one size, which the step draws: a function of the seed and the images' places alone."""
+    def _crop(self, chunk: Tensor, first: int) -> Tensor:
+        """Crop all images of a step to one random size of ``data.crop_sizes``, each at a random position."""
         sizes, seed = self.config.data.crops, self.config.trainer.seed
         if not sizes:
             return chunk
-        height, width = sizes[stream_seed(seed, Stream.CROP_SIZE, place // self.batch) % len(sizes)]
+        height, width = sizes[stream_seed(seed, Stream.CROP_SIZE, first // self.batch) % len(sizes)]
         rows, columns = chunk.shape[2] - height + 1, chunk.shape[3] - width + 1
         corners = [
             (stream_seed(seed, Stream.CROP_TOP, i) % rows, stream_seed(seed, Stream.CROP_LEFT, i) % columns)
-            for i in range(place, place + len(chunk))
+            for i in range(first, first + len(chunk))
         ]
         return cut_out(chunk, corners, height, width)
 
-    def stepped(self, step: int, finite: Tensor) -> None:
+    def after_step(self, step: int, finite: Tensor) -> None:
         quantizer = self.model.quantizer
         if isinstance(quantizer, Learner) and not self.frozen:
             with restored_unless(finite, list(quantizer.buffers())):
                 quantizer.learn(step)
 
-    # What it tells
+    # Evaluation
 
     def statistics(self) -> dict[str, float]:
         return self.usage.take()
 
-    def averaged(self, weights: Mapping[str, Tensor]) -> FlowMo:
+    def build_ema(self, weights: Mapping[str, Tensor]) -> FlowMo:
         return checkpoint.build(self.config, weights).to(self.world.device)
 
-    def judge(self, model: FlowMo) -> dict[str, float]:
-        data = self.config.data
-        source = self.open_source("val")
-        candidate, limit = FlowMoReconstructor(model), self.config.eval.pictures
+    def evaluate(self, model: FlowMo) -> dict[str, float]:
+        reconstructor, size = FlowMoReconstructor(model), self.config.data.image_size
         with autocast(self.config, self.world.device):
             measured = measure(
-                candidate,
-                source,
-                data.image_size,
-                self.judges,
-                limit=limit,
+                reconstructor,
+                self.open_source("val"),
+                size,
+                self.evaluators,
+                limit=self.config.eval.pictures,
                 device=self.world.device,
                 enlarge=True,
-                on_unreadable=self._leave_out,
+                on_unreadable=self._report_unreadable,
             )
-        summary = Summary.of(candidate.name, measured, self.judges.features)
-        # Of pictures that all equal their originals there is no mean of finite values; no checkpoint can be better.
-        finite = math.inf if summary.psnr is None else summary.psnr
-        figures = {"psnr": finite, "lpips": summary.lpips_alex, "rfid": summary.frechet_distance}
-        return {name: figure for name, figure in figures.items() if figure is not None}
+        summary = Summary.of(reconstructor.name, measured, self.evaluators.features)
+        # without a mean of finite PSNRs, every reconstruction equals its original
+        mean_psnr = math.inf if summary.psnr is None else summary.psnr
+        metrics = {"psnr": mean_psnr, "lpips": summary.lpips_alex, "rfid": summary.frechet_distance}
+        return {name: value for name, value in metrics.items() if value is not None}
 
     @torch.no_grad()
-    def show(self, model: FlowMo) -> tuple[Image.Image, dict[str, float]]:
-        """Held-out pictures through the tokenizer: a grid, originals above, and their figures."""
+    def sample(self, model: FlowMo) -> tuple[Image.Image, dict[str, float]]:
+        """Return held-out images above their reconstructions, and metrics of them."""
         if self.held_out is None:
-            raise RuntimeError("the main process alone shows pictures, and has read them")
+            raise RuntimeError("Only rank 0 samples, because only it reads held-out images.")
         x = self.held_out
         model.chunk_size = len(x)
         with autocast(self.config, self.world.device):
             y = model.decode(model.encode(x))
-        figures = {"held_out_psnr": float(psnr(x, y).mean())}
+        metrics = {"held_out_psnr": float(psnr(x, y).mean())}
         if self.perceptual is not None:
-            figures["held_out_distance"] = float(self.perceptual(x, y).mean())
-        return to_pil(grid([x, y])), figures
+            metrics["held_out_distance"] = float(self.perceptual(x, y).mean())
+        return to_pil(grid([x, y])), metrics
 
     # Checkpoints
 
-    def facts(self) -> dict[str, Any]:
-        return {}
-
-    def check(self, path: Path, facts: Mapping[str, Any]) -> None:
-        changed_settings(Config.from_dict(facts["config"]).architecture(), self.config.architecture(), path, "model")
+    def check(self, path: Path, metadata: Mapping) -> None:
+        before = Config.from_dict(metadata["config"]).architecture()
+        check_same_settings(before, self.config.architecture(), path, "model")
 
     def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Of a file that holds a tokenizer: the package's own, or the authors'."""
-        untold = ("code_length", "codebook_size_for_entropy", "enable_mup")  # by the shapes of weights
-        settings = tuple(f"model.{name}={getattr(self.config.model, name)}" for name in untold)
+        """Yield the weights of a tokenizer file, the package's own or the authors'."""
+        undetermined = ("code_length", "codebook_size_for_entropy", "enable_mup")  # not given by weight shapes
+        settings = tuple(f"model.{name}={getattr(self.config.model, name)}" for name in undetermined)
         for part, ema in (("model", False), ("ema", True)):
             config, weights = checkpoint.read(path, settings, ema)
-            changed_settings(config.architecture(), self.config.architecture(), path, "model")
+            check_same_settings(config.architecture(), self.config.architecture(), path, "model")
             yield part, weights

@@ -1,6 +1,6 @@
-"""Coordinate check of µP: whether activations, and what training changes of them, keep their scale over widths.
+"""Coordinate check of µP: do activations, and their changes by training, keep their scale over widths?
 
-Where they do, a learning rate found at a small width serves a large one (Yang et al. 2022, appendix D.1).
+If they do, a learning rate found at a small width serves a large one (Yang et al. 2022, appendix D.1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import pretrain_loss
 from flowmo.streams import Stream, seed_global
 from flowmo.tokenizer import FlowMo
-from flowmo.train.optimizer import NormControl, build_optimizer, scale_initial_weights, set_learning_rate
+from flowmo.train.optimizer import NormControl, build_optimizers, scale_initial_weights, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _one_run(config: Config, width: int, images: Tensor, steps: int, seed: int) 
     seed_global(seed, Stream.WEIGHTS)
     tokenizer = FlowMo(config)
     scale_initial_weights(tokenizer)
-    optimizer = build_optimizer(tokenizer)
+    (optimizer,) = build_optimizers(tokenizer)
     norms = NormControl(tokenizer.networks)
     draws = TrainingNoise.of(config, images, range(len(images)))
     states = []
