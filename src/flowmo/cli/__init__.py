@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -27,13 +28,13 @@ SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
     "print a script that completes commands in a shell",
     option("shell", choices=("bash", "zsh", "tcsh"), help="shell to write the script for"),
 )
-def completion(arguments: argparse.Namespace) -> None:
+def completion(arguments: argparse.Namespace) -> tuple[str, None]:
     """Print a completion script. Completing a word then imports nothing of this package."""
     try:
         import shtab
     except ImportError:
         raise UsageError("Completion scripts need shtab. Install it: pip install shtab.") from None
-    print(shtab.complete(build_parser(), arguments.shell))
+    return shtab.complete(build_parser(), arguments.shell), None
 
 
 COMMANDS: Sequence[Command] = (
@@ -65,4 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args([word for word in words if word not in settings])
     arguments.settings = settings
     choose_device(arguments)
-    return status_of("flowmo", lambda: arguments.run(arguments))
+    return status_of("flowmo", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    result = arguments.run(arguments)
+    if result:
+        text, data = result
+        print(json.dumps(data, indent=1) if getattr(arguments, "json", False) else text)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, SAMPLING, command, load, option, prepare
+from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, RATE, SAMPLING, command, load, option, prepare
 from flowmo.cli.output import UsageError, progress_bar
 from flowmo.codec.file import Codec, find_context
 from flowmo.data import Source, open_source
@@ -21,46 +21,25 @@ from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor
 Log = Callable[..., None]
 """Prints a line on the main rank, to standard output or ``file``."""
 
+PEERS = "also measure codecs at equal bytes (jpeg webp avif jxl) and tokenizers (llamagen16=WEIGHTS)"
+FEATURES = (
+    "network of the Fréchet distance: auto is FID's Inception if its weights are found; inception-legacy sees float "
+    "images, as in the paper's rFID"
+)
+
 
 @command(
     "measure reconstructions (PSNR, SSIM, LPIPS, rFID) or generated images (FID)",
     option("images", nargs="?", metavar="PICTURES", help=DATASET),
     option("--limit", type=POSITIVE, help="use this many images, evenly spread"),
-    option(
-        "--fit",
-        choices=("crop", "whole"),
-        default="crop",
-        help="crop: the central square, as in the paper; whole: every image at its own size",
-    ),
-    option(
-        "--bpp",
-        type=FINITE,
-        nargs="+",
-        metavar="RATE",
-        help="variable-rate models: measure the highest rate up to each RATE bits per pixel (default: the full rate)",
-    ),
-    option(
-        "--size",
-        type=POSITIVE,
-        help="side of the square crops; other sizes than the model's go in tiles (default: the model's)",
-    ),
-    option(
-        "--peers",
-        nargs="+",
-        default=(),
-        metavar="PEER",
-        help="also measure codecs at equal bytes (jpeg webp avif jxl) and tokenizers (llamagen16=WEIGHTS)",
-    ),
+    option("--fit", choices=("crop", "whole"), default="crop", help="central square, or every image at its own size"),
+    option("--bpp", type=FINITE, nargs="+", metavar="RATE", help=f"{RATE}; several are measured one by one"),
+    option("--size", type=POSITIVE, help="side of the square crops, in tiles if need be (default: the model's)"),
+    option("--peers", nargs="+", default=(), metavar="PEER", help=PEERS),
     option("--report", type=Path, help="folder for a page with tables, plots and images"),
     option("--reference", help="PICTURES are generated: compare them with this folder or ADM's .npz"),
     option("--no-lpips", action="store_true", help="leave out LPIPS, which needs trained networks"),
-    option(
-        "--features",
-        choices=KINDS,
-        default="auto",
-        help="network of the Fréchet distance: auto is FID's Inception if its weights are found; inception-legacy sees "
-        "float images, as in the paper's rFID",
-    ),
+    option("--features", choices=KINDS, default="auto", help=FEATURES),
     option("--enlarge", action="store_true", help="enlarge images smaller than the crop instead of refusing them"),
     option("--experiment-name", default="my_evaluation", help="without PICTURES: name of the evaluation's folder"),
     option("--results-dir", type=Path, default=Path("results"), help="without PICTURES: folder of all evaluations"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,7 @@ import torch
 
 import flowmo
 from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, SEED, command, load, number, option, prepare
-from flowmo.cli.output import UsageError, progress_bar, report, write, write_image
-from flowmo.codec.context import IntegerModel
+from flowmo.cli.output import UsageError, progress_bar, write, write_image
 from flowmo.config import REVEALING_ORDERS
 from flowmo.data import evenly_spread, open_source
 from flowmo.evaluate.metrics.pairs import grid
@@ -43,7 +41,7 @@ GUIDANCE = (
     option("--workers", type=number(int, 0), default=0, help="processes that read images"),
     *(*MODEL, JSON),
 )
-def tokenize(arguments: argparse.Namespace) -> None:
+def tokenize(arguments: argparse.Namespace) -> tuple[str, dict] | None:
     """Write the ids of every image of a dataset, bit-packed in shards, for training a generator.
 
     Under torchrun the processes share the work. Run an interrupted command again to complete it.
@@ -68,22 +66,20 @@ def tokenize(arguments: argparse.Namespace) -> None:
             **{name: getattr(arguments, name) for name in ("crops", "flip", "seed", "shard_size", "workers")},
         )
         if not world.main:
-            return
+            return None
         samples = Tokens(arguments.out).samples.tolist()
         missing = {*range(written.count)} - {*samples}
         for index in sorted({sample % len(source) for sample in missing}):
             print(f"left out: {source.name(index)} cannot be read", file=sys.stderr)
-        size, classes, shards = written.count * written.item_bytes, len(written.classes), written.shards
+        size, classes = written.count * written.item_bytes, len(written.classes)
         unreadable = f", {len(missing)} of which cannot be read" if missing else ""
-        summary = {"folder": str(arguments.out), "samples": written.count, "readable": len(samples), "classes": classes}
-        summary |= {"ids": written.ids, "id_bits": written.id_bits, "bytes": size, "shards": shards}
-        report(
-            arguments,
+        text = (
             f"{arguments.out}: {written.count} samples{unreadable}, {classes} classes, {written.ids} ids of "
-            f"{written.id_bits} bits: {size / 1e6:.2f} MB of ids in {shards} shards",
-            **summary,
-            tokenizer=written.tokenizer,
+            f"{written.id_bits} bits: {size / 1e6:.2f} MB of ids in {written.shards} shards"
         )
+        data = {"folder": str(arguments.out), "samples": written.count, "readable": len(samples), "classes": classes}
+        data |= {name: getattr(written, name) for name in ("ids", "id_bits", "shards", "tokenizer")}
+        return text, data | {"bytes": size}
 
 
 @command(
@@ -99,80 +95,54 @@ def tokenize(arguments: argparse.Namespace) -> None:
     option("--seed", type=SEED, default=0, help="seed of weights and order"),
     JSON,
 )
-def context(arguments: argparse.Namespace) -> None:
+def context(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Fit a context model to the ids of many images: how likely each bit is, so that .flowmo files get shorter.
 
     TOKENS is a folder written by flowmo tokenize. For a tokenizer of native size it is a dataset of images, which are
     encoded first. The file belongs beside the tokenizer's: NAME.context.safetensors beside NAME.safetensors.
     """
-    tokenizer = flowmo.load(arguments.model)
-    models = fit_models(arguments, tokenizer)
-    chosen = [*models.values()][-1]
+    from flowmo.codec import fit, fit_planes
+    from flowmo.data.tokens import Tokens
+
+    tokenizer, named = flowmo.load(arguments.model), {"hidden": arguments.hidden, "steps": arguments.fit_steps}
+    settings = {"seed": arguments.seed} | {name: value for name, value in named.items() if value is not None}
+    read: Any = partial(Tokens, tokenizer=tokenizer.identity())
+    frequencies: Any = fit.frequencies
+    fit_context: Any = partial(fit.fit, layout=tokenizer.config.model.code_layout)
+    if tokenizer.native_size:
+        read = partial(encode_dataset, tokenizer=tokenizer, count=arguments.count)
+        frequencies, fit_context = (partial(f, tokenizer=tokenizer) for f in (fit_planes.frequencies, fit_planes.fit))
+    ids = read(arguments.tokens)
+    models = {"frequencies": frequencies(ids)}
+    if not arguments.frequencies:
+        models["context"] = fit_context(ids, progress=progress_bar("fitting"), **settings)
+    chosen = models.get("context", models["frequencies"])
     content = chosen.save()
     write(arguments.out, content)
-    summary: dict[str, Any] = {"file": str(arguments.out), "bytes": len(content), "identity": chosen.identity.hex()}
+    data: dict[str, Any] = {"file": str(arguments.out), "bytes": len(content), "identity": chosen.identity.hex()}
     lines = [f"{arguments.out}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}"]
     if arguments.held_out:
-        packed, bits = measure_models(arguments, tokenizer, models)
-        summary |= {"pictures": len(packed), "packed": float(packed.mean())}
-        lines.append(f"bytes of ids a picture, {len(packed)} others: packed {summary['packed']:.1f}")
-        for name, costs in bits.items():
-            size = costs.sum(axis=1) / 8
-            summary |= {name: float(size.mean()), f"{name}_spread": float(size.std())}
+        measure: Any = fit_planes.code_lengths if tokenizer.native_size else fit.code_lengths
+        packed, lengths = measure(models, read(arguments.held_out))
+        data |= {"pictures": len(packed), "packed": float(packed.mean() / 8)}
+        lines.append(f"bytes of ids a picture, {len(packed)} others: packed {data['packed']:.1f}")
+        for name, bits in lengths.items():
+            size = bits.sum(axis=1) / 8
+            data |= {name: float(size.mean()), f"{name}_spread": float(size.std())}
             lines[1] += f", by {name} {size.mean():.1f} ± {size.std():.1f}"
             if tokenizer.native_size:
-                planes = (costs.sum(axis=0) / (8 * packed.sum()) * costs.shape[1]).tolist()
-                summary[f"{name}_planes"] = planes
+                planes = (bits.sum(axis=0) / packed.sum() * bits.shape[1]).tolist()
+                data[f"{name}_planes"] = planes
                 lines.append(f"share of each plane by {name}: {' '.join(f'{share:.3f}' for share in planes)}")
-    report(arguments, "\n".join(lines), **summary)
+    return "\n".join(lines), data
 
 
-def fit_models(arguments: argparse.Namespace, tokenizer: FlowMo) -> dict[str, IntegerModel]:
-    """Fit the baseline that only counts frequencies, and unless it is asked for alone, the context model."""
-    from flowmo.codec import fit, fit_planes
-    from flowmo.data.tokens import Tokens
-
-    named = {"hidden": arguments.hidden, "steps": arguments.fit_steps, "seed": arguments.seed}
-    settings = {name: value for name, value in named.items() if value is not None}
-    models: dict[str, IntegerModel] = {}
-    if tokenizer.native_size:
-        images = encode_dataset(arguments.tokens, arguments.count, tokenizer, "encoding")
-        models["frequencies"] = fit_planes.frequencies(images, tokenizer)
-        fit_context: Any = partial(fit_planes.fit, images, tokenizer)
-    else:
-        tokens = Tokens(arguments.tokens, tokenizer.identity())
-        models["frequencies"] = fit.frequencies(tokens)
-        fit_context = partial(fit.fit, tokens, tokenizer.config.model.code_layout)
-    if not arguments.frequencies:
-        models["context"] = fit_context(progress=progress_bar("fitting"), **settings)
-    return models
-
-
-def measure_models(
-    arguments: argparse.Namespace, tokenizer: FlowMo, models: dict[str, Any]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Measure held-out images. Returns bytes of packed ids, n, and bits by each model, n × planes."""
-    from flowmo.codec import fit, fit_planes
-    from flowmo.codec.context import cost
-    from flowmo.data.tokens import Tokens
-
-    if tokenizer.native_size:
-        images = encode_dataset(arguments.held_out, arguments.count, tokenizer, "encoding others")
-        packed = [ids.size * models["frequencies"].shape[1] / 8 for ids in images]
-        costs = {name: np.stack([fit_planes.plane_costs(m, ids) for ids in images]) for name, m in models.items()}
-        return np.array(packed), costs
-    tokens = Tokens(arguments.held_out, tokenizer.identity())
-    bits = fit.image_bits(tokens, range(len(tokens)))
-    return np.full(len(bits), bits[0].size / 8), {name: cost(m, bits)[:, None] for name, m in models.items()}
-
-
-def encode_dataset(path: str, count: int, tokenizer: FlowMo, title: str) -> list[np.ndarray]:
+def encode_dataset(path: str, tokenizer: FlowMo, count: int) -> list[np.ndarray]:
     """Encode up to ``count`` images, evenly spread over a dataset. Returns ids rows × columns × planes of each."""
     from flowmo.codec.fit_planes import ids_on_lattice
 
-    source = open_source(path)
-    chosen, show = evenly_spread(count, len(source)), progress_bar(title)
-    images = []
+    source, images = open_source(path), []
+    chosen, show = evenly_spread(count, len(source)), progress_bar("encoding")
     for i, index in enumerate(chosen):
         try:
             images.append(ids_on_lattice(tokenizer.encode_image(source.read(index)), tokenizer))
@@ -186,13 +156,7 @@ def encode_dataset(path: str, count: int, tokenizer: FlowMo, title: str) -> list
 @command(
     "generate images of classes with a trained generator",
     option("generator", metavar="GENERATOR", help="generator's .safetensors file or training checkpoint"),
-    option(
-        "--class",
-        dest="classes",
-        nargs="+",
-        metavar="CLASS",
-        help="name or WordNet id; an index if no class has that name (default: all classes)",
-    ),
+    option("--class", dest="classes", nargs="+", metavar="CLASS", help="name, WordNet id or index (default: all)"),
     option("--per-class", type=POSITIVE, default=8, help="images per class"),
     option("--count", type=POSITIVE, help="images in total, shared evenly by the classes"),
     option("--out", type=Path, default=Path("generated.png"), help="a .png, a folder or an .npz"),
@@ -209,7 +173,7 @@ def encode_dataset(path: str, count: int, tokenizer: FlowMo, title: str) -> list
     option("--decode-guidance", type=FINITE, help="guidance of the tokenizer (default: its own)"),
     *(*MODEL, JSON),
 )
-def generate(arguments: argparse.Namespace) -> None:
+def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
     """Generate ids of classes and decode them with the tokenizer that the generator was trained on.
 
     Many images go to a folder, or to the .npz that FID reads, also under torchrun: --count 50000 --out samples.npz.
@@ -219,31 +183,27 @@ def generate(arguments: argparse.Namespace) -> None:
     from flowmo.generate.generator import load_generator
     from flowmo.generate.samples import SampleSettings, check_pair, parse_positions, sample_images, write_samples
 
-    out = arguments.out
+    out, as_grid = arguments.out, arguments.out.suffix == ".png"
+    if arguments.edit and not as_grid:
+        raise UsageError("--edit writes one image. Name it with --out PICTURE.png.")
     with join(arguments.device) as world:
         generator = load_generator(arguments.generator, *arguments.settings, device=str(world.device))
         generator = prepare(generator, arguments)
         tokenizer = prepare(flowmo.load(arguments.model, device=str(world.device)), arguments)
         check_pair(generator, tokenizer)
-        as_grid = out.suffix == ".png"
-        if arguments.edit and not as_grid:
-            raise UsageError("--edit writes one image. Name it with --out PICTURE.png.")
         names = arguments.classes or [*range(len(generator.vocabulary.classes))] or [-1]
         classes = [generator.label(name) for name in names]
-        count = arguments.count or len(classes) * arguments.per_class
+        shown = ", ".join(class_names := [generator.class_name(label) for label in classes])
+        count, show = arguments.count or len(classes) * arguments.per_class, progress_bar("generating")
         class_rows = as_grid and not arguments.count  # one class below another
         labels = [classes[i // arguments.per_class if class_rows else i % len(classes)] for i in range(count)]
-        drawing = SampleSettings(**{field.name: getattr(arguments, field.name) for field in fields(SampleSettings)})
-        class_names = [generator.class_name(label) for label in classes]
-        summary = {"file": str(out), "pictures": count, "classes": class_names, "indices": classes}
-        guidance, show = generator.guidance_in_words(arguments.guidance), progress_bar("drawing")
+        settings = SampleSettings(**{field.name: getattr(arguments, field.name) for field in fields(SampleSettings)})
+        data = {"file": str(out), "pictures": count, "classes": class_names, "indices": classes}
+        data["guidance"] = guidance = generator.guidance_in_words(arguments.guidance)
         if not as_grid:
-            write_samples(generator, tokenizer, labels, out, drawing, world=world, progress=show)
-            if world.main:
-                shown = f": {', '.join(class_names)}" if arguments.classes else ""
-                line = f"{guidance}\n{out}: {count} pictures of {len(classes)} classes{shown}"
-                report(arguments, line, **summary, guidance=guidance)
-            return
+            write_samples(generator, tokenizer, labels, out, settings, world=world, progress=show)
+            text = f"{guidance}\n{out}: {count} pictures of {len(classes)} classes"
+            return (text + (f": {shown}" if arguments.classes else ""), data) if world.main else None
         if world.size > 1:
             raise UsageError(f"Several processes cannot write {out}. Name a folder or an .npz with --out.")
         if count > MAX_GRID_IMAGES:
@@ -254,15 +214,8 @@ def generate(arguments: argparse.Namespace) -> None:
             assert codes.ids is not None  # a generator's tokenizer has ids
             ids = codes.ids.expand(count, -1, -1)
             keep = parse_positions(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
-        images = sample_images(generator, tokenizer, labels, range(count), drawing, ids, keep, show)
+        images = sample_images(generator, tokenizer, labels, range(count), settings, ids, keep, show)
         columns = min(count, arguments.per_class if class_rows and len(classes) > 1 else GRID_COLUMNS)
-        write_grid(out, images, columns)
-        line = f"{guidance}\n{out}: {count} pictures, rows of {columns}: {', '.join(class_names)}"
-        report(arguments, line, **summary, columns=columns, guidance=guidance)
-
-
-def write_grid(out: Path, images: torch.Tensor, columns: int) -> None:
-    """Write images n 3 h w as one PNG, row by row; the last row is filled up with white."""
-    blank = torch.ones_like(images[:1]).expand(-len(images) % columns, -1, -1, -1)
-    rows: Sequence[torch.Tensor] = torch.cat((images, blank)).split(columns)
-    write_image(out, to_pil(grid(rows)))
+        blank = torch.ones_like(images[:1]).expand(-count % columns, -1, -1, -1)
+        write_image(out, to_pil(grid([*torch.cat((images, blank)).split(columns)])))
+        return f"{guidance}\n{out}: {count} pictures, rows of {columns}: {shown}", data | {"columns": columns}

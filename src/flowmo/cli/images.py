@@ -124,9 +124,7 @@ def encode(arguments: argparse.Namespace) -> None:
 @command(
     "decode .flowmo files to images",
     option("files", nargs="+", type=Path, metavar="FILE", help=".flowmo file"),
-    option(
-        "--output", "-o", type=Path, help="image to write: .png .jpg .webp .ppm, or - (default: FILE with .flowmo.png)"
-    ),
+    option("--output", "-o", type=Path, help=".png, .jpg, .webp or .ppm to write, or - (default: FILE.flowmo.png)"),
     OUT_DIR,
     *CONTEXT,
     option("--ids", action="store_true", help="print the ids as JSON and decode no image"),

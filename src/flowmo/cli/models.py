@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import tempfile
-from functools import partial, reduce
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import flowmo
 from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.distributed import is_sharded
 from flowmo.cli.options import JSON, MODEL, POSITIVE, command, load, number, option, prepare
-from flowmo.cli.output import UsageError, report
+from flowmo.cli.output import UsageError
 from flowmo.codec.file import Codec, find_context
-from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config
+from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config, flatten
 from flowmo.model import sampler
 from flowmo.tokenizer import FlowMo
 
@@ -33,32 +32,25 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8
     option("--training", action="store_true", help="also compute the cost of training"),
     option("--settings", dest="list_settings", action="store_true", help="also list every setting"),
 )
-def info(arguments: argparse.Namespace) -> None:
+def info(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Describe the model that a preset, checkpoint or settings file makes, without allocating its weights."""
-    config = read_config(arguments.source, arguments.settings)
+    source, settings = arguments.source, arguments.settings
+    if source.endswith((".yaml", ".yml")):
+        config = Config.from_yaml(source).override(*settings)
+    elif source in PRESETS | GENERATOR_PRESETS:
+        config = flowmo.preset(source).override(*settings)
+    else:
+        config = checkpoint.read_config(checkpoint.find(source), tuple(settings))
     summary = (describe_generator if config.generator.train else describe_tokenizer)(config)
     if arguments.training and not config.generator.train:
         from flowmo.train.cost import describe_training
 
         summary |= describe_training(config)
-    if arguments.json:
-        print(json.dumps(summary | {"settings": config.to_dict()}, indent=1))
-        return
-    for name, value in summary.items():
-        print(f"{name.replace('_', ' '):24} {value}")
+    lines = [f"{name.replace('_', ' '):24} {value}" for name, value in summary.items()]
     if arguments.list_settings:
-        for name, field in FIELDS.items():
-            value = reduce(getattr, name.split("."), config)
-            print(f"{name}={value}".ljust(42) + f" {field.metadata['doc']}")
-
-
-def read_config(source: str, settings: list[str]) -> Config:
-    """Read the settings of a settings file, preset or checkpoint."""
-    if source.endswith((".yaml", ".yml")):
-        return Config.from_yaml(source).override(*settings)
-    if source in PRESETS | GENERATOR_PRESETS:
-        return flowmo.preset(source).override(*settings)
-    return checkpoint.read_config(checkpoint.find(source), tuple(settings))
+        for name, value in flatten(config).items():
+            lines.append(f"{name}={value}".ljust(42) + f" {FIELDS[name].metadata['doc']}")
+    return "\n".join(lines), summary | {"settings": config.to_dict()}
 
 
 def describe_tokenizer(config: Config) -> dict[str, Any]:
@@ -116,7 +108,7 @@ def parameters(module: torch.nn.Module) -> int:
     option("--bfloat16", dest="precision", action="store_const", const="bfloat16", help="same as --precision bfloat16"),
     JSON,
 )
-def bench(arguments: argparse.Namespace) -> None:
+def bench(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
     """Measure how fast a model encodes and decodes here, beside the fastest that the machine allows."""
     from flowmo.evaluate.speed import measure
 
@@ -125,10 +117,7 @@ def bench(arguments: argparse.Namespace) -> None:
     ready = partial(prepare, arguments=arguments)
     timings = measure(tokenizer, arguments.batch, tokenizer.precision == "bfloat16", arguments.repeats, ready=ready)
     rates = f"matrix rate {timings[0].matrix_rate / 1e12:.2f} TFLOP/s, copy rate {timings[0].copy_rate / 1e9:.0f} GB/s"
-    if arguments.json:
-        print(json.dumps([dataclasses.asdict(timing) for timing in timings], indent=1))
-    else:
-        print("\n".join([*(timing.line() for timing in timings), rates]))
+    return "\n".join([*(timing.line() for timing in timings), rates]), [asdict(timing) for timing in timings]
 
 
 @command(
@@ -139,7 +128,7 @@ def bench(arguments: argparse.Namespace) -> None:
     option("--last-weights", action="store_true", help="take the last weights, not their moving average"),
     JSON,
 )
-def convert(arguments: argparse.Namespace) -> None:
+def convert(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Rewrite any checkpoint, of a tokenizer or a generator, as one .safetensors file with its settings inside."""
     source, output, dtype = arguments.source, arguments.output, DTYPES[arguments.dtype]
     if output.suffix != ".safetensors":
@@ -155,7 +144,7 @@ def convert(arguments: argparse.Namespace) -> None:
         identity = flowmo.load(output).identity()  # of the file, whose weights are rounded
         name, summary = f"tokenizer {identity}", {"tokenizer": identity}
     size = output.stat().st_size
-    report(arguments, f"{output}: {size / 2**20:.1f} MiB, {name}", file=str(output), bytes=size, **summary)
+    return f"{output}: {size / 2**20:.1f} MiB, {name}", {"file": str(output), "bytes": size, **summary}
 
 
 def is_generator(path: Path) -> bool:
@@ -173,7 +162,7 @@ def is_generator(path: Path) -> bool:
     option("--folder", type=Path, help="only write the files to this folder"),
     JSON,
 )
-def push(arguments: argparse.Namespace) -> None:
+def push(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Upload a tokenizer to the Hugging Face Hub, with its context model and a model card.
 
     With --folder, only write the same files to a folder.
@@ -187,10 +176,9 @@ def push(arguments: argparse.Namespace) -> None:
         hub.write_folder(tokenizer, folder, None if context is None else context.save(), arguments.name)
         files = sorted(path.name for path in folder.iterdir())
         if arguments.folder:
-            report(arguments, f"{folder}: {', '.join(files)}", folder=str(folder), files=files)
-        else:
-            address = hub.push(folder, arguments.name, arguments.private)
-            report(arguments, address, address=address, files=files)
+            return f"{folder}: {', '.join(files)}", {"folder": str(folder), "files": files}
+        address = hub.push(folder, arguments.name, arguments.private)
+        return address, {"address": address, "files": files}
 
 
 @command(

@@ -17,6 +17,8 @@ from flowmo.tokenizer import FlowMo
 Model = TypeVar("Model", bound=Packable)
 Option = tuple[tuple[str, ...], dict[str, Any]]
 """Positional and keyword arguments of ``ArgumentParser.add_argument``."""
+Run = Callable[[argparse.Namespace], tuple[str, Any] | None]
+"""Runs a command. The result is text for people and the data that --json prints in its place."""
 EPILOG = "Change settings with section.name=value, e.g. eval.sampling.rho=1. flowmo info --settings lists them."
 
 
@@ -30,7 +32,7 @@ def option(*flags: str, **settings: Any) -> Option:
 class Command(NamedTuple):
     """A function and its options. The command is named after the function and described by its docstring."""
 
-    run: Callable[[argparse.Namespace], None]
+    run: Run
     help: str
     options: tuple[Option, ...]
 
@@ -42,7 +44,7 @@ class Command(NamedTuple):
             parser.add_argument(*flags, **settings)
 
 
-def command(text: str, *options: Option) -> Callable[[Callable[[argparse.Namespace], None]], Command]:
+def command(text: str, *options: Option) -> Callable[[Run], Command]:
     """Decorate a function as a command with this help text and these options."""
     return lambda run: Command(run, text, options)
 
@@ -82,15 +84,11 @@ POSITIVE, SEED, FINITE = number(int, 1), number(int, 0, 2**63 - 1), number(float
 DATASET = "folder, .tar, WebDataset shards or hf:NAME:SPLIT"
 JSON = option("--json", action="store_true", help="print JSON and nothing else")
 DEVICE = option("--device", type=device, help="cpu, cuda, mps … (default: a GPU if there is one; cpu with --pack)")
+PRECISION = "precision of matrix products; auto is bfloat16 with TF32 on a GPU that has it, else float32"
 MODEL = (
-    option("--model", default="nano", help="tokenizer: preset, file, folder or Hub id of its weights"),
+    option("--model", default="nano", help="preset, file, folder or Hub id of the tokenizer's weights"),
     DEVICE,
-    option(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of matrix products; auto is bfloat16 with TF32 on a GPU that has it, else float32",
-    ),
+    option("--precision", choices=PRECISIONS, default="auto", help=PRECISION),
     option("--pack", action="store_true", help="prepack weights for this CPU: faster; only the last bits differ"),
     option("--compile", action="store_true", help="compile first: half a minute, then faster; needs a C++ compiler"),
 )
@@ -99,19 +97,11 @@ SAMPLING = (
     option("--seed", type=SEED, default=0, help="seed of the noise"),
     option("--guidance", type=FINITE, help="classifier-free guidance; 1 is none (default: the preset's, 1.5)"),
 )
+WHOLE = "whole or tile: the whole image, in blended tiles if the model has one size; crop: the central square"
+RATE = "variable-rate models: the highest rate up to RATE bits per pixel (default: the full rate)"
 FIT = (
-    option(
-        "--fit",
-        choices=("whole", "tile", "crop"),
-        default="whole",
-        help="whole or tile: the whole image, in blended tiles if the model has one size; crop: the central square",
-    ),
-    option(
-        "--bpp",
-        type=FINITE,
-        metavar="RATE",
-        help="variable-rate models: the highest rate up to RATE bits per pixel (default: the full rate)",
-    ),
+    option("--fit", choices=("whole", "tile", "crop"), default="whole", help=WHOLE),
+    option("--bpp", type=FINITE, metavar="RATE", help=RATE),
 )
 
 

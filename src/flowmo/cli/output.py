@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -46,11 +44,6 @@ def status_of(program: str, run: Callable[[], object]) -> int:
         print(f"{program}: {message_of(error)}", file=sys.stderr)
         return 2
     return 0
-
-
-def report(arguments: argparse.Namespace, line: str, **summary: Any) -> None:
-    """Print a command's result: a line for people, or with --json a summary for programs."""
-    print(json.dumps(summary, indent=1) if arguments.json else line)
 
 
 def message_of(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,21 +30,20 @@ MAX_LINES = 20
     option("--output", "-o", type=Path, help="file to write (default: TAR with .index.json)"),
     JSON,
 )
-def index(arguments: argparse.Namespace) -> None:
+def index(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
     """Write the index of each tar, so that training reads its images without unpacking it."""
     if arguments.output is not None and len(arguments.tars) > 1:
         raise UsageError("--output names the index of one tar. Leave it out to write each index beside its tar.")
+    lines: list[str] = []
     rows = []
     for tar in arguments.tars:
         output = arguments.output or default_index(tar)
         entries, left_out = scan_tar(tar)
         write_content(output, json.dumps(entries))
-        rows.append({"tar": str(tar), "index": str(output), "pictures": len(entries), "left_out": reasons(left_out)})
-        if not arguments.json:
-            print(f"{output}: {len(entries)} pictures", flush=True)
-            print_left_out(left_out)
-    if arguments.json:
-        print(json.dumps(rows, indent=1))
+        more, others = describe_left_out(left_out)
+        lines += [f"{output}: {len(entries)} pictures", *more]
+        rows.append({"tar": str(tar), "index": str(output), "pictures": len(entries), "left_out": others})
+    return "\n".join(lines), rows
 
 
 @command(
@@ -53,39 +52,33 @@ def index(arguments: argparse.Namespace) -> None:
     option("--index", type=Path, help="index of a single tar, as data.train_index (default: TAR with .index.json)"),
     JSON,
 )
-def show(arguments: argparse.Namespace) -> None:
+def show(arguments: argparse.Namespace) -> tuple[str, dict]:
     """Show what training sees of a source: its images, their classes, and the files that are left out, with reasons."""
     source = open_source(arguments.source, arguments.index)
     labels = [source.label(index) for index in range(len(source))]
     names = [source.name(index) for index in range(len(source))]
-    if arguments.json:
-        items = [{"name": name, "label": label} for name, label in zip(names, labels, strict=True)]
-        rows = {"count": len(items), "classes": [*source.classes], "items": items}
-        print(json.dumps(rows | {"left_out": reasons(source.left_out)}))
-        return
-    print(f"{arguments.source}: {len(source)} images, {len(source.classes) or 'no'} classes")
+    items = [{"name": name, "label": label} for name, label in zip(names, labels, strict=True)]
     counts = Counter(labels)
-    print_first([f"class {i}, {name}: {counts[i]} images" for i, name in enumerate(source.classes)])
+    lines = [f"{arguments.source}: {len(source)} images, {len(source.classes) or 'no'} classes"]
+    lines += first([f"class {i}, {name}: {counts[i]} images" for i, name in enumerate(source.classes)])
     if source.classes and counts[None]:
-        print(f"without a label: {counts[None]} images, the first {names[labels.index(None)]}")
+        lines.append(f"without a label: {counts[None]} images, the first {names[labels.index(None)]}")
     classes = ("no label" if label is None else f"class {label}" for label in labels)
-    print_first([f"{name}: {shown}" for name, shown in zip(names, classes, strict=True)])
-    print_left_out(source.left_out)
+    lines += first([f"{name}: {shown}" for name, shown in zip(names, classes, strict=True)])
+    more, left_out = describe_left_out(source.left_out)
+    data = {"count": len(items), "classes": [*source.classes], "items": items, "left_out": left_out}
+    return "\n".join([*lines, *more]), data
 
 
-def reasons(left_out: Mapping[str, str]) -> list[dict[str, str]]:
-    return [{"name": name, "reason": reason} for name, reason in left_out.items()]
+def describe_left_out(left_out: Mapping[str, str]) -> tuple[list[str], list[dict[str, str]]]:
+    """Describe {file: reason} in lines, and as rows of JSON."""
+    lines = first([f"left out: {name} ({reason})" for name, reason in left_out.items()])
+    return lines, [{"name": name, "reason": reason} for name, reason in left_out.items()]
 
 
-def print_left_out(left_out: Mapping[str, str]) -> None:
-    print_first([f"left out: {name} ({reason})" for name, reason in left_out.items()])
-
-
-def print_first(lines: Sequence[str]) -> None:
-    for line in lines[:MAX_LINES]:
-        print(line)
-    if len(lines) > MAX_LINES:
-        print(f"… and {len(lines) - MAX_LINES} more; --json lists all")
+def first(lines: list[str]) -> list[str]:
+    more = [f"… and {len(lines) - MAX_LINES} more; --json lists all"] if len(lines) > MAX_LINES else []
+    return lines[:MAX_LINES] + more
 
 
 @command(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowmo.codec.bits import Bits, token_bits
-from flowmo.codec.context import FRACTION, NEIGHBOURS, ContextModel, context_shapes
+from flowmo.codec.context import FRACTION, NEIGHBOURS, ContextModel, context_shapes, cost
 from flowmo.data.tokens import Tokens
 from flowmo.model.transformer import code_lattice
 from flowmo.streams import Stream, stream
@@ -68,6 +68,12 @@ def fit(
 def image_bits(tokens: Tokens, indices: Sequence[int]) -> Bits:
     """Bits of some samples."""
     return token_bits(np.stack([tokens.ids(index).numpy() for index in indices]), tokens.metadata.id_bits)
+
+
+def code_lengths(models: Mapping[str, ContextModel], tokens: Tokens) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Measure models on other tokens. Returns bits of packed ids, n, and of ids coded by each model, n × 1."""
+    bits = image_bits(tokens, range(len(tokens)))
+    return np.full(len(bits), bits[0].size), {name: cost(model, bits)[:, None] for name, model in models.items()}
 
 
 def _shape(tokens: Tokens) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -98,6 +98,15 @@ def plane_costs(model: PlaneModel, ids: np.ndarray) -> np.ndarray:
     rows, columns, planes = ids.shape
     bits = token_bits(ids.reshape(1, rows * columns, planes), model.shape[1]).reshape(rows * columns, planes, -1)
     return np.array([cost(model.plane(ids[..., :s]), bits[None, :, s])[0] for s in range(planes)])
+
+
+def code_lengths(
+    models: Mapping[str, PlaneModel], images: Sequence[np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Measure models on other images' ids. Returns bits of packed ids, n, and of each plane by model, n × planes."""
+    id_bits = next(iter(models.values())).shape[1]
+    lengths = {name: np.stack([plane_costs(model, ids) for ids in images]) for name, model in models.items()}
+    return np.array([ids.size * id_bits for ids in images]), lengths
 
 
 class Samples:
