@@ -1,15 +1,32 @@
 import math
 import re
+from typing import get_type_hints
 
 import pytest
 from conftest import ROOT
 
 from flowmo import Config, ConfigError, preset
 from flowmo.config import FIELDS, PRESETS
+from flowmo.config.sections import SECTIONS, SamplingConfig
+from flowmo.model.flow import DISTRIBUTIONS
+
+SECTION_TYPES = (*SECTIONS.values(), SamplingConfig)
 
 
 def test_every_setting_is_documented():
     assert all(field.metadata.get("doc") for field in FIELDS.values())
+
+
+def test_the_type_of_a_setting_is_that_of_its_default():
+    hints = {f"{kind.path}.{name}": hint for kind in SECTION_TYPES for name, hint in get_type_hints(kind).items()}
+    assert all(type(field.default) is hints[name] for name, field in FIELDS.items())
+
+
+def test_the_settings_know_no_networks():
+    for file in (ROOT / "src" / "flowmo" / "config").glob("*.py"):
+        modules = re.findall(r"^ *from (flowmo\.\w+)", file.read_text(), re.MULTILINE)
+        assert set(modules) <= {"flowmo.config", "flowmo.errors"}, file
+    assert FIELDS["opt.schedule"].metadata["allowed"].choices == DISTRIBUTIONS
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -59,13 +76,13 @@ def test_yaml(tmp_path):
 
 
 REFUSED = {
-    "model.paths_size=7": "did you mean 'model.patch_size'",
-    "lr=1": "did you mean 'opt.lr'",
-    "opt.patch_size=4": "did you mean 'model.patch_size'",
+    "model.paths_size=7": "Did you mean 'model.patch_size'",
+    "lr=1": "Did you mean 'opt.lr'",
+    "opt.patch_size=4": "Did you mean 'model.patch_size'",
     "opt.lr": "section.name=value",
     "opt.lr=fast": "a finite number",
     "opt.lr=nan": "a finite number",
-    "opt.lr=0": "> 0",
+    "opt.lr=0": "above 0",
     "opt.beta1=1.5": "between 0 and 1",
     "model.dec_depth=2.5": "a whole number",
     "model.dec_depth=true": "a whole number",
@@ -81,7 +98,7 @@ REFUSED = {
     "eval.sampling.rho=0": "above 0",
     "eval.sampling.guidance_low=0.9": "no interval",
     "eval.sampling.cfg_interval=(a": "cfg_interval",
-    "trainer.seed=-1": "from 0",
+    "trainer.seed=-1": "between 0 and",
 }
 
 
@@ -95,20 +112,20 @@ def test_advice_for_widths_works():
     for width in (100, 576, 1000, 300):
         with pytest.raises(ConfigError) as error:
             preset("lo").override(f"model.hidden_size={width}")
-        for advice in str(error.value).partition("write ")[2].split(" or "):
+        for advice in str(error.value).partition("Write ")[2].rstrip(".").split(" or "):
             preset("lo").override(advice)
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("- a\n- b\n", "holds no settings"),
-        ("model: [1", "cannot read"),
-        ("!!python/object/apply:os.system ['true']", "cannot read"),
+        ("- a\n- b\n", "contains no settings"),
+        ("model: [1", "Cannot read"),
+        ("!!python/object/apply:os.system ['true']", "Cannot read"),
         ("model:\n  paths: 1\n", "no setting 'model.paths'"),
         ("modle:\n  patch_size: 4\n", "no section 'modle'"),
         ("preset: huge\n", "no preset 'huge'"),
-        ("[" * 5000, "cannot read"),
+        ("[" * 5000, "Cannot read"),
         ("x: " + "a" * (1 << 20), "bytes"),
     ],
 )
@@ -120,7 +137,7 @@ def test_yaml_refused(tmp_path, text, sentence):
 
 
 def test_yaml_missing(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="Cannot read"):
         Config.from_yaml(tmp_path / "none.yaml")
 
 

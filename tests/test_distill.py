@@ -215,11 +215,11 @@ def test_teachers_that_do_not_fit_are_refused(settings, tmp_path):
 
 
 def test_settings_that_cannot_work_are_refused(tiny_config):
-    with pytest.raises(ConfigError, match=r"add model\.mean_velocity=true"):
+    with pytest.raises(ConfigError, match=r"Add model\.mean_velocity=true"):
         tiny_config.override("opt.teacher=nano")
-    with pytest.raises(ConfigError, match=r"write eval\.sampling\.guidance=1"):
+    with pytest.raises(ConfigError, match=r"Write eval\.sampling\.guidance=1"):
         tiny_config.override("model.mean_velocity=true")
-    with pytest.raises(ConfigError, match="set one of them"):
+    with pytest.raises(ConfigError, match="Set one of them"):
         tiny_config.override("opt.teacher=nano", *STUDENT, "model.posttrain_sample=true")
     with pytest.raises(ConfigError, match="at least 2"):
         tiny_config.override("opt.jumps=1")

@@ -431,18 +431,16 @@ def test_codebooks_that_do_not_fit(tiny_config):
         VQ(8, 1, 2)
     vq = tiny_config.override("model.quantization_type=vq")
     for setting, sentence in (
-        ("model.vq_sub_tokens=3", r"write model\.context_dim=6"),
-        ("model.vq_entries=1", "from 2 to 65536"),
-        ("model.entropy_statistics=process", "write model.entropy_statistics=batch"),
+        ("model.vq_sub_tokens=3", r"Write model\.context_dim=6"),
+        ("model.vq_entries=1", "between 2 and 65536"),
+        ("model.entropy_statistics=process", "Write model.entropy_statistics=batch"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             vq.override(setting)
 
 
 def test_an_unknown_bottleneck_is_told_the_known_ones():
-    with pytest.raises(
-        ConfigError, match="'lqf' is not known; write lfq or fsq or bsq or vq or kl or layernorm or noop"
-    ):
+    with pytest.raises(ConfigError, match="'lqf' must be lfq or fsq or bsq or vq or kl or layernorm or noop"):
         Config().override("model.quantization_type=lqf")
 
 

@@ -241,7 +241,7 @@ def test_checkpointing_of_blocks_in_a_chain(tiny_config):
     on = "trainer.activation_checkpointing=true"
     config = tiny_config.override("model.posttrain_sample=true", "model.posttrain_sample_k=3", "opt.lpips_mode=alex")
     assert 0 < training_cost(config.override(on)).activation_bytes < training_cost(config).activation_bytes
-    with pytest.raises(ConfigError, match="in stage 1B the chain computes its steps again"):
+    with pytest.raises(ConfigError, match="In stage 1B the chain recomputes its steps"):
         config.override(on, "trainer.checkpoint_keeps=products")
 
 

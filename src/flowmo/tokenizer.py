@@ -31,8 +31,8 @@ from flowmo.model import sampler as sample
 from flowmo.model.blocks import blocks, ramp
 from flowmo.model.cpu_prepack import Packable
 from flowmo.model.quantizers import FSQ, LFQ, build_quantizer, check_ids
-from flowmo.model.transformer import Conditioning, Decoder, Encoder
-from flowmo.model.windowed import WindowedDecoder, WindowedEncoder
+from flowmo.model.transformer import Conditioning, Decoder, Encoder, Shape
+from flowmo.model.windowed import WindowedDecoder, WindowedEncoder, WindowedShape
 from flowmo.precision import computing
 
 RANGE_TOLERANCE = 1e-4
@@ -143,11 +143,11 @@ class FlowMo(Packable):
         self.encoder: Encoder | WindowedEncoder
         self.decoder: Decoder | WindowedDecoder
         if model.network == "windowed":
-            self.encoder = WindowedEncoder(self.config.windowed_shape("encoder"), self.quantizer.encoder_channels)
-            self.decoder = WindowedDecoder(self.config.windowed_shape("decoder"), model.context_dim)
+            self.encoder = WindowedEncoder(WindowedShape.encoder(model), self.quantizer.encoder_channels)
+            self.decoder = WindowedDecoder(WindowedShape.decoder(model), model.context_dim)
         else:
-            self.encoder = Encoder(self.config.encoder_shape, model.code_length, self.quantizer.encoder_channels)
-            self.decoder = Decoder(self.config.decoder_shape, model.context_dim)
+            self.encoder = Encoder(Shape.encoder(model), model.code_length, self.quantizer.encoder_channels)
+            self.decoder = Decoder(Shape.decoder(model), model.context_dim)
         self.chunk_size: int | None = None
         self._kept: tuple[tuple[list[float], list[float] | None], Conditioning] | None = None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowmo.config import Config, ConfigError
 from flowmo.errors import FlowMoError
+from flowmo.model.transformer import Shape
 
 HEADS = 12  # in every model of the release
 GROUPS = {18: 9, 56: 14}  # entropy group of the published models by their bits a token; no weight tells it
@@ -78,8 +79,8 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, into), (out,)
 
     for net, shape, channels in (
-        ("encoder", config.encoder_shape, code_in),
-        ("decoder", config.decoder_shape, m.context_dim + 1),
+        ("encoder", Shape.encoder(config.model), code_in),
+        ("decoder", Shape.decoder(config.model), m.context_dim + 1),
     ):
         w, hidden, pixels = shape.width, int(shape.width * shape.mlp_ratio), 3 * shape.patch**2
         linear(f"{net}.time_in.in_layer", w, 256)
@@ -136,7 +137,10 @@ def _renamed(state: Mapping[str, Tensor], config: Config) -> Iterator[tuple[str,
     yield from linear("decoder.txt_in", "decoder.code_in")
     yield from linear("decoder.final_layer_img.adaLN_modulation.1", "decoder.out_modulation")
     yield from linear("decoder.final_layer_img.linear", "decoder.picture_out")
-    for net, shape, unread in (("encoder", config.encoder_shape, "img"), ("decoder", config.decoder_shape, "txt")):
+    for net, shape, unread in (
+        ("encoder", Shape.encoder(config.model), "img"),
+        ("decoder", Shape.decoder(config.model), "txt"),
+    ):
         w = shape.width
         for i in range(shape.depth):
             for s, stream in STREAMS.items():

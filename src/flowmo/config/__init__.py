@@ -1,44 +1,38 @@
-"""Every setting: typed, with one documented default each, named presets, YAML files and ``section.name=value``.
+"""Every setting, with presets, YAML files and ``section.name=value`` on the command line.
 
-A ``Config`` is immutable and always valid: building one with an unknown name, a wrong type or an impossible value
-raises ``ConfigError`` with a sentence that says what to write instead. The names are those of the authors' release
-where it has one; its other spellings (``model.mup_width``, ``eval.sampling.cfg`` …) are translated by ``ALIASES``.
+Settings are plain frozen dataclasses. tyro, pydantic and OmegaConf read types and ranges too, but the lines here are
+for the release's spellings, advice in error messages and files from strangers, which none of them has.
+
+A ``Config`` is immutable and always valid. Names are those of the authors' release if it has one; ``ALIASES``
+translates its other spellings (``model.mup_width``, ``eval.sampling.cfg`` …).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import yaml
-
-from flowmo.config.checks import check
-from flowmo.config.overrides import ALIASES, convert, leaves, load_yaml, parse_value, shorten, shown, translate
-from flowmo.config.presets import GENERATOR_PRESETS, PRESETS
+from flowmo.config.fields import ConfigError, Section, Span, shown
+from flowmo.config.overrides import ALIASES, convert, leaves, parse_value, read_yaml, translate
+from flowmo.config.rules import broken
 from flowmo.config.sections import (
     CHECKPOINTED,
     FIELDS,
     HIDING_SCHEDULES,
     REVEALING_ORDERS,
-    SECTIONS,
     SOLVERS,
-    ConfigError,
     DataConfig,
     EvalConfig,
     GeneratorConfig,
     ModelConfig,
     OptConfig,
     SamplingConfig,
-    Span,
     TrainerConfig,
 )
-from flowmo.model.transformer import Shape
-from flowmo.model.windowed import WindowedShape
 
 __all__ = [
     "ALIASES",
@@ -63,7 +57,7 @@ __all__ = [
     "preset",
 ]
 
-MAX_YAML_BYTES = 1 << 20
+PRESETS, GENERATOR_PRESETS = read_yaml(Path(__file__).with_name("presets.yaml")).values()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +65,7 @@ class Config:
     """All settings of a tokenizer or a generator and its training.
 
     Raises:
-        ConfigError: on construction, where a value cannot work.
+        ConfigError: on construction, if settings cannot work together.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -82,42 +76,12 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
     def __post_init__(self) -> None:
-        check(self)
-
-    @property
-    def encoder_shape(self) -> Shape:
-        m = self.model
-        return Shape(
-            m.enc_hidden_size, m.enc_num_heads, m.enc_depth, m.patch_size, m.mlp_ratio, m.code_layout, m.enable_mup
-        )
-
-    @property
-    def decoder_shape(self) -> Shape:
-        m = self.model
-        return Shape(
-            m.hidden_size,
-            m.num_heads,
-            m.dec_depth,
-            m.patch_size,
-            m.mlp_ratio,
-            m.code_layout,
-            m.enable_mup,
-            m.prediction,
-            m.initial_gate,
-            m.mean_velocity,
-        )
-
-    def windowed_shape(self, network: str) -> WindowedShape:
-        """Of the ``encoder`` or the ``decoder``, with ``model.network=windowed``."""
-        m = self.model
-        sizes = (m.hidden_size, m.num_heads, m.dec_depth)
-        if network == "encoder":
-            sizes = (m.enc_hidden_size, m.enc_num_heads, m.enc_depth)
-        return WindowedShape(*sizes, m.conv_depth, m.window, m.mlp_ratio, m.prediction)
+        for sentence in broken(self):
+            raise ConfigError(sentence)
 
     @property
     def stage(self) -> str:
-        """Of training: ``pretrain`` (1A), ``posttrain`` (1B), ``distill`` (1C) or ``generator`` (2)."""
+        """Stage of training: ``pretrain`` (1A), ``posttrain`` (1B), ``distill`` (1C) or ``generator`` (2)."""
         if self.generator.train:
             return "generator"
         if self.opt.teacher:
@@ -125,27 +89,25 @@ class Config:
         return "posttrain" if self.model.posttrain_sample else "pretrain"
 
     def architecture(self) -> dict[str, Any]:
-        """The model's settings that make it the function that it is; two models of other training can share them."""
+        """The tokenizer's settings that define its function. Models of different training can share them."""
         return _architecture(self.model)
 
     def generator_architecture(self) -> dict[str, Any]:
-        """The same of a generator."""
+        """The generator's settings that define its function."""
         return _architecture(self.generator)
 
     @property
     def bits_per_image(self) -> float | None:
-        """Bits of one picture's ids as they are stored, or ``None`` for a continuous bottleneck.
+        """Bits of one image's ids as they are stored, or ``None`` for a continuous bottleneck.
 
         An id takes whole bits: one of 125 takes 7, not log2(125).
         """
         m = self.model
-        levels = max(m.fsq_levels, 2)
-        channels = max(int(m.codebook_size_for_entropy / math.log2(levels) + 1e-9), 1)  # of an id of fsq
         bits_per_token = {
             "lfq": m.context_dim,
             "bsq": m.context_dim,
-            "fsq": m.context_dim // channels * (levels**channels - 1).bit_length(),
-            "vq": m.vq_sub_tokens * (max(m.vq_entries, 2) - 1).bit_length(),
+            "fsq": m.context_dim // m.id_channels * (m.fsq_levels**m.id_channels - 1).bit_length(),
+            "vq": m.vq_sub_tokens * (m.vq_entries - 1).bit_length(),
         }
         bits = bits_per_token.get(m.quantization_type)
         return None if bits is None else float(m.code_length * bits)
@@ -155,95 +117,77 @@ class Config:
         bits = self.bits_per_image
         return None if bits is None else bits / self.data.image_size**2
 
-    def override(self, *assignments: str, **_: Any) -> Config:
-        """A copy with ``section.name=value`` assignments applied, e.g. ``config.override("opt.lr=3e-4")``."""
+    def override(self, *assignments: str) -> Config:
+        """Return a copy with ``section.name=value`` assignments applied, as in ``config.override("opt.lr=3e-4")``."""
         values = {}
         for assignment in assignments:
             name, equals, value = assignment.partition("=")
             if not equals:
-                raise ConfigError(
-                    f"{shown(assignment)} is not a setting; write it as section.name=value, e.g. opt.lr=1e-4"
-                )
+                advice = "Write it as section.name=value, such as opt.lr=1e-4."
+                raise ConfigError(f"{shown(assignment)} is not a setting. {advice}")
             values[name] = parse_value(name, value)
         return self.updated(values)
 
     def updated(self, values: Mapping[str, Any]) -> Config:
-        """A copy with the settings of a flat mapping ``{"section.name": value}`` replaced."""
+        """Return a copy with the settings of a flat mapping ``{"section.name": value}`` replaced."""
         flat = flatten(self)
         for name, value in values.items():
-            for real, translated in translate(name, value).items():
-                flat[real] = convert(real, translated, FIELDS[real].type)
-        return type(self)(**{name: _section(kind, f"{name}.", flat) for name, kind in SECTIONS.items()})
+            flat |= {real: convert(real, translated) for real, translated in translate(name, value).items()}
+        return _build(type(self), flat)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested sections of plain values, as ``from_dict`` takes them."""
-
-        def plain(tree: dict[str, Any]) -> dict[str, Any]:
-            return {
-                name: plain(v) if isinstance(v, dict) else str(v) if isinstance(v, Span) else v
-                for name, v in tree.items()
-            }
-
-        return plain(dataclasses.asdict(self))
+        return json.loads(self.to_json())
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
+        return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Config:
-        """From nested sections, as in a YAML file; what is not named keeps its default."""
+        """From nested sections, as in a YAML file. Settings that are not named keep their defaults."""
         if not isinstance(tree, Mapping):
-            raise ConfigError(f"settings are sections with names and values, not a {type(tree).__name__}")
+            raise ConfigError(f"Settings are sections with names and values, not a {type(tree).__name__}.")
         return cls().updated(dict(leaves(tree)))
 
     @classmethod
     def from_yaml(cls, path: str | Path, base: Config | None = None) -> Config:
-        """From a YAML file over ``base``; a top-level ``preset: NAME`` starts from that preset instead.
+        """From a YAML file over ``base``. A top-level ``preset: NAME`` starts from that preset instead.
 
         Raises:
-            ConfigError: the file cannot be read, is no mapping, or holds a setting that does not work.
+            ConfigError: the file cannot be read, is no mapping, or contains a setting that does not work.
         """
-        try:
-            raw = Path(path).read_bytes()
-            if len(raw) > MAX_YAML_BYTES:
-                raise ConfigError(f"{path} has {len(raw)} bytes; a settings file has at most {MAX_YAML_BYTES}")
-            tree = load_yaml(raw) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read settings from {path}: {shorten(error)}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path} holds no settings; write sections such as 'model:' with 'name: value' below")
+        tree = read_yaml(path)
         name = tree.pop("preset", None)
         start = preset(str(name)) if name is not None else base or cls()
         return start.updated(dict(leaves(tree)))
 
 
 def preset(name: str) -> Config:
-    """A named configuration: of a tokenizer ``nano``, ``small``, ``lo`` or ``hi``, of a generator ``maskgit`` or
-    ``maskgit_nano``.
+    """Return a named configuration, of a tokenizer (``PRESETS``) or a generator (``GENERATOR_PRESETS``).
 
     Raises:
-        ConfigError: no preset of that name.
+        ConfigError: there is no preset of that name.
     """
     presets = PRESETS | GENERATOR_PRESETS
     if name not in presets:
-        raise ConfigError(f"no preset {shown(name)}; the presets are {', '.join(presets)}")
+        raise ConfigError(f"There is no preset {shown(name)}. The presets are {', '.join(presets)}.")
     return Config.from_dict(presets[name])
 
 
-def _architecture(section: Any) -> dict[str, Any]:
-    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if not f.metadata["training"]}
-
-
 def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by its full name."""
     return dict(leaves(dataclasses.asdict(config)))
 
 
-def _section(section: type, prefix: str, flat: Mapping[str, Any]) -> Any:
-    """A section, and those in it, of the values in ``flat``."""
+def _architecture(section: Section) -> dict[str, Any]:
+    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if not f.metadata["training"]}
+
+
+def _build(kind: type, flat: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build a section and its sub-sections from flat values."""
     values = {}
-    for f in dataclasses.fields(section):
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
-            values[f.name] = _section(f.type, f"{prefix}{f.name}.", flat)
-        else:
-            values[f.name] = flat[f"{prefix}{f.name}"]
-    return section(**values)
+    for f in dataclasses.fields(kind):
+        name, section = prefix + f.name, f.default_factory
+        is_value = section is dataclasses.MISSING
+        values[f.name] = flat[name] if is_value else _build(cast(type, section), flat, f"{name}.")
+    return kind(**values)

@@ -23,14 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowmo.config.sections import ModelConfig, rotary_axes
+
 NORM_EPS = 1e-6
 ROTARY_BASE = 10_000
 TIMESTEP_SINUSOIDS = 256
-
-
-def rotary_axes(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that turn with (code index, row, column): 1/8, 7/16 and 7/16 of ``head_dim``."""
-    return head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16
 
 
 def code_lattice(code_length: int) -> tuple[int, int]:
@@ -132,6 +129,16 @@ class Shape:
     prediction: str = "velocity"
     initial_gate: float = 0.0
     mean_velocity: bool = False
+
+    @classmethod
+    def encoder(cls, m: ModelConfig) -> Shape:
+        size = (m.enc_hidden_size, m.enc_num_heads, m.enc_depth, m.patch_size)
+        return cls(*size, m.mlp_ratio, m.code_layout, m.enable_mup)
+
+    @classmethod
+    def decoder(cls, m: ModelConfig) -> Shape:
+        size = (m.hidden_size, m.num_heads, m.dec_depth, m.patch_size, m.mlp_ratio)
+        return cls(*size, m.code_layout, m.enable_mup, m.prediction, m.initial_gate, m.mean_velocity)
 
     @property
     def head_dim(self) -> int:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowmo.config.sections import CELL, ModelConfig
 from flowmo.model.transformer import (
     MIN_PREDICTION_TIME,
     NORM_EPS,
@@ -31,8 +32,6 @@ from flowmo.model.transformer import (
     Modulation,
     timestep_embedding,
 )
-
-CELL = 16
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,15 @@ class WindowedShape:
     mlp_ratio: float = 4.0
     prediction: str = "picture"
     initial_gate: float = 1.0
+
+    @classmethod
+    def encoder(cls, m: ModelConfig) -> WindowedShape:
+        size = (m.enc_hidden_size, m.enc_num_heads, m.enc_depth, m.conv_depth, m.window)
+        return cls(*size, m.mlp_ratio, m.prediction)
+
+    @classmethod
+    def decoder(cls, m: ModelConfig) -> WindowedShape:
+        return cls(m.hidden_size, m.num_heads, m.dec_depth, m.conv_depth, m.window, m.mlp_ratio, m.prediction)
 
     @property
     def mean_velocity(self) -> bool:

@@ -1,0 +1,126 @@
+"""What settings are made of: ranges, lengths of training, and sections that validate themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from flowmo.errors import FlowMoError
+
+
+class ConfigError(FlowMoError, ValueError):
+    """A setting that does not exist, has the wrong type or cannot work. The message says what to write instead."""
+
+
+class Span(str):
+    """A length or period of training: ``"25.6M images"``, ``"200k steps"``, ``"40 epochs"``; a bare number is steps.
+
+    Training counts in images. Steps are converted with the global batch of the run, epochs with the number of training
+    images. ``"0 images"`` switches a period off.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+
+    amount: float
+    unit: str
+
+    def __new__(cls, text: str | int | float) -> Span:
+        match = re.fullmatch(r"([\d_.]+(?:e\d+)?) *([kM]?) *(step|image|epoch|)s?", str(text).strip().replace("+", ""))
+        if match is None:
+            raise ValueError(f"{text!r} is no length of training")
+        number, scale, unit = match.groups()
+        amount = float(number) * {"": 1, "k": 1_000, "M": 1_000_000}[scale]
+        if not math.isfinite(amount):
+            raise ValueError(f"{text!r} is no finite length")
+        amount = int(amount) if amount == int(amount) else amount
+        span = super().__new__(cls, f"{amount} {unit or 'step'}s")
+        span.amount, span.unit = amount, f"{unit or 'step'}s"
+        return span
+
+    def images(self, batch: int, epoch: int) -> int:
+        """Convert to images, with ``batch`` images per step and ``epoch`` per epoch; at least 1 unless it is 0."""
+        images = round(self.amount * {"images": 1, "steps": batch, "epochs": epoch}[self.unit])
+        return max(images, 1) if self.amount else 0
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting takes, and the words for them after "must be"."""
+
+    contains: Callable[[Any], bool]
+    words: str
+    choices: tuple[str, ...] = ()
+
+
+def at_least(low: float) -> Range:
+    return Range(lambda value: value >= low, f"at least {low}")
+
+
+def above(low: float) -> Range:
+    return Range(lambda value: value > low, f"above {low}")
+
+
+def between(low: float, high: float) -> Range:
+    return Range(lambda value: low <= value <= high, f"between {low} and {high}")
+
+
+def below(high: float) -> Range:
+    return Range(lambda value: 0 <= value < high, f"at least 0 and below {high}")
+
+
+def one_of(*choices: str) -> Range:
+    return Range(choices.__contains__, " or ".join(choices), choices)
+
+
+LONGER_THAN_0 = Range(lambda span: span.amount > 0, "longer than 0")
+SIZES = Range(
+    lambda text: all(re.fullmatch(r"[1-9]\d{0,8}x[1-9]\d{0,8}", size) for size in text.replace(",", " ").split()),
+    "a list of sizes such as '128x128 96x192'",
+)
+
+
+def setting(default: Any, doc: str, allowed: Range | None = None, *, training: bool = False) -> Any:
+    """Declare a setting: default, meaning and range. ``training``: it changes how a model learns, not what it is."""
+    if allowed and allowed.choices:
+        doc = f"{doc}: {', '.join(choice for choice in allowed.choices if choice)}"
+    return field(default=default, metadata={"doc": doc, "allowed": allowed, "training": training})
+
+
+def training(default: Any, doc: str, allowed: Range | None = None) -> Any:
+    """Declare a setting of a model that matters only while it is trained."""
+    return setting(default, doc, allowed, training=True)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of settings. Construction checks each value against its range.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    path: ClassVar[str]
+
+    def __init_subclass__(cls, path: str):
+        cls.path = path
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, allowed = getattr(self, f.name), f.metadata.get("allowed")
+            if allowed and not allowed.contains(value):
+                default = f" The default is {f.default!s}." if str(f.default) else ""
+                raise ConfigError(f"{self.path}.{f.name}={shown(value)} must be {allowed.words}.{default}")
+
+
+def shown(value: object) -> str:
+    """A value in a message, on one line of at most 200 characters."""
+    try:
+        line = " ".join(repr(str(value) if isinstance(value, Span) else value).split())
+    except (ValueError, RecursionError):  # Python prints at most 4300 digits
+        return f"a {type(value).__name__}"
+    return line if len(line) <= 200 else f"{line[:199]}…"

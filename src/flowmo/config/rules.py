@@ -1,0 +1,123 @@
+"""Rules between settings. Each function yields a sentence per broken rule, which says what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from flowmo.config.sections import CELL, rotary_axes
+
+if TYPE_CHECKING:
+    from flowmo.config import Config
+
+
+def broken(config: Config) -> Iterator[str]:
+    for rules in (_images, _network, _bottleneck, _training, _generator):
+        yield from rules(config)
+
+
+def _images(config: Config) -> Iterator[str]:
+    data, opt, patch = config.data, config.opt, config.model.patch_size
+    size, sides = data.image_size, [side for crop in data.crops for side in crop]
+    lower, smallest, largest = max(size // patch, 1) * patch, min(sides, default=size), max(sides, default=size)
+    if size % patch:
+        advice = f"Write data.image_size={lower} or data.image_size={lower + patch}."
+        yield f"data.image_size={size} is not a multiple of model.patch_size={patch}. {advice}"
+    if largest > size:
+        yield f"data.crop_sizes={data.crop_sizes!r} must fit into data.image_size={size}."
+    if any(side % patch for side in sides):
+        yield f"data.crop_sizes={data.crop_sizes!r} has a side that is no multiple of model.patch_size={patch}."
+    if not 0 <= opt.lpips_jitter <= size // 2:
+        yield f"opt.lpips_jitter={opt.lpips_jitter} must be from 0 to half of data.image_size={size}."
+    if not 0 <= opt.lpips_crop <= smallest:
+        yield f"opt.lpips_crop={opt.lpips_crop} must be from 0 to the crops' side, {smallest}."
+
+
+def _network(config: Config) -> Iterator[str]:
+    m, windowed = config.model, config.model.network == "windowed"
+    for prefix, width, heads in (("", m.hidden_size, m.num_heads), ("enc_", m.enc_hidden_size, m.enc_num_heads)):
+        name, step = f"model.{prefix}hidden_size", 32 * heads
+        near = [w for w in (width // step * step, (width // step + 1) * step) if w]
+        advice = f"Write {' or '.join(f'{name}={w}' for w in near)}."
+        if width % heads:
+            yield f"{name}={width} is not divisible by model.{prefix}num_heads={heads}. {advice}"
+        if windowed and width % 4:
+            yield f"{name}={width} must be a multiple of 4. {advice}"
+        if not windowed and width % step:  # 1/8, 7/16 and 7/16 of a head must be even numbers
+            axes = rotary_axes(width // heads)
+            yield f"{name}={width} over {heads} heads has rotary axes of {axes} channels, which must be even. {advice}"
+    if m.nested_dropout and not (windowed and m.quantization_type in ("fsq", "lfq")):
+        yield "model.nested_dropout needs model.network=windowed and model.quantization_type=fsq or lfq."
+    if windowed:
+        size = config.data.image_size
+        cells = (size // CELL) ** 2
+        if m.patch_size != CELL:
+            yield f"model.network=windowed has cells of {CELL} pixels. Write model.patch_size={CELL}."
+        if m.code_length != cells:
+            yield (
+                f"A windowed network has one code token per cell. Write model.code_length={cells} for "
+                f"data.image_size={size}."
+            )
+        if m.mean_velocity or config.opt.teacher:
+            yield "Stage 1C has no windowed decoder. Write model.network=double_stream."
+
+
+def _bottleneck(config: Config) -> Iterator[str]:
+    m = config.model
+    dim, kind, group = m.context_dim, m.quantization_type, m.codebook_size_for_entropy
+    if kind in ("lfq", "bsq") and (dim % group or group > 16):
+        fits = next(g for g in range(min(dim, 16), 0, -1) if dim % g == 0)
+        yield (
+            f"model.context_dim={dim} does not split into groups of at most 16 bits with "
+            f"model.codebook_size_for_entropy={group}. Write model.codebook_size_for_entropy={fits}."
+        )
+    share = {"fsq": m.id_channels, "vq": m.vq_sub_tokens}.get(kind, 1)
+    advice = f"Write model.context_dim={max(dim // share, 1) * share}."
+    if kind == "fsq" and (dim % share or m.fsq_levels**share > 2**16):
+        yield (
+            f"model.context_dim={dim} channels of {m.fsq_levels} levels do not split into ids of {share} channels. "
+            f"{advice}"
+        )
+    if kind == "vq" and dim % share:
+        yield f"model.context_dim={dim} channels do not split into model.vq_sub_tokens={share}. {advice}"
+    if kind == "vq" and m.entropy_statistics != "batch":
+        yield "vq has one codebook, which all ranks change alike. Write model.entropy_statistics=batch."
+
+
+def _training(config: Config) -> Iterator[str]:
+    m, opt, trainer, sampling = config.model, config.opt, config.trainer, config.eval.sampling
+    if opt.optimizer == "muon" and trainer.parallel != "ddp":
+        yield "opt.optimizer=muon needs whole matrices, which fsdp splits. Write trainer.parallel=ddp."
+    if m.posttrain_sample and trainer.activation_checkpointing and trainer.checkpoint_keeps != "inputs":
+        yield (
+            "In stage 1B the chain recomputes its steps anyway, and activations that blocks keep come on top. "
+            "Write trainer.checkpoint_keeps=inputs."
+        )
+    if opt.teacher and not m.mean_velocity:
+        yield "opt.teacher trains a student whose decoder gives mean velocities. Add model.mean_velocity=true."
+    if opt.teacher and m.posttrain_sample:
+        yield "opt.teacher belongs to stage 1C and model.posttrain_sample to stage 1B. Set one of them."
+    if m.mean_velocity and not (sampling.guidance == 1 and sampling.solver == "euler"):
+        yield (
+            "A decoder of mean velocities has guidance folded in and makes Euler steps. "
+            "Write eval.sampling.guidance=1 and eval.sampling.solver=euler."
+        )
+    low, high = sampling.guidance_low, sampling.guidance_high
+    if not 0 <= low <= high <= 1:
+        yield (
+            f"Guidance from t = {low} to {high} is no interval. "
+            "Write 0 <= eval.sampling.guidance_low <= eval.sampling.guidance_high <= 1."
+        )
+
+
+def _generator(config: Config) -> Iterator[str]:
+    g, metric = config.generator, config.trainer.best_metric
+    if metric and (metric == "cross_entropy") != g.train:
+        trained, metrics = ("generator", "cross_entropy") if g.train else ("tokenizer", "psnr, lpips or rfid")
+        yield f"trainer.best_metric={metric!r} is no metric of a {trained}. Write {metrics}."
+    if g.hidden_size % g.num_heads:
+        yield f"generator.hidden_size={g.hidden_size} is not divisible by generator.num_heads={g.num_heads}."
+    if g.network == "uvit" and g.depth % 2:
+        yield f"generator.depth={g.depth} must be even: uvit has as many blocks after its middle as before."
+    if g.network == "uvit" and g.bit_tokens:
+        yield "generator.bit_tokens belongs to generator.network=maskgit. Write generator.bit_tokens=false for uvit."
