@@ -169,7 +169,7 @@ def same(a, b):
     assert torch.equal(a.values.nan_to_num(-1), b.values.nan_to_num(-1))
     assert torch.equal(a.usage, b.usage)
     assert torch.equal(a.kept, b.kept)
-    for ours, theirs in zip(a.originals + a.results, b.originals + b.results, strict=True):
+    for ours, theirs in zip(a.moments, b.moments, strict=True):
         assert ours.count == theirs.count
         assert torch.equal(ours.products, theirs.products)
 

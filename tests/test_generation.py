@@ -281,7 +281,7 @@ def test_sets_that_mean_nothing(tmp_path):
     with pytest.raises(DataError, match="of one size"):
         extract_features(open_image_set(mixed), network)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="contains no images"):
         open_image_set(tmp_path / "empty")
     with pytest.raises(DataError, match="of one size"):
         extract_features(open_image_set(PICTURES), network)

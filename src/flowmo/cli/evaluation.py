@@ -70,10 +70,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def evaluate_generated(arguments: argparse.Namespace, world: World, log: Log) -> None:
     """Compare generated images with reference images."""
-    from flowmo.evaluate.generation import GenerationSummary, NpzImages, extract_features, open_image_set
+    from flowmo.evaluate.generation import GenerationSummary, extract_features, open_image_set
     from flowmo.evaluate.metrics import build_features
     from flowmo.evaluate.metrics.features import ResNetFeatures
-    from flowmo.evaluate.npz import STATISTICS
+    from flowmo.evaluate.npz import STATISTICS, NpzFile
 
     if not arguments.images or arguments.features == "none":
         raise UsageError("--reference compares generated PICTURES by a feature network. Name both.")
@@ -81,7 +81,7 @@ def evaluate_generated(arguments: argparse.Namespace, world: World, log: Log) ->
     network = build_features(arguments.features).to(world.device)
     own = isinstance(network, ResNetFeatures) or arguments.features == "inception-legacy"
     for images in sets if own else ():
-        if isinstance(images, NpzImages) and images.names & set(sum(STATISTICS.values(), ())):
+        if isinstance(images, NpzFile) and images.names & set(sum(STATISTICS.values(), ())):
             raise UsageError(
                 f"{images.name} holds statistics of FID's Inception, not of {network.name}. Add "
                 "--features inception, or name a folder of images."

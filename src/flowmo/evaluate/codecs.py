@@ -25,41 +25,26 @@ class CodecMissingError(FlowMoError, RuntimeError):
 
 
 def jpeg_payload(data: bytes) -> int:
-    """Bytes of the scans, without markers and tables."""
-    position, total = 2, 0
-    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xD9:
-        marker = data[position + 1]
+    """Bytes of the one scan of Pillow's baseline files, without markers and tables."""
+    position = 2
+    while data[position + 1] != 0xDA:
         position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker == 0xDA:  # a scan ends at the next marker that is no escape or restart
-            start = position
-            while position + 1 < len(data) and not (
-                data[position] == 0xFF and data[position + 1] not in (0x00, *range(0xD0, 0xD8))
-            ):
-                position += 1
-            total += position - start
-    return total
+    header = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return len(data) - position - header - len(b"\xff\xd9")
 
 
 def webp_payload(data: bytes) -> int:
-    """Bytes of the VP8 chunk after its frame header of 10 bytes."""
-    position = 12
-    while position + 8 <= len(data):
-        size = int.from_bytes(data[position + 4 : position + 8], "little")
-        if data[position : position + 4] == b"VP8 ":
-            return size - 10
-        position += 8 + size + size % 2
-    return len(data)
+    """Bytes of the VP8 chunk, the first of Pillow's files, after its frame header of 10 bytes."""
+    return int.from_bytes(data[16:20], "little") - 10 if data[12:16] == b"VP8 " else len(data)
 
 
 def avif_payload(data: bytes) -> int:
     """Bytes of the ``mdat`` box, which holds the AV1 stream."""
     position = 0
-    while position + 8 <= len(data):
-        size = int.from_bytes(data[position : position + 4], "big")
+    while position < len(data):
+        size = int.from_bytes(data[position : position + 4], "big") or len(data) - position
         if data[position + 4 : position + 8] == b"mdat":
-            return (size or len(data) - position) - 8
-        if size < 8:
-            break
+            return size - 8
         position += size
     return len(data)
 

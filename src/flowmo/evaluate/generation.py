@@ -37,17 +37,6 @@ class ImageSet(Protocol):
     def batches(self, size: int) -> Iterator[Tensor]: ...
 
 
-class NpzImages(NpzFile):
-    """The images of an ADM ``.npz``, which may also hold statistics."""
-
-    def __init__(self, path: str | Path):
-        super().__init__(path)
-        self.name = str(path)
-
-    def __len__(self) -> int:
-        return self.shape[0] if self.shape else 0
-
-
 class SourceImages:
     """The images of a data source, not cropped."""
 
@@ -81,7 +70,7 @@ class SourceImages:
 
 def open_image_set(path: str | Path) -> ImageSet:
     """Open an ADM ``.npz``, or anything that ``flowmo.data.open_source`` takes."""
-    return NpzImages(path) if str(path).endswith(".npz") else SourceImages(open_source(path), str(path))
+    return NpzFile(path) if str(path).endswith(".npz") else SourceImages(open_source(path), str(path))
 
 
 @dataclass

@@ -44,15 +44,14 @@ class Measurement:
     Attributes:
         values: float64, ``COLUMNS`` × N; NaN if an image, or that metric of every image, is not measured.
         usage: int64, how often each id occurs; empty for continuous codes.
-        originals, results: moments of features of the images at even and odd positions; empty without a network.
+        moments: of features of originals at even and at odd positions, then of results; empty without a network.
         kept: float32 2 × k × channels, features of originals and results at the positions ``evenly_spread(k, N)``; NaN
             if not yet measured.
     """
 
     values: Tensor
     usage: Tensor
-    originals: tuple[Moments, ...] = ()
-    results: tuple[Moments, ...] = ()
+    moments: tuple[Moments, ...] = ()
     kept: Tensor | None = None
 
     @classmethod
@@ -61,9 +60,8 @@ class Measurement:
         usage = torch.zeros(id_count or 0, dtype=torch.int64)
         if not channels:
             return cls(values, usage)
-        originals, results = (tuple(Moments.empty(channels) for _ in range(HALVES)) for _ in range(2))
         kept = torch.full((2, min(images, KERNEL_IMAGES), channels), torch.nan)
-        return cls(values, usage, originals, results, kept)
+        return cls(values, usage, tuple(Moments.empty(channels) for _ in range(2 * HALVES)), kept)
 
     @property
     def done(self) -> Tensor:
@@ -88,9 +86,9 @@ class Measurement:
         chosen = torch.tensor(evenly_spread(kept.shape[1], self.values.shape[1]))
         slots = torch.searchsorted(chosen, positions).clamp(max=len(chosen) - 1)
         keep = chosen[slots] == positions
-        for i, (features, moments) in enumerate(((originals, self.originals), (results, self.results))):
+        for i, features in enumerate((originals, results)):
             for half in range(HALVES):
-                moments[half].add(features[(positions % HALVES == half).to(features.device)])
+                self.moments[HALVES * i + half].add(features[(positions % HALVES == half).to(features.device)])
             kept[i, slots[keep]] = features.float().cpu()[keep]
 
     def merge(self, other: Measurement) -> Measurement:
@@ -103,15 +101,10 @@ class Measurement:
             raise StatisticsError("Measurements of different evaluations do not merge.")
         if (self.done & other.done).any():
             raise StatisticsError("An image is in both measurements.")
-
-        def both(ours: tuple[Moments, ...], theirs: tuple[Moments, ...]) -> tuple[Moments, ...]:
-            return tuple(a.merge(b) for a, b in zip(ours, theirs, strict=True))
-
         return Measurement(
             torch.where(other.done, other.values, self.values),
             self.usage + other.usage,
-            both(self.originals, other.originals),
-            both(self.results, other.results),
+            tuple(ours.merge(theirs) for ours, theirs in zip(self.moments, other.moments, strict=True)),
             None if self.kept is None else torch.where(self.kept.isnan(), other.kept, self.kept),
         )
 
@@ -126,20 +119,19 @@ class Measurement:
             return torch.where(present > 0, world.sum(x.nan_to_num(0.0)), torch.nan)
 
         usage = world.sum(self.usage) if len(self.usage) else self.usage
-        originals, results = (tuple(m.gather(world) for m in moments) for moments in (self.originals, self.results))
-        return Measurement(
-            union(self.values), usage, originals, results, None if self.kept is None else union(self.kept)
-        )
+        moments = tuple(moments.gather(world) for moments in self.moments)
+        return Measurement(union(self.values), usage, moments, None if self.kept is None else union(self.kept))
 
     def state(self) -> dict[str, Any]:
         """As plain tensors, for a file."""
-        moments = {name: [moment.state() for moment in getattr(self, name)] for name in ("originals", "results")}
-        return {"values": self.values, "usage": self.usage, "kept": self.kept, **moments}
+        states = [moments.state() for moments in self.moments]
+        halves = {"originals": states[:HALVES], "results": states[HALVES:]}
+        return {"values": self.values, "usage": self.usage, "kept": self.kept, **halves}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Measurement:
-        moments = {name: tuple(Moments.from_state(m) for m in state[name]) for name in ("originals", "results")}
-        return cls(state["values"], state["usage"], kept=state["kept"], **moments)
+        moments = tuple(map(Moments.from_state, [*state["originals"], *state["results"]]))
+        return cls(state["values"], state["usage"], moments, state["kept"])
 
     def rfid(self) -> tuple[float, float]:
         """Fréchet distance of originals and results, and its estimated bias. It is the rFID if the network is FID's.
@@ -147,9 +139,10 @@ class Measurement:
         Raises:
             StatisticsError: a half has fewer than two images.
         """
-        halves = [(a.gaussian(), b.gaussian()) for a, b in zip(self.originals, self.results, strict=True)]
-        all_images = (first.merge(second).gaussian() for first, second in (self.originals, self.results))
-        distance = frechet_distance(*all_images)
+        self._kept()
+        even, odd, even_2, odd_2 = self.moments
+        distance = frechet_distance(even.merge(odd).gaussian(), even_2.merge(odd_2).gaussian())
+        halves = ((even.gaussian(), even_2.gaussian()), (odd.gaussian(), odd_2.gaussian()))
         return distance, finite_sample_bias(distance, halves)
 
     def rkid(self) -> float:

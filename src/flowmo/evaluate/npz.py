@@ -34,19 +34,19 @@ class NpzError(DataError):
 
 
 class NpzFile:
-    """An ``.npz`` file that is open only while it is read.
+    """An ``.npz`` file as an image set; it is open only while it is read.
 
     Attributes:
-        names: its arrays.
-        shape: (N, h, w, 3) of its images, or ``None``.
+        names: of its arrays.
+        shape: (N, h, w, 3) of its images; N is 0 if it has none.
 
     Raises:
         NpzError: the file cannot be read, or its images are not uint8 N × h × w × 3.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.shape: tuple[int, ...] | None = None
+        self.path, self.name = Path(path), str(path)
+        self.shape: tuple[int, ...] = (0, 0, 0, 3)
         with self._errors("is not an .npz file"), zipfile.ZipFile(self.path) as archive:
             self.names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
         if IMAGES in self.names:
@@ -58,6 +58,9 @@ class NpzFile:
             if shape[1] * shape[2] > MAX_PIXELS:
                 raise self._error(f"its images have {shape[1]}×{shape[2]} pixels, more than {MAX_PIXELS:,}")
             self.shape = shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     def _error(self, reason: str) -> NpzError:
         return NpzError(f"{self.path}: {reason}.")
@@ -86,7 +89,7 @@ class NpzFile:
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield the images in order, uint8 b×3×h×w. Raises ``NpzError`` if there are none, or the file ends early."""
-        if self.shape is None:
+        if not len(self):
             raise self._error(f"it holds no images ({IMAGES})")
         count, *image = self.shape
         length = math.prod(image)
@@ -109,14 +112,11 @@ class NpzFile:
             return None
         arrays = []
         for name, dimensions in zip(STATISTICS[kind], (1, 2), strict=True):
-            with self._array(name) as (data, shape, dtype, fortran):
+            with self._array(name) as (_, shape, dtype, _):
                 if len(shape) != dimensions or not all(1 <= n <= MAX_CHANNELS for n in shape) or dtype.kind != "f":
                     raise self._error(f"{name} is {f'{dtype} {shape}'[:100]}, not a mean or covariance")
-                content = data.read(math.prod(shape) * dtype.itemsize)
-            if len(content) < math.prod(shape) * dtype.itemsize:
-                raise self._error(f"{name} ends early")
-            array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
-            arrays.append(torch.from_numpy(array.astype(np.float64)))
+            with self._errors(f"{name} is damaged"), np.load(self.path) as archive:
+                arrays.append(torch.from_numpy(archive[name].astype(np.float64)))
         mean, covariance = arrays
         if covariance.shape != (len(mean), len(mean)) or not (mean.isfinite().all() and covariance.isfinite().all()):
             raise self._error(f"{' and '.join(STATISTICS[kind])} are not a mean and its covariance")

@@ -268,8 +268,8 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
     def plot(axis: Any, key: str, **labels: Any) -> None:
         for i, row in enumerate(rows):
             if getattr(row, key) is not None:
-                marker, size = ("*", 12) if i == 0 else ("o", 7)
-                axis.plot(row.bits_per_pixel, getattr(row, key), marker, markersize=size, label=f"{row.name}, here")
+                style = {"marker": "*", "markersize": 12} if i == 0 else {"marker": "o", "markersize": 7}
+                axis.plot(row.bits_per_pixel, getattr(row, key), label=f"{row.name}, here", linestyle="", **style)
         axis.set(xlabel="bits per pixel", **labels)
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
@@ -277,19 +277,18 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plot(left, "psnr", ylabel="PSNR (dB)")
-    key, name = ("lpips_alex", "LPIPS (AlexNet)") if rows[0].lpips_alex is not None else ("ssim", "SSIM")
-    plot(right, key, ylabel=name)
+    perceptual = {"key": "lpips_alex", "ylabel": "LPIPS (AlexNet)"}
+    plot(right, **(perceptual if rows[0].lpips_alex is not None else {"key": "ssim", "ylabel": "SSIM"}))
     figure.savefig(out / "rate_distortion.png", dpi=110)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    published = [row for row in TABLE_1 if row.bits_per_pixel is not None]
-    axis.plot([r.bits_per_pixel for r in published], [r.rfid for r in published], "x", color="gray", label="published")
-    style: dict[str, Any] = {"fontsize": 6, "color": "gray", "xytext": (3, 3), "textcoords": "offset points"}
-    for row in published:
-        axis.annotate(row.name, (row.bits_per_pixel, row.rfid), **style)
+    points = [(row.name, row.bits_per_pixel, row.rfid) for row in TABLE_1 if row.bits_per_pixel is not None]
+    axis.plot([x for _, x, _ in points], [y for _, _, y in points], "x", color="gray", label="published")
+    for name, x, y in points:
+        axis.annotate(name, (x, y), fontsize=6, color="gray", xytext=(3, 3), textcoords="offset points")
     is_fid = all(row.is_fid for row in rows if row.frechet_distance is not None)
-    name = "rFID" if is_fid else "Fréchet distance (published: rFID)"
-    plot(axis, "frechet_distance", ylabel=name, yscale="log", xscale="log")
+    label = "rFID" if is_fid else "Fréchet distance (published: rFID)"
+    plot(axis, "frechet_distance", ylabel=label, yscale="log", xscale="log")
     figure.savefig(out / "rfid_bpp.png", dpi=110)
     caption = (
         "rFID against rate. Published points are of 50 000 images of ImageNet at 256 × 256; those measured here are of "
@@ -303,8 +302,8 @@ def draw_images(
 ) -> list[tuple[str, str]]:
     """Draw originals and reconstructions where the first candidate is worst, median and best."""
     first = entries[0]
-    column = "lpips_alex" if first.summary.lpips_alex is not None else "squared_error"
-    metric = {"lpips_alex": "LPIPS", "squared_error": "squared error"}[column]
+    has_lpips = first.summary.lpips_alex is not None
+    column, metric = ("lpips_alex", "LPIPS") if has_lpips else ("squared_error", "squared error")
     order = first.measurement.column(column).argsort(descending=True).tolist()
     count = min(GRID_IMAGES, len(order))
     middle = (len(order) - count) // 2
@@ -313,10 +312,11 @@ def draw_images(
     for name, positions in chosen.items():
         these = [indices[position] for position in positions]
         originals = [read_crops(source, [index], side, enlarge=True) for index in these]
-        rows = [[at_grid_height(x[0], side) for x in originals]]
-        for entry in entries:
-            results = [entry.candidate.reconstruct(x, [i]).images.cpu() for x, i in zip(originals, these, strict=True)]
-            rows.append([at_grid_height(y[0], side) for y in results])
+        columns = [
+            [x, *(entry.candidate.reconstruct(x, [index]).images.cpu() for entry in entries)]
+            for x, index in zip(originals, these, strict=True)
+        ]
+        rows = [[at_height(image[0], side or GRID_HEIGHT) for image in row] for row in zip(*columns, strict=True)]
         labels = ["original", *(entry.summary.name for entry in entries)]
         label_rows(to_pil(grid(rows)), labels).save(out / f"{name}.png")
         files = ", ".join(Path(source.name(index)).name for index in these)
@@ -324,12 +324,10 @@ def draw_images(
     return drawn
 
 
-def at_grid_height(image: Tensor, side: int | None) -> Tensor:
-    """Resize an image 3×h×w to ``GRID_HEIGHT``, unless all have one ``side``."""
-    if side:
-        return image
-    width = max(round(image.shape[2] * GRID_HEIGHT / image.shape[1]), 1)
-    return F.interpolate(image[None], (GRID_HEIGHT, width), mode="bilinear", antialias=True)[0]
+def at_height(image: Tensor, height: int) -> Tensor:
+    """Resize an image 3×h×w."""
+    width = max(round(image.shape[2] * height / image.shape[1]), 1)
+    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
 def label_rows(image: Image.Image, names: Sequence[str]) -> Image.Image:
