@@ -14,7 +14,7 @@ import torch
 
 import flowmo
 from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, SEED, command, load, number, option, prepare
-from flowmo.cli.output import UsageError, progress_bar, write, write_image
+from flowmo.cli.output import UsageError, progress_bar, write
 from flowmo.config import REVEALING_ORDERS
 from flowmo.data import evenly_spread, open_source
 from flowmo.evaluate.metrics.pairs import grid
@@ -217,5 +217,5 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         images = sample_images(generator, tokenizer, labels, range(count), settings, ids, keep, show)
         columns = min(count, arguments.per_class if class_rows and len(classes) > 1 else GRID_COLUMNS)
         blank = torch.ones_like(images[:1]).expand(-count % columns, -1, -1, -1)
-        write_image(out, to_pil(grid([*torch.cat((images, blank)).split(columns)])))
+        write(out, to_pil(grid([*torch.cat((images, blank)).split(columns)])))
         return f"{guidance}\n{out}: {count} pictures, rows of {columns}: {shown}", data | {"columns": columns}

@@ -13,16 +13,7 @@ from pathlib import Path
 import torch
 
 from flowmo.cli.options import FIT, JSON, MODEL, SAMPLING, command, load, option, sampling
-from flowmo.cli.output import (
-    IMAGE_FORMATS,
-    PIPE,
-    UsageError,
-    check_outputs,
-    message_of,
-    progress_bar,
-    write,
-    write_image,
-)
+from flowmo.cli.output import IMAGE_FORMATS, PIPE, UsageError, check_outputs, message_of, progress_bar, write
 from flowmo.codec.context import BitModel
 from flowmo.codec.file import MAX_BYTES, Codec, CodecError, MissingPlanes, find_context, read_context
 from flowmo.codec.planes import PlaneModel
@@ -66,7 +57,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
             image = resize_and_crop(image, tokenizer.config.data.image_size)
         decoded = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
         pair = torch.stack((to_tensor(image), to_tensor(decoded)))
-        write_image(output, to_pil(grid([pair])))
+        write(output, to_pil(grid([pair])))
         if grids:
             pairs.append(pair)
         size, rate, quality = f"{image.width}×{image.height}", codes.bits_per_pixel, float(psnr(pair[:1], pair[1:]))
@@ -78,7 +69,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
     run_all(list(zip(arguments.images, outputs, strict=True)), run, arguments.json)
     if grids:
-        write_image(arguments.grid, to_pil(grid([*torch.stack(pairs, dim=1)])))
+        write(arguments.grid, to_pil(grid([*torch.stack(pairs, dim=1)])))
     if not arguments.json:
         print(f"Original and reconstruction side by side: {arguments.out}/")
         if grids:
@@ -148,8 +139,10 @@ def decode(arguments: argparse.Namespace) -> None:
 
     def run(path: Path, output: Path) -> tuple[dict, str]:
         missing: list[MissingPlanes] = []
+        with sys.stdin.buffer if path == PIPE else path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)  # refused as damaged if it goes on
         try:
-            codes = codec.unpack(read_bytes(path), on_missing=missing.append)
+            codes = codec.unpack(content, on_missing=missing.append)
         except CodecError as error:
             raise CodecError(f"{path}: {error}") from None
         for warning in missing:
@@ -159,7 +152,7 @@ def decode(arguments: argparse.Namespace) -> None:
             ids = codes.ids.tolist()
             return {"output": None, "bytes_of_ids": codes.nbytes, "ids": ids}, json.dumps(ids)
         image = tokenizer.decode_image(codes, **sampling(arguments), progress=progress_bar(path.name))
-        write_image(output, image)
+        write(output, image)
         row = {"height": image.height, "width": image.width, "bytes_of_ids": codes.nbytes}
         if tokenizer.native_size:
             row["planes_missing"] = sum(warning.total - warning.planes for warning in missing)
@@ -250,12 +243,3 @@ def find_context_model(arguments: argparse.Namespace, tokenizer: FlowMo) -> BitM
     if arguments.context:
         return read_context(arguments.context, tokenizer)
     return find_context(arguments.model, tokenizer)
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a .flowmo file or standard input, but not beyond the size limit of the format."""
-    with sys.stdin.buffer if path == PIPE else path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise CodecError(f"too long: a .flowmo file has at most {MAX_BYTES} bytes")
-    return content

@@ -80,12 +80,16 @@ def check_outputs(outputs: Sequence[Path], suffixes: Sequence[str] = ()) -> None
             )
 
 
-def write(output: Path, content: bytes) -> None:
-    """Write a file atomically, or to standard output.
+def write(output: Path, content: bytes | Image.Image) -> None:
+    """Write a file atomically, or to standard output. An image gets the format of the suffix; PNG on standard output.
 
     Raises:
         UsageError: the file cannot be written, or standard output is a terminal.
     """
+    if isinstance(content, Image.Image):
+        stream = io.BytesIO()
+        content.save(stream, **IMAGE_FORMATS[".png" if output == PIPE else output.suffix.lower()])
+        content = stream.getvalue()
     if output == PIPE:
         if sys.stdout.isatty():
             raise UsageError("Standard output is a terminal. Name a file with --output, or pipe into a program.")
@@ -96,10 +100,3 @@ def write(output: Path, content: bytes) -> None:
         write_content(output, content)
     except OSError as error:  # names the temporary file
         raise UsageError(f"{output}: cannot be written ({error.strerror})") from None
-
-
-def write_image(output: Path, image: Image.Image) -> None:
-    """Write an image in the format that its suffix names; PNG to standard output."""
-    content = io.BytesIO()
-    image.save(content, **IMAGE_FORMATS[".png" if output == PIPE else output.suffix.lower()])
-    write(output, content.getvalue())
