@@ -40,34 +40,21 @@ def rotary_axes(head_dim: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section, path="data"):
-    train: str = setting(
-        "",
-        "training images: a folder with its sub-folders, a .tar, WebDataset shards (shard-{000..099}.tar), or a "
-        "Hugging Face dataset (hf:OWNER/NAME:SPLIT)",
-    )
+    train: str = setting("", "training images: folder, .tar, shards (shard-{000..099}.tar) or hf:OWNER/NAME:SPLIT")
     train_index: str = setting("", "index of the training tar; empty is the file beside it")
     val: str = setting("", "held-out images, likewise")
     val_index: str = setting("", "index of the held-out tar")
     image_size: int = setting(256, "side of the square training images, in pixels", between(1, 10_000))
     global_batch_size: int = setting(0, "images per step over all ranks; 0 is data.batch_size, or 128", at_least(0))
     batch_size: int = setting(0, "images per step and rank; data.global_batch_size wins over it", at_least(0))
-    max_microbatch: int = setting(
-        0, "largest micro-batch of a rank; larger batches accumulate gradients; 0 is what the memory holds", at_least(0)
-    )
+    max_microbatch: int = setting(0, "largest micro-batch of a rank; 0 is what the memory holds", at_least(0))
     num_workers: int = setting(2, "processes that decode images; 0 decodes in the training process", at_least(0))
-    max_bad_share: float = setting(
-        0.01, "largest share of unreadable images, which are replaced by others; more end the run", between(0, 1)
-    )
+    max_bad_share: float = setting(0.01, "share of unreadable images that ends the run if exceeded", between(0, 1))
     read_timeout: float = setting(120.0, "seconds before an image counts as unreadable; 0 disables", at_least(0))
-    draft: bool = setting(True, "decode training JPEGs of more than four times the size at a reduced one, for speed")
+    draft: bool = setting(True, "decode JPEGs of more than four times the training size at a reduced one, for speed")
     random_crop: bool = setting(True, "crop training images at a random position instead of the centre")
     random_flip: bool = setting(False, "mirror half of the training images; the paper does not")
-    crop_sizes: str = setting(
-        "",
-        "heights and widths of training crops in pixels, '128x128 96x192'; each step draws one and cuts it at random "
-        "from the square of data.image_size; empty trains on the whole square",
-        SIZES,
-    )
+    crop_sizes: str = setting("", "heights x widths of random training crops, one per step; empty is the square", SIZES)
 
     @property
     def crops(self) -> list[tuple[int, int]]:
@@ -79,9 +66,7 @@ class DataConfig(Section, path="data"):
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section, path="model"):
     network: str = setting(
-        "double_stream",
-        "encoder and decoder: the paper's, or one for any image size with a code token per cell of 16 × 16 pixels",
-        one_of("double_stream", "windowed"),
+        "double_stream", "the paper's, or for any image size, a token per cell", one_of("double_stream", "windowed")
     )
     conv_depth: int = setting(3, "windowed network: convolution blocks at each of two resolutions", at_least(1))
     window: int = setting(8, "windowed network: side of an attention window, in cells", at_least(1))
@@ -109,17 +94,10 @@ class ModelConfig(Section, path="model"):
     commit_loss_weight: float = training(0.000625, "lfq: weight of the commitment loss (the paper prints 0.0025)")
     entropy_statistics: str = training("batch", "images of lfq's mean distribution", one_of("batch", "process"))
     enable_cfg: bool = training(True, "train the null code of classifier-free guidance on a tenth of the images")
-    nested_dropout: float = setting(
-        0.0,
-        "share of the training images whose code tokens keep a random prefix of their sub-tokens, so that one model "
-        "serves every rate (Rippel et al. 2014)",
-        between(0, 1),
-    )
+    nested_dropout: float = setting(0.0, "share of images whose code keeps a random prefix of its ids", between(0, 1))
     code_layout: str = setting("diagonal", "rotary positions of code tokens", one_of("diagonal", "lattice"))
     prediction: str = setting("velocity", "output of the decoder's last layer", one_of(*PREDICTIONS))
-    mean_velocity: bool = setting(
-        False, "condition the decoder on the end of its step; it gives the mean velocity up to there (stage 1C)"
-    )
+    mean_velocity: bool = setting(False, "decoder sees the end of its step, gives the mean velocity (stage 1C)")
     initial_gate: float = training(0.0, "residual gates of a fresh double-stream decoder; windowed ones start at 1")
     enable_mup: bool = setting(True, "scale attention logits by 8 / head size; otherwise by 1 / sqrt(head size)")
     fix_initial_norms: bool = training(True, "reset the norms of the blocks' weight matrices after each step")
@@ -127,9 +105,7 @@ class ModelConfig(Section, path="model"):
     posttrain_sample_k: int = training(8, "random steps of that chain", at_least(1))
     posttrain_sample_enable_cfg: bool = training(False, "drop the code in a tenth of its steps, as the release can")
     ema_decay: float = training(
-        0.9999,
-        "decay of the EMA over 128 images, the paper's step; in stage 1B and with ema_update=release, per step",
-        between(0, 1),
+        0.9999, "per 128 images; per step in stage 1B and for ema_update=release", between(0, 1)
     )
     ema_update: str = training("every_step", "when the EMA is updated", one_of("every_step", "release"))
 
@@ -141,24 +117,16 @@ class ModelConfig(Section, path="model"):
 
 @dataclass(frozen=True, kw_only=True)
 class OptConfig(Section, path="opt"):
-    optimizer: str = setting(
-        "adam", "the paper's, or muon for the blocks' matrices and adam for the rest", one_of("adam", "muon")
-    )
+    optimizer: str = setting("adam", "muon trains the blocks' matrices, adam the rest", one_of("adam", "muon"))
     lr: float = setting(1e-4, "learning rate", above(0))
     muon_lr: float = setting(0.02, "learning rate of muon's matrices at any width; opt.lr is the rest's", above(0))
     beta1: float = setting(0.9, "Adam's decay of the mean gradient", between(0, 1))
     beta2: float = setting(0.95, "Adam's decay of the mean squared gradient", between(0, 1))
     weight_decay: float = setting(0.0, "decoupled weight decay", at_least(0))
-    mup_base_width: int = setting(
-        0,
-        "width, such as 768, from which muP scales learning rates and initial weights, so that opt.lr transfers "
-        "between widths; 0, as the release, gives every weight opt.lr",
-        at_least(0),
-    )
+    mup_base_width: int = setting(0, "width from which muP scales opt.lr and initial weights; 0 is none", at_least(0))
     warmup: Span = setting(Span(0), "length over which the learning rate rises from 0")
-    cooldown: float = setting(0.0, "last share of the run over which the learning rate falls; 0 is none", between(0, 1))
-    cooldown_shape: str = setting("linear", "form of the fall; a cosine starts at the warm-up's end at the earliest",
-                                  one_of("linear", "cosine"))  # fmt: skip
+    cooldown: float = setting(0.0, "last share of the run over which the learning rate falls", between(0, 1))
+    cooldown_shape: str = setting("linear", "form of the fall", one_of("linear", "cosine"))
     final_lr: float = setting(0.0, "learning rate at the end of the cooldown", at_least(0))
     max_grad_norm: float = setting(0.0, "clip gradients to this norm; 0 does not clip", at_least(0))
     schedule: str = setting(
@@ -168,45 +136,26 @@ class OptConfig(Section, path="opt"):
     loss_space: str = setting("velocity", "error that the flow loss squares", one_of(*PREDICTIONS))
     lpips_weight: float = setting(0.1, "weight of the perceptual loss; 0 disables", at_least(0))
     lpips_mode: str = setting("vgg", "perceptual loss: LPIPS or the logits of resnet", one_of("vgg", "alex", "resnet"))
-    lpips_jitter: int = setting(
-        0,
-        "pixels by which both images are shifted at random before the perceptual loss on the one-step estimate, so "
-        "that the decoder cannot exploit the grid of the perceptual network",
-    )
-    lpips_crop: int = setting(
-        0, "side of the random square, in pixels, for the perceptual loss on the one-step estimate; 0 is all"
-    )
+    lpips_jitter: int = setting(0, "most pixels of the random shift before the perceptual loss, against its grid")
+    lpips_crop: int = setting(0, "side of the random square that the perceptual loss sees, in pixels; 0 is all")
     perceptual_weights: str = setting("", "folder to look for perceptual weights in, before FLOWMO_WEIGHTS")
     n_grad_acc: int = setting(0, "gradient-accumulation steps of a rank; 0 is as few as fit", at_least(0))
     freeze_encoder_after: Span = setting(Span("25.6M images"), "when the encoder stops learning")
     teacher: str = setting("", "stage 1C: preset or file of the tokenizer whose samples are distilled")
     teacher_steps: int = setting(0, "Euler steps of the teacher's path; 0 is its own number", at_least(0))
-    jumps: int = setting(
-        4, "jumps along each path that the student learns; the first two end in the sample", at_least(2)
-    )
+    jumps: int = setting(4, "stage 1C: jumps along each path; the first two end in the sample", at_least(2))
     distill_towards: str = setting("sample", "target of the jumps' perceptual loss", one_of("sample", "picture"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig(Section, path="trainer"):
-    duration: Span = setting(
-        Span("166.4M images"), "length of the whole run; the default is stage 1A's, name it in others", LONGER_THAN_0
-    )
+    duration: Span = setting(Span("166.4M images"), "length of the whole run; the default is stage 1A's", LONGER_THAN_0)
     start_weights: str = setting(
-        "model",
-        "weights that a new stage takes from --resume-from-ckpt: the trained ones, as the release, or their EMA",
-        one_of("model", "ema"),
+        "model", "weights that a new stage starts with, the release: model", one_of("model", "ema")
     )
     parallel: str = setting("ddp", "how several ranks share the work", one_of("ddp", "fsdp"))
-    activation_checkpointing: bool = setting(
-        False, "recompute each block in the backward pass instead of keeping its activations: less memory, more time"
-    )
-    checkpoint_keeps: str = setting(
-        "inputs",
-        "what activation checkpointing still keeps, each with those before it: a block's inputs, results of attention, "
-        "results of all matrix products",
-        one_of(*CHECKPOINTED),
-    )
+    activation_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, more time")
+    checkpoint_keeps: str = setting("inputs", "results of a block that are kept anyway", one_of(*CHECKPOINTED))
     enable_bfloat16: bool = setting(True, "matrix products in bfloat16 if the device can; the rest stays float32")
     compile: bool = setting(False, "torch.compile the blocks; pays off on a GPU, and on a CPU with a C++ compiler")
     log_every: Span = setting(Span("12.8k images"), "period of log lines", LONGER_THAN_0)
@@ -218,14 +167,11 @@ class TrainerConfig(Section, path="trainer"):
     wandb_project: str = setting("", "Weights & Biases project to send the metrics to; empty sends nothing")
     best_metric: str = setting(
         "",
-        "metric on data.val by which checkpoints are evaluated and the best is kept, of a generator cross_entropy; "
-        "empty evaluates none",
+        "metric on data.val by which the best checkpoint is kept, cross_entropy for a generator; empty is none",
         one_of("", "psnr", "lpips", "rfid", "cross_entropy"),
     )
     patience: int = setting(0, "checkpoints in a row without a better one that end the run; 0 never does", at_least(0))
-    max_skipped_steps: int = setting(
-        10, "steps in a row without a finite loss and gradient that end the run", at_least(1)
-    )
+    max_skipped_steps: int = setting(10, "non-finite steps in a row that end the run", at_least(1))
     seed: int = setting(0, "seed of the weights, the order of the images and the noise", between(0, 2**63 - 1))
 
 
@@ -269,15 +215,10 @@ class GeneratorConfig(Section, path="generator"):
     guidance: float = training(1.5, "classifier-free guidance g of the logits, see guided_from")
     guided_from: str = training(
         "null",
-        "convention of guidance: null + g (class - null), none at 1; or class + g (class - null), as TiTok and the "
-        "paper, none at 0",
+        "guidance g adds g (class - null) to this; null: none at 1; class, as TiTok and the paper: none at 0",
         one_of("null", "class"),
     )
-    drawing: str = training(
-        "categorical",
-        "draw ids by their probabilities; or as TiTok, the largest logit with Gumbel noise of choice_temperature",
-        one_of("categorical", "gumbel"),
-    )
+    drawing: str = training("categorical", "draw ids by probability, or as TiTok", one_of("categorical", "gumbel"))
     temperature: float = training(1.3, "softmax temperature of the first step", above(0))
     last_temperature: float = training(0.5, "softmax temperature of the last step; it falls linearly", above(0))
     choice_temperature: float = training(4.5, "noise in the choice of ids that are kept, falling to 0", at_least(0))

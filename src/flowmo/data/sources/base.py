@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Protocol
 
 from PIL import Image
 
@@ -21,27 +20,35 @@ class DataError(FlowMoError, ValueError):
     """A data source is missing, empty or damaged."""
 
 
-class Source(Protocol):
-    """Images in a fixed order, identical in every process. ``read`` works in any of them."""
+class Source:
+    """Images in a fixed order, identical in every process. A source sets the attributes and writes the two methods.
 
-    @property
-    def classes(self) -> Sequence[str]:
-        """Class names by label; empty if no image has a class."""
+    Attributes:
+        classes: class names by label; empty if no image has a class.
+        labels: class of each image, ``None`` without one.
+    """
+
+    classes: Sequence[str]
+    labels: Sequence[int | None]
 
     @property
     def left_out(self) -> Mapping[str, str]:
         """{file: reason} for files that are not items."""
-
-    def __len__(self) -> int: ...
+        return {}
 
     def name(self, index: int) -> str:
         """Human-readable name of image ``index``, for messages."""
-
-    def label(self, index: int) -> int | None:
-        """Class of image ``index``, ``None`` without one."""
+        raise NotImplementedError
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
         """Image ``index`` as RGB; for ``side`` see ``read_image``. Raises ``ImageError``."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def label(self, index: int) -> int | None:
+        return self.labels[index]
 
 
 def is_hidden(name: str) -> bool:

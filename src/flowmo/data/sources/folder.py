@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, class_labels, is_hidden
+from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
 from flowmo.images import EXTENSIONS, read_image
 
 
-class FolderSource:
+class FolderSource(Source):
     """Every image file below a folder, sorted by path. Links are followed; hidden files and folders are left out.
 
     The class of an image is its first-level sub-folder. Images directly in the root have no class.
@@ -27,23 +27,20 @@ class FolderSource:
             raise DataError(f"{folder}: no such folder of images.")
         found = dict(walk(root))
         self.files = sorted(path for path, reason in found.items() if not reason)
-        self.left_out = {str(path): reason for path, reason in found.items() if reason}
+        left_out = {str(path): reason for path, reason in found.items() if reason}
         if not self.files:
             raise DataError(f"{folder}: contains no images ({', '.join(EXTENSIONS)}).")
         parts = [path.relative_to(root).parts for path in self.files]
         self.classes, self.labels = class_labels([first if rest else None for first, *rest in parts])
-        for path in root.iterdir():
-            if path.is_dir() and str(path) not in self.left_out and path.name not in self.classes:
-                self.left_out[str(path)] = "a folder without images is no class"
+        empty = (str(path) for path in root.iterdir() if path.is_dir() and path.name not in self.classes)
+        self._left_out = dict.fromkeys(empty, "a folder without images is no class") | left_out
 
-    def __len__(self) -> int:
-        return len(self.files)
+    @property
+    def left_out(self) -> dict[str, str]:
+        return self._left_out
 
     def name(self, index: int) -> str:
         return str(self.files[index])
-
-    def label(self, index: int) -> int | None:
-        return self.labels[index]
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
         return read_image(self.files[index], side=side)

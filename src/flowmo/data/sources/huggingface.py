@@ -8,11 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from flowmo.data.sources.base import DataError
+from flowmo.data.sources.base import DataError, Source
 from flowmo.images import ImageError, read_image
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(Source):
     """``hf:OWNER/NAME:SPLIT``, or ``hf:FOLDER:SPLIT`` for a dataset written by ``save_to_disk``. SPLIT is ``train``.
 
     Images come from the first column of type ``Image``, classes from the first of type ``ClassLabel``, in the order of
@@ -42,18 +42,11 @@ class HuggingFaceSource:
         labels = table[label_column] if label_column else [None] * len(table)
         self.labels = [None if label is None or label < 0 else int(label) for label in labels]
         self.classes = tuple(table.features[label_column].names) if any(n is not None for n in self.labels) else ()
-        self.left_out: dict[str, str] = {}
         # Keep the encoded bytes, so that images are decoded as from every other source.
         self.table = table.cast_column(self.column, datasets.Image(decode=False))
 
-    def __len__(self) -> int:
-        return len(self.table)
-
     def name(self, index: int) -> str:
         return f"{self.spec}[{index}]"
-
-    def label(self, index: int) -> int | None:
-        return self.labels[index]
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
         stored = self.table[index][self.column]

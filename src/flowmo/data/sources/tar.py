@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from PIL import Image
 
-from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, class_labels, is_hidden
+from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
 from flowmo.images import EXTENSIONS, ImageError, read_image
 
 MAX_NESTING = 3
@@ -239,7 +239,7 @@ def read_index(tar: Path, rows: Any, name: str | Path) -> list[Entry]:
     return [entry for entry in entries if entry.name not in not_items]
 
 
-class TarSource:
+class TarSource(Source):
     """Images of one or more tars, sorted by file name as in the authors' code.
 
     Classes are the ``.cls`` files of a WebDataset. Without those they are the folders inside the tar, the inner tars
@@ -298,14 +298,8 @@ class TarSource:
                 left_out |= {f"{tar}:{name}": reason for name, reason in others.items()}
         return left_out
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
     def name(self, index: int) -> str:
         return f"{self.entries[index].tar}:{self.entries[index].name}"
-
-    def label(self, index: int) -> int | None:
-        return self.labels[index]
 
     def read(self, index: int, side: int | None = None) -> Image.Image:
         entry = self.entries[index]
