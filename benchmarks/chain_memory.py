@@ -109,7 +109,7 @@ def main() -> None:
         for steps in STEPS:
             few, many = (measure(size, steps, batch) for batch in BATCHES)
             measured = (many - few) / (BATCHES[1] - BATCHES[0]) / MIB
-            forecast = training_cost(settings(size, steps), fused=True).activation_bytes / MIB
+            forecast = training_cost(settings(size, steps)).activation_bytes / MIB
             rows.append({"model": size, "steps": steps, "forecast_mib": forecast, "measured_mib": measured})
             print(f"| {size} | {steps} | {forecast:.1f} | {measured:.1f} | {forecast / measured:.2f} |", flush=True)
     if arguments.json:

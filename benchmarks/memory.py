@@ -55,9 +55,9 @@ def settings(preset: str, policy: str, *more: str) -> Config:
 # By arithmetic
 
 
-def expected(preset: str, policy: str, more: tuple[str, ...], fused: bool = True) -> tuple[float, float]:
+def expected(preset: str, policy: str, more: tuple[str, ...]) -> tuple[float, float]:
     """GiB of all that no image adds to, and of each image."""
-    cost = training_cost(settings(preset, policy, *more), fused=fused)
+    cost = training_cost(settings(preset, policy, *more))
     return cost.peak_bytes(0) / GIB, cost.activation_bytes / GIB
 
 
@@ -120,7 +120,7 @@ def measured(presets: list[str], batches: list[int], device: str) -> list[dict]:
             row["expected_picture"] = None
             if what == "training":
                 more = "opt.lpips_weight=0", f"trainer.enable_bfloat16={str(device != 'cpu').lower()}"
-                row["expected_picture"] = expected(preset, policy, more, fused=device != "cpu")[1]
+                row["expected_picture"] = expected(preset, policy, more)[1]
             row["picture"] = (found[-1] - found[0]) / (batches[-1] - batches[0])
             rows.append(row)
     return rows

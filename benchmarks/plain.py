@@ -36,7 +36,7 @@ def norm(x: Tensor) -> Tensor:
 def turn(x: Tensor, table: Tensor) -> Tensor:
     """Channel pairs as complex numbers, turned: b h n d."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.complex(*table)).flatten(-2)
+    return torch.view_as_real(pairs * torch.complex(*table[..., ::2])).flatten(-2)
 
 
 def heads(x: Tensor, weight: Tensor, bias: Tensor, count: int, rms: RMSNorm | None, table: Tensor) -> Tensor:

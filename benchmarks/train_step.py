@@ -105,12 +105,11 @@ def measure(config: Config, device: torch.device, batch: int, steps: int) -> dic
     }
 
 
-def cost_of(config: Config, device: torch.device) -> Cost:
+def cost_of(config: Config) -> Cost:
     """FLOPs and bytes by arithmetic, of any stage."""
-    fused = device.type == "cuda"
     if config.generator.train:
-        return generator_cost(config, PAPER_VOCABULARY, fused)
-    return training_cost(config, fused=fused)
+        return generator_cost(config, PAPER_VOCABULARY)
+    return training_cost(config)
 
 
 def measure_largest(config: Config, device: torch.device, most: int, steps: int) -> dict[str, float] | None:
@@ -118,7 +117,7 @@ def measure_largest(config: Config, device: torch.device, most: int, steps: int)
 
     The first try follows the forecast; the batch is halved while it does not fit. ``None`` if nothing fits.
     """
-    cost = cost_of(config, device)
+    cost = cost_of(config)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
     batch = 2 ** (min(cost.max_images(memory), most).bit_length() - 1)
     while batch:

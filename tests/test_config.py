@@ -26,7 +26,7 @@ def test_the_settings_know_no_networks():
     for file in (ROOT / "src" / "flowmo" / "config").glob("*.py"):
         modules = re.findall(r"^ *from (flowmo\.\w+)", file.read_text(), re.MULTILINE)
         assert set(modules) <= {"flowmo.config", "flowmo.errors"}, file
-    assert FIELDS["opt.schedule"].metadata["allowed"].choices == DISTRIBUTIONS
+    assert FIELDS["opt.schedule"].metadata["allowed"].choices == tuple(DISTRIBUTIONS)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -67,7 +67,7 @@ def velocity_at(tokenizer, tensors, keep=None):
 def sampled(tokenizer, tensors, steps, rho, guidance):
     s, times = tokenizer.config.eval.sampling, shifted_times(steps, rho)
     velocity = guided_velocity(
-        tokenizer.decoder, decoder_code(tokenizer, tensors), times, guidance, s.guidance_low, s.guidance_high
+        tokenizer.decoder, decoder_code(tokenizer, tensors), guidance, s.guidance_low, s.guidance_high
     )
     return euler(velocity, tensors["noise"], times)
 

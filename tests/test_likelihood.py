@@ -75,7 +75,7 @@ def test_the_estimate_is_right_on_average():
 def test_a_decoders_samples_go_back_to_their_noise(tiny):
     code = torch.randn(2, 6, 8).sign()
     times = torch.linspace(0, 1, 41).tolist()
-    velocity = guided_velocity(tiny.decoder, code, times)
+    velocity = guided_velocity(tiny.decoder, code)
     noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     sample = euler(velocity, noise, times[::-1])
     density, found = log_likelihood(velocity, sample, times)

@@ -9,21 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowmo import FlowMo, preset
 from flowmo.checkpoint.authors import CheckpointMismatchError, convert_release, expected_shapes, release_config
 from flowmo.config import PRESETS
-from flowmo.evaluate.speed import UNCOUNTED
 from flowmo.model.transformer import (
-    NORM_EPS,
-    RMSNorm,
     Shape,
-    attend,
     code_lattice,
     code_positions,
-    gelu,
     patchify,
     rotary_table,
     rotate,
-    select_timestep,
     unpatchify,
 )
+from flowmo.train.cost import UNCOUNTED
 
 CPU = torch.device("cpu")
 
@@ -146,19 +141,11 @@ def test_patches_are_rows_first_and_channels_innermost():
     assert torch.equal(unpatchify(patches, 4, 8, 12), images)
 
 
-def test_what_is_faster_on_cpus_or_uncompiled_is_the_same(monkeypatch):
-    x = torch.linspace(-12, 12, 10_001)
-    torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=1e-6)
-    x, table = torch.randn(2, 20, 2, 3, 32), rotary_table(0, 4, 5, 32, "diagonal", CPU)
-    turned = rotate(x, table)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(rotate(x, table), turned, rtol=1e-6, atol=1e-6)
-    norms = [RMSNorm(32), RMSNorm(32)]
-    for norm in norms:
-        torch.nn.init.normal_(norm.scale)
-    each = torch.stack([F.rms_norm(x[:, :, i], (32,), norms[i].scale, NORM_EPS) for i in (0, 1)], dim=2)
-    torch.testing.assert_close(RMSNorm.together(norms, x), each)
-    torch.testing.assert_close(norms[0](x[:, :, 0]), each[:, :, 0])
+def test_rotation_is_a_product_of_complex_numbers():
+    x, table = torch.randn(2, 20, 3, 32), rotary_table(0, 4, 5, 32, "diagonal", CPU)
+    turns = torch.complex(*table[..., ::2])[:, None]
+    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+    torch.testing.assert_close(rotate(x, table), expected)
 
 
 def test_rotation_keeps_lengths_and_depends_on_differences_only():
@@ -184,10 +171,9 @@ def test_a_batch_of_timesteps_equals_one_by_one(tiny, images):
     decoder = tiny.decoder
     t = torch.tensor([0.1, 0.5, 0.9, 0.3, 1.0])
     code = decoder.embed_code(tiny.quantizer.quantize(tiny.encoder(images))[0])
-    many = decoder.modulate(t)
-    together = decoder(images, code, many)
+    together = decoder(images, code, decoder.modulate(t))
     for i in range(5):
-        alone = decoder(images[i : i + 1], code[i : i + 1], select_timestep(many, i))
+        alone = decoder(images[i : i + 1], code[i : i + 1], decoder.modulate(t[i : i + 1]))
         torch.testing.assert_close(alone, together[i : i + 1], atol=2e-5, rtol=0)
 
 
@@ -235,5 +221,5 @@ def test_attention_is_counted_on_cpus():
     """Two products of every pair of places; PyTorch's own counter finds none in the CPU's kernel."""
     q = torch.randn(2, 3, 40, 16)
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-        attend(q, q, q, 0.25)
+        F.scaled_dot_product_attention(q, q, q)
     assert counter.get_total_flops() == 2 * 2 * 2 * 3 * 40 * 40 * 16

@@ -1,4 +1,4 @@
-"""Precision of inference: float32, or bfloat16 matrix products, which a GPU multiplies at several times the rate."""
+"""Precision of inference: float32, or bfloat16 matrix products, which are several times faster on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def resolve(precision: str, device: torch.device) -> str:
-    """``float32`` or ``bfloat16``. ``auto`` is bfloat16 on an NVIDIA GPU that has it, float32 elsewhere.
+    """Return ``float32`` or ``bfloat16``. ``auto`` is bfloat16 on an NVIDIA GPU that supports it, else float32.
 
     Raises:
         ValueError: an unknown name.
@@ -20,13 +20,12 @@ def resolve(precision: str, device: torch.device) -> str:
         raise ValueError(f"unknown precision {precision!r}; write {', '.join(PRECISIONS)}")
     if precision != "auto":
         return precision
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return "bfloat16"
-    return "float32"
+    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def describe(precision: str, device: torch.device) -> str:
-    """How a resolved precision is told with results."""
+    """A resolved precision in words, for reports."""
     if precision == "float32":
         return f"float32 ({device.type})"
     return f"bfloat16 autocast{' with TF32' if device.type == 'cuda' else ''} ({device.type})"
@@ -34,9 +33,9 @@ def describe(precision: str, device: torch.device) -> str:
 
 @contextmanager
 def computing(precision: str, device: torch.device) -> Iterator[None]:
-    """Context of inference in a resolved precision. ``float32`` changes nothing, an autocast around it included.
+    """Context of inference in a resolved precision. ``float32`` leaves an outer autocast as it is.
 
-    ``bfloat16`` also lets the float32 products that autocast leaves use TF32 on a GPU.
+    ``bfloat16`` is autocast; on a GPU the remaining float32 products use TF32.
     """
     if precision == "float32":
         yield

@@ -14,7 +14,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from flowmo.images import Tiling
 from flowmo.model import sampler as sample
 from flowmo.model.blocks import blocks, ramp
 from flowmo.model.cpu_prepack import Packable
-from flowmo.model.quantizers import FSQ, LFQ, build_quantizer, check_ids
-from flowmo.model.transformer import Conditioning, Decoder, Encoder, Shape
+from flowmo.model.quantizers import build_quantizer, check_ids
+from flowmo.model.transformer import Decoder, Encoder, Shape
 from flowmo.model.windowed import WindowedDecoder, WindowedEncoder, WindowedShape
 from flowmo.precision import computing
 
@@ -149,7 +148,6 @@ class FlowMo(Packable):
             self.encoder = Encoder(Shape.encoder(model), model.code_length, self.quantizer.encoder_channels)
             self.decoder = Decoder(Shape.decoder(model), model.context_dim)
         self.chunk_size: int | None = None
-        self._kept: tuple[tuple[list[float], list[float] | None], Conditioning] | None = None
 
     # The names that users of other libraries look for
 
@@ -177,10 +175,6 @@ class FlowMo(Packable):
         with tempfile.TemporaryDirectory() as folder:
             write_folder(self, Path(folder), name=name)
             return push(Path(folder), name, private)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -211,8 +205,6 @@ class FlowMo(Packable):
         Raises:
             TypeError: a bottleneck without sub-tokens.
         """
-        if not isinstance(self.quantizer, FSQ | LFQ):
-            raise TypeError("only fsq and lfq have sub-tokens to leave out")
         channel = torch.arange(code.shape[-1], device=code.device)
         return code * (self.quantizer.sub_token_of(channel) < kept[..., None]).to(code.dtype)
 
@@ -358,7 +350,9 @@ class FlowMo(Packable):
                 raise TypeError("this tokenizer is continuous and has no ids; decode the Codes that encode returned")
             code = codes.code.to(self.device, torch.float32)
         else:
-            ids = check_ids(codes.ids, self.tokens(height, width), sub_tokens, id_count, prefix=self.variable_rate)
+            ids = check_ids(
+                codes.ids, self.tokens(height, width), sub_tokens, id_count, allow_prefix=self.variable_rate
+            )
             sent = ids.shape[2]
             code = self.quantizer.code_from_ids(F.pad(ids, (0, sub_tokens - sent)).to(self.device))
             if sent < sub_tokens:
@@ -382,25 +376,24 @@ class FlowMo(Packable):
             preset.sample_steps if steps is None else steps, preset.rho if rho is None else rho
         )
         guidance = preset.guidance if guidance is None else guidance
-        mean = self.decoder.shape.mean_velocity
+        mean = self.config.model.mean_velocity
         if mean and (solver != "euler" or guidance != 1):
             raise ValueError(
                 "a distilled tokenizer has guidance folded in and makes Euler's steps; leave both as they are"
             )
-        asked = sample.evaluations(solver, times)
-        guided = partial(
-            sample.guided_velocity,
-            self.decoder,
-            times=asked,
-            guidance=guidance,
-            low=preset.guidance_low,
-            high=preset.guidance_high,
-            at_times=self._conditioning(asked, times[1:] if mean else None),
-        )
+        if solver not in sample.SOLVERS:
+            raise ValueError(f"Unknown solver {solver!r}. Use {', '.join(sample.SOLVERS)}.")
         out, done = [], 0
         for z, c in zip(self._chunks(noise.to(self.device)), self._chunks(code), strict=True):
             with computing(self.precision, self.device):
-                out.append(sample.SOLVERS[solver](guided(c), z, times).float().clamp(-1, 1))
+                if mean:
+                    x = sample.follow_mean_velocity(self.decoder, c, z, times)
+                else:
+                    velocity = sample.guided_velocity(
+                        self.decoder, c, guidance, preset.guidance_low, preset.guidance_high
+                    )
+                    x = sample.SOLVERS[solver](velocity, z, times)
+                out.append(x.float().clamp(-1, 1))
             done = min(done + len(z), len(noise))
             if progress:
                 progress(done, len(noise))
@@ -410,15 +403,6 @@ class FlowMo(Packable):
         if not torch.isfinite(pictures).all():
             raise sample.NotFiniteError(f"the sample is not finite with guidance {guidance:g}; nearer to 1 it may be")
         return pictures
-
-    def _conditioning(self, times: list[float], ends: list[float] | None) -> Conditioning:
-        """Kept for the next call once the weights are packed, for then they no longer change."""
-        if not self.packed:
-            return sample.conditioning(self.decoder, times, ends)
-        kept = self._kept  # read once: another thread may ask for other times
-        if kept is None or kept[0] != (times, ends):
-            kept = self._kept = (times, ends), sample.conditioning(self.decoder, times, ends)
-        return kept[1]
 
     def _chunks(self, x: Tensor) -> Iterator[Tensor]:
         """Rows of ``x`` in batches of one size; the last is padded with zeros."""

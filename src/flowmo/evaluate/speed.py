@@ -10,18 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo.model.sampler import evaluations, network_passes, seeded_noise, shifted_times
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
-from flowmo.train.cost import matrix_rate
+from flowmo.train.cost import UNCOUNTED, matrix_rate
 
 COPIED = 256 * 2**20
-UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-}
-"""Attention on CPUs, which PyTorch's FLOP counter does not know."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.config import GeneratorConfig
-from flowmo.model.transformer import GELU, RMSNorm, attend
+from flowmo.model.transformer import RMSNorm
 
 
 class MaskGiT(nn.Module):
@@ -83,12 +83,13 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.mlp_in = nn.Linear(width, int(mlp_ratio * width))
-        self.gelu = GELU()
+        self.gelu = nn.GELU(approximate="tanh")
         self.mlp_out = nn.Linear(int(mlp_ratio * width), width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv(self.attention_norm(x)), self.heads)
-        mixed = attend(self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype), v, q.shape[-1] ** -0.5)
+        q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         x = x + F.dropout(self.proj(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
         mlp = self.mlp_out(self.gelu(self.mlp_in(self.mlp_norm(x))))
         return x + F.dropout(mlp, self.dropout, self.training)
@@ -156,7 +157,7 @@ class UViTBlock(nn.Module):
         if self.skip_linear is not None and earlier is not None:
             x = self.skip_linear(torch.cat((x, earlier), dim=-1))
         q, k, v = split_heads(self.attn["qkv"](self.norm1(x)), self.heads)
-        mixed = attend(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + F.dropout(self.attn["proj"](mixed), self.dropout, self.training)
         hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))
         return x + F.dropout(self.mlp["fc2"](hidden), self.dropout, self.training)

@@ -183,7 +183,7 @@ def teacher_path(teacher: FlowMo, code: Tensor, noise: Tensor, steps: int = 0) -
     sampling = teacher.config.eval.sampling
     times = shifted_times(steps or sampling.sample_steps, sampling.rho)
     guidance = sampling.guidance, sampling.guidance_low, sampling.guidance_high
-    velocity = guided_velocity(teacher.decoder, code, times, *guidance)
+    velocity = guided_velocity(teacher.decoder, code, *guidance)
     states = [noise]
     for pair in itertools.pairwise(times):
         states.append(euler(velocity, states[-1], pair))

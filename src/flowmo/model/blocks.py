@@ -1,14 +1,14 @@
-"""Large images in blocks that overlap in computation, not in bytes.
+"""Split large images into blocks that overlap in computation but not in bytes.
 
-A windowed network needs memory in proportion to the area. Above ``LARGEST`` cells a side, an image is
-computed in blocks of ``CORE`` cells with a halo on each side. Blocks start on the borders of attention windows, so a
-block computes the same windows as the whole image would. Only what reaches further than the halo differs.
+A windowed network needs memory in proportion to the area. Above ``LARGEST`` cells per side, an image is computed in
+blocks of ``CORE`` cells with a halo on each side. Blocks start on window borders, so a block has the same attention
+windows as the whole image. Only dependencies beyond the halo differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,10 @@ CORE = 32
 HALO = 8
 LARGEST = CORE + 2 * HALO
 RAMP = HALO
-"""Cells over which neighbouring blocks are blended."""
+"""Width in cells of the blend between neighbouring blocks."""
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One block along one axis, in cells: computed from ``start`` to ``stop``, kept from ``first`` to ``last``."""
 
     start: int
@@ -31,7 +30,7 @@ class Span:
 
 
 def spans(cells: int) -> list[Span]:
-    """Blocks that cover ``cells`` cells of one axis; one block up to ``LARGEST``."""
+    """Blocks that cover ``cells`` cells of one axis; a single block up to ``LARGEST``."""
     if cells <= LARGEST:
         return [Span(0, cells, 0, cells)]
     cores = [(first, min(first + CORE, cells)) for first in range(0, cells, CORE)]
@@ -39,14 +38,14 @@ def spans(cells: int) -> list[Span]:
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[Span, Span]]:
-    """The blocks of a lattice, row by row."""
+    """Yield the (vertical, horizontal) spans of all blocks, row by row."""
     return ((down, across) for down in spans(rows) for across in spans(columns))
 
 
 def ramp(span: Span, cells: int, cell: int) -> Tensor:
-    """Weight of a block's pixels along one axis: it falls to 0 towards a neighbour, and stays 1 at the image's edge.
+    """Blending weight of a block's pixels along one axis: falls to 0 towards a neighbour, 1 at the image's edge.
 
-    The outer ``HALO`` − ``RAMP`` / 2 cells of a block lack context and have no weight.
+    The outer ``HALO`` − ``RAMP`` / 2 cells of a block lack context and have weight 0.
     """
     position = torch.arange(span.start * cell, span.stop * cell) + 0.5
     weight = torch.ones_like(position)

@@ -1,8 +1,8 @@
-"""Networks made ready for inference on a CPU: weights laid out once as oneDNN's matrix products want them.
+"""Inference on a CPU with weights prepacked for oneDNN: replaces a network's linear layers from outside.
 
-A plain ``nn.Linear`` hands its weights to a general matrix product, which lays them out anew in every pass. Here that
-is done once, and the GELU behind a layer is computed while its output is still in the cache. The operators are those
-that PyTorch's own compiler emits for CPUs.
+A plain ``nn.Linear`` hands its weights to a general matrix product, which reorders them in every pass. Packing reorders
+them once, and fuses the GELU behind a layer. The operators are those that PyTorch's own compiler emits for CPUs.
+On one AVX-512 core, packed ``nano`` encodes in GAIN_ENCODE and decodes in GAIN_DECODE less time.
 """
 
 from __future__ import annotations
@@ -17,43 +17,42 @@ import torch
 from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
-from flowmo.model.transformer import GELU, Shape
+from flowmo.model.transformer import Shape
 from flowmo.precision import resolve
 
 
 class PackedError(FlowMoError, RuntimeError):
-    """What cannot be packed, or cannot be done to packed weights."""
-
-
-FIXED = "a packed network keeps its weights; load others before packing"
+    """An operation that packed weights, or this PyTorch, cannot do."""
 
 
 def available() -> bool:
-    """Whether this PyTorch has oneDNN and its packed linear layers."""
+    """True if this PyTorch has oneDNN and its packed linear layers."""
     operators = ("_reorder_linear_weight", "_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 def check_move(function: Callable[[Tensor], Tensor]) -> None:
-    """Refuse what ``nn.Module.to`` and its like would do to packed weights."""
+    """Refuse ``nn.Module.to`` and its like where they would move or convert packed weights."""
     moved = function(torch.empty(0))
     if moved.device.type != "cpu" or moved.dtype != torch.float32:
-        raise PackedError("a packed network stays on the CPU in float32; move it before packing")
+        raise PackedError("A packed network stays on the CPU in float32. Move it before packing.")
+
+
+def refuse_loading(*_: Any, **__: Any) -> None:
+    raise PackedError("A packed network keeps its weights; load others before packing.")
 
 
 class PackedLinear(nn.Module):
-    """A float32 linear layer on a CPU, without gradients, for weights that no longer change.
-
-    Its state dict is that of the layer it replaces, to the bit.
+    """A float32 linear layer on a CPU, for inference only. Its state dict equals the replaced layer's bit by bit.
 
     Args:
-        linear: the layer to take weights from.
+        linear: the layer to replace.
         gelu: apply GELU (tanh form) to the output.
     """
 
     def __init__(self, linear: nn.Linear, gelu: bool = False):
         super().__init__()
-        self.in_features, self.out_features, self.gelu = linear.in_features, linear.out_features, gelu
+        self.gelu = gelu
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
@@ -64,21 +63,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            raise PackedError("a packed network is for inference; call it under torch.no_grad()")
+            raise PackedError("A packed network is for inference. Call it under torch.no_grad().")
         activation, form = ("gelu", "tanh") if self.gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(x.float(), self.packed, self.bias, activation, [], form)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, gelu={self.gelu}"
-
-    # A packed tensor has no storage of its own that PyTorch could save, copy or move.
+    # PyTorch cannot save, copy or move a packed tensor, because it has no plain storage.
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *_: Any) -> None:
-        raise PackedError(FIXED)
+    _load_from_state_dict = refuse_loading
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         check_move(function)
@@ -92,16 +87,23 @@ class PackedLinear(nn.Module):
 
 
 class Packable(nn.Module):
-    """What has networks to make ready for inference: a tokenizer or a generator."""
+    """Base class of models whose networks can be packed or compiled for inference."""
 
     packed = False
     compiled = False
     precision = "float32"
 
-    def set_precision(self, precision: str) -> Self:
-        """Compute in ``float32`` or ``bfloat16``, see ``flowmo.precision``; ``auto`` chooses by the device.
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
-        Ids of the two precisions differ in a few bits.
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to pack or compile, by name."""
+        raise NotImplementedError
+
+    def set_precision(self, precision: str) -> Self:
+        """Compute in ``float32`` or ``bfloat16``; ``auto`` chooses by the device. A few bits of ids may differ.
 
         Raises:
             PackedError: packed weights are float32.
@@ -113,58 +115,48 @@ class Packable(nn.Module):
         self.precision = resolved
         return self
 
-    @property
-    def device(self) -> torch.device:
-        raise NotImplementedError
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """Those made of blocks, by name."""
-        raise NotImplementedError
-
     def pack(self) -> Self:
-        """Lay the weights out for this CPU's matrix products, in place: the same mathematics sooner, in float32.
+        """Prepack the weights for this CPU, in place: the same mathematics, faster, in float32.
 
-        Results can differ in their last bits from those before. The weights cannot be trained, changed or moved any
-        more; they can be saved.
+        Results can differ in their last bits. The weights can still be saved, but not trained, replaced or moved.
 
         Raises:
             PackedError: not in float32 on a CPU, or this PyTorch cannot.
         """
         if self.compiled:
-            raise PackedError("pack before compiling, not after")
-        for network in self.networks.values():
-            check(network)
+            raise PackedError("The model is compiled; pack before compiling.")
+        if not available():
+            raise PackedError("This PyTorch was built without oneDNN's packed linear layers.")
+        for parameter in self.parameters():
+            if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+                found = f"{parameter.dtype} on {parameter.device}"
+                raise PackedError(f"packing is for float32 on a CPU, not {found}.")
         for network in self.networks.values():
             pack(network)
         self.packed = True
         return self
 
     def compile(self, **options: Any) -> Self:
-        """``torch.compile`` the networks, in place; it happens on their first use, for each of up to eight shapes.
-
-        A packed one is compiled with its weights as constants.
+        """``torch.compile`` the networks in place. Each of up to eight shapes is compiled on its first use.
 
         Args:
             options: of ``torch.compile``.
 
         Raises:
-            PackedError: on a CPU, for which no C++ compiler is found.
+            PackedError: no C++ compiler is found, which CPUs need.
         """
         if self.device.type == "cpu" and shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is None:
-            raise PackedError("compiling for a CPU takes a C++ compiler: install g++, or name another in CXX")
-        torch.compiler.assume_constant_result(Shape.rotary_table)  # it need not look inside
+            raise PackedError("Compiling for a CPU takes a C++ compiler. Install g++, or name another in CXX.")
+        torch.compiler.assume_constant_result(Shape.rotary_table)
         for network in self.networks.values():
             compile_constant(network, **options) if self.packed else network.compile(dynamic=False, **options)
         self.compiled = True
         return self
 
-    # Refused as a whole, before a part is changed
+    # Refuse for the whole model, before a part of it is changed.
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        if self.packed:
-            raise PackedError(FIXED)
-        return super().load_state_dict(*arguments, **options)
+        return (refuse_loading if self.packed else super().load_state_dict)(*arguments, **options)
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.packed:
@@ -172,41 +164,25 @@ class Packable(nn.Module):
         return super()._apply(function, recurse)
 
 
-def check(network: nn.Module) -> None:
-    """Whether a network can be packed.
-
-    Raises:
-        PackedError: this PyTorch cannot, or the network is elsewhere or in another precision.
-    """
-    if not available():
-        raise PackedError("this PyTorch was built without oneDNN's packed linear layers")
-    wrong = next((p for p in network.parameters() if p.device.type != "cpu" or p.dtype != torch.float32), None)
-    if wrong is not None:
-        raise PackedError(f"packing is for float32 on a CPU, not {wrong.dtype} on {wrong.device}")
-
-
 def pack(network: nn.Module) -> None:
-    """Replace every linear layer of a network that passes ``check`` by a packed one, in place.
-
-    A layer ``mlp_in`` beside a ``gelu`` takes it over.
-    """
+    """Replace every linear layer by a packed one, in place; a layer ``mlp_in`` absorbs the ``gelu`` beside it."""
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
-            if isinstance(layer, nn.Linear):
-                fused = name == "mlp_in" and isinstance(getattr(module, "gelu", None), GELU)
+            if type(layer) is nn.Linear:
+                fused = name == "mlp_in" and isinstance(getattr(module, "gelu", None), nn.GELU)
                 setattr(module, name, PackedLinear(layer, fused))
                 if fused:
                     module.gelu = nn.Identity()
 
 
 def compile_constant(network: nn.Module, **options: Any) -> None:
-    """``torch.compile`` a network whose weights, packed ones too, are constants, in place."""
+    """``torch.compile`` a network in place, with its weights as constants."""
     from torch._inductor import config  # takes a second to import
 
     compiled = torch.compile(network.forward, dynamic=False, **options)
 
     def forward(*arguments: Any) -> Any:
-        # Read while the first call is traced, which the options of torch.compile come too late for.
+        # Inductor reads this during the first call; the options of torch.compile come too late.
         with config.patch(freezing=True):
             return compiled(*arguments)
 

@@ -1,8 +1,8 @@
-"""How likely a picture is under the flow (section 3.4, after Lipman et al. 2023): the ODE solved backwards.
+"""Log-likelihood of images under the flow (section 3.4, after Lipman et al. 2023): the ODE solved backwards.
 
-The flow carries a picture at t = 0 to noise at t = 1 by dx/dt = v(x, t), and along a path the log-density falls by the
-divergence of v: log p(x) = log N(x₁; 0, I) + ∫₀¹ ∇·v dt. The divergence is a sum of as many derivatives as a picture
-has numbers; Hutchinson's estimate eᵀ(∂v/∂x)e with random signs e needs one, and is right on average.
+The flow carries an image at t = 0 to noise at t = 1 by dx/dt = v(x, t), and along a path the log-density falls by the
+divergence of v: log p(x) = log N(x₁; 0, I) + ∫₀¹ ∇·v dt. The exact divergence takes one derivative per number of an
+image. Hutchinson's estimate eᵀ(∂v/∂x)e with random signs e takes one derivative and is unbiased.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from flowmo.model.sampler import Velocity
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
-"""From a velocity b … and the x, b …, that it is a function of, to its divergence, b."""
+"""Maps a velocity b … and the x, b …, that it is a function of, to its divergence, b."""
 
 DIVERGENCES = ("hutchinson", "exact")
 
 
 def exact_divergence(velocity: Tensor, x: Tensor) -> Tensor:
-    """Sum over all numbers of a picture of ∂vᵢ/∂xᵢ: one backward pass each, so for tiny pictures only."""
+    """Sum of ∂vᵢ/∂xᵢ over all numbers of an image, with one backward pass each; for tiny images only."""
     flat, total = velocity.flatten(1), torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for i in range(flat.shape[1]):
         (gradient,) = torch.autograd.grad(flat[:, i].sum(), x, retain_graph=True)
@@ -32,17 +32,13 @@ def exact_divergence(velocity: Tensor, x: Tensor) -> Tensor:
 
 
 def hutchinson(x: Tensor, probes: int, generator: torch.Generator | None = None) -> Divergence:
-    """The mean of ``probes`` estimates, whose random signs are drawn here once: one path, one set of signs.
-
-    Args:
-        generator: on the CPU.
-    """
+    """The mean of ``probes`` estimates; their random signs are drawn once, from a CPU ``generator``."""
     signs = torch.randint(0, 2, (probes, *x.shape), generator=generator).to(x.device, x.dtype) * 2 - 1
 
-    def estimate(velocity: Tensor, at: Tensor) -> Tensor:
-        total = torch.zeros(len(at), dtype=torch.float64, device=at.device)
+    def estimate(velocity: Tensor, x: Tensor) -> Tensor:
+        total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         for e in signs:
-            (gradient,) = torch.autograd.grad(velocity, at, e, retain_graph=True)
+            (gradient,) = torch.autograd.grad(velocity, x, e, retain_graph=True)
             total += (gradient * e).flatten(1).double().sum(dim=1)
         return total / probes
 
@@ -51,8 +47,7 @@ def hutchinson(x: Tensor, probes: int, generator: torch.Generator | None = None)
 
 def log_normal(x: Tensor) -> Tensor:
     """Log-density of x, b …, under N(0, I), in nats: float64 b."""
-    numbers = x[0].numel()
-    return -0.5 * (x.double().square().flatten(1).sum(dim=1) + numbers * math.log(2 * math.pi))
+    return -0.5 * (x.double().square().flatten(1).sum(dim=1) + x[0].numel() * math.log(2 * math.pi))
 
 
 def log_likelihood(
@@ -63,35 +58,35 @@ def log_likelihood(
     probes: int = 1,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-density of pictures under the flow, by Heun's method, which is of second order.
+    """Log-density of images under the flow, by Heun's method (second order).
 
     Args:
-        velocity: differentiable; is asked at ``times`` only.
+        velocity: differentiable; evaluated at ``times`` only.
         x: b × … at the first of ``times``.
         times: increasing, from (nearly) 0 to 1.
         divergence: ``hutchinson`` or ``exact``.
-        probes: of Hutchinson's estimate.
-        generator: of its signs, on the CPU.
+        probes: number of Hutchinson's estimates.
+        generator: of their signs, on the CPU.
 
     Returns:
         Nats, float64 b; and the noise at t = 1 that x comes from, b × ….
 
     Raises:
-        ValueError: another divergence, times that do not increase, or no probes.
+        ValueError: an unknown divergence, times that do not increase, or no probes.
     """
     if divergence not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {divergence!r}; use {' or '.join(DIVERGENCES)}")
+        raise ValueError(f"Unknown divergence {divergence!r}. Use {' or '.join(DIVERGENCES)}.")
     if len(times) < 2 or any(late <= early for early, late in itertools.pairwise(times)):
-        raise ValueError("the reverse ODE needs at least two times that increase from the picture's 0 to the noise's 1")
+        raise ValueError("The reverse ODE needs at least two times, which increase from 0 (image) to 1 (noise).")
     if probes < 1:
-        raise ValueError(f"{probes} probes estimate nothing; there must be at least 1")
+        raise ValueError(f"The number of probes must be at least 1, not {probes}.")
     measure = exact_divergence if divergence == "exact" else hutchinson(x, probes, generator)
 
     def slope(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            at = x.detach().requires_grad_()
-            v = velocity(at, t)
-            return v.detach(), measure(v, at).detach()
+            x = x.detach().requires_grad_()
+            v = velocity(x, t)
+            return v.detach(), measure(v, x).detach()
 
     change = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     first, first_divergence = slope(x, times[0])
@@ -105,5 +100,5 @@ def log_likelihood(
 
 
 def bits_per_number(log_density: Tensor, numbers: int) -> Tensor:
-    """Nats of a picture with values in [−1, 1] as bits a number of the same picture in 256 levels: less is likelier."""
+    """Convert nats of images with values in [−1, 1] to bits per number of the same images in 256 levels."""
     return -log_density / (numbers * math.log(2)) + math.log2(127.5)

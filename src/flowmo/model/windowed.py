@@ -1,18 +1,16 @@
 """Encoder and decoder for images of any size: convolutions at high resolution, windowed attention over cells.
 
-One code token describes one cell of ``CELL`` × ``CELL`` pixels, so the number of tokens follows the area of the image.
+One code token describes one cell of ``CELL`` × ``CELL`` pixels, so the number of tokens follows the image's area.
 
 Notable:
-- Every operation is local or acts within windows of ``Shape.window`` × ``Shape.window`` cells, and every second block
-  shifts its windows by half their side (Liu et al. 2021). Weights therefore carry over to any height and width, and the
-  cost per pixel is constant.
-- The decoder is FlowMo's in all else (equation 3): it sees the noised image x_t, the code and the timestep.
-- Dense 3 × 3 convolutions at a quarter and an eighth of the resolution do most of the work on texture. On CPUs with
-  matrix units they run at several times the rate of attention blocks.
-- Tensors are b × rows × columns × channels. A convolution's weight is one matrix, so the optimizer and the norm control
-  treat it as the linear layer that it is.
+- Every operation is local or acts within windows of cells, and every second block shifts its windows by half their
+  side (Liu et al. 2021). So the weights fit any height and width, and the cost per pixel is constant.
+- Otherwise the decoder is FlowMo's (equation 3): it sees the noised image x_t, the code and the timestep.
+- Dense 3 × 3 convolutions at 1/4 and 1/8 of the resolution do most of the work on texture. On CPUs with matrix units
+  they are several times faster than attention blocks.
+- A convolution's weight is one matrix, so optimizer and norm control treat it as a linear layer.
 
-Nothing here knows of training, data, files or devices.
+In annotations of shapes: b batch, r rows and c columns of the feature map, d channels.
 """
 
 from __future__ import annotations
@@ -25,12 +23,15 @@ from torch import Tensor, nn
 
 from flowmo.config.sections import CELL, ModelConfig
 from flowmo.model.transformer import (
-    MIN_PREDICTION_TIME,
-    NORM_EPS,
+    IDENTITY,
     TIMESTEP_SINUSOIDS,
     Conditioning,
     Modulation,
+    Modulations,
+    gated_residual,
+    modulated_norm,
     timestep_embedding,
+    velocity_from,
 )
 
 
@@ -39,13 +40,12 @@ class WindowedShape:
     """Size of one network.
 
     Attributes:
-        width: channels at the resolution of cells; half as many at an eighth of the image's, a quarter at a quarter.
-        heads: attention heads.
+        width: channels at the resolution of cells; half as many at 1/8 of the image's resolution, a quarter at 1/4.
         depth: windowed attention blocks.
         conv_depth: residual convolution blocks at each of the two higher resolutions.
         window: side of an attention window, in cells.
-        prediction: ``velocity`` or ``picture``, see ``flowmo.model.transformer.Decoder``.
-        initial_gate: residual gates of a fresh network.
+        prediction: output of the decoder's last layer, ``velocity`` or ``picture``.
+        initial_gate: residual gates of a fresh decoder.
     """
 
     width: int
@@ -59,17 +59,11 @@ class WindowedShape:
 
     @classmethod
     def encoder(cls, m: ModelConfig) -> WindowedShape:
-        size = (m.enc_hidden_size, m.enc_num_heads, m.enc_depth, m.conv_depth, m.window)
-        return cls(*size, m.mlp_ratio, m.prediction)
+        return cls(m.enc_hidden_size, m.enc_num_heads, m.enc_depth, m.conv_depth, m.window, m.mlp_ratio, m.prediction)
 
     @classmethod
     def decoder(cls, m: ModelConfig) -> WindowedShape:
         return cls(m.hidden_size, m.num_heads, m.dec_depth, m.conv_depth, m.window, m.mlp_ratio, m.prediction)
-
-    @property
-    def mean_velocity(self) -> bool:
-        """Stage 1C has no windowed decoder."""
-        return False
 
 
 def space_to_depth(x: Tensor, factor: int) -> Tensor:
@@ -86,13 +80,8 @@ def depth_to_space(x: Tensor, factor: int) -> Tensor:
     return x.reshape(b, r * factor, c * factor, d // factor**2)
 
 
-def norm(x: Tensor) -> Tensor:
-    """Layer norm over the channels, without scale and shift: a linear layer follows every use."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
 def relative_index(window: int, device: torch.device) -> Tensor:
-    """Index of each pair of a window's cells in its table of (2 · window − 1)² relative positions: cells × cells."""
+    """Index of each pair of a window's cells in the table of (2 · window − 1)² relative positions: cells × cells."""
     cells = torch.arange(window**2, device=device)
     row, column = cells // window, cells % window
     down, across = row[:, None] - row + window - 1, column[:, None] - column + window - 1
@@ -100,7 +89,7 @@ def relative_index(window: int, device: torch.device) -> Tensor:
 
 
 class Convolution(nn.Linear):
-    """A dense 3 × 3 convolution over b r c d. ``weight`` is out × (3 · 3 · in)."""
+    """A dense 3 × 3 convolution over b r c d; ``weight`` is out × (3 · 3 · in)."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(9 * channels_in, channels_out)
@@ -111,7 +100,7 @@ class Convolution(nn.Linear):
 
 
 class ConvolutionBlock(nn.Module):
-    """Residual block of two convolutions. ``shift`` and ``scale`` of a timestep act on the normed input."""
+    """Residual block of two convolutions."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -119,7 +108,7 @@ class ConvolutionBlock(nn.Module):
         self.conv_out = Convolution(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv_out(F.silu(self.conv_in(norm(x))))
+        return x + self.conv_out(F.silu(self.conv_in(modulated_norm(x))))
 
 
 class WindowedBlock(nn.Module):
@@ -133,43 +122,43 @@ class WindowedBlock(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, hidden)
+        self.gelu = nn.GELU(approximate="tanh")
         self.mlp_out = nn.Linear(hidden, width)
         self.position_bias = nn.Parameter(torch.zeros(shape.heads, (2 * shape.window - 1) ** 2))
-        # Modulations of all blocks come from one layer (Chen et al. 2023); each block adds its own.
+        # One layer makes the modulations of all blocks (Chen et al. 2023); each block adds its own.
         gates = torch.tensor([0.0, 0.0, shape.initial_gate]).repeat(2)
         self.modulation = nn.Parameter(gates[:, None].repeat(1, width)) if modulated else None
 
-    def modulate(self, common: Tensor) -> tuple[Modulation, Modulation]:
-        """common: n × 6 × width."""
-        parts = [part[:, None, None] for part in (common + self.modulation).unbind(1)]  # n 1 1 width
+    def modulate(self, common: Tensor) -> Modulations:
+        """common: b × 6 × width."""
+        parts = [part[:, None, None] for part in (common + self.modulation).unbind(1)]  # b 1 1 width
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
     def attention(self, x: Tensor, outside: Tensor | None) -> Tensor:
-        """x: b windows cells 3·d, outside: windows cells, True where there is no cell."""
+        """x: b windows cells 3·d; outside: windows cells, True for padding."""
         q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # b windows heads cells d
         bias = self.position_bias[:, relative_index(self.window, x.device)]  # heads cells cells
         if outside is not None:
             bias = bias + outside[:, None, None] * -1e4  # windows heads cells cells
-        logits = (norm(q) * (8 / q.shape[-1] ** 0.5)) @ norm(k).transpose(-2, -1)
+        logits = (modulated_norm(q) * (8 / q.shape[-1] ** 0.5)) @ modulated_norm(k).transpose(-2, -1)
         attended = (logits + bias.to(q.dtype)).softmax(-1).to(v.dtype) @ v
         return attended.transpose(2, 3).flatten(3)
 
-    def forward(self, x: Tensor, modulation: tuple[Modulation, Modulation] | None = None) -> Tensor:
+    def forward(self, x: Tensor, modulations: Modulations = IDENTITY) -> Tensor:
         """x: b r c d, any number of rows and columns."""
-        attention, mlp = modulation or (None, None)
-        windows, outside = self.partition(self.qkv(modulated(x, attention)))
+        attention, mlp = modulations
+        windows, outside = self.partition(self.qkv(modulated_norm(x, attention)))
         attended = self.merge(self.attention(windows, outside), *x.shape[1:3])
-        x = gated(x, self.proj(attended), attention)
-        hidden = F.gelu(self.mlp_in(modulated(x, mlp)), approximate="tanh")
-        return gated(x, self.mlp_out(hidden), mlp)
+        x = gated_residual(x, self.proj(attended), attention)
+        return gated_residual(x, self.mlp_out(self.gelu(self.mlp_in(modulated_norm(x, mlp)))), mlp)
 
     def padding(self, rows: int, columns: int) -> tuple[int, int, int, int]:
-        """Cells to add left, right, above and below, so that the windows are whole."""
-        across, down = (-(n + self.offset) % self.window for n in (columns, rows))
-        return self.offset, across, self.offset, down
+        """Cells to add left, right, above and below for whole windows."""
+        right, below = (-(n + self.offset) % self.window for n in (columns, rows))
+        return self.offset, right, self.offset, below
 
     def partition(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """b r c d -> b windows cells d, and where these hold no cell: windows cells."""
+        """b r c d -> b windows cells d, and a mask windows cells that is True for padding, ``None`` without any."""
         rows, columns = x.shape[1:3]
         padding = self.padding(rows, columns)
         if not any(padding):
@@ -191,16 +180,8 @@ class WindowedBlock(nn.Module):
         return x[:, above : above + rows, left : left + columns]
 
 
-def modulated(x: Tensor, modulation: Modulation | None) -> Tensor:
-    return norm(x) if modulation is None else torch.addcmul(modulation.shift, norm(x), 1 + modulation.scale)
-
-
-def gated(x: Tensor, update: Tensor, modulation: Modulation | None) -> Tensor:
-    return x + update if modulation is None else x + modulation.gate * update
-
-
 class WindowedEncoder(nn.Module):
-    """Equation 1: an image b 3 h w, whole cells, to one code token per cell, b (h/16 · w/16) channels."""
+    """Equation 1: images b 3 h w of whole cells to one code token per cell, b (h/16 · w/16) channels."""
 
     def __init__(self, shape: WindowedShape, channels: int):
         super().__init__()
@@ -225,7 +206,7 @@ class WindowedEncoder(nn.Module):
         x = self.down16(space_to_depth(x, 2))
         for block in self.blocks[2 * n :]:
             x = block(x)
-        return self.code_out(norm(x)).flatten(1, 2)
+        return self.code_out(modulated_norm(x)).flatten(1, 2)
 
 
 class WindowedDecoder(nn.Module):
@@ -252,34 +233,32 @@ class WindowedDecoder(nn.Module):
         self.picture_out = Convolution(w // 4, 3 * 4**2)
 
     def modulate(self, t: Tensor, end: Tensor | None = None) -> Conditioning:
+        """Compute all modulations for timesteps t (b in [0, 1]); ``end`` is unused."""
         embedded = F.silu(self.time_out(F.silu(self.time_in(timestep_embedding(t)))))
         common = self.modulation(embedded).float().unflatten(-1, (8, -1))
         blocks = tuple(block.modulate(common[:, :6]) for block in self.blocks[: self.shape.depth])
         return Conditioning(t, blocks, Modulation(*(part[:, None, None] for part in common[:, 6:].unbind(1))))
 
     def embed_code(self, code: Tensor, keep: Tensor | None = None) -> Tensor:
-        """b m channels -> b m width. A channel that is exactly 0 was not sent; the decoder is told which these are."""
+        """b m channels -> b m width. A channel that is exactly 0 was not sent; a mask tells the decoder so."""
         code = F.pad(torch.cat((code, (code != 0).to(code.dtype)), dim=-1), (0, 1), value=1.0)
         if keep is not None:
             code = code * keep[:, None, None].to(code.dtype)
         return self.code_in(code)
 
     def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
-        """x_t: b 3 h w, code: embedded, b m width, at_t: of ``modulate`` -> velocity float32 b 3 h w."""
+        """x_t: b 3 h w, code: embedded code b m width, at_t: from ``modulate`` -> velocity float32 b 3 h w."""
         depth, n = self.shape.depth, self.shape.conv_depth
-        pixels = x_t.permute(0, 2, 3, 1)
-        patches = space_to_depth(pixels, 4)
+        patches = space_to_depth(x_t.permute(0, 2, 3, 1), 4)
         rows, columns = x_t.shape[-2] // CELL, x_t.shape[-1] // CELL
         x = code.unflatten(1, (rows, columns)) + self.picture_in16(space_to_depth(patches, 4))
-        for block, modulation in zip(self.blocks[:depth], at_t.blocks, strict=True):
-            x = block(x, modulation)
-        x = depth_to_space(self.up8(modulated(x, at_t.out)), 2) + self.picture_in8(space_to_depth(patches, 2))
+        for block, modulations in zip(self.blocks[:depth], at_t.blocks, strict=True):
+            x = block(x, modulations)
+        x = depth_to_space(self.up8(modulated_norm(x, at_t.out)), 2) + self.picture_in8(space_to_depth(patches, 2))
         for block in self.blocks[depth : depth + n]:
             x = block(x)
-        x = depth_to_space(self.up4(norm(x)), 2) + self.picture_in4(patches)
+        x = depth_to_space(self.up4(modulated_norm(x)), 2) + self.picture_in4(patches)
         for block in self.blocks[depth + n :]:
             x = block(x)
-        out = depth_to_space(self.picture_out(norm(x)), 4).permute(0, 3, 1, 2).float()
-        if self.shape.prediction == "velocity":
-            return out
-        return (x_t - out) / at_t.t.clamp(min=MIN_PREDICTION_TIME)[:, None, None, None]
+        out = depth_to_space(self.picture_out(modulated_norm(x)), 4).permute(0, 3, 1, 2).float()
+        return velocity_from(out, x_t, at_t.t, self.shape.prediction)

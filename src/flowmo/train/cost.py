@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flowmo.config import Config, DataConfig, EvalConfig, OptConfig, SamplingConfig, TrainerConfig
 from flowmo.data.tokens import Vocabulary
@@ -43,6 +43,14 @@ PEAKS = {
     "RTX 3090": 71e12,
 }
 """Dense bfloat16 FLOP/s with float32 accumulation, from data sheets, by the first part of the name that matches."""
+
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v)
+    ),
+}
+"""FLOPs of attention on CPUs, which PyTorch's counter does not know: two matrix products forward, four backward."""
 
 IMAGENET_IMAGES = 1_281_167
 STATE_BYTES = 5 * 4
@@ -101,12 +109,11 @@ def describe_training(config: Config) -> dict[str, Any]:
     }
 
 
-def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = True) -> Cost:
+def training_cost(config: Config, freeze_encoder: bool = False) -> Cost:
     """Forecast the cost of stage 1A, 1B or 1C, in seconds and without allocating the model.
 
     Args:
         freeze_encoder: forecast the steps in which the encoder no longer learns.
-        fused: assume fused attention, as on a GPU; a CPU keeps attention matrices in bfloat16.
     """
     model, opt, trainer = config.model, config.opt, config.trainer
     if model.quantization_type in HUB_NAMES:  # its language model is not counted
@@ -126,7 +133,7 @@ def training_cost(config: Config, freeze_encoder: bool = False, fused: bool = Tr
         eval=EvalConfig(sampling=SamplingConfig(guidance=1.0)),
         trainer=_memory_settings(trainer),
     )
-    return _training_cost(relevant, freeze_encoder, fused)
+    return _training_cost(relevant, freeze_encoder)
 
 
 def _memory_settings(trainer: TrainerConfig, plain: bool = False) -> TrainerConfig:
@@ -139,7 +146,7 @@ def _memory_settings(trainer: TrainerConfig, plain: bool = False) -> TrainerConf
 
 
 @cache
-def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
+def _training_cost(config: Config, freeze_encoder: bool) -> Cost:
     # Beyond two steps, each step of stage 1B's chain adds the same FLOPs and one stored state.
     steps = config.model.posttrain_sample_k
     counted = min(steps, 2) if config.stage == "posttrain" else steps
@@ -159,10 +166,8 @@ def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
         if extra:
             flops += extra * (flops - mean_flops(1))
         try:
-            transformer.plain_bfloat16_on_cpu = not fused
             per_image, fixed = _memory(step, config.trainer.enable_bfloat16)
         finally:
-            transformer.plain_bfloat16_on_cpu = True
             transformer.rotary_table.cache_clear()  # drop tables without contents
         parameters = sum(p.numel() for p in FlowMo(config).parameters())
     chain_states = extra * 4 * 3 * math.prod(largest)
@@ -170,8 +175,8 @@ def _training_cost(config: Config, freeze_encoder: bool, fused: bool) -> Cost:
 
 
 @cache
-def generator_cost(config: Config, vocabulary: Vocabulary, fused: bool = True) -> Cost:
-    """Forecast the cost of stage 2. ``fused`` makes no difference."""
+def generator_cost(config: Config, vocabulary: Vocabulary) -> Cost:
+    """Forecast the cost of stage 2."""
 
     def step(images: int, plain: bool = False) -> Step:
         trainer = _memory_settings(config.trainer, plain)
@@ -219,8 +224,8 @@ def _backward(loss: Callable[[], Tensor], bfloat16: bool) -> None:
 
 
 def _flops(step: Step) -> float:
-    """Count the FLOPs of a loss and its gradients with plain attention, whose products the counter knows."""
-    with FlopCounterMode(display=False) as counter:
+    """Count the FLOPs of a loss and its gradients."""
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         _backward(step[0], bfloat16=True)
     return counter.get_total_flops()
 

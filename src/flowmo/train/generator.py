@@ -134,8 +134,8 @@ class GeneratorTask(Task):
             )
         return tokenizer
 
-    def cost(self, fused: bool = True) -> Cost:
-        return generator_cost(self.config, self.vocabulary, fused)
+    def cost(self) -> Cost:
+        return generator_cost(self.config, self.vocabulary)
 
     def loss(self, module: nn.Module, chunk: Tensor, first: int, shared: None) -> Loss:
         noise = Hidden.of(self.config, self.vocabulary.ids, range(first, first + len(chunk)), chunk.device)

@@ -47,7 +47,7 @@ class Task:
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         self.config, self.world, self.report = config, world, report
 
-    def cost(self, fused: bool = True) -> Cost:
+    def cost(self) -> Cost:
         """Forecast the stage's current cost, see ``training_cost``."""
         raise NotImplementedError
 

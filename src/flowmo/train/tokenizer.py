@@ -120,11 +120,11 @@ class TokenizerTask(Task):
             )
         return Evaluators(features=build_features("inception")).to(device)
 
-    def cost(self, fused: bool = True) -> Cost:
+    def cost(self) -> Cost:
         config = self.config
         if self.teacher is not None and not config.opt.teacher_steps:
             config = config.override(f"opt.teacher_steps={self.teacher.config.eval.sampling.sample_steps}")
-        return training_cost(config, self.frozen, fused)
+        return training_cost(config, self.frozen)
 
     # Step
 

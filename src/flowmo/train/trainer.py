@@ -128,7 +128,7 @@ class Trainer:
     def _max_microbatch(self) -> int:
         """Forecast the largest micro-batch that fits on the device, or in this process's part of the machine."""
         on_gpu = self.device.type == "cuda"
-        cost = self.task.cost(fused=on_gpu or not in_bfloat16(self.config, self.device))
+        cost = self.task.cost()
         shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
         if on_gpu:
             return cost.max_images(torch.cuda.get_device_properties(self.device).total_memory, shards)

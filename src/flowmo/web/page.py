@@ -81,7 +81,7 @@ def build(demo: Demo) -> Any:
     """
     gr = gradio()
     sampling = demo.tokenizer.config.eval.sampling
-    guided = not demo.tokenizer.decoder.shape.mean_velocity
+    guided = not demo.tokenizer.config.model.mean_velocity
     last_token = demo.tokenizer.code_length - 1
 
     def on(event: Callable, function: Callable, inputs: list, outputs: list) -> Any:

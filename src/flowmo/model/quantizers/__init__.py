@@ -1,10 +1,10 @@
-"""Bottlenecks, one a file, behind one contract (``contract.Quantizer``). A new one is a file and a line here."""
+"""Bottlenecks, one per file, behind one base class. A new one is a file and a line in ``QUANTIZERS``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from flowmo.config.sections import ModelConfig
 from flowmo.model.quantizers.base import Learner, Quantized, Quantizer, WholeBatch, alone, check_ids
 from flowmo.model.quantizers.bsq import BSQ
 from flowmo.model.quantizers.fsq import FSQ
@@ -15,14 +15,12 @@ from flowmo.model.quantizers.layernorm import LayerNorm
 from flowmo.model.quantizers.lfq import LFQ
 from flowmo.model.quantizers.vq import VQ
 
-if TYPE_CHECKING:
-    from flowmo.config import ModelConfig
-
 __all__ = [
     "BSQ",
     "FSQ",
     "KL",
     "LFQ",
+    "QUANTIZERS",
     "VQ",
     "Identity",
     "Infill",
@@ -37,20 +35,23 @@ __all__ = [
 ]
 
 
+def _binary(kind: type[LFQ], m: ModelConfig) -> LFQ:
+    return kind(m.context_dim, m.codebook_size_for_entropy, m.entropy_loss_weight, m.commit_loss_weight)
+
+
+QUANTIZERS: dict[str, Callable[[ModelConfig], Quantizer]] = {
+    "lfq": lambda m: _binary(LFQ, m),
+    "bsq": lambda m: _binary(BSQ, m),
+    "fsq": lambda m: FSQ(m.context_dim, m.fsq_levels, m.codebook_size_for_entropy),
+    "vq": lambda m: VQ(m.context_dim, m.vq_entries, m.vq_sub_tokens, m.vq_decay, m.vq_commit_weight),
+    "kl": lambda m: KL(m.context_dim),
+    "layernorm": lambda m: LayerNorm(m.context_dim),
+    "noop": lambda m: Identity(m.context_dim),
+    **dict.fromkeys(HUB_NAMES, lambda m: Infill(m.context_dim, m.language_model or m.quantization_type)),
+}
+"""Bottlenecks by ``model.quantization_type``."""
+
+
 def build_quantizer(model: ModelConfig) -> Quantizer:
-    """The bottleneck that ``model.quantization_type`` names, with that section's settings."""
-    bits = (model.context_dim, model.codebook_size_for_entropy, model.entropy_loss_weight, model.commit_loss_weight)
-    builders: dict[str, Callable[[], Quantizer]] = {
-        "lfq": lambda: LFQ(*bits),
-        "bsq": lambda: BSQ(*bits),
-        "fsq": lambda: FSQ(model.context_dim, model.fsq_levels, model.codebook_size_for_entropy),
-        "vq": lambda: VQ(
-            model.context_dim, model.vq_entries, model.vq_sub_tokens, model.vq_decay, model.vq_commit_weight
-        ),
-        "kl": lambda: KL(model.context_dim),
-        "layernorm": lambda: LayerNorm(model.context_dim),
-        "noop": lambda: Identity(model.context_dim),
-    }
-    if model.quantization_type in HUB_NAMES:
-        return Infill(model.context_dim, model.language_model or model.quantization_type)
-    return builders[model.quantization_type]()
+    """Build the bottleneck that ``model.quantization_type`` names."""
+    return QUANTIZERS[model.quantization_type](model)

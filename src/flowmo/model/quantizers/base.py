@@ -1,4 +1,4 @@
-"""What every bottleneck promises: ``quantizer(code) -> Quantized``, and ids <-> code without a picture."""
+"""The interface of every bottleneck: ``quantizer(code) -> Quantized`` in training, ids <-> code in inference."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WholeBatch = Callable[[Tensor], Tensor]
-"""From a statistic of some pictures to its mean over the whole batch that they are part of, without gradient."""
+"""Maps a statistic of a micro-batch to its mean over the global batch, without gradient."""
 
 
 def alone(statistic: Tensor) -> Tensor:
-    """The ``WholeBatch`` of pictures that are a batch of their own."""
+    """The ``WholeBatch`` of a batch with a single micro-batch."""
     return statistic
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a bottleneck makes of the encoder's output.
+    """Output of a bottleneck in training.
 
     Attributes:
-        code: b × tokens × channels, what the decoder is conditioned on; gradients flow to the encoder.
+        code: b × tokens × channels, input of the decoder; gradients flow to the encoder.
         ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
-        losses: named scalar terms, already weighted, to be added to the training loss.
-        statistics: named scalars for the log, without gradient or weight.
-        noise_level: b in [0, 1], how much of the code is noise; the decoder is then trained from that timestep on.
+        losses: named scalar terms, already weighted.
+        statistics: named scalars for the log, detached and unweighted.
+        noise_level: b in [0, 1], share of noise in the code; the decoder trains on timesteps from there on.
     """
 
     code: Tensor
@@ -37,70 +37,73 @@ class Quantized:
     noise_level: Tensor | None = None
 
 
-class Quantizer(Protocol):
-    """A bottleneck. ``channels`` is the width of ``Quantized.code``, ``encoder_channels`` what the encoder emits."""
+class Quantizer(nn.Module):
+    """Base class of bottlenecks, continuous unless a subclass sets ``sub_tokens`` and ``id_count``.
 
-    @property
-    def channels(self) -> int: ...
+    The losses are such that the mean over micro-batches of their gradients is the gradient of the global batch's
+    loss, if ``whole_batch`` returns the same means to each micro-batch.
 
-    @property
-    def encoder_channels(self) -> int: ...
+    Attributes:
+        channels: channels of ``Quantized.code`` per token.
+        encoder_channels: channels of the encoder's output per token.
+        sub_tokens: ids per token; ``None`` if continuous.
+        id_count: ids run from 0 to ``id_count`` − 1; ``None`` if continuous.
+        needs_whole_batch: True if a loss depends nonlinearly on a mean over the batch, and so calls ``whole_batch``.
+    """
 
-    @property
-    def sub_tokens(self) -> int | None:
-        """Ids a token, or ``None`` where the bottleneck is continuous."""
+    sub_tokens: int | None = None
+    id_count: int | None = None
+    needs_whole_batch = False
 
-    @property
-    def id_count(self) -> int | None:
-        """Ids run from 0 to ``id_count`` − 1; ``None`` where the bottleneck is continuous."""
+    def __init__(self, channels: int, encoder_channels: int | None = None):
+        super().__init__()
+        self.channels = channels
+        self.encoder_channels = encoder_channels or channels
 
-    @property
-    def needs_whole_batch(self) -> bool:
-        """Whether a loss depends on a mean over the batch otherwise than linearly, and so calls ``whole_batch``."""
-
-    def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
-        """Training: code b × tokens × encoder_channels, with losses.
-
-        The mean over the parts of a batch of their losses' gradients is the gradient of the whole batch's loss, when
-        ``whole_batch`` gives each part the same means over all of it.
-        """
+    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+        """Quantize with losses. code: b × tokens × encoder_channels."""
+        return Quantized(code.float(), None)
 
     def quantize(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Inference: the code that the decoder sees, without losses or randomness, and its ids."""
+        """Return the decoder's code and its ids, without losses or randomness."""
+        return code.float(), None
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
         """int64 b × tokens × sub_tokens -> float32 b × tokens × channels."""
+        raise TypeError("This tokenizer's code is continuous and has no ids. Keep the Codes that encode returned.")
+
+    def sub_token_of(self, channel: Tensor) -> Tensor:
+        """Index of the sub-token that each channel belongs to, for nested dropout."""
+        raise TypeError("Nested dropout needs the sub-tokens of fsq or lfq.")
 
 
 @runtime_checkable
 class Learner(Protocol):
-    """A bottleneck that learns otherwise than by gradients."""
+    """A bottleneck that learns without gradients."""
 
     def buffers(self) -> Iterator[Tensor]:
-        """All that ``learn`` changes."""
+        """Everything that ``learn`` changes."""
 
     def learn(self, step: int = 0) -> None:
-        """Learn from the batch that was last seen in training; called once a step, in every process, by the same
-        means over the whole batch. ``step`` is the run's, for random numbers that all processes share."""
+        """Learn from the last training batch, once per step and alike on every rank. ``step`` seeds the noise."""
 
 
-def check_ids(ids: Tensor, code_length: int, sub_tokens: int, id_count: int, prefix: bool = False) -> Tensor:
-    """``ids`` as int64 b × tokens × sub_tokens.
-
-    Args:
-        prefix: whether fewer sub-tokens are allowed, at least one.
+def check_ids(
+    ids: Tensor | None, code_length: int, sub_tokens: int, id_count: int, allow_prefix: bool = False
+) -> Tensor:
+    """Return ``ids`` as int64 b × tokens × sub_tokens. With ``allow_prefix`` the last sub-tokens may be missing.
 
     Raises:
         TypeError: not an integer tensor.
-        ValueError: another count of tokens or sub-tokens, or an id outside 0 … id_count − 1.
+        ValueError: a wrong number of tokens or sub-tokens, or an id outside 0 … id_count − 1.
     """
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         kind = f"{ids.dtype} tensor" if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"ids must be an integer tensor, not a {kind}")
-    allowed = range(1 if prefix else sub_tokens, sub_tokens + 1)
+        raise TypeError(f"ids must be an integer tensor, not a {kind}.")
+    allowed = range(1 if allow_prefix else sub_tokens, sub_tokens + 1)
     if ids.ndim != 3 or ids.shape[1] != code_length or ids.shape[2] not in allowed:
-        needed = f"1 to {sub_tokens}" if prefix else sub_tokens
-        raise ValueError(f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {code_length}, {needed})")
+        needed = f"1 to {sub_tokens}" if allow_prefix else sub_tokens
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {code_length}, {needed}).")
     if ids.numel() and (ids.min() < 0 or ids.max() >= id_count):
-        raise ValueError(f"ids run from {ids.min()} to {ids.max()}; this tokenizer's run from 0 to {id_count - 1}")
+        raise ValueError(f"ids run from {ids.min()} to {ids.max()}; this tokenizer's run from 0 to {id_count - 1}.")
     return ids.long()

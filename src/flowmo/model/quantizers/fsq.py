@@ -1,6 +1,6 @@
-"""Finite scalar quantization (Mentzer et al. 2023): every channel is rounded to one of L levels; there is no codebook.
+"""Finite scalar quantization (Mentzer et al. 2023): round each channel to one of L levels; there is no codebook.
 
-A token of f channels makes f / g ids of g channels each, L^g of them, lowest channel first.
+A token of f channels makes f / g ids of g consecutive channels each, L^g of them, lowest channel first.
 """
 
 from __future__ import annotations
@@ -10,63 +10,60 @@ import math
 import torch
 from torch import Tensor
 
-from flowmo.model.quantizers.base import Quantized, WholeBatch, alone
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
 
 MARGIN = 1e-3
-"""Relative room beyond the outermost levels, which tanh could not reach."""
+"""Relative room beyond the outermost levels, which tanh cannot reach."""
 
 
-class FSQ:
-    """Bottleneck of ``channels`` channels of ``levels`` levels in [−1, 1], without a loss.
+class FSQ(Quantizer):
+    """Bottleneck of ``channels`` channels with ``levels`` levels in [−1, 1] each, without a loss.
 
     Args:
-        group_bits: ids take as many channels as make no more bits than this.
+        group_bits: an id joins as many channels as fit into this many bits.
 
     Raises:
-        ValueError: fewer than two levels, or ``channels`` are no multiple of a group.
+        ValueError: fewer than two levels, or ``channels`` is not a multiple of a group.
     """
 
-    needs_whole_batch = False
-
     def __init__(self, channels: int, levels: int, group_bits: int):
+        super().__init__(channels)
         if levels < 2:
-            raise ValueError(f"{levels} levels tell nothing apart; there must be at least 2")
+            raise ValueError(f"FSQ needs at least 2 levels, not {levels}.")
         self.group = max(int(group_bits / math.log2(levels) + 1e-9), 1)
         if channels % self.group:
-            raise ValueError(f"{channels} channels of {levels} levels do not split into groups of {self.group}")
-        self.channels = self.encoder_channels = channels
+            raise ValueError(f"{channels} channels of {levels} levels do not split into groups of {self.group}.")
         self.levels = levels
         self.sub_tokens = channels // self.group
         self.id_count = levels**self.group
 
-    def sub_token_of(self, channel: Tensor) -> Tensor:
-        """Index of the sub-token that each channel belongs to."""
-        return channel // self.group
-
-    def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         bounded = self.bound(code.float())
-        places = bounded.round()
-        straight = bounded + (places - bounded).detach()
-        return Quantized(self.values(straight), self.ids(places))
+        level = bounded.round()
+        straight_through = bounded + (level - bounded).detach()
+        return Quantized(self.values(straight_through), self.ids(level))
 
     def quantize(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        places = self.bound(code.float()).round()
-        return self.values(places), self.ids(places)
+        level = self.bound(code.float()).round()
+        return self.values(level), self.ids(level)
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
         power = self.levels ** torch.arange(self.group, device=ids.device)
         return self.values((ids[..., None] // power % self.levels).flatten(-2).float())
 
+    def sub_token_of(self, channel: Tensor) -> Tensor:
+        return channel // self.group
+
     def bound(self, code: Tensor) -> Tensor:
-        """Onto (−½, L − ½), where rounding gives the levels 0 … L − 1 about equal room."""
+        """Map to (−½, L − ½), where rounding gives the levels 0 … L − 1 about equal room."""
         half = (self.levels - 1) / 2
         return half + torch.tanh(code) * (half + 0.5 - MARGIN)
 
-    def values(self, places: Tensor) -> Tensor:
-        """Levels 0 … L − 1 to [−1, 1]."""
-        return 2 * places / (self.levels - 1) - 1
+    def values(self, level: Tensor) -> Tensor:
+        """Map levels 0 … L − 1 to [−1, 1]."""
+        return 2 * level / (self.levels - 1) - 1
 
-    def ids(self, places: Tensor) -> Tensor:
+    def ids(self, level: Tensor) -> Tensor:
         """b t f -> int64 b t f/g."""
-        power = self.levels ** torch.arange(self.group, device=places.device)
-        return (places.detach().long().unflatten(-1, (self.sub_tokens, self.group)) * power).sum(dim=-1)
+        power = self.levels ** torch.arange(self.group, device=level.device)
+        return (level.detach().long().unflatten(-1, (-1, self.group)) * power).sum(dim=-1)

@@ -1,9 +1,8 @@
-"""Continuous bottleneck whose code a frozen language model must be able to fill in.
+"""Continuous bottleneck whose code a frozen causal language model must be able to fill in.
 
-In training a random span of the code's tokens is replaced by what a causal language model makes of it: its last hidden
-states at the span's places, when it reads the code in fill-in-the-middle order (prefix mark, what comes before, suffix
-mark, what comes after, middle mark, span). Gradients flow through the model to the encoder; the model stays as it is.
-Without training the code is passed on unchanged and no language model is needed.
+Training replaces a random span of code tokens by the last hidden states of the language model at the span's positions.
+The model reads the code in fill-in-the-middle order (prefix mark, before, suffix mark, after, middle mark, span).
+Gradients flow through it to the encoder. Inference passes the code on unchanged and needs no language model.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from flowmo.errors import FlowMoError
 from flowmo.losses.torchvision_import import before_importing
-from flowmo.model.quantizers.base import Quantized, WholeBatch, alone
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
 
 SPAN_SHARE = 0.3
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -23,88 +22,78 @@ HUB_NAMES = {"qwen2.5-coder-0.5b": "Qwen/Qwen2.5-Coder-0.5B"}
 
 
 class LanguageModelError(FlowMoError, ValueError):
-    """A language model that is not there, or does not fit the code."""
+    """A language model that cannot be loaded or does not fit the code."""
 
 
-class Infill:
-    """Continuous code of ``channels`` channels a token, a span of it seen through a causal language model.
+class Infill(Quantizer):
+    """Continuous code of ``channels`` channels per token, a span of it seen through a causal language model.
 
     Args:
         channels: hidden size of the language model.
-        name: a key of ``HUB_NAMES``, the name of a model on the Hub, or a folder of one saved by ``transformers``.
+        name: a key of ``HUB_NAMES``, a model on the Hub, or a folder saved by ``transformers``.
 
     Raises:
-        LanguageModelError: on the first training pass, where the model cannot be loaded or has another hidden size.
+        LanguageModelError: on the first training pass, if the model cannot be loaded or has another hidden size.
     """
 
-    sub_tokens = id_count = None
-    needs_whole_batch = False
-
     def __init__(self, channels: int, name: str):
-        self.channels = self.encoder_channels = channels
+        super().__init__(channels)
         self.name = name
-        self._model: Any = None
-        self._marks: list[int] = []
+        self._loaded: tuple[Any, list[int]] | None = None  # a tuple keeps the frozen model out of the state dict
 
-    def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         length = code.shape[1]
         span = max(round(SPAN_SHARE * length), 1)
         start = int(torch.randint(length - span + 1, ()))
         return Quantized(self.fill_in(code.float(), start, start + span), None)
 
     def fill_in(self, code: Tensor, start: int, end: int) -> Tensor:
-        """``code`` b × tokens × channels with the tokens from ``start`` up to ``end`` seen through the model."""
-        model = self._load(code.device)
+        """Replace tokens ``start`` to ``end`` of code b × tokens × channels by the language model's hidden states."""
+        model, mark_ids = self.language_model(code.device)
         before, span, after = code[:, :start], code[:, start:end], code[:, end:]
-        marks = model.get_input_embeddings()(torch.tensor(self._marks, device=code.device))
+        marks = model.get_input_embeddings()(torch.tensor(mark_ids, device=code.device))
         prefix, suffix, middle = (mark.expand(len(code), 1, -1) for mark in marks)
-        read = torch.cat((prefix, before, suffix, after, middle, span), dim=1)
-        seen = model(inputs_embeds=read.to(marks.dtype), use_cache=False).last_hidden_state
-        return torch.cat((before, seen[:, -span.shape[1] :].float(), after), dim=1)
+        sequence = torch.cat((prefix, before, suffix, after, middle, span), dim=1)
+        hidden = model(inputs_embeds=sequence.to(marks.dtype), use_cache=False).last_hidden_state
+        return torch.cat((before, hidden[:, -span.shape[1] :].float(), after), dim=1)
 
-    def quantize(self, code: Tensor) -> tuple[Tensor, None]:
-        return code.float(), None
-
-    def code_from_ids(self, ids: Tensor) -> Tensor:
-        raise TypeError("this tokenizer's code is continuous and has no ids; keep the Codes that encode returned")
-
-    def _load(self, device: torch.device) -> Any:
-        if self._model is None:
-            self._model, self._marks = load_language_model(HUB_NAMES.get(self.name, self.name), self.channels)
-        if self._model.device != device:
-            self._model.to(device)
-        return self._model
+    def language_model(self, device: torch.device) -> tuple[Any, list[int]]:
+        """The frozen language model on ``device`` and its ids of ``MARKS``; loaded on first use."""
+        if self._loaded is None:
+            self._loaded = load_language_model(HUB_NAMES.get(self.name, self.name), self.channels)
+        if self._loaded[0].device != device:
+            self._loaded[0].to(device)
+        return self._loaded
 
 
 def load_language_model(name: str, channels: int) -> tuple[Any, list[int]]:
-    """A frozen causal language model without its head, and its ids of ``MARKS``.
+    """Load a frozen causal language model without its head, and its ids of ``MARKS``.
 
-    Where it comes without a tokenizer, its last three ids serve as marks.
+    Without a tokenizer, or with one that lacks the marks, the vocabulary's last three ids serve as marks.
 
     Raises:
-        LanguageModelError: ``transformers`` is missing, the model cannot be loaded, or its hidden size is another.
+        LanguageModelError: ``transformers`` is missing, the model cannot be loaded, or its hidden size differs.
     """
     before_importing("transformers")
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise LanguageModelError(f"{name}: a language model needs transformers: pip install transformers") from None
+        raise LanguageModelError(f"{name}: language models need transformers. Run: pip install transformers") from None
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise LanguageModelError(f"{name}: no such language model ({' '.join(str(error).split())[:150]})") from None
-    if config.hidden_size != channels:
-        raise LanguageModelError(
-            f"{name} has hidden size {config.hidden_size}; write model.context_dim={config.hidden_size}, not {channels}"
-        )
-    try:
+        if config.hidden_size != channels:
+            advice = f"Write model.context_dim={config.hidden_size}, not {channels}."
+            raise LanguageModelError(f"{name} has hidden size {config.hidden_size}. {advice}")
         model = AutoModelForCausalLM.from_pretrained(name).base_model
+    except LanguageModelError:
+        raise
     except (OSError, ValueError) as error:
-        raise LanguageModelError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:150]})") from None
+        reason = " ".join(str(error).split())[:150]
+        raise LanguageModelError(f"{name}: cannot load a language model ({reason})") from None
     try:
         marks = AutoTokenizer.from_pretrained(name).convert_tokens_to_ids(list(MARKS))
     except (OSError, ValueError, KeyError, TypeError):
         marks = []
-    if None in marks or len(set(marks)) < len(MARKS):  # a tokenizer without them calls all of them unknown
+    if None in marks or len(set(marks)) < len(MARKS):  # unknown tokens share one id
         marks = list(range(config.vocab_size - len(MARKS), config.vocab_size))
     return model.eval().requires_grad_(False), marks

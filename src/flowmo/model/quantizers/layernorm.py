@@ -1,8 +1,7 @@
-"""Normed continuous bottleneck with noise synchronization, as in DiTo (Chen et al. 2025), which table 3 compares with.
+"""Layer-normed continuous bottleneck with noise synchronization (DiTo, Chen et al. 2025), the rival in table 3.
 
-A token is brought to mean 0 and variance 1. On some pictures training mixes the code with noise up to a level τ, as the
-flow does with pictures, and then asks the decoder for timesteps from τ on only: a code on its way from noise is to be
-enough for a picture that is just as far on its own. A diffusion model over codes has an easier task after that.
+Training mixes the code of some images with noise up to a level τ, as the flow does with images, and trains the decoder
+on timesteps from τ on only. A diffusion model over codes then has an easier task.
 """
 
 from __future__ import annotations
@@ -11,22 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.model.quantizers.base import Quantized, WholeBatch, alone
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
 
 NOISED_SHARE = 0.1
 NORM_EPS = 1e-6
 
 
-class LayerNorm:
-    """Continuous code of ``channels`` channels a token, without a loss."""
+class LayerNorm(Quantizer):
+    """Continuous code of ``channels`` channels per token with mean 0 and variance 1, without a loss."""
 
-    sub_tokens = id_count = None
-    needs_whole_batch = False
-
-    def __init__(self, channels: int):
-        self.channels = self.encoder_channels = channels
-
-    def __call__(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
         normed, _ = self.quantize(code)
         chance, level = torch.rand(2, len(code), device=code.device)
         level = torch.where(chance < NOISED_SHARE, level, 0.0)
@@ -35,6 +28,3 @@ class LayerNorm:
 
     def quantize(self, code: Tensor) -> tuple[Tensor, None]:
         return F.layer_norm(code.float(), code.shape[-1:], eps=NORM_EPS), None
-
-    def code_from_ids(self, ids: Tensor) -> Tensor:
-        raise TypeError("this tokenizer's code is continuous and has no ids; keep the Codes that encode returned")
