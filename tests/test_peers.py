@@ -6,7 +6,7 @@ Each definition was compared once with its authors' code on the same random weig
 import pytest
 import torch
 
-from flowmo.evaluate.peers import CONTINUOUS, DISCRETE, SIDE, Peer, PeerError, build_peer
+from flowmo.evaluate.peers import CONTINUOUS, DISCRETE, SIDE, PeerError, build_peer
 from flowmo.evaluate.peers.cosmos import FILES, Cosmos
 from flowmo.evaluate.peers.titok import TiTok
 from flowmo.evaluate.peers.vqgan import bits_to_ids, ids_to_bits
@@ -152,7 +152,6 @@ def test_a_pickle_is_not_run(tmp_path):
 
 
 def test_rows_that_do_not_depend_on_the_batch(image):
-    network = DISCRETE["maskbit"][1]()
-    peer = Peer("x", network)
+    peer = DISCRETE["maskbit"][1]().eval()
     pair = torch.cat((image, -image))
     assert torch.equal(peer.reconstruct(pair, [0, 1]).ids[1:], peer.reconstruct(-image, [1]).ids)

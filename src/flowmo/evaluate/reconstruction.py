@@ -26,7 +26,7 @@ from flowmo.evaluate.metrics.pairs import squared_error, ssim
 from flowmo.images import ImageError, Tiling, resize_and_crop, to_bytes, to_pil, to_tensor
 from flowmo.losses.perceptual import LPIPS
 from flowmo.model.sampler import image_seed
-from flowmo.tokenizer import Codes, FlowMo
+from flowmo.tokenizer import FlowMo
 
 SMALLEST_WHOLE = 32
 """Pixels a side of the smallest image that every metric takes: AlexNet of LPIPS needs 31."""
@@ -90,29 +90,20 @@ class FlowMoReconstructor:
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         seeds = [image_seed(self.seed, index) for index in indices]
-        side = self.tokenizer.config.data.image_size
-        if images.shape[-2:] != (side, side) or self.tokenizer.native_size:
-            return self._one_by_one(images, seeds)
-        codes = self.tokenizer.encode(images)
-        decoded = self.tokenizer.decode(codes, self.steps, seeds, guidance=self.guidance, noise_scale=self.noise_scale)
-        tiling = Tiling(side, side, side)
-        singles = [replace(codes, ids=ids[None], tiling=tiling) for ids in codes.ids] if self.codec else []
-        bits = torch.full((len(images),), codes.bits / len(codes))
-        return Reconstruction(decoded, bits, codes.ids, self._file_bits(singles))
-
-    def _one_by_one(self, images: Tensor, seeds: Sequence[int]) -> Reconstruction:
-        encode = partial(self.tokenizer.encode_image, bits_per_pixel=self.bits_per_pixel)
-        codes = [encode(to_pil(image)) for image in images]
-        decoded = [
-            to_tensor(self.tokenizer.decode_image(code, self.steps, seed, guidance=self.guidance))
-            for code, seed in zip(codes, seeds, strict=True)
-        ]
+        tokenizer, side = self.tokenizer, self.tokenizer.config.data.image_size
+        if images.shape[-2:] == (side, side) and not tokenizer.native_size:
+            batch = tokenizer.encode(images)
+            decoded = tokenizer.decode(batch, self.steps, seeds, guidance=self.guidance, noise_scale=self.noise_scale)
+            codes = [replace(batch[[i]], tiling=Tiling(side, side, side)) for i in range(len(batch))]
+        else:
+            codes = [tokenizer.encode_image(to_pil(image), bits_per_pixel=self.bits_per_pixel) for image in images]
+            decode = partial(tokenizer.decode_image, guidance=self.guidance)
+            pairs = zip(codes, seeds, strict=True)
+            decoded = torch.stack([to_tensor(decode(code, self.steps, seed)) for code, seed in pairs])
         ids = torch.cat([code.ids for code in codes]) if self.id_count else None
         bits = torch.tensor([float(code.bits) for code in codes])
-        return Reconstruction(torch.stack(decoded), bits, ids, self._file_bits(codes))
-
-    def _file_bits(self, codes: Sequence[Codes]) -> Tensor | None:
-        return torch.tensor([8.0 * len(self.codec.pack(code)) for code in codes]) if self.codec else None
+        files = [] if self.codec is None else [8.0 * len(self.codec.pack(code)) for code in codes]
+        return Reconstruction(decoded, bits, ids, torch.tensor(files) if files else None)
 
 
 @dataclass

@@ -38,9 +38,6 @@ class FIDInception(FeatureNetwork):
             ``legacy`` resizes float images by ``F.interpolate``, like the release's copy of pytorch-fid. The paper's
             rFID has the legacy protocol.
 
-    Attributes:
-        has_logits: the weights include the classifier; some copies lack it.
-
     Raises:
         TorchvisionError: torchvision is missing.
         FeatureNetworkError: ``torch-fidelity`` is missing, or the file does not fit.
@@ -68,8 +65,7 @@ class FIDInception(FeatureNetwork):
         except (PthError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:150]
             raise FeatureNetworkError(f"{path} does not hold the weights of FID's Inception ({reason}).") from None
-        self.has_logits = bool(self.network.fc.weight.any())
-        self.classes = 1008 if self.has_logits else 0
+        self.classes = 1008 if self.network.fc.weight.any() else 0  # some copies of the weights lack the classifier
         self._resize_as_tensorflow = interpolate_bilinear_2d_like_tensorflow1x
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -91,4 +87,4 @@ class FIDInception(FeatureNetwork):
         for layer in layers:
             pooled = layer(pooled)
         pooled = pooled.flatten(1)
-        return Features(pooled, pooled @ classifier.weight.T if self.has_logits else None, self._spatial)
+        return Features(pooled, pooled @ classifier.weight.T if self.classes else None, self._spatial)

@@ -11,30 +11,19 @@ from pathlib import Path
 
 import torch
 
-from flowmo.evaluate.peers.base import SIDE, Peer, PeerError, TokenNetwork
+from flowmo.evaluate.peers.base import SIDE, PeerError, TokenNetwork
 from flowmo.evaluate.peers.continuous import HUB, ContinuousPeer
 from flowmo.evaluate.peers.cosmos import Cosmos
 from flowmo.evaluate.peers.titok import TiTok
 from flowmo.evaluate.peers.vqgan import LlamaGen, MaskBit, OpenMagvit2
 
-__all__ = ["CONTINUOUS", "DISCRETE", "SIDE", "Peer", "PeerError", "build_peer"]
+__all__ = ["CONTINUOUS", "DISCRETE", "SIDE", "PeerError", "build_peer"]
 
+TITOK_FILE = "model.safetensors of yucornetto/tokenizer_titok_{}_imagenet"
 DISCRETE: dict[str, tuple[str, Callable[[], TokenNetwork], str]] = {
-    "titok-l32": (
-        "TiTok-L-32",
-        partial(TiTok, "large", 32),
-        "model.safetensors of yucornetto/tokenizer_titok_l32_imagenet",
-    ),
-    "titok-b64": (
-        "TiTok-B-64",
-        partial(TiTok, "base", 64),
-        "model.safetensors of yucornetto/tokenizer_titok_b64_imagenet",
-    ),
-    "titok-s128": (
-        "TiTok-S-128",
-        partial(TiTok, "small", 128),
-        "model.safetensors of yucornetto/tokenizer_titok_s128_imagenet",
-    ),
+    "titok-l32": ("TiTok-L-32", partial(TiTok, "large", 32), TITOK_FILE.format("l32")),
+    "titok-b64": ("TiTok-B-64", partial(TiTok, "base", 64), TITOK_FILE.format("b64")),
+    "titok-s128": ("TiTok-S-128", partial(TiTok, "small", 128), TITOK_FILE.format("s128")),
     "llamagen16": ("LlamaGen-16", partial(LlamaGen, 16), "vq_ds16_c2i.pt of FoundationVision/LlamaGen"),
     "llamagen32": ("LlamaGen-32", partial(LlamaGen, 8), "vq_ds8_c2i.pt of FoundationVision/LlamaGen"),
     "maskbit": ("MaskBiT", MaskBit, "maskbit_tokenizer_14bit.bin of markweber/maskbit_tokenizer"),
@@ -46,7 +35,9 @@ DISCRETE: dict[str, tuple[str, Callable[[], TokenNetwork], str]] = {
 CONTINUOUS = tuple(HUB)
 
 
-def build_peer(name: str, weights: str | Path | None, device: torch.device | str = "cpu") -> Peer | ContinuousPeer:
+def build_peer(
+    name: str, weights: str | Path | None, device: torch.device | str = "cpu"
+) -> TokenNetwork | ContinuousPeer:
     """Build a published tokenizer from local weights.
 
     Raises:
@@ -61,4 +52,5 @@ def build_peer(name: str, weights: str | Path | None, device: torch.device | str
         raise PeerError(f"{name} needs its weights. Name them: {name}=PATH ({file}).")
     network = build()
     network.read(weights)
-    return Peer(title, network, device)
+    network.name, network.device = title, torch.device(device)
+    return network.eval().requires_grad_(False).to(device)

@@ -24,15 +24,17 @@ class PeerError(FlowMoError, RuntimeError):
 
 
 class TokenNetwork(nn.Module):
-    """A network with a vocabulary.
+    """A tokenizer with a vocabulary, as a ``flowmo.evaluate.reconstruction.Reconstructor``.
 
     Attributes:
         id_count: vocabulary size; ids run from 0 to ``id_count`` − 1.
         low: pixel value of black; white is 1.
     """
 
+    name: str = ""
     id_count: int
     low: float = -1.0
+    device = torch.device("cpu")
 
     def encode(self, x: Tensor) -> Tensor:
         """Encode images b×3×h×w in [``low``, 1] as int64 ids, b × any shape."""
@@ -46,20 +48,10 @@ class TokenNetwork(nn.Module):
         """Load the published weights. Raises ``PeerError`` if the file does not fit."""
         raise NotImplementedError
 
-
-class Peer:
-    """A token network as a ``flowmo.evaluate.reconstruction.Reconstructor``."""
-
-    def __init__(self, name: str, network: TokenNetwork, device: torch.device | str = "cpu"):
-        self.name, self.id_count, self.device = name, network.id_count, torch.device(device)
-        self.network = network.eval().requires_grad_(False).to(device)
-
     @torch.no_grad()
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
-        low = self.network.low
-        x = (images.to(self.device) + 1) / 2 * (1 - low) + low
-        ids = self.network.encode(x)
-        y = (self.network.decode(ids).float() - low) / (1 - low) * 2 - 1
+        ids = self.encode((images.to(self.device) + 1) / 2 * (1 - self.low) + self.low)
+        y = (self.decode(ids).float() - self.low) / (1 - self.low) * 2 - 1
         flat = ids.flatten(1).cpu()
         bits = torch.full((len(images),), flat.shape[1] * math.log2(self.id_count))
         return Reconstruction(y.clamp(-1, 1).cpu(), bits, flat)
