@@ -275,7 +275,7 @@ def test_the_page_in_a_browser(browser, tiny, tiny_model, tmp_path, photo, gener
         broken = tmp_path / "broken.jpg"
         broken.write_bytes(b"\xff\xd8\xff not a picture")
         upload(broken)
-        until(lambda: "not a picture of a kind" in message())
+        until(lambda: "not an image in a supported format" in message())
         assert at("#facts").text == "", "what was shown is not of this file"
         oversized = tmp_path / "oversized.png"
         oversized.write_bytes(os.urandom(21 << 20))

@@ -120,7 +120,7 @@ def test_a_picture_that_disappears_is_named_and_left_out(config, folder, tmp_pat
     gone = sorted(folder.glob("*"))[0]
     gone.unlink()
     run.train()
-    assert [line for line in lines if line == f"left out: {gone}: no such file"]
+    assert [line for line in lines if line == f"left out: {gone}: no such file."]
     assert run.step == 4
 
 

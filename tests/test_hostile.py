@@ -395,9 +395,12 @@ def png_that_claims(width, height):
         (png_that_claims((1 << 31) - 1, (1 << 31) - 1), "more than 100,000,000 pixels"),
         (b"P6 100000 100000 255\n", "more than 100,000,000 pixels"),
         (b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\x02\x01\0\0;", "more than 100,000,000 pixels"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(loot) (w) file\nshowpage\n", "not a picture of a kind"),
-        (b"%PDF-1.4\n", "not a picture of a kind"),
-        (b"", "not a picture of a kind"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(loot) (w) file\nshowpage\n",
+            "not an image in a supported format",
+        ),
+        (b"%PDF-1.4\n", "not an image in a supported format"),
+        (b"", "not an image in a supported format"),
     ],
     ids=["png", "png of 2^62", "ppm", "gif", "postscript", "pdf", "nothing"],
 )

@@ -1,4 +1,4 @@
-"""Pictures in and out: files to PIL to tensors and back, and the tiling that keeps a picture of any size whole."""
+"""Images in and out: files to PIL to tensors and back, and the tiling of images of any size."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
 
 MAX_PIXELS = 100_000_000
 DRAFT_MARGIN = 2
 ORIENTATION = 0x0112
-"""Number of EXIF's tag for the orientation of an image."""
+"""EXIF tag."""
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,80 +32,78 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image of each orientation upright."""
+"""EXIF orientation -> the operation that turns the image upright. ``ImageOps.exif_transpose`` fails on odd tags."""
 ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-"""Where Pillow keeps metadata that may hold an orientation; an image that was turned has none."""
+"""Keys of Pillow's metadata that may hold an orientation. They are removed once an image is upright."""
 COLOUR_MAP = 320
-"""Number of TIFF's tag for a palette: all red values, all green, all blue."""
+"""TIFF tag of a palette: all red values, all green, all blue."""
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Pillow's readers that are used. It has many more, of which one starts another program on what it reads (EPS)."""
+"""The allowed Pillow readers. Others are unsafe: EPS starts another program."""
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks of text and of the colour profile. Pillow refuses a PNG whose text or profile inflates to over a megabyte."""
+"""Chunks with text or a colour profile. Pillow refuses a PNG if one of them inflates to more than a megabyte."""
 PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
-"""Texts that may hold the orientation."""
+"""Starts of text chunks that may hold the orientation."""
 RAW_LEVELS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
-"""Pillow scales the values of such PNGs to 8 bits, but not the transparent one."""
+"""Raw PNG modes whose values Pillow scales to 8 bits, but not their transparent value -> that scale."""
 
 
 class ImageError(FlowMoError, ValueError):
-    """A file that is no image, is damaged, or is too large. The message is one line that names the file."""
+    """An image file that cannot be read. The message is one line that names the file."""
 
 
-PictureError = ImageError  # its earlier name
+PictureError = ImageError  # earlier name
 
 
 def read_image(
     file: str | Path | BinaryIO, name: str | None = None, side: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Read an image file as an upright PIL image in RGB. Transparent parts become white.
+    """Read an image file as an upright RGB image. Transparent parts become white.
 
-    16-bit values are scaled to 8 bits, floating-point values by the largest finite one (1 at least). Metadata never
-    makes an image unreadable. Of an animation the first frame is read.
+    16-bit values are scaled to 8 bits, floating-point values by the largest finite one (at least 1). Broken metadata is
+    ignored. Of an animation only the first frame is read.
 
     Args:
-        file: a path, or an open file.
-        name: what messages call the file; its path by default.
-        side: short side that the image will be reduced to. A much larger JPEG is then decoded at a half, a quarter
-            or an eighth of its size, but at least twice ``side``: the decoder's own average over blocks, at a
-            fraction of the time, before the resampling that follows (see ``benchmarks/loader.py``).
-        max_pixels: refuse an image of more pixels, before it is decoded.
+        file: a path or an open file.
+        name: name of the file in messages; its path by default.
+        side: short side to which the caller will resize. A much larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its
+            size, but at least twice ``side``, which is much faster (see ``benchmarks/loader.py``).
+        max_pixels: refuse a larger image before it is decoded.
 
     Raises:
-        ImageError: the file is missing, not an image of the formats ``PILLOW_FORMATS``, truncated, without pixels, or
-            above ``max_pixels``.
+        ImageError: the file is missing, truncated, too large, without pixels, or in none of ``PILLOW_FORMATS``.
     """
     path = name or str(file)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_whole_files_only())
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # of large images, which are counted below, and of odd metadata
+            warnings.simplefilter("ignore")  # about metadata, and about sizes, which are checked below
             content = stack.enter_context(open(file, "rb")) if isinstance(file, str | Path) else file
-            picture = stack.enter_context(Image.open(_without_text(content), formats=PILLOW_FORMATS))
-            check_size(picture, path, max_pixels)
+            image = stack.enter_context(Image.open(_without_text(content), formats=PILLOW_FORMATS))
+            check_size(image, path, max_pixels)
             if side is not None:
-                picture.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
-            return to_rgb(_as_meant(picture))
-    except Image.DecompressionBombError:
-        raise ImageError(f"{path}: more than {max_pixels:,} pixels") from None
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
+                image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
+            return to_rgb(_reinterpret(image))
     except ImageError:
         raise
+    except Image.DecompressionBombError:
+        reason = f"more than {max_pixels:,} pixels"
+    except FileNotFoundError:
+        reason = "no such file"
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{path}: not a picture of a kind that is read ({', '.join(PILLOW_FORMATS)})") from None
-    except Exception as error:  # Pillow's readers raise whatever a damaged file leads them into
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ImageError(f"{path}: cannot be read ({reason})") from None
+        reason = f"not an image in a supported format ({', '.join(PILLOW_FORMATS)})"
+    except Exception as error:  # Pillow's readers raise anything on damaged files
+        reason = f"cannot be read ({one_line(error) or type(error).__name__})"
+    raise ImageError(f"{path}: {reason}.")
 
 
 def _without_text(file: BinaryIO) -> BinaryIO:
-    """Drop the text chunks of a PNG. Any other file is returned as it is."""
+    """Drop the text chunks of a PNG. Any other file is returned unchanged."""
     if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
         file.seek(0)
         return file
@@ -119,7 +117,7 @@ def _without_text(file: BinaryIO) -> BinaryIO:
 
 
 class _Readers:
-    """Count of the reads in progress in this process, and Pillow's setting before the first of them."""
+    """Number of reads in progress in this process, and Pillow's setting before the first of them."""
 
     lock = threading.Lock()
     count = 0
@@ -128,9 +126,9 @@ class _Readers:
 
 @contextlib.contextmanager
 def _whole_files_only() -> Iterator[None]:
-    """Refuse truncated files even if other code has set ``ImageFile.LOAD_TRUNCATED_IMAGES`` for the whole process.
+    """Refuse truncated files even if other code has set ``ImageFile.LOAD_TRUNCATED_IMAGES``.
 
-    With that setting the missing part of an image is grey, or a progressive JPEG black, without an error.
+    With that setting Pillow silently fills the missing part of an image with grey or black.
     """
     with _Readers.lock:
         if not _Readers.count:
@@ -146,66 +144,65 @@ def _whole_files_only() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = _Readers.truncated
 
 
-def _as_meant(picture: Image.Image) -> Image.Image:
-    """Read two kinds of file as browsers and libtiff do, and Pillow does not.
+def _reinterpret(image: Image.Image) -> Image.Image:
+    """Read two kinds of file as browsers and libtiff do, unlike Pillow.
 
-    A BMP whose alpha channel is zero throughout is opaque: its writer left the fourth byte unused. A TIFF whose palette
-    has no value above 255 has 8-bit colours, not 16-bit ones that are nearly black.
+    A BMP with zero alpha everywhere is opaque: its writer left the fourth byte unused. A TIFF palette without a value
+    above 255 has 8-bit colours, not nearly black 16-bit ones.
     """
-    if picture.format == "BMP" and picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0):
-        return picture.convert("RGB")
-    if picture.format == "TIFF" and picture.mode == "P":
-        colours = np.array(picture.tag_v2.get(COLOUR_MAP, ()))
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")
+    if image.format == "TIFF" and image.mode == "P":
+        colours = np.array(image.tag_v2.get(COLOUR_MAP, ()))
         if colours.size and colours.max() <= 255:
-            picture.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
-    return picture
+            image.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
+    return image
 
 
-def check_size(picture: Image.Image, name: str | Path = "picture", max_pixels: int = MAX_PIXELS) -> None:
-    width, height = picture.size
+def check_size(image: Image.Image, name: str | Path = "image", max_pixels: int = MAX_PIXELS) -> None:
+    """Raise ``ImageError`` for an image without pixels or with too many."""
+    width, height = image.size
     if width < 1 or height < 1:
-        raise ImageError(f"{name}: {width}×{height} has no pixels")
+        raise ImageError(f"{name}: {width}×{height} has no pixels.")
     if width * height > max_pixels:
-        raise ImageError(f"{name}: {width}×{height} is more than {max_pixels:,} pixels")
+        raise ImageError(f"{name}: {width}×{height} is more than {max_pixels:,} pixels.")
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB as a viewer shows it: upright, 16 bits scaled to 8, transparency over white."""
-    level = picture.info.get("transparency")
-    scale = RAW_LEVELS.get(picture.tile[0][3]) if getattr(picture, "tile", None) else None
-    picture.load()  # a TIFF is turned here
-    turn = UPRIGHT.get(_orientation(picture))
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB as a viewer shows it: upright, 8 bits, transparency over white."""
+    transparent = image.info.get("transparency")
+    scale = RAW_LEVELS.get(image.tile[0][3]) if getattr(image, "tile", None) else None
+    image.load()  # turns a TIFF
+    turn = UPRIGHT.get(_orientation(image))
     if turn is not None:
-        picture = picture.transpose(turn)
-        picture.info = {key: value for key, value in picture.info.items() if key not in ORIENTED}
-    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        values = np.asarray(picture, dtype=np.float64)
-        grey = Image.fromarray(_to_8_bits(values, picture.mode == "F"))
-        if isinstance(level, int):
-            grey.putalpha(Image.fromarray(np.where(values == level, 0, 255).astype(np.uint8)))
-        picture = grey
-    elif scale is not None and level is not None:
-        channels = level if isinstance(level, tuple) else (level,)
-        scaled = tuple(int(channel * scale) for channel in channels)
-        picture = picture.copy()
-        picture.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+        image = image.transpose(turn)
+        image.info = {key: value for key, value in image.info.items() if key not in ORIENTED}
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray(_to_8_bits(values, image.mode == "F"))
+        if isinstance(transparent, int):
+            image.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    elif scale is not None and transparent is not None:
+        image = image.copy()
+        levels = transparent if isinstance(transparent, tuple) else (transparent,)
+        scaled = tuple(int(level * scale) for level in levels)
+        image.info["transparency"] = scaled if len(scaled) > 1 else scaled[0]
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 where it cannot be read."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation; 1 if it cannot be read."""
     try:
-        return int(picture.getexif().get(ORIENTATION, 1))
-    except Exception:  # whatever damaged metadata leads Pillow into
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged metadata makes Pillow raise anything
         return 1
 
 
 def _to_8_bits(values: np.ndarray, floating: bool) -> np.ndarray:
-    """Scale 16-bit values, or floating-point values of any range. Infinite ones are clipped, NaN is black."""
+    """Scale 16-bit or floating-point values to 8 bits. Infinities are clipped; NaN becomes black."""
     top = 65535.0
     if floating:
         finite = values[np.isfinite(values)]
@@ -216,57 +213,56 @@ def _to_8_bits(values: np.ndarray, floating: bool) -> np.ndarray:
     return np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB picture -> float32 3 × h × w in [−1, 1]."""
-    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).float() / 127.5 - 1
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> float32 3 × h × w in [−1, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Pictures in [−1, 1] -> uint8 0…255, rounded to the nearest and clipped."""
+    """Images in [−1, 1] -> uint8 in [0, 255], rounded and clipped."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """3 × h × w in [−1, 1] -> RGB picture."""
+    """3 × h × w in [−1, 1] -> RGB image."""
     return Image.fromarray(to_bytes(image).permute(1, 2, 0).cpu().numpy())
 
 
-def resize_and_crop(picture: Image.Image, side: int) -> Image.Image:
-    """The paper's protocol: short side resized to ``side`` (bilinear, antialiased), then the central square."""
-    width, height = (side * length // min(picture.size) for length in picture.size)  # in integers, as torchvision
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+def resize_and_crop(image: Image.Image, side: int) -> Image.Image:
+    """Resize the short side to ``side`` (bilinear, antialiased) and crop the central square: the paper's protocol."""
+    width, height = (side * length // min(image.size) for length in image.size)  # rounds as torchvision
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - side) / 2), round((height - side) / 2)
-    return picture.crop((left, top, left + side, top + side))
+    return image.crop((left, top, left + side, top + side))
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How square tiles of ``tile`` pixels cover a picture of ``height`` × ``width``, row by row.
+    """Square tiles of ``tile`` pixels that cover an image of ``height`` × ``width``, row by row.
 
-    Neighbours overlap by at least an eighth of a tile and are blended there by linear ramps. A side shorter than a
-    tile is padded by repeating its last line, and cut off again.
+    Neighbours overlap by at least an eighth of a tile and are blended there by linear ramps. A side shorter than a tile
+    is padded by repeating its last line.
     """
 
     height: int
     width: int
     tile: int
 
-    def along(self, length: int) -> int:
-        """Tiles along a side of so many pixels."""
+    def _along(self, length: int) -> int:
+        """Number of tiles along a side."""
         overlap = self.tile // 8
         return max(math.ceil((length - overlap) / (self.tile - overlap)), 1)
 
     def starts(self, length: int) -> list[int]:
-        count = self.along(length)
-        if count == 1:
-            return [0]
-        return [round(i * (length - self.tile) / (count - 1)) for i in range(count)]
+        """Offsets of the tiles along a side."""
+        count = self._along(length)
+        return [round(i * (length - self.tile) / max(count - 1, 1)) for i in range(count)]
 
     @property
     def count(self) -> int:
-        """Tiles in all."""
-        return self.along(self.height) * self.along(self.width)
+        """Number of tiles."""
+        return self._along(self.height) * self._along(self.width)
 
     @property
     def corners(self) -> list[tuple[int, int]]:
@@ -275,7 +271,7 @@ class Tiling:
 
     @property
     def canvas(self) -> tuple[int, int]:
-        """Height and width of the padded picture."""
+        """Height and width of the padded image."""
         return max(self.height, self.tile), max(self.width, self.tile)
 
     def split(self, image: Tensor) -> Tensor:
@@ -285,7 +281,7 @@ class Tiling:
         return self.crop(image[:, rows][:, :, columns])
 
     def crop(self, canvas: Tensor) -> Tensor:
-        """Tiles of something that has the padded picture's size already."""
+        """c × canvas -> tiles × c × tile × tile."""
         return torch.stack([canvas[:, y : y + self.tile, x : x + self.tile] for y, x in self.corners])
 
     def merge(self, tiles: Tensor) -> Tensor:
