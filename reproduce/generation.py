@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.reconstruction import Evaluators, print_unreadable, readable_crops
 from flowmo.generate.generator import Generator, load_generator
 from flowmo.generate.samples import SampleSettings, image_seeds
-from flowmo.generate.tokenize import Tokenizer, tokenize
+from flowmo.generate.tokenize import tokenize
 from flowmo.images import to_bytes, to_pil
+from flowmo.model.quantizers import Quantizer
 from flowmo.streams import Stream, stream
+from flowmo.tokenizer import Codes
 from flowmo.train.state import read_metadata
 from flowmo.train.task import multiplies_bfloat16
 from reproduce.classifier import Classifier
@@ -38,6 +40,22 @@ COLUMNS = (
 )
 BATCH = 16
 SHOWN = 8
+
+
+class Tokenizer(Protocol):
+    """The part of ``FlowMo`` that stage 2 needs. Other tokenizers implement it for comparison."""
+
+    config: Config
+    quantizer: Quantizer
+
+    @property
+    def code_length(self) -> int: ...
+
+    def identity(self) -> str: ...
+
+    def encode(self, images: Tensor) -> Codes: ...
+
+    def decode(self, codes: Codes | Tensor, *, seed: int | Sequence[int] = 0) -> Tensor: ...
 
 
 class Drawn(NamedTuple):

@@ -19,7 +19,6 @@ from flowmo.data import open_source
 from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.generate.classes import class_titles
 from flowmo.generate.samples import SampleSettings
-from flowmo.generate.tokenize import Tokenizer
 from flowmo.train.state import read_metadata
 from reproduce import bases
 from reproduce.adversarial import train_peer
@@ -27,6 +26,7 @@ from reproduce.bases import GPU_BASE, PAPERS_SAMPLER, SMOKE_BASE, TINY_BASE
 from reproduce.generation import (
     COLUMNS,
     Judge,
+    Tokenizer,
     generated,
     judged,
     make_tokens,

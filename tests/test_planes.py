@@ -254,7 +254,7 @@ def test_claims_of_a_terabyte_cost_nothing(native, coded, monkeypatch):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 5e6
-    with pytest.raises(CodecError, match="more than 2,799 pixels"):
+    with pytest.raises(CodecError, match="more than 2,799"):
         ours.unpack(header(ours, 40, 70, 4, name) + bytes(9), most_pixels=2799)
 
 

@@ -1,28 +1,8 @@
 """The ``.flowmo`` file: the ids of one image behind a short header, packed or entropy-coded.
 
-    3 bytes   magic "FLM"
-    1         version 2 in the lower four bits; coding in the upper: 0 packed, 1 by a context model or generator
-    4         start of the tokenizer's identity (architecture and weights)
-    1 to 5    image height in pixels, less 1
-    1 to 5    image width, less 1
-    1 to 5    side of a tile in pixels, less 1; these three determine the ``Tiling``
-    2         start of the context model's identity, if coded
-    …         the ids in the order tile, token, sub-token, lowest bit first; or the context model's string of them
-    4         CRC-32 of the header and the packed ids, little-endian
-
-Numbers of 1 to 5 bytes are varints: seven bits a byte, lowest first, with the eighth bit set in all bytes but the last.
-The checksum always covers the packed ids, so it detects a context model that decodes to other ids.
-
-Version 3 is for tokenizers of native size. It has no tiles. A plane holds one sub-token of every cell, and a prefix of
-the planes is a coarser image. It differs after the width:
-
-    1         number of planes
-    2         start of the context model's identity, if coded
-    2         CRC-16 of the header
-    and for each plane
-    1 to 5    length of its ids in bytes, if coded; a plane of full length is packed
-    …         the ids in the order of cells, packed; or the context model's string of them
-    2         CRC-16 of the packed ids, which continues the CRC-16 before it
+Version 2 holds the ids of an image's tiles, with a CRC-32. Version 3, for tokenizers of native size, holds planes, one
+sub-token of every cell each, with a CRC-16 each; a prefix of the planes is a coarser image. The checksums cover the
+packed ids, so they detect a context model that decodes to other ids. ``docs/codec.md`` specifies every byte.
 """
 
 from __future__ import annotations
@@ -109,7 +89,8 @@ class Codec:
         self.tokens, self.sub_tokens = tokenizer.code_length, quantizer.sub_tokens
         self.native = tokenizer.native_size
         self.version = PLANES_VERSION if self.native else VERSION
-        self._plane_counts = range(1 if tokenizer.variable_rate else self.sub_tokens, self.sub_tokens + 1)
+        fewest = 1 if self.native and tokenizer.variable_rate else self.sub_tokens
+        self.plane_counts = range(fewest, self.sub_tokens + 1)
         self.context: Any = context
         """A ``PlaneModel`` for native size, else a ``BitModel``."""
         if context is None:
@@ -130,42 +111,37 @@ class Codec:
         """
         if codes.ids is None:
             raise CodecError("A continuous code has no ids to write.")
-        ids, tiling = codes.ids.cpu().numpy(), None if self.native else codes.tiling
-        if len(ids) != 1 if self.native else tiling is None:
+        ids, size = codes.ids.cpu().numpy(), codes.output_size
+        if len(ids) != 1 if self.native else codes.tiling is None:
             raise CodecError("Only the ids of one image, from encode_image, can be written.")
-        if tiling is None:
-            count = math.prod(self._lattice(*codes.output_size))
-            fits = ids.shape[1] == count and ids.shape[2] in self._plane_counts
-        else:
-            count = tiling.count
-            fits = ids.shape == (count, self.tokens, self.sub_tokens)
+        fits = ids.shape[:2] == self._shape(*size) and ids.shape[2] in self.plane_counts
         if not fits or codes.id_count != self.id_count:
             raise CodecError(f"Ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer.")
-        if self._too_large(count, MAX_PIXELS):
-            raise CodecError(f"An image of {count} {'cells' if self.native else 'tiles'} is too large for a file.")
-        if tiling is not None:
-            return self._pack_tiles(tiling, ids)
+        if self._too_large(*size, MAX_PIXELS):
+            raise CodecError(f"An image of {size[0]}×{size[1]} pixels has too many tiles or cells for a file.")
+        if not self.native:
+            return self._pack_tiles(size, ids)
         models = [None, *([] if self.context is None else [self.context])]  # packed wins a tie
-        return min((self._pack_planes(codes.output_size, ids, model) for model in models), key=len)
+        return min((self._pack_planes(size, ids, model) for model in models), key=len)
 
-    def _header(self, context: BitModel | PlaneModel | None, *sizes: int, planes: bytes = b"") -> bytes:
+    def _header(self, context: BitModel | PlaneModel | None, size: tuple[int, int], rest: bytes) -> bytes:
         coding, name = (PACKED, b"") if context is None else (CONTEXT, context.identity[:CONTEXT_BYTES])
-        version = bytes([self.version | coding << 4])
-        return MAGIC + version + self.identity + b"".join(varint(size - 1) for size in sizes) + planes + name
+        start = MAGIC + bytes([self.version | coding << 4]) + self.identity
+        return start + varint(size[0] - 1) + varint(size[1] - 1) + rest + name
 
-    def _pack_tiles(self, tiling: Tiling, ids: np.ndarray) -> bytes:
-        content = packed = pack_ids(ids, self.bits)
-        context = self.context
-        if context is not None:
-            content = self._encode(context, ids, len(ids))  # a byte a tile: no short file can cause much work
-            if len(content) + CONTEXT_BYTES >= len(packed):
-                content, context = packed, None
-        header = self._header(context, tiling.height, tiling.width, tiling.tile)
+    def _pack_tiles(self, size: tuple[int, int], ids: np.ndarray) -> bytes:
+        context, packed = None, pack_ids(ids, self.bits)
+        content = packed
+        if self.context is not None:
+            coded = self._encode(self.context, ids, len(ids))  # a byte a tile: no short file can cause much work
+            if len(coded) + CONTEXT_BYTES < len(packed):
+                context, content = self.context, coded
+        header = self._header(context, size, varint(self.tile - 1))
         return header + content + CRC.pack(zlib.crc32(header + packed))
 
     def _pack_planes(self, size: tuple[int, int], ids: np.ndarray, context: PlaneModel | None) -> bytes:
         cells, planes = ids.shape[1:]
-        content = self._header(context, *size, planes=bytes([planes]))
+        content = self._header(context, size, bytes([planes]))
         crc = crc_hqx(content, 0)
         content += PLANE_CRC.pack(crc)
         for plane in range(planes):
@@ -185,9 +161,16 @@ class Codec:
         """Rows and columns of cells."""
         return math.ceil(height / self.cell), math.ceil(width / self.cell)
 
-    def _too_large(self, count: int, max_pixels: int) -> bool:
-        """True if ``count`` tiles or cells cover too many pixels."""
-        side = self.cell if self.native else self.tile
+    def _shape(self, height: int, width: int) -> tuple[int, int]:
+        """Tiles and tokens per tile; at native size one tile, whose tokens are the cells."""
+        if self.native:
+            return 1, math.prod(self._lattice(height, width))
+        return Tiling(height, width, self.tile).count, self.tokens
+
+    def _too_large(self, height: int, width: int, max_pixels: int) -> bool:
+        """True if the tiles or cells cover too many pixels."""
+        tiles, cells = self._shape(height, width)
+        count, side = (cells, self.cell) if self.native else (tiles, self.tile)
         return count > 1 and count * side**2 > MAX_OVERHANG * max_pixels
 
     def unpack(
@@ -217,70 +200,61 @@ class Codec:
         identity = reader.take(IDENTITY_BYTES)
         if identity != self.identity:
             raise CodecError(
-                f"The file was written by tokenizer {identity.hex()}, not by this one ({self.identity.hex()})."
+                f"The file is written by tokenizer {identity.hex()}, not by this one ({self.identity.hex()})."
             )
         if version != self.version:
-            raise _damaged(f"it has version {version} where this tokenizer writes version {self.version}")
+            raise _damaged(f"version {version} where this tokenizer writes version {self.version}")
         height, width = reader.varint() + 1, reader.varint() + 1
         if height * width > MAX_PIXELS:
-            raise _damaged(f"it claims {height}×{width} pixels")
+            raise _damaged(f"{height}×{width} pixels")
         if height * width > most_pixels:
-            raise CodecError(
-                f"The image of {height}×{width} pixels has more than {most_pixels:,} pixels, the limit here."
-            )
-        if self.native:
-            return self._unpack_planes(reader, height, width, most_pixels, on_missing)
-        return self._unpack_tiles(reader, Tiling(height, width, reader.varint() + 1), most_pixels)
+            raise CodecError(f"The image has {height}×{width} pixels, more than {most_pixels:,}, the limit here.")
+        if self._too_large(height, width, most_pixels):
+            raise _damaged(f"{height}×{width} pixels need too many tiles or cells")
+        planes = reader.take(1)[0] if self.native else self.sub_tokens
+        tile = self.tile if self.native else reader.varint() + 1
+        if planes not in self.plane_counts or tile != self.tile:
+            raise _damaged(f"{planes} planes, or tiles of {tile} pixels, are not of this tokenizer")
+        name = reader.take(CONTEXT_BYTES) if coding == CONTEXT else None
+        unpack = self._unpack_planes if self.native else self._unpack_tiles
+        return unpack(reader, name, (height, width), planes, on_missing)
 
-    def _unpack_tiles(self, reader: _Reader, tiling: Tiling, most_pixels: int) -> Codes:
-        count, tile = tiling.count, tiling.tile
-        if tile != self.tile:
-            raise _damaged(f"{tiling.height}×{tiling.width} pixels in tiles of {tile}")
-        if self._too_large(count, most_pixels):
-            raise _damaged(f"{tiling.height}×{tiling.width} pixels in {count} tiles")
-        context = self._context(reader.take(CONTEXT_BYTES)) if reader.coded else None
-        header = reader.content[: reader.position]
+    def _unpack_tiles(self, reader: _Reader, name: bytes | None, size: tuple[int, int], *_: Any) -> Codes:
+        context, header = self._context(name), reader.content[: reader.position]
         content = reader.take(len(reader.content) - reader.position - CRC.size)
-        shape = (count, self.tokens, self.sub_tokens)
-        packed = self._decode(context, content, math.prod(shape), count, count)
+        shape = (*self._shape(*size), self.sub_tokens)
+        packed = self._decode(context, content, math.prod(shape), shape[0], shape[0])
         if reader.take(CRC.size) != CRC.pack(zlib.crc32(header + packed)):
             raise _damaged("its checksum does not match")
         ids = torch.from_numpy(self._unpack_ids(packed, math.prod(shape)).reshape(shape))
-        return Codes(ids, (tile, tile), self.id_count, tiling)
+        return Codes(ids, (self.tile, self.tile), self.id_count, Tiling(*size, self.tile))
 
     def _unpack_planes(
         self,
         reader: _Reader,
-        height: int,
-        width: int,
-        most_pixels: int,
+        name: bytes | None,
+        size: tuple[int, int],
+        planes: int,
         on_missing: Callable[[MissingPlanes], object],
     ) -> Codes:
-        total, name = reader.take(1)[0], reader.take(CONTEXT_BYTES) if reader.coded else b""
         crc = crc_hqx(reader.content[: reader.position], 0)
         if reader.take(PLANE_CRC.size) != PLANE_CRC.pack(crc):
             raise _damaged("the checksum of its header does not match")
-        rows, columns = self._lattice(height, width)
-        if total not in self._plane_counts:
-            raise _damaged(f"{total} planes for a tokenizer of {self.sub_tokens}")
-        if self._too_large(rows * columns, most_pixels):
-            raise _damaged(f"{height}×{width} pixels in {rows}×{columns} cells")
-        context = self._context(name) if reader.coded else None
+        context, (rows, columns) = self._context(name), self._lattice(*size)
         ids: np.ndarray = np.zeros((rows, columns, 0), np.int64)
         try:
-            for _ in range(total):
+            for _ in range(planes):
                 plane, crc = self._read_plane(reader, rows * columns, crc, context and context.plane(ids))
                 ids = np.concatenate((ids, plane.reshape(rows, columns, 1)), axis=2)
         except CodecError as error:
-            if ids.shape[2] not in self._plane_counts:
+            if ids.shape[2] not in self.plane_counts:
                 raise
-            on_missing(MissingPlanes(ids.shape[2], total, str(error)))
+            on_missing(MissingPlanes(ids.shape[2], planes, str(error)))
         else:
             if reader.position != len(reader.content):
                 raise _damaged("bytes follow its last plane")
-        size = (rows * self.cell, columns * self.cell)
-        ids = ids.reshape(1, rows * columns, -1)
-        return Codes(torch.from_numpy(ids), size, self.id_count, image_size=(height, width))
+        flat = torch.from_numpy(ids.reshape(1, rows * columns, -1))
+        return Codes(flat, (rows * self.cell, columns * self.cell), self.id_count, image_size=size)
 
     def _read_plane(self, reader: _Reader, cells: int, crc: int, model: Predictor | None) -> tuple[np.ndarray, int]:
         """Return a plane's ids and its checksum. ``crc``: the checksum before it."""
@@ -293,8 +267,10 @@ class Codec:
             raise _damaged("the checksum of a plane does not match")
         return self._unpack_ids(packed, cells), crc
 
-    def _context(self, name: bytes) -> Any:
-        """Return the context model if it has this identity."""
+    def _context(self, name: bytes | None) -> Any:
+        """Return the context model if it has this identity; ``None`` for a packed file."""
+        if name is None:
+            return None
         if self.context is None:
             range_coder.library()
             raise CodecError(f"The file needs context model {name.hex()}, which is not available.")
@@ -356,7 +332,6 @@ class _Reader:
 
     def __init__(self, content: bytes, position: int):
         self.content, self.position = content, position
-        self.coded = content[3] >> 4 == CONTEXT
 
     def take(self, count: int) -> bytes:
         if not 0 <= count <= len(self.content) - self.position:

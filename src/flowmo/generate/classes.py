@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def imagenet_names() -> dict[str, str]:
     return dict(line.split("\t") for line in IMAGENET.read_text().splitlines())
 
 
-def _names(name: str) -> tuple[str, ...]:
+def _names(name: str) -> list[str]:
     """All names of a class: its own, and ImageNet's if it is a WordNet id."""
-    return (name, *imagenet_names()[name].split(", ")) if name in imagenet_names() else (name,)
+    return [name, *filter(None, imagenet_names().get(name, "").split(", "))]
 
 
 def _display_name(name: str) -> str:
@@ -45,22 +45,22 @@ def _owners(classes: tuple[str, ...]) -> dict[str, set[str]]:
     return owners
 
 
+def _is_number(text: str) -> bool:
+    return re.fullmatch("-?[0-9]{1,18}", text) is not None
+
+
 @cache
 def class_titles(classes: tuple[str, ...]) -> tuple[str, ...]:
     """Unique display names. A name that is a number gets its index added, an ambiguous one its WordNet id."""
-    titles, owners, present = [], _owners(classes), {*classes}
-    for index, name in enumerate(classes):
+
+    def title(index: int, name: str) -> str:
         title = _display_name(name)
         if _is_number(title):
-            title = f"{title} (class {index})"
-        elif name in imagenet_names() and len(owners[title.casefold()] & present) > 1:
-            title = f"{title} ({name})"
-        titles.append(title)
-    return tuple(titles)
+            return f"{title} (class {index})"
+        ambiguous = name in imagenet_names() and len(_owners(classes)[title.casefold()].intersection(classes)) > 1
+        return f"{title} ({name})" if ambiguous else title
 
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch("-?[0-9]{1,18}", text) is not None
+    return tuple(title(index, name) for index, name in enumerate(classes))
 
 
 def find_class(wanted: str | int, classes: tuple[str, ...]) -> int:
@@ -75,32 +75,31 @@ def find_class(wanted: str | int, classes: tuple[str, ...]) -> int:
     """
     text = str(wanted).strip()
     if not isinstance(wanted, str) or (text not in classes and _is_number(text)):
-        number = int(text)
-        if -1 <= number < len(classes):
-            return number
-        raise GenerationError(
-            f"There is no class {number}. Give an index from 0 to {len(classes) - 1}, or −1 for none."
-        )
+        if -1 <= int(text) < len(classes):
+            return int(text)
+        raise GenerationError(f"There is no class {text}. Give an index from 0 to {len(classes) - 1}, or −1 for none.")
     for titles in (classes, class_titles(classes)):
         if text in titles:
             return titles.index(text)
     owners = _owners(classes).get(text.casefold(), set())
     found = [name for name in classes if name in owners]
     if not found:
-        names = {known.casefold() for name in classes for known in _names(name)} - {""}
+        names = {known.casefold() for name in classes for known in _names(name)}
         near = difflib.get_close_matches(text.casefold(), sorted(names), NEAREST, cutoff=0.5)
-        hint = "The nearest are" if near else "There are"
-        shown = near or [_display_name(name) for name in classes[:NEAREST]]
-        raise GenerationError(f"There is no class {text!r}. {hint} {', '.join(shown)}.")
-    absent = sorted(owners - {*found})
+        hint = (
+            f"The nearest are {', '.join(near)}" if near else f"There are {', '.join(class_titles(classes)[:NEAREST])}"
+        )
+        raise GenerationError(f"There is no class {text!r}. {hint}.")
+    absent = owners.difference(found)
     if len(found) == 1 and (not absent or _display_name(found[0]).casefold() == text.casefold()):
         return classes.index(found[0])
     if len(found) > 1:
         raise GenerationError(f"{text!r} is a name of several classes: {_listed(found)}. Give the id of one.")
     raise GenerationError(
-        f"{text!r} may be {_listed(absent)}, which the generator does not know. It knows {_listed(found)}. Give the id."
+        f"{text!r} may be {_listed(sorted(absent))}, which the generator does not know. It knows {_listed(found)}. "
+        "Give the id."
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"{name} ({_display_name(name)})" if name in imagenet_names() else repr(name) for name in names)

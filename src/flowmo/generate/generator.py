@@ -90,27 +90,22 @@ class Generator(Packable):
         labels: Sequence[int] | Tensor,
         seeds: Sequence[int] | int = 0,
         *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        temperature: float | None = None,
-        last_temperature: float | None = None,
-        choice_temperature: float | None = None,
-        order: str | None = None,
         ids: Tensor | None = None,
         keep: Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
     ) -> Tensor:
         """Sample the ids of one image per label. An image depends only on its label and its seed.
 
         Args:
             labels: class indices; −1 or ``null_class`` for no class.
             seeds: one per image, or the first of consecutive seeds.
-            guidance: in the convention of ``generator.guided_from``.
-            steps, temperature, last_temperature, choice_temperature, order: see ``flowmo info --settings``; the
-                generator's own by default.
             ids: int64 b × tokens × sub-tokens to start from; requires ``keep``.
             keep: bool of the same shape, or tokens × sub-tokens for all images; these ids stay, the others are sampled.
             progress: called with (steps done, total steps).
+            settings: ``steps``, ``guidance`` in the convention of ``generator.guided_from``, ``temperature``,
+                ``last_temperature``, ``choice_temperature`` and ``order``; see ``flowmo info --settings``. ``None``
+                and absent ones are the generator's own.
 
         Returns:
             int64 b × tokens × sub-tokens, as ``FlowMo.decode`` takes them.
@@ -118,15 +113,8 @@ class Generator(Packable):
         Raises:
             GenerationError: a label, an id or a setting is out of range.
         """
-        given: dict[str, Any] = {
-            "sample_steps": steps,
-            "guidance": guidance,
-            "temperature": temperature,
-            "last_temperature": last_temperature,
-            "choice_temperature": choice_temperature,
-            "order": order,
-        }
-        own = replace(self.config.generator, **{name: v for name, v in given.items() if v is not None})
+        settings["sample_steps"] = settings.pop("steps", None)
+        own = replace(self.config.generator, **{name: v for name, v in settings.items() if v is not None})
         if (
             own.sample_steps < 1
             or not min(own.temperature, own.last_temperature) > 0

@@ -6,44 +6,25 @@ not at all, so interruptions neither lose nor repeat a sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flowmo.checkpoint.files import write_content
-from flowmo.config import Config
 from flowmo.data import DataError, ImageDataset, Source
 from flowmo.data import tokens as files
 from flowmo.data.sources.base import class_difference, require_labels
 from flowmo.data.tokens import TokenMetadata
 from flowmo.distributed import World
 from flowmo.images import ImageError
-from flowmo.model.quantizers import Quantizer
 from flowmo.streams import Stream, stream_seed
-from flowmo.tokenizer import Codes
+from flowmo.tokenizer import FlowMo
 
 SHARD_SIZE = 4096
-
-
-class Tokenizer(Protocol):
-    """The part of ``FlowMo`` that stage 2 needs. Other tokenizers implement it for comparison."""
-
-    config: Config
-    quantizer: Quantizer
-
-    @property
-    def code_length(self) -> int: ...
-
-    def identity(self) -> str: ...
-
-    def encode(self, images: Tensor) -> Codes: ...
-
-    def decode(self, codes: Codes | Tensor, *, seed: int | Sequence[int] = 0) -> Tensor: ...
 
 
 class Samples(Dataset):
@@ -69,7 +50,7 @@ class Samples(Dataset):
 
 
 def tokenize(
-    tokenizer: Tokenizer,
+    tokenizer: FlowMo,
     source: Source,
     out: Path,
     *,
@@ -90,6 +71,7 @@ def tokenize(
     All ranks call this together; each takes whole shards. Unreadable images are marked in the folder.
 
     Args:
+        tokenizer: a ``FlowMo``, or any object with its ``quantizer``, ``config``, ``identity`` and ``encode``.
         name, model: names of the source and the tokenizer for ``tokens.json``.
         crops: 1 takes the central square of each image. More take random squares along its longer side.
         flip: also add every crop mirrored.
