@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flowmo.codec.bits import Bits
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
 from flowmo.model.transformer import code_lattice
 
 FRACTION = 8
@@ -165,7 +165,7 @@ class IntegerModel:
             neighbours = tuple((int(row), int(column)) for row, column in json.loads(metadata["neighbours"]))
             return cls(metadata["tokenizer"], neighbours, **arrays)
         except (OSError, SafetensorError, ContextError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise ContextError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+            raise ContextError(f"{path}: {one_line(error)}") from None
 
 
 @dataclass(frozen=True, eq=False)

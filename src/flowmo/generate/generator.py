@@ -21,6 +21,7 @@ from flowmo.checkpoint.files import GENERATOR as STAGE
 from flowmo.checkpoint.files import CheckpointError, finite, on_meta, read_pth, read_shards, write_whole
 from flowmo.config import Config, ConfigError, GeneratorConfig
 from flowmo.data.tokens import Vocabulary
+from flowmo.errors import one_line
 from flowmo.generate.classes import GenerationError, class_titles, find_class
 from flowmo.generate.network import build_network
 from flowmo.generate.schedules import halton_order, hidden_counts
@@ -114,13 +115,10 @@ class Generator(Packable):
             GenerationError: a label, an id or a setting is out of range.
         """
         settings["sample_steps"] = settings.pop("steps", None)
-        own = replace(self.config.generator, **{name: v for name, v in settings.items() if v is not None})
-        if (
-            own.sample_steps < 1
-            or not min(own.temperature, own.last_temperature) > 0
-            or not own.choice_temperature >= 0
-        ):
-            raise GenerationError("Sampling needs at least 1 step and temperatures above 0.")
+        try:
+            own = replace(self.config.generator, **{name: v for name, v in settings.items() if v is not None})
+        except ConfigError as error:
+            raise GenerationError(str(error)) from None
         labels = self._labels(labels)
         numbers = list(seeds) if not isinstance(seeds, int) else [seeds + i for i in range(len(labels))]
         if len(numbers) != len(labels):
@@ -248,13 +246,11 @@ class Generator(Packable):
     # Shared by sampling and likelihood
 
     def _ranks(self, order: str, generators: Sequence[torch.Generator]) -> Tensor:
-        """The rank at which each position is revealed, int64 b n."""
+        """The rank of each position in a fixed order, ``halton`` or ``random``: int64 b n."""
         if order == "random":
             return torch.stack([torch.randperm(self.vocabulary.ids, generator=g) for g in generators])
-        if order == "halton":
-            ranks = halton_order(self.vocabulary.tokens, self.vocabulary.sub_tokens).argsort()
-            return ranks.expand(len(generators), -1)
-        raise GenerationError(f"There is no order {order!r}. Use confidence, halton or random.")
+        ranks = halton_order(self.vocabulary.tokens, self.vocabulary.sub_tokens).argsort()
+        return ranks.expand(len(generators), -1)
 
     def _labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         labels = torch.as_tensor(labels, dtype=torch.int64).flatten()
@@ -347,16 +343,14 @@ def load_generator(
 
 
 def _read_checkpoint(path: Path, ema: bool) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    if path.is_dir():
-        content, state = read_shards(path, ema)
-    else:
-        content = read_pth(path)
-        state = content.get("ema" if ema else "model", {})
-    if content.get("stage") != STAGE:
+    metadata, state = read_shards(path, ema) if path.is_dir() else (read_pth(path), None)
+    if metadata.get("stage") != STAGE:
         raise CheckpointError(f"{path}: The checkpoint holds no generator.")
+    if state is None:
+        state = metadata.get("ema" if ema else "model")
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: The checkpoint holds no weights.")
-    return content, state
+    return metadata, state
 
 
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
@@ -370,8 +364,7 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tenso
     except CheckpointError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: The file is damaged or no safetensors file ({reason}).") from None
+        raise CheckpointError(f"{path}: The file is damaged or no safetensors file ({one_line(error)}).") from None
 
 
 def _parse(path: Path, metadata: Mapping[str, Any]) -> tuple[Config, Vocabulary]:
@@ -385,8 +378,7 @@ def _parse(path: Path, metadata: Mapping[str, Any]) -> tuple[Config, Vocabulary]
             raise TypeError("its vocabulary has names that are no text")
         return Config.from_dict(metadata["config"]), vocabulary
     except (ConfigError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: The settings in this file are invalid: {reason}") from None
+        raise CheckpointError(f"{path}: The settings in this file are invalid: {one_line(error)}") from None
 
 
 def build_generator(
