@@ -25,12 +25,12 @@ import flowmo
 from flowmo.config import CHECKPOINTED, Config
 from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
-from flowmo.evaluate.speed import timed
+from flowmo.evaluate.speed import peak_flops, timed
 from flowmo.generate.generator import Generator
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage
-from flowmo.train.cost import Cost, generator_cost, peak_flops, training_cost
+from flowmo.train.cost import Cost, generator_cost, training_cost
 from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorStage, Hidden
 from flowmo.train.memory import machine_memory, used_memory

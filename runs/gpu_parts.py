@@ -35,12 +35,12 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate import speed as bench
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.reconstruction import Evaluators, Reconstruction, measure, read_crops
+from flowmo.evaluate.speed import matrix_rate
 from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
 from flowmo.losses.perceptual import BACKBONES, HEADS, RESNET, WeightsNotFoundError, find_weights
 from flowmo.model.sampler import image_seed
 from flowmo.precision import describe
-from flowmo.train.cost import matrix_rate
 from flowmo.train.logging import METRICS
 from flowmo.train.tokenizer import TokenizerTask
 from flowmo.train.trainer import Trainer

@@ -328,7 +328,7 @@ def test_a_signal_to_torchrun_saves(base, tmp_path):
                 process.send_signal(signal.SIGTERM)  # to the agent alone, which passes it on
                 break
         rest = process.stdout.read()
-    assert "the same command goes on from here" in rest
+    assert "Run the same command again to resume" in rest
     assert len(listing(tmp_path / "my_experiment" / "checkpoints")) == 1
 
 

@@ -30,10 +30,10 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate import follow
 from flowmo.evaluate.follow import LOG, Follower
 from flowmo.evaluate.reconstruction import Evaluators, measure
+from flowmo.evaluate.speed import UNCOUNTED
 from flowmo.generate.generator import Generator
 from flowmo.generate.tokenize import tokenize
 from flowmo.losses.noise import TrainingNoise
-from flowmo.train.cost import UNCOUNTED
 from flowmo.train.tokenizer import TokenizerTask
 from flowmo.train.trainer import Trainer
 

@@ -375,7 +375,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, folder, tmp_path
                 break
         rest = process.stdout.read()
     assert process.returncode == 0, rest
-    assert "the same command goes on from here" in rest
+    assert "Run the same command again to resume" in rest
     stopped = int(sorted((tmp_path / "run" / "checkpoints").glob("*.pth"))[-1].stem)
     assert 2 <= stopped < 100000
     expected = Trainer(config.override(f"trainer.max_steps={stopped}"), tmp_path / "expected", report=quiet)

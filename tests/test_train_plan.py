@@ -14,11 +14,12 @@ from benchmarks.mup_check import coordinate_check
 from flowmo import Config, ConfigError, FlowMo, preset
 from flowmo.config import Span
 from flowmo.distributed import World
+from flowmo.evaluate.speed import UNCOUNTED, peak_flops
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage, pretrain_loss
 from flowmo.model.quantizers import LFQ
-from flowmo.train.cost import UNCOUNTED, PeakMemory, peak_flops, training_cost
+from flowmo.train.cost import PeakMemory, training_cost
 from flowmo.train.failures import OutOfMemoryError, plain_errors
 from flowmo.train.optimizer import build_optimizers, clip_gradients, scale_initial_weights
 from flowmo.train.parallel import KEPT, prepare

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowmo import FlowMo, preset
 from flowmo.checkpoint.authors import CheckpointMismatchError, convert_release, expected_shapes, release_config
 from flowmo.config import PRESETS
+from flowmo.evaluate.speed import UNCOUNTED
 from flowmo.model.transformer import (
     Shape,
     code_lattice,
@@ -18,7 +19,6 @@ from flowmo.model.transformer import (
     rotate,
     unpatchify,
 )
-from flowmo.train.cost import UNCOUNTED
 
 CPU = torch.device("cpu")
 

@@ -50,13 +50,12 @@ class World:
         """True for rank 0, the only rank that logs and writes."""
         return self.rank == 0
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Return, for each flag, whether any rank set it."""
-        if self.size == 1:
-            return list(flags)
-        values = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return [bool(value) for value in values]
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank set the flag."""
+        value = torch.tensor(int(flag))
+        if self.size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
 
     def mean(self, values: Tensor) -> Tensor:
         return self.sum(values) / self.size
@@ -78,8 +77,7 @@ class World:
         return values[0]
 
     def barrier(self) -> None:
-        if self.size > 1:
-            self.any(False)  # through gloo: dist.barrier would need a GPU under nccl
+        self.any(False)  # through gloo on the CPU, also beside nccl
 
 
 @contextmanager

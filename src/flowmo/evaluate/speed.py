@@ -7,17 +7,30 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flowmo.model.sampler import evaluations, network_passes, seeded_noise, shifted_times
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
-from flowmo.train.cost import UNCOUNTED, matrix_rate
 
 COPIED = 256 * 2**20
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v)
+    ),
+}
+"""FLOPs of attention on CPUs, which PyTorch's counter does not know: two matrix products forward, four backward."""
+
+PEAK_TFLOPS = {
+    **{"H200": 989, "H100": 989, "B200": 2250, "A100": 312},
+    **{"L40S": 362, "L4": 121, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71},
+}
+"""Dense bfloat16 TFLOP/s with float32 accumulation, from data sheets. The first name that matches counts."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,24 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
     function()
     synchronize()
     return time.perf_counter() - start
+
+
+def matrix_rate(device: torch.device, bfloat16: bool) -> float:
+    """Measure the best FLOP/s that the device reaches in products of large square matrices."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    return 2 * side**3 / min(timed(lambda: a @ a, device) for _ in range(5))
+
+
+@cache
+def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
+    """Return the device's peak FLOP/s and its source: the data sheet, or a measurement for a device not in it."""
+    if device.type == "cuda" and bfloat16:
+        name = torch.cuda.get_device_name(device)
+        sheet = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+        if sheet:
+            return sheet * 1e12, "data sheet"
+    return matrix_rate(device, bfloat16), "measured"
 
 
 def copy_rate(device: torch.device) -> float:

@@ -1,0 +1,1 @@
+"""Training: the trainer, the task of each stage, and their parts."""

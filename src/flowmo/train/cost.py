@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo.config import Config, DataConfig, EvalConfig, OptConfig, SamplingConfig, TrainerConfig
 from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
+from flowmo.evaluate.speed import PEAK_TFLOPS, UNCOUNTED
 from flowmo.generate.network import build_network
 from flowmo.losses.noise import Chain, Jumps, TrainingNoise
 from flowmo.losses.perceptual import build_distance
@@ -30,27 +30,6 @@ from flowmo.model.quantizers.infill import HUB_NAMES
 from flowmo.tokenizer import FlowMo
 from flowmo.train.parallel import prepare, recompute
 from flowmo.train.schedule import PAPER_BATCH, Schedule
-
-PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-"""Dense bfloat16 FLOP/s with float32 accumulation, from data sheets, by the first part of the name that matches."""
-
-UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v)
-    ),
-}
-"""FLOPs of attention on CPUs, which PyTorch's counter does not know: two matrix products forward, four backward."""
 
 IMAGENET_IMAGES = 1_281_167
 STATE_BYTES = 5 * 4
@@ -105,7 +84,7 @@ def describe_training(config: Config) -> dict[str, Any]:
         "gib_of_state": round(early.state_bytes / 2**30, 2),
         "gib_of_activations_per_image": round(early.activation_bytes / 2**30, 3),
         "gib_with_activation_checkpointing": round(training_cost(checkpointing).activation_bytes / 2**30, 3),
-        "hours_on_8_h100_at_40_percent": round(flops / (8 * 0.4 * PEAKS["H100"]) / 3600, 1),
+        "hours_on_8_h100_at_40_percent": round(flops / (8 * 0.4 * PEAK_TFLOPS["H100"] * 1e12) / 3600, 1),
     }
 
 
@@ -198,7 +177,11 @@ def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tupl
     tokenizer, teacher = FlowMo(config), None
     tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not freeze_encoder)
     if config.stage == "distill":
-        teacher = FlowMo(_teacher(config)).requires_grad_(False)
+        # it samples by the paper's settings, unless the number of steps is set
+        sampling = SamplingConfig(sample_steps=config.opt.teacher_steps or SamplingConfig().sample_steps)
+        model = replace(config.model, mean_velocity=False)
+        teacher_config = Config(data=config.data, model=model, eval=EvalConfig(sampling=sampling))
+        teacher = FlowMo(teacher_config).requires_grad_(False)
     stage = prepare(Stage(tokenizer, config.opt, perceptual, teacher), World(), config.trainer)
     images = torch.empty(count, 3, *size)
     keep = torch.ones(count, config.model.posttrain_sample_k, dtype=torch.bool)
@@ -208,13 +191,6 @@ def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tupl
     noise = TrainingNoise(torch.empty(count), images, keep[:, 0], chain, Jumps(images, times, times), cut)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
     return lambda: stage(images, noise, alone, freeze_encoder).total, modules
-
-
-def _teacher(config: Config) -> Config:
-    """Return the settings of a student's teacher, which samples by the paper's settings unless the steps are set."""
-    sampling = SamplingConfig(sample_steps=config.opt.teacher_steps or SamplingConfig().sample_steps)
-    model = replace(config.model, mean_velocity=False)
-    return Config(data=config.data, model=model, eval=EvalConfig(sampling=sampling))
 
 
 def _backward(loss: Callable[[], Tensor], bfloat16: bool) -> None:
@@ -282,33 +258,3 @@ class PeakMemory(TorchDispatchMode):
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
-
-
-@cache
-def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
-    """Return the device's peak FLOP/s and its source: the data sheet, or a measurement for a device not in it."""
-    if device.type == "cuda" and bfloat16:
-        name = torch.cuda.get_device_name(device)
-        sheet = next((flops for part, flops in PEAKS.items() if part in name), None)
-        if sheet:
-            return sheet, "data sheet"
-    return matrix_rate(device, bfloat16), "measured"
-
-
-def matrix_rate(device: torch.device, bfloat16: bool) -> float:
-    """Measure the best FLOP/s that the device reaches in products of large square matrices."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-    best = float("inf")
-    for _ in range(5):
-        _synchronise(device)
-        start = time.perf_counter()
-        a @ a
-        _synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,7 +1,9 @@
-"""Clear errors for what ends a run from outside: exhausted memory, and a data worker that dies or hangs."""
+"""Events from outside that end a run: signals, exhausted memory, and data workers that die or hang."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -55,3 +57,23 @@ def _less_memory(plan: BatchPlan, fitting: int) -> str:
         return "trainer.activation_checkpointing=true, or a smaller data.image_size"
     value = max((n for n in smaller if n <= fitting), default=smaller[0])
     return f"data.max_microbatch={value}; the memory forecast allows up to {fitting}"
+
+
+@contextmanager
+def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call ``stop`` on SIGTERM and SIGINT. A second SIGINT interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: object) -> None:
+        stop()
+        if number == signal.SIGINT:  # not SIGTERM, which torchrun sends twice: to a process and to its group
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

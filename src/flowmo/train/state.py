@@ -198,16 +198,15 @@ def restore(path: Path, state: State, optimizer: bool = True) -> None:
         sharded.read_into(path, targets)
         return
     content = checkpoint.read_pth(path)
-    values = {}
-    for name in targets:
-        part, _, rest = name.partition(".")
-        tensors = content.get(part, {})
-        if not isinstance(tensors, dict):
-            raise StateError(f"{path} is damaged: its {part} is not a table.")
-        if rest not in tensors:
-            raise StateError(f"{path} has no {name}. It is of another model or version.")
-        values[name] = tensors[rest]
-    fill(path, targets, values)
+    parts = {part: content.get(part, {}) for part in PARTS}
+    damaged = next((part for part, tensors in parts.items() if not isinstance(tensors, dict)), None)
+    if damaged:
+        raise StateError(f"{path} is damaged: its {damaged} is not a table.")
+    found = {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
+    missing = next((name for name in targets if name not in found), None)
+    if missing:
+        raise StateError(f"{path} has no {missing}. It is of another model or version.")
+    fill(path, targets, {name: found[name] for name in targets})
 
 
 def fill(path: Path, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -8,10 +8,8 @@ seed and on positions in the run. SIGTERM, Ctrl-C and a file named ``stop`` in t
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -24,11 +22,11 @@ from flowmo.checkpoint.run_folder import BEST, CHECKPOINTS, ENDED, SETTINGS, lis
 from flowmo.config import Config, ConfigError, flatten
 from flowmo.data import batches
 from flowmo.distributed import World
+from flowmo.evaluate.speed import peak_flops
 from flowmo.train import intent, state
-from flowmo.train.cost import peak_flops
 from flowmo.train.early_stopping import EarlyStopping, plot
 from flowmo.train.ema import EMA
-from flowmo.train.failures import plain_errors
+from flowmo.train.failures import plain_errors, stop_on_signals
 from flowmo.train.finite import StepCounts, step_if
 from flowmo.train.generator import GeneratorTask
 from flowmo.train.logging import Meter, MetricLogger
@@ -41,6 +39,7 @@ from flowmo.train.tokenizer import TokenizerTask
 
 __all__ = ["Trainer", "TrainingError"]
 
+STOP = "stop"
 START_WEIGHTS = {"model": "the trained weights, as the release", "ema": "the EMA of the weights"}
 
 
@@ -117,10 +116,6 @@ class Trainer:
     def checkpoint_folder(self) -> Path:
         return self.folder / CHECKPOINTS
 
-    @property
-    def stop_file(self) -> Path:
-        return self.folder / "stop"
-
     def checkpoints(self) -> list[Path]:
         """Return the run's checkpoints, oldest first."""
         return listing(self.checkpoint_folder)
@@ -139,7 +134,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end, or until a signal, the stop file or early stopping; save a checkpoint in any case."""
         if self.world.main:
-            self.stop_file.unlink(missing_ok=True)
+            (self.folder / STOP).unlink(missing_ok=True)
             (self.folder / ENDED).unlink(missing_ok=True)
             (self.folder / SETTINGS).write_text(self.config.to_json())
         self.world.barrier()
@@ -149,7 +144,7 @@ class Trainer:
         try:
             # close the loader after an error too: its workers ignore signals, and exiting would wait for them
             errors = plain_errors(self.plan, self._max_microbatch)
-            with self._stop_on_signals(), errors, closing(self._batches()) as stream:
+            with stop_on_signals(self._ask_to_stop), errors, closing(self._batches()) as stream:
                 self._loop(stream)
             self._finish()
         finally:
@@ -174,14 +169,14 @@ class Trainer:
                     meter.skipped = self._check_skipped(meter.skipped)
                     self._evaluate()
                     self.save()
-            asked = self.asked_to_stop or (self.world.main and self.stop_file.exists())
-            self.stopping = self.world.any(asked)[0]
+            asked = self.asked_to_stop or (self.world.main and (self.folder / STOP).exists())
+            self.stopping = self.world.any(asked)
 
     def _finish(self) -> None:
         if self.stopping and self.images < self.schedule.duration:
             if self.saved_at != self.step:
                 self.save()
-            self.logger.report(f"stopped at step {self.step}; the same command goes on from here")
+            self.logger.report(f"Stopped at step {self.step}. Run the same command again to resume.")
         elif self.world.main:
             (self.folder / ENDED).touch()
         best = self.early_stopping
@@ -189,35 +184,19 @@ class Trainer:
             early = "ended early, " if best.exhausted else ""
             self.logger.report(f"{early}best checkpoint: step {best.step}, held-out {best.metric} {best.value:.4f}")
 
+    def _ask_to_stop(self) -> None:
+        self.asked_to_stop = True
+
     def _describe(self) -> str:
         parameters = sum(p.numel() for p in self.task.model.parameters())
         plan = self.plan
         processes = f"{plan.world_size} process{'es' * (plan.world_size > 1)}"
         split = f"{processes} × {plan.accumulation_steps} × {plan.microbatch}"
         return (
-            f"{len(self.task.source)} pictures, {parameters / 1e6:.1f} M parameters, batch {plan.total} = {split}, "
+            f"{len(self.task.source)} images, {parameters / 1e6:.1f} M parameters, batch {plan.total} = {split}, "
             f"from step {self.step} ({self.images} images)"
             + ("" if multiplies_bfloat16(self.device) else ", in float32: this CPU multiplies no bfloat16")
         )
-
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """End the run after the current step on SIGTERM or SIGINT, and at once on a second SIGINT."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, _: object) -> None:
-            self.asked_to_stop = True
-            if number == signal.SIGINT:  # not SIGTERM, which torchrun sends twice: to a process and to its group
-                signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _batches(self) -> Generator[Tensor]:
         """Yield this rank's batches without end, from the run's position on."""
@@ -443,7 +422,7 @@ class Trainer:
         self.step, self.images = metadata["step"], metadata["images"]
         self.skipped = StepCounts(self.world, metadata["skipped"])
         self.early_stopping.load_state_dict(metadata)
-        self.logger.report(f"going on from {path}")
+        self.logger.report(f"resumed from {path}")
         before, now = flatten(Config.from_dict(metadata["config"])), flatten(self.config)
         changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         if changed:
