@@ -2,7 +2,7 @@
 
     python runs/curve.py RUN/metrics.jsonl [OTHER/metrics.jsonl ...] --until 2000000 --out curve.png
 
-Fits metric = a + b · images^(−c) to every metric of the first run with at least five points, and prints its value at
+Fits metric = a + b · images^(−c) to every metric of the first run with at least four points, and prints its value at
 ``--until`` images. The training loss is averaged over ten parts of equal ratio, after ``--skip`` images. A power law
 describes a constant learning rate; a cooldown at the end gains on top. The exponent c is limited to 0.05 … 1.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 METRICS = {"held_out_psnr": "held-out PSNR (dB)", "held_out_distance": "held-out LPIPS", "loss": "training loss"}
 EXPONENTS = np.linspace(0.05, 1, 96)
-FEWEST = 5
+FEWEST = 4
 PARTS = 10
 
 
