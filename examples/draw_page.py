@@ -87,7 +87,7 @@ def draw(driver: webdriver.Chrome, address: str, folder: Path) -> None:
 
     driver.get(address)
     until(lambda: at("#upload input[type=file]")).send_keys(str(PHOTO))
-    until(lambda: "bytes" in at("#facts").text and at("#pair img") and loaded("#pair"))
+    until(lambda: "bytes" in at("#metrics").text and at("#pair img") and loaded("#pair"))
     time.sleep(1)  # pictures fade in
     keep(driver.get_screenshot_as_png(), folder / "page.jpg")
     for name, (button, result, file) in TABS.items():

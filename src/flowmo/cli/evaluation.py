@@ -135,12 +135,13 @@ def compare(arguments: argparse.Namespace, source: Source, evaluators: Evaluator
         world=world,
         progress=progress_bar,
     )
+    square = f"short side resized to {comparison.side}, central square"
+    protocol = square if comparison.side else "each whole, at its own size"
     rows: list[dict[str, Any]] = []
-    for entry in comparison.measure():
-        summary, each = entry.summary, "" if comparison.side else "each "
+    for summary in (entry.summary for entry in comparison.measure()):
         rows.append({**summary.as_dict(), "steps": model.steps, "seed": model.seed, "precision": comparison.precision})
         if not arguments.json:
-            log(f"{summary.name}: {summary.pictures} images, {each}{comparison.protocol}")
+            log(f"{summary.name}: {summary.pictures} images, {protocol}")
             log("\n".join(summary.lines()) + "\n")
     if arguments.json:
         log(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))

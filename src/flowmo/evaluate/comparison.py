@@ -30,8 +30,7 @@ class Comparison:
         rates: bits per pixel to encode at, by a variable-rate model; none is the full rate.
         peers: names of ``FORMATS``, or ``NAME=WEIGHTS`` as ``build_peer`` takes them. Codecs get the bytes of the ids;
             without a ``side``, at least the bytes of the model's file of the same image.
-        limit: measure this many images, evenly spread.
-        enlarge: accept images smaller than ``side``.
+        limit, enlarge: see ``measure``.
         out: folder of the measurements and the report. The same comparison resumes from it.
         progress: makes a callback from a candidate's name, see ``measure``.
 
@@ -54,6 +53,12 @@ class Comparison:
     entries: list[Entry] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        tokenizer, side = self.model.tokenizer, self.side or 1
+        model = tokenizer.config.model
+        self.precision = describe(tokenizer.precision, tokenizer.device)
+        self.tiles = len(Tiling(side, side, tokenizer.config.data.image_size).corners)
+        bits = tokenizer.config.bits_per_image or 32 * model.code_length * model.context_dim
+        self.budget = math.ceil(self.tiles * bits / 8)  # bytes of the ids of a square crop
         self.evaluators.remember = bool(self.peers) or len(self.rates) > 1
         self.chosen = evenly_spread(self.limit or len(self.source), len(self.source))
         for peer in self.peers:
@@ -69,29 +74,6 @@ class Comparison:
             raise EvaluationError(
                 "Codecs beside whole images need a model that writes files. This one has a continuous code."
             )
-
-    @property
-    def precision(self) -> str:
-        return describe(self.model.tokenizer.precision, self.model.tokenizer.device)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of a square crop."""
-        side = self.side or 1
-        return len(Tiling(side, side, self.model.tokenizer.config.data.image_size).corners)
-
-    @property
-    def budget(self) -> int:
-        """Bytes of the ids of a square crop."""
-        config = self.model.tokenizer.config
-        bits = config.bits_per_image or 32 * config.model.code_length * config.model.context_dim
-        return math.ceil(self.tiles * bits / 8)
-
-    @property
-    def protocol(self) -> str:
-        if self.side is None:
-            return "whole, at its own size"
-        return f"short side resized to {self.side}, central square"
 
     def measured_indices(self, entry: Entry) -> list[int]:
         """Return the dataset indices of the images that could be read, in order."""
@@ -154,7 +136,7 @@ class Comparison:
         square = f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}"
         header: dict[str, Any] = {
             "pictures": f"{source}: {len(indices)} of {len(self.source)}, evenly spread",
-            "protocol": square if side else f"each image {self.protocol}",
+            "protocol": square if side else "each image whole, at its own size",
             "model": f"{model}, tokenizer {own.tokenizer.identity()}",
             **({"tiles a picture": self.tiles} if side else {}),
             "sampling": f"{own.steps} steps, seed {own.seed}, guidance {own.guidance}",

@@ -31,12 +31,12 @@ STYLE = """
 footer { display: none !important }
 .html-container { padding: 0 !important }
 .grid-wrap { max-height: none !important; overflow: visible !important }
-#facts, #peers { font-variant-numeric: tabular-nums }
-.facts { display: flex; flex-wrap: wrap; gap: 10px }
-.facts div { flex: 1 1 auto; padding: 8px 14px; border: 1px solid var(--border-color-primary);
+#metrics, #peers { font-variant-numeric: tabular-nums }
+.metrics { display: flex; flex-wrap: wrap; gap: 10px }
+.metrics div { flex: 1 1 auto; padding: 8px 14px; border: 1px solid var(--border-color-primary);
   border-radius: var(--radius-lg); background: var(--block-background-fill) }
-.facts span { display: block; font-size: 12px; color: var(--body-text-color-subdued) }
-.facts b { font-size: 15px }
+.metrics span { display: block; font-size: 12px; color: var(--body-text-color-subdued) }
+.metrics b { font-size: 15px }
 .ends { display: flex; justify-content: space-between; margin-bottom: -10px; font-size: 13px;
   color: var(--body-text-color-subdued) }
 .peers { width: 100%; border-collapse: collapse; border: 0 !important }
@@ -51,7 +51,7 @@ def metrics_html(metrics: dict[str, str]) -> str:
     cells = (
         f"<div><span>{html.escape(name)}</span><b>{html.escape(value)}</b></div>" for name, value in metrics.items()
     )
-    return f'<div class="facts">{"".join(cells)}</div>'
+    return f'<div class="metrics">{"".join(cells)}</div>'
 
 
 def peers_html(own: str, metrics: dict[str, str], peers: list[Peer]) -> str:
@@ -129,7 +129,7 @@ def build(demo: Demo) -> Any:
                 run = gr.Button("Encode and decode", variant="primary", elem_id="run")
             with gr.Column(scale=2, min_width=400):
                 pair = pair_slider("original", "reconstruction", "pair")
-                metrics = gr.HTML(elem_id="facts", padding=False)
+                metrics = gr.HTML(elem_id="metrics", padding=False)
                 download = gr.DownloadButton("Download .flowmo", elem_id="download")
                 with gr.Accordion("Ids of the first tile, a token a line", open=False):
                     ids = gr.Textbox(lines=6, max_lines=12, show_label=False, buttons=["copy"], elem_id="ids")
