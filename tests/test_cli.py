@@ -92,9 +92,9 @@ def test_info(capsys, weights):
     assert "858301858" in out
     assert "0.0703" in out
     assert "31" in out
-    facts = json.loads(run(capsys, "info", weights, "--json", "eval.sampling.sample_steps=4")[1])
-    assert facts["bytes_per_picture"] == 6
-    assert facts["sampling_steps"] == 4
+    summary = json.loads(run(capsys, "info", weights, "--json", "eval.sampling.sample_steps=4")[1])
+    assert summary["bytes_per_picture"] == 6
+    assert summary["sampling_steps"] == 4
     assert "opt.lr=" in run(capsys, "info", "nano", "--settings")[1]
 
 

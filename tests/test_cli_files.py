@@ -70,7 +70,7 @@ def test_outputs_that_make_no_sense(capsys, weights, words, sentence):
 def test_what_cannot_be_written_or_found_is_named_as_it_was_given(capsys, tmp_path, weights, photo):
     (tmp_path / "taken.flowmo").mkdir()
     status, _, err = run(capsys, "encode", photo, tmp_path / "taken.flowmo", "--model", weights)
-    assert (status, err) == (2, f"flowmo: {tmp_path / 'taken.flowmo'}: cannot be written (Is a directory)\n")
+    assert (status, err) == (2, f"flowmo: Cannot write {tmp_path / 'taken.flowmo'}: Is a directory.\n")
     status, _, err = run(capsys, "decode", tmp_path / "none.flowmo", "--model", weights)
     assert (status, err) == (2, f"flowmo: {tmp_path / 'none.flowmo'}: no such file or directory\n")
 

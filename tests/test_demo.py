@@ -40,11 +40,11 @@ def photo(tmp_path, picture):
 @pytest.fixture
 def generator_file(tiny, tmp_path):
     """A generator of random weights for the ids of the tiny tokenizer."""
-    facts = {"tokenizer": tiny.identity(), "model": "tiny", "image_size": 32, "classes": ("n01440764", "cat")}
+    metadata = {"tokenizer": tiny.identity(), "model": "tiny", "image_size": 32, "classes": ("n01440764", "cat")}
     small = ("generator.depth=1", "generator.hidden_size=64", "generator.num_heads=1", "generator.sample_steps=2")
     torch.manual_seed(0)
     generator = Generator(
-        preset("maskgit_nano").override(*small), Vocabulary(tokens=6, sub_tokens=2, id_bits=4, **facts)
+        preset("maskgit_nano").override(*small), Vocabulary(tokens=6, sub_tokens=2, id_bits=4, **metadata)
     )
     with torch.no_grad():  # classes that differ
         for parameter in generator.parameters():
@@ -247,10 +247,10 @@ def test_the_page_in_a_browser(browser, tiny, tiny_model, tmp_path, photo, gener
         browser.get(address)
         until(lambda: at("#run"))
         upload(photo)  # which encodes and decodes it
-        facts = until(lambda: "bytes" in at("#metrics").text and at("#metrics").text)
-        assert "70 × 50 pixels" in facts
-        assert "PSNR" in facts
-        size = int(re.search(r"file\s+(\d+) bytes", facts)[1])
+        metrics = until(lambda: "bytes" in at("#metrics").text and at("#metrics").text)
+        assert "70 × 50 pixels" in metrics
+        assert "PSNR" in metrics
+        size = int(re.search(r"file\s+(\d+) bytes", metrics)[1])
         at("#download").click()
         file = until(lambda: list((tmp_path / "downloads").glob("*.flowmo")))[0]
         content = file.read_bytes()

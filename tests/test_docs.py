@@ -56,10 +56,10 @@ def write_generator(path):
     """One of random weights for the ids of nano, which a snippet loads."""
     tokenizer = flowmo.load("nano")
     shape = {"tokens": tokenizer.code_length, "sub_tokens": tokenizer.quantizer.sub_tokens, "id_bits": 9}
-    facts = {"tokenizer": tokenizer.identity(), "model": "nano", "image_size": 128, "classes": ("tench", "cat")}
+    metadata = {"tokenizer": tokenizer.identity(), "model": "nano", "image_size": 128, "classes": ("tench", "cat")}
     small = ("generator.depth=1", "generator.hidden_size=64", "generator.num_heads=1", "generator.sample_steps=2")
     config = preset("maskgit_nano").override(*small)
-    save_generator(Generator(config, Vocabulary(**shape, **facts)), path)
+    save_generator(Generator(config, Vocabulary(**shape, **metadata)), path)
 
 
 def with_snippets(language):

@@ -59,13 +59,13 @@ def test_the_wheel_holds_every_module_and_table(wheel):
 
 def test_extras_by_their_short_names(wheel):
     (info,) = wheel.glob("*.dist-info")
-    facts = metadata.Distribution.at(info)
-    extras = set(facts.metadata.get_all("Provides-Extra"))
+    distribution = metadata.Distribution.at(info)
+    extras = set(distribution.metadata.get_all("Provides-Extra"))
     assert {"train", "eval", "demo", "lm", "hub", "codec", "dev"} <= extras
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for name in re.findall(r"flowmo\[([\w,]+)\]", str(wanted)):
         assert set(name.split(",")) <= extras, "extras that name each other exist"
-    (script,) = facts.entry_points
+    (script,) = distribution.entry_points
     assert (script.name, script.value) == ("flowmo", "flowmo.cli:main")
 
 

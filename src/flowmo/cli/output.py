@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ def check_outputs(outputs: Sequence[Path], suffixes: Sequence[str] = ()) -> None
     Raises:
         UsageError: with a message that names the file.
     """
-    for path in outputs:
-        if outputs.count(path) > 1:
+    for path, count in Counter(outputs).items():
+        if count > 1:
             raise UsageError(f"Two results would both be written to {path}. Give them other names.")
         if suffixes and path.suffix.lower() not in suffixes:
             raise UsageError(
@@ -99,4 +100,4 @@ def write(output: Path, content: bytes | Image.Image) -> None:
     try:
         write_content(output, content)
     except OSError as error:  # names the temporary file
-        raise UsageError(f"{output}: cannot be written ({error.strerror})") from None
+        raise UsageError(f"Cannot write {output}: {error.strerror}.") from None
