@@ -92,12 +92,12 @@ class ModelConfig(Section, path="model"):
     vq_commit_weight: float = training(0.25, "vq: weight of the commitment loss", at_least(0))
     entropy_loss_weight: float = training(0.0025, "lfq: weight of the entropy loss (the paper prints 0.1)")
     commit_loss_weight: float = training(0.000625, "lfq: weight of the commitment loss (the paper prints 0.0025)")
-    entropy_statistics: str = training("batch", "images of lfq's mean distribution", one_of("batch", "process"))
+    entropy_statistics: str = training("batch", "where lfq's mean distribution is taken", one_of("batch", "process"))
     enable_cfg: bool = training(True, "train the null code of classifier-free guidance on a tenth of the images")
-    nested_dropout: float = setting(0.0, "share of images whose code keeps a random prefix of its ids", between(0, 1))
+    nested_dropout: float = setting(0.0, "share of images with a random prefix of each token's ids", between(0, 1))
     code_layout: str = setting("diagonal", "rotary positions of code tokens", one_of("diagonal", "lattice"))
     prediction: str = setting("velocity", "output of the decoder's last layer", one_of(*PREDICTIONS))
-    mean_velocity: bool = setting(False, "decoder sees the end of its step, gives the mean velocity (stage 1C)")
+    mean_velocity: bool = setting(False, "the decoder sees where its step ends and gives the mean velocity (1C)")
     initial_gate: float = training(0.0, "residual gates of a fresh double-stream decoder; windowed ones start at 1")
     enable_mup: bool = setting(True, "scale attention logits by 8 / head size; otherwise by 1 / sqrt(head size)")
     fix_initial_norms: bool = training(True, "reset the norms of the blocks' weight matrices after each step")
@@ -105,7 +105,7 @@ class ModelConfig(Section, path="model"):
     posttrain_sample_k: int = training(8, "random steps of that chain", at_least(1))
     posttrain_sample_enable_cfg: bool = training(False, "drop the code in a tenth of its steps, as the release can")
     ema_decay: float = training(
-        0.9999, "per 128 images; per step in stage 1B and for ema_update=release", between(0, 1)
+        0.9999, "decay of the EMA, per 128 images; in stage 1B and with ema_update=release, per step", between(0, 1)
     )
     ema_update: str = training("every_step", "when the EMA is updated", one_of("every_step", "release"))
 
@@ -126,7 +126,7 @@ class OptConfig(Section, path="opt"):
     mup_base_width: int = setting(0, "width from which muP scales opt.lr and initial weights; 0 is none", at_least(0))
     warmup: Span = setting(Span(0), "length over which the learning rate rises from 0")
     cooldown: float = setting(0.0, "last share of the run over which the learning rate falls", between(0, 1))
-    cooldown_shape: str = setting("linear", "form of the fall", one_of("linear", "cosine"))
+    cooldown_shape: str = setting("linear", "shape of that fall", one_of("linear", "cosine"))
     final_lr: float = setting(0.0, "learning rate at the end of the cooldown", at_least(0))
     max_grad_norm: float = setting(0.0, "clip gradients to this norm; 0 does not clip", at_least(0))
     schedule: str = setting(
@@ -136,8 +136,10 @@ class OptConfig(Section, path="opt"):
     loss_space: str = setting("velocity", "error that the flow loss squares", one_of(*PREDICTIONS))
     lpips_weight: float = setting(0.1, "weight of the perceptual loss; 0 disables", at_least(0))
     lpips_mode: str = setting("vgg", "perceptual loss: LPIPS or the logits of resnet", one_of("vgg", "alex", "resnet"))
-    lpips_jitter: int = setting(0, "most pixels of the random shift before the perceptual loss, against its grid")
-    lpips_crop: int = setting(0, "side of the random square that the perceptual loss sees, in pixels; 0 is all")
+    lpips_jitter: int = setting(
+        0, "random cut of both images before the one-step estimate's perceptual loss, in pixels"
+    )
+    lpips_crop: int = setting(0, "side of the random square that this loss sees, in pixels; 0 is the whole image")
     perceptual_weights: str = setting("", "folder to look for perceptual weights in, before FLOWMO_WEIGHTS")
     n_grad_acc: int = setting(0, "gradient-accumulation steps of a rank; 0 is as few as fit", at_least(0))
     freeze_encoder_after: Span = setting(Span("25.6M images"), "when the encoder stops learning")
@@ -151,11 +153,13 @@ class OptConfig(Section, path="opt"):
 class TrainerConfig(Section, path="trainer"):
     duration: Span = setting(Span("166.4M images"), "length of the whole run; the default is stage 1A's", LONGER_THAN_0)
     start_weights: str = setting(
-        "model", "weights that a new stage starts with, the release: model", one_of("model", "ema")
+        "model",
+        "weights that a new stage takes from --resume-from-ckpt; the release takes model",
+        one_of("model", "ema"),
     )
     parallel: str = setting("ddp", "how several ranks share the work", one_of("ddp", "fsdp"))
     activation_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, more time")
-    checkpoint_keeps: str = setting("inputs", "results of a block that are kept anyway", one_of(*CHECKPOINTED))
+    checkpoint_keeps: str = setting("inputs", "what stays in memory, each with those before", one_of(*CHECKPOINTED))
     enable_bfloat16: bool = setting(True, "matrix products in bfloat16 if the device can; the rest stays float32")
     compile: bool = setting(False, "torch.compile the blocks; pays off on a GPU, and on a CPU with a C++ compiler")
     log_every: Span = setting(Span("12.8k images"), "period of log lines", LONGER_THAN_0)
@@ -218,7 +222,11 @@ class GeneratorConfig(Section, path="generator"):
         "guidance g adds g (class - null) to this; null: none at 1; class, as TiTok and the paper: none at 0",
         one_of("null", "class"),
     )
-    drawing: str = training("categorical", "draw ids by probability, or as TiTok", one_of("categorical", "gumbel"))
+    drawing: str = training(
+        "categorical",
+        "draw ids by probability, or, as TiTok, the largest logit with Gumbel noise of choice_temperature",
+        one_of("categorical", "gumbel"),
+    )
     temperature: float = training(1.3, "softmax temperature of the first step", above(0))
     last_temperature: float = training(0.5, "softmax temperature of the last step; it falls linearly", above(0))
     choice_temperature: float = training(4.5, "noise in the choice of ids that are kept, falling to 0", at_least(0))
