@@ -84,7 +84,7 @@ SMALLER_MODEL = LO_PRETRAIN.replace("trainer.max_steps", "model.patch_size=8 mod
 
 
 @pytest.fixture
-def place(tmp_path, picture_files):
+def workspace(tmp_path, picture_files):
     """A working directory with the authors' tar and index, under the names that their settings have."""
     import tarfile
 
@@ -113,7 +113,7 @@ def make_tiny(steps, batch=2):
     ]
 
 
-def run(command, place, *tiny, resume=None):
+def run(command, workspace, *tiny, resume=None):
     """The command as a shell would read it, with two processes where it asks for more."""
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:1] == ["torchrun"]
@@ -123,7 +123,7 @@ def run(command, place, *tiny, resume=None):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLOWMO_WEIGHTS": str(WEIGHTS)}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, "--device", "cpu", *tiny],
-        cwd=place,
+        cwd=workspace,
         env=environment,
         capture_output=True,
         text=True,
@@ -133,8 +133,8 @@ def run(command, place, *tiny, resume=None):
     return done.stdout
 
 
-def checkpoints(place, name):
-    return listing(place / "results" / name / "checkpoints")
+def checkpoints(workspace, name):
+    return listing(workspace / "results" / name / "checkpoints")
 
 
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs trained perceptual networks (../shared/weights)")
@@ -148,15 +148,15 @@ needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs trained p
         ("hi", HI_PRETRAIN, HI_POSTTRAIN),
     ],
 )
-def test_pretraining_then_posttraining(place, size, pretrain, posttrain):
-    out = run(pretrain, place, *make_tiny(2))
+def test_pretraining_then_posttraining(workspace, size, pretrain, posttrain):
+    out = run(pretrain, workspace, *make_tiny(2))
     assert "2 processes" in out
-    first = checkpoints(place, f"flowmo_{size}_pretrain")[-1]
+    first = checkpoints(workspace, f"flowmo_{size}_pretrain")[-1]
     assert first.stem == "00000002"
-    out = run(posttrain, place, *make_tiny(4, batch=4), resume=first)
+    out = run(posttrain, workspace, *make_tiny(4, batch=4), resume=first)
     assert "2 processes × 2 × 1" in out  # opt.n_grad_acc=2
     assert "resnet50" in out
-    last = checkpoints(place, f"flowmo_{size}_posttrain")[-1]
+    last = checkpoints(workspace, f"flowmo_{size}_posttrain")[-1]
     assert last.stem == "00000004"
     config = load(last).config
     assert config.model.context_dim == (18 if size == "lo" else 56)
@@ -171,9 +171,9 @@ def test_pretraining_then_posttraining(place, size, pretrain, posttrain):
         (SMALLER_MODEL, "flowmo_lo_pretrain"),
     ],
 )
-def test_other_pretraining(place, command, name):
-    run(command, place, *make_tiny(1))
-    tokenizer = load(checkpoints(place, name)[-1])
+def test_other_pretraining(workspace, command, name):
+    run(command, workspace, *make_tiny(1))
+    tokenizer = load(checkpoints(workspace, name)[-1])
     if "kl" in name:
         assert (tokenizer.config.model.quantization_type, tokenizer.code_length) == ("kl", 128)
         assert tokenizer.config.model.context_dim == 768
@@ -181,58 +181,58 @@ def test_other_pretraining(place, command, name):
         assert tokenizer.config.model.patch_size == 8
 
 
-def evaluations(place, name):
-    return [json.loads(line) for line in (place / "results" / name / "evaluations.jsonl").read_text().splitlines()]
+def evaluations(workspace, name):
+    return [json.loads(line) for line in (workspace / "results" / name / "evaluations.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
-def held_out(place):
-    """Overrides that name held-out pictures: the authors' tar and index of them."""
+def held_out(workspace):
+    """Overrides that name held-out images: the authors' tar and index of them."""
     val, index = "ILSVRC2012_img_val.tar", "imagenet_val_index_overall.json"
-    shutil.copy(place / "ILSVRC2012_img_train.tar", place / val)
-    (place / index).write_text(json.dumps(build_index(place / val)))
+    shutil.copy(workspace / "ILSVRC2012_img_train.tar", workspace / val)
+    (workspace / index).write_text(json.dumps(build_index(workspace / val)))
     return [f"data.imagenet_val_tar={val}", f"data.imagenet_val_index={index}"]
 
 
-def test_evaluation_of_a_run(place, held_out):
+def test_evaluation_of_a_run(workspace, held_out):
     """Both checkpoints, then the end of the run ends the evaluation."""
     tiny = [*make_tiny(2), "opt.lpips_weight=0", *held_out]
     pretrain = LO_PRETRAIN.replace("flowmo_lo_pretrain", "flowmo_lo_prettrain")
-    run(pretrain, place, *tiny, "trainer.checkpoint_every=1")
-    out = run(EVALUATE_AS_IT_GROWS, place, *tiny)
+    run(pretrain, workspace, *tiny, "trainer.checkpoint_every=1")
+    out = run(EVALUATE_AS_IT_GROWS, workspace, *tiny)
     assert "bits per pixel" in out
-    rows = evaluations(place, "flowmo_lo_prettrain_eval")
+    rows = evaluations(workspace, "flowmo_lo_prettrain_eval")
     assert [row["checkpoint"] for row in rows] == ["00000001.pth", "00000002.pth"]
-    assert rows == evaluations(place, "flowmo_lo_prettrain")
+    assert rows == evaluations(workspace, "flowmo_lo_prettrain")
     assert {row["pictures"] for row in rows} == {4}
 
 
 @pytest.mark.parametrize(("size", "command", "bits"), [("lo", EVALUATE_LO, 18), ("hi", EVALUATE_HI, 56)])
-def test_evaluation_of_a_named_checkpoint(place, held_out, size, command, bits):
-    """A file of the authors' form, and half of the pictures."""
+def test_evaluation_of_a_named_checkpoint(workspace, held_out, size, command, bits):
+    """A file of the authors' form, and half of the images."""
     widths = [f"model.{net}{name}" for net in ("", "enc_") for name in ("hidden_size=384", "num_heads=12")]
     tiny = [*make_tiny(1), *held_out, *widths]
     groups = {18: 9, 56: 14}[bits]
     shape = [f"model.context_dim={bits}", f"model.codebook_size_for_entropy={groups}"]
     config = Config().override(*shape, *(word for word in tiny if word.startswith("model.")))
-    release_file(place / f"flowmo_{size}.pth", config, scale=0.02)
-    run(command, place, *tiny, "eval.subsample_rate=2")
-    (row,) = evaluations(place, f"flowmo_{size}_posttrain_eval")
+    release_file(workspace / f"flowmo_{size}.pth", config, scale=0.02)
+    run(command, workspace, *tiny, "eval.subsample_rate=2")
+    (row,) = evaluations(workspace, f"flowmo_{size}_posttrain_eval")
     assert row["checkpoint"] == f"flowmo_{size}.pth"
     assert row["pictures"] == 2
     assert row["bits_per_pixel"] == pytest.approx(256 * bits / 32**2)
 
 
-def test_infill_pretraining(place):
+def test_infill_pretraining(workspace):
     """The checkpoint that the command names is one of its own folder, so it is made first."""
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
-    write_language_model(place / "qwen", hidden_size=896, intermediate_size=64, num_hidden_layers=1, **heads)
+    write_language_model(workspace / "qwen", hidden_size=896, intermediate_size=64, num_hidden_layers=1, **heads)
     tiny = make_tiny(1, batch=1)
     lines = QWEN_PRETRAIN.splitlines(keepends=True)
     fresh = "".join(line for line in lines if "--resume-from-ckpt" not in line)
-    run(fresh, place, *tiny, "model.language_model=qwen")
-    run(QWEN_PRETRAIN, place, *tiny, "trainer.max_steps=2", "model.language_model=qwen")
-    assert checkpoints(place, "flowmo_qwen2.5-coder-0.5b_pretrain")[-1].stem == "00000002"
+    run(fresh, workspace, *tiny, "model.language_model=qwen")
+    run(QWEN_PRETRAIN, workspace, *tiny, "trainer.max_steps=2", "model.language_model=qwen")
+    assert checkpoints(workspace, "flowmo_qwen2.5-coder-0.5b_pretrain")[-1].stem == "00000002"
 
 
 def test_the_authors_settings_are_the_defaults():

@@ -147,7 +147,7 @@ def test_no_value_is_lost_to_infinity():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_recipes_are_settings(file):
-    """Each can be read without naming pictures, and says first what it is for and what it costs."""
+    """Each loads without naming images, and begins with its purpose and its cost."""
     config = Config.from_yaml(file)
     assert config.trainer.duration.amount > 0
     text = file.read_text()

@@ -1,4 +1,4 @@
-"""Sources of pictures: folders, tars and tars of tars, and what is refused."""
+"""Image sources: folders, tars and tars of tars, and which inputs are refused."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def add(tar, name, content):
 
 @pytest.fixture
 def nested(tmp_path, picture_files):
-    """As ImageNet's: one tar a class inside a tar, and a file that is no picture."""
+    """Like ImageNet: one tar per class inside a tar, and a file that is no image."""
     path = tmp_path / "train.tar"
     with tarfile.open(path, "w") as outer:
         add(outer, "readme.txt", b"hello")
@@ -50,10 +50,10 @@ def nested(tmp_path, picture_files):
 
 def test_random_crops_reach_every_position_as_often(tmp_path):
     """Of 7 × 4 pixels there are 4 crops; rounding would give the outer two half of their share."""
-    picture = Image.new("RGB", (7, 4))
+    image = Image.new("RGB", (7, 4))
     for column in range(7):
-        picture.paste((30 * column,) * 3, (column, 0, column + 1, 4))
-    picture.save(tmp_path / "a.png")
+        image.paste((30 * column,) * 3, (column, 0, column + 1, 4))
+    image.save(tmp_path / "a.png")
     views = ImageDataset(open_source(tmp_path), 4, random_crop=True)
     first = torch.stack([views[0, seed][0, 0, 0] for seed in range(2000)])
     shares = (((first + 1) * 127.5).round() / 30).long().bincount(minlength=4) / 2000
@@ -94,7 +94,7 @@ def test_index_of_the_authors_format_under_another_name(nested, tmp_path):
     assert len(open_source(nested, index)) == 5
 
 
-def test_a_damaged_picture_is_named(nested):
+def test_a_damaged_image_is_named(nested):
     entries = build_index(nested)
     entries[0]["size"] //= 2
     default_index(nested).write_text(json.dumps(entries))
@@ -276,10 +276,10 @@ def test_hugging_face_datasets_that_do_not_work(saved, tmp_path):
 # Decoding large JPEGs at a reduced size
 
 
-def test_a_draft_looks_like_the_whole_picture(tmp_path, picture_files):
+def test_a_draft_looks_like_the_full_image(tmp_path, picture_files):
     """Twice the needed side or more is decoded; after resampling the difference is that of a good JPEG."""
-    picture = read_image(picture_files[0]).resize((1024, 768), Image.Resampling.LANCZOS)
-    picture.save(tmp_path / "large.jpg", quality=95)
+    image = read_image(picture_files[0]).resize((1024, 768), Image.Resampling.LANCZOS)
+    image.save(tmp_path / "large.jpg", quality=95)
     assert read_image(tmp_path / "large.jpg", side=96).size == (256, 192)
     assert read_image(tmp_path / "large.jpg", side=97).size == (512, 384)
     assert read_image(tmp_path / "large.jpg").size == (1024, 768)
@@ -293,7 +293,7 @@ def test_draft_leaves_other_formats_alone(tmp_path, picture_files):
 
 
 def test_training_reads_what_people_have(tmp_path, picture_files):
-    """Odd pictures become what a viewer shows, through the training path: no crash, no black square."""
+    """Odd images become what a viewer shows, through the training path: no crash, no black square."""
     base = read_image(picture_files[0]).resize((80, 60))
     base.convert("CMYK").save(tmp_path / "cmyk.jpg")
     base.convert("L").point(lambda v: v * 257, "I").convert("I;16").save(tmp_path / "sixteen.png")

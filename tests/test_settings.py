@@ -97,31 +97,31 @@ def stand_ins():
         yield
 
 
-def finished(config, place, start=None):
+def finished(config, workspace, start=None):
     """A run of ``config`` at its end, in a new folder."""
-    place.runs += 1
-    run = Trainer(config, place.folder / f"run{place.runs}", resume_from=start, report=lambda line: None)
+    workspace.runs += 1
+    run = Trainer(config, workspace.folder / f"run{workspace.runs}", resume_from=start, report=lambda line: None)
     run.train()
     return run
 
 
-def weights(config, place):
-    return digest(finished(config, place).task.model.state_dict())
+def weights(config, workspace):
+    return digest(finished(config, workspace).task.model.state_dict())
 
 
-def weights_after_a_start(config, place):
-    return digest(finished(config, place, place.start).task.model.state_dict())
+def weights_after_a_start(config, workspace):
+    return digest(finished(config, workspace, workspace.start).task.model.state_dict())
 
 
-def ema(config, place):
-    return digest(finished(config, place).average.state)
+def ema(config, workspace):
+    return digest(finished(config, workspace).ema.state)
 
 
-def ema_after_a_start(config, place):
-    return digest(finished(config, place, place.start).average.state)
+def ema_after_a_start(config, workspace):
+    return digest(finished(config, workspace, workspace.start).ema.state)
 
 
-def fresh(config, place):
+def fresh(config, workspace):
     """Weights before training; for a generator with a tokenizer's vocabulary."""
     torch.manual_seed(0)
     if config.generator.train:
@@ -129,7 +129,7 @@ def fresh(config, place):
     return digest(FlowMo(config).state_dict())
 
 
-def function(config, place):
+def function(config, workspace):
     """Ids, and what they decode to."""
     torch.manual_seed(0)
     tokenizer = open_gates(FlowMo(config)).eval()
@@ -138,7 +138,7 @@ def function(config, place):
     return digest({"codes": codes.ids if codes.ids is not None else codes.code, "images": tokenizer.decode(codes)})
 
 
-def ids(config, place):
+def ids(config, workspace):
     """What a generator of random weights draws."""
     torch.manual_seed(0)
     generator = Generator(config, VOCABULARY)
@@ -147,7 +147,7 @@ def ids(config, place):
     return digest({"ids": generator.eval().sample([0, 1, 2, 2])})
 
 
-def logits(config, place):
+def logits(config, workspace):
     """Of a generator of random weights, for ids that are all hidden."""
     torch.manual_seed(0)
     network = Generator(config, VOCABULARY).eval().network
@@ -155,71 +155,71 @@ def logits(config, place):
     return digest({"logits": network(torch.zeros(hidden.shape, dtype=torch.int64), hidden, torch.tensor([1]))})
 
 
-def draws(config, place):
+def draws(config, workspace):
     """Random numbers of 64 images: timesteps, noise, dropped codes and those of a stage's samples."""
     found = TrainingNoise.of(config, torch.zeros(64, 3, 1, 1), range(64))
     return digest({str(i): t for i, t in enumerate(tree_leaves(tuple(found))) if t is not None})
 
 
-def plan(config, place):
-    return Trainer(config, place.folder / "plan", report=lambda line: None).plan
+def plan(config, workspace):
+    return Trainer(config, workspace.folder / "plan", report=lambda line: None).plan
 
 
-def shown(config, place):
+def shown(config, workspace):
     """Images of the sample grids."""
-    return digest({"held out": Trainer(config, place.folder / "shown", report=lambda line: None).task.held_out})
+    return digest({"held out": Trainer(config, workspace.folder / "shown", report=lambda line: None).task.held_out})
 
 
-def products(config, place):
+def products(config, workspace):
     """FLOPs of a run, of what backward passes compute again too."""
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-        finished(config, place)
+        finished(config, workspace)
     return counter.get_total_flops()
 
 
-def files(config, place):
-    folder = finished(config, place).folder
+def files(config, workspace):
+    folder = finished(config, workspace).folder
     return sorted({str(p.relative_to(folder)).partition(".out.")[0] for p in folder.rglob("*")} - {"config.json"})
 
 
-def metrics(config, place):
+def metrics(config, workspace):
     """Steps and names of the logged values, and those that belong to held-out images."""
-    lines = (finished(config, place).folder / "metrics.jsonl").read_text().splitlines()
+    lines = (finished(config, workspace).folder / "metrics.jsonl").read_text().splitlines()
     return [(sorted(line), line["step"], line.get("eval_psnr")) for line in map(json.loads, lines)]
 
 
-def outcome(config, place):
+def outcome(config, workspace):
     """Whether a run ends well, or the error it ends with."""
     try:
-        return finished(config, place).step
+        return finished(config, workspace).step
     except FlowMoError as error:
         return str(error)
 
 
-def steps_while_it_gets_worse(config, place):
-    with mock.patch.object(TokenizerTask, "judge", side_effect=[{"psnr": -step} for step in range(9)]):
-        return finished(config, place).step
+def steps_while_it_gets_worse(config, workspace):
+    with mock.patch.object(TokenizerTask, "evaluate", side_effect=[{"psnr": -step} for step in range(9)]):
+        return finished(config, workspace).step
 
 
-def reader(config, place):
+def reader(config, workspace):
     """How the loader reads: worker processes, and the time that one item may take."""
     with mock.patch("flowmo.data.loader.DataLoader", side_effect=FlowMoError("read")) as loader:
-        run = Trainer(config, place.folder / "reader", report=lambda line: None)
+        run = Trainer(config, workspace.folder / "reader", report=lambda line: None)
         with pytest.raises(FlowMoError, match="read"):
             run.train()
     return loader.call_args.kwargs["num_workers"], loader.call_args.kwargs["timeout"]
 
 
-def compiled(config, place):
+def compiled(config, workspace):
     with mock.patch.object(torch.nn.Module, "compile", autospec=True) as compile_block:
-        Trainer(config, place.folder / "compiled", report=lambda line: None)
+        Trainer(config, workspace.folder / "compiled", report=lambda line: None)
     return compile_block.call_count
 
 
-def followed(config, place):
+def followed(config, workspace):
     """Checkpoints that an evaluation of a run measures, on how many images, and how many at a time."""
-    place.runs += 1
-    folder, asked = place.folder / f"evaluation{place.runs}", []
+    workspace.runs += 1
+    folder, asked = workspace.folder / f"evaluation{workspace.runs}", []
     settings = [f"eval.{name}={getattr(config.eval, name)}" for name in EVALUATION]
     settings += [f"data.val={config.data.val}", f"data.val_index={config.data.val_index}"]
     settings += ["eval.sampling.sample_steps=1"]
@@ -390,7 +390,7 @@ ELSEWHERE = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """The sources, models and runs that rows name, made once."""
     folder = tmp_path_factory.mktemp("settings")
     examples = sorted((Path(__file__).parent.parent / "examples" / "pictures").glob("*.jpg"))
@@ -429,8 +429,8 @@ def place(tmp_path_factory):
     return made
 
 
-def settings_of(place, *settings):
-    return Config.from_dict(TINY).override(*(s.format(**place.names) for s in (*BASE, *settings)))
+def settings_of(workspace, *settings):
+    return Config.from_dict(TINY).override(*(s.format(**workspace.names) for s in (*BASE, *settings)))
 
 
 def test_every_setting_has_a_row():
@@ -439,27 +439,27 @@ def test_every_setting_has_a_row():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_setting_changes_what_it_says(name, place):
+def test_a_setting_changes_what_it_says(name, workspace):
     value, quantity, *context = CASES[name]
     found = []
     with stand_ins():
         for settings in ((*context,), (*context, f"{name}={value}")):
-            config = settings_of(place, *settings)
+            config = settings_of(workspace, *settings)
             key = quantity, config.to_json()
-            if key not in place.known:
-                place.known[key] = quantity(config, place)
-            found.append(place.known[key])
+            if key not in workspace.known:
+                workspace.known[key] = quantity(config, workspace)
+            found.append(workspace.known[key])
     assert found[0] != found[1]
 
 
-def test_quantities_are_the_same_for_the_same_settings(place):
+def test_quantities_are_the_same_for_the_same_settings(workspace):
     """Or a difference would say nothing of a setting."""
     with stand_ins():
         for quantity in (weights, ema, fresh, function, draws, files, metrics, products, ids):
             context = GENERATOR if quantity is ids else ()
-            config = settings_of(place, *context)
-            assert quantity(config, place) == quantity(config, place), quantity.__name__
-        distilled = settings_of(place, *DISTILL, *LPIPS)
-        assert weights(distilled, place) == weights(distilled, place)
-        followed_twice = [followed(settings_of(place, *FOLLOW), place) for _ in range(2)]
+            config = settings_of(workspace, *context)
+            assert quantity(config, workspace) == quantity(config, workspace), quantity.__name__
+        distilled = settings_of(workspace, *DISTILL, *LPIPS)
+        assert weights(distilled, workspace) == weights(distilled, workspace)
+        followed_twice = [followed(settings_of(workspace, *FOLLOW), workspace) for _ in range(2)]
         assert followed_twice[0] == followed_twice[1]

@@ -16,17 +16,17 @@ from flowmo.data import DataError, build_index, default_index, open_source
 from flowmo.losses.torchvision_import import before_importing
 
 
-def picture(shade=0):
+def png(shade=0):
     content = io.BytesIO()
     Image.new("RGB", (8, 8), (shade % 256, 0, 0)).save(content, "PNG")
     return content.getvalue()
 
 
 def write_tar(path, members):
-    """``members``: name to content; ``None`` is a picture of its own shade."""
+    """``members``: name to content; ``None`` is an image of its own shade."""
     with tarfile.open(path, "w") as tar:
         for shade, (name, content) in enumerate(members.items()):
-            content = picture(shade) if content is None else content
+            content = png(shade) if content is None else content
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -36,7 +36,7 @@ def write_tar(path, members):
 def write_folder(root, *names):
     for shade, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(picture(shade))
+        (root / name).write_bytes(png(shade))
     return root
 
 
@@ -229,7 +229,7 @@ def test_numbers_go_before_names(tmp_path):
 def test_hugging_face_labels_keep_the_order_of_the_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["2", "10", "1"]))
-    rows = {"image": [{"bytes": picture(i), "path": None} for i in range(4)], "label": [1, -1, None, 2]}
+    rows = {"image": [{"bytes": png(i), "path": None} for i in range(4)], "label": [1, -1, None, 2]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     source = open_source(f"hf:{tmp_path / 'saved'}")
     assert source.classes == ("2", "10", "1")
@@ -307,7 +307,7 @@ def test_images_and_labels_of_a_sample(members, expected, tmp_path):
     path = tmp_path / "set.tar"
     with tarfile.open(path, "w") as tar:
         for name in members:
-            content = b"5" if "coarse" in name else picture() if name.endswith(("png", "jpg")) else b"3"
+            content = b"5" if "coarse" in name else png() if name.endswith(("png", "jpg")) else b"3"
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

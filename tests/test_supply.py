@@ -1,4 +1,4 @@
-"""What development installs is locked by hashes, and every licence is told."""
+"""Development dependencies are locked by hashes, and every licence is listed."""
 
 import re
 import tomllib
