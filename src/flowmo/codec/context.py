@@ -9,7 +9,7 @@ from __future__ import annotations
 import decimal
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -60,6 +60,15 @@ def probability(logits: np.ndarray) -> np.ndarray:
     """σ(logits) · ``ONE`` of fixed-point logits, clipped to ``LARGEST_LOGIT``."""
     largest = LARGEST_LOGIT << FRACTION
     return logistic_table()[np.clip(logits, -largest, largest) + largest]
+
+
+def neighbour_indices(rows: int, columns: int, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Indices of the neighbours of every point of a lattice: points × K. Outside the lattice, rows · columns."""
+    row, column = np.indices((rows, columns)).reshape(2, -1, 1)
+    down, right = np.array(offsets, np.int64).reshape(-1, 2).T
+    row, column = row + down, column + right
+    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+    return np.where(inside, row * columns + column, rows * columns)
 
 
 class Predictor(Protocol):
@@ -209,16 +218,10 @@ class ContextModel(IntegerModel):
 
     def run(self, images: int, code: BitCoder) -> Bits:
         tokens, bits = self.shape
-        rows, columns = code_lattice(tokens)
         known: Bits = np.zeros((images, tokens, bits), np.int8)
-        signs: np.ndarray = np.zeros((images, tokens, bits), np.int64)
-        for token in range(tokens):
-            row, column = divmod(token, columns)
-            inputs: np.ndarray = np.zeros((images, len(self.neighbours), bits), np.int64)
-            for index, (down, right) in enumerate(self.neighbours):
-                if 0 <= row + down < rows and 0 <= column + right < columns:
-                    inputs[:, index] = signs[:, (row + down) * columns + column + right]
-            inputs = inputs.reshape(images, -1)
+        signs: np.ndarray = np.zeros((images, tokens + 1, bits), np.int64)  # the last row stays 0
+        for token, around in enumerate(neighbour_indices(*code_lattice(tokens), self.neighbours)):
+            inputs = signs[:, around].reshape(images, -1)
             hidden = self.place[token] + inputs @ self.hidden
             direct = self.bias[token] + inputs @ self.direct
             own = signs[:, token]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowmo.codec.bits import Bits, token_bits
-from flowmo.codec.context import FRACTION, NEIGHBOURS, ContextModel, context_shapes, cost
+from flowmo.codec.context import FRACTION, NEIGHBOURS, ContextModel, context_shapes, cost, neighbour_indices
 from flowmo.data.tokens import Tokens
 from flowmo.model.transformer import code_lattice
 from flowmo.streams import Stream, stream
@@ -141,17 +141,11 @@ class Network(FloatModel):
         near = len(neighbours) * b
         scales = {"hidden": near**-0.5, "own": b**-0.5, "readout": max(hidden, 1) ** -0.5}
         super().__init__(context_shapes(t, b, len(neighbours), hidden), scales, generator)
-        rows, columns = code_lattice(t)
-        row, column = torch.arange(t) // columns, torch.arange(t) % columns
-        down, right = torch.tensor(neighbours).T
-        row, column = row[:, None] + down, column[:, None] + right
-        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-        # index t holds zeros, for neighbours outside the lattice
-        self.register_buffer("source", torch.where(inside, row * columns + column, t))
+        self.register_buffer("around", torch.from_numpy(neighbour_indices(*code_lattice(t), neighbours)))
 
     def forward(self, signs: Tensor) -> Tensor:
         """Signs n × T × B, −1 or 1 -> logits of the same shape, each from the bits coded before it."""
-        inputs = F.pad(signs, (0, 0, 0, 1))[:, self.source].flatten(2)  # n T K·B
+        inputs = F.pad(signs, (0, 0, 0, 1))[:, self.around].flatten(2)  # n T K·B, zeros outside the lattice
         from_own = signs[..., None] * self.own  # n T B H
         before = from_own.cumsum(dim=2) - from_own
         hidden = F.relu((self.place + inputs @ self.hidden)[:, :, None] + before)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowmo.codec.bits import token_bits
-from flowmo.codec.context import FRACTION, ContextError, cost
+from flowmo.codec.context import FRACTION, ContextError, cost, neighbour_indices
 from flowmo.codec.fit import FloatModel, minimise
-from flowmo.codec.planes import WEIGHT_FRACTION, Lattice, PlaneModel, split_digits, weight_shapes
+from flowmo.codec.planes import WEIGHT_FRACTION, PlaneModel, cell_steps, digit_field, split_digits, weight_shapes
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import Codes, FlowMo
 
@@ -117,13 +117,10 @@ class Samples:
         start = 0
         for ids in images:
             rows, columns, planes = ids.shape
-            lattice = Lattice(rows, columns, NEIGHBOURS, ORDER)
-            cells = np.arange(rows * columns)
-            field, around = lattice.field(ids, planes, digits, bits), lattice.around(cells)
-            steps: np.ndarray = np.zeros(len(field), np.int64)
-            steps[lattice.index(cells)] = lattice.step_of
             values = split_digits(ids.reshape(rows * columns, planes), digits, bits)
-            parts.append((field, around + start, steps[around] < lattice.step_of[:, None], values))
+            field, steps = digit_field(values, planes * digits, bits), cell_steps(rows, columns, ORDER)
+            around = neighbour_indices(rows, columns, NEIGHBOURS)
+            parts.append((field, around + start, np.append(steps, 0)[around] < steps[:, None], values))
             start += len(field)
         self.field, self.around, self.known, self.values = (
             torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)

@@ -14,13 +14,14 @@ every machine computes the same probabilities.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from flowmo.codec.bits import Bits
-from flowmo.codec.context import FRACTION, BitCoder, ContextError, IntegerModel, probability
+from flowmo.codec.context import FRACTION, BitCoder, ContextError, IntegerModel, neighbour_indices, probability
 
 WEIGHT_FRACTION = 12
 """Fractional bits of the weights of products. Biases, activations and logits have ``FRACTION``."""
@@ -105,11 +106,11 @@ class Plane:
         around, middle, readout = (model.products[name][s] for name in ("around", "middle", "readout"))
         digits, bits = model.bias.shape[1], model.bias.shape[2].bit_length()
         known: Bits = np.zeros((images, rows * columns, digits * bits), np.int8)
-        lattice = Lattice(rows, columns, model.neighbours, model.order)
         earlier = split_digits(self.earlier.reshape(rows * columns, s), digits, bits)
-        field = lattice.field(self.earlier, model.shape[0], digits, bits)
-        for cells in lattice.steps():
-            inputs = field[lattice.around(cells)].reshape(len(cells), -1)
+        field = digit_field(earlier, model.shape[0] * digits, bits)
+        neighbours = neighbour_indices(rows, columns, model.neighbours)
+        for cells in _groups(cell_steps(rows, columns, model.order)):
+            inputs = field[neighbours[cells]].reshape(len(cells), -1)
             hidden = model.start[s] + product(inputs, around, WEIGHT_FRACTION - FRACTION)
             hidden = model.middle_start[s] + product(activation(hidden), middle, WEIGHT_FRACTION)
             hidden += model.digits[s, np.arange(s * digits), earlier[cells]].sum(axis=1)
@@ -122,48 +123,26 @@ class Plane:
                     node = 2 * node + chosen[0]
                 value = node - (1 << bits)
                 hidden += model.digits[s, s * digits + digit, value]
-                field[lattice.index(cells), s * digits + digit] = centre(value, bits)
+                field[cells, s * digits + digit] = centre(value, bits)
         return known
 
 
-class Lattice:
-    """Maps an image's cells to rows of a field of digits. The field has a margin of zeros.
+def cell_steps(rows: int, columns: int, order: np.ndarray) -> np.ndarray:
+    """The step of every cell of an image."""
+    row, column = np.indices((rows, columns)).reshape(2, -1)
+    return order[row % order.shape[0], column % order.shape[1]]
 
-    Args:
-        neighbours: offsets (rows, columns).
-        order: as in ``PlaneModel``.
-    """
 
-    def __init__(self, rows: int, columns: int, neighbours: tuple[tuple[int, int], ...], order: np.ndarray):
-        self.rows, self.columns = rows, columns
-        self.margin = max((abs(offset) for pair in neighbours for offset in pair), default=0)
-        self.width = columns + 2 * self.margin
-        self.offsets = np.array([down * self.width + right for down, right in neighbours], np.int64)
-        row, column = np.indices((rows, columns)).reshape(2, -1)
-        self.step_of = order[row % order.shape[0], column % order.shape[1]]
+def _groups(steps: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the cells of each step, in parts of at most ``CELLS_AT_ONCE``."""
+    cells = np.argsort(steps, kind="stable")
+    for group in np.split(cells, np.flatnonzero(np.diff(steps[cells])) + 1):
+        yield from np.split(group, range(CELLS_AT_ONCE, len(group), CELLS_AT_ONCE))
 
-    def steps(self) -> list[np.ndarray]:
-        """Cell indices of each step, in coding order. Large steps are split into parts of ``CELLS_AT_ONCE``."""
-        cells = np.argsort(self.step_of, kind="stable")
-        steps = np.split(cells, np.flatnonzero(np.diff(self.step_of[cells])) + 1)
-        return [step[i : i + CELLS_AT_ONCE] for step in steps for i in range(0, len(step), CELLS_AT_ONCE)]
 
-    def index(self, cells: np.ndarray) -> np.ndarray:
-        """Field rows of cells."""
-        row, column = np.divmod(cells, self.columns)
-        return (row + self.margin) * self.width + column + self.margin
-
-    def around(self, cells: np.ndarray) -> np.ndarray:
-        """Field rows of the cells' neighbours: cells × K."""
-        return self.index(cells)[:, None] + self.offsets
-
-    def field(self, ids: np.ndarray, planes: int, digits: int, bits: int) -> np.ndarray:
-        """Ids, rows × columns × known planes -> their centred digits, padded with zeros: int16, field rows × S·D."""
-        margin, known = self.margin, ids.shape[2]
-        field: np.ndarray = np.zeros((self.rows + 2 * margin, self.width, planes, digits), np.int16)
-        values = split_digits(ids, digits, bits).reshape(self.rows, self.columns, known, digits)
-        field[margin : margin + self.rows, margin : margin + self.columns, :known] = centre(values, bits)
-        return field.reshape(-1, planes * digits)
+def digit_field(digits: np.ndarray, width: int, bits: int) -> np.ndarray:
+    """Cells × digits -> centred digits, padded with zeros on the right and by one row: int16, cells + 1 × width."""
+    return np.pad(centre(digits, bits).astype(np.int16), ((0, 1), (0, width - digits.shape[1])))
 
 
 def product(x: np.ndarray, weights: np.ndarray, shift: int) -> np.ndarray:
