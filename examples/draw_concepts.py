@@ -10,7 +10,7 @@ import matplotlib
 import torch
 
 import flowmo
-from flowmo.codec.bits import token_bits
+from flowmo.data.bits import token_bits
 from flowmo.images import Tiling, resize_and_crop, to_pil, to_tensor
 from flowmo.model.sampler import shifted_times
 

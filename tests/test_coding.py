@@ -11,9 +11,9 @@ from flowmo import preset
 from flowmo.cli import main
 from flowmo.codec import fit as fitting
 from flowmo.codec import range_coder
-from flowmo.codec.bits import token_bits, token_ids
 from flowmo.codec.context import ONE, ContextError, ContextModel, cost, logistic_table
 from flowmo.codec.generator import GeneratorModel
+from flowmo.data.bits import token_bits, token_ids
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator
 

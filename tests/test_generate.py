@@ -20,9 +20,9 @@ from test_train import HostReads
 from flowmo import Config, FlowMo, load, save
 from flowmo.checkpoint.files import CheckpointError
 from flowmo.cli import main
-from flowmo.codec.bits import pack_ids, unpack_ids
 from flowmo.config import HIDING_SCHEDULES, ConfigError, preset
 from flowmo.data import DataError, open_source
+from flowmo.data.bits import pack_ids, unpack_ids
 from flowmo.data.tokens import Tokens, Vocabulary
 from flowmo.generate.classes import class_titles, find_class, imagenet_names
 from flowmo.generate.generator import (

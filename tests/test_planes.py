@@ -19,10 +19,10 @@ from test_codec import peaked
 from flowmo import Config, FlowMo, save
 from flowmo.codec import file as codec
 from flowmo.codec import fit_planes, range_coder
-from flowmo.codec.bits import token_bits
 from flowmo.codec.context import ContextError, ContextModel, cost
 from flowmo.codec.file import Codec, CodecError, MissingPlanes
 from flowmo.codec.planes import LARGEST_ACTIVATION, PlaneModel, activation, product
+from flowmo.data.bits import token_bits
 from flowmo.tokenizer import Codes
 from flowmo.web.demo import Demo
 

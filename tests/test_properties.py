@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowmo import Codes, Config, ConfigError, FlowMo
-from flowmo.codec.bits import pack_ids, packed_size, unpack_ids
 from flowmo.codec.file import Codec
 from flowmo.data import evenly_spread
+from flowmo.data.bits import pack_ids, packed_size, unpack_ids
 from flowmo.data.loader import ResumableSampler
 from flowmo.data.sources.base import class_labels
 from flowmo.images import Tiling

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from flowmo.codec.bits import Bits
+from flowmo.data.bits import Bits
 from flowmo.errors import FlowMoError, one_line
 from flowmo.model.transformer import code_lattice
 

@@ -21,9 +21,9 @@ import torch
 
 from flowmo.checkpoint import files as checkpoint
 from flowmo.codec import range_coder
-from flowmo.codec.bits import pack_ids, packed_size, token_bits, token_ids, unpack_ids
 from flowmo.codec.context import BitModel, ContextError, ContextModel, Predictor
 from flowmo.codec.planes import PlaneModel
+from flowmo.data.bits import pack_ids, packed_size, token_bits, token_ids, unpack_ids
 from flowmo.errors import FlowMoError
 from flowmo.images import MAX_PIXELS, Tiling
 from flowmo.tokenizer import Codes, FlowMo

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.codec.bits import Bits, token_bits
 from flowmo.codec.context import FRACTION, NEIGHBOURS, ContextModel, context_shapes, cost, neighbour_indices
+from flowmo.data.bits import Bits, token_bits
 from flowmo.data.tokens import Tokens
 from flowmo.model.transformer import code_lattice
 from flowmo.streams import Stream, stream

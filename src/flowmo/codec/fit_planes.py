@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.codec.bits import token_bits
 from flowmo.codec.context import FRACTION, ContextError, cost, neighbour_indices
 from flowmo.codec.fit import FloatModel, minimise
 from flowmo.codec.planes import WEIGHT_FRACTION, PlaneModel, cell_steps, digit_field, split_digits, weight_shapes
+from flowmo.data.bits import token_bits
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import Codes, FlowMo
 

@@ -17,8 +17,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from flowmo.codec.bits import Bits
 from flowmo.codec.context import IDENTITY_BYTES, ONE, BitCoder
+from flowmo.data.bits import Bits
 from flowmo.generate.generator import Generator
 
 STEPS = 16

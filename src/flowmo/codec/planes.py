@@ -20,8 +20,8 @@ from functools import cached_property
 
 import numpy as np
 
-from flowmo.codec.bits import Bits
 from flowmo.codec.context import FRACTION, BitCoder, ContextError, IntegerModel, neighbour_indices, probability
+from flowmo.data.bits import Bits
 
 WEIGHT_FRACTION = 12
 """Fractional bits of the weights of products. Biases, activations and logits have ``FRACTION``."""

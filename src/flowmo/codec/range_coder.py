@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from flowmo.codec.bits import Bits
 from flowmo.codec.context import ONE, ContextError, Predictor
+from flowmo.data.bits import Bits
 
 WORD_BYTES = 4
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowmo.codec.bits import pack_ids, packed_size, unpack_ids
+from flowmo.data.bits import pack_ids, packed_size, unpack_ids
 from flowmo.data.sources.base import DataError
 
 MANIFEST = "tokens.json"

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from flowmo.codec.bits import packed_size
 from flowmo.codec.file import Codec, CodecError
+from flowmo.data.bits import packed_size
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.codecs import FORMATS, CodecMissingError, CodecReconstructor
 from flowmo.evaluate.metrics.pairs import heat_map, psnr

@@ -267,18 +267,18 @@ class TarSource(Source):
         self._descriptors: dict[Path, int] = {}
 
     def _classes(self) -> tuple[tuple[str, ...], list[int | None]]:
-        numbers = [entry.label if isinstance(entry.label, int) else None for entry in self.entries]
-        words = [entry.label if isinstance(entry.label, str) else None for entry in self.entries]
-        number, word = (next((i for i, x in enumerate(some) if x is not None), None) for some in (numbers, words))
+        labels = [entry.label for entry in self.entries]
+        number, word = (next((i for i, x in enumerate(labels) if isinstance(x, kind)), None) for kind in (int, str))
         if number is not None and word is not None:
             raise DataError(
-                f"{self.name(number)} has the label {numbers[number]}, {self.name(word)} has {words[word]!r}. "
+                f"{self.name(number)} has the label {labels[number]}, {self.name(word)} has {labels[word]!r}. "
                 "Give all images numbers, or all of them names."
             )
         if number is not None:
-            return tuple(str(label) for label in range(max(n for n in numbers if n is not None) + 1)), numbers
+            numbers = cast(list[int | None], labels)
+            return tuple(map(str, range(max(n for n in numbers if n is not None) + 1))), numbers
         if word is not None:
-            return class_labels(words)
+            return class_labels(cast(list[str | None], labels))
         parts = [[part for part in entry.name.split("/") if part != "."] or [""] for entry in self.entries]
         while len({first for first, *_ in parts}) == 1 and all(len(path) > 2 for path in parts):
             parts = [path[1:] for path in parts]  # `tar cf train.tar train` puts one folder around everything
