@@ -36,7 +36,7 @@ import flowmo
 from flowmo import Config, FlowMo
 from flowmo.evaluate.speed import Timing, measure, parts, precision
 from flowmo.model.cpu_prepack import available
-from reproduce.study import machine
+from reproduce.runner import machine
 
 AGREEMENT = 1e-4
 NARROW = ("mup_width=2", "enc_mup_width=2", "enc_depth=4", "dec_depth=8", "patch_size=8", "code_length=128")

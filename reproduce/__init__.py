@@ -1,13 +1,16 @@
-"""Each claim of the paper as a recipe that trains what it needs, measures, and writes a table and plots.
+"""Tables and figures of the paper, each a recipe: ``python -m reproduce NAME --scale cpu --data … --held-out …``.
 
-A study is a module with a ``TITLE``, ``SCALES`` by name, ``run(place, judges)`` and ``draw(place)``, listed here.
+``runner.py`` says what a recipe is and runs it; ``page.py`` writes its table and plot.
 """
 
+from flowmo.errors import FlowMoError
+
 SCALES = ("smoke", "cpu", "gpu", "paper")
-STUDIES = {
-    name: f"reproduce.{name}"
-    for name in (
-        *("ablations", "continuous", "posttrain", "distill", "variance", "noise", "sampler", "likelihood"),
-        *("peer", "generate", "tokenizers"),
-    )
-}
+STUDIES = (
+    *("ablations", "continuous", "posttrain", "distill", "variance", "noise", "sampler", "likelihood"),
+    *("peer", "generate", "tokenizers"),
+)
+
+
+class StudyError(FlowMoError, RuntimeError):
+    """A study cannot continue. The message says why."""

@@ -1,65 +1,50 @@
-"""Stage 1A's decisions one by one (section 4.2, table 4), and plain logit-normal timesteps' discolouring (figure 7).
+"""Decisions of stage 1A (section 4.2, table 4; figure 7).
 
-Every row is the baseline but for one decision, trained on equally many images by the same seed; a row that differs in
-sampling alone is measured on the baseline's weights. The encoder of "MSE-trained encoder" learns in an autoencoder that
-regresses pictures from codes in one step, without a perceptual loss, and is frozen for a fresh decoder, both of the
-baseline's length.
+Reproduces every decision of stage 1A, one at a time. Each row changes one decision of the baseline and trains on
+equally many images with the same seeds. Rows that change the sampler measure the baseline's weights. For "MSE-trained
+encoder", an autoencoder first learns to regress images from codes in one step, without a perceptual loss; a fresh
+decoder then trains on its frozen encoder.
+
+Cost: smoke half a minute. cpu 70 minutes per seed on one core: eight trainings of 4 to 7 minutes. gpu 25 minutes on one
+H100, by arithmetic at a fifth of its peak. paper 8 hours per training on 8 H100, by arithmetic at 40 % of their peak.
+Expect: at scale cpu, timesteps, patch size and ρ matter as in the paper; the Fréchet distance of an MSE-trained encoder
+and of FSQ improves, against the paper.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
-import flowmo
-from flowmo.config import Config, preset
-from flowmo.evaluate.reconstruction import Evaluators
+from flowmo.config import Config
 from flowmo.tokenizer import FlowMo
 from flowmo.train.ema import EMA
 from flowmo.train.trainer import Trainer
-from reproduce.bases import GPU_BASE, PAPERS_SAMPLER, SMOKE_BASE, TINY_BASE, Scale
-from reproduce.page import (
-    COLUMNS,
-    PICTURES_SHOWN,
-    Column,
-    against_paper,
-    bars,
-    figures_table,
-    groups_of,
-    held_out,
-    judged_by,
-    measured_columns,
-    save_images,
-    show_samples,
-    show_strips,
-    versions_line,
-    write_page,
-)
-from reproduce.study import (
-    Place,
-    Trained,
-    forget_checkpoints,
-    judged_count,
-    measured,
-    once,
-    read_results,
-    train,
-    write_results,
-)
+from reproduce import page
+from reproduce.bases import GPU_BASE, PAPER_SMALL, PAPERS_SAMPLER, SMOKE_ABLATION, TINY_BASE
+from reproduce.runner import Results, Row, Rows, Scale, Study, Trained
 
-TITLE = "decisions of stage 1A (section 4.2, table 4; figure 7)"
+SCALES = {
+    "smoke": Scale(base=SMOKE_ABLATION, images=4),
+    "cpu": Scale(base=TINY_BASE, seeds=2, images=200),
+    "gpu": Scale(
+        base=GPU_BASE.override(*PAPERS_SAMPLER, "trainer.duration=2500 steps", "trainer.sample_every=0"),
+        seeds=2,
+        images=1000,
+    ),
+    "paper": Scale(base=PAPER_SMALL, images=50_000),
+}
 BASELINE = "baseline"
-COLOUR = Column("colour_error", "colour error (levels of 255) ↓", 2)
-COLOUR_PICTURES = 32
+COLOUR = page.Column("colour_error", "colour error (levels of 255) ↓", 2)
+COLOUR_IMAGES = 32
 FSQ_LEVELS = 8
 KEPT = (BASELINE, "logit-normal")
-"""Rows whose checkpoints stay: other studies start from the former, figure 7 is of both."""
+"""Arms whose checkpoints stay: other studies start from the former, and figure 7 shows both."""
 MSE = ("opt.anchor=1", "opt.loss_space=picture", "opt.lpips_weight=0", "model.enable_cfg=false")
-"""At t = 1 the decoder sees noise and the code; its error there, as one of pictures, is an autoencoder's MSE."""
-
+"""Settings of the autoencoder. At t = 1 the decoder sees noise and the code; its image error is then a plain MSE."""
 PUBLISHED = {
     BASELINE: (2.87, 20.71, 0.15),
     "patch": (6.39, 19.94, 0.17),
@@ -73,29 +58,8 @@ PUBLISHED = {
 """Table 4: rFID, PSNR and LPIPS."""
 
 
-SCALES = {
-    "smoke": Scale(
-        SMOKE_BASE.override(*PAPERS_SAMPLER, "eval.sampling.sample_steps=2"),
-        *(1, 4),
-        "half a minute on two CPU cores; its figures mean nothing",
-    ),
-    "cpu": Scale(TINY_BASE, 2, 200, "70 minutes for each seed on one CPU core: eight trainings of 4 to 7 minutes"),
-    "gpu": Scale(
-        GPU_BASE.override(*PAPERS_SAMPLER, "trainer.duration=2500 steps", "trainer.sample_every=0"),
-        *(2, 1000),
-        "about 25 minutes on one H100 by arithmetic, at a fifth of its peak",
-    ),
-    "paper": Scale(
-        preset("small").override("trainer.duration=40 epochs", "data.global_batch_size=128"),
-        *(1, 50_000),
-        "each training 8 hours on 8 H100 at 40 % of their peak, by arithmetic",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One decision: the run's name, how the table calls it, settings of its training, settings of its sampler."""
+class Arm(NamedTuple):
+    """One decision: its name, its label in the table, and the settings that it changes."""
 
     name: str
     label: str
@@ -103,129 +67,102 @@ class Row:
     sampling: tuple[str, ...] = ()
 
 
-def rows_of(base: Config) -> Iterator[Row]:
-    """Table 4's rows, and where the baseline trains a share of its timesteps at exactly t = 1, one without that."""
+def arms_of(base: Config) -> Iterator[Arm]:
+    """Table 4's rows. A baseline with an anchor at t = 1 gets one more row without it."""
     model = base.model
-    yield Row(BASELINE, BASELINE)
-    yield Row("patch", "doubled patch size", (f"model.patch_size={2 * model.patch_size}",))
-    yield Row("mse", "MSE-trained, then frozen encoder", ("opt.freeze_encoder_after=0",))
-    yield Row("no-lpips", "no perceptual loss", ("opt.lpips_weight=0",))
-    bits = FSQ_LEVELS.bit_length() - 1
-    fsq = (
-        "model.quantization_type=fsq",
-        f"model.fsq_levels={FSQ_LEVELS}",
-        f"model.context_dim={model.context_dim // bits}",
-    )
-    yield Row("fsq", "FSQ of equal bits", fsq)
-    yield Row("logit-normal", "plain logit-normal timesteps", ("opt.schedule=lognormal", "opt.anchor=0"))
+    yield Arm(BASELINE, BASELINE)
+    yield Arm("patch", "doubled patch size", (f"model.patch_size={2 * model.patch_size}",))
+    yield Arm("mse", "MSE-trained, then frozen encoder", ("opt.freeze_encoder_after=0",))
+    yield Arm("no-lpips", "no perceptual loss", ("opt.lpips_weight=0",))
+    width = f"model.context_dim={model.context_dim // (FSQ_LEVELS.bit_length() - 1)}"
+    fsq = ("model.quantization_type=fsq", f"model.fsq_levels={FSQ_LEVELS}", width)
+    yield Arm("fsq", "FSQ of equal bits", fsq)
+    yield Arm("logit-normal", "plain logit-normal timesteps", ("opt.schedule=lognormal", "opt.anchor=0"))
     if base.opt.anchor:
-        yield Row("no-anchor", "thick tail alone, nothing at exactly t = 1", ("opt.anchor=0",))
-    yield Row("rho-1", "unshifted sampler, ρ = 1", sampling=("eval.sampling.rho=1",))
-    yield Row("no-guidance", "no guidance", sampling=("eval.sampling.guidance=1",))
+        yield Arm("no-anchor", "thick tail alone, nothing at exactly t = 1", ("opt.anchor=0",))
+    yield Arm("rho-1", "unshifted sampler, ρ = 1", sampling=("eval.sampling.rho=1",))
+    yield Arm("no-guidance", "no guidance", sampling=("eval.sampling.guidance=1",))
 
 
-def baseline(base: Config, seed: int, place: Place) -> Trained:
-    """The baseline of a seed, trained under this study's name whichever study asks."""
-    there = replace(place, name="ablations")
-    return train(base.override(f"trainer.seed={seed}"), f"{BASELINE}-seed{seed}", there)
-
-
-def run(place: Place, judges: Evaluators) -> None:
-    """Train, measure and draw; what is already there is not made again."""
-    scale = SCALES[place.scale]
-    rows: list[dict[str, Any]] = []
+def rows(study: Study, metadata: Row) -> Rows:
+    scale = SCALES[study.scale]
+    metadata["base"] = scale.base.to_dict()
     for seed in range(1, scale.seeds + 1):
-        for row in rows_of(scale.base):
-            name = f"{row.name}-seed{seed}"
-            rows.append(once(name, place, partial(make, row, seed, name, place, judges)))
-            if row.name not in KEPT:
-                forget_checkpoints(name, place)
-            facts = {
-                "base": scale.base.to_dict(),
-                "pictures": judged_count(place, scale.pictures),
-                "judges": judges.describe(),
-            }
-            write_results(place, facts, rows)
-    if place.world.main:
-        show_samples(rows, f"{BASELINE}-seed1", place)
-        show_discoloured(place)
-        draw(place)
+        for arm in arms_of(scale.base):
+            run = f"{arm.name}-seed{seed}"
+            yield study.once(run, partial(train_and_measure, arm, seed, run, study))
+            if arm.name not in KEPT:
+                study.delete_checkpoints(run)
+    if study.world.main:
+        figure_7(study)
 
 
-def make(row: Row, seed: int, name: str, place: Place, judges: Evaluators) -> dict[str, Any]:
-    """Train a row, or find what it is measured on, and measure it."""
-    scale = SCALES[place.scale]
-    config = scale.base.override(*row.training, f"trainer.seed={seed}")
-    if row.name == "mse":
-        trained = train(config, name, place, begin=mse_encoder(scale.base, seed, place))
-    elif row.training:
-        trained = train(config, name, place)
+def train_and_measure(arm: Arm, seed: int, run: str, study: Study) -> Row:
+    scale = SCALES[study.scale]
+    config = scale.base.override(*arm.training, f"trainer.seed={seed}")
+    if arm.training:
+        prepare = mse_encoder(scale.base, seed, study) if arm.name == "mse" else None
+        trained = study.train(config, run, prepare=prepare)
     else:
-        trained = baseline(scale.base, seed, place)
-    tokenizer = flowmo.load(trained.checkpoint, *row.sampling, device=str(place.world.device))
-    facts = {"arm": row.name, "label": row.label, "seed": seed, "seconds": trained.seconds, "images": trained.images}
-    figures = measured(tokenizer, place, judges, scale.pictures)
-    return {**facts, COLOUR.key: colour_error(tokenizer, name, place), **figures}
+        trained = baseline(scale.base, seed, study)
+    tokenizer = study.load(trained.checkpoint, *arm.sampling)
+    about = {"arm": arm.name, "label": arm.label, "seed": seed, "seconds": trained.seconds, "images": trained.images}
+    return {**about, COLOUR.key: colour_error(tokenizer, run, study), **study.measure(tokenizer, scale.images)}
 
 
-def mse_encoder(base: Config, seed: int, place: Place) -> Callable[[Trainer], None]:
-    """What gives a fresh run the encoder of an autoencoder of mean squared errors, which is trained first."""
-
-    def begin(fresh: Trainer) -> None:
-        name = f"autoencoder-seed{seed}"
-        taken = flowmo.load(train(base.override(*MSE, f"trainer.seed={seed}"), name, place).checkpoint)
-        model = fresh.task.model
-        model.encoder.load_state_dict(taken.encoder.state_dict())
-        fresh.ema = EMA(model, fresh.plan.total)
-        fresh.norm_control.remember()
-        place.world.barrier()  # until all processes have it
-        forget_checkpoints(name, place)
-
-    return begin
+def baseline(base: Config, seed: int, study: Study) -> Trained:
+    """Train a seed's baseline under this recipe's name, so that other recipes share it."""
+    return replace(study, name="ablations").train(base.override(f"trainer.seed={seed}"), f"{BASELINE}-seed{seed}")
 
 
-def colour_error(tokenizer: FlowMo, name: str, place: Place) -> float:
-    """How far a reconstruction's mean colour is from its picture's, in levels of 255; keeps some for looking at."""
-    indices, x = held_out(place, COLOUR_PICTURES, tokenizer.config.data.image_size)
+def mse_encoder(base: Config, seed: int, study: Study) -> Callable[[Trainer], None]:
+    """Train an autoencoder and give its encoder to a fresh run."""
+
+    def prepare(trainer: Trainer) -> None:
+        run = f"autoencoder-seed{seed}"
+        autoencoder = study.load(study.train(base.override(*MSE, f"trainer.seed={seed}"), run).checkpoint)
+        model = trainer.task.model
+        model.encoder.load_state_dict(autoencoder.encoder.state_dict())
+        trainer.ema = EMA(model, trainer.plan.total)
+        trainer.norm_control.remember()
+        study.world.barrier()  # all ranks have loaded it
+        study.delete_checkpoints(run)
+
+    return prepare
+
+
+def colour_error(tokenizer: FlowMo, run: str, study: Study) -> float:
+    """Mean absolute error of an image's mean colour, in levels of 255. Keeps some samples."""
+    indices, x = study.held_out_images(COLOUR_IMAGES, tokenizer.config.data.image_size)
     y = tokenizer.decode(tokenizer.encode(x), seed=indices).cpu()
-    save_images({"originals": x[:PICTURES_SHOWN], "samples": y[:PICTURES_SHOWN]}, name, place)
+    study.keep_images(run, originals=x, samples=y)
     return float((y - x).mean(dim=(2, 3)).abs().mean() * 127.5)
 
 
-def show_discoloured(place: Place) -> None:
-    """Figure 7: originals, what the baseline makes of them, and what plain logit-normal timesteps do."""
-    strips = [("originals", place.folder(f"{BASELINE}-seed1") / "originals.png")]
-    for name, label in ((BASELINE, "thick-tailed timesteps"), ("logit-normal", "plain logit-normal timesteps")):
-        strips.append((label, place.folder(f"{name}-seed1") / "samples.png"))
-    show_strips(strips, place.folder("figure7.png"))
+def figure_7(study: Study) -> None:
+    """Figure 7: originals, samples of the baseline, and samples of plain logit-normal timesteps."""
+    shown = {"originals": (BASELINE, "originals"), "thick-tailed timesteps": (BASELINE, "samples")}
+    shown["plain logit-normal timesteps"] = ("logit-normal", "samples")
+    strips = {label: study.folder(f"{arm}-seed1") / f"{name}.png" for label, (arm, name) in shown.items()}
+    page.image_strips(strips, study.folder("figure7.png"))
 
 
-def draw(place: Place) -> None:
-    """The table and the plot of the results in ``place.out``."""
-    results = read_results(place)
-    groups = groups_of(results["rows"])
-    columns = [*measured_columns(results["rows"]), COLOUR]
-    bars(groups, columns, place)
-    seconds = {"s": lambda group: f"{statistics.median(row['seconds'] for row in group):.0f}"}
+def body(results: Results, plot: Path) -> str:
+    groups = page.groups_of(results["rows"])
+    columns = [*page.measured(results["rows"]), COLOUR]
+    page.bars(groups, columns, plot)
     keys = ("frechet_distance", "psnr", "lpips_alex")
-    published = {name: dict(zip(keys, figures, strict=True)) for name, figures in PUBLISHED.items()}
-    sampled = {row.name for row in rows_of(SCALES[place.scale].base) if row.sampling}
-    text = f"""# Study: {TITLE}, at scale `{place.scale}`
+    published = {name: dict(zip(keys, values, strict=True)) for name, values in PUBLISHED.items()}
+    sampled = {arm.name for arm in arms_of(SCALES[results["scale"]].base) if arm.sampling}
+    return f"""\
+Every row changes one decision of the baseline and trains on {results["rows"][0]["images"]} images. Means ± standard
+deviations over seeds, on {results["pictures"]} held-out images. {page.feature_note(results)}
+Colour error: distance of a reconstruction's mean colour from its image's (figure 7). s: median seconds of training; the
+last two rows are sampled from the baseline's weights.
 
-    python -m reproduce {place.name} --scale {place.scale} --data PICTURES --held-out HELD_OUT
+{page.table(groups, columns, last=page.SECONDS)}
+Against the paper's table 4, as improvements over the baseline. A direction needs more than two spreads; for rows of the
+same weights, the spread is that of their differences.
 
-Every row is the baseline but for one decision, {results["rows"][0]["images"]} images long. Means ± standard deviations
-over seeds of the figures on {results["pictures"]} pictures that nothing was trained on. {judged_by(results)}
-Colour error: how far a reconstruction's mean colour is from its picture's (figure 7). s: seconds of training, median
-({results["machine"]}); the last two rows are sampled from the baseline's weights.
-
-{figures_table(groups, columns, last=seconds)}
-Against the paper's table 4, as improvements over the baseline; a direction needs more than two spreads, which for
-rows of the same weights are those of the differences:
-
-{against_paper(groups, published, COLUMNS, sampled)}
-![figures of every row]({place.stem}.png)
-
-{versions_line(results)}
+{page.against_paper(groups, published, sampled)}
 """
-    write_page(place, text)

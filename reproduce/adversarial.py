@@ -1,4 +1,4 @@
-"""Training of the convolutional peer, resumable: pictures in FlowMo's order, its optimizer and its averaged weights."""
+"""Training of the convolutional peer: FlowMo's order of images and schedule, Adam, EMA weights, exact resume."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from flowmo.checkpoint.files import write_whole
 from flowmo.config import Config
@@ -17,85 +16,82 @@ from flowmo.train.ema import EMA
 from flowmo.train.optimizer import clip_gradients
 from flowmo.train.schedule import Schedule
 from flowmo.train.task import autocast
-from reproduce.convolutional import ADVERSARIAL_SHARE, Adversaries, ConvolutionalTokenizer
-from reproduce.study import Place, StudyError
+from reproduce import StudyError
+from reproduce.convolutional import ADVERSARIAL_START, AdversarialModel, ConvolutionalTokenizer
+from reproduce.runner import Study
 
 STATE = "peer.pt"
 
 
-def train_peer(config: Config, width: int, run: str, place: Place) -> tuple[ConvolutionalTokenizer, float]:
-    """The averaged weights of a peer that learns as ``config`` says, and the seconds that training took.
+class PeerTrainer:
+    """A run of the peer, in one process: model, optimizers, EMA, and its position in images and seconds."""
+
+    def __init__(self, config: Config, width: int, path: Path, device: torch.device):
+        self.config, self.path, self.device = config, path, device
+        opt = config.opt
+        seed_global(config.trainer.seed, Stream.WEIGHTS)
+        perceptual = build_distance(opt.lpips_mode).to(device) if opt.lpips_weight else None
+        self.model = AdversarialModel(ConvolutionalTokenizer(config, width), perceptual).to(device)
+        self.ema = EMA(self.model.tokenizer, config.data.global_batch_size)
+        self.parts = (self.model.tokenizer, self.model.discriminator)
+        self.optimizers = [torch.optim.Adam(part.parameters(), opt.lr, (opt.beta1, opt.beta2)) for part in self.parts]
+        self.images, self.seconds = 0, 0.0
+        if path.is_file():
+            self.restore()
+
+    def step(self, batch: torch.Tensor, rate: float, adversarial: bool) -> torch.Tensor:
+        """Train the tokenizer and, if ``adversarial``, the discriminator on a batch. Returns the tokenizer's loss."""
+        with autocast(self.config, self.device):
+            losses = self.model.losses(batch.to(self.device), adversarial)
+        for part, optimizer, loss in zip(self.parts, self.optimizers, losses, strict=False):
+            optimizer.param_groups[0]["lr"] = rate
+            parameters = list(part.parameters())
+            part.zero_grad(set_to_none=True)
+            loss.backward(inputs=parameters)
+            clip_gradients(parameters, self.config.opt.max_grad_norm)
+            optimizer.step()
+        self.ema.update(self.images // len(batch))
+        self.images += len(batch)
+        return losses[0]
+
+    def save(self) -> None:
+        content = {"weights": self.model.state_dict(), "average": self.ema.state}
+        content |= {"images": self.images, "seconds": self.seconds}
+        content["adams"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        write_whole(self.path, lambda temporary: torch.save(content, temporary))
+
+    def restore(self) -> None:
+        content = torch.load(self.path, weights_only=True)
+        self.model.load_state_dict(content["weights"])
+        for name, value in content["average"].items():
+            self.ema.state[name].copy_(value)
+        for optimizer, state in zip(self.optimizers, content["adams"], strict=True):
+            optimizer.load_state_dict(state)
+        self.images, self.seconds = content["images"], content["seconds"]
+
+
+def train_peer(config: Config, width: int, run: str, study: Study) -> tuple[ConvolutionalTokenizer, float]:
+    """Train a peer, or resume it. Returns it with its EMA weights, and the training time in seconds.
 
     Raises:
         StudyError: its loss is no longer finite.
     """
-    path = place.folder(run) / STATE
+    path, data = study.folder(run) / STATE, config.data
     path.parent.mkdir(parents=True, exist_ok=True)
-    device, data, opt = place.world.device, config.data, config.opt
-    seed_global(config.trainer.seed, Stream.WEIGHTS)
-    perceptual = build_distance(opt.lpips_mode).to(device) if opt.lpips_weight else None
-    both = Adversaries(ConvolutionalTokenizer(config, width), perceptual).to(device)
-    average = EMA(both.tokenizer, data.global_batch_size)
-    parts = (both.tokenizer, both.discriminator)
-    adams = [torch.optim.Adam(part.parameters(), opt.lr, (opt.beta1, opt.beta2)) for part in parts]
-    images, seconds = restore(path, both, average, adams)
-    source = ImageDataset(open_source(place.train), data.image_size, data.random_crop, data.random_flip, data.draft)
-    times = Schedule.of(config, data.global_batch_size, len(source))
-    stream = batches(source, data.global_batch_size, config.trainer.seed, images, data.num_workers)
+    trainer = PeerTrainer(config, width, path, study.world.device)
+    dataset = ImageDataset(open_source(study.data), data.image_size, data.random_crop, data.random_flip, data.draft)
+    schedule = Schedule.of(config, data.global_batch_size, len(dataset))
+    stream = batches(dataset, data.global_batch_size, config.trainer.seed, trainer.images, data.num_workers)
     since = time.perf_counter()
-    while images < times.duration:
-        for adam in adams:
-            adam.param_groups[0]["lr"] = times.learning_rate(opt, images)
-        adversarial = images >= ADVERSARIAL_SHARE * times.duration
-        with autocast(config, device):
-            losses = both.losses(next(stream).to(device), adversarial)
-        step(both, adams, losses, opt.max_grad_norm)
-        average.update(images // data.global_batch_size)
-        images += data.global_batch_size
-        if times.is_due(times.log, images):
-            if not torch.isfinite(losses[0]):
-                raise StudyError(f"{run}: the peer's loss is no longer finite at {images} images; lower opt.lr")
-            place.report(f"{run}  {images} images  loss {losses[0].item():.4f}")
-        if times.is_due(times.checkpoint, images) or images >= times.duration:
-            seconds, since = seconds + time.perf_counter() - since, time.perf_counter()
-            save(path, both, average, adams, images, seconds)
-    both.tokenizer.load_state_dict(average.state)
-    return both.tokenizer, seconds
-
-
-def step(
-    both: Adversaries, adams: list[torch.optim.Optimizer], losses: tuple[torch.Tensor, ...], longest: float
-) -> None:
-    """One step of the tokenizer and, where there is a loss of it, one of the discriminator."""
-    parts: tuple[nn.Module, ...] = (both.tokenizer, both.discriminator)
-    for part, adam, loss in zip(parts, adams, losses, strict=False):
-        parameters = list(part.parameters())
-        part.zero_grad(set_to_none=True)
-        loss.backward(inputs=parameters)
-        clip_gradients(parameters, longest)
-        adam.step()
-
-
-def save(
-    path: Path,
-    both: Adversaries,
-    average: EMA,
-    adams: list[torch.optim.Optimizer],
-    images: int,
-    seconds: float,
-) -> None:
-    content = {"weights": both.state_dict(), "average": average.state, "images": images, "seconds": seconds}
-    content["adams"] = [adam.state_dict() for adam in adams]
-    write_whole(path, lambda temporary: torch.save(content, temporary))
-
-
-def restore(path: Path, both: Adversaries, average: EMA, adams: list[torch.optim.Optimizer]) -> tuple[int, float]:
-    """Images seen and seconds taken so far, 0 of a fresh run."""
-    if not path.is_file():
-        return 0, 0.0
-    content = torch.load(path, weights_only=True)
-    both.load_state_dict(content["weights"])
-    average.state = {name: value.to(average.state[name].device) for name, value in content["average"].items()}
-    for adam, state in zip(adams, content["adams"], strict=True):
-        adam.load_state_dict(state)
-    return content["images"], content["seconds"]
+    while trainer.images < schedule.duration:
+        rate = schedule.learning_rate(config.opt, trainer.images)
+        loss = trainer.step(next(stream), rate, trainer.images >= ADVERSARIAL_START * schedule.duration)
+        if schedule.is_due(schedule.log, trainer.images):
+            if not torch.isfinite(loss):
+                raise StudyError(f"{run}: the loss is not finite after {trainer.images} images. Lower opt.lr.")
+            study.report(f"{run}  {trainer.images} images  loss {loss.item():.4f}")
+        if schedule.is_due(schedule.checkpoint, trainer.images) or trainer.images >= schedule.duration:
+            trainer.seconds, since = trainer.seconds + time.perf_counter() - since, time.perf_counter()
+            trainer.save()
+    trainer.model.tokenizer.load_state_dict(trainer.ema.state)
+    return trainer.model.tokenizer, trainer.seconds

@@ -1,27 +1,8 @@
-"""Tokenizers that studies start from, at sizes that a CPU or one GPU trains."""
+"""Settings that recipes start from, at sizes that a CPU or one GPU trains."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from flowmo.config import Config
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large a study is that trains tokenizers.
-
-    Attributes:
-        base: what all of them have in common.
-        pictures: held-out ones to judge on.
-        cost: what it takes, in words.
-    """
-
-    base: Config
-    seeds: int
-    pictures: int
-    cost: str
-
+from flowmo.config import Config, preset
 
 SMALL_BASE = Config.from_dict(
     {
@@ -41,7 +22,7 @@ SMALL_BASE = Config.from_dict(
         "eval": {"sampling": {"sample_steps": 8, "rho": 2}},
     }
 ).override("data.max_microbatch=16", "trainer.tensorboard=false", "trainer.sample_every='1000 steps'")
-"""15 M parameters, 72 bytes a 64 × 64 picture: small enough to be trained, and trained through its chain, on a CPU."""
+"""15 M parameters, 72 bytes per 64 × 64 image: small enough to train on a CPU, even through the sampling chain."""
 
 GPU_BASE = SMALL_BASE.override(
     *("data.image_size=128", "data.global_batch_size=64", "data.max_microbatch=64", "data.num_workers=8"),
@@ -55,14 +36,33 @@ SMOKE_BASE = SMALL_BASE.override(
     *("model.num_heads=2", "model.dec_depth=1", "model.enc_hidden_size=64", "model.enc_depth=1"),
     *("model.code_length=4", "trainer.duration=2 steps", "trainer.log_every=1 step"),
 )
-"""Proves that a study runs, and nothing else."""
+"""Only shows that a recipe runs."""
 
 PAPERS_SAMPLER = ("opt.schedule=fat_lognormal", "eval.sampling.rho=4")
-"""What ablations vary must be in their baseline: the thick-tailed timesteps and the shifted sampler."""
+"""Thick-tailed timesteps and the shifted sampler. Ablations vary them, so that their baseline needs them."""
 
 TINY_BASE = SMALL_BASE.override(
     *PAPERS_SAMPLER,
     *("model.hidden_size=192", "model.num_heads=3", "model.dec_depth=3", "model.enc_depth=2"),
     *("trainer.duration=600 steps", "opt.warmup=100 steps", "trainer.sample_every=0"),
 )
-"""4.4 M parameters, six minutes of training on one CPU core: for studies that train dozens."""
+"""4.4 M parameters, six minutes of training on one CPU core: for recipes that train dozens."""
+
+SMOKE_ABLATION = SMOKE_BASE.override(*PAPERS_SAMPLER, "eval.sampling.sample_steps=2")
+TINY_LONG = TINY_BASE.override("trainer.duration=900 steps")
+GPU_LONG = GPU_BASE.override(*PAPERS_SAMPLER, "trainer.duration=6000 steps", "model.code_length=64")
+PAPER_LO = preset("lo").override("data.global_batch_size=128")
+PAPER_SMALL = preset("small").override("trainer.duration=40 epochs", "data.global_batch_size=128")
+
+CPU_GENERATOR = preset("maskgit_nano").override(
+    *("trainer.tensorboard=false", "trainer.sample_every=0", "data.num_workers=0", "generator.depth=4"),
+    *("trainer.log_every=640 images", "trainer.checkpoint_every=3200 images", "opt.warmup=3200 images"),
+)
+SMOKE_GENERATOR = CPU_GENERATOR.override(
+    *("generator.hidden_size=32", "generator.depth=1", "generator.num_heads=2", "data.global_batch_size=4"),
+    *("trainer.duration=2 steps", "trainer.log_every=1 step", "opt.warmup=0"),
+)
+GPU_GENERATOR = preset("maskgit_nano").override(
+    *("generator.hidden_size=512", "generator.num_heads=8", "data.global_batch_size=128"),
+    *("opt.lr=5e-4", "trainer.compile=true"),
+)

@@ -1,8 +1,8 @@
-"""A tokenizer of the other kind (Esser et al. 2021): convolutions, and a discriminator in the place of a flow.
+"""A convolutional, adversarially trained tokenizer (Esser et al. 2021), as a peer of FlowMo with equal bits.
 
-Encoder and decoder are those of diffusers' VAE; between them are the same bits a token as a FlowMo's, on a lattice. It
-learns mean squared error, LPIPS and, from a share of the run on, to please a discriminator of patches (Isola et al.
-2017) under the hinge loss, whose weight is adapted so that its gradient at the last layer is as long as the others'.
+Encoder and decoder are those of diffusers' VAE, and the bottleneck is FlowMo's, on a square lattice of tokens. The loss
+is MSE, LPIPS and, for the second half of the run, the hinge loss of a patch discriminator (Isola et al. 2017). Its
+weight is adapted so that its gradient at the last layer is as long as that of the other losses.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from flowmo.losses.torchvision_import import before_importing
 from flowmo.model.quantizers import build_quantizer
 from flowmo.model.transformer import code_lattice
 from flowmo.tokenizer import Codes, identity_of
-from reproduce.study import StudyError
+from reproduce import StudyError
 
 GROUPS = 4
-LAYERS = 1
-"""Residual blocks a resolution of the encoder; diffusers' decoder has one more."""
-ADVERSARIAL_SHARE = 0.5
-"""Of the run without discriminator: the autoencoder must make something before it can be judged."""
+ENCODER_BLOCKS = 1
+"""Residual blocks per resolution of the encoder; diffusers' decoder has one more."""
+ADVERSARIAL_START = 0.5
+"""Share of the run before the discriminator joins."""
 ADVERSARIAL_WEIGHT = 0.5
-MOST_ADAPTED = 1e4
+MAX_ADAPTED_WEIGHT = 1e4
 DISCRIMINATOR_WIDTH = 32
 
 
 class ConvolutionalTokenizer(nn.Module):
-    """Pictures to ids and back, of the bottleneck that ``config`` names, ``width`` channels at full resolution.
+    """Images to ids and back, with the bottleneck of ``config`` and ``width`` channels at full resolution.
 
     Raises:
-        StudyError: diffusers is missing, or the tokens do not lie on a lattice that halvings of a picture reach.
+        StudyError: diffusers is missing, or the tokens form no square lattice that halvings of an image reach.
     """
 
     def __init__(self, config: Config, width: int):
@@ -47,13 +47,12 @@ class ConvolutionalTokenizer(nn.Module):
         rows, columns = code_lattice(config.model.code_length)
         factor = config.data.image_size // rows
         if rows != columns or factor * rows != config.data.image_size or factor & (factor - 1):
-            raise StudyError(f"{rows} × {columns} tokens are no lattice that halvings of a picture reach")
+            raise StudyError(f"Halvings of an image do not reach {rows} × {columns} tokens. Change model.code_length.")
         vae, depth = diffusers_vae(), factor.bit_length()
         self.quantizer = build_quantizer(config.model)
         self.side = rows
-        widths = [width * min(2**i, 8) for i in range(depth)]
-        shape: dict[str, Any] = {"block_out_channels": tuple(widths), "norm_num_groups": GROUPS}
-        shape["layers_per_block"] = LAYERS
+        widths = tuple(width * min(2**i, 8) for i in range(depth))
+        shape = {"block_out_channels": widths, "norm_num_groups": GROUPS, "layers_per_block": ENCODER_BLOCKS}
         downs, ups = ("DownEncoderBlock2D",) * depth, ("UpDecoderBlock2D",) * depth
         self.encoder = vae.Encoder(3, self.quantizer.encoder_channels, downs, double_z=False, **shape)
         self.decoder = vae.Decoder(self.quantizer.channels, 3, ups, **shape)
@@ -62,15 +61,13 @@ class ConvolutionalTokenizer(nn.Module):
     def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 
-    def code(self, images: Tensor) -> Tensor:
-        """b 3 h w -> b × tokens × channels, before the bottleneck."""
-        return self.encoder(images).flatten(2).transpose(1, 2)
+    def encode_continuous(self, images: Tensor) -> Tensor:
+        return self.encoder(images).flatten(2).transpose(1, 2)  # b 3 h w -> b tokens channels, before the bottleneck
 
-    def picture(self, code: Tensor) -> Tensor:
-        """b × tokens × channels -> b 3 h w."""
-        return self.decoder(code.transpose(1, 2).unflatten(2, (self.side, self.side)))
+    def decode_continuous(self, code: Tensor) -> Tensor:
+        return self.decoder(code.transpose(1, 2).unflatten(2, (self.side, self.side)))  # b tokens channels -> b 3 h w
 
-    # As a FlowMo does it
+    # The interface of flowmo.generate.tokenize.Tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -85,16 +82,16 @@ class ConvolutionalTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Codes:
-        """Pictures b 3 h w in [−1, 1] to their ids."""
-        ids = self.quantizer.quantize(self.code(images.to(self.device)))[1]
+        """Encode images (b 3 h w in [−1, 1])."""
+        ids = self.quantizer.quantize(self.encode_continuous(images.to(self.device)))[1]
         return Codes(ids, (images.shape[-2], images.shape[-1]), self.quantizer.id_count)
 
     @torch.no_grad()
     def decode(self, codes: Codes | Tensor, *, seed: int | Sequence[int] = 0) -> Tensor:
-        """Codes, or bare ids, to pictures b 3 h w in [−1, 1]; the same ones whatever the seed."""
+        """Decode codes or bare ids to images (b 3 h w in [−1, 1]). The seed has no effect."""
         ids = codes.ids if isinstance(codes, Codes) else codes
         assert ids is not None, "its bottleneck has ids"
-        return self.picture(self.quantizer.code_from_ids(ids.to(self.device))).clamp(-1, 1)
+        return self.decode_continuous(self.quantizer.code_from_ids(ids.to(self.device))).clamp(-1, 1)
 
 
 def diffusers_vae() -> Any:
@@ -102,12 +99,12 @@ def diffusers_vae() -> Any:
     try:
         from diffusers.models.autoencoders import vae
     except ImportError:
-        raise StudyError("the peer is made of diffusers' blocks: pip install 'flowmo[peers]'") from None
+        raise StudyError("The convolutional peer needs diffusers. Run: pip install 'flowmo[peers]'.") from None
     return vae
 
 
 class Discriminator(nn.Sequential):
-    """Whether each patch of a picture is real: b 3 h w -> logits b 1 h' w'."""
+    """Patch discriminator: images (b 3 h w) to logits (b 1 h' w') that each patch is real."""
 
     def __init__(self, width: int = DISCRIMINATOR_WIDTH):
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
@@ -116,61 +113,55 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(4 * width, 1, 3, 1, 1))
 
 
-class Adversaries(nn.Module):
-    """Tokenizer, discriminator and LPIPS: the losses of one step."""
+class AdversarialModel(nn.Module):
+    """Tokenizer and discriminator, with the losses of one step."""
 
     def __init__(self, tokenizer: ConvolutionalTokenizer, perceptual: LPIPS | None):
         super().__init__()
         self.tokenizer, self.discriminator = tokenizer, Discriminator()
-        self.others = (perceptual,)  # in a tuple, so that it is no part of what is trained and saved
+        self.frozen = (perceptual,)  # a tuple hides it from parameters() and state_dict()
 
     def losses(self, images: Tensor, adversarial: bool) -> tuple[Tensor, ...]:
-        """The tokenizer's loss of pictures b 3 h w in [−1, 1] and, where ``adversarial``, the discriminator's."""
-        loss, made = self.tokenizer_loss(images, adversarial)
-        return (loss, self.discriminator_loss(images, made)) if adversarial else (loss,)
-
-    def tokenizer_loss(self, images: Tensor, adversarial: bool) -> tuple[Tensor, Tensor]:
-        """The tokenizer's loss, and what it makes of the pictures, without gradient."""
-        (perceptual,), weight = self.others, self.tokenizer.config.opt.lpips_weight
-        quantized = self.tokenizer.quantizer(self.tokenizer.code(images))
-        made = self.tokenizer.picture(quantized.code).float()
-        loss = F.mse_loss(made, images)
+        """Loss of the tokenizer on images (b 3 h w in [−1, 1]) and, if ``adversarial``, of the discriminator."""
+        (perceptual,), weight = self.frozen, self.tokenizer.config.opt.lpips_weight
+        quantized = self.tokenizer.quantizer(self.tokenizer.encode_continuous(images))
+        output = self.tokenizer.decode_continuous(quantized.code).float()
+        loss = F.mse_loss(output, images)
         if perceptual is not None and weight:
-            loss = loss + weight * perceptual(images, made).mean()
+            loss = loss + weight * perceptual(images, output).mean()
         if adversarial:
-            pleased = -self.discriminator(made).mean()
-            loss = loss + ADVERSARIAL_WEIGHT * self._adapted(loss, pleased) * pleased
-        return loss + sum(quantized.losses.values()), made.detach()
+            generator_loss = -self.discriminator(output).mean()
+            loss = loss + ADVERSARIAL_WEIGHT * self._adapted_weight(loss, generator_loss) * generator_loss
+        loss = loss + sum(quantized.losses.values())
+        return (loss, self._discriminator_loss(images, output.detach())) if adversarial else (loss,)
 
-    def _adapted(self, loss: Tensor, pleased: Tensor) -> Tensor:
-        """The weight at which both have gradients of one length at the last layer."""
+    def _adapted_weight(self, loss: Tensor, generator_loss: Tensor) -> Tensor:
+        """The weight that gives both losses equal gradient norms at the last layer."""
         last = self.tokenizer.last_layer
-        lengths = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, pleased)]
-        return (lengths[0] / (lengths[1] + 1e-4)).clamp(max=MOST_ADAPTED).detach()
+        norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, generator_loss)]
+        return (norms[0] / (norms[1] + 1e-4)).clamp(max=MAX_ADAPTED_WEIGHT).detach()
 
-    def discriminator_loss(self, images: Tensor, made: Tensor) -> Tensor:
-        """Hinge loss of telling pictures from what the tokenizer made of them."""
-        real, fake = self.discriminator(torch.cat((images, made))).chunk(2)
-        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    def _discriminator_loss(self, images: Tensor, output: Tensor) -> Tensor:
+        real, fake = self.discriminator(torch.cat((images, output))).chunk(2)
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge
 
 
 def step_flops(config: Config, width: int, perceptual: LPIPS | None) -> float:
-    """FLOPs of matrix products and convolutions a picture and step, forward and backward; the mean over a run, of
-    whose first share the discriminator has no part."""
+    """FLOPs per image and step, forward and backward, averaged over a run with its discriminator-free part."""
     images = torch.zeros(1, 3, config.data.image_size, config.data.image_size)
-    both = Adversaries(ConvolutionalTokenizer(config, width), perceptual)
+    model = AdversarialModel(ConvolutionalTokenizer(config, width), perceptual)
     found = []
     for adversarial in (False, True):
         with FlopCounterMode(display=False) as counter:
-            parts: tuple[nn.Module, ...] = (both.tokenizer, both.discriminator)
-            for part, loss in zip(parts, both.losses(images, adversarial), strict=False):
+            parts: tuple[nn.Module, ...] = (model.tokenizer, model.discriminator)
+            for part, loss in zip(parts, model.losses(images, adversarial), strict=False):
                 loss.backward(inputs=list(part.parameters()))
         found.append(counter.get_total_flops())
-    return ADVERSARIAL_SHARE * found[0] + (1 - ADVERSARIAL_SHARE) * found[1]
+    return ADVERSARIAL_START * found[0] + (1 - ADVERSARIAL_START) * found[1]
 
 
 def fitting_width(config: Config, parameters: int) -> int:
-    """The width, a multiple of ``GROUPS``, with the count of parameters nearest to ``parameters``."""
+    """The width, a multiple of ``GROUPS``, whose parameter count is nearest to ``parameters``."""
 
     def count(width: int) -> int:
         with torch.device("meta"):
@@ -183,7 +174,7 @@ def fitting_width(config: Config, parameters: int) -> int:
 
 
 class ConvolutionalReconstructor:
-    """A trained one as a ``flowmo.evaluate.reconstruction.Reconstructor``."""
+    """A trained peer as a ``flowmo.evaluate.reconstruction.Reconstructor``."""
 
     name = "convolutional"
 

@@ -1,11 +1,12 @@
-"""What studies of generators share: their tokens, what is drawn from them, and who judges it."""
+"""Shared by the recipes of generators: their tokens, their training, sampling, and the evaluation of what they draw."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +18,21 @@ from flowmo.data.tokens import Tokens
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_features
 from flowmo.evaluate.metrics.pairs import grid
-from flowmo.evaluate.reconstruction import Evaluators, print_unreadable, readable_crops
+from flowmo.evaluate.reconstruction import print_unreadable, readable_crops
+from flowmo.generate.classes import class_titles
 from flowmo.generate.generator import Generator, load_generator
 from flowmo.generate.samples import SampleSettings, image_seeds
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import to_bytes, to_pil
-from flowmo.model.quantizers import Quantizer
 from flowmo.streams import Stream, stream
-from flowmo.tokenizer import Codes
+from flowmo.tokenizer import FlowMo
 from flowmo.train.state import read_metadata
 from flowmo.train.task import multiplies_bfloat16
+from reproduce import StudyError
 from reproduce.classifier import Classifier
+from reproduce.convolutional import ConvolutionalTokenizer
 from reproduce.page import Column
-from reproduce.study import Place, StudyError, once, train
+from reproduce.runner import Study
 
 COLUMNS = (
     Column("frechet_distance", "Fréchet distance ↓", 1),
@@ -38,35 +41,20 @@ COLUMNS = (
     Column("recall", "recall ↑", 3),
     Column("accuracy", "class recognised ↑", 3),
 )
+Tokenizer = FlowMo | ConvolutionalTokenizer
 BATCH = 16
-SHOWN = 8
+SHOWN_PER_CLASS = 8
 
 
-class Tokenizer(Protocol):
-    """The part of ``FlowMo`` that stage 2 needs. Other tokenizers implement it for comparison."""
-
-    config: Config
-    quantizer: Quantizer
-
-    @property
-    def code_length(self) -> int: ...
-
-    def identity(self) -> str: ...
-
-    def encode(self, images: Tensor) -> Codes: ...
-
-    def decode(self, codes: Codes | Tensor, *, seed: int | Sequence[int] = 0) -> Tensor: ...
-
-
-class Drawn(NamedTuple):
-    """Pictures uint8 b 3 h w and the classes that they are of, or were asked for, int64 b."""
+class LabelledImages(NamedTuple):
+    """Images (uint8 b 3 h w) and their classes, or the classes that were asked for (int64 b)."""
 
     images: Tensor
     labels: Tensor
 
 
 class InMemory:
-    """Pictures as ``flowmo.evaluate.generation.extract_features`` takes them."""
+    """Images as an ``ImageSet`` of ``flowmo.evaluate.generation``."""
 
     def __init__(self, name: str, images: Tensor):
         self.name, self.images = name, images
@@ -78,67 +66,102 @@ class InMemory:
         return iter(self.images.split(size))
 
 
-class Judge:
-    """Compares pictures with those that generators were trained on, and asks a classifier for their class.
+class GenerationEvaluator:
+    """Compares images with the training images of generators, and asks a classifier for their class.
 
-    Args:
-        count: pictures of each set that is compared.
-        side: theirs, in pixels.
+    Attributes:
+        originals, others: ``count`` training and held-out images, central squares of ``side`` pixels.
+        indices: of the originals in their source.
 
     Raises:
-        StudyError: no network of features, or pictures without classes.
+        StudyError: there is no feature network, or the images have no classes.
     """
 
-    def __init__(self, place: Place, judges: Evaluators, count: int, side: int):
-        if judges.features is None:
-            raise StudyError("the study needs a feature network; see the README on FLOWMO_WEIGHTS")
-        source = open_source(place.train)
+    def __init__(self, study: Study, count: int, side: int):
+        if study.evaluators.features is None:
+            raise StudyError("The study needs a feature network. See FLOWMO_WEIGHTS in the README.")
+        source, other = open_source(study.data), open_source(study.held_out)
         if len(source.classes) < 2:
-            raise StudyError(f"{place.train}: has no classes; give a folder with one folder a class")
-        require_labels(source)
-        self.network, self.world, self.count = judges.features, place.world, count
-        self.classes = source.classes
-        self.classifier = find_classifier(source.classes, place)
-        self.originals, self.places = read(source, evenly_spread(min(count, len(source)), len(source)), side)
-        other = open_source(place.held_out)
+            raise StudyError(f"{study.data} has no classes. Give a folder with one folder a class.")
         difference = class_difference(other.classes, source.classes)
         if difference:
-            raise StudyError(f"{place.held_out} has other classes than {place.train}: {difference}")
+            raise StudyError(f"{study.held_out} has other classes than {study.data}: {difference}.")
+        require_labels(source)
         require_labels(other)
-        self.others, _ = read(other, evenly_spread(min(count, len(other)), len(other)), side)
-        self._reference: SetFeatures | None = None
+        self.study, self.network, self.count = study, study.evaluators.features, count
+        self.classes = source.classes
+        self.classifier = find_classifier(source.classes, study)
+        self.originals, self.indices = read_images(source, count, side)
+        self.others, _ = read_images(other, count, side)
 
-    def __call__(self, name: str, drawn: Drawn) -> dict[str, Any]:
-        """Figures of some pictures."""
-        if self._reference is None:
-            self._reference = extract_features(
-                InMemory("training pictures", self.originals.images), self.network, world=self.world
-            )
-        seen = extract_features(InMemory(name, drawn.images), self.network, world=self.world)
-        found = GenerationSummary.of(seen, self._reference, self.network, (name, "training pictures")).as_dict()
-        return {**found, "accuracy": self._accuracy(drawn)}
+    def metadata(self, generator: Config) -> dict[str, Any]:
+        """Metadata that the pages of generators need."""
+        network = generator.to_dict()["generator"]
+        return {"pictures": self.count, "classes": [*class_titles(self.classes)], "generator": network}
 
-    def _accuracy(self, drawn: Drawn) -> float | None:
-        if self.classifier is None:
-            return None
-        found = torch.cat([self.classifier(to_float(chunk)) for chunk in drawn.images.split(BATCH)])
-        return float((found == drawn.labels).double().mean())
+    @cached_property
+    def reference(self) -> SetFeatures:
+        return extract_features(
+            InMemory("training images", self.originals.images), self.network, world=self.study.world
+        )
 
-    def evenly(self) -> Tensor:
-        """Classes of ``count`` pictures, as many of each."""
+    def once(self, run: str, label: str, make: Callable[[], LabelledImages], **about: Any) -> dict[str, Any]:
+        """A row of the table, computed once. Saves the first images of each class in the run's folder."""
+
+        def measure() -> dict[str, Any]:
+            drawn = make()
+            self.save_grid(drawn, run)
+            return {"label": label, **about, **self.measure(label, drawn)}
+
+        return self.study.once(run, measure)
+
+    def measure(self, name: str, drawn: LabelledImages) -> dict[str, Any]:
+        seen = extract_features(InMemory(name, drawn.images), self.network, world=self.study.world)
+        names = (name, "training pictures")
+        metrics = GenerationSummary.of(seen, self.reference, self.network, names).as_dict()
+        accuracy = None
+        if self.classifier is not None:
+            predicted = torch.cat([self.classifier(to_float(chunk)) for chunk in drawn.images.split(BATCH)])
+            accuracy = float((predicted == drawn.labels).double().mean())
+        return {**metrics, "accuracy": accuracy}
+
+    def balanced_labels(self) -> Tensor:
+        """Classes of ``count`` images, equally many of each."""
         return torch.tensor([i * len(self.classes) // self.count for i in range(self.count)])
 
+    def save_grid(self, drawn: LabelledImages, run: str) -> None:
+        """Save ``classes.png``, one row of images per class."""
+        if not self.study.world.main:
+            return
+        rows = []
+        for label in range(len(self.classes)):
+            some = to_float(drawn.images[drawn.labels == label][:SHOWN_PER_CLASS])
+            blank = torch.ones(SHOWN_PER_CLASS - len(some), *drawn.images.shape[1:])
+            rows.append(torch.cat((some, blank)))
+        self.study.folder(run).mkdir(parents=True, exist_ok=True)
+        to_pil(grid(rows)).save(self.study.folder(run) / "classes.png")
 
-def find_classifier(classes: Sequence[str], place: Place) -> Classifier | None:
+
+def page_note(results: Mapping[str, Any]) -> str:
+    """Sentences on the evaluation that the pages of generators share."""
+    classes = results["classes"]
+    return f"""\
+Each row: {results["pictures"]} images, evenly over the classes, against as many of IMAGES. A Fréchet distance of so few
+is too large: compare it within this page only ({results["rows"][0]["feature_network"]}). Class recognised: by MobileNet
+V2 (ImageNet, torchvision's weights), among {", ".join(classes)}; chance is {1 / len(classes):.2f}."""
+
+
+def find_classifier(classes: Sequence[str], study: Study) -> Classifier | None:
     try:
         return Classifier(classes)
     except (FlowMoError, ValueError, OSError) as error:
-        place.report(f"no classifier: {error}")
+        study.report(f"No classifier: {error}")
         return None
 
 
-def read(source: Source, indices: Sequence[int], side: int) -> tuple[Drawn, list[int]]:
-    """Central squares of a source's images, of those that can be read; and the indices of these."""
+def read_images(source: Source, count: int, side: int) -> tuple[LabelledImages, list[int]]:
+    """Central squares of at most ``count`` evenly spread images, without unreadable ones, and their indices."""
+    indices = evenly_spread(min(count, len(source)), len(source))
     images, kept = [], []
     for start in range(0, len(indices), BATCH):
         chunk = indices[start : start + BATCH]
@@ -147,7 +170,7 @@ def read(source: Source, indices: Sequence[int], side: int) -> tuple[Drawn, list
         kept += [index for index in chunk if index not in unreadable]
         for message in unreadable.values():
             print_unreadable(message)
-    return Drawn(torch.cat(images), torch.tensor([source.label(index) for index in kept])), kept
+    return LabelledImages(torch.cat(images), torch.tensor([source.label(index) for index in kept])), kept
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -155,87 +178,65 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def judged(run: str, label: str, judge: Judge, place: Place, make: Callable[[], Drawn], **facts: Any) -> dict[str, Any]:
-    """A row of the table, made once; its first pictures of each class are kept in the run's folder."""
-
-    def measure() -> dict[str, Any]:
-        drawn = make()
-        keep_grid(drawn, judge, place, run)
-        return {"label": label, **facts, **judge(label, drawn)}
-
-    return once(run, place, measure)
+# Tokens and training
 
 
-def keep_grid(drawn: Drawn, judge: Judge, place: Place, run: str) -> None:
-    """Some pictures of each class, a row each."""
-    if not place.world.main:
-        return
-    rows = []
-    for label in range(len(judge.classes)):
-        some = to_float(drawn.images[drawn.labels == label][:SHOWN])
-        blank = torch.ones(SHOWN - len(some), *drawn.images.shape[1:])
-        rows.append(torch.cat((some, blank)))
-    place.folder(run).mkdir(parents=True, exist_ok=True)
-    to_pil(grid(rows)).save(place.folder(run) / "classes.png")
+def make_tokens(tokenizer: Tokenizer, name: str, study: Study) -> Study:
+    """Tokenize the training images, with their mirror images, and the held-out images. Returns a study of tokens."""
 
-
-# What generators learn
-
-
-def make_tokens(tokenizer: Tokenizer, name: str, place: Place) -> Place:
-    """The study's place with ids for pictures: those of the training pictures and their mirror images, and held out."""
-
-    def make(part: str, pictures: str) -> str:
-        folder, source = place.folder(f"{name}-tokens") / part, open_source(pictures)
-        about = Path(pictures).name
-        tokenize(tokenizer, source, folder, name=about, model=name, flip=part == "train", world=place.world)
+    def make(part: str, images: str) -> str:
+        folder = study.folder(f"{name}-tokens") / part
+        source, flip = open_source(images), part == "train"
+        tokenize(tokenizer, source, folder, name=Path(images).name, model=name, flip=flip, world=study.world)
         return str(folder)
 
-    return replace(place, train=make("train", place.train), held_out=make("held_out", place.held_out))
+    return replace(study, data=make("train", study.data), held_out=make("held_out", study.held_out))
 
 
-def train_generator(config: Config, run: str, tokens: Place) -> tuple[Generator, float]:
-    """The checkpoint that predicts hidden ids of held-out pictures best, and its nats for each."""
-    judging = (f"data.val={tokens.held_out}", "trainer.best_metric=cross_entropy")
-    last = train(config.override(*judging), run, tokens).checkpoint
-    facts = read_metadata(last)
-    best = last.with_name(f"{facts['best_step']:08d}{last.suffix}")
-    return load_generator(best, device=str(tokens.world.device)), facts["best_value"]
+def train_generator(config: Config, run: str, tokens: Study) -> tuple[Generator, float]:
+    """Train a generator. Returns the checkpoint with the best held-out cross-entropy, and its nats per hidden id."""
+    best = (f"data.val={tokens.held_out}", "trainer.best_metric=cross_entropy")
+    last = tokens.train(config.override(*best), run).checkpoint
+    metadata = read_metadata(last)
+    path = last.with_name(f"{metadata['best_step']:08d}{last.suffix}")
+    return load_generator(path, device=str(tokens.world.device)), metadata["best_value"]
 
 
-# What is drawn
+# Images to evaluate
 
 
-def reconstructions(tokenizer: Tokenizer, originals: Drawn, places: Sequence[int]) -> Drawn:
-    """What the tokenizer makes of pictures: no generator of its ids can be expected to do better."""
-    images = []
-    for start in range(0, len(places), BATCH):
-        codes = tokenizer.encode(to_float(originals.images[start : start + BATCH]))
-        images.append(to_bytes(tokenizer.decode(codes, seed=places[start : start + BATCH]).cpu()))
-    return Drawn(torch.cat(images), originals.labels)
+def decode(tokenizer: Tokenizer, ids: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Decode ids in batches to uint8 images."""
+    chunks = range(0, len(ids), BATCH)
+    images = [tokenizer.decode(ids[i : i + BATCH], seed=list(seeds[i : i + BATCH])).cpu() for i in chunks]
+    return torch.cat([to_bytes(image) for image in images])
 
 
-def independent(tokenizer: Tokenizer, tokens: Tokens, labels: Tensor) -> Drawn:
-    """Every id drawn alone, as often as the tokens have it at its place."""
+def reconstructions(tokenizer: Tokenizer, evaluator: GenerationEvaluator) -> LabelledImages:
+    """The tokenizer's reconstructions of the originals: no generator of its ids is expected to be better."""
+    originals, labels = evaluator.originals
+    ids = torch.cat([tokenizer.encode(to_float(chunk)).ids for chunk in originals.split(BATCH)])
+    return LabelledImages(decode(tokenizer, ids, evaluator.indices), labels)
+
+
+def independent_ids(tokenizer: Tokenizer, tokens: Tokens, labels: Tensor) -> LabelledImages:
+    """Images of ids that are drawn independently, each from its frequency at its position."""
     every = torch.stack([tokens.ids(index) for index in range(len(tokens))])
     picks = torch.randint(len(every), (len(labels), *every.shape[1:]), generator=stream(0, Stream.STUDY))
-    images = []
-    for i, ids in enumerate(every.gather(0, picks).split(BATCH)):
-        images.append(to_bytes(tokenizer.decode(ids, seed=list(range(i * BATCH, i * BATCH + len(ids)))).cpu()))
-    return Drawn(torch.cat(images), labels)
+    return LabelledImages(decode(tokenizer, every.gather(0, picks), range(len(labels))), labels)
 
 
 def generated(
-    generator: Generator, tokenizer: Tokenizer, labels: Tensor, drawing: SampleSettings, place: Place
-) -> Drawn:
-    """The same on any number of processes, which share the work."""
-    side, device = tokenizer.config.data.image_size, place.world.device
+    generator: Generator, tokenizer: Tokenizer, labels: Tensor, settings: SampleSettings, study: Study
+) -> LabelledImages:
+    """Images that a generator draws. Ranks share the work; the result does not depend on their number."""
+    side, device = tokenizer.config.data.image_size, study.world.device
     images = torch.zeros(len(labels), 3, side, side, dtype=torch.int32)
-    for start in range(0, len(labels), BATCH)[place.world.rank :: place.world.size]:
+    for start in range(0, len(labels), BATCH)[study.world.rank :: study.world.size]:
         numbers = range(start, min(start + BATCH, len(labels)))
-        seeds = image_seeds(drawing.seed, numbers)
+        seeds = image_seeds(settings.seed, numbers)
         with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
-            ids = generator.sample(labels[numbers.start : numbers.stop], seeds, **drawing.sampling())
+            ids = generator.sample(labels[numbers.start : numbers.stop], seeds, **settings.sampling())
             made = tokenizer.decode(ids, seed=seeds)
         images[numbers.start : numbers.stop] = to_bytes(made.float()).cpu().int()
-    return Drawn(place.world.sum(images).to(torch.uint8), labels)
+    return LabelledImages(study.world.sum(images).to(torch.uint8), labels)

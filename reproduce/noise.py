@@ -1,183 +1,94 @@
-"""Rate, distortion and perception (appendix C, figure 9): the scale of the noise that samples start from.
+"""The scale of the start noise (appendix C, figure 9).
 
-Noise scaled below 1 is likelier under N(0, I), and so, but for the flow's Jacobian, are the samples. At several rates,
-the distance of features is drawn over PSNR: no scale should be the best of both.
+Reproduces rate, distortion and perception over the scale of the noise that samples start from. Noise scaled below 1 is
+likelier under N(0, I), and so are the samples, up to the flow's Jacobian.
+
+Cost: smoke half a minute. cpu half an hour per seed on one core, after ablations, whose baseline it shares. gpu 20
+minutes on one H100, by arithmetic, after ablations. paper 3 hours per model of FlowMo-Lo's size on one H100, by
+arithmetic; give --models of several rates.
+Expect: less noise raises PSNR and worsens LPIPS at every rate; no scale is best in both PSNR and Fréchet distance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
 
-import flowmo
-from flowmo.config import Config
-from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.tokenizer import FlowMo
-from reproduce import ablations
-from reproduce.page import (
-    COLUMNS,
-    Column,
-    Group,
-    figures_table,
-    gain,
-    groups_of,
-    in_words,
-    judged_by,
-    mean_and_deviation,
-    measured_columns,
-    subplots,
-    versions_line,
-    write_page,
-)
-from reproduce.study import Place, judged_count, measured, named_models, once, read_results, train, write_results
-
-TITLE = "the scale of the start noise (appendix C, figure 9)"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large the study is.
-
-    Attributes:
-        base: the tokenizer of the middle rate, the baseline of ``ablations``; where ``None``, ``--models`` are taken.
-        channels: bits a token of the rates.
-        scales: of the noise; 1 must be among them.
-        pictures: held-out ones to judge on.
-        cost: what it takes, in words.
-    """
-
-    base: Config | None
-    channels: tuple[int, ...]
-    seeds: int
-    scales: tuple[float, ...]
-    pictures: int
-    cost: str
-
-
-def of_ablations(scale: str) -> tuple[Config, tuple[int, ...], int]:
-    """A third of the baseline's bits, its own, and twice as many."""
-    found = ablations.SCALES[scale]
-    bits = found.base.model.context_dim
-    return found.base, (bits // 3, bits, 2 * bits), found.seeds
-
+from reproduce import ablations, page
+from reproduce.page import Column, Group
+from reproduce.runner import Results, Row, Rows, Scale, Study
 
 SCALES = {
-    "smoke": Scale(*of_ablations("smoke"), (0.8, 1.0), 4, "half a minute on two CPU cores; its figures mean nothing"),
-    "cpu": Scale(
-        *of_ablations("cpu"),
-        *((0.6, 0.8, 1.0, 1.1), 100),
-        "half an hour for each seed on one CPU core after ablations, whose baseline it shares",
-    ),
-    "gpu": Scale(
-        *of_ablations("gpu"),
-        *((0.6, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1), 1000),
-        "about 20 minutes on one H100 by arithmetic after ablations, whose baseline it shares",
-    ),
-    "paper": Scale(
-        *(None, (), 1, (0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05), 5000),
-        "3 hours a model of FlowMo-Lo's size on one H100 by arithmetic; give --models of several rates",
-    ),
+    "smoke": Scale(scales=(0.8, 1.0), images=4),
+    "cpu": Scale(scales=(0.6, 0.8, 1.0, 1.1), images=100),
+    "gpu": Scale(scales=(0.6, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1), images=1000),
+    "paper": Scale(scales=(0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05), images=5000),
 }
 
 
-def run(place: Place, judges: Evaluators) -> None:
-    """Train what is not there, measure and draw."""
-    scale = SCALES[place.scale]
-    rows: list[dict[str, Any]] = []
-    for name, seed, tokenizer in tokenizers(scale, place):
-        bits = tokenizer.config.bits_per_pixel
-        if bits is None:
-            place.report(f"{name} is continuous: it has no rate, and is left out")
-            continue
-        for noise in scale.scales:
-            rate = f"{bits:.4g} bits a pixel"
-            facts = {"arm": f"{rate}, {noise:g}", "label": f"{rate}, scale {noise:g}", "seed": seed, "rate": rate}
-
-            def make(tokenizer: FlowMo = tokenizer, facts: dict = facts, noise: float = noise) -> dict[str, Any]:
-                figures = measured(tokenizer, place, judges, scale.pictures, noise)
-                return {**facts, "noise": noise, **figures}
-
-            rows.append(once(f"{name}-noise{noise:g}", place, make))
-            write_results(place, {"pictures": judged_count(place, scale.pictures), "judges": judges.describe()}, rows)
-    if place.world.main:
-        draw(place)
-
-
-def tokenizers(scale: Scale, place: Place) -> Iterator[tuple[str, int, FlowMo]]:
-    """Name, seed and tokenizer of every rate."""
-    if scale.base is None:
-        for name, tokenizer in named_models(place):
-            yield name, 0, tokenizer
+def tokenizers(study: Study) -> Iterator[tuple[str, int, FlowMo]]:
+    """Yield name, seed and tokenizer: ``--models`` at scale paper, else a third, all and twice the baseline's bits."""
+    if study.scale == "paper":
+        yield from ((name, 0, tokenizer) for _, name, tokenizer in study.load_models())
         return
+    scale = ablations.SCALES[study.scale]
+    own = scale.base.model.context_dim
     for seed in range(1, scale.seeds + 1):
-        for channels in scale.channels:
-            if channels == scale.base.model.context_dim:
-                trained = ablations.baseline(scale.base, seed, place)
-            else:
-                group = f"model.codebook_size_for_entropy={min(channels, 9)}"
-                config = scale.base.override(f"model.context_dim={channels}", group, f"trainer.seed={seed}")
-                trained = train(config, f"bits{channels}-seed{seed}", place)
-            yield f"bits{channels}-seed{seed}", seed, flowmo.load(trained.checkpoint, device=str(place.world.device))
+        for channels in (own // 3, own, 2 * own):
+            run = f"bits{channels}-seed{seed}"
+            group = f"model.codebook_size_for_entropy={min(channels, 9)}"
+            config = scale.base.override(f"model.context_dim={channels}", group, f"trainer.seed={seed}")
+            trained = ablations.baseline(scale.base, seed, study) if channels == own else study.train(config, run)
+            yield run, seed, study.load(trained.checkpoint)
 
 
-def draw(place: Place) -> None:
-    """The table and the plot of the results in ``place.out``."""
-    results = read_results(place)
-    rows = results["rows"]
-    rates = groups_of(rows, "rate")
-    columns = measured_columns(rows)
-    perception = next((c for c in columns if c.key == "frechet_distance"), COLUMNS[0])
-    plot(rates, perception, place)
-    text = f"""# Study: {TITLE}, at scale `{place.scale}`
-
-    python -m reproduce {place.name} --scale {place.scale} --data PICTURES --held-out HELD_OUT
-
-The same tokenizers with the noise that samples start from scaled. Means ± standard deviations over seeds of the figures
-on {results["pictures"]} pictures that nothing was trained on. {judged_by(results)}
-
-{figures_table(groups_of(rows), columns)}
-{verdict(rates, columns)}
-![{perception.name} over PSNR, a curve a rate]({place.stem}.png)
-
-{versions_line(results)}
-"""
-    write_page(place, text)
+def rows(study: Study, metadata: Row) -> Rows:
+    for name, seed, tokenizer in tokenizers(study):
+        if tokenizer.config.bits_per_pixel is None:
+            study.report(f"{name} is skipped: it is continuous and has no rate.")
+            continue
+        for noise in SCALES[study.scale].scales:
+            yield study.once(f"{name}-noise{noise:g}", partial(measure, tokenizer, seed, noise, study))
 
 
-def verdict(rates: Sequence[Group], columns: list[Column]) -> str:
-    """Of every rate: which scale is the best for each figure, and by how much it is better than 1."""
+def measure(tokenizer: FlowMo, seed: int, noise: float, study: Study) -> Row:
+    rate = f"{tokenizer.config.bits_per_pixel:.4g} bits a pixel"
+    about = {"arm": f"{rate}, {noise:g}", "label": f"{rate}, scale {noise:g}", "seed": seed, "rate": rate}
+    return {**about, "noise": noise, **study.measure(tokenizer, SCALES[study.scale].images, noise)}
+
+
+def body(results: Results, plot: Path) -> str:
+    rates, columns = page.groups_of(results["rows"], "rate"), page.measured(results["rows"])
+    draw(rates, next((c for c in columns if c.key == "frechet_distance"), columns[0]), plot)
+    return f"""\
+The same tokenizers, with the noise that samples start from scaled. Means ± standard deviations over seeds, on
+{results["pictures"]} held-out images. {page.feature_note(results)}
+
+{page.table(page.groups_of(results["rows"]), columns)}
+{verdict(rates, columns)}"""
+
+
+def verdict(rates: Sequence[Group], columns: Sequence[Column]) -> str:
+    """The best scale of every rate and metric, and its gain over scale 1."""
     lines = []
     for rate in rates:
-        by_scale = {group[0]["noise"]: group for group in groups_of(rate, "noise")}
+        by_scale = {group[0]["noise"]: group for group in page.groups_of(rate, "noise")}
         for column in columns:
-            known = ((noise, mean_and_deviation(column.values(group))) for noise, group in by_scale.items())
-            means = {noise: figures[0] for noise, figures in known if figures is not None}
-            best = (max if column.rising else min)(means, key=means.__getitem__, default=1.0)
-            found = gain(by_scale[best], by_scale[1.0], column, same_weights=True)
-            if found is None:  # a judge was missing
-                continue
-            better, spread = found
-            word = (
-                "1 itself" if best == 1.0 else f"{best:g}, {in_words(better, spread)} 1 by {better:.{column.places}f}"
-            )
-            lines.append(f"- {rate[0]['rate']}, {column.name}: the best scale is {word}.")
-    return "\n".join(lines) + "\n"
+            means = {scale: mean for scale, group in by_scale.items() if (mean := column.mean(group)) is not None}
+            best = max(means, key=lambda scale: column.sign * means[scale], default=1.0)
+            change = page.gain(by_scale[best], by_scale[1.0], column, same_weights=True)
+            if change is not None:
+                word = "1 itself" if best == 1 else f"{best:g}, which {page.relation(change, '1', column)}"
+                lines.append(f"- {rate[0]['rate']}, {column.name}: the best scale is {word}.\n")
+    return "".join(lines)
 
 
-def plot(rates: Sequence[Group], perception: Column, place: Place) -> None:
-    figure, axes = subplots(1, 1, (6, 4))
-    axis = axes.flat[0]
+def draw(rates: Sequence[Group], perception: Column, plot: Path) -> None:
+    psnr = page.METRICS[0]
+    panel = page.Panel(f"{perception.heading} over {psnr.heading}", psnr.heading, notes=True)
     for rate in rates:
-        points = []
-        for group in sorted(groups_of(rate, "noise"), key=lambda group: group[0]["noise"]):
-            psnr, other = (mean_and_deviation(column.values(group)) for column in (COLUMNS[0], perception))
-            if psnr is None or other is None:
-                continue
-            point = (psnr[0], other[0])
-            points.append(point)
-            axis.annotate(f"{group[0]['noise']:g}", point, fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axis.plot(*zip(*points, strict=True), marker="o", label=rate[0]["rate"])
-    axis.set(xlabel=COLUMNS[0].heading, ylabel=perception.heading)
-    axis.legend(fontsize=8)
-    figure.savefig(place.out / f"{place.stem}.png", dpi=110)
+        points = [(psnr.mean(g), perception.mean(g), g[0]["noise"]) for g in page.groups_of(rate, "noise")]
+        panel.curves[rate[0]["rate"]] = [point for point in points if None not in point]
+    page.line_plots([panel], 1, plot)

@@ -1,36 +1,30 @@
-"""Tables, plots and pictures of what a study measured."""
+"""Pages of studies: Markdown tables, comparisons over seeds, and plots."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from flowmo.checkpoint.files import write_content
-from flowmo.data import evenly_spread, open_source
-from flowmo.evaluate.metrics.pairs import grid
-from flowmo.evaluate.reconstruction import read_crops
-from flowmo.images import read_image, to_pil
-from flowmo.tokenizer import FlowMo
-from reproduce.study import Place, StudyError
-
-PICTURES_SHOWN = 6
+from flowmo.images import read_image
+from reproduce import StudyError
 
 Row = Mapping[str, Any]
 Group = Sequence[Row]
-"""Rows that differ by their seed alone."""
+"""Rows that differ only in their seed."""
+Cells = Mapping[str, str | Callable[[Group], str]]
+"""Text columns of a table: heading to a key of the rows, or to a function of the group."""
 
 
 class Column(NamedTuple):
-    """A figure of a table: its key in a row, its heading, which ends in the better direction, decimal places, and the
-    factor it is shown with."""
+    """A metric of a table. ``heading`` ends with the direction of better values, ↑ or ↓; ``factor`` scales values."""
 
     key: str
     heading: str
-    places: int
+    digits: int
     factor: float = 1
 
     @property
@@ -38,15 +32,19 @@ class Column(NamedTuple):
         return self.heading[:-2]
 
     @property
-    def rising(self) -> bool:
-        """Whether more is better."""
-        return self.heading.endswith("↑")
+    def sign(self) -> int:
+        """1 if higher is better, else −1."""
+        return 1 if self.heading.endswith("↑") else -1
 
     def values(self, group: Group) -> list[float | None]:
         return [None if row.get(self.key) is None else row[self.key] * self.factor for row in group]
 
+    def mean(self, group: Group) -> float | None:
+        found = mean_and_deviation(self.values(group))
+        return found and found[0]
 
-COLUMNS = (
+
+METRICS = (
     Column("psnr", "PSNR (dB) ↑", 2),
     Column("ssim", "SSIM ↑", 4),
     Column("lpips_alex", "LPIPS AlexNet ↓", 4),
@@ -56,13 +54,13 @@ COLUMNS = (
 )
 
 
-def measured_columns(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Column]:
-    """Those whose judges were at hand."""
+def measured(rows: Sequence[Row], columns: Sequence[Column] = METRICS) -> list[Column]:
+    """The columns whose evaluators were available."""
     return [column for column in columns if rows[0].get(column.key) is not None]
 
 
 def groups_of(rows: Iterable[Row], key: str = "arm") -> list[list[Row]]:
-    """Rows by ``key``, in the order in which its values come first."""
+    """Group rows by ``key``, in the order of first appearance."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[key], []).append(row)
@@ -73,25 +71,21 @@ def groups_of(rows: Iterable[Row], key: str = "arm") -> list[list[Row]]:
 
 
 def mean_and_deviation(values: Iterable[float | None]) -> tuple[float, float] | None:
-    """Mean and unbiased standard deviation over seeds, 0 of a single one; ``None`` where a value is missing."""
+    """Mean and unbiased standard deviation (0 for a single value), or ``None`` if a value is missing."""
     values = list(values)
     known = [value for value in values if value is not None]
     if not values or len(known) < len(values):
         return None
-    mean = math.fsum(known) / len(known)
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1)) if len(known) > 1 else 0.0
-    return mean, deviation
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
 
 
-def cell(values: Iterable[float | None], places: int) -> str:
-    """``mean ± deviation`` for a table."""
-    values = list(values)
+def cell(values: Sequence[float | None], digits: int) -> str:
+    """Format as ``mean ± deviation``."""
     found = mean_and_deviation(values)
     if found is None:
         return "–"
-    mean, deviation = found
-    mean = round(mean, places) + 0.0  # no "-0.0"
-    return f"{mean:.{places}f} ± {deviation:.{places}f}" if len(values) > 1 else f"{mean:.{places}f}"
+    mean = f"{round(found[0], digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.0"
+    return f"{mean} ± {found[1]:.{digits}f}" if len(values) > 1 else mean
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -99,99 +93,110 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def figures_table(
-    groups: Sequence[Group],
-    columns: Sequence[Column],
-    first: Mapping[str, Callable[[Group], str]] | None = None,
-    last: Mapping[str, Callable[[Group], str]] | None = None,
+LABEL_AND_SEEDS: Cells = {"": "label", "seeds": lambda group: str(len(group))}
+SECONDS: Cells = {"s": lambda group: f"{statistics.median(row['seconds'] for row in group):.0f}"}
+
+
+def table(
+    groups: Sequence[Group], columns: Sequence[Column], first: Cells = LABEL_AND_SEEDS, last: Cells | None = None
 ) -> str:
-    """A line a group: what ``first`` tells, by default label and number of seeds, its figures, what ``last`` tells."""
-    first = first or {"": lambda group: group[0]["label"], "seeds": lambda group: str(len(group))}
+    """One line per group: the cells ``first``, the metrics, the cells ``last``."""
     last = last or {}
-    return markdown_table(
-        [*first, *(column.heading for column in columns), *last],
-        (
-            [
-                *(tell(group) for tell in first.values()),
-                *(cell(column.values(group), column.places) for column in columns),
-                *(tell(group) for tell in last.values()),
-            ]
-            for group in groups
-        ),
+
+    def text(cells: Cells, group: Group) -> list[str]:
+        return [str(group[0][get]) if isinstance(get, str) else get(group) for get in cells.values()]
+
+    header = [*first, *(column.heading for column in columns), *last]
+    lines = (
+        [*text(first, group), *(cell(column.values(group), column.digits) for column in columns), *text(last, group)]
+        for group in groups
     )
+    return markdown_table(header, lines)
 
 
-def gain(ours: Group, other: Group, column: Column, same_weights: bool = False) -> tuple[float, float] | None:
-    """By how much ``ours`` is better, in the units shown, and the spread of that over seeds.
+# Comparisons
+
+
+class Gain(NamedTuple):
+    """How much one group is better than another, in a column's units, and the spread of that over seeds."""
+
+    better: float
+    spread: float
+
+    @property
+    def direction(self) -> int:
+        """1 or −1 if the difference is more than two spreads, else 0."""
+        return 0 if abs(self.better) <= 2 * self.spread else 1 if self.better > 0 else -1
+
+
+def gain(ours: Group, other: Group, column: Column, same_weights: bool = False) -> Gain | None:
+    """Compare two groups; ``None`` if a metric is missing.
 
     Args:
-        same_weights: both are of the same trainings, in the same order: the spread is that of their differences, in
-            which what a training's seed does to both cancels.
+        same_weights: both groups measure the same trainings in the same order. The spread is then that of the
+            differences, in which the effect of a training's seed cancels.
     """
-    sign = 1 if column.rising else -1
-    values, others = list(column.values(ours)), list(column.values(other))
+    values, others = column.values(ours), column.values(other)
     if same_weights:
-        if len(values) != len(others):  # a study that is not done
+        if len(values) != len(others):  # unfinished study
             return None
         pairs = zip(values, others, strict=True)
-        return mean_and_deviation(None if a is None or b is None else sign * (a - b) for a, b in pairs)
+        found = mean_and_deviation(None if a is None or b is None else column.sign * (a - b) for a, b in pairs)
+        return found and Gain(*found)
     found, theirs = mean_and_deviation(values), mean_and_deviation(others)
     if found is None or theirs is None:
         return None
-    return sign * (found[0] - theirs[0]), math.hypot(found[1], theirs[1])
+    return Gain(column.sign * (found[0] - theirs[0]), math.hypot(found[1], theirs[1]))
 
 
-def in_words(better: float, spread: float) -> str:
-    """Whether a difference is one: it must be more than two spreads."""
-    return "better than" if better > 2 * spread else "worse than" if better < -2 * spread else "not apart from"
+def relation(change: Gain, other: str, column: Column) -> str:
+    """Words for a change against ``other``: better, worse, or within two spreads."""
+    verb, joint = {
+        1: ("is better than", ", by"),
+        -1: ("is worse than", ", by"),
+        0: ("is within two spreads of", ": difference"),
+    }[change.direction]
+    return f"{verb} {other}{joint} {abs(change.better):.{column.digits}f} (spread {change.spread:.{column.digits}f})"
+
+
+def comparison(ours: Group, other: Group, columns: Sequence[Column], names: tuple[str, str] | None = None) -> str:
+    """A list item per metric that says which of two groups is better. ``names`` are by default their labels."""
+    name, other_name = names or (ours[0]["label"], other[0]["label"])
+    changes = {column: change for column in columns if (change := gain(ours, other, column))}
+    return "".join(f"- {c.name}: {name} {relation(change, other_name, c)}.\n" for c, change in changes.items())
 
 
 def against_paper(
-    groups: Sequence[Group],
-    published: Mapping[str, Mapping[str, float]],
-    columns: Sequence[Column] = COLUMNS,
-    same_weights: Collection[str] = (),
+    groups: Sequence[Group], published: Mapping[str, Mapping[str, float]], same_weights: Collection[str] = ()
 ) -> str:
-    """Of each group that the paper has: the paper's figure beside the first group's, ours likewise, and whether the
-    change has the same direction.
+    """Table of changes against the first group: the paper's, ours, and whether the direction holds.
 
     Args:
-        published: by a row's ``arm``, by a column's key; holds the first group's arm.
-        same_weights: arms that are of the first group's trainings.
+        published: the paper's metrics, by ``arm`` and column key. It holds the first group's arm.
+        same_weights: arms that measure the first group's trainings.
     """
     base, lines = groups[0], []
     origin = published[base[0]["arm"]]
     for group in groups[1:]:
-        paper = published.get(group[0]["arm"], {})
-        for column in columns:
-            found = gain(group, base, column, group[0]["arm"] in same_weights)
-            if column.key not in paper or found is None:
+        arm = group[0]["arm"]
+        for column in METRICS:
+            change = gain(group, base, column, arm in same_weights)
+            if column.key not in published.get(arm, {}) or change is None:
                 continue
-            theirs = (paper[column.key] - origin[column.key]) * (1 if column.rising else -1)
-            better, spread = found
-            ours = {"better than": 1, "worse than": -1, "not apart from": 0}[in_words(better, spread)]
-            expected = (theirs > 0) - (theirs < 0)
-            word = "holds" if ours == expected else "within the spread" if not ours else "does not hold"
-            change = f"{better:+.{column.places}f} (spread {spread:.{column.places}f})"
-            lines.append([group[0]["label"], column.name, f"{theirs:+.3g}", change, word])
-    return markdown_table(["", "figure", "paper: better by", "here: better by", "direction"], lines)
+            theirs = (published[arm][column.key] - origin[column.key]) * column.sign
+            holds = change.direction == (theirs > 0) - (theirs < 0)
+            word = "holds" if holds else "does not hold" if change.direction else "within the spread"
+            ours = f"{change.better:+.{column.digits}f} (spread {change.spread:.{column.digits}f})"
+            lines.append([group[0]["label"], column.name, f"{theirs:+.3g}", ours, word])
+    return markdown_table(["", "metric", "paper: better by", "here: better by", "direction"], lines)
 
 
-def write_page(place: Place, text: str) -> None:
-    write_content(place.out / f"{place.stem}.md", text)
-
-
-def versions_line(results: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-
-
-def judged_by(results: Mapping[str, Any]) -> str:
-    """The sentence about distances of features that every page has."""
+def feature_note(results: Mapping[str, Any]) -> str:
+    """The sentences on feature distances."""
     network = next((row["feature_network"] for row in results["rows"] if row.get("feature_network")), "not measured")
-    pictures = results["pictures"]
     return (
-        f"Fréchet and kernel distance: {network}; of {pictures} pictures the former is biased, so compare it within "
-        "this table only."
+        f"Fréchet and kernel distance: {network}. The Fréchet distance of {results['pictures']} images is biased: "
+        "compare it within this table only."
     )
 
 
@@ -199,75 +204,94 @@ def judged_by(results: Mapping[str, Any]) -> str:
 
 
 def subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure of matplotlib's and its axes, rows × columns.
-
-    Raises:
-        StudyError: matplotlib is missing.
-    """
+    """A matplotlib figure and its axes (rows × columns). Raises ``StudyError`` if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise StudyError("plots need matplotlib: pip install 'flowmo[studies]'") from None
+        raise StudyError("Plots need matplotlib. Run: pip install 'flowmo[studies]'.") from None
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def bars(groups: Sequence[Group], columns: Sequence[Column], place: Place) -> None:
-    """Every figure as bars, one a group, the first group's level drawn through."""
+def bars(groups: Sequence[Group], columns: Sequence[Column], path: Path) -> None:
+    """Plot one bar per group for each column, with the first group's level as a line."""
     figure, axes = subplots(1, len(columns), (2.4 * len(columns) + 1.5, 0.38 * len(groups) + 1.2))
     for i, (axis, column) in enumerate(zip(axes.flat, columns, strict=True)):
         found = [mean_and_deviation(column.values(group)) or (math.nan, 0.0) for group in groups]
         means, deviations = zip(*found, strict=True)
-        places = range(len(groups), 0, -1)
-        axis.barh(places, means, xerr=deviations, color=["tab:gray", *["tab:blue"] * (len(groups) - 1)], capsize=2)
+        positions = range(len(groups), 0, -1)
+        axis.barh(positions, means, xerr=deviations, color=["tab:gray", *["tab:blue"] * (len(groups) - 1)], capsize=2)
         axis.axvline(means[0], color="black", linewidth=0.8, linestyle="--")
-        axis.set_yticks(list(places), [group[0]["label"] for group in groups] if i == 0 else [""] * len(groups))
+        axis.set_yticks(list(positions), [group[0]["label"] for group in groups] if i == 0 else [""] * len(groups))
         drawn = [mean for mean in means if math.isfinite(mean)]
         width = (max(drawn) - min(drawn)) or 1.0
         axis.set_xlim(min(drawn) - 0.3 * width, max(drawn) + 0.3 * width)
         axis.set_title(column.heading, fontsize=9)
         axis.tick_params(labelsize=8)
-    figure.savefig(place.out / f"{place.stem}.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
-# Pictures, beside the runs: not all pictures may be published
+@dataclass
+class Panel:
+    """One plot: curves of points (x, y, deviation) and horizontal levels (y, deviation), by label.
+
+    Attributes:
+        log: base of a logarithmic x axis.
+        notes: points are (x, y, number) instead, and the number is written beside each.
+    """
+
+    title: str
+    xlabel: str
+    curves: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+    levels: dict[str, tuple[float, float]] = field(default_factory=dict)
+    log: int = 0
+    notes: bool = False
 
 
-def held_out(place: Place, count: int, side: int) -> tuple[list[int], Tensor]:
-    """Some held-out pictures, b 3 side side in [−1, 1], and their places in their source."""
-    source = open_source(place.held_out)
-    indices = evenly_spread(min(count, len(source)), len(source))
-    return indices, read_crops(source, indices, side, enlarge=True)
+def panel(column: Column, rows: Iterable[Row], x: str, xlabel: str = "", log: int = 0) -> Panel:
+    """Plot a metric over the key ``x``, one curve per value of the key ``curve``. Rows without ``x`` are levels."""
+    result = Panel(column.heading, xlabel or x, log=log)
+    for curve in groups_of(rows, "curve"):
+        for group in groups_of(({x: None, **row} for row in curve), x):
+            found, label = mean_and_deviation(column.values(group)), curve[0]["curve"]
+            if found and group[0][x]:
+                result.curves.setdefault(label, []).append((group[0][x], *found))
+            elif found:
+                result.levels[label] = found
+    return result
 
 
-def keep_samples(tokenizer: FlowMo, name: str, place: Place) -> None:
-    """Held-out pictures and their reconstructions as two rows of one picture, in the run's folder."""
-    indices, x = held_out(place, PICTURES_SHOWN, tokenizer.config.data.image_size)
-    y = tokenizer.decode(tokenizer.encode(x), seed=indices).cpu()
-    save_images({"originals": x, "samples": y}, name, place)
+def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
+    """Plot panels in a grid. A label has one colour in all panels and one entry in the legend."""
+    count = math.ceil(len(panels) / columns)
+    figure, axes = subplots(count, columns, (max(4 * columns, 6), 2.8 * count + 0.8))
+    labels = dict.fromkeys(label for panel in panels for label in (*panel.levels, *panel.curves))
+    colours, handles = {label: f"C{i % 10}" for i, label in enumerate(labels)}, {}
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for label, (level, deviation) in panel.levels.items():
+            handles[label] = axis.axhline(level, color=colours[label], linestyle="--")
+            axis.axhspan(level - deviation, level + deviation, color=colours[label], alpha=0.15, linewidth=0)
+        for label, points in panel.curves.items():
+            x, y, third = zip(*sorted(points), strict=True)
+            errors = third if any(third) and not panel.notes else None
+            handles[label] = axis.errorbar(x, y, errors, color=colours[label], marker="o", markersize=4, capsize=3)
+            for point in points if panel.notes else ():
+                axis.annotate(f"{point[2]:g}", point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
+        if panel.log:
+            axis.set_xscale("log", base=panel.log)
+        axis.set(xlabel=panel.xlabel, title=panel.title)
+        axis.grid(alpha=0.3)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
-def save_images(rows: Mapping[str, Tensor], name: str, place: Place) -> None:
-    """Pictures b 3 h w in a row, a file each, in a run's folder."""
-    if place.world.main:
-        place.folder(name).mkdir(parents=True, exist_ok=True)
-        for kind, row in rows.items():
-            to_pil(grid([row])).save(place.folder(name) / f"{kind}.png")
-
-
-def show_strips(strips: Sequence[tuple[str, Path]], path: Path) -> None:
-    """Kept rows of pictures below each other, each under its label."""
+def image_strips(strips: Mapping[str, Path], path: Path) -> None:
+    """Show image files below each other, each under its label."""
     figure, axes = subplots(len(strips), 1, (8, 1.25 * len(strips)))
-    for axis, (label, strip) in zip(axes.flat, strips, strict=True):
+    for axis, (label, strip) in zip(axes.flat, strips.items(), strict=True):
         axis.imshow(read_image(strip))
         axis.set_title(label, fontsize=8, loc="left", pad=2)
         axis.axis("off")
     figure.savefig(path, dpi=85)
-
-
-def show_samples(rows: Sequence[Row], origin: str, place: Place) -> None:
-    """The first seed's pictures of every row, below the originals that run ``origin`` kept."""
-    first = {row["arm"]: row for row in reversed(rows)}
-    strips = [("originals", place.folder(origin) / "originals.png")]
-    strips += [(row["label"], place.folder(row["run"]) / "samples.png") for row in reversed(first.values())]
-    show_strips(strips, place.folder("pictures.png"))

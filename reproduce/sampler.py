@@ -1,82 +1,41 @@
-"""The sampler (section 3.4, appendix B): steps, shift ρ, guidance and solver, each figure over the decoder's passes."""
+"""Steps, shift, guidance and solver (section 3.4, equation 14).
+
+Reproduces the paper's choice of ρ = 4 and 25 steps: trained models are sampled in many ways, each metric over the
+decoder's passes.
+
+Cost: smoke half a minute. cpu half an hour per model of 5 M parameters on two cores. gpu 15 minutes per model of 80 M
+parameters on one H100, by arithmetic. paper a day per model of FlowMo-Lo's size on one H100, by arithmetic.
+Expect: unknown, not run yet. The paper shows no curve.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
 from flowmo.config import Config
-from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.model.sampler import evaluations, network_passes, shifted_times
 from flowmo.tokenizer import FlowMo
-from reproduce.page import (
-    Group,
-    figures_table,
-    groups_of,
-    judged_by,
-    measured_columns,
-    subplots,
-    versions_line,
-    write_page,
-)
-from reproduce.study import (
-    Place,
-    judged_count,
-    measured,
-    named_models,
-    once,
-    read_results,
-    with_settings,
-    write_results,
-)
+from reproduce import page
+from reproduce.runner import Results, Row, Rows, Scale, Study
 
-TITLE = "steps, shift, guidance and solver (section 3.4, equation 14)"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large the study is.
-
-    Attributes:
-        steps, rhos: each of these with each of those, at the paper's guidance.
-        guidances: at the most steps and the model's own shift.
-        solvers: at each of ``steps`` and the model's own shift, without guidance.
-        pictures: held-out ones to judge on.
-        cost: what it takes, in words.
-    """
-
-    steps: tuple[int, ...]
-    rhos: tuple[float, ...]
-    guidances: tuple[float, ...]
-    solvers: tuple[str, ...]
-    pictures: int
-    cost: str
-
-
+TAKES_MODELS = True
 SOLVERS = ("euler", "midpoint", "heun", "multistep")
+RHOS, GUIDANCES = (1.0, 2.0, 4.0, 8.0), (1.0, 1.25, 1.5, 2.0, 3.0)
 SCALES = {
-    "smoke": Scale((1, 2), (1.0,), (1.5,), ("heun",), 4, "half a minute on two CPU cores; its figures mean nothing"),
-    "cpu": Scale(
-        *((1, 2, 4, 8, 16), (1.0, 2.0, 4.0), (1.0, 1.25, 1.5, 2.0), SOLVERS, 200),
-        "half an hour a model of 5 M parameters on two CPU cores",
-    ),
-    "gpu": Scale(
-        *((1, 2, 4, 8, 16, 25), (1.0, 2.0, 4.0, 8.0), (1.0, 1.25, 1.5, 2.0, 3.0), SOLVERS, 1000),
-        "about 15 minutes a model of 80 M parameters on one H100, by arithmetic",
-    ),
-    "paper": Scale(
-        *((1, 2, 4, 8, 16, 25, 50), (1.0, 2.0, 4.0, 8.0), (1.0, 1.25, 1.5, 2.0, 3.0), SOLVERS, 5000),
-        "a day a model of FlowMo-Lo's size on one H100, by arithmetic",
-    ),
+    "smoke": Scale(steps=(1, 2), rhos=(1.0,), guidances=(1.5,), solvers=("heun",), images=4),
+    "cpu": Scale(steps=(1, 2, 4, 8, 16), rhos=RHOS[:3], guidances=GUIDANCES[:4], solvers=SOLVERS, images=200),
+    "gpu": Scale(steps=(1, 2, 4, 8, 16, 25), rhos=RHOS, guidances=GUIDANCES, solvers=SOLVERS, images=1000),
+    "paper": Scale(steps=(1, 2, 4, 8, 16, 25, 50), rhos=RHOS, guidances=GUIDANCES, solvers=SOLVERS, images=5000),
 }
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One way to sample; ``part`` is the curve that it is a point of."""
+class Setting(NamedTuple):
+    """One way to sample: a point of a curve of panel ``part`` (shift, guidance or solver)."""
 
     part: str
     steps: int
@@ -84,27 +43,22 @@ class Setting:
     guidance: float
     solver: str = "euler"
 
-    @property
-    def name(self) -> str:
-        return f"{self.part}-{self.solver}-{self.steps}-rho{self.rho:g}-g{self.guidance:g}"
+    def passes(self, config: Config) -> int:
+        """Decoder passes per image, including those for guidance."""
+        own = config.eval.sampling
+        times = evaluations(self.solver, shifted_times(self.steps, self.rho))
+        return network_passes(times, self.guidance, own.guidance_low, own.guidance_high)
 
-    @property
-    def curve(self) -> str:
-        by_part = {"shift": f"ρ = {self.rho:g}", "guidance": "guidance", "solver": self.solver}
-        return by_part[self.part]
-
-    @property
-    def label(self) -> str:
-        return f"{self.solver}, {self.steps} steps, ρ = {self.rho:g}, guidance {self.guidance:g}"
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        named = {"sample_steps": self.steps, "rho": self.rho, "guidance": self.guidance, "solver": self.solver}
-        return tuple(f"eval.sampling.{name}={value}" for name, value in named.items())
+    def apply(self, tokenizer: FlowMo) -> FlowMo:
+        """Return a tokenizer with the same weights that samples in this way."""
+        values = {"sample_steps": self.steps, "rho": self.rho, "guidance": self.guidance, "solver": self.solver}
+        other = copy.copy(tokenizer)
+        other.config = tokenizer.config.override(*(f"eval.sampling.{name}={value}" for name, value in values.items()))
+        return other
 
 
-def settings_of(scale: Scale, tokenizer: FlowMo) -> Iterator[Setting]:
-    own = tokenizer.config.eval.sampling
+def settings_of(scale: Scale, config: Config) -> Iterator[Setting]:
+    own = config.eval.sampling
     for rho, steps in itertools.product(scale.rhos, scale.steps):
         yield Setting("shift", steps, rho, own.guidance)
     for guidance in scale.guidances:
@@ -113,78 +67,29 @@ def settings_of(scale: Scale, tokenizer: FlowMo) -> Iterator[Setting]:
         yield Setting("solver", steps, own.rho, 1.0, solver)
 
 
-def run(place: Place, judges: Evaluators) -> None:
-    """Measure what is not there; draw."""
-    scale = SCALES[place.scale]
-    rows: list[dict[str, Any]] = []
-    for name, tokenizer in named_models(place):
-        if tokenizer.config.model.mean_velocity:
-            place.report(f"{name} is distilled: guidance and solver are part of it, and it is left out")
-            continue
-        for setting in settings_of(scale, tokenizer):
-            make = partial(measure_setting, setting, name, tokenizer, place, judges)
-            rows.append(once(f"{name}-{setting.name}", place, make))
-            write_results(place, {"pictures": judged_count(place, scale.pictures), "judges": judges.describe()}, rows)
-    if place.world.main:
-        draw(place)
+def rows(study: Study, metadata: Row) -> Rows:
+    for _, name, tokenizer in study.load_models(distilled=False):
+        for s in settings_of(SCALES[study.scale], tokenizer.config):
+            run = f"{name}-{s.part}-{s.solver}-{s.steps}-rho{s.rho:g}-g{s.guidance:g}"
+            yield study.once(run, partial(measure, s, run, name, tokenizer, study))
 
 
-def passes_of(config: Config, setting: Setting) -> int:
-    """Passes of the decoder a picture, those for guidance included."""
-    own = config.eval.sampling
-    times = evaluations(setting.solver, shifted_times(setting.steps, setting.rho))
-    return network_passes(times, setting.guidance, own.guidance_low, own.guidance_high)
+def measure(s: Setting, arm: str, model: str, tokenizer: FlowMo, study: Study) -> Row:
+    curve = {"shift": f"ρ = {s.rho:g}", "guidance": "guidance", "solver": s.solver}[s.part]
+    label = f"{s.solver}, {s.steps} steps, ρ = {s.rho:g}, guidance {s.guidance:g}"
+    about = {"model": model, "part": s.part, "curve": curve, "arm": arm, "label": label}
+    about |= {"passes": s.passes(tokenizer.config), "guidance": s.guidance}
+    return {**about, **study.measure(s.apply(tokenizer), SCALES[study.scale].images)}
 
 
-def measure_setting(
-    setting: Setting, model: str, tokenizer: FlowMo, place: Place, judges: Evaluators
-) -> dict[str, Any]:
-    passes = passes_of(tokenizer.config, setting)
-    facts: dict[str, Any] = {"model": model, "part": setting.part, "curve": setting.curve}
-    facts |= {"arm": f"{model}-{setting.name}", "label": setting.label, "passes": passes, "guidance": setting.guidance}
-    sampled = with_settings(tokenizer, *setting.settings)
-    return {**facts, **measured(sampled, place, judges, SCALES[place.scale].pictures)}
+def body(results: Results, plot: Path) -> str:
+    parts = page.groups_of(page.groups_of(results["rows"], "model")[0], "part")
+    columns, x = page.measured(results["rows"]), {"shift": "passes", "guidance": "guidance", "solver": "passes"}
+    panels = [page.panel(column, rows, x[rows[0]["part"]], log=2) for column in columns for rows in parts]
+    page.line_plots(panels, len(parts), plot)
+    first = {"model": "model", "sampler": "label", "passes": "passes"}
+    return f"""\
+The same weights, sampled in other ways. Means on {results["pictures"]} held-out images. passes: of the decoder, per
+image. The plot shows the first model. {page.feature_note(results)}
 
-
-def draw(place: Place) -> None:
-    """The table and the plot of the results in ``place.out``."""
-    results = read_results(place)
-    rows = results["rows"]
-    plot(groups_of(rows, "model")[0], place)
-    first = {
-        "model": lambda group: group[0]["model"],
-        "sampler": lambda group: group[0]["label"],
-        "passes": lambda group: str(group[0]["passes"]),
-    }
-    text = f"""# Study: {TITLE}, at scale `{place.scale}`
-
-    python -m reproduce {place.name} --scale {place.scale} --data PICTURES --held-out HELD_OUT --models MODEL ...
-
-The same weights, sampled otherwise. Figures on {results["pictures"]} pictures that nothing was trained on; passes: of
-the decoder, a picture. {judged_by(results)}
-
-{figures_table(groups_of(rows), measured_columns(rows), first=first)}
-![figures over passes, of the first model]({place.stem}.png)
-
-{versions_line(results)}
-"""
-    write_page(place, text)
-
-
-def plot(rows: Group, place: Place) -> None:
-    """One model: a row of plots a figure; over passes for every shift and every solver, and over guidance."""
-    columns = measured_columns(rows)
-    parts: Sequence[tuple[str, str]] = (("shift", "passes"), ("guidance", "guidance"), ("solver", "passes"))
-    figure, axes = subplots(len(columns), len(parts), (11, 2.6 * len(columns)))
-    for line, column in zip(axes, columns, strict=True):
-        for axis, (part, over) in zip(line, parts, strict=True):
-            for curve in groups_of((row for row in rows if row["part"] == part), "curve"):
-                points = sorted((row[over], value) for row, value in zip(curve, column.values(curve), strict=True))
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=curve[0]["curve"])
-            axis.set_xlabel(over, fontsize=8)
-            axis.set_title(column.heading, fontsize=9)
-            axis.tick_params(labelsize=8)
-            if over == "passes":
-                axis.set_xscale("log")
-                axis.legend(fontsize=7)
-    figure.savefig(place.out / f"{place.stem}.png", dpi=110)
+{page.table(page.groups_of(results["rows"]), columns, first=first)}"""

@@ -10,16 +10,16 @@ from torch import nn
 
 from flowmo import FlowMo
 from flowmo.distributed import World
-from flowmo.evaluate.reconstruction import Evaluators
+from reproduce import StudyError
 from reproduce.bases import SMOKE_BASE
-from reproduce.peer import SCALES, run
-from reproduce.study import Place, StudyError
+from reproduce.peer import SCALES, match
+from reproduce.runner import Study
 
 pytest.importorskip("diffusers")
 
-from reproduce.adversarial import STATE, train_peer
+from reproduce.adversarial import STATE, PeerTrainer, train_peer
 from reproduce.convolutional import (
-    Adversaries,
+    AdversarialModel,
     ConvolutionalReconstructor,
     ConvolutionalTokenizer,
     fitting_width,
@@ -41,9 +41,9 @@ def test_bits_and_ids():
     assert made.bits.tolist() == [CONFIG.bits_per_image] * 2
     assert torch.equal(made.images, tokenizer.decode(made.ids))
     assert made.images.shape == images.shape
-    signs, ids = tokenizer.quantizer.quantize(tokenizer.code(images))
+    signs, ids = tokenizer.quantizer.quantize(tokenizer.encode_continuous(images))
     assert torch.equal(tokenizer.quantizer.code_from_ids(ids), signs)
-    with pytest.raises(StudyError, match="no lattice"):
+    with pytest.raises(StudyError, match="do not reach"):
         ConvolutionalTokenizer(CONFIG.override("model.code_length=6"), WIDTH)
 
 
@@ -59,9 +59,9 @@ def test_the_fight_that_is_reported_is_of_equal_parameters():
     assert abs(count(width) - ours) <= min(abs(count(width + step) - ours) for step in (-4, 4))
 
 
-def test_several_processes_are_refused(place):
+def test_several_processes_are_refused(study):
     with pytest.raises(StudyError, match="without torchrun"):
-        run(replace(place, world=World(size=2)), Evaluators())
+        match(CONFIG, replace(study, world=World(size=2)))
 
 
 def test_flops_by_hand(monkeypatch):
@@ -74,10 +74,10 @@ def test_flops_by_hand(monkeypatch):
             self.quantizer = lambda code: type("Quantized", (), {"code": code, "losses": {"none": code.sum() * 0}})
             self.last_layer = self.decoder.weight
 
-        def code(self, images):
+        def encode_continuous(self, images):
             return images
 
-        def picture(self, code):
+        def decode_continuous(self, code):
             return self.decoder(code)
 
     monkeypatch.setattr("reproduce.convolutional.ConvolutionalTokenizer", Plain)
@@ -93,7 +93,7 @@ def test_flops_by_hand(monkeypatch):
 
 def test_both_learn_what_is_theirs():
     torch.manual_seed(0)
-    both = Adversaries(ConvolutionalTokenizer(CONFIG, WIDTH), None)
+    both = AdversarialModel(ConvolutionalTokenizer(CONFIG, WIDTH), None)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert len(both.losses(images, adversarial=False)) == 1
     loss, other = both.losses(images, adversarial=True)
@@ -108,36 +108,35 @@ def test_both_learn_what_is_theirs():
 
 
 @pytest.fixture
-def place(tmp_path):
-    return Place("peer", "smoke", str(PICTURES), str(PICTURES), tmp_path / "results", tmp_path / "out", report=str)
+def study(tmp_path):
+    return Study("peer", "smoke", str(PICTURES), str(PICTURES), tmp_path / "results", tmp_path / "out", report=str)
 
 
-def test_an_interrupted_training_ends_like_an_unbroken_one(place, monkeypatch):
+def test_an_interrupted_training_ends_like_an_unbroken_one(study, monkeypatch):
     config = CONFIG.override("trainer.duration=4 steps", "trainer.checkpoint_every=2 steps")
-    whole, _ = train_peer(config, WIDTH, "whole", place)
+    whole, _ = train_peer(config, WIDTH, "whole", study)
     saves = []
 
-    def save_and_die(path, *rest):
-        real(path, *rest)
-        saves.append(path)
+    real = PeerTrainer.save
+
+    def save_and_die(trainer):
+        real(trainer)
+        saves.append(trainer.path)
         raise KeyboardInterrupt
 
-    from reproduce import adversarial
-
-    real = adversarial.save
-    monkeypatch.setattr(adversarial, "save", save_and_die)
+    monkeypatch.setattr(PeerTrainer, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        train_peer(config, WIDTH, "broken", place)
-    monkeypatch.setattr(adversarial, "save", real)
-    again, seconds = train_peer(config, WIDTH, "broken", place)
-    assert saves == [place.folder("broken") / STATE]
+        train_peer(config, WIDTH, "broken", study)
+    monkeypatch.setattr(PeerTrainer, "save", real)
+    again, seconds = train_peer(config, WIDTH, "broken", study)
+    assert saves == [study.folder("broken") / STATE]
     assert seconds > 0
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, msg=name)
-    shutil.rmtree(place.folder("broken"))
+    shutil.rmtree(study.folder("broken"))
 
 
-def test_a_loss_that_is_not_finite_ends_it(place):
+def test_a_loss_that_is_not_finite_ends_it(study):
     config = CONFIG.override("opt.lr=1e30", "trainer.duration=8 steps", "opt.max_grad_norm=0")
-    with pytest.raises(StudyError, match="no longer finite"):
-        train_peer(config, WIDTH, "wild", place)
+    with pytest.raises(StudyError, match="not finite"):
+        train_peer(config, WIDTH, "wild", study)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,21 +14,23 @@ from flowmo import FlowMo, save
 from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.losses.torchvision_import import before_importing
 from flowmo.train.trainer import Trainer
-from reproduce import SCALES, STUDIES, distill, noise, peer, posttrain
+from reproduce import SCALES, STUDIES, StudyError, distill, noise, peer, posttrain, runner
 from reproduce.__main__ import main
-from reproduce.generation import Judge
+from reproduce.generation import GenerationEvaluator
 from reproduce.page import (
-    COLUMNS,
+    METRICS,
+    Gain,
     against_paper,
     cell,
+    comparison,
     gain,
     groups_of,
-    in_words,
     markdown_table,
     mean_and_deviation,
 )
-from reproduce.study import Place, StudyError, named_models, read_results, with_settings
-from reproduce.variance import correlation, detail, figures
+from reproduce.runner import Scale, Study, read_results
+from reproduce.sampler import Setting
+from reproduce.variance import correlation, detail, metrics
 
 
 def test_means_and_cells():
@@ -42,10 +45,27 @@ def test_means_and_cells():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_every_scale(name):
-    study = importlib.import_module(STUDIES[name])
-    assert set(study.SCALES) == set(SCALES)
-    for scale in study.SCALES.values():
-        assert scale.cost
+    """And its file opens with what it reproduces, what it costs at each scale, and what to expect."""
+    recipe = importlib.import_module(f"reproduce.{name}")
+    assert set(recipe.SCALES) == set(SCALES)
+    title, _, cost = recipe.__doc__.partition("\nCost: ")
+    cost, _, expected = cost.partition("\nExpect: ")
+    assert "Reproduces" in title or "Beyond the paper" in title
+    assert all(f"{scale} " in cost.replace(",", " ") for scale in SCALES)
+    assert expected
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "studies"
+
+
+@pytest.mark.parametrize("results", sorted(DOCS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_pages_are_those_of_their_results(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    name, _, scale = results.stem.rpartition("-")
+    shutil.copy(results, tmp_path)
+    assert main([name, "--scale", scale, "--redraw", "--out", str(tmp_path)]) == 0
+    page = results.with_suffix(".md").name
+    assert (tmp_path / page).read_text() == (DOCS / page).read_text(), "run --redraw and commit the page"
 
 
 def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch, capsys):
@@ -75,32 +95,36 @@ def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "posttrain-smoke.md").read_text() == text
 
 
-def test_a_figure_that_some_rows_lack_is_left_out(tmp_path):
-    """A study that goes on where a judge is missing has rows with its figures and rows without."""
+def test_a_metric_that_some_rows_lack_is_left_out(tmp_path):
+    """A study that resumes where an evaluator is missing has rows with its metrics and rows without."""
     pytest.importorskip("matplotlib")
-    place = Place("some", "smoke", "", "", tmp_path, tmp_path)
+    plot = tmp_path / "some.png"
     complete, incomplete = {"psnr": 20.0, "lpips_alex": 0.3}, {"psnr": 21.0, "lpips_alex": None}
 
-    def row(kind, figures):
-        return {"kind": kind, "label": kind, "weight": 0.1, **figures}
+    def row(kind, values):
+        return {"kind": kind, "label": kind, "weight": 0.1, **values}
 
     rows = [[row("base", complete)], *([row(kind, incomplete)] for kind in ("more", "one-step", "sample"))]
-    posttrain.plot(rows, place)
-    assert "LPIPS" not in posttrain.verdict(rows)
+    results = {"rows": [row for group in rows for row in group], "settings": [], "pictures": 1}
+    results |= {"base_images": 0, "images": 0, "distance": ""}
+    for found in results["rows"]:
+        found |= {"arm": found["label"], "seconds": 1, "weight": 0.1 * (found["kind"] in ("one-step", "sample"))}
+    assert "- LPIPS" not in posttrain.body(results, plot)
+    assert plot.stat().st_size > 5000
     rate = [{"rate": "1 bit", "noise": noise, **complete} for noise in (0.8, 0.9)]
     rate.append({"rate": "1 bit", "noise": 1.0, **incomplete})
-    noise.plot([rate], COLUMNS[2], place)
-    text = noise.verdict([rate], COLUMNS[:3:2])
+    noise.draw([rate], METRICS[2], plot)
+    text = noise.verdict([rate], METRICS[:3:2])
     assert text == "- 1 bit, PSNR (dB): the best scale is 1 itself.\n"
-    assert (tmp_path / "some-smoke.png").stat().st_size > 5000
+    assert plot.stat().st_size > 5000
 
 
 def test_rows_of_the_same_weights_are_compared_by_their_differences():
     """Seeds differ by 2 dB, what is done to both by 0.5 ± 0.07."""
     ours, other = ([{"psnr": value} for value in values] for values in ((14.5, 16.6), (14.0, 16.0)))
-    assert gain(ours, other, COLUMNS[0], same_weights=True) == pytest.approx((0.55, 0.0707), rel=1e-3)
-    assert gain(ours, other, COLUMNS[0])[1] > 2
-    assert gain(ours, other[:1], COLUMNS[0], same_weights=True) is None
+    assert gain(ours, other, METRICS[0], same_weights=True) == pytest.approx((0.55, 0.0707), rel=1e-3)
+    assert gain(ours, other, METRICS[0])[1] > 2
+    assert gain(ours, other[:1], METRICS[0], same_weights=True) is None
 
 
 def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, monkeypatch):
@@ -143,7 +167,7 @@ def test_tokenizers_smoke(trained_weights, class_folder, tmp_path, monkeypatch):
     assert len({row["frechet_distance"] for row in found["rows"]}) == 6
     text = (tmp_path / "out" / "tokenizers-smoke.md").read_text()
     assert text.count("\n| ") == 4 + 5 + 5
-    assert "FlowMo, stages 1A and 1B is" in text
+    assert "FlowMo, stages 1A and 1B is " in text
     assert (tmp_path / "out" / "tokenizers-smoke.png").stat().st_size > 5000
     assert (tmp_path / "results" / "tokenizers-smoke" / "pretrained-reconstructed" / "classes.png").is_file()
     (tmp_path / "out" / "tokenizers-smoke.md").unlink()
@@ -181,18 +205,19 @@ def test_distill_smoke(tiny_config, trained_weights, tmp_path, monkeypatch):
 def test_the_peer_takes_the_rate_that_trains_best(tmp_path, monkeypatch):
     """Each rate on the training pictures, by LPIPS, or by PSNR without it; what was tried leaves no weights behind."""
     rates = {5e-4: 0.4, 1e-3: 0.2, 2e-3: 0.3}
-    monkeypatch.setitem(peer.SCALES, "smoke", dataclasses.replace(peer.SCALES["smoke"], rates=tuple(rates)))
-    place = Place("peer", "smoke", "train", "held out", tmp_path, tmp_path)
+    scale = Scale(**{**vars(peer.SCALES["smoke"]), "rates": tuple(rates)})
+    monkeypatch.setitem(peer.SCALES, "smoke", scale)
+    study = Study("peer", "smoke", "train", "held out", tmp_path, tmp_path)
 
-    def trial(facts, settings, match, name, there, judges, share):
+    def trial(kind, run, rate, seed, match, there, about, share):
         assert there.held_out == "train"
-        (there.folder(name) / "checkpoints").mkdir(parents=True)
-        lpips = rates[facts["rate"]]
-        return {"psnr": 10 * lpips, "lpips_alex": lpips if name.startswith("trial-flowmo") else None}
+        assert about == {"rate": rate}
+        (there.folder(run) / "checkpoints").mkdir(parents=True)
+        return {"psnr": 10 * rates[rate], "lpips_alex": rates[rate] if kind == "flowmo" else None}
 
-    monkeypatch.setattr(peer, "make_row", trial)
-    assert peer.best_rate("flowmo", None, place, None) == 1e-3
-    assert peer.best_rate("convolutional", None, place, None) == 5e-4
+    monkeypatch.setattr(peer, "train_and_measure", trial)
+    assert peer.best_rate("flowmo", None, study) == 1e-3
+    assert peer.best_rate("convolutional", None, study) == 5e-4
     assert not list(tmp_path.rglob("checkpoints"))
 
 
@@ -201,20 +226,20 @@ def test_a_teachers_own_setting_is_measured_once(sampler, tiny_config):
     """Students are held against it, whatever its solver and guidance."""
     solver, guidance = sampler
     config = tiny_config.override(f"eval.sampling.solver={solver}", f"eval.sampling.guidance={guidance}")
-    settings = list(distill.teachers_settings(config, distill.SCALES["smoke"]))
+    settings = list(distill.teacher_settings(config, distill.SCALES["smoke"]))
     assert [distill.is_own(config, setting) for _, setting in settings].count(True) == 1
     assert len(set(settings)) == len(settings)
 
 
-def test_held_out_pictures_have_the_classes_of_the_others(class_folder, judges, tmp_path):
+def test_held_out_images_have_the_classes_of_the_others(class_folder, evaluators, tmp_path):
     """Labels are numbers of a source's own classes."""
     other = tmp_path / "other"
     shutil.copytree(class_folder, other)
     shutil.rmtree(other / "n01440764")
-    judges.features = object()
-    place = dataclasses.replace(place_of("generate", tmp_path), train=str(class_folder), held_out=str(other))
+    evaluators.features = object()
+    study = study_of("generate", tmp_path, evaluators)
     with pytest.raises(StudyError, match="other classes"):
-        Judge(place, judges, 4, 32)
+        GenerationEvaluator(dataclasses.replace(study, data=str(class_folder), held_out=str(other)), 4, 32)
 
 
 @pytest.mark.parametrize("study", ["generate", "tokenizers"])
@@ -226,40 +251,40 @@ def test_generators_need_classes(study, trained_weights, tiny_model, tmp_path, m
 
 
 @pytest.fixture
-def judges(trained_weights, monkeypatch):
-    """The quickest alone."""
+def evaluators(trained_weights, monkeypatch):
+    """Only the quickest."""
     monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
     found, _ = Evaluators.find(("alex",), "none")
     found.remember = True
     return found
 
 
-def place_of(name, folder, *models):
-    pictures = str(PICTURES)
-    return Place(name, "smoke", pictures, pictures, folder / "results", folder / "out", report=str, models=models)
+def study_of(name, folder, evaluators, *models):
+    images, about = str(PICTURES), {"report": str, "models": models, "evaluators": evaluators}
+    return Study(name, "smoke", images, images, folder / "results", folder / "out", **about)
 
 
-def run_study(place, judges, monkeypatch):
-    """A study's rows and page; run and drawn again, it has the same page and trains nothing."""
+def run_study(study, monkeypatch):
+    """A study's rows and page. Run and drawn again, it has the same page and trains nothing."""
     pytest.importorskip("matplotlib")
-    recipe = importlib.import_module(STUDIES[place.name])
-    recipe.run(place, judges)
-    page = place.out / f"{place.stem}.md"
+    recipe = importlib.import_module(f"reproduce.{study.name}")
+    runner.run(recipe, study)
+    page = study.out / f"{study.stem}.md"
     text = page.read_text()
-    assert (place.out / f"{place.stem}.png").stat().st_size > 3000
+    assert (study.out / f"{study.stem}.png").stat().st_size > 3000
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "train", lambda self: pytest.fail("trains again"))
-        for again in (lambda: recipe.run(place, judges), lambda: recipe.draw(place)):
+        for again in (runner.run, runner.write_page):
             page.unlink()
-            again()
+            again(recipe, study)
             assert page.read_text() == text
-    return read_results(place)["rows"], text
+    return read_results(study)["rows"], text
 
 
-def test_ablations_smoke(judges, tmp_path, monkeypatch):
+def test_ablations_smoke(evaluators, tmp_path, monkeypatch):
     """And the start noise at three rates, whose middle one is the baseline's weights."""
-    place = place_of("ablations", tmp_path)
-    rows, text = run_study(place, judges, monkeypatch)
+    study = study_of("ablations", tmp_path, evaluators)
+    rows, text = run_study(study, monkeypatch)
     by_arm = {row["arm"]: row for row in rows}
     assert list(by_arm) == [
         *("baseline", "patch", "mse", "no-lpips", "fsq", "logit-normal", "no-anchor", "rho-1", "no-guidance"),
@@ -272,11 +297,11 @@ def test_ablations_smoke(judges, tmp_path, monkeypatch):
     assert all(row["colour_error"] > 0 for row in rows)
     assert text.count("| PSNR (dB) | ") == 7, "beside each of table 4's rows"
     for name in ("pictures", "figure7"):
-        assert (place.folder(name + ".png")).stat().st_size > 3000
-    assert (place.folder("baseline-seed1") / "checkpoints").is_dir()
-    assert not (place.folder("autoencoder-seed1") / "checkpoints").exists()
-    monkeypatch.setattr("reproduce.ablations.make", lambda *_: pytest.fail("the baseline is there"))
-    rows, text = run_study(place_of("noise", tmp_path), judges, monkeypatch)
+        assert (study.folder(name + ".png")).stat().st_size > 3000
+    assert (study.folder("baseline-seed1") / "checkpoints").is_dir()
+    assert not (study.folder("autoencoder-seed1") / "checkpoints").exists()
+    monkeypatch.setattr("reproduce.ablations.train_and_measure", lambda *_: pytest.fail("the baseline is there"))
+    rows, text = run_study(study_of("noise", tmp_path, evaluators), monkeypatch)
     assert [(row["noise"], row["rate"]) for row in rows] == [
         (noise, f"{bits * 4 / 32**2:.4g} bits a pixel") for bits in (3, 9, 18) for noise in (0.8, 1.0)
     ]
@@ -285,55 +310,55 @@ def test_ablations_smoke(judges, tmp_path, monkeypatch):
     assert text.count("the best scale is") == 9
 
 
-def test_continuous_smoke(judges, tmp_path, monkeypatch):
-    rows, text = run_study(place_of("continuous", tmp_path), judges, monkeypatch)
+def test_continuous_smoke(evaluators, tmp_path, monkeypatch):
+    rows, text = run_study(study_of("continuous", tmp_path, evaluators), monkeypatch)
     assert [row["arm"] for row in rows] == ["layernorm", "kl", "noop"]
     assert {row["bits_per_pixel"] for row in rows} == {4 * 4 * 32 / 32**2}
     assert "| DiTo | 0.78 | 24.1 | 0.706 | 0.102 |" in text
 
 
-def test_studies_of_trained_models_smoke(judges, tiny_config, tmp_path, monkeypatch):
+def test_studies_of_trained_models_smoke(evaluators, tiny_config, tmp_path, monkeypatch):
     torch.manual_seed(0)
     sampling = ("eval.sampling.sample_steps=2", "model.prediction=picture")
     for name in ("a", "b"):
         save(open_gates(FlowMo(tiny_config.override(*sampling))).eval(), tmp_path / f"{name}.safetensors")
     models = [str(tmp_path / f"{name}.safetensors") for name in ("a", "b")]
-    place = place_of("variance", tmp_path, *models)
-    rows, _ = run_study(place, judges, monkeypatch)
+    study = study_of("variance", tmp_path, evaluators, *models)
+    rows, _ = run_study(study, monkeypatch)
     assert [row["arm"] for row in rows] == ["a", "b"]
     assert all(row["spread"] > 0 and row["psnr_of_mean"] > row["psnr"] and row["lpips_between"] > 0 for row in rows)
-    assert (place.folder("a") / "figure8.png").stat().st_size > 1000
-    rows, _ = run_study(place_of("sampler", tmp_path, models[0]), judges, monkeypatch)
+    assert (study.folder("a") / "figure8.png").stat().st_size > 1000
+    rows, _ = run_study(study_of("sampler", tmp_path, evaluators, models[0]), monkeypatch)
     assert [row["part"] for row in rows] == ["shift", "shift", "guidance", "solver", "solver"]
     assert [row["passes"] for row in rows] == [1, 2 + 1, 2, 1, 3], "guidance counts where its interval is met"
-    rows, text = run_study(place_of("likelihood", tmp_path, models[0]), judges, monkeypatch)
+    rows, text = run_study(study_of("likelihood", tmp_path, evaluators, models[0]), monkeypatch)
     assert [row["kind"] for row in rows] == ["own", "other", "null", "sample"]
     assert len({row["bits"] for row in rows}) == 4
-    assert "a picture's code (48 bits) saves" in text
+    assert "an image's code (48 bits) saves" in text
 
 
-def test_peer_smoke(judges, tmp_path, monkeypatch):
+def test_peer_smoke(evaluators, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.setattr("reproduce.peer.TIMED", 2)
-    place = place_of("peer", tmp_path)
-    rows, text = run_study(place, judges, monkeypatch)
+    study = study_of("peer", tmp_path, evaluators)
+    rows, text = run_study(study, monkeypatch)
     assert [row["arm"] for row in rows] == ["flowmo", "convolutional"]
     assert {row["bits_per_pixel"] for row in rows} == {4 * 9 / 32**2}
     assert all(row["decode_alone"] > 0 and row["decode_together"] > 0 for row in rows)
-    counted = read_results(place)
+    counted = read_results(study)
     ours, theirs = (counted["parameters"][kind] for kind in ("flowmo", "convolutional"))
     assert 0.5 < theirs / ours < 2, "widths are coarse at this size"
     assert "FlowMo is" in text
 
 
-def test_figures_of_samples():
+def test_metrics_of_samples():
     torch.manual_seed(0)
     x = torch.zeros(3, 16, 16)
     x[:, :, 8:] = torch.rand(3, 16, 8) - 0.5
     samples = x + 0.2 * torch.randn(50, 3, 16, 16) * (torch.arange(16) >= 8)
-    found = figures(x, samples)
+    found = metrics(x, samples)
     assert found["spread"] == pytest.approx(0.2 / 2 * 127.5, rel=0.05)
-    assert found["with_detail"] > 0.8, "samples differ where the picture varies"
+    assert found["with_detail"] > 0.8, "samples differ where the image varies"
     assert found["with_error"] > 0.6
     assert found["psnr_of_mean"] > found["psnr"] + 10
     assert detail(torch.ones(3, 8, 8)).max() < 1e-3
@@ -346,9 +371,12 @@ def test_directions_against_the_paper():
 
     measured = (*rows("base", 20.0, 20.2), *rows("up", 21.0, 21.2), *rows("down", 19.0, 19.2), *rows("same", 20.1))
     groups = groups_of(measured)
-    psnr = COLUMNS[0]
+    psnr = METRICS[0]
     assert gain(groups[1], groups[0], psnr) == (pytest.approx(1.0), pytest.approx(0.2))
-    assert [in_words(better, 0.2) for better in (0.5, 0.3, -0.5)] == ["better than", "not apart from", "worse than"]
+    assert [Gain(better, 0.2).direction for better in (0.5, 0.3, -0.5)] == [1, 0, -1]
+    assert comparison(groups[1], groups[0], METRICS) == "- PSNR (dB): UP is better than BASE, by 1.00 (spread 0.20).\n"
+    assert "DOWN is worse than BASE, by 1.00" in comparison(groups[2], groups[0], METRICS)
+    assert "SAME is within two spreads of BASE: difference 0.00" in comparison(groups[3], groups[0], METRICS)
     published = {name: {"psnr": figure} for name, figure in {"base": 20, "up": 22, "down": 22, "same": 22}.items()}
     text = against_paper(groups, published)
     directions = [line.split(" | ")[-1] for line in text.splitlines()[2:]]
@@ -357,11 +385,11 @@ def test_directions_against_the_paper():
 
 
 def test_models_have_names_of_their_own(tiny_model, tmp_path):
-    place = place_of("variance", tmp_path, str(tiny_model), str(tiny_model))
-    assert [name for name, _ in named_models(place)] == ["tiny", "tiny-2"]
-    _, tokenizer = next(iter(named_models(place)))
-    other = with_settings(tokenizer, "eval.sampling.rho=1")
-    assert other.config.eval.sampling.rho == 1
+    study = study_of("variance", tmp_path, None, str(tiny_model), str(tiny_model))
+    assert [name for _, name, _ in study.load_models()] == ["tiny", "tiny-2"]
+    _, _, tokenizer = next(study.load_models())
+    other = Setting("shift", 3, 1.0, 1.5).apply(tokenizer)
+    assert (other.config.eval.sampling.rho, other.config.eval.sampling.sample_steps) == (1, 3)
     assert tokenizer.config.eval.sampling.rho == 4
     assert other.decoder is tokenizer.decoder
 
@@ -375,8 +403,8 @@ def test_a_study_that_does_not_exist_names_those_that_do(capsys):
 
 def test_studies_that_cannot_start(tmp_path, capsys):
     assert main(["posttrain", "--out", str(tmp_path)]) == 2
-    assert "name the images" in capsys.readouterr().err
+    assert "Name the images" in capsys.readouterr().err
     assert main(["posttrain", "--redraw", "--out", str(tmp_path)]) == 2
-    assert "no results to draw" in capsys.readouterr().err
+    assert "Cannot read" in capsys.readouterr().err
     with pytest.raises(StudyError, match="without --redraw"):
-        read_results(Place("posttrain", "cpu", "", "", tmp_path, tmp_path))
+        read_results(Study("posttrain", "cpu", "", "", tmp_path, tmp_path))
