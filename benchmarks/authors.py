@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowmo import Config, FlowMo
 from flowmo.checkpoint.authors import convert_release
-from flowmo.checkpoint.files import build
+from flowmo.tokenizer import build
 
 WIDTH_UNIT = 192
 """Their widths are counted in this many channels."""

@@ -391,7 +391,7 @@ def write_weights(tokenizer: flowmo.FlowMo, job: Job) -> dict[str, Any]:
         FlowMoError: there would be more than ``MOST_PIECES``.
     """
     whole = job.state / "weights.safetensors"
-    checkpoint.save(tokenizer, whole, torch.float16)
+    flowmo.save(tokenizer, whole, torch.float16)
     content = whole.read_bytes()
     pieces = [content[start : start + PIECE] for start in range(0, len(content), PIECE)]
     if len(pieces) > MOST_PIECES:

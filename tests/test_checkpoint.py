@@ -9,7 +9,8 @@ import flowmo
 from flowmo import CheckpointError, FlowMo, preset
 from flowmo.checkpoint import eight_bit
 from flowmo.checkpoint import files as checkpoint
-from flowmo.checkpoint.authors import expected_shapes
+from flowmo.checkpoint.authors import entries
+from flowmo.tokenizer import build
 
 
 class Trap:
@@ -69,7 +70,7 @@ def test_overrides(saved):
 
 
 def release_file(path, config, scale=1.0, **extra):
-    state = {key: scale * torch.randn(shape) for key, shape in expected_shapes(config).items()}
+    state = {entry.key: scale * torch.randn(entry.shape) for entry in entries(config)}
     ema = {key: value + scale for key, value in state.items()}
     torch.save({"total_steps": 5, "model_ema_state_dict": ema, "model_state_dict": state, **extra}, path)
     return state
@@ -149,12 +150,12 @@ def test_files_of_something_else(tiny, tmp_path):
 def test_another_architecture_or_nan_weights(tiny, tiny_config, tmp_path):
     state = tiny.state_dict()
     with pytest.raises(CheckpointError, match="another architecture"):
-        checkpoint.build(tiny_config.override("model.dec_depth=2"), state)
+        build(tiny_config.override("model.dec_depth=2"), state)
     with pytest.raises(CheckpointError, match="another architecture"):
-        checkpoint.build(tiny_config.override("model.context_dim=12"), state)
+        build(tiny_config.override("model.context_dim=12"), state)
     state["encoder.code_out.bias"][0] = torch.nan
     with pytest.raises(CheckpointError, match="NaN"):
-        checkpoint.build(tiny_config, state)
+        build(tiny_config, state)
 
 
 def test_names_that_are_nothing(tmp_path):

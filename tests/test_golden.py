@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 from flowmo import Config
 from flowmo.checkpoint.authors import convert_release
-from flowmo.checkpoint.files import build
 from flowmo.config import ALIASES, FIELDS
 from flowmo.model import flow
 from flowmo.model.quantizers import KL
 from flowmo.model.sampler import euler, guided_velocity, shifted_times
 from flowmo.model.transformer import timestep_embedding
+from flowmo.tokenizer import build
 
 FOLDER = Path(os.environ.get("FLOWMO_GOLDEN") or Path(__file__).parent / "golden")
 CASES = sorted(p.stem for p in FOLDER.glob("*.json") if p.with_suffix(".safetensors").is_file())

@@ -43,7 +43,7 @@ def test_the_span_sees_both_sides_and_gradients_flow(folder, code):
     reached = gradient[0].abs().sum(dim=1) > 0
     assert reached.tolist() == [True] * 5 + [False] * 2 + [True] * 3  # causal: not the span's later tokens
     assert not gradient[1].any(), "pictures must not mix"
-    assert all(not parameter.requires_grad for parameter in bottleneck._model.parameters())
+    assert all(not parameter.requires_grad for parameter in bottleneck.language_model(code.device)[0].parameters())
 
 
 def test_the_order_is_fill_in_the_middle(folder, code):

@@ -255,7 +255,7 @@ def test_sampling_arguments_that_make_no_sense(tiny, images, arguments, error, s
 
 
 def test_what_is_not_a_picture_is_refused(tiny, images):
-    with pytest.raises(TypeError, match="PIL picture"):
+    with pytest.raises(TypeError, match="PIL image"):
         tiny.encode_image(images)
 
 

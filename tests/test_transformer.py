@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo import FlowMo, preset
-from flowmo.checkpoint.authors import CheckpointMismatchError, convert_release, expected_shapes, release_config
+from flowmo.checkpoint.authors import CheckpointMismatchError, convert_release, entries, release_config
 from flowmo.config import PRESETS
 from flowmo.evaluate.speed import UNCOUNTED
 from flowmo.model.transformer import (
@@ -73,7 +73,7 @@ def test_parameters_are_the_authors_minus_the_dead(name, authors_count):
 
 def test_small_is_the_authors_minus_the_dead():
     config = preset("small")
-    state = {key: torch.empty(shape, device="meta") for key, shape in expected_shapes(config).items()}
+    state = {entry.key: torch.empty(entry.shape, device="meta") for entry in entries(config)}
     assert sum(value.numel() for value in state.values()) == pytest.approx(517e6, abs=0.5e6)
     with torch.device("meta"):
         assert count(FlowMo(config)) == sum(value.numel() for value in state.values()) - dead_parameters(state)
@@ -100,8 +100,8 @@ def test_every_row_of_the_release_is_used_or_dead():
     config = preset("lo").override(
         "model.mup_width=2", "model.enc_mup_width=2", "model.enc_depth=2", "model.dec_depth=2"
     )
-    shapes, state, start = expected_shapes(config), {}, 0
-    for key, shape in shapes.items():
+    state, start = {}, 0
+    for key, shape, *_ in entries(config):
         size = torch.Size(shape).numel()
         state[key] = torch.arange(start, start + size).reshape(shape)
         start += size

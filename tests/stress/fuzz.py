@@ -43,9 +43,8 @@ with watching:
     import torch
     from PIL import Image
 
-    from flowmo import Config, FlowMo, save
+    from flowmo import Config, FlowMo, load, save
     from flowmo.checkpoint import distributed as sharded
-    from flowmo.checkpoint import files as checkpoint
     from flowmo.codec import range_coder
     from flowmo.codec.context import ContextModel
     from flowmo.codec.file import CONTEXT_BYTES, CRC, PLANE_CRC, Codec, CodecError, read_varint
@@ -370,9 +369,9 @@ class WeightsTarget(Target):
             path = self.folder / "sharded"
             self.file(f"sharded/{sharded.TABLE}", content)
             self.file("sharded/run.json", json.dumps({"flowmo": 2, "config": SMALL}).encode())
-        for load in (checkpoint.load, load_generator, ContextModel.read, PlaneModel.read):
+        for read in (load, load_generator, ContextModel.read, PlaneModel.read):
             with contextlib.suppress(FlowMoError):
-                load(path)
+                read(path)
 
 
 def safetensors_of(header: dict, body: bytes = b"", pad: int = 0) -> bytes:

@@ -1,37 +1,36 @@
-"""The authors' checkpoints (github kylesargent/FlowMo): their state dict to ours.
+"""Checkpoints of the authors (github kylesargent/FlowMo): their state dict to ours.
 
-Their model carries about 80 M parameters that never act: the encoder's modulation, time MLP and picture head, the
-decoder's code head, all of the last block's unread stream but its keys and values, and the encoder's map of an
-all-zero code. They are dropped; anything else that is missing, unexpected or misshapen is refused.
+Their model carries about 80 M parameters that never act: the encoder's modulation, time MLP and image head, the
+decoder's code head, the last block's unread stream except its keys and values, and the encoder's weights for an
+all-zero code. These are dropped. Any other difference is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from flowmo.config import Config, ConfigError
 from flowmo.errors import FlowMoError
-from flowmo.model.transformer import Shape
+from flowmo.model.transformer import TIMESTEP_SINUSOIDS, Shape
 
 HEADS = 12  # in every model of the release
-GROUPS = {18: 9, 56: 14}  # entropy group of the published models by their bits a token; no weight tells it
-STREAMS = {"img": "picture", "txt": "code"}
-STREAM_KEYS = {
-    "{s}_attn.qkv": "qkv",
-    "{s}_attn.norm.query_norm.scale": "query_norm.scale",
-    "{s}_attn.norm.key_norm.scale": "key_norm.scale",
-    "{s}_attn.proj": "proj",
-    "{s}_mlp.0": "mlp_in",
-    "{s}_mlp.2": "mlp_out",
-    "{s}_mod.lin": "modulation",
-}
+GROUPS = {18: 9, 56: 14}  # entropy group of the published models by bits per token; weights do not show it
 
 
 class CheckpointMismatchError(FlowMoError, ValueError):
-    """A state dict is not of the architecture expected; the message names the first keys that differ."""
+    """A state dict of another architecture; the message names the first keys that differ."""
+
+
+class Entry(NamedTuple):
+    """One tensor of the authors' model, and the rows of it that make our tensor ``ours``, or ``None`` if dead."""
+
+    key: str
+    shape: tuple[int, ...]
+    ours: str | None
+    rows: slice
 
 
 def is_release(state: Mapping[str, Any]) -> bool:
@@ -39,8 +38,11 @@ def is_release(state: Mapping[str, Any]) -> bool:
 
 
 def release_config(state: Mapping[str, Tensor]) -> Config:
-    """The settings that the shapes of an authors' state dict imply. Code length and entropy group leave no trace in
-    the weights: they are the published models' (256 tokens, groups of 9 or 14 bits) until overridden."""
+    """Infer the settings from the shapes of an authors' state dict.
+
+    Weights do not show the code length and the entropy group. They default to the published models': 256 tokens,
+    groups of 9 or 14 bits.
+    """
     try:
         channels = state["decoder.txt_in.weight"].shape[1] - 1
         code_channels = state["encoder.txt_in.weight"].shape[1]
@@ -61,99 +63,81 @@ def release_config(state: Mapping[str, Tensor]) -> Config:
     try:
         return Config().updated({**values, "model.codebook_size_for_entropy": group})
     except ConfigError as error:
-        raise CheckpointMismatchError(f"the checkpoint's shapes make no FlowMo: {error}") from None
+        raise CheckpointMismatchError(f"the checkpoint's shapes do not make a FlowMo: {error}") from None
 
 
-def _depth(state: Mapping[str, Tensor], net: str) -> int:
-    numbers = {int(key.split(".")[2]) for key in state if key.startswith(f"{net}.double_blocks.")}
-    return max(numbers) + 1
+def _depth(state: Mapping[str, Tensor], network: str) -> int:
+    return max(int(key.split(".")[2]) for key in state if key.startswith(f"{network}.double_blocks.")) + 1
 
 
-def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every key of the authors' model with these settings, and its shape."""
+def entries(config: Config) -> Iterator[Entry]:
+    """Yield every tensor of the authors' model with these settings."""
     m = config.model
-    code_in = m.context_dim * (2 if m.quantization_type == "kl" else 1)
-    shapes: dict[str, tuple[int, ...]] = {}
+    code_channels = m.context_dim * (2 if m.quantization_type == "kl" else 1)
+    yield from _network("encoder", Shape.encoder(m), code_channels)
+    yield from _network("decoder", Shape.decoder(m), m.context_dim + 1)
 
-    def linear(name: str, out: int, into: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, into), (out,)
 
-    for net, shape, channels in (
-        ("encoder", Shape.encoder(config.model), code_in),
-        ("decoder", Shape.decoder(config.model), m.context_dim + 1),
-    ):
-        w, hidden, pixels = shape.width, int(shape.width * shape.mlp_ratio), 3 * shape.patch**2
-        linear(f"{net}.time_in.in_layer", w, 256)
-        linear(f"{net}.time_in.out_layer", w, w)
-        linear(f"{net}.img_in", w, pixels)
-        linear(f"{net}.txt_in", w, channels)
-        for i in range(shape.depth):
-            for s in STREAMS:
-                block = f"{net}.double_blocks.{i}.{s}"
-                linear(f"{block}_mod.lin", 6 * w, w)
-                linear(f"{block}_attn.qkv", 3 * w, w)
-                shapes[f"{block}_attn.norm.query_norm.scale"] = (shape.head_dim,)
-                shapes[f"{block}_attn.norm.key_norm.scale"] = (shape.head_dim,)
-                linear(f"{block}_attn.proj", w, w)
-                linear(f"{block}_mlp.0", hidden, w)
-                linear(f"{block}_mlp.2", w, hidden)
-        for s, out in (("img", pixels), ("txt", channels)):
-            linear(f"{net}.final_layer_{s}.linear", out, w)
-            linear(f"{net}.final_layer_{s}.adaLN_modulation.1", 2 * w, w)
-    return shapes
+def _linear(key: str, out: int, into: int, ours: str | None = None, rows: slice = slice(None)) -> Iterator[Entry]:
+    for kind, shape in (("weight", (out, into)), ("bias", (out,))):
+        yield Entry(f"{key}.{kind}", shape, ours and f"{ours}.{kind}", rows)
+
+
+def _network(network: str, shape: Shape, channels: int) -> Iterator[Entry]:
+    decoder = network == "decoder"
+    w, pixels = shape.width, 3 * shape.patch**2
+    yield from _linear(f"{network}.time_in.in_layer", w, TIMESTEP_SINUSOIDS, "decoder.time_in" if decoder else None)
+    yield from _linear(f"{network}.time_in.out_layer", w, w, "decoder.time_out" if decoder else None)
+    yield from _linear(f"{network}.img_in", w, pixels, f"{network}.picture_in")
+    code_in = list(_linear(f"{network}.txt_in", w, channels, "decoder.code_in"))
+    if not decoder:  # the encoder's code is zeros, so only the bias acts
+        code_in = [code_in[0]._replace(ours=None), code_in[1]._replace(ours="encoder.code_embedding")]
+    yield from code_in
+    for i in range(shape.depth):
+        for theirs, ours in (("img", "picture"), ("txt", "code")):
+            unread = i == shape.depth - 1 and theirs == ("txt" if decoder else "img")
+            yield from _stream(f"{network}.double_blocks.{i}.{theirs}", f"{network}.blocks.{i}.{ours}", shape, unread)
+    for theirs, out in (("img", pixels), ("txt", channels)):
+        read = theirs == ("img" if decoder else "txt")
+        head, modulation = ("decoder.picture_out", "decoder.out_modulation") if decoder else ("encoder.code_out", None)
+        last = f"{network}.final_layer_{theirs}"
+        yield from _linear(f"{last}.linear", out, w, head if read else None)
+        yield from _linear(f"{last}.adaLN_modulation.1", 2 * w, w, modulation if read else None)
+
+
+def _stream(theirs: str, ours: str, shape: Shape, unread: bool) -> Iterator[Entry]:
+    """One stream of a block; only the keys and values of an ``unread`` one act."""
+    w, hidden = shape.width, int(shape.width * shape.mlp_ratio)
+
+    def live(name: str) -> str | None:
+        return None if unread else f"{ours}.{name}"
+
+    modulation = f"{ours}.modulation" if ours.startswith("decoder.") else None
+    yield from _linear(f"{theirs}_mod.lin", 6 * w, w, modulation, slice(2 * w) if unread else slice(None))
+    qkv = (f"{ours}.kv", slice(w, None)) if unread else (f"{ours}.qkv", slice(None))
+    yield from _linear(f"{theirs}_attn.qkv", 3 * w, w, *qkv)
+    norm = f"{theirs}_attn.norm"
+    yield Entry(f"{norm}.query_norm.scale", (shape.head_dim,), live("query_norm.scale"), slice(None))
+    yield Entry(f"{norm}.key_norm.scale", (shape.head_dim,), f"{ours}.key_norm.scale", slice(None))
+    yield from _linear(f"{theirs}_attn.proj", w, w, live("proj"))
+    yield from _linear(f"{theirs}_mlp.0", hidden, w, live("mlp_in"))
+    yield from _linear(f"{theirs}_mlp.2", w, hidden, live("mlp_out"))
 
 
 def convert_release(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Weights of ``FlowMo(config)`` from an authors' state dict.
+    """Convert an authors' state dict to weights of ``FlowMo(config)``.
 
     Raises:
         CheckpointMismatchError: a key is missing, unexpected or of another shape than these settings give.
     """
-    expected = expected_shapes(config)
-    missing = sorted(expected.keys() - state.keys())
-    extra = sorted(state.keys() - expected.keys())
+    expected = {entry.key: entry for entry in entries(config)}
     misshapen = [
-        f"{key} is {tuple(state[key].shape)}, not {shape}"
-        for key, shape in expected.items()
-        if key in state and tuple(state[key].shape) != shape
+        f"{key} is {tuple(state[key].shape)}, not {entry.shape}"
+        for key, entry in expected.items()
+        if key in state and tuple(state[key].shape) != entry.shape
     ]
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     for problem, keys in (("lacks", missing), ("has the unexpected", extra), ("does not fit:", misshapen)):
         if keys:
             raise CheckpointMismatchError(f"the checkpoint {problem} {', '.join(keys[:3])} ({len(keys)} such)")
-    return dict(_renamed(state, config))
-
-
-def _renamed(state: Mapping[str, Tensor], config: Config) -> Iterator[tuple[str, Tensor]]:
-    def linear(name: str, new: str, rows: slice = slice(None)) -> Iterator[tuple[str, Tensor]]:
-        for kind in ("weight", "bias"):
-            yield f"{new}.{kind}", state[f"{name}.{kind}"][rows]
-
-    yield from linear("encoder.img_in", "encoder.picture_in")
-    yield "encoder.code_embedding", state["encoder.txt_in.bias"]
-    yield from linear("encoder.final_layer_txt.linear", "encoder.code_out")
-    yield from linear("decoder.time_in.in_layer", "decoder.time_in")
-    yield from linear("decoder.time_in.out_layer", "decoder.time_out")
-    yield from linear("decoder.img_in", "decoder.picture_in")
-    yield from linear("decoder.txt_in", "decoder.code_in")
-    yield from linear("decoder.final_layer_img.adaLN_modulation.1", "decoder.out_modulation")
-    yield from linear("decoder.final_layer_img.linear", "decoder.picture_out")
-    for net, shape, unread in (
-        ("encoder", Shape.encoder(config.model), "img"),
-        ("decoder", Shape.decoder(config.model), "txt"),
-    ):
-        w = shape.width
-        for i in range(shape.depth):
-            for s, stream in STREAMS.items():
-                old, new = f"{net}.double_blocks.{i}.", f"{net}.blocks.{i}.{stream}."
-                if i == shape.depth - 1 and s == unread:  # only what the other stream attends to
-                    yield f"{new}key_norm.scale", state[f"{old}{s}_attn.norm.key_norm.scale"]
-                    yield from linear(f"{old}{s}_attn.qkv", f"{new}kv", slice(w, None))
-                    if net == "decoder":
-                        yield from linear(f"{old}{s}_mod.lin", f"{new}modulation", slice(0, 2 * w))
-                    continue
-                for pattern, name in STREAM_KEYS.items():
-                    key = pattern.format(s=s)
-                    if key.endswith(".scale"):
-                        yield new + name, state[old + key]
-                    elif name != "modulation" or net == "decoder":
-                        yield from linear(old + key, new + name)
+    return {e.ours: state[e.key][e.rows] for e in expected.values() if e.ours is not None}

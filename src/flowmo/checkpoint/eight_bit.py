@@ -1,7 +1,7 @@
-"""Weights in 8 bits per number on disk: a quarter of float32.
+"""Weights in 8 bits per number on disk, a quarter of float32.
 
-A matrix is stored as int8 with one float32 scale per output channel (its row), the rest in float32. Reading gives
-float32 weights again, so inference neither changes nor gets faster; only the file is smaller.
+A matrix is stored as int8 with one float32 scale per row (output channel); everything else stays float32. Reading
+gives float32 weights again, so only the file gets smaller, not the computation.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from torch import Tensor
 
 SCALE = ".int8_scale"
 SMALLEST = 4096
-"""Matrices of fewer numbers stay in float32: they are a thousandth of a file, and often sensitive."""
+"""Matrices with fewer numbers stay in float32: they hardly add to a file and are often sensitive."""
 
 
 def stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights as they go into a file, on the CPU, in ``dtype``: a floating-point type, or int8."""
+    """Convert weights to ``dtype``, a floating-point type or int8, on the CPU; scales go under ``name + SCALE``."""
     plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    return compress(plain) if dtype == torch.int8 else {name: value.to(dtype) for name, value in plain.items()}
-
-
-def compress(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by name, with int8 matrices and their scales (rows) under ``name + SCALE``."""
+    if dtype != torch.int8:
+        return {name: value.to(dtype) for name, value in plain.items()}
     out: dict[str, Tensor] = {}
-    for name, value in state.items():
+    for name, value in plain.items():
         value = value.float()
         if value.ndim != 2 or value.numel() < SMALLEST:
             out[name] = value
@@ -37,10 +34,10 @@ def compress(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def expand(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``compress``; other weights pass as they are.
+    """Convert int8 weights back to float32; others pass unchanged.
 
     Raises:
-        ValueError: int8 weights without their scale, or scales of another shape.
+        ValueError: int8 weights without a scale for each row.
     """
     out: dict[str, Tensor] = {}
     for name, value in state.items():

@@ -1,7 +1,7 @@
-"""Files of weights: the project's ``.safetensors`` (settings inside), training checkpoints, the authors' ``.pth``.
+"""Files of weights: our ``.safetensors`` (settings inside), training checkpoints, the authors' ``.pth``.
 
-Nothing that is loaded can run code: ``.safetensors`` holds tensors only, and ``.pth`` is read with
-``weights_only=True``. Whatever is written appears whole or not at all.
+A reader returns settings and tensors; whoever reads builds the model. Reading cannot run code: ``.safetensors`` holds
+tensors only, and ``.pth`` is read with ``weights_only=True``. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -20,59 +20,43 @@ import torch
 from torch import Tensor, nn
 
 from flowmo.checkpoint import distributed as sharded
-from flowmo.checkpoint import eight_bit, hub, pth
-from flowmo.checkpoint import run_folder as runs
+from flowmo.checkpoint import eight_bit, hub, pth, run_folder
 from flowmo.checkpoint.authors import CheckpointMismatchError, convert_release, is_release, release_config
 from flowmo.config import PRESETS, Config, ConfigError
 from flowmo.errors import FlowMoError
-from flowmo.tokenizer import FlowMo
 
 BUNDLED = Path(__file__).parent.parent / "pretrained"
-FILE_NAME = hub.MODEL_FILE
 FORMAT = "flowmo-1"
 GENERATOR = "generator"
-"""The stage of a training checkpoint that holds no tokenizer."""
+"""Stage in the metadata of a generator's training checkpoint."""
+PATH_SETTINGS = (
+    "model.language_model",
+    "data.train",
+    "data.train_index",
+    "data.val",
+    "data.val_index",
+    "opt.perceptual_weights",
+    "opt.teacher",
+    "generator.tokenizer",
+)
+"""Settings that name paths of the training machine. Files of weights leave them out."""
 
 
 class CheckpointError(FlowMoError, ValueError):
-    """A file of weights that is missing, damaged, unsafe or of another architecture; the message is one line."""
-
-
-def load(
-    source: str | Path,
-    *overrides: str,
-    device: str | torch.device = "cpu",
-    ema: bool = True,
-) -> FlowMo:
-    """A tokenizer with trained weights, ready for inference.
-
-    Args:
-        source: a bundled preset (``nano``), a ``.safetensors`` file, a folder that holds ``model.safetensors``, a
-            training checkpoint (``.pth``, or the folder of a sharded one), a run's folder (``results/NAME``: its
-            checkpoint judged best, or the newest), an authors' checkpoint (``.pth``), or the Hub id ``owner/name``, or
-            ``owner/name@revision``, of a folder with ``model.safetensors``.
-        overrides: ``section.name=value`` settings to change, for what an authors' file does not tell (its
-            ``model.code_length``) or how it samples (``eval.sampling.sample_steps``).
-        device: where the weights go; the CPU, as with torch itself, unless another is named. The command line's
-            ``--device`` is a GPU where there is one.
-        ema: of a training or authors' checkpoint, the averaged weights rather than the last ones.
-
-    Raises:
-        CheckpointError: no such file, or one that cannot be used; the message says why.
-        ConfigError: an override that does not work.
-    """
-    path = find(source)
-    config, state = read(path, overrides, ema)
-    return build(config, state, path).to(device)
+    """A file of weights that is missing, damaged, unsafe or of another architecture."""
 
 
 def find(source: str | Path) -> Path:
-    """The file of weights that ``source`` names."""
+    """Find the file of weights that ``source`` names; see ``flowmo.load``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     path = Path(source)
     if sharded.is_sharded(path):
         return path
     if path.is_dir():
-        path = runs.chosen(path) or path / FILE_NAME
+        path = run_folder.chosen(path) or path / hub.MODEL_FILE
     if path.is_file():
         return path
     name = str(source)
@@ -94,20 +78,27 @@ def find(source: str | Path) -> Path:
 
 
 def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple[Config, dict[str, Tensor]]:
-    """Settings and weights of any accepted file, the weights under this project's names."""
+    """Read settings and weights of any accepted file, the weights under our names.
+
+    Args:
+        ema: of a training or authors' checkpoint, the EMA weights rather than the last ones.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+    """
     if path.suffix == ".safetensors":
-        config, weights = read_safetensors(path)
-        return config.override(*overrides), weights
+        with open_safetensors(path) as (config, file):
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return config.override(*overrides), eight_bit.expand(tensors)
     content = {} if path.is_dir() else read_pth(path)
     if path.is_dir() or "flowmo" in content:
-        facts, state = read_shards(path, ema) if path.is_dir() else (content, content.get("ema" if ema else "model"))
-        if facts.get("stage") == GENERATOR:
+        metadata, state = read_shards(path, ema) if path.is_dir() else (content, content.get("ema" if ema else "model"))
+        if metadata.get("stage") == GENERATOR:
             raise CheckpointError(f"{path}: holds a generator, not a tokenizer; see flowmo generate")
-        if not isinstance(facts.get("config"), dict) or not isinstance(state, dict):
+        if not isinstance(metadata.get("config"), dict) or not isinstance(state, dict):
             raise CheckpointError(f"{path}: a training checkpoint without its settings or weights")
-        return Config.from_dict(facts["config"]).override(*overrides), state
-    key = "model_ema_state_dict" if ema else "model_state_dict"
-    state = content.get(key, content)
+        return Config.from_dict(metadata["config"]).override(*overrides), state
+    state = content.get("model_ema_state_dict" if ema else "model_state_dict", content)
     if not isinstance(state, dict) or not is_release(state):
         raise CheckpointError(f"{path}: neither a training checkpoint of flowmo nor one of the authors' release")
     try:
@@ -117,30 +108,25 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def read_shards(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a sharded training checkpoint tells besides tensors, and its weights."""
-    try:
-        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        Config.from_dict(facts["config"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a training checkpoint of flowmo ({error})") from None
-    prefix = "ema." if ema else "model."
-    tensors = {name: torch.empty(s) for name, s in sharded.shapes(path).items() if name.startswith(prefix)}
-    sharded.read_into(path, tensors)
-    return facts, {name.removeprefix(prefix): value for name, value in tensors.items()}
-
-
 def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Settings of a file of weights; of a ``.safetensors`` file, without reading the weights."""
+    """Read the settings of a file of weights; a ``.safetensors`` file is read without its weights."""
     if path.suffix == ".safetensors":
         with open_safetensors(path) as (config, _):
             return config.override(*overrides)
     return read(path, overrides)[0]
 
 
-def read_safetensors(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    with open_safetensors(path) as (config, file):
-        return config, eight_bit.expand({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+def read_shards(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read metadata and weights of a sharded training checkpoint."""
+    try:
+        metadata = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        Config.from_dict(metadata["config"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a training checkpoint of flowmo ({error})") from None
+    prefix = "ema." if ema else "model."
+    tensors = {name: torch.empty(s) for name, s in sharded.shapes(path).items() if name.startswith(prefix)}
+    sharded.read_into(path, tensors)
+    return metadata, {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 @contextmanager
@@ -160,48 +146,43 @@ def open_safetensors(path: Path) -> Iterator[tuple[Config, Any]]:
 
 
 def read_pth(path: Path) -> dict[str, Any]:
-    """See ``pth.read_pth``. Raises ``CheckpointError``."""
+    """``pth.read_pth`` that raises ``CheckpointError``."""
     try:
         return pth.read_pth(path)
     except pth.PthError as error:
         raise CheckpointError(str(error)) from None
 
 
-def build(config: Config, state: Mapping[str, Tensor], name: str | Path = "checkpoint") -> FlowMo:
-    """A tokenizer of ``config`` with the weights of ``state``, in float32 and evaluation mode.
-
-    Raises:
-        CheckpointError: keys or shapes are not those of ``config``'s architecture.
-    """
-    tokenizer = on_meta(lambda: FlowMo(config), config.model.dec_depth + config.model.enc_depth, state, name)
-    wanted = tokenizer.state_dict()
-    wrong = [
-        *(f"{key} is missing" for key in wanted if key not in state),
-        *(f"{key} is unexpected" for key in state if key not in wanted),
-        *(
-            f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
-            for key, value in wanted.items()
-            if key in state and state[key].shape != value.shape
-        ),
-    ]
-    if wrong:
-        raise CheckpointError(f"{name}: weights of another architecture: {'; '.join(wrong[:3])} ({len(wrong)} such)")
-    tokenizer.load_state_dict(finite(state, name), assign=True)
-    return tokenizer.eval().requires_grad_(False)
-
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def on_meta(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor], name: str | Path) -> Network:
-    """A network without memory for its weights, whose settings come from the same file as ``state``.
+def fill(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor], name: str | Path) -> Network:
+    """Build a network on the meta device and fill it with ``state``, in float32 and evaluation mode.
+
+    Args:
+        blocks: number of blocks that the file's settings ask for.
+        name: of the file, for messages.
 
     Raises:
-        CheckpointError: the settings ask for more than there are weights of, or for what cannot be built.
+        CheckpointError: the settings do not work or ask for other weights, or a weight is not a finite real number.
+    """
+    network = on_meta(build, blocks, state, name)
+    try:
+        network.load_state_dict(finite(state, name), assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{name}: weights of another architecture: {_short(error)}") from None
+    return network.eval().requires_grad_(False)
+
+
+def on_meta(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor], name: str | Path) -> Network:
+    """Build a network without memory for its weights, whose settings come from the same file as ``state``.
+
+    Raises:
+        CheckpointError: the settings ask for more blocks than there are weights, or cannot be built.
     """
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise CheckpointError(f"{name}: holds something other than named tensors among its weights")
-    if blocks > len(state):  # each block has several; a billion of them would be built for long
+    if blocks > len(state):  # a billion blocks would take long to build, even on meta
         raise CheckpointError(f"{name}: weights of another architecture: {blocks} blocks of {len(state)} tensors")
     try:
         with torch.device("meta"):
@@ -211,14 +192,14 @@ def on_meta(build: Callable[[], Network], blocks: int, state: Mapping[str, Tenso
 
 
 def finite(state: Mapping[str, Tensor], name: str | Path) -> dict[str, Tensor]:
-    """Weights in float32.
+    """Convert weights to float32.
 
     Raises:
-        CheckpointError: one is not finite, or no real number.
+        CheckpointError: one is complex or not finite.
     """
-    wrong = next((key for key, value in state.items() if value.is_complex()), None)
-    if wrong is not None:
-        raise CheckpointError(f"{name}: {wrong} holds complex numbers")
+    for key, value in state.items():
+        if value.is_complex():
+            raise CheckpointError(f"{name}: {key} holds complex numbers")
     state = {key: value.float() for key, value in state.items()}
     bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if bad:
@@ -230,38 +211,21 @@ def _short(error: object) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write weights and settings as one ``.safetensors`` file.
-
-    Args:
-        dtype: on disk. float16 halves the file, at about 3 decimal digits; int8 quarters it, see ``eight_bit``.
-
-    Raises:
-        CheckpointError: ``path`` has another suffix, by which ``load`` would take it for another kind of file.
-    """
-    if Path(path).suffix != ".safetensors":
-        raise CheckpointError(
-            f"{path}: weights are saved as .safetensors; write {Path(path).with_suffix('.safetensors')}"
-        )
-    state = eight_bit.stored(tokenizer.state_dict(), dtype)
-    # Machine paths of the training run are nobody else's business, and would make equal models unequal files.
-    paths = (
-        "model.language_model",
-        "data.train",
-        "data.train_index",
-        "data.val",
-        "data.val_index",
-        "opt.perceptual_weights",
-        "opt.teacher",
-        "generator.tokenizer",
-    )
-    config = tokenizer.config.override(*(f"{name}=" for name in paths))
+def write_safetensors(
+    path: str | Path, config: Config, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write weights and settings as one ``.safetensors`` file; see ``flowmo.save``."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: weights are saved as .safetensors; write {path.with_suffix('.safetensors')}")
+    config = config.override(*(f"{name}=" for name in PATH_SETTINGS))
     metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
-    write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
+    tensors = eight_bit.stored(state, dtype)
+    write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
 def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
-    """Have ``write`` fill a temporary file beside ``path``, then put it in place in one step, on disk for good."""
+    """Write a file atomically and durably: ``write`` fills a temporary file beside ``path``, which replaces it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -279,13 +243,13 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
 
 
 def write_content(path: str | Path, content: str | bytes) -> None:
-    """A text, in UTF-8, or bytes, as ``write_whole`` writes."""
+    """``write_whole`` for bytes, or text in UTF-8."""
     data = content.encode() if isinstance(content, str) else content
     write_whole(path, lambda temporary: Path(temporary).write_bytes(data))
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the names in a folder written to disk, where the system can."""
+    """Flush a folder's names to disk, on POSIX systems."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,8 @@
-"""The Hugging Face Hub: a tokenizer as a repository of ``model.safetensors``, its context model and a card.
+"""The Hugging Face Hub: a repository of ``model.safetensors``, its context model and a model card.
 
-huggingface_hub does the talking, and so its settings hold: the cache (``HF_HOME``), offline work (``HF_HUB_OFFLINE``),
-the token (``HF_TOKEN``), another server (``HF_ENDPOINT``).
+huggingface_hub does the transfers, so its settings apply: ``HF_HOME`` (cache), ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and
+``HF_ENDPOINT``. Its ``PyTorchModelHubMixin`` is not used: it would make an optional package a dependency, and it knows
+neither settings inside the file of weights nor context models.
 """
 
 from __future__ import annotations
@@ -21,32 +22,34 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w][\w./-]
 
 
 class HubError(FlowMoError, OSError):
-    """A repository that cannot be had or written; the message is one line."""
+    """A repository that cannot be read or written."""
 
 
 def is_name(text: str) -> bool:
-    """Whether something looks like ``owner/name``, or ``owner/name@revision``, and like no path."""
+    """True for ``owner/name`` and ``owner/name@revision``, False for paths."""
     return NAME.fullmatch(text) is not None and ".." not in text
 
 
 def fetch(name: str) -> Path:
-    """``model.safetensors`` of a repository, with its context model beside it; from the cache where that has them.
+    """Download or find in the cache ``model.safetensors`` of a repository, with its context model beside it.
 
     Raises:
-        HubError: no such repository, no way to it, or huggingface_hub is not installed.
+        HubError: no such repository, no connection, or huggingface_hub is not installed.
     """
-    hub = _library(f"{name}: no such folder here, and fetching it from the Hub")
     repository, _, revision = name.partition("@")
-    with _one_line(f"{name}: no such folder here, and not to be had from the Hub"):
+    with _hub(
+        f"{name}: no such folder here, and fetching it from the Hub",
+        f"{name}: no such folder here, and not to be had from the Hub",
+    ) as hub:
         files = [MODEL_FILE, CONTEXT_FILE]
         folder = Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=files))
     if not (folder / MODEL_FILE).is_file():
-        raise HubError(f"{name}: that repository holds no {MODEL_FILE}")
+        raise HubError(f"{name}: the repository has no {MODEL_FILE}.")
     return folder / MODEL_FILE
 
 
 def push(folder: Path, name: str, private: bool = False, message: str = "Upload a FlowMo tokenizer") -> str:
-    """Upload the files of a folder that ``write_folder`` filled; the repository is made where there is none.
+    """Upload a folder of ``FlowMo.save_pretrained`` to a repository, which is created if missing.
 
     Returns:
         The address of the repository.
@@ -56,8 +59,7 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
     """
     if not is_name(name) or "@" in name:
         raise HubError(f"{name!r} is no name of a repository; write owner/name")
-    hub = _library(f"{name}: uploading to the Hub")
-    with _one_line(f"{name}: the Hub did not take it"):
+    with _hub(f"{name}: uploading to the Hub", f"{name}: the Hub did not take it") as hub:
         api = hub.HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
         files = [MODEL_FILE, CONTEXT_FILE, CARD_FILE]
@@ -65,20 +67,10 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
     return str(address)
 
 
-def write_folder(tokenizer: Any, folder: Path, context: bytes | None = None, name: str = "owner/name") -> None:
-    """A tokenizer as a folder in the Hub's layout, which ``flowmo.load`` takes too."""
-    from flowmo.checkpoint.files import save, write_content
-
-    save(tokenizer, folder / MODEL_FILE)
-    write_content(folder / CARD_FILE, card(tokenizer, name))
-    if context is not None:
-        write_content(folder / CONTEXT_FILE, context)
-
-
 def card(tokenizer: Any, name: str) -> str:
-    """A model card: what can be told of a tokenizer by its settings, and room for what cannot."""
+    """A model card with everything that a tokenizer's settings tell."""
     config, m = tokenizer.config, tokenizer.config.model
-    buffers = dict(tokenizer.named_buffers())  # packed weights are no parameters, but in the state all the same
+    buffers = dict(tokenizer.named_buffers())  # packed weights are in the state, but are not parameters
     parameters = sum(v.numel() for name, v in tokenizer.state_dict().items() if name not in buffers) / 1e6
     rate = "continuous" if config.bits_per_pixel is None else f"{config.bits_per_pixel:.4f} bits per pixel"
     return f"""---
@@ -91,7 +83,7 @@ A FlowMo image tokenizer (*Flow to the Mode*, [arXiv 2503.11056](https://arxiv.o
 
 | | |
 |---|---|
-| pictures | {config.data.image_size} × {config.data.image_size} |
+| images | {config.data.image_size} × {config.data.image_size} |
 | code | {m.code_length} tokens of {m.context_dim} channels, bottleneck {m.quantization_type}, {rate} |
 | parameters | {parameters:.1f} M |
 | decodes in | {config.eval.sampling.sample_steps} steps |
@@ -101,29 +93,25 @@ A FlowMo image tokenizer (*Flow to the Mode*, [arXiv 2503.11056](https://arxiv.o
 import flowmo
 
 tok = flowmo.load("{name}")
-codes = tok.encode_image(picture)
-picture = tok.decode_image(codes)
+codes = tok.encode_image(image)
+image = tok.decode_image(codes)
 ```
 
-Training data, its licence, results with their spread, and failures: not told yet.
+Not documented yet: training data and its licence, results with their spread, failures.
 """
 
 
-def _library(purpose: str) -> Any:
+@contextmanager
+def _hub(purpose: str, failure: str) -> Iterator[Any]:
+    """Import huggingface_hub, and turn its many errors into one."""
     try:
         import huggingface_hub
     except ImportError:
         raise HubError(f"{purpose} needs huggingface_hub: pip install 'flowmo[hub]'") from None
-    return huggingface_hub
-
-
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """The library's many errors as one of ours."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        yield
+        yield huggingface_hub
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines()
-        raise HubError(f"{what} ({lines[0][:300] if lines else type(error).__name__})") from None
+        raise HubError(f"{failure} ({lines[0][:300] if lines else type(error).__name__})") from None

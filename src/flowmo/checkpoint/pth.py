@@ -1,4 +1,9 @@
-"""PyTorch's pickled files, read without running code: tensors and plain values, or nothing."""
+"""Pickled files of tensors, read with ``torch.load(weights_only=True)``, which refuses code.
+
+``weights_only`` lacks a bound on cost: a few bytes can name a dict key of 2^60 leaves, which it would hash for years,
+or a tensor with stride 0 that claims terabytes. So each pickle first runs through an inert unpickler that counts
+leaves, and each tensor is checked against its storage.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +21,17 @@ from flowmo.errors import FlowMoError
 MAX_DEPTH = 16
 MAX_LEAVES = 1_000_000
 LEGACY_PICKLES = 5
-"""One after another at the start of a file of ``torch.save`` before version 1.6."""
+"""Number of pickles at the start of a file that ``torch.save`` wrote before version 1.6."""
 
 
 class PthError(FlowMoError, ValueError):
-    """A file that is damaged, unsafe or no mapping of names to tensors and values; the message is one line."""
+    """A file that is damaged, unsafe or not a mapping of names to tensors and values."""
 
 
 class CountingUnpickler(pickle._Unpickler):
-    """Refuses tuples of many leaves. A tuple of twice the same tuple of twice the same … has 2^n of them in a few
-    bytes, and hashing it visits them all.
+    """Refuse tuples of many leaves: a tuple of twice the same tuple of twice the same … has 2^n leaves in n bytes.
 
-    It is Python's own in Python: that in C allocates as much memory as a pickle names as the place of a value.
+    It is Python's own unpickler in Python, because the one in C allocates whatever size a pickle claims.
     """
 
     stack: list[Any]
@@ -35,7 +39,7 @@ class CountingUnpickler(pickle._Unpickler):
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
         self.leaves: dict[int, int] = {}
-        self.kept: list[tuple] = []  # so that no two have the same id
+        self.kept: list[tuple] = []  # keeps the keys of ``leaves``, which are object ids, unique
 
     def count(self, made: tuple) -> None:
         self.kept.append(made)
@@ -58,7 +62,7 @@ def _refused(_: Any) -> None:
 
 CountingUnpickler.dispatch = {
     **pickle._Unpickler.dispatch,
-    pickle.BYTEARRAY8[0]: _refused,  # made as long as it claims before a byte is read; torch.save writes none
+    pickle.BYTEARRAY8[0]: _refused,  # allocates its claimed size at once; torch.save writes none
     **{
         code[0]: _counted(pickle._Unpickler.dispatch[code[0]])
         for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
@@ -67,26 +71,18 @@ CountingUnpickler.dispatch = {
 
 
 class _Inert:
-    """Stands for every class and function that a pickle names."""
+    """Replaces every class and function that a pickle names."""
 
     def __init__(self, *_: Any, **__: Any):
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def ignore(self, *_: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        pass
-
-    extend = append
+    __setstate__ = __setitem__ = append = extend = ignore
 
 
-class _Rehearsal(CountingUnpickler):
-    """Goes through a pickle and makes nothing of it."""
-
+class _InertUnpickler(CountingUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         return _Inert
 
@@ -95,47 +91,46 @@ class _Rehearsal(CountingUnpickler):
 
 
 def read_pth(path: str | Path) -> dict[str, Any]:
-    """The content of a file that ``torch.save`` wrote, mapped rather than loaded where its form allows that.
+    """Read a file of ``torch.save``, memory-mapped if its format allows.
 
     Raises:
-        PthError: damaged; something other than tensors and plain values in it, which could run code when loaded; or a
-            tensor that claims more than the file holds.
+        PthError: it is damaged, holds something other than tensors and plain values, or a tensor larger than the file.
     """
     try:
         zipped = zipfile.is_zipfile(path)
-        _rehearse(path, zipped)
+        _check_pickles(path, zipped)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise PthError(
             f"{path}: refused, it is damaged or holds something other than tensors and plain values, "
             "which could run code when loaded"
         ) from None
-    except Exception as error:  # reading a damaged pickle can raise anything
+    except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PthError(f"{path}: damaged or not a PyTorch checkpoint ({reason[:150]})") from None
     if not isinstance(content, dict):
         raise PthError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    _check(content, path, MAX_DEPTH, set())
+    _check_tensors(content, path, MAX_DEPTH, set())
     return content
 
 
-def _rehearse(path: str | Path, zipped: bool) -> None:
+def _check_pickles(path: str | Path, zipped: bool) -> None:
     if not zipped:
         with open(path, "rb") as file:
             for _ in range(LEGACY_PICKLES):
-                _Rehearsal(file).load()
+                _InertUnpickler(file).load()
         return
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.filename.endswith("data.pkl"):
-                if entry.compress_type != zipfile.ZIP_STORED:  # a few bytes could stand for any number
+                if entry.compress_type != zipfile.ZIP_STORED:  # a small file could expand without bound
                     raise ValueError("its table of contents is compressed")
                 with archive.open(entry) as file:
-                    _Rehearsal(file).load()
+                    _InertUnpickler(file).load()
 
 
-def _check(value: object, path: str | Path, depth: int, seen: set[int]) -> None:
-    """Refuse tensors that are not laid out densely on a CPU: strides of 0 make a terabyte of a byte."""
+def _check_tensors(value: object, path: str | Path, depth: int, seen: set[int]) -> None:
+    """Refuse tensors that are not dense on the CPU or larger than their storage."""
     if id(value) in seen:
         return
     if isinstance(value, Tensor):
@@ -148,4 +143,4 @@ def _check(value: object, path: str | Path, depth: int, seen: set[int]) -> None:
             raise PthError(f"{path}: is nested too deeply")
         seen.add(id(value))
         for inner in value.values() if isinstance(value, Mapping) else value:
-            _check(inner, path, depth - 1, seen)
+            _check_tensors(inner, path, depth - 1, seen)

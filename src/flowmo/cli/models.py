@@ -173,7 +173,7 @@ def push(arguments: argparse.Namespace) -> tuple[str, dict]:
     context = find_context(arguments.source, tokenizer)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        hub.write_folder(tokenizer, folder, None if context is None else context.save(), arguments.name)
+        tokenizer.save_pretrained(folder, arguments.name, None if context is None else context.save())
         files = sorted(path.name for path in folder.iterdir())
         if arguments.folder:
             return f"{folder}: {', '.join(files)}", {"folder": str(folder), "files": files}

@@ -127,7 +127,7 @@ def parts(tokenizer: FlowMo, images: int = 1) -> dict[str, Callable[[], torch.Te
     return {
         "encode": lambda: tokenizer.encoder(x),
         "decoder pass": lambda: decoder(noise, embedded, modulation),
-        "decode": lambda: tokenizer._decode_from(noise, code, None, None),
+        "decode": lambda: tokenizer.sample(noise, code),
     }
 
 

@@ -7,7 +7,7 @@ windows as the whole image. Only dependencies beyond the halo differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,11 +37,6 @@ def spans(cells: int) -> list[Span]:
     return [Span(max(first - HALO, 0), min(last + HALO, cells), first, last) for first, last in cores]
 
 
-def blocks(rows: int, columns: int) -> Iterator[tuple[Span, Span]]:
-    """Yield the (vertical, horizontal) spans of all blocks, row by row."""
-    return ((down, across) for down in spans(rows) for across in spans(columns))
-
-
 def ramp(span: Span, cells: int, cell: int) -> Tensor:
     """Blending weight of a block's pixels along one axis: falls to 0 towards a neighbour, 1 at the image's edge.
 
@@ -54,3 +49,42 @@ def ramp(span: Span, cells: int, cell: int) -> Tensor:
     if span.last < cells:
         weight = weight.minimum((span.last - position / cell) / RAMP + 0.5)
     return weight.clamp(0, 1)
+
+
+def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, cell: int) -> Tensor:
+    """Encode images b 3 h w in blocks: float32 b tokens channels."""
+    rows, columns = images.shape[-2] // cell, images.shape[-1] // cell
+    lines = []
+    for down in spans(rows):
+        line = []
+        for across in spans(columns):
+            block = images[..., down.start * cell : down.stop * cell, across.start * cell : across.stop * cell]
+            code = encoder(block).float().unflatten(1, (down.stop - down.start, -1))
+            top, left = down.first - down.start, across.first - across.start
+            line.append(code[:, top : top + down.last - down.first, left : left + across.last - across.first])
+        lines.append(torch.cat(line, dim=2))
+    return torch.cat(lines, dim=1).flatten(1, 2)
+
+
+def decode(
+    decoder: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    code: Tensor,
+    cell: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Decode one image in blocks: noise 1 3 h w and code 1 tokens channels -> 3 h w, blended."""
+    height, width = noise.shape[-2:]
+    rows, columns = height // cell, width // cell
+    code = code.unflatten(1, (rows, columns))
+    total, weights = torch.zeros(3, height, width), torch.zeros(height, width)
+    todo = [(down, across) for down in spans(rows) for across in spans(columns)]
+    for done, (down, across) in enumerate(todo):
+        y, x = slice(down.start * cell, down.stop * cell), slice(across.start * cell, across.stop * cell)
+        part = code[:, down.start : down.stop, across.start : across.stop].flatten(1, 2)
+        weight = ramp(down, rows, cell)[:, None] * ramp(across, columns, cell)
+        total[:, y, x] += weight * decoder(noise[..., y, x], part)[0]
+        weights[y, x] += weight
+        if progress:
+            progress(done + 1, len(todo))
+    return total / weights

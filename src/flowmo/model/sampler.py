@@ -11,6 +11,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ class NotFiniteError(FlowMoError, ValueError):
 
 
 Velocity = Callable[[Tensor, float], Tensor]
+
+
+class Sampling(NamedTuple):
+    """How to solve the flow: decreasing times, a key of ``SOLVERS``, and guidance where low ≤ t ≤ high."""
+
+    times: list[float]
+    solver: str
+    guidance: float
+    low: float
+    high: float
 
 
 def shifted_times(steps: int, rho: float) -> list[float]:

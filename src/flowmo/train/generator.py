@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.files import GENERATOR
 from flowmo.config import Config
 from flowmo.data import evenly_spread
@@ -27,7 +26,7 @@ from flowmo.images import to_pil
 from flowmo.losses.noise import to_device
 from flowmo.losses.stages import Loss
 from flowmo.streams import Stream, seed_global, stream
-from flowmo.tokenizer import FlowMo
+from flowmo.tokenizer import FlowMo, load
 from flowmo.train.cost import Cost, generator_cost
 from flowmo.train.task import Task, TrainingError, autocast, check_same_settings
 
@@ -126,7 +125,7 @@ class GeneratorTask(Task):
         name, vocabulary = self.config.generator.tokenizer, self.vocabulary
         if not name:
             return None
-        tokenizer = checkpoint.load(name, device=str(self.world.device))
+        tokenizer = load(name, device=str(self.world.device))
         if tokenizer.identity() != vocabulary.tokenizer:
             raise TrainingError(
                 f"generator.tokenizer={name} is {tokenizer.identity()}, the tokens are of {vocabulary.tokenizer} "

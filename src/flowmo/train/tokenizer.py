@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.files import read
 from flowmo.config import Config
 from flowmo.data import ImageDataset, Source, evenly_spread, open_source
 from flowmo.distributed import World
@@ -24,7 +24,7 @@ from flowmo.losses.perceptual import LPIPS, build_distance
 from flowmo.losses.stages import Loss, Stage, cut_out
 from flowmo.model.quantizers import Learner, WholeBatch, alone
 from flowmo.streams import Stream, seed_global, stream_seed
-from flowmo.tokenizer import FlowMo
+from flowmo.tokenizer import FlowMo, build, load
 from flowmo.train.codebook_usage import CodebookUsage
 from flowmo.train.cost import Cost, training_cost
 from flowmo.train.finite import restored_unless
@@ -76,7 +76,7 @@ class TokenizerTask(Task):
 
     def _load_teacher(self, path: Path) -> FlowMo:
         """Load stage 1C's teacher and copy its weights into the student."""
-        teacher = checkpoint.load(path)
+        teacher = load(path)
         expected = {**self.config.architecture(), "mean_velocity": False}
         check_same_settings(teacher.config.architecture(), expected, path, "model")
         self.model.load_state_dict(teacher.state_dict(), strict=False)  # it has no layers for a step's end time
@@ -197,7 +197,7 @@ class TokenizerTask(Task):
         return self.usage.take()
 
     def build_ema(self, weights: Mapping[str, Tensor]) -> FlowMo:
-        return checkpoint.build(self.config, weights).to(self.world.device)
+        return build(self.config, weights).to(self.world.device)
 
     def evaluate(self, model: FlowMo) -> dict[str, float]:
         reconstructor, size = FlowMoReconstructor(model), self.config.data.image_size
@@ -243,6 +243,6 @@ class TokenizerTask(Task):
         undetermined = ("code_length", "codebook_size_for_entropy", "enable_mup")  # not given by weight shapes
         settings = tuple(f"model.{name}={getattr(self.config.model, name)}" for name in undetermined)
         for part, ema in (("model", False), ("ema", True)):
-            config, weights = checkpoint.read(path, settings, ema)
+            config, weights = read(path, settings, ema)
             check_same_settings(config.architecture(), self.config.architecture(), path, "model")
             yield part, weights
