@@ -9,7 +9,7 @@ import pytest
 from conftest import PICTURES
 
 import flowmo
-from flowmo.checkpoint.files import CheckpointError
+from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.run_folder import has_ended
 from flowmo.data import build_index
 from flowmo.evaluate import follow

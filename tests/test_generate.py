@@ -18,7 +18,7 @@ from PIL import Image
 from test_train import HostReads
 
 from flowmo import Config, FlowMo, load, save
-from flowmo.checkpoint.files import CheckpointError
+from flowmo.checkpoint import CheckpointError
 from flowmo.cli import main
 from flowmo.config import HIDING_SCHEDULES, ConfigError, preset
 from flowmo.data import DataError, open_source

@@ -17,7 +17,6 @@ from conftest import ROOT
 import flowmo
 from flowmo import FlowMo
 from flowmo.checkpoint import hub
-from flowmo.checkpoint.hub import HubError
 from flowmo.cli import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -173,7 +172,7 @@ def test_names_with_path_tricks_are_no_repositories(name, tiny, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail(f"{name} went to the Hub"))
     with pytest.raises(flowmo.CheckpointError):
         flowmo.load(name)
-    with pytest.raises(HubError, match="no name of a repository"):
+    with pytest.raises(flowmo.CheckpointError, match="no name of a repository"):
         hub.push(Path(), name)
 
 

@@ -15,7 +15,7 @@ from scipy.spatial.distance import cdist
 from torch import nn
 
 from flowmo import Config, FlowMo
-from flowmo.checkpoint.pth import PthError
+from flowmo.checkpoint import CheckpointError
 from flowmo.data.loader import ResumableSampler
 from flowmo.data.tokens import Vocabulary, read_metadata
 from flowmo.evaluate.codecs import QUALITIES, CodecReconstructor
@@ -332,7 +332,7 @@ def test_lpips_refuses_heads_of_other_names(tmp_path):
     torch.save(heads, tmp_path / "lpips_alex_heads.pth")
     LPIPS("alex", tmp_path, download=False)
     torch.save({name.replace("model.1", "0"): head for name, head in heads.items()}, tmp_path / "lpips_alex_heads.pth")
-    with pytest.raises(PthError, match="not the weights"):
+    with pytest.raises(CheckpointError, match="not the weights"):
         LPIPS("alex", tmp_path, download=False)
 
 

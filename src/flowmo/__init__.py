@@ -1,6 +1,6 @@
 """FlowMo: images to a short string of bits and back (Flow to the Mode, arXiv 2503.11056)."""
 
-from flowmo.checkpoint.files import CheckpointError
+from flowmo.checkpoint import CheckpointError
 from flowmo.config import Config, ConfigError, preset
 from flowmo.images import ImageError, PictureError, read_image
 from flowmo.tokenizer import Codes, FlowMo, load, save

@@ -166,7 +166,7 @@ class FlowMo(Packable):
         """Upload to the Hugging Face Hub as ``owner/name``. Returns the address. ``flowmo push`` adds a context model.
 
         Raises:
-            HubError: the Hub refuses, or huggingface_hub is not installed.
+            CheckpointError: the Hub refuses, or huggingface_hub is not installed.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, name)

@@ -1,1 +1,9 @@
-"""Weights in files: the project's ``.safetensors``, training checkpoints, the authors' files, the Hub."""
+"""Files of weights: ours, sharded ones, the authors', the Hub's."""
+
+from __future__ import annotations
+
+from flowmo.errors import FlowMoError
+
+
+class CheckpointError(FlowMoError, ValueError):
+    """A file of weights that is missing, damaged, unsafe or of another architecture."""

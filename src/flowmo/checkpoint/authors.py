@@ -12,16 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from flowmo.checkpoint import CheckpointError
 from flowmo.config import Config, ConfigError
-from flowmo.errors import FlowMoError
 from flowmo.model.transformer import TIMESTEP_SINUSOIDS, Shape
 
 HEADS = 12  # in every model of the release
 GROUPS = {18: 9, 56: 14}  # entropy group of the published models by bits per token; weights do not show it
-
-
-class CheckpointMismatchError(FlowMoError, ValueError):
-    """A state dict of another architecture; the message names the first keys that differ."""
 
 
 class Entry(NamedTuple):
@@ -58,12 +54,12 @@ def release_config(state: Mapping[str, Tensor]) -> Config:
             "model.quantization_type": "kl" if code_channels == 2 * channels else "lfq",
         }
     except (KeyError, IndexError) as error:
-        raise CheckpointMismatchError(f"not a FlowMo checkpoint of the authors' release: {error} is missing") from None
+        raise CheckpointError(f"not a FlowMo checkpoint of the authors' release: {error} is missing") from None
     group = GROUPS.get(channels) or next(g for g in range(min(14, channels), 0, -1) if channels % g == 0)
     try:
         return Config().updated({**values, "model.codebook_size_for_entropy": group})
     except ConfigError as error:
-        raise CheckpointMismatchError(f"the checkpoint's shapes do not make a FlowMo: {error}") from None
+        raise CheckpointError(f"the checkpoint's shapes do not make a FlowMo: {error}") from None
 
 
 def _depth(state: Mapping[str, Tensor], network: str) -> int:
@@ -128,7 +124,7 @@ def convert_release(state: Mapping[str, Tensor], config: Config) -> dict[str, Te
     """Convert an authors' state dict to weights of ``FlowMo(config)``.
 
     Raises:
-        CheckpointMismatchError: a key is missing, unexpected or of another shape than these settings give.
+        CheckpointError: a key is missing, unexpected or of another shape than these settings give.
     """
     expected = {entry.key: entry for entry in entries(config)}
     misshapen = [
@@ -139,5 +135,5 @@ def convert_release(state: Mapping[str, Tensor], config: Config) -> dict[str, Te
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     for problem, keys in (("lacks", missing), ("has the unexpected", extra), ("does not fit:", misshapen)):
         if keys:
-            raise CheckpointMismatchError(f"the checkpoint {problem} {', '.join(keys[:3])} ({len(keys)} such)")
+            raise CheckpointError(f"the checkpoint {problem} {', '.join(keys[:3])} ({len(keys)} such)")
     return {e.ours: state[e.key][e.rows] for e in expected.values() if e.ours is not None}

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.pth import CountingUnpickler
-from flowmo.errors import FlowMoError
 
 TABLE = ".metadata"
 ALLOWED = {
@@ -43,10 +43,6 @@ ALLOWED = {
     "collections": ("OrderedDict",),
 }
 PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-
-
-class ShardedError(FlowMoError, ValueError):
-    """A folder of shards that is damaged, unsafe, or holds other tensors."""
 
 
 class _Unpickler(CountingUnpickler):
@@ -89,17 +85,17 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, also sharded ones, to a new folder. All ranks call this together.
 
     Raises:
-        ShardedError: a rank cannot write its part; every rank raises.
+        CheckpointError: a rank cannot write its part; every rank raises.
     """
     with _without_warning():
         try:
             dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder))
         except CheckpointException as error:
-            raise ShardedError(reason(error)) from None
+            raise CheckpointError(reason(error)) from None
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors in a folder. Raises ``ShardedError``."""
+    """Names and shapes of the tensors in a folder. Raises ``CheckpointError``."""
     with _one_error(folder):
         return {name: kind.size for name, kind in _Reader(folder).read_metadata().state_dict_metadata.items()}
 
@@ -108,13 +104,13 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors, sharded over any number of ranks or not, from a folder. All ranks call this together.
 
     Raises:
-        ShardedError: the folder lacks one of them, has it in another shape, or is damaged.
+        CheckpointError: the folder lacks one of them, has it in another shape, or is damaged.
     """
     found = shapes(folder)
     for name, tensor in tensors.items():
         if found.get(name) != tensor.shape:
             stored = f"{tuple(found[name])}" if name in found else "missing"
-            raise ShardedError(f"{folder}: {name} is {stored}, not {tuple(tensor.shape)}")
+            raise CheckpointError(f"{folder}: {name} is {stored}, not {tuple(tensor.shape)}")
     with _one_error(folder), _without_warning():
         dcp.load(dict(tensors), storage_reader=_Reader(folder))
 
@@ -128,13 +124,13 @@ def _without_warning() -> Iterator[None]:
 
 @contextmanager
 def _one_error(folder: Path) -> Iterator[None]:
-    """Turn any error of reading a damaged folder into a ``ShardedError``."""
+    """Turn any error of reading a damaged folder into a ``CheckpointError``."""
     try:
         yield
-    except ShardedError:
+    except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:
-        raise ShardedError(f"{folder}: damaged or unsafe checkpoint ({reason(error)})") from None
+        raise CheckpointError(f"{folder}: damaged or unsafe checkpoint ({reason(error)})") from None
 
 
 def reason(error: BaseException) -> str:

@@ -19,11 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from flowmo.checkpoint import CheckpointError, eight_bit, hub, run_folder
 from flowmo.checkpoint import distributed as sharded
-from flowmo.checkpoint import eight_bit, hub, pth, run_folder
-from flowmo.checkpoint.authors import CheckpointMismatchError, convert_release, is_release, release_config
+from flowmo.checkpoint.authors import convert_release, is_release, release_config
+from flowmo.checkpoint.pth import read_pth
 from flowmo.config import PRESETS, Config, ConfigError
-from flowmo.errors import FlowMoError
 
 BUNDLED = Path(__file__).parent.parent / "pretrained"
 FORMAT = "flowmo-1"
@@ -40,10 +40,6 @@ PATH_SETTINGS = (
     "generator.tokenizer",
 )
 """Settings that name paths of the training machine. Files of weights leave them out."""
-
-
-class CheckpointError(FlowMoError, ValueError):
-    """A file of weights that is missing, damaged, unsafe or of another architecture."""
 
 
 def find(source: str | Path) -> Path:
@@ -70,10 +66,7 @@ def find(source: str | Path) -> Path:
             f"random ones with flowmo.FlowMo(flowmo.preset({name!r}))"
         )
     if hub.is_name(name) and not path.suffix.startswith((".pt", ".safetensors")):
-        try:
-            return hub.fetch(name)
-        except hub.HubError as error:
-            raise CheckpointError(str(error)) from None
+        return hub.fetch(name)
     raise CheckpointError(f"{source}: no such file, and no preset of that name ({', '.join(PRESETS)})")
 
 
@@ -88,8 +81,8 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
     """
     if path.suffix == ".safetensors":
         with open_safetensors(path) as (config, file):
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return config.override(*overrides), eight_bit.expand(tensors)
+            tensors = eight_bit.expand({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        return config.override(*overrides), tensors
     content = {} if path.is_dir() else read_pth(path)
     if path.is_dir() or "flowmo" in content:
         metadata, state = read_shards(path, ema) if path.is_dir() else (content, content.get("ema" if ema else "model"))
@@ -104,7 +97,7 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
     try:
         config = release_config(state).override(*overrides)
         return config, convert_release(state, config)
-    except CheckpointMismatchError as error:
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
@@ -112,7 +105,8 @@ def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Read the settings of a file of weights; a ``.safetensors`` file is read without its weights."""
     if path.suffix == ".safetensors":
         with open_safetensors(path) as (config, _):
-            return config.override(*overrides)
+            pass
+        return config.override(*overrides)
     return read(path, overrides)[0]
 
 
@@ -143,14 +137,6 @@ def open_safetensors(path: Path) -> Iterator[tuple[Config, Any]]:
         raise CheckpointError(f"{path}: holds settings that do not work: {error}") from None
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({_short(error)})") from None
-
-
-def read_pth(path: Path) -> dict[str, Any]:
-    """``pth.read_pth`` that raises ``CheckpointError``."""
-    try:
-        return pth.read_pth(path)
-    except pth.PthError as error:
-        raise CheckpointError(str(error)) from None
 
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -13,16 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flowmo.errors import FlowMoError
+from flowmo.checkpoint import CheckpointError
 
 MODEL_FILE = "model.safetensors"
 CONTEXT_FILE = "model.context.safetensors"
 CARD_FILE = "README.md"
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w][\w./-]{0,95})?", re.ASCII)
-
-
-class HubError(FlowMoError, OSError):
-    """A repository that cannot be read or written."""
 
 
 def is_name(text: str) -> bool:
@@ -34,7 +30,7 @@ def fetch(name: str) -> Path:
     """Download or find in the cache ``model.safetensors`` of a repository, with its context model beside it.
 
     Raises:
-        HubError: no such repository, no connection, or huggingface_hub is not installed.
+        CheckpointError: no such repository, no connection, or huggingface_hub is not installed.
     """
     repository, _, revision = name.partition("@")
     with _hub(
@@ -44,7 +40,7 @@ def fetch(name: str) -> Path:
         files = [MODEL_FILE, CONTEXT_FILE]
         folder = Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=files))
     if not (folder / MODEL_FILE).is_file():
-        raise HubError(f"{name}: the repository has no {MODEL_FILE}.")
+        raise CheckpointError(f"{name}: the repository has no {MODEL_FILE}.")
     return folder / MODEL_FILE
 
 
@@ -55,10 +51,10 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
         The address of the repository.
 
     Raises:
-        HubError: the Hub refuses, or huggingface_hub is not installed.
+        CheckpointError: the Hub refuses, or huggingface_hub is not installed.
     """
     if not is_name(name) or "@" in name:
-        raise HubError(f"{name!r} is no name of a repository; write owner/name")
+        raise CheckpointError(f"{name!r} is no name of a repository; write owner/name")
     with _hub(f"{name}: uploading to the Hub", f"{name}: the Hub did not take it") as hub:
         api = hub.HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
@@ -107,11 +103,11 @@ def _hub(purpose: str, failure: str) -> Iterator[Any]:
     try:
         import huggingface_hub
     except ImportError:
-        raise HubError(f"{purpose} needs huggingface_hub: pip install 'flowmo[hub]'") from None
+        raise CheckpointError(f"{purpose} needs huggingface_hub: pip install 'flowmo[hub]'") from None
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         yield huggingface_hub
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines()
-        raise HubError(f"{failure} ({lines[0][:300] if lines else type(error).__name__})") from None
+        raise CheckpointError(f"{failure} ({lines[0][:300] if lines else type(error).__name__})") from None

@@ -16,16 +16,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from flowmo.errors import FlowMoError
+from flowmo.checkpoint import CheckpointError
 
 MAX_DEPTH = 16
 MAX_LEAVES = 1_000_000
 LEGACY_PICKLES = 5
 """Number of pickles at the start of a file that ``torch.save`` wrote before version 1.6."""
-
-
-class PthError(FlowMoError, ValueError):
-    """A file that is damaged, unsafe or not a mapping of names to tensors and values."""
 
 
 class CountingUnpickler(pickle._Unpickler):
@@ -94,22 +90,22 @@ def read_pth(path: str | Path) -> dict[str, Any]:
     """Read a file of ``torch.save``, memory-mapped if its format allows.
 
     Raises:
-        PthError: it is damaged, holds something other than tensors and plain values, or a tensor larger than the file.
+        CheckpointError: it is damaged, holds more than tensors and plain values, or a tensor larger than the file.
     """
     try:
         zipped = zipfile.is_zipfile(path)
         _check_pickles(path, zipped)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
-        raise PthError(
+        raise CheckpointError(
             f"{path}: refused, it is damaged or holds something other than tensors and plain values, "
             "which could run code when loaded"
         ) from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise PthError(f"{path}: damaged or not a PyTorch checkpoint ({reason[:150]})") from None
+        raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint ({reason[:150]})") from None
     if not isinstance(content, dict):
-        raise PthError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     _check_tensors(content, path, MAX_DEPTH, set())
     return content
 
@@ -135,12 +131,12 @@ def _check_tensors(value: object, path: str | Path, depth: int, seen: set[int]) 
         return
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise PthError(f"{path}: holds a tensor that is not dense")
+            raise CheckpointError(f"{path}: holds a tensor that is not dense")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise PthError(f"{path}: holds a tensor of {tuple(value.shape)} numbers, more than the file has")
+            raise CheckpointError(f"{path}: holds a tensor of {tuple(value.shape)} numbers, more than the file has")
     elif isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str | bytes)):
         if depth == 0:
-            raise PthError(f"{path}: is nested too deeply")
+            raise CheckpointError(f"{path}: is nested too deeply")
         seen.add(id(value))
         for inner in value.values() if isinstance(value, Mapping) else value:
             _check_tensors(inner, path, depth - 1, seen)

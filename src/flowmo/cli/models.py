@@ -15,6 +15,7 @@ import torch
 import flowmo
 from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.distributed import is_sharded
+from flowmo.checkpoint.pth import read_pth
 from flowmo.cli.options import JSON, MODEL, POSITIVE, command, load, number, option, prepare
 from flowmo.cli.output import UsageError
 from flowmo.codec.file import Codec, find_context
@@ -151,7 +152,7 @@ def is_generator(path: Path) -> bool:
     """Return whether a file or folder is a training checkpoint of stage 2."""
     if is_sharded(path):
         return checkpoint.read_shards(path)[0].get("stage") == checkpoint.GENERATOR
-    return path.suffix == ".pth" and path.is_file() and checkpoint.read_pth(path).get("stage") == checkpoint.GENERATOR
+    return path.suffix == ".pth" and path.is_file() and read_pth(path).get("stage") == checkpoint.GENERATOR
 
 
 @command(

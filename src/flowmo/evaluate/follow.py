@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flowmo
-from flowmo.checkpoint.files import CheckpointError
+from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS, has_ended, listing
 from flowmo.config import Config, DataConfig
 from flowmo.data import open_source

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint import files as checkpoint
-from flowmo.checkpoint.pth import PthError, read_pth
+from flowmo.checkpoint.pth import read_pth
 from flowmo.data import DataError, evenly_spread
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.fid import Moments, StatisticsError, finite_sample_bias, frechet_distance
@@ -189,7 +190,7 @@ class MeasurementFolder:
         try:
             content = read_pth(path)
             identity, state = content["identity"], content["measurement"]
-        except (PthError, KeyError) as error:
+        except (CheckpointError, KeyError) as error:
             reason = " ".join(str(error).split())[:100]
             raise EvaluationError(f"{path} is not part of an evaluation ({reason}).") from None
         if identity != self.identity:

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.distributed import is_sharded
 from flowmo.checkpoint.eight_bit import expand, stored
 from flowmo.checkpoint.files import GENERATOR as STAGE
-from flowmo.checkpoint.files import CheckpointError, finite, on_meta, read_pth, read_shards, write_whole
+from flowmo.checkpoint.files import finite, on_meta, read_shards, write_whole
+from flowmo.checkpoint.pth import read_pth
 from flowmo.config import Config, ConfigError, GeneratorConfig
 from flowmo.data.tokens import Vocabulary
 from flowmo.errors import one_line

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowmo.checkpoint.pth import PthError, read_pth
+from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint.pth import read_pth
 from flowmo.errors import FlowMoError, one_line
 from flowmo.losses.resnet import ResNet50
 
@@ -115,13 +116,13 @@ def in_float32(method: Callable[..., Result]) -> Callable[..., Result]:
 
 @contextmanager
 def _loading(path: Path) -> Iterator[None]:
-    """Raise ``PthError`` if the file holds another network's weights."""
+    """Raise ``CheckpointError`` if the file holds another network's weights."""
     try:
         yield
-    except PthError:
+    except CheckpointError:
         raise
     except (KeyError, RuntimeError, AttributeError, TypeError, OSError, SafetensorError) as error:
-        raise PthError(f"{path}: not the weights of this network ({one_line(error)}).") from None
+        raise CheckpointError(f"{path}: not the weights of this network ({one_line(error)}).") from None
 
 
 class LPIPS(nn.Module):
@@ -137,7 +138,7 @@ class LPIPS(nn.Module):
 
     Raises:
         WeightsNotFoundError: see ``find_weights``.
-        PthError: a file is damaged, unsafe, or of another network.
+        CheckpointError: a file is damaged, unsafe, or of another network.
         ValueError: ``net`` is unknown.
     """
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint import distributed as sharded
 from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.pth import read_pth
 from flowmo.checkpoint.run_folder import listing
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError, one_line
@@ -104,7 +106,7 @@ def save(folder: Path, step: int, state: State, metadata: Mapping[str, Any], wor
                 parts[part][rest] = value
             checkpoint.write_whole(path, lambda temporary: _write({**content, **parts}, temporary))
         return path
-    except (OSError, RuntimeError, sharded.ShardedError) as error:
+    except (OSError, RuntimeError, CheckpointError) as error:
         if world.main:
             tidy(folder)
         good = listing(folder)
@@ -177,7 +179,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         except (OSError, ValueError, RecursionError) as error:
             raise StateError(f"{path} is damaged or not a training checkpoint ({error}).") from None
     else:
-        metadata = {name: value for name, value in checkpoint.read_pth(path).items() if name not in PARTS}
+        metadata = {name: value for name, value in read_pth(path).items() if name not in PARTS}
     if not isinstance(metadata, dict):
         raise StateError(f"{path} is damaged or not a training checkpoint (its metadata is not a table).")
     for name, kind in REQUIRED.items() if metadata.get("flowmo") == FORMAT else ():
@@ -191,13 +193,13 @@ def restore(path: Path, state: State, optimizer: bool = True) -> None:
     """Read a checkpoint into a run, on all ranks together; without ``optimizer``, all but the optimizer's state.
 
     Raises:
-        CheckpointError, ShardedError, StateError: it is damaged, or of another model. The run may be half restored.
+        CheckpointError, StateError: it is damaged, or of another model. The run may be half restored.
     """
     targets = {name: t for name, t in state.tensors().items() if optimizer or not name.startswith("optimizer.")}
     if path.is_dir():
         sharded.read_into(path, targets)
         return
-    content = checkpoint.read_pth(path)
+    content = read_pth(path)
     parts = {part: content.get(part, {}) for part in PARTS}
     damaged = next((part for part, tensors in parts.items() if not isinstance(tensors, dict)), None)
     if damaged:

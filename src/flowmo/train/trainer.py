@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flowmo.checkpoint.distributed import ShardedError
-from flowmo.checkpoint.files import CheckpointError, write_content
+from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint.files import write_content
 from flowmo.checkpoint.run_folder import BEST, CHECKPOINTS, ENDED, SETTINGS, listing
 from flowmo.config import Config, ConfigError, flatten
 from flowmo.data import batches
@@ -379,7 +379,7 @@ class Trainer:
         """Restore the newest of the run's own checkpoints."""
         try:
             self._restore(found[-1], state.read_metadata(found[-1]))
-        except (CheckpointError, ShardedError, state.StateError) as error:
+        except (CheckpointError, state.StateError) as error:
             advice = f"Remove it to go on from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
 

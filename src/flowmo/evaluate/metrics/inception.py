@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowmo.checkpoint.pth import PthError, read_pth
+from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint.pth import read_pth
 from flowmo.evaluate.metrics.features import FeatureNetwork, FeatureNetworkError, Features
 from flowmo.images import to_bytes
 from flowmo.losses.perceptual import find_weights, in_float32
@@ -62,7 +63,7 @@ class FIDInception(FeatureNetwork):
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
-        except (PthError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        except (CheckpointError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:150]
             raise FeatureNetworkError(f"{path} does not hold the weights of FID's Inception ({reason}).") from None
         self.classes = 1008 if self.network.fc.weight.any() else 0  # some copies of the weights lack the classifier

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowmo.checkpoint.pth import PthError, read_pth
+from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint.pth import read_pth
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.reconstruction import Reconstruction
 
@@ -71,7 +72,7 @@ def read_weights(path: str | Path, *keys: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content: object = read_pth(path)
-    except (OSError, PthError, SafetensorError) as error:
+    except (OSError, CheckpointError, SafetensorError) as error:
         raise PeerError(f"{path} cannot be read ({' '.join(str(error).split())[:150]}).") from None
     for key in keys:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
