@@ -40,8 +40,8 @@ class ImageSet(Protocol):
 class SourceImages:
     """The images of a data source, not cropped."""
 
-    def __init__(self, source: Source, name: str, on_unreadable: Callable[[str], None] = print_unreadable):
-        self.source, self.name, self.on_unreadable = source, name, on_unreadable
+    def __init__(self, source: Source, name: str):
+        self.source, self.name = source, name
 
     def __len__(self) -> int:
         return len(self.source)
@@ -55,7 +55,7 @@ class SourceImages:
                 try:
                     image = self.source.read(index)
                 except ImageError as error:
-                    self.on_unreadable(str(error))
+                    print_unreadable(str(error))
                     continue
                 first = first or image.size
                 if image.size != first:
@@ -142,11 +142,11 @@ def extract_features(
         done += len(batch)
         if number % world.size == world.rank:
             features = in_fixed_batches(network, batch.to(device).float() / 127.5 - 1)
-            for kind in moments:
-                moments[kind].add(getattr(features, kind))
-            for kind in rows:
-                if rows[kind].shape[1]:
-                    rows[kind][positions] = getattr(features, kind).float().cpu()
+            for kind, moment in moments.items():
+                moment.add(getattr(features, kind))
+            for kind, row in rows.items():
+                if row.shape[1]:
+                    row[positions] = getattr(features, kind).float().cpu()
         if progress:
             progress(done, count)
     if done < 2:

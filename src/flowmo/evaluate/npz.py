@@ -47,7 +47,7 @@ class NpzFile:
     def __init__(self, path: str | Path):
         self.path, self.name = Path(path), str(path)
         self.shape: tuple[int, ...] = (0, 0, 0, 3)
-        with self._errors("is not an .npz file"), zipfile.ZipFile(self.path) as archive:
+        with self._errors("it is not an .npz file"), zipfile.ZipFile(self.path) as archive:
             self.names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
         if IMAGES in self.names:
             with self._array(IMAGES) as (_, shape, dtype, fortran):

@@ -38,4 +38,4 @@ def build_features(kind: str = "auto", weights: str | Path | None = None, downlo
             return FEATURE_NETWORKS[name](weights, download)
         except FlowMoError as error:
             reasons.append(str(error))
-    raise FeatureNetworkError("; ".join(reasons))
+    raise FeatureNetworkError(" ".join(reasons))
