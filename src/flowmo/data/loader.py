@@ -11,10 +11,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from flowmo.data.sources.base import DataError
 from flowmo.data.transforms import ATTEMPTS
+from flowmo.errors import one_line
 from flowmo.streams import Stream, stream, stream_seed
 
 RESUME_ADVICE = "Run the same command again to resume from the last checkpoint."
@@ -72,22 +73,20 @@ def _ignore_signals(_: int) -> None:
 
 
 class _ErrorsAsValues(Dataset):
-    """Return errors instead of raising them, because a DataLoader worker would wrap an exception in its traceback."""
+    """Load a batch as (items, {name: error}, failure).
+
+    Return errors instead of raising them, because a DataLoader worker would wrap an exception in its own traceback.
+    """
 
     def __init__(self, dataset: IndexedDataset):
         self.dataset = dataset
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, dict[str, str], str]:
+    def __getitem__(self, batch: list[tuple[int, int]]) -> tuple[Tensor | None, dict[str, str], str]:
         try:
-            return *self.dataset.load(*item), ""
+            items, errors = zip(*[self.dataset.load(index, seed) for index, seed in batch], strict=True)
         except DataError as error:
             return None, {}, str(error)
-
-
-def _collate(items: list[tuple[Tensor | None, dict[str, str], str]]) -> tuple[Tensor | None, dict[str, str], str]:
-    failure = next((failure for *_, failure in items if failure), "")
-    unreadable = {name: error for _, errors, _ in items for name, error in errors.items()}
-    return None if failure else torch.stack([item for item, *_ in items]), unreadable, failure
+        return torch.stack(items), {name: error for some in errors for name, error in some.items()}, ""
 
 
 def batches(
@@ -114,12 +113,12 @@ def batches(
     Raises:
         DataError: too many images in a row cannot be read, or a worker died.
     """
+    sampler = ResumableSampler(len(dataset), seed, start, batch_size, global_batch or batch_size)
     loader = DataLoader(
         _ErrorsAsValues(dataset),
-        batch_size=batch_size,
-        sampler=ResumableSampler(len(dataset), seed, start, batch_size, global_batch or batch_size),
+        batch_size=None,  # the sampler yields batches
+        sampler=BatchSampler(sampler, batch_size, drop_last=True),
         num_workers=workers,
-        collate_fn=_collate,
         worker_init_fn=_ignore_signals,
         pin_memory=pin_memory,
         timeout=timeout * (batch_size + ATTEMPTS) if workers else 0,
@@ -132,7 +131,7 @@ def batches(
             except (OSError, EOFError) as error:  # worker killed mid-transfer
                 with suppress(RuntimeError):  # torch raises this when the worker's signal arrives
                     time.sleep(SIGNAL_DELAY)
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = one_line(error) or type(error).__name__
                 raise DataError(f"Data loading failed: {reason}. {RESUME_ADVICE}") from None
             if failure:
                 raise DataError(failure)

@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 
 from flowmo.data.bits import pack_ids, packed_size, unpack_ids
 from flowmo.data.sources.base import DataError
+from flowmo.errors import one_line
 
 MANIFEST = "tokens.json"
 FORMAT = 1
@@ -195,8 +196,7 @@ def read_metadata(folder: str | Path) -> tuple[TokenMetadata, bool]:
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise DataError(f"{path}: not written by `flowmo tokenize`, or damaged ({reason}).") from None
+        raise DataError(f"{path}: not written by `flowmo tokenize`, or damaged ({one_line(error, 100)}).") from None
     return metadata, bool(tree.get("complete"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from flowmo.data.sources.base import DataError, Source
+from flowmo.errors import one_line
 from flowmo.images import ImageError, read_image
 
 
@@ -62,7 +63,7 @@ def _load(datasets: Any, spec: str, name: str, split: str) -> Any:
             return datasets.load_dataset(name, split=split)
         loaded = datasets.load_from_disk(name)
     except Exception as error:  # the library, the network and the file system raise anything
-        raise DataError(f"{spec}: cannot be loaded ({' '.join(str(error).split())[:200]}).") from None
+        raise DataError(f"{spec}: cannot be loaded ({one_line(error, 200)}).") from None
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if split not in loaded:
