@@ -266,10 +266,8 @@ class Generator(Packable):
     def _flat(self, ids: Tensor) -> Tensor:
         v = self.vocabulary
         if ids.ndim != 3 or ids.shape[1:] != (v.tokens, v.sub_tokens) or ids.is_floating_point():
-            raise GenerationError(
-                f"The ids have shape {tuple(ids.shape)} and type {ids.dtype}, not integers of shape "
-                f"(batch, {v.tokens}, {v.sub_tokens})."
-            )
+            form = f"{tuple(ids.shape)}, {ids.dtype}"
+            raise GenerationError(f"The ids have shape {form}; they must be integers b × {v.tokens} × {v.sub_tokens}.")
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < v.vocab_size:
             found = f"{int(ids.min())} to {int(ids.max())}"
             raise GenerationError(f"The ids run from {found}, not from 0 to {v.vocab_size - 1}.")
@@ -338,13 +336,26 @@ def load_generator(
     path = Path(path)
     if not path.is_file() and not is_sharded(path):
         raise CheckpointError(f"{path}: There is no such generator.")
-    trained = path.suffix == ".pth" or path.is_dir()
-    metadata, state = _read_checkpoint(path, ema) if trained else _read_safetensors(path)
-    config, vocabulary = _parse(path, metadata)
+    training = path.suffix == ".pth" or path.is_dir()
+    try:
+        metadata, state = _read_training(path, ema) if training else _read_safetensors(path)
+        config, vocabulary = _parse(metadata)
+    except CheckpointError:
+        raise
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        ConfigError,
+        TypeError,
+        ValueError,
+        KeyError,
+        RecursionError,
+    ) as error:
+        raise CheckpointError(f"{path}: The file is damaged or no generator ({one_line(error)}).") from None
     return build_generator(config.override(*overrides), vocabulary, state, path).to(device)
 
 
-def _read_checkpoint(path: Path, ema: bool) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+def _read_training(path: Path, ema: bool) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     metadata, state = read_shards(path, ema) if path.is_dir() else (read_pth(path), None)
     if metadata.get("stage") != STAGE:
         raise CheckpointError(f"{path}: The checkpoint holds no generator.")
@@ -356,31 +367,23 @@ def _read_checkpoint(path: Path, ema: bool) -> tuple[Mapping[str, Any], Mapping[
 
 
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: The file holds no generator.")
-            state = expand({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-            return {key: json.loads(metadata[key]) for key in ("config", "vocabulary")}, state
-    except CheckpointError:
-        raise
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path}: The file is damaged or no safetensors file ({one_line(error)}).") from None
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: The file holds no generator.")
+        state = expand({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    return {key: json.loads(metadata[key]) for key in ("config", "vocabulary")}, state
 
 
-def _parse(path: Path, metadata: Mapping[str, Any]) -> tuple[Config, Vocabulary]:
-    try:
-        given = metadata["vocabulary"]
-        vocabulary = Vocabulary(**{**given, "classes": tuple(given["classes"])})
-        sizes = (vocabulary.image_size, vocabulary.tokens, vocabulary.sub_tokens, vocabulary.id_bits)
-        if not all(isinstance(n, int) and n > 0 for n in sizes) or vocabulary.id_bits > MAX_ID_BITS:
-            raise TypeError("its vocabulary has impossible sizes")
-        if not all(isinstance(text, str) for text in (vocabulary.tokenizer, vocabulary.model, *vocabulary.classes)):
-            raise TypeError("its vocabulary has names that are no text")
-        return Config.from_dict(metadata["config"]), vocabulary
-    except (ConfigError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: The settings in this file are invalid: {one_line(error)}") from None
+def _parse(metadata: Mapping[str, Any]) -> tuple[Config, Vocabulary]:
+    given = metadata["vocabulary"]
+    vocabulary = Vocabulary(**{**given, "classes": tuple(given["classes"])})
+    sizes = (vocabulary.image_size, vocabulary.tokens, vocabulary.sub_tokens, vocabulary.id_bits)
+    if not all(isinstance(n, int) and n > 0 for n in sizes) or vocabulary.id_bits > MAX_ID_BITS:
+        raise TypeError("its vocabulary has impossible sizes")
+    if not all(isinstance(text, str) for text in (vocabulary.tokenizer, vocabulary.model, *vocabulary.classes)):
+        raise TypeError("its vocabulary has names that are no text")
+    return Config.from_dict(metadata["config"]), vocabulary
 
 
 def build_generator(
