@@ -92,16 +92,9 @@ class Schedule:
             return max(start.images + round((span.amount - start.step) * batch), 0)
 
         opt, trainer = config.opt, config.trainer
-        return cls(
-            batch=batch,
-            duration=length(trainer.duration),
-            warmup=opt.warmup.images(batch, epoch),
-            freeze_encoder_after=length(opt.freeze_encoder_after),
-            log=trainer.log_every.images(batch, epoch),
-            sample=trainer.sample_every.images(batch, epoch),
-            checkpoint=trainer.checkpoint_every.images(batch, epoch),
-            keep=trainer.keep_every.images(batch, epoch),
-        )
+        periods = (trainer.log_every, trainer.sample_every, trainer.checkpoint_every, trainer.keep_every)
+        warmup, *rest = (span.images(batch, epoch) for span in (opt.warmup, *periods))
+        return cls(batch, length(trainer.duration), warmup, length(opt.freeze_encoder_after), *rest)
 
     def is_due(self, period: int, images: int) -> bool:
         """Return whether the step that ended at ``images`` crossed a multiple of ``period``."""

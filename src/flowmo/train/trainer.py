@@ -122,12 +122,11 @@ class Trainer:
 
     def _max_microbatch(self) -> int:
         """Forecast the largest micro-batch that fits on the device, or in this process's part of the machine."""
-        on_gpu = self.device.type == "cuda"
-        cost = self.task.cost()
+        memory = machine_memory() / self.world.local_size
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
         shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
-        if on_gpu:
-            return cost.max_images(torch.cuda.get_device_properties(self.device).total_memory, shards)
-        return cost.max_images(machine_memory() / self.world.local_size, shards)
+        return self.task.cost().max_images(memory, shards)
 
     # Train
 
