@@ -10,7 +10,7 @@ faces   Faces that dlib finds in IMAGES, at least 40 pixels wide. dlib's face ne
         distances below 0.6 count as the same person by its authors.
 
 Both are measured for the originals, for the model at three rates and for AVIF at no fewer bytes. Writes
-legibility.json.
+legibility.json; a part that is not asked for stays as it was.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Decode = Callable[[Image.Image], Image.Image]
 
 
 def text_image(size: int, seed: int, font: Path) -> tuple[Image.Image, str]:
-    """One line of words of a font size in pixels, on an image of 448 × 64 pixels."""
+    """One line of words of a font size in pixels, on an image 448 pixels wide and about twice the size high."""
     draw, drawn = random.Random(f"{size} {seed}"), ImageFont.truetype(str(font), size)
     words: list[str] = []
     while True:
@@ -56,8 +56,9 @@ def text_image(size: int, seed: int, font: Path) -> tuple[Image.Image, str]:
             break
         words = more
     ink, paper = ("black", "white") if seed % 2 else ("white", "black")
-    image = Image.new("RGB", (448, 64), paper)
-    ImageDraw.Draw(image).text((8, 32), " ".join(words), ink, drawn, anchor="lm")
+    height = -(-2 * size // 16) * 16  # whole cells; the OCR model scales the line to 48 pixels
+    image = Image.new("RGB", (448, height), paper)
+    ImageDraw.Draw(image).text((8, height // 2), " ".join(words), ink, drawn, anchor="lm")
     return image, " ".join(words)
 
 
@@ -142,7 +143,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     tokenizer = flowmo.load(arguments.model)
-    found: dict[str, Any] = {"model": tokenizer.identity()}
+    path = arguments.out / "legibility.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("model") != tokenizer.identity():
+        found = {"model": tokenizer.identity()}
     ways = decoders(tokenizer, Codec(tokenizer, find_context(arguments.model, tokenizer)))
     if arguments.font:
         reader = Reader()
@@ -172,7 +176,7 @@ def main() -> None:
             same = [float(distance < SAME_PERSON) for distance in distances]
             rows[name] = {"distance": mean_and_error(distances), "same person": mean_and_error(same)}
         found["face distance"] = rows
-    write_content(arguments.out / "legibility.json", json.dumps(found, indent=1) + "\n")
+    write_content(path, json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
