@@ -36,8 +36,8 @@ def open_source(path: str | Path, index: Index = None) -> Source:
     Raises:
         DataError: the source is missing or contains no images.
     """
-    for opened in SOURCES:
-        source = opened(str(path), index or None)
+    for open_kind in SOURCES:
+        source = open_kind(str(path), index or None)
         if source is not None:
             return source
     raise DataError(f"{path}: neither a folder of images nor a .tar file.")
