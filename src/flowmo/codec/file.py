@@ -216,10 +216,11 @@ class Codec:
         if planes not in self.plane_counts or tile != self.tile:
             raise _damaged(f"{planes} planes, or tiles of {tile} pixels, are not of this tokenizer")
         name = reader.take(CONTEXT_BYTES) if coding == CONTEXT else None
-        unpack = self._unpack_planes if self.native else self._unpack_tiles
-        return unpack(reader, name, (height, width), planes, on_missing)
+        if self.native:
+            return self._unpack_planes(reader, name, (height, width), planes, on_missing)
+        return self._unpack_tiles(reader, name, (height, width))
 
-    def _unpack_tiles(self, reader: _Reader, name: bytes | None, size: tuple[int, int], *_: Any) -> Codes:
+    def _unpack_tiles(self, reader: _Reader, name: bytes | None, size: tuple[int, int]) -> Codes:
         context, header = self._context(name), reader.content[: reader.position]
         content = reader.take(len(reader.content) - reader.position - CRC.size)
         shape = (*self._shape(*size), self.sub_tokens)
