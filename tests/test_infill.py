@@ -84,7 +84,7 @@ def test_a_fresh_process_loads_it(folder):
 
 
 def test_language_models_that_do_not_fit(folder, code, tmp_path):
-    with pytest.raises(LanguageModelError, match=r"hidden size 16; write model\.context_dim=16, not 8"):
+    with pytest.raises(LanguageModelError, match=r"hidden size 16. Write model\.context_dim=16, not 8"):
         Infill(8, str(folder))(code[..., :8])
-    with pytest.raises(LanguageModelError, match="no such language model"):
+    with pytest.raises(LanguageModelError, match="cannot load a language model"):
         Infill(CHANNELS, str(tmp_path))(code)

@@ -237,11 +237,11 @@ class Stream(nn.Module):
 class DoubleStreamBlock(nn.Module):
     """Joint attention of the code and the image stream, then an MLP for each stream that is read afterwards."""
 
-    def __init__(self, shape: Shape, modulated: bool, code_read: bool = True, picture_read: bool = True):
+    def __init__(self, shape: Shape, modulated: bool, code_read: bool = True, image_read: bool = True):
         super().__init__()
         self.attention_scale = shape.attention_scale
         self.code = Stream(shape, modulated, keys_only=not code_read)
-        self.picture = Stream(shape, modulated, keys_only=not picture_read)
+        self.picture = Stream(shape, modulated, keys_only=not image_read)
 
     @property
     def used_outside(self) -> list[nn.Module]:
@@ -288,7 +288,7 @@ class Encoder(nn.Module):
         # The paper feeds zeros through a linear layer; only its bias can act.
         self.code_embedding = nn.Parameter(torch.empty(shape.width).uniform_(-1, 1) / math.sqrt(channels))
         self.blocks = nn.ModuleList(
-            DoubleStreamBlock(shape, modulated=False, picture_read=i < shape.depth - 1) for i in range(shape.depth)
+            DoubleStreamBlock(shape, modulated=False, image_read=i < shape.depth - 1) for i in range(shape.depth)
         )
         self.code_out = nn.Linear(shape.width, channels)
 
