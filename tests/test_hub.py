@@ -71,7 +71,7 @@ def test_the_cache_without_a_network(folder, tiny, tmp_path):
     assert identity == tiny.identity()
     assert (Path(where) / hub.CONTEXT_FILE).is_file()
     last = done.stderr.strip().splitlines()[-1]
-    assert "CheckpointError: someone/other: no such folder here, and not to be had from the Hub" in last
+    assert "CheckpointError: someone/other is not a folder, and the Hub did not deliver it" in last
 
 
 class FakeHub(BaseHTTPRequestHandler):
@@ -157,12 +157,12 @@ def test_push_and_load(fake_hub, tiny, tiny_model, tmp_path):
     assert done.stdout.strip() == tiny.identity(), done.stderr
     code = "import flowmo; flowmo.load('someone/unknown')"
     last = python(code, tmp_path / "other", **there).stderr.strip().splitlines()[-1]
-    assert "CheckpointError: someone/unknown: no such folder here, and not to be had from the Hub" in last
+    assert "CheckpointError: someone/unknown is not a folder, and the Hub did not deliver it" in last
     handler.refuse = True
     code = f"import sys; from flowmo.cli import main; sys.exit(main(['push', {str(tiny_model)!r}, 'someone/flowmo']))"
     refused = python(code, tmp_path / "home", **there)
     assert refused.returncode == 2
-    assert refused.stderr.strip().splitlines()[-1].startswith("flowmo: someone/flowmo: the Hub did not take it")
+    assert refused.stderr.strip().splitlines()[-1].startswith("flowmo: The Hub did not accept someone/flowmo")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_packed_commands(capsys, tiny_model, photo, tmp_path):
     assert run(capsys, "bench", "--model", tiny_model, "--repeats", 1, "--pack")[0] == 0
     code, _, error = run(capsys, "bench", "--model", tiny_model, "--pack", "--bfloat16")
     assert code == 2
-    assert error == "flowmo: packed weights are float32; leave out --pack or --precision bfloat16\n"
+    assert error == "flowmo: Packed weights are float32. Leave out --pack or --precision bfloat16.\n"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -155,7 +155,7 @@ def test_what_would_go_wrong_is_refused(tokenizer, images):
     state, identity = tokenizer.state_dict(), tokenizer.identity()
     half = FlowMo(tokenizer.config)
     half.decoder.bfloat16()
-    with pytest.raises(RuntimeError, match="packing is for float32 on a CPU"):
+    with pytest.raises(RuntimeError, match="Packing is for float32 on a CPU"):
         half.pack()
     assert any(isinstance(module, nn.Linear) for module in half.encoder.modules())
     tokenizer.pack()
@@ -168,7 +168,7 @@ def test_what_would_go_wrong_is_refused(tokenizer, images):
     with pytest.raises(RuntimeError, match="stays on the CPU in float32"):
         tokenizer.to("meta")
     assert tokenizer.to("cpu").float() is tokenizer
-    with pytest.raises(RuntimeError, match="packing is for float32 on a CPU"):
+    with pytest.raises(RuntimeError, match="Packing is for float32 on a CPU"):
         FlowMo(tokenizer.config).double().pack()
     assert tokenizer.pack() is tokenizer  # twice is once
     assert tokenizer.identity() == identity

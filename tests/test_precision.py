@@ -33,7 +33,7 @@ def test_auto_follows_the_device(asked, device, capability, resolved, monkeypatc
 
 
 def test_unknown_precision():
-    with pytest.raises(ValueError, match="write auto, float32, bfloat16"):
+    with pytest.raises(ValueError, match="Write auto, float32, bfloat16"):
         precision.resolve("half", torch.device("cpu"))
 
 

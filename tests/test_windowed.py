@@ -146,7 +146,7 @@ def test_rates_are_prefixes(tokenizer, image):
 
 
 def test_a_tokenizer_of_one_rate_names_it(tiny, images):
-    with pytest.raises(ValueError, match=r"no choice of rate; bits per pixel it has: 0\.0469"):
+    with pytest.raises(ValueError, match=r"no choice of rate\. Its bits per pixel: 0\.0469"):
         tiny.encode(images, bits_per_pixel=0.05)
 
 

@@ -17,7 +17,7 @@ def resolve(precision: str, device: torch.device) -> str:
         ValueError: an unknown name.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; write {', '.join(PRECISIONS)}")
+        raise ValueError(f"Unknown precision {precision!r}. Write {', '.join(PRECISIONS)}.")
     if precision != "auto":
         return precision
     has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

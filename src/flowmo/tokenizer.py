@@ -239,10 +239,10 @@ class FlowMo(Packable):
         rates = self.rates(height, width)
         listed = ", ".join(f"{rate:.4f}" for rate in rates) or "none, for it is continuous"
         if not self.variable_rate:
-            raise RateError(f"this tokenizer has no choice of rate; bits per pixel it has: {listed}")
+            raise RateError(f"This tokenizer has no choice of rate. Its bits per pixel: {listed}.")
         within = sum(rate <= bits_per_pixel * (1 + 1e-9) for rate in rates)
         if not within:
-            raise RateError(f"{bits_per_pixel:g} bits per pixel is below every rate at {height}×{width}: {listed}")
+            raise RateError(f"{bits_per_pixel:g} bits per pixel is below every rate at {height}×{width}: {listed}.")
         return within
 
     # Batches of images
@@ -362,7 +362,7 @@ class FlowMo(Packable):
         images = torch.cat(out)[: len(noise)]
         if not torch.isfinite(images).all():
             raise sampler.NotFiniteError(
-                f"the sample is not finite with guidance {guidance:g}; a guidance nearer to 1 may help"
+                f"The sample is not finite with guidance {guidance:g}. A guidance nearer to 1 may help."
             )
         return images
 
@@ -411,8 +411,8 @@ class FlowMo(Packable):
         patch = self.config.model.patch_size
         if height < patch or width < patch or height % patch or width % patch:
             raise ValueError(
-                f"images of {height}×{width} do not divide into patches of {patch}×{patch}; "
-                "use encode_image, or resize them"
+                f"Images of {height}×{width} do not divide into patches of {patch}×{patch}. "
+                "Use encode_image, or resize them."
             )
 
     # Single images of any size

@@ -54,12 +54,12 @@ def release_config(state: Mapping[str, Tensor]) -> Config:
             "model.quantization_type": "kl" if code_channels == 2 * channels else "lfq",
         }
     except (KeyError, IndexError) as error:
-        raise CheckpointError(f"not a FlowMo checkpoint of the authors' release: {error} is missing") from None
+        raise CheckpointError(f"This is no checkpoint of the authors' release: {error} is missing.") from None
     group = GROUPS.get(channels) or next(g for g in range(min(14, channels), 0, -1) if channels % g == 0)
     try:
         return Config().updated({**values, "model.codebook_size_for_entropy": group})
     except ConfigError as error:
-        raise CheckpointError(f"the checkpoint's shapes do not make a FlowMo: {error}") from None
+        raise CheckpointError(f"The checkpoint's shapes do not make a FlowMo: {error}") from None
 
 
 def _depth(state: Mapping[str, Tensor], network: str) -> int:
@@ -135,5 +135,5 @@ def convert_release(state: Mapping[str, Tensor], config: Config) -> dict[str, Te
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     for problem, keys in (("lacks", missing), ("has the unexpected", extra), ("does not fit:", misshapen)):
         if keys:
-            raise CheckpointError(f"the checkpoint {problem} {', '.join(keys[:3])} ({len(keys)} such)")
+            raise CheckpointError(f"The checkpoint {problem} {', '.join(keys[:3])} ({len(keys)} such).")
     return {e.ours: state[e.key][e.rows] for e in expected.values() if e.ours is not None}

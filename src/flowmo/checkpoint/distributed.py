@@ -110,7 +110,7 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if found.get(name) != tensor.shape:
             stored = f"{tuple(found[name])}" if name in found else "missing"
-            raise CheckpointError(f"{folder}: {name} is {stored}, not {tuple(tensor.shape)}")
+            raise CheckpointError(f"{folder}: {name} is {stored}, not {tuple(tensor.shape)}.")
     with _one_error(folder), _without_warning():
         dcp.load(dict(tensors), storage_reader=_Reader(folder))
 
@@ -130,7 +130,7 @@ def _one_error(folder: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{folder}: damaged or unsafe checkpoint ({reason(error)})") from None
+        raise CheckpointError(f"{folder} is damaged or unsafe ({reason(error)}).") from None
 
 
 def reason(error: BaseException) -> str:

@@ -62,12 +62,12 @@ def find(source: str | Path) -> Path:
             return bundled
         have = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.safetensors"))) or "none"
         raise CheckpointError(
-            f"preset {name!r} comes without weights (bundled: {have}); load a file of its weights, or start from "
-            f"random ones with flowmo.FlowMo(flowmo.preset({name!r}))"
+            f"Preset {name!r} comes without weights (bundled: {have}). Load a file of its weights, or start from "
+            f"random ones with flowmo.FlowMo(flowmo.preset({name!r}))."
         )
     if hub.is_name(name) and not path.suffix.startswith((".pt", ".safetensors")):
         return hub.fetch(name)
-    raise CheckpointError(f"{source}: no such file, and no preset of that name ({', '.join(PRESETS)})")
+    raise CheckpointError(f"{source}: There is no such file, and no preset of that name ({', '.join(PRESETS)}).")
 
 
 def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple[Config, dict[str, Tensor]]:
@@ -87,13 +87,13 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
     if path.is_dir() or "flowmo" in content:
         metadata, state = read_shards(path, ema) if path.is_dir() else (content, content.get("ema" if ema else "model"))
         if metadata.get("stage") == GENERATOR:
-            raise CheckpointError(f"{path}: holds a generator, not a tokenizer; see flowmo generate")
+            raise CheckpointError(f"{path} holds a generator, not a tokenizer. Use it with flowmo generate.")
         if not isinstance(metadata.get("config"), dict) or not isinstance(state, dict):
-            raise CheckpointError(f"{path}: a training checkpoint without its settings or weights")
+            raise CheckpointError(f"{path} is a training checkpoint without its settings or weights.")
         return Config.from_dict(metadata["config"]).override(*overrides), state
     state = content.get("model_ema_state_dict" if ema else "model_state_dict", content)
     if not isinstance(state, dict) or not is_release(state):
-        raise CheckpointError(f"{path}: neither a training checkpoint of flowmo nor one of the authors' release")
+        raise CheckpointError(f"{path} is neither a training checkpoint of flowmo nor one of the authors' release.")
     try:
         config = release_config(state).override(*overrides)
         return config, convert_release(state, config)
@@ -116,7 +116,7 @@ def read_shards(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str,
         metadata = json.loads((path / "run.json").read_text(encoding="utf-8"))
         Config.from_dict(metadata["config"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a training checkpoint of flowmo ({error})") from None
+        raise CheckpointError(f"{path} is not a training checkpoint of flowmo ({error}).") from None
     prefix = "ema." if ema else "model."
     tensors = {name: torch.empty(s) for name, s in sharded.shapes(path).items() if name.startswith(prefix)}
     sharded.read_into(path, tensors)
@@ -129,14 +129,14 @@ def open_safetensors(path: Path) -> Iterator[tuple[Config, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: not written by flowmo (its metadata has no format {FORMAT!r})")
+                raise CheckpointError(f"{path} was not written by flowmo: its metadata has no format {FORMAT!r}.")
             yield Config.from_dict(json.loads(metadata["config"])), file
     except CheckpointError:
         raise
     except ConfigError as error:
-        raise CheckpointError(f"{path}: holds settings that do not work: {error}") from None
+        raise CheckpointError(f"{path} holds settings that do not work: {error}") from None
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({_short(error)})") from None
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({_short(error)}).") from None
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -156,7 +156,7 @@ def fill(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor],
     try:
         network.load_state_dict(finite(state, name), assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{name}: weights of another architecture: {_short(error)}") from None
+        raise CheckpointError(f"{name} holds weights of another architecture: {_short(error)}") from None
     return network.eval().requires_grad_(False)
 
 
@@ -167,14 +167,14 @@ def on_meta(build: Callable[[], Network], blocks: int, state: Mapping[str, Tenso
         CheckpointError: the settings ask for more blocks than there are weights, or cannot be built.
     """
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise CheckpointError(f"{name}: holds something other than named tensors among its weights")
+        raise CheckpointError(f"{name} holds something other than named tensors among its weights.")
     if blocks > len(state):  # a billion blocks would take long to build, even on meta
-        raise CheckpointError(f"{name}: weights of another architecture: {blocks} blocks of {len(state)} tensors")
+        raise CheckpointError(f"{name} holds weights of another architecture: {blocks} blocks of {len(state)} tensors.")
     try:
         with torch.device("meta"):
             return build()
     except (RuntimeError, OverflowError, TypeError, ValueError, MemoryError) as error:
-        raise CheckpointError(f"{name}: holds settings that do not work: {_short(error)}") from None
+        raise CheckpointError(f"{name} holds settings that do not work: {_short(error)}") from None
 
 
 def finite(state: Mapping[str, Tensor], name: str | Path) -> dict[str, Tensor]:
@@ -185,11 +185,11 @@ def finite(state: Mapping[str, Tensor], name: str | Path) -> dict[str, Tensor]:
     """
     for key, value in state.items():
         if value.is_complex():
-            raise CheckpointError(f"{name}: {key} holds complex numbers")
+            raise CheckpointError(f"{name}: {key} holds complex numbers.")
     state = {key: value.float() for key, value in state.items()}
     bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if bad:
-        raise CheckpointError(f"{name}: {bad[0]} holds NaN or infinite values ({len(bad)} such)")
+        raise CheckpointError(f"{name}: {bad[0]} holds NaN or infinite values ({len(bad)} such).")
     return state
 
 
@@ -203,7 +203,7 @@ def write_safetensors(
     """Write weights and settings as one ``.safetensors`` file; see ``flowmo.save``."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: weights are saved as .safetensors; write {path.with_suffix('.safetensors')}")
+        raise CheckpointError(f"{path}: Weights are saved as .safetensors. Write {path.with_suffix('.safetensors')}.")
     config = config.override(*(f"{name}=" for name in PATH_SETTINGS))
     metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
     tensors = eight_bit.stored(state, dtype)

@@ -34,8 +34,8 @@ def fetch(name: str) -> Path:
     """
     repository, _, revision = name.partition("@")
     with _hub(
-        f"{name}: no such folder here, and fetching it from the Hub",
-        f"{name}: no such folder here, and not to be had from the Hub",
+        f"{name} is not a folder, and fetching it from the Hub",
+        f"{name} is not a folder, and the Hub did not deliver it",
     ) as hub:
         files = [MODEL_FILE, CONTEXT_FILE]
         folder = Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=files))
@@ -54,8 +54,8 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
         CheckpointError: the Hub refuses, or huggingface_hub is not installed.
     """
     if not is_name(name) or "@" in name:
-        raise CheckpointError(f"{name!r} is no name of a repository; write owner/name")
-    with _hub(f"{name}: uploading to the Hub", f"{name}: the Hub did not take it") as hub:
+        raise CheckpointError(f"{name!r} is no name of a repository. Write owner/name.")
+    with _hub(f"Uploading {name} to the Hub", f"The Hub did not accept {name}") as hub:
         api = hub.HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
         files = [MODEL_FILE, CONTEXT_FILE, CARD_FILE]
@@ -103,11 +103,11 @@ def _hub(purpose: str, failure: str) -> Iterator[Any]:
     try:
         import huggingface_hub
     except ImportError:
-        raise CheckpointError(f"{purpose} needs huggingface_hub: pip install 'flowmo[hub]'") from None
+        raise CheckpointError(f"{purpose} needs huggingface_hub. Run: pip install 'flowmo[hub]'") from None
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         yield huggingface_hub
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         lines = str(error).strip().splitlines()
-        raise CheckpointError(f"{failure} ({lines[0][:300] if lines else type(error).__name__})") from None
+        raise CheckpointError(f"{failure} ({lines[0][:300] if lines else type(error).__name__}).") from None

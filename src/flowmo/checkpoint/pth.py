@@ -98,14 +98,14 @@ def read_pth(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path}: refused, it is damaged or holds something other than tensors and plain values, "
-            "which could run code when loaded"
+            f"{path} is refused: it is damaged or holds something other than tensors and plain values, "
+            "which could run code when loaded."
         ) from None
     except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: damaged or not a PyTorch checkpoint ({reason[:150]})") from None
+        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({reason[:150]}).") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
     _check_tensors(content, path, MAX_DEPTH, set())
     return content
 
@@ -131,12 +131,12 @@ def _check_tensors(value: object, path: str | Path, depth: int, seen: set[int]) 
         return
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise CheckpointError(f"{path}: holds a tensor that is not dense")
+            raise CheckpointError(f"{path} holds a tensor that is not dense.")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: holds a tensor of {tuple(value.shape)} numbers, more than the file has")
+            raise CheckpointError(f"{path} holds a tensor of {tuple(value.shape)} numbers, more than the file has.")
     elif isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str | bytes)):
         if depth == 0:
-            raise CheckpointError(f"{path}: is nested too deeply")
+            raise CheckpointError(f"{path} is nested too deeply.")
         seen.add(id(value))
         for inner in value.values() if isinstance(value, Mapping) else value:
             _check_tensors(inner, path, depth - 1, seen)

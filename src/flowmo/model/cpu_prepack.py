@@ -111,7 +111,7 @@ class Packable(nn.Module):
         """
         resolved = resolve(precision, self.device)
         if self.packed and resolved != "float32":
-            raise PackedError("packed weights are float32; leave out --pack or --precision bfloat16")
+            raise PackedError("Packed weights are float32. Leave out --pack or --precision bfloat16.")
         self.precision = resolved
         return self
 
@@ -130,7 +130,7 @@ class Packable(nn.Module):
         for parameter in self.parameters():
             if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
                 found = f"{parameter.dtype} on {parameter.device}"
-                raise PackedError(f"packing is for float32 on a CPU, not {found}.")
+                raise PackedError(f"Packing is for float32 on a CPU, not {found}.")
         for network in self.networks.values():
             pack(network)
         self.packed = True
