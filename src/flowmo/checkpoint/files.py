@@ -152,45 +152,27 @@ def fill(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor],
     Raises:
         CheckpointError: the settings do not work or ask for other weights, or a weight is not a finite real number.
     """
-    network = on_meta(build, blocks, state, name)
-    try:
-        network.load_state_dict(finite(state, name), assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{name} holds weights of another architecture: {_short(error)}") from None
-    return network.eval().requires_grad_(False)
-
-
-def on_meta(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor], name: str | Path) -> Network:
-    """Build a network without memory for its weights, whose settings come from the same file as ``state``.
-
-    Raises:
-        CheckpointError: the settings ask for more blocks than there are weights, or cannot be built.
-    """
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise CheckpointError(f"{name} holds something other than named tensors among its weights.")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} holds something other than named tensors among its weights.")
+        if value.is_complex():
+            raise CheckpointError(f"{name}: {key} holds complex numbers.")
     if blocks > len(state):  # a billion blocks would take long to build, even on meta
         raise CheckpointError(f"{name} holds weights of another architecture: {blocks} blocks of {len(state)} tensors.")
     try:
         with torch.device("meta"):
-            return build()
+            network = build()
     except (RuntimeError, OverflowError, TypeError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{name} holds settings that do not work: {_short(error)}") from None
-
-
-def finite(state: Mapping[str, Tensor], name: str | Path) -> dict[str, Tensor]:
-    """Convert weights to float32.
-
-    Raises:
-        CheckpointError: one is complex or not finite.
-    """
-    for key, value in state.items():
-        if value.is_complex():
-            raise CheckpointError(f"{name}: {key} holds complex numbers.")
-    state = {key: value.float() for key, value in state.items()}
-    bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    weights = {key: value.float() for key, value in state.items()}
+    try:
+        network.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{name} holds weights of another architecture: {_short(error)}") from None
+    bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"{name}: {bad[0]} holds NaN or infinite values ({len(bad)} such).")
-    return state
+    return network.eval().requires_grad_(False)
 
 
 def _short(error: object) -> str:

@@ -19,7 +19,7 @@ from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.distributed import is_sharded
 from flowmo.checkpoint.eight_bit import expand, stored
 from flowmo.checkpoint.files import GENERATOR as STAGE
-from flowmo.checkpoint.files import finite, on_meta, read_shards, write_whole
+from flowmo.checkpoint.files import fill, read_shards, write_whole
 from flowmo.checkpoint.pth import read_pth
 from flowmo.config import Config, ConfigError, GeneratorConfig
 from flowmo.data.tokens import Vocabulary
@@ -390,9 +390,4 @@ def build_generator(
     config: Config, vocabulary: Vocabulary, state: Mapping[str, Tensor], name: str | Path = "checkpoint"
 ) -> Generator:
     """Build a generator with the weights ``state``, in float32 and evaluation mode. Raises ``CheckpointError``."""
-    generator = on_meta(lambda: Generator(config, vocabulary), config.generator.depth, state, name)
-    wanted = generator.state_dict()
-    if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in wanted.items()}:
-        raise CheckpointError(f"{name}: The weights belong to another architecture.")
-    generator.load_state_dict(finite(state, name), assign=True)
-    return generator.eval().requires_grad_(False)
+    return fill(lambda: Generator(config, vocabulary), config.generator.depth, state, name)
