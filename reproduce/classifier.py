@@ -11,7 +11,7 @@ from torch import Tensor
 from flowmo.checkpoint.pth import read_pth
 from flowmo.generate.classes import imagenet_names
 from flowmo.losses.perceptual import find_weights
-from flowmo.losses.torchvision_import import import_torchvision
+from flowmo.model.torchvision_import import import_torchvision
 
 NAME = "mobilenet_v2-b0353104.pth"
 URL = f"https://download.pytorch.org/models/{NAME}"

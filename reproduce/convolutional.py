@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowmo.config import Config
 from flowmo.evaluate.reconstruction import Reconstruction
 from flowmo.losses.perceptual import LPIPS
-from flowmo.losses.torchvision_import import before_importing
 from flowmo.model.quantizers import build_quantizer
+from flowmo.model.torchvision_import import before_importing
 from flowmo.model.transformer import code_lattice
 from flowmo.tokenizer import Codes, identity_of
 from reproduce import StudyError

@@ -12,7 +12,7 @@ from PIL import Image
 
 from flowmo import Config, FlowMo, save
 from flowmo.cli import main
-from flowmo.losses.torchvision_import import before_importing
+from flowmo.model.torchvision_import import before_importing
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

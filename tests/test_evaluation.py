@@ -34,8 +34,8 @@ from flowmo.evaluate.reconstruction import (
 )
 from flowmo.evaluate.summary import Summary
 from flowmo.images import resize_and_crop, to_bytes, to_pil, to_tensor
-from flowmo.losses.torchvision_import import TorchvisionError, import_torchvision
 from flowmo.model.sampler import image_seed
+from flowmo.model.torchvision_import import TorchvisionError, import_torchvision
 
 
 class Colours(torch.nn.Module):

@@ -18,7 +18,7 @@ from flowmo.evaluate.metrics.features import Features, ResNetFeatures
 from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError
 from flowmo.evaluate.metrics.sets import inception_score, precision_and_recall
 from flowmo.evaluate.npz import NpzError, NpzFile, write_npz
-from flowmo.losses.torchvision_import import import_torchvision
+from flowmo.model.torchvision_import import import_torchvision
 
 
 class Colours(torch.nn.Module):

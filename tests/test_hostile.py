@@ -34,7 +34,7 @@ from flowmo.evaluate.peers.base import read_weights
 from flowmo.generate.generator import load_generator
 from flowmo.images import ImageError, read_image
 from flowmo.losses.perceptual import BACKBONES, HEADS, LPIPS, RESNET, ResNetLogits
-from flowmo.losses.torchvision_import import before_importing
+from flowmo.model.torchvision_import import before_importing
 from flowmo.train import state
 
 

@@ -11,7 +11,7 @@ import torch
 from flowmo.evaluate.metrics.features import FeatureNetworkError
 from flowmo.evaluate.metrics.inception import WEIGHTS, FIDInception
 from flowmo.images import to_bytes
-from flowmo.losses.torchvision_import import import_torchvision
+from flowmo.model.torchvision_import import import_torchvision
 
 if importlib.util.find_spec("torch_fidelity") is None:
     pytest.skip("needs torch-fidelity", allow_module_level=True)

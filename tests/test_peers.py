@@ -11,7 +11,7 @@ from flowmo.evaluate.peers.cosmos import FILES, Cosmos
 from flowmo.evaluate.peers.titok import TiTok
 from flowmo.evaluate.peers.vqgan import bits_to_ids, ids_to_bits
 from flowmo.evaluate.published import TABLE_1
-from flowmo.losses.torchvision_import import before_importing
+from flowmo.model.torchvision_import import before_importing
 
 RATES = {row.name: row for row in TABLE_1}
 RUN = ("titok-s128", "llamagen16", "llamagen32", "maskbit", "openmagvit2")

@@ -6,7 +6,7 @@ from flowmo.evaluate.metrics.features import ResNetFeatures
 from flowmo.images import read_image, to_tensor
 from flowmo.losses.perceptual import LPIPS, RESNET, ResNetLogits, WeightsNotFoundError, build_distance, find_weights
 from flowmo.losses.resnet import ResNet50
-from flowmo.losses.torchvision_import import TorchvisionError, import_torchvision
+from flowmo.model.torchvision_import import TorchvisionError, import_torchvision
 
 EVALUATION = SHARED / "data" / "eval_256"
 

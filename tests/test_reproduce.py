@@ -12,7 +12,7 @@ from conftest import PICTURES, open_gates
 
 from flowmo import FlowMo, save
 from flowmo.evaluate.reconstruction import Evaluators
-from flowmo.losses.torchvision_import import before_importing
+from flowmo.model.torchvision_import import before_importing
 from flowmo.train.trainer import Trainer
 from reproduce import SCALES, STUDIES, StudyError, distill, noise, peer, posttrain, runner
 from reproduce.__main__ import main

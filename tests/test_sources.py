@@ -13,7 +13,7 @@ from PIL import Image
 
 from flowmo.cli import main
 from flowmo.data import DataError, build_index, default_index, open_source
-from flowmo.losses.torchvision_import import before_importing
+from flowmo.model.torchvision_import import before_importing
 
 
 def png(shade=0):

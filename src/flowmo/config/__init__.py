@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,7 @@ from flowmo.config.sections import (
     ModelConfig,
     OptConfig,
     SamplingConfig,
+    Sections,
     TrainerConfig,
 )
 
@@ -61,19 +62,12 @@ PRESETS, GENERATOR_PRESETS = read_yaml(Path(__file__).with_name("presets.yaml"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Sections):
     """All settings of a tokenizer or a generator and its training.
 
     Raises:
         ConfigError: on construction, if settings cannot work together.
     """
-
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    opt: OptConfig = field(default_factory=OptConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
     def __post_init__(self) -> None:
         for sentence in broken(self):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from flowmo.config.sections import CELL, rotary_axes
-
-if TYPE_CHECKING:
-    from flowmo.config import Config
+from flowmo.config.sections import CELL, Sections, rotary_axes
 
 
-def broken(config: Config) -> Iterator[str]:
+def broken(config: Sections) -> Iterator[str]:
     for rules in (_images, _network, _bottleneck, _training, _generator):
         yield from rules(config)
 
 
-def _images(config: Config) -> Iterator[str]:
+def _images(config: Sections) -> Iterator[str]:
     data, opt, patch = config.data, config.opt, config.model.patch_size
     size, sides = data.image_size, [side for crop in data.crops for side in crop]
     lower, smallest, largest = max(size // patch, 1) * patch, min(sides, default=size), max(sides, default=size)
@@ -33,7 +29,7 @@ def _images(config: Config) -> Iterator[str]:
         yield f"opt.lpips_crop={opt.lpips_crop} must be from 0 to the crops' side, {smallest}."
 
 
-def _network(config: Config) -> Iterator[str]:
+def _network(config: Sections) -> Iterator[str]:
     m, windowed = config.model, config.model.network == "windowed"
     for prefix, width, heads in (("", m.hidden_size, m.num_heads), ("enc_", m.enc_hidden_size, m.enc_num_heads)):
         name, step = f"model.{prefix}hidden_size", 32 * heads
@@ -62,7 +58,7 @@ def _network(config: Config) -> Iterator[str]:
             yield "Stage 1C has no windowed decoder. Write model.network=double_stream."
 
 
-def _bottleneck(config: Config) -> Iterator[str]:
+def _bottleneck(config: Sections) -> Iterator[str]:
     m = config.model
     dim, kind, group = m.context_dim, m.quantization_type, m.codebook_size_for_entropy
     if kind in ("lfq", "bsq") and (dim % group or group > 16):
@@ -84,7 +80,7 @@ def _bottleneck(config: Config) -> Iterator[str]:
         yield "vq has one codebook, which all ranks change alike. Write model.entropy_statistics=batch."
 
 
-def _training(config: Config) -> Iterator[str]:
+def _training(config: Sections) -> Iterator[str]:
     m, opt, trainer, sampling = config.model, config.opt, config.trainer, config.eval.sampling
     if opt.optimizer == "muon" and trainer.parallel != "ddp":
         yield "opt.optimizer=muon needs whole matrices, which fsdp splits. Write trainer.parallel=ddp."
@@ -110,7 +106,7 @@ def _training(config: Config) -> Iterator[str]:
         )
 
 
-def _generator(config: Config) -> Iterator[str]:
+def _generator(config: Sections) -> Iterator[str]:
     g, metric = config.generator, config.trainer.best_metric
     if metric and (metric == "cross_entropy") != g.train:
         trained, metrics = ("generator", "cross_entropy") if g.train else ("tokenizer", "psnr, lpips or rfid")

@@ -253,3 +253,15 @@ def _fields(section: type[Section]) -> Iterator[tuple[str, dataclasses.Field]]:
 
 FIELDS: dict[str, dataclasses.Field] = {name: f for section in SECTIONS.values() for name, f in _fields(section)}
 """Every setting by its full name; ``metadata["doc"]`` is its meaning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """All sections, each by its defaults."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    opt: OptConfig = field(default_factory=OptConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)

@@ -13,7 +13,7 @@ from flowmo.checkpoint.pth import read_pth
 from flowmo.evaluate.metrics.features import FeatureNetwork, FeatureNetworkError, Features
 from flowmo.images import to_bytes
 from flowmo.losses.perceptual import find_weights, in_float32
-from flowmo.losses.torchvision_import import import_torchvision
+from flowmo.model.torchvision_import import import_torchvision
 
 WEIGHTS = (
     ("weights-inception-2015-12-05-6726825d.pth", "inception-2015-12-05.pth"),

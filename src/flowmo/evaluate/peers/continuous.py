@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowmo.evaluate.peers.base import PeerError
 from flowmo.evaluate.reconstruction import Reconstruction
-from flowmo.losses.torchvision_import import before_importing
+from flowmo.model.torchvision_import import before_importing
 
 HUB = {"sdxl": ("stabilityai/sdxl-vae", ""), "flux": ("black-forest-labs/FLUX.1-schnell", "vae")}
 BITS = 16

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flowmo.errors import FlowMoError
-from flowmo.losses.torchvision_import import before_importing
 from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
+from flowmo.model.torchvision_import import before_importing
 
 SPAN_SHARE = 0.3
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
