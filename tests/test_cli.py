@@ -254,7 +254,7 @@ def test_bad_weights(capsys, tmp_path, photo):
         (("info", "huge"), "no preset of that name"),
         (("train", "--preset", "nano"), "data.train=PATH"),
         (("train", "data.train=/nowhere"), "no such folder"),
-        (("train", "--config", "/nowhere.yaml"), "cannot read settings"),
+        (("train", "--config", "/nowhere.yaml"), "Cannot read settings"),
         (("convert", "nano", "out.bin"), ".safetensors"),
     ],
 )

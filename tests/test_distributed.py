@@ -2,13 +2,11 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -267,54 +265,6 @@ def start(command):
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
     )
-
-
-def kill_family(pid):
-    """SIGKILL to torchrun and its workers, which live in sessions of their own."""
-    os.kill(pid, signal.SIGSTOP)  # or it would restart, or report, the workers killed first
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    for one_of_them in (*map(int, children), pid):
-        os.kill(one_of_them, signal.SIGKILL)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill through Linux' /proc")
-@pytest.mark.parametrize(("parallel", "kills", "steps", "longest"), [("ddp", 20, 240, 0.5), ("fsdp", 6, 30, 2.5)])
-def test_kills_at_random_moments_lose_nothing(base, tmp_path, parallel, kills, steps, longest):
-    """Two processes under torchrun, all killed at random moments, many of them inside a save."""
-    config = base.override(
-        f"trainer.parallel={parallel}",
-        f"trainer.max_steps={steps}",
-        "trainer.checkpoint_every=1",
-        "trainer.sample_every=0",
-        "trainer.log_every=1000",
-        f"opt.freeze_encoder_after={steps // 2} steps",
-    )
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(config.to_json())
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "flowmo.train", "--config", settings]
-    command += ["--results-dir", tmp_path, "--experiment-name"]
-    moments = random.Random(parallel)
-    reached = []
-    for _ in range(kills):
-        with start([*command, "killed"]) as process:
-            for line in process.stdout:
-                if "from step" in line:  # it is about to train
-                    break
-            time.sleep(moments.uniform(0, longest))
-            assert process.poll() is None, "the run ended before its kill: make it longer"
-            kill_family(process.pid)
-        found = listing(tmp_path / "killed" / "checkpoints")
-        reached.append(int(found[-1].stem) if found else 0)
-    assert reached == sorted(reached), "a kill lost a checkpoint"
-    assert len(set(reached)) > 2, f"kills between hardly different checkpoints: {reached}"
-    for name in ("killed", "whole"):
-        done = subprocess.run([*command, name], env=environment(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
-    assert left == {path.name for path in listing(tmp_path / "killed" / "checkpoints")}, "leftovers of killed saves"
-    for ema in (False, True):
-        expected = last_weights(tmp_path / "whole", ema)
-        assert all(torch.equal(v, expected[k]) for k, v in last_weights(tmp_path / "killed", ema).items())
 
 
 def test_a_signal_to_torchrun_saves(base, tmp_path):

@@ -23,7 +23,7 @@ from reproduce.__main__ import build_parser as build_study_parser
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "src" / "flowmo" / "pretrained" / "nano.md"]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 README = PAGES[0].read_text()
-NEEDS_FILES_OF_YOURS = ("PICTURES", "flowmo_lo")
+NEEDS_FILES_OF_YOURS = ("PICTURES", "IMAGES", "flowmo_lo")
 
 
 def blocks(page, language):

@@ -1,11 +1,18 @@
 """Training runs and ``runs/one_gpu.py`` killed at random moments; the same commands go on to the same end."""
 
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from test_distributed import TORCHRUN, base, environment, last_weights, photographs, start  # noqa: F401  # fixtures
+
+from flowmo.checkpoint.run_folder import listing
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -14,8 +21,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def run(script: str, *words: str) -> list[str]:
     """Lines that a script of this folder prints."""
     command = [sys.executable, str(HERE / script), *words]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    variables = {**os.environ, "PYTHONPATH": str(HERE.parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout.splitlines()
 
@@ -30,3 +37,51 @@ def test_kills_in_every_stage(way):
 
 def test_kills_leave_whole_results_and_the_next_call_goes_on():
     assert "2 kills" in "\n".join(run("gpu_kills.py", "--kills", "2", "--longest", "6"))
+
+
+def kill_family(pid):
+    """SIGKILL to torchrun and its workers, which live in sessions of their own."""
+    os.kill(pid, signal.SIGSTOP)  # or it would restart, or report, the workers killed first
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for one_of_them in (*map(int, children), pid):
+        os.kill(one_of_them, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill through Linux' /proc")
+@pytest.mark.parametrize(("parallel", "kills", "steps", "longest"), [("ddp", 20, 240, 0.5), ("fsdp", 6, 30, 2.5)])
+def test_kills_at_random_moments_lose_nothing(base, tmp_path, parallel, kills, steps, longest):  # noqa: F811
+    """Two processes under torchrun, all killed at random moments, many of them inside a save."""
+    config = base.override(
+        f"trainer.parallel={parallel}",
+        f"trainer.max_steps={steps}",
+        "trainer.checkpoint_every=1",
+        "trainer.sample_every=0",
+        "trainer.log_every=1000",
+        f"opt.freeze_encoder_after={steps // 2} steps",
+    )
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(config.to_json())
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "flowmo.train", "--config", settings]
+    command += ["--results-dir", tmp_path, "--experiment-name"]
+    moments = random.Random(parallel)
+    reached = []
+    for _ in range(kills):
+        with start([*command, "killed"]) as process:
+            for line in process.stdout:
+                if "from step" in line:  # it is about to train
+                    break
+            time.sleep(moments.uniform(0, longest))
+            assert process.poll() is None, "the run ended before its kill: make it longer"
+            kill_family(process.pid)
+        found = listing(tmp_path / "killed" / "checkpoints")
+        reached.append(int(found[-1].stem) if found else 0)
+    assert reached == sorted(reached), "a kill lost a checkpoint"
+    assert len(set(reached)) > 2, f"kills between hardly different checkpoints: {reached}"
+    for name in ("killed", "whole"):
+        done = subprocess.run([*command, name], env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert left == {path.name for path in listing(tmp_path / "killed" / "checkpoints")}, "leftovers of killed saves"
+    for ema in (False, True):
+        expected = last_weights(tmp_path / "whole", ema)
+        assert all(torch.equal(v, expected[k]) for k, v in last_weights(tmp_path / "killed", ema).items())
