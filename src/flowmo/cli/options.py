@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=Packable)
 Option = tuple[tuple[str, ...], dict[str, Any]]
 """Positional and keyword arguments of ``ArgumentParser.add_argument``."""
 Run = Callable[[argparse.Namespace], tuple[str, Any] | None]
-"""Runs a command. The result is text for people and the data that --json prints in its place."""
+"""Runs a command. Returns text for people and data for --json."""
 EPILOG = "Change settings with section.name=value, e.g. eval.sampling.rho=1. flowmo info --settings lists them."
 
 

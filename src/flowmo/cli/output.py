@@ -16,7 +16,7 @@ from flowmo.checkpoint.files import write_content
 from flowmo.errors import FlowMoError
 
 PIPE = Path("-")
-"""Standard input or output in place of a file."""
+"""Names standard input or output."""
 IMAGE_FORMATS: dict[str, dict[str, Any]] = {
     ".png": {"format": "PNG"},
     ".jpg": {"format": "JPEG", "quality": 95},
