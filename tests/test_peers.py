@@ -3,6 +3,8 @@
 Each definition was compared once with its authors' code on the same random weights: equal ids, pictures within 5e-5.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -149,6 +151,15 @@ def test_a_pickle_is_not_run(tmp_path):
     with pytest.raises(PeerError, match="cannot be read"):
         build_peer("maskbit", tmp_path / "trap.bin")
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_something_else_are_refused(tmp_path):
+    """MaskBit's file holds its quantizer and nothing unknown; a Lightning checkpoint also holds its discriminator."""
+    for name, extra, refused in (("maskbit", "quantize.a", False), ("maskbit", "discriminator.a", True)):
+        network = DISCRETE[name][1]()
+        torch.save({**network.state_dict(), extra: torch.zeros(1)}, tmp_path / "weights.bin")
+        with pytest.raises(PeerError) if refused else contextlib.nullcontext():
+            network.read(tmp_path / "weights.bin")
 
 
 def test_rows_that_do_not_depend_on_the_batch(image):

@@ -254,7 +254,12 @@ class BitTokenNetwork(TokenNetwork):
         """Load a state dict or a Lightning checkpoint. EMA weights win; the quantizer's serve training only."""
         weights = read_weights(path, "state_dict")
         weights |= {name.removeprefix(EMA): value for name, value in weights.items() if name.startswith(EMA)}
-        load_exactly(self, weights, path, lambda name: name.startswith(("encoder", "decoder")))
+        load_exactly(self, weights, path, self.is_needed)
+
+    @staticmethod
+    def is_needed(name: str) -> bool:
+        """Training checkpoints also hold a discriminator and losses."""
+        return name.startswith(("encoder", "decoder"))
 
 
 class MaskBit(BitTokenNetwork):
@@ -264,6 +269,10 @@ class MaskBit(BitTokenNetwork):
 
     def __init__(self) -> None:
         super().__init__(MASKBIT, 14)
+
+    @staticmethod
+    def is_needed(name: str) -> bool:
+        return not name.startswith("quantize.")
 
 
 class OpenMagvit2(BitTokenNetwork):
