@@ -13,11 +13,11 @@ from conftest import PICTURES, run_command
 from PIL import Image
 
 from flowmo.data import DataError
+from flowmo.data.npz import NpzError, NpzFile, write_npz
 from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_features, open_image_set
 from flowmo.evaluate.metrics.features import Features, ResNetFeatures
 from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError
 from flowmo.evaluate.metrics.sets import inception_score, precision_and_recall
-from flowmo.evaluate.npz import NpzError, NpzFile, write_npz
 from flowmo.model.torchvision_import import import_torchvision
 
 

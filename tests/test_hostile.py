@@ -23,13 +23,13 @@ from flowmo.checkpoint import files as checkpoint
 from flowmo.codec.context import ContextModel
 from flowmo.codec.planes import PlaneModel
 from flowmo.data import DataError, TarSource, build_index, default_index
+from flowmo.data.npz import NpzError, NpzFile
 from flowmo.data.sources.tar import read_index
 from flowmo.data.sources.webdataset import expand
 from flowmo.data.tokens import Tokens
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.measurement import MeasurementFolder
-from flowmo.evaluate.npz import NpzError, NpzFile
 from flowmo.evaluate.peers.base import read_weights
 from flowmo.generate.generator import load_generator
 from flowmo.images import ImageError, read_image

@@ -50,10 +50,10 @@ with watching:
     from flowmo.codec.file import CONTEXT_BYTES, CRC, PLANE_CRC, Codec, CodecError, read_varint
     from flowmo.codec.planes import PlaneModel, weight_shapes
     from flowmo.data import DataError, TarSource, build_index, default_index
+    from flowmo.data.npz import NpzFile, write_npz
     from flowmo.data.sources.tar import read_index
     from flowmo.data.tokens import TokenMetadata, Tokens, manifest, pack_shard, read_metadata
     from flowmo.errors import FlowMoError
-    from flowmo.evaluate.npz import NpzFile, write_npz
     from flowmo.generate.generator import load_generator
     from flowmo.images import ImageError, read_image
 

@@ -70,10 +70,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def evaluate_generated(arguments: argparse.Namespace, world: World, log: Log) -> None:
     """Compare generated images with reference images."""
+    from flowmo.data.npz import STATISTICS, NpzFile
     from flowmo.evaluate.generation import GenerationSummary, extract_features, open_image_set
     from flowmo.evaluate.metrics import build_features
     from flowmo.evaluate.metrics.features import ResNetFeatures
-    from flowmo.evaluate.npz import STATISTICS, NpzFile
 
     if not arguments.images or arguments.features == "none":
         raise UsageError("--reference compares generated PICTURES by a feature network. Name both.")

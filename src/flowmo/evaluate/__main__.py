@@ -1,7 +1,7 @@
-"""``python -m flowmo.evaluate``: the same as ``flowmo evaluate``."""
+"""``python -m flowmo.evaluate``: the same as ``python -m flowmo evaluate``."""
 
+import runpy
 import sys
 
-from flowmo.cli import main
-
-sys.exit(main(["evaluate", *sys.argv[1:]]))
+sys.argv.insert(1, "evaluate")
+runpy.run_module("flowmo", run_name="__main__")

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from flowmo.data import DataError, Source, evenly_spread, open_source
+from flowmo.data.npz import STATISTICS, NpzFile
 from flowmo.distributed import World
 from flowmo.evaluate.measurement import KERNEL_IMAGES
 from flowmo.evaluate.metrics.features import FeatureNetwork, in_fixed_batches
 from flowmo.evaluate.metrics.fid import Gaussian, Moments, StatisticsError, finite_sample_bias, frechet_distance
 from flowmo.evaluate.metrics.sets import NEIGHBOURS, SCORE_SPLIT, inception_score, kernel_distance, precision_and_recall
-from flowmo.evaluate.npz import STATISTICS, NpzFile
 from flowmo.evaluate.reconstruction import print_unreadable
 from flowmo.evaluate.summary import table_lines
 from flowmo.images import ImageError, to_bytes, to_tensor
@@ -127,7 +127,7 @@ def extract_features(
     """
     count, name = len(images), images.name
     found = {kind: images.statistics(kind) for kind in STATISTICS} if isinstance(images, NpzFile) else {}
-    given = {kind: gaussian for kind, gaussian in found.items() if gaussian is not None}
+    given = {kind: Gaussian(*values) for kind, values in found.items() if values is not None}
     if not count and given:
         return SetFeatures(0, given, torch.empty(0, network.channels), torch.empty(0, network.classes))
     if not count:

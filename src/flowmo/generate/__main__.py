@@ -1,7 +1,7 @@
-"""``python -m flowmo.generate``: the same as ``flowmo generate``."""
+"""``python -m flowmo.generate``: the same as ``python -m flowmo generate``."""
 
+import runpy
 import sys
 
-from flowmo.cli import main
-
-sys.exit(main(["generate", *sys.argv[1:]]))
+sys.argv.insert(1, "generate")
+runpy.run_module("flowmo", run_name="__main__")

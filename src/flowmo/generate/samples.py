@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flowmo.checkpoint.files import write_content, write_whole
+from flowmo.data.npz import write_npz
 from flowmo.distributed import World
-from flowmo.evaluate.npz import write_npz
 from flowmo.generate.classes import GenerationError
 from flowmo.generate.generator import Generator
 from flowmo.images import read_image, to_pil

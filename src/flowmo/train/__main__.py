@@ -1,7 +1,7 @@
-"""``python -m flowmo.train``: the same as ``flowmo train``."""
+"""``python -m flowmo.train``: the same as ``python -m flowmo train``."""
 
+import runpy
 import sys
 
-from flowmo.cli import main
-
-sys.exit(main(["train", *sys.argv[1:]]))
+sys.argv.insert(1, "train")
+runpy.run_module("flowmo", run_name="__main__")

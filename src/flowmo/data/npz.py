@@ -20,7 +20,6 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from flowmo.data import DataError
-from flowmo.evaluate.metrics.fid import Gaussian
 
 IMAGES = "arr_0"
 STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -102,8 +101,8 @@ class NpzFile:
                 batch = np.frombuffer(bytearray(content), np.uint8).reshape(wanted, *image)
                 yield torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
 
-    def statistics(self, kind: str) -> Gaussian | None:
-        """Read the statistics of the ``pooled`` or ``spatial`` features; ``None`` if there are none.
+    def statistics(self, kind: str) -> tuple[Tensor, Tensor] | None:
+        """Read mean and covariance, float64, of the ``pooled`` or ``spatial`` features; ``None`` if there are none.
 
         Raises:
             NpzError: they are damaged, or do not belong together.
@@ -120,7 +119,7 @@ class NpzFile:
         mean, covariance = arrays
         if covariance.shape != (len(mean), len(mean)) or not (mean.isfinite().all() and covariance.isfinite().all()):
             raise self._error(f"{' and '.join(STATISTICS[kind])} are not a mean and its covariance")
-        return Gaussian(mean, covariance)
+        return mean, covariance
 
 
 def write_npz(
