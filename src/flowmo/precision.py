@@ -28,14 +28,14 @@ def describe(precision: str, device: torch.device) -> str:
     """A resolved precision in words, for reports."""
     if precision == "float32":
         return f"float32 ({device.type})"
-    return f"bfloat16 autocast{' with TF32' if device.type == 'cuda' else ''} ({device.type})"
+    return f"{precision} autocast{' with TF32' if device.type == 'cuda' else ''} ({device.type})"
 
 
 @contextmanager
 def computing(precision: str, device: torch.device) -> Iterator[None]:
     """Context of inference in a resolved precision. ``float32`` leaves an outer autocast as it is.
 
-    ``bfloat16`` is autocast; on a GPU the remaining float32 products use TF32.
+    ``bfloat16`` and ``float16`` are autocast; on a GPU the remaining float32 products use TF32.
     """
     if precision == "float32":
         yield
@@ -44,7 +44,7 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
     try:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, getattr(torch, precision)):
             yield
     finally:
         if device.type == "cuda":

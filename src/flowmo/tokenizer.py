@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from flowmo.checkpoint import files, hub
 from flowmo.config import Config
 from flowmo.errors import FlowMoError
 from flowmo.images import Tiling, check_size, resize_and_crop, to_pil, to_rgb, to_tensor
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.stages import Distance, pretrain_loss
 from flowmo.model import blocks, sampler
 from flowmo.model.cpu_prepack import Packable
 from flowmo.model.quantizers import build_quantizer, check_ids
@@ -40,7 +42,23 @@ class RateError(FlowMoError, ValueError):
     """A rate that a tokenizer does not have; the message lists its rates."""
 
 
-@dataclass(frozen=True)
+class Output(NamedTuple):
+    """Output of ``FlowMo.forward``, the training pass.
+
+    Attributes:
+        loss: scalar to minimise, with gradient.
+        images: b × 3 × h × w, the one-step estimates (equation 6), with gradient.
+        ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
+        parts: the terms of the loss and statistics of the bottleneck, detached scalars for a log.
+    """
+
+    loss: Tensor
+    images: Tensor
+    ids: Tensor | None
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Codes:
     """Codes of images: the output of ``FlowMo.encode`` and everything that ``decode`` needs.
 
@@ -50,7 +68,7 @@ class Codes:
         size: height and width of the image that each row decodes to.
         id_count: ids run from 0 to ``id_count`` − 1.
         tiling: how the rows tile one image of any size; ``None`` if each row is its own image.
-        code: float32 b × tokens × channels if there are no ids, else ``None``.
+        code: float32 b × tokens × channels, if there are no ids or if ``encode`` was ``differentiable``.
         image_size: true height and width, if ``size`` is padded to whole cells.
     """
 
@@ -69,6 +87,68 @@ class Codes:
         index = [rows] if isinstance(rows, int) else rows
         ids, code = (None if x is None else x[index] for x in (self.ids, self.code))
         return replace(self, ids=ids, code=code, tiling=None)
+
+    def __iter__(self) -> Iterator[Codes]:
+        """Yield each row as a batch of one."""
+        return (self[row] for row in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        """True if both decode to the same image: equal tensors, wherever they are, and equal sizes."""
+        if not isinstance(other, Codes):
+            return NotImplemented
+        pairs = [(self.ids, other.ids), (self.code, other.code)]
+        if any((a is None) != (b is None) for a, b in pairs):
+            return False
+        metadata = [(x.size, x.id_count, x.tiling, x.image_size) for x in (self, other)]
+        same = (torch.equal(a.cpu(), b.cpu()) for a, b in pairs if a is not None and b is not None)
+        return metadata[0] == metadata[1] and all(same)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        height, width = self.output_size
+        values, tiles = self._values, f" in {len(self)} tiles" if self.tiling else ""
+        count = 1 if self.tiling else len(self)
+        images = f"{count} image{'s' * (count != 1)} of {height} × {width} pixels{tiles}"
+        unit = (
+            "channels" if self.ids is None else "sub-tokens" if self.id_count is None else f"ids below {self.id_count}"
+        )
+        return f"Codes({images}, {values.shape[1]} tokens × {values.shape[2]} {unit} each, {values.device})"
+
+    def to(self, device: str | torch.device) -> Codes:
+        """Move all tensors to a device."""
+        ids, code = (None if x is None else x.to(device) for x in (self.ids, self.code))
+        return replace(self, ids=ids, code=code)
+
+    @classmethod
+    def cat(cls, codes: Sequence[Codes]) -> Codes:
+        """Join batches of codes of images of one size.
+
+        Raises:
+            ValueError: nothing to join, tiles of a larger image, or codes of different kinds or sizes.
+        """
+        if not codes or len({(c.size, c.id_count, c.image_size, c.ids is None, c.code is None) for c in codes}) > 1:
+            raise ValueError("Codes.cat joins one or more batches of one size and one kind of ids.")
+        if any(c.tiling for c in codes):
+            raise ValueError("These codes are the tiles of one image. Codes.cat joins images, not tiles.")
+        joined = [[c.ids for c in codes], [c.code for c in codes]]
+        ids, code = (None if x[0] is None else torch.cat([t for t in x if t is not None]) for x in joined)
+        return replace(codes[0], ids=ids, code=code)
+
+    def to_sequence(self, offset: int = 0, distinct: bool = False) -> Tensor:
+        """Flatten the ids for a language model, token after token: int64 b × (tokens · sub-tokens).
+
+        Args:
+            offset: added to every id, to leave room for other words of a vocabulary.
+            distinct: give each sub-token its own ids, for a vocabulary of sub-tokens · ``id_count`` ids.
+
+        Raises:
+            TypeError: a continuous code.
+        """
+        if self.ids is None or self.id_count is None:
+            raise TypeError("A continuous code has no ids to flatten.")
+        first = torch.arange(self.ids.shape[2], device=self.ids.device) * (self.id_count if distinct else 0)
+        return (self.ids + first + offset).flatten(1)
 
     @property
     def _values(self) -> Tensor:
@@ -112,7 +192,7 @@ class Codes:
             raise TypeError("A continuous code has no sub-tokens.")
         if not 1 <= sub_tokens <= self.ids.shape[2]:
             raise ValueError(f"{sub_tokens} sub-tokens of {self.ids.shape[2]}; keep at least 1, at most all.")
-        return replace(self, ids=self.ids[:, :, :sub_tokens])
+        return replace(self, ids=self.ids[:, :, :sub_tokens], code=None)
 
 
 def identity_of(metadata: Mapping[str, Any], network: nn.Module) -> str:
@@ -181,6 +261,11 @@ class FlowMo(Packable):
         return self.config.model.code_length
 
     @property
+    def vocab_size(self) -> int | None:
+        """Number of ids of a sub-token: they run from 0 to ``vocab_size`` − 1. ``None`` for a continuous bottleneck."""
+        return self.quantizer.id_count
+
+    @property
     def native_size(self) -> bool:
         """True if images keep their own height and width, with one code token per cell."""
         return self.config.model.network == "windowed"
@@ -245,16 +330,88 @@ class FlowMo(Packable):
             raise RateError(f"{bits_per_pixel:g} bits per pixel is below every rate at {height}×{width}: {listed}.")
         return within
 
+    # Training
+
+    def forward(self, images: Tensor, perceptual: Distance | None = None, seed: int | None = None) -> Output:
+        """Compute the loss of stage 1A (equation 9): flow, perceptual and bottleneck terms, with the settings' weights.
+
+        ``flowmo train`` has the other stages, EMA, schedules and exact resume. A ``vq`` bottleneck also needs
+        ``tok.quantizer.learn(step)`` after each step.
+
+        Args:
+            images: as in ``encode``.
+            perceptual: distance of two batches, such as ``flowmo.losses.perceptual.LPIPS("vgg")``; ``None`` omits it.
+            seed: of timesteps and noise; ``None`` draws one from PyTorch's global generator.
+
+        Raises:
+            TypeError, ValueError: as in ``encode``.
+        """
+        self._check_images(images)
+        images = images.to(self.device, torch.float32)
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        draw = torch.compiler.disable(TrainingNoise.of)  # torch.compile cannot trace generators
+        noise = draw(self.config, images, range(len(images)), seed)
+        with computing(self.precision, self.device):
+            loss = pretrain_loss(self, images, noise, self.config.opt, perceptual)
+        assert loss.images is not None
+        return Output(loss.total, loss.images, loss.ids, loss.parts)
+
+    # Ids
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the vectors that the decoder sees: float32 b × tokens × channels, for any number of tokens.
+
+        Args:
+            ids: int64 b × tokens × sub-tokens. With a tokenizer of variable rate, the first sub-tokens alone.
+
+        Raises:
+            TypeError, ValueError: ids of the wrong kind, shape or range, or a continuous bottleneck.
+        """
+        ids = self._check_ids(ids, None)
+        missing = self.quantizer.sub_tokens - ids.shape[2]
+        code = self.quantizer.code_from_ids(F.pad(ids, (0, missing)).to(self.device)).float()
+        return self.keep_prefix(code, torch.tensor([ids.shape[2]], device=self.device)) if missing else code
+
+    def from_sequence(
+        self, sequence: Tensor, size: tuple[int, int] | None = None, offset: int = 0, distinct: bool = False
+    ) -> Codes:
+        """Restore codes from the flat ids of ``Codes.to_sequence``.
+
+        Args:
+            sequence: int64 b × (tokens · sub-tokens).
+            size: height and width of the images; by default the trained size.
+            offset, distinct: as given to ``to_sequence``.
+
+        Raises:
+            TypeError, ValueError: ids of the wrong kind, number or range.
+        """
+        size = size or (self.config.data.image_size,) * 2
+        self._check_size(*size)
+        tokens = self.tokens(*size)
+        if sequence.ndim != 2 or sequence.shape[1] % tokens:
+            raise ValueError(f"sequence has shape {tuple(sequence.shape)}; give (batch, {tokens} tokens · sub-tokens).")
+        ids = sequence.unflatten(1, (tokens, -1)) - offset
+        if distinct:
+            ids = ids - torch.arange(ids.shape[2], device=ids.device) * (self.vocab_size or 0)
+        return Codes(self._check_ids(ids, tokens), size, self.vocab_size)
+
+    def _check_ids(self, ids: Tensor | None, tokens: int | None) -> Tensor:
+        """Return ids as int64, of ``tokens`` tokens or any number, or raise what ``embed`` lists."""
+        if self.quantizer.sub_tokens is None or self.quantizer.id_count is None:
+            raise TypeError("This tokenizer is continuous and has no ids. Decode the Codes that encode returned.")
+        return check_ids(ids, tokens, self.quantizer.sub_tokens, self.quantizer.id_count, self.variable_rate)
+
     # Batches of images
 
-    @torch.no_grad()
-    def encode(self, images: Tensor, bits_per_pixel: float | None = None) -> Codes:
+    def encode(self, images: Tensor, bits_per_pixel: float | None = None, *, differentiable: bool = False) -> Codes:
         """Encode a batch of images.
 
         Args:
             images: float b × 3 × h × w in [−1, 1]; h and w are multiples of the patch size. A tokenizer of fixed
                 length was trained at one size, ``config.data.image_size``; ``encode_image`` brings any image to it.
             bits_per_pixel: upper bound of the rate, for a tokenizer of variable rate; ``None`` is the full rate.
+            differentiable: also return ``Codes.code``, with the straight-through gradient to encoder and images.
 
         Raises:
             TypeError: not a floating-point tensor.
@@ -263,22 +420,30 @@ class FlowMo(Packable):
         self._check_images(images)
         kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, *images.shape[-2:])
         codes, ids = [], []
-        for chunk in self._chunks(images.to(self.device, torch.float32)):
-            with computing(self.precision, self.device):
-                if self.native_size:
-                    encoded = blocks.encode(self.encoder, chunk, self.config.model.patch_size)
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            for chunk in self._chunks(images.to(self.device, torch.float32)):
+                with computing(self.precision, self.device):
+                    if self.native_size:
+                        encoded = blocks.encode(self.encoder, chunk, self.config.model.patch_size)
+                    else:
+                        encoded = self.encoder(chunk).float()
+                if differentiable and self.vocab_size is not None:
+                    quantized = self.quantizer(encoded)  # straight-through
+                    codes.append(quantized.code)
+                    ids.append(quantized.ids)
                 else:
-                    encoded = self.encoder(chunk).float()
-            code, chunk_ids = self.quantizer.quantize(encoded)
-            codes.append(code)
-            ids.append(chunk_ids)
+                    chunk_code, chunk_ids = self.quantizer.quantize(encoded)
+                    codes.append(chunk_code)
+                    ids.append(chunk_ids)
+            code = torch.cat(codes)[: len(images)]
+            if kept is not None:
+                code = self.keep_prefix(code, torch.tensor([kept], device=self.device))
         size = (images.shape[-2], images.shape[-1])
         if self.quantizer.id_count is None:
-            return Codes(None, size, code=torch.cat(codes)[: len(images)])
-        out = Codes(torch.cat(ids)[: len(images)], size, self.quantizer.id_count)
-        return out if kept is None else out.coarser(kept)
+            return Codes(None, size, code=code)
+        out = Codes(torch.cat(ids)[: len(images), :, :kept], size, self.quantizer.id_count)
+        return replace(out, code=code) if differentiable else out
 
-    @torch.no_grad()
     def decode(
         self,
         codes: Codes | Tensor,
@@ -290,6 +455,7 @@ class FlowMo(Packable):
         solver: str | None = None,
         size: tuple[int, int] | None = None,
         noise_scale: float = 1.0,
+        differentiable: bool = False,
         progress: Progress | None = None,
     ) -> Tensor:
         """Decode codes, or bare ids, by solving the flow from seeded noise (section 3.4). Needs no image.
@@ -304,6 +470,7 @@ class FlowMo(Packable):
             solver: ``euler``, the paper's, ``midpoint``, ``heun`` or ``multistep``, see ``flowmo.model.sampler``.
             size: height and width for bare ids; by default the trained size.
             noise_scale: factor on the start noise; below 1 the noise is likelier (appendix C, figure 9).
+            differentiable: keep the gradient through all steps, to the decoder and to ``Codes.code``.
             progress: callback with (images done, images in total).
 
         Returns:
@@ -321,7 +488,8 @@ class FlowMo(Packable):
         if len(seeds) != len(code):
             raise ValueError(f"{len(seeds)} seeds for {len(code)} images; give one, or one per image.")
         noise = sampler.seeded_noise(seeds, height, width, noise_scale)
-        return self.sample(noise, code, self.sampling(steps, guidance, rho, solver), progress)
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            return self._sample(noise, code, self.sampling(steps, guidance, rho, solver), progress)
 
     def sampling(
         self,
@@ -346,7 +514,10 @@ class FlowMo(Packable):
         self, noise: Tensor, code: Tensor, sampling: sampler.Sampling | None = None, progress: Progress | None = None
     ) -> Tensor:
         """Solve the flow from noise b × 3 × h × w at t = 1, given quantized code b × tokens × channels."""
-        times, solver, guidance, low, high = sampling or self.sampling()
+        return self._sample(noise, code, sampling or self.sampling(), progress)
+
+    def _sample(self, noise: Tensor, code: Tensor, sampling: sampler.Sampling, progress: Progress | None) -> Tensor:
+        times, solver, guidance, low, high = sampling
         out: list[Tensor] = []
         for z, c in zip(self._chunks(noise.to(self.device)), self._chunks(code), strict=True):
             with computing(self.precision, self.device):
@@ -372,17 +543,9 @@ class FlowMo(Packable):
             codes = Codes(codes, size or (self.config.data.image_size,) * 2, self.quantizer.id_count)
         height, width = size or codes.size
         self._check_size(height, width)
-        sub_tokens, id_count = self.quantizer.sub_tokens, self.quantizer.id_count
-        if sub_tokens is None or id_count is None:
-            if codes.code is None:
-                raise TypeError("This tokenizer is continuous and has no ids. Decode the Codes that encode returned.")
+        if codes.code is not None:
             return codes.code.to(self.device, torch.float32), height, width
-        ids = check_ids(codes.ids, self.tokens(height, width), sub_tokens, id_count, self.variable_rate)
-        sent = ids.shape[2]
-        code = self.quantizer.code_from_ids(F.pad(ids, (0, sub_tokens - sent)).to(self.device))
-        if sent < sub_tokens:
-            code = self.keep_prefix(code, torch.tensor([sent], device=self.device))
-        return code, height, width
+        return self.embed(self._check_ids(codes.ids, self.tokens(height, width))), height, width
 
     def _chunks(self, x: Tensor) -> Iterator[Tensor]:
         """Yield rows of ``x`` in batches of one size; the last is padded with zeros."""

@@ -172,7 +172,7 @@ def fill(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor],
     bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"{name}: {bad[0]} holds NaN or infinite values ({len(bad)} such).")
-    return network.eval().requires_grad_(False)
+    return network.eval()
 
 
 def _short(error: object) -> str:

@@ -59,12 +59,16 @@ class TrainingNoise(NamedTuple):
     kept: Tensor | None = None
 
     @classmethod
-    def of(cls, config: Config, images: Tensor, indices: Sequence[int]) -> TrainingNoise:
+    def of(cls, config: Config, images: Tensor, indices: Sequence[int], seed: int | None = None) -> TrainingNoise:
         """Draw the numbers of ``images`` b 3 h w, whose positions in the run are ``indices``.
 
         They depend on the seed and the index alone, so they survive interruption and any split of a batch.
+
+        Args:
+            seed: ``None`` is ``trainer.seed``.
         """
-        model, opt, seed, device = config.model, config.opt, config.trainer.seed, images.device
+        model, opt, device = config.model, config.opt, images.device
+        seed = config.trainer.seed if seed is None else seed
 
         def normal(purpose: Stream) -> Tensor:
             generators = (stream(seed, purpose, i, device=device) for i in indices)
@@ -89,7 +93,7 @@ class TrainingNoise(NamedTuple):
             starts, ends = (to_device(torch.stack(times), device) for times in zip(*drawn, strict=True))
             jumps = Jumps(normal(Stream.CHAIN_NOISE), starts, ends)
         if opt.lpips_jitter or opt.lpips_crop:
-            margins = [size - cut for size, cut in zip(images.shape[2:], cut_size(opt, images), strict=True)]
+            margins = [max(size - cut, 0) for size, cut in zip(images.shape[2:], cut_size(opt, images), strict=True)]
             cut = [random_corner(margins, stream(seed, Stream.CUT, i)) for i in indices]
         if model.nested_dropout:
             kept = to_device(kept_sub_tokens(model, seed, indices), device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from flowmo.losses.noise import Chain, TrainingNoise, cut_size, to_device
 from flowmo.model import flow
 from flowmo.model.quantizers import Quantized, WholeBatch, alone
 from flowmo.model.sampler import euler, guided_velocity, shifted_times
-from flowmo.tokenizer import FlowMo
+
+if TYPE_CHECKING:
+    from flowmo.tokenizer import FlowMo
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Perceptual distance of two batches of images in [−1, 1], b 3 h w × b 3 h w -> b."""
@@ -32,11 +34,13 @@ class Loss(NamedTuple):
         total: the scalar to minimise.
         parts: detached float32 scalars for the log.
         ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
+        images: b 3 h w with gradient, stage 1A's one-step estimates (equation 6); ``None`` in other stages.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     ids: Tensor | None = None
+    images: Tensor | None = None
 
 
 def pretrain_loss(
@@ -61,13 +65,15 @@ def pretrain_loss(
         noise = noise._replace(t=torch.lerp(quantized.noise_level, torch.ones_like(noise.t), noise.t))
     code = quantized.code if noise.kept is None else tokenizer.keep_prefix(quantized.code, noise.kept[:, None])
     flow_loss, x_t, velocity = one_step(tokenizer, code, images, noise, opt)
+    estimate = flow.denoise(x_t, velocity, noise.t)
     distances = {}
     if perceptual is not None:
-        x, y = images, flow.denoise(x_t, velocity, noise.t)
+        x, y = images, estimate
         if noise.cut is not None:
             x, y = (cut_out(image, noise.cut, *cut_size(opt, images)) for image in (x, y))
         distances["lpips"] = perceptual(x, y).float().mean()
-    return _sum({"flow": flow_loss, **({} if freeze_encoder else quantized.losses)}, distances, opt, quantized)
+    loss = _sum({"flow": flow_loss, **({} if freeze_encoder else quantized.losses)}, distances, opt, quantized)
+    return loss._replace(images=estimate)
 
 
 def posttrain_loss(

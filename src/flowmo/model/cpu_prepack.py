@@ -91,11 +91,17 @@ class Packable(nn.Module):
 
     packed = False
     compiled = False
-    precision = "float32"
+    products = "float32"
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def precision(self) -> str:
+        """``float32`` or ``bfloat16`` as set, or the weights' own type after ``.bfloat16()`` or ``.half()``."""
+        stored = str(next(self.parameters()).dtype).removeprefix("torch.")
+        return self.products if stored == "float32" else stored
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -112,7 +118,7 @@ class Packable(nn.Module):
         resolved = resolve(precision, self.device)
         if self.packed and resolved != "float32":
             raise PackedError("Packed weights are float32. Leave out --pack or --precision bfloat16.")
-        self.precision = resolved
+        self.products = resolved
         return self
 
     def pack(self) -> Self:

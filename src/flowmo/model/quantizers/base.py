@@ -89,9 +89,12 @@ class Learner(Protocol):
 
 
 def check_ids(
-    ids: Tensor | None, code_length: int, sub_tokens: int, id_count: int, allow_prefix: bool = False
+    ids: Tensor | None, code_length: int | None, sub_tokens: int, id_count: int, allow_prefix: bool = False
 ) -> Tensor:
     """Return ``ids`` as int64 b × tokens × sub_tokens. With ``allow_prefix`` the last sub-tokens may be missing.
+
+    Args:
+        code_length: number of tokens; ``None`` accepts any.
 
     Raises:
         TypeError: not an integer tensor.
@@ -101,9 +104,10 @@ def check_ids(
         kind = f"{ids.dtype} tensor" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be an integer tensor, not a {kind}.")
     allowed = range(1 if allow_prefix else sub_tokens, sub_tokens + 1)
-    if ids.ndim != 3 or ids.shape[1] != code_length or ids.shape[2] not in allowed:
+    if ids.ndim != 3 or (code_length is not None and ids.shape[1] != code_length) or ids.shape[2] not in allowed:
+        tokens = "tokens" if code_length is None else code_length
         needed = f"1 to {sub_tokens}" if allow_prefix else sub_tokens
-        raise ValueError(f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {code_length}, {needed}).")
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {tokens}, {needed}).")
     if ids.numel() and (ids.min() < 0 or ids.max() >= id_count):
         raise ValueError(f"ids run from {ids.min()} to {ids.max()}; this tokenizer's run from 0 to {id_count - 1}.")
     return ids.long()
