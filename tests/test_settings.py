@@ -76,14 +76,15 @@ def digest(tensors):
 class Distance(torch.nn.Module):
     """Stands for the perceptual networks: another function of two images for each mode and folder of weights."""
 
-    def __init__(self, mode, weights=None):
+    def __init__(self, mode, weights=None, pretrained=True, channels=None):
         super().__init__()
+        self.channels = channels
         self.power = {"vgg": 2, "alex": 3, "resnet": 4}[mode]
         self.scale = 1 + len(weights or "")
         self.name = f"{mode} {weights}"
 
     def forward(self, x, y):
-        return ((x - y).abs() ** self.power).mean(dim=(1, 2, 3)) * self.scale
+        return ((x - y)[:, self.channels].abs() ** self.power).mean(dim=(1, 2, 3)) * self.scale
 
 
 @contextmanager
@@ -260,6 +261,7 @@ CASES = {
     "data.random_flip": ("true", weights),
     "data.crop_sizes": ("16x24", weights),
     "model.network": ("windowed", fresh, "model.patch_size=16", "model.code_length=4"),
+    "model.channels": ("4", fresh),
     "model.conv_depth": ("2", fresh, *WINDOWED),
     "model.window": ("1", function, *WINDOWED),
     "model.nested_dropout": ("1", weights, *WINDOWED),
@@ -318,6 +320,7 @@ CASES = {
     "opt.lpips_mode": ("alex", weights, *LPIPS),
     "opt.lpips_jitter": ("4", weights, *LPIPS),
     "opt.lpips_crop": ("16", weights, *LPIPS),
+    "opt.perceptual_channels": ("2", weights, *LPIPS),
     "opt.perceptual_weights": ("{other}", weights, *LPIPS),
     "opt.n_grad_acc": ("2", plan),
     "opt.freeze_encoder_after": ("4 images", weights),

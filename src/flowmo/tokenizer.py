@@ -47,7 +47,7 @@ class Output(NamedTuple):
 
     Attributes:
         loss: scalar to minimise, with gradient.
-        images: b × 3 × h × w, the one-step estimates (equation 6), with gradient.
+        images: b × c × h × w, the one-step estimates (equation 6), with gradient.
         ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
         parts: the terms of the loss and statistics of the bottleneck, detached scalars for a log.
     """
@@ -408,7 +408,7 @@ class FlowMo(Packable):
         """Encode a batch of images.
 
         Args:
-            images: float b × 3 × h × w in [−1, 1]; h and w are multiples of the patch size. A tokenizer of fixed
+            images: float b × c × h × w in [−1, 1]; h and w are multiples of the patch size. A tokenizer of fixed
                 length was trained at one size, ``config.data.image_size``; ``encode_image`` brings any image to it.
             bits_per_pixel: upper bound of the rate, for a tokenizer of variable rate; ``None`` is the full rate.
             differentiable: also return ``Codes.code``, with the straight-through gradient to encoder and images.
@@ -474,7 +474,7 @@ class FlowMo(Packable):
             progress: callback with (images done, images in total).
 
         Returns:
-            float32 b × 3 × h × w, clipped to [−1, 1].
+            float32 b × c × h × w, clipped to [−1, 1].
 
         Raises:
             TypeError, ValueError: ids of the wrong kind, shape or range; a wrong number of seeds; a negative or
@@ -487,7 +487,7 @@ class FlowMo(Packable):
         seeds = list(seed) if isinstance(seed, Sequence | Tensor) else [seed] * len(code)
         if len(seeds) != len(code):
             raise ValueError(f"{len(seeds)} seeds for {len(code)} images; give one, or one per image.")
-        noise = sampler.seeded_noise(seeds, height, width, noise_scale)
+        noise = sampler.seeded_noise(seeds, height, width, noise_scale, self.config.model.channels)
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             return self._sample(noise, code, self.sampling(steps, guidance, rho, solver), progress)
 
@@ -513,7 +513,7 @@ class FlowMo(Packable):
     def sample(
         self, noise: Tensor, code: Tensor, sampling: sampler.Sampling | None = None, progress: Progress | None = None
     ) -> Tensor:
-        """Solve the flow from noise b × 3 × h × w at t = 1, given quantized code b × tokens × channels."""
+        """Solve the flow from noise b × c × h × w at t = 1, given quantized code b × tokens × channels."""
         return self._sample(noise, code, sampling or self.sampling(), progress)
 
     def _sample(self, noise: Tensor, code: Tensor, sampling: sampler.Sampling, progress: Progress | None) -> Tensor:
@@ -559,9 +559,10 @@ class FlowMo(Packable):
             raise TypeError(
                 f"images must be a floating-point tensor in [−1, 1], not a {kind}. For uint8: x / 127.5 − 1."
             )
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        channels = self.config.model.channels
+        if images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; give at least one as (batch, 3, height, width)."
+                f"images have shape {tuple(images.shape)}; give at least one as (batch, {channels}, height, width)."
             )
         self._check_size(*images.shape[-2:])
         low, high = images.aminmax()
@@ -631,10 +632,11 @@ class FlowMo(Packable):
         """
         sampling = self.sampling(steps, guidance, rho, solver)
         code, height, width = self._code_and_size(codes, None)
+        channels = self.config.model.channels
         if self.native_size:
             if len(code) != 1:
                 raise ValueError(f"{len(code)} codes for one image; decode takes batches.")
-            noise = sampler.seeded_noise([seed], height, width)
+            noise = sampler.seeded_noise([seed], height, width, channels=channels)
             cell = self.config.model.patch_size
             image = blocks.decode(lambda z, c: self.sample(z, c, sampling).cpu(), noise, code, cell, progress)
             true_height, true_width = codes.output_size
@@ -642,7 +644,7 @@ class FlowMo(Packable):
         tiling = codes.tiling or Tiling(*codes.size, self.config.data.image_size)
         if len(code) != len(tiling.corners):
             raise ValueError(f"{len(code)} codes for an image of {len(tiling.corners)} tiles.")
-        noise = tiling.crop(sampler.seeded_noise([seed], *tiling.canvas)[0])
+        noise = tiling.crop(sampler.seeded_noise([seed], *tiling.canvas, channels=channels)[0])
         return to_pil(tiling.merge(self.sample(noise, code, sampling, progress)))
 
 

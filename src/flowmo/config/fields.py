@@ -78,6 +78,9 @@ def one_of(*choices: str) -> Range:
 
 
 LONGER_THAN_0 = Range(lambda span: span.amount > 0, "longer than 0")
+CHANNELS = Range(
+    lambda text: bool(re.fullmatch(r"(\d{1,4},){2}\d{1,4}|\d{0,4}", text)), "three channels such as '0,1,2', or one"
+)
 SIZES = Range(
     lambda text: all(re.fullmatch(r"[1-9]\d{0,8}x[1-9]\d{0,8}", size) for size in text.replace(",", " ").split()),
     "a list of sizes such as '128x128 96x192'",

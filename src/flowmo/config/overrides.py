@@ -43,6 +43,7 @@ def _interval(value: Any) -> dict[str, Any]:
 ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "model.mup_width": _width(""),
     "model.enc_mup_width": _width("enc_"),
+    "data.channels": _renamed("model.channels"),
     "global_seed": _renamed("trainer.seed"),
     "trainer.max_steps": _renamed("trainer.duration"),
     "opt.warmup_steps": _renamed("opt.warmup"),

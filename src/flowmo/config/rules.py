@@ -8,7 +8,7 @@ from flowmo.config.sections import CELL, Sections, rotary_axes
 
 
 def broken(config: Sections) -> Iterator[str]:
-    for rules in (_images, _network, _bottleneck, _training, _generator):
+    for rules in (_images, _channels, _network, _bottleneck, _training, _generator):
         yield from rules(config)
 
 
@@ -27,6 +27,12 @@ def _images(config: Sections) -> Iterator[str]:
         yield f"opt.lpips_jitter={opt.lpips_jitter} must be from 0 to half of data.image_size={size}."
     if not 0 <= opt.lpips_crop <= smallest:
         yield f"opt.lpips_crop={opt.lpips_crop} must be from 0 to the crops' side, {smallest}."
+
+
+def _channels(config: Sections) -> Iterator[str]:
+    channels, named = config.model.channels, config.opt.perceptual_channels
+    if max(config.perceptual_channels) >= channels:
+        yield f"opt.perceptual_channels={named} must be from 0 to {channels - 1}, since model.channels={channels}."
 
 
 def _network(config: Sections) -> Iterator[str]:

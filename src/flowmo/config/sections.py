@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from flowmo.config.fields import (
+    CHANNELS,
     LONGER_THAN_0,
     SIZES,
     Section,
@@ -29,6 +30,7 @@ REVEALING_ORDERS = ("confidence", "halton", "random")
 CHECKPOINTED = ("inputs", "attention", "products")
 CELL = 16
 """Side of a cell of a windowed network, in pixels."""
+MAX_CHANNELS = 1024
 MAX_STEPS = 10_000
 """Most sampling steps: a file's own settings decide how long its decoding takes."""
 
@@ -68,6 +70,7 @@ class ModelConfig(Section, path="model"):
     network: str = setting(
         "double_stream", "the paper's, or for any image size, a token per cell", one_of("double_stream", "windowed")
     )
+    channels: int = setting(3, "channels of the images: 1 is grey, 3 is colour", between(1, MAX_CHANNELS))
     conv_depth: int = setting(3, "windowed network: convolution blocks at each of two resolutions", at_least(1))
     window: int = setting(8, "windowed network: side of an attention window, in cells", at_least(1))
     patch_size: int = setting(4, "side of an image token, in pixels, in encoder and decoder", at_least(1))
@@ -136,6 +139,9 @@ class OptConfig(Section, path="opt"):
     loss_space: str = setting("velocity", "error that the flow loss squares", one_of(*PREDICTIONS))
     lpips_weight: float = setting(0.1, "weight of the perceptual loss; 0 disables", at_least(0))
     lpips_mode: str = setting("vgg", "perceptual loss: LPIPS or the logits of resnet", one_of("vgg", "alex", "resnet"))
+    perceptual_channels: str = setting(
+        "", "three channels for LPIPS and rFID, or one for all three; empty is 0,1,2, or 0 below three", CHANNELS
+    )
     lpips_jitter: int = setting(
         0, "random cut of both images before the one-step estimate's perceptual loss, in pixels"
     )
@@ -265,3 +271,10 @@ class Sections:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+
+    @property
+    def perceptual_channels(self) -> list[int]:
+        """Three channels of an image that networks trained on colour images take as red, green and blue."""
+        default = "0,1,2" if self.model.channels > 2 else "0"
+        channels = [int(channel) for channel in (self.opt.perceptual_channels or default).split(",")]
+        return channels * 3 if len(channels) == 1 else channels

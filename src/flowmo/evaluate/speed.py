@@ -119,9 +119,9 @@ def parts(tokenizer: FlowMo, images: int = 1) -> dict[str, Callable[[], torch.Te
     """The parts of the work as functions, on random images and codes."""
     config, device, side = tokenizer.config, tokenizer.device, tokenizer.config.data.image_size
     generator = stream(0, Stream.BENCHMARK)
-    x = (torch.rand(images, 3, side, side, generator=generator) * 2 - 1).to(device)
+    x = (torch.rand(images, config.model.channels, side, side, generator=generator) * 2 - 1).to(device)
     code = torch.randn(images, tokenizer.code_length, config.model.context_dim, generator=generator).sign().to(device)
-    noise = seeded_noise(range(images), side, side).to(device)
+    noise = seeded_noise(range(images), side, side, channels=config.model.channels).to(device)
     decoder = tokenizer.decoder
     embedded, modulation = decoder.embed_code(code), decoder.modulate(torch.ones(1, device=device))
     return {

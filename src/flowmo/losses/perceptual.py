@@ -7,7 +7,7 @@ defined here because the ``lpips`` package needs torchvision, which the base ins
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -61,11 +61,28 @@ class WeightsNotFoundError(FlowMoError, FileNotFoundError):
     """Trained weights were found nowhere."""
 
 
-def build_distance(mode: str, weights: str | Path | None = None, pretrained: bool = True) -> LPIPS | ResNetLogits:
-    """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex`` or ``resnet``."""
+def build_distance(
+    mode: str, weights: str | Path | None = None, pretrained: bool = True, channels: Sequence[int] | None = None
+) -> LPIPS | ResNetLogits:
+    """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex`` or ``resnet``.
+
+    Args:
+        channels: three channels of the images, which the network takes as red, green and blue; ``None`` is all.
+    """
+    distance: LPIPS | ResNetLogits
     if mode == "resnet":
-        return ResNetLogits(weights, pretrained=pretrained)
-    return LPIPS(mode, weights, pretrained=pretrained)
+        distance = ResNetLogits(weights, pretrained=pretrained)
+    else:
+        distance = LPIPS(mode, weights, pretrained=pretrained)
+    distance.channels = channels
+    return distance
+
+
+def select_channels(images: Tensor, channels: Sequence[int] | None) -> Tensor:
+    """Select the ``channels`` of images b c h w that a network of colour images sees; ``None`` is all."""
+    if channels is None or [*channels] == [*range(images.shape[1])]:
+        return images
+    return torch.stack([images[:, channel] for channel in channels], dim=1)
 
 
 def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:
@@ -142,6 +159,9 @@ class LPIPS(nn.Module):
         ValueError: ``net`` is unknown.
     """
 
+    channels: Sequence[int] | None = None
+    """See ``build_distance``."""
+
     def __init__(
         self, net: str = "vgg", weights: str | Path | None = None, download: bool = True, pretrained: bool = True
     ):
@@ -173,7 +193,7 @@ class LPIPS(nn.Module):
     @in_float32
     def features(self, x: Tensor) -> list[Tensor]:
         """Return unit-length float32 feature maps of images b 3 h w in [−1, 1], one per row of the network."""
-        x = channels_last((x - self.mean) / self.std)
+        x = channels_last((select_channels(x, self.channels) - self.mean) / self.std)
         maps = []
         for i, row in enumerate(self.rows):
             if i in self.pooled_rows:
@@ -200,6 +220,8 @@ class ResNetLogits(nn.Module):
     """
 
     SIDE = 224
+    channels: Sequence[int] | None = None
+    """See ``build_distance``."""
 
     def __init__(self, weights: str | Path | None = None, download: bool = True, pretrained: bool = True):
         super().__init__()
@@ -225,6 +247,7 @@ class ResNetLogits(nn.Module):
     @in_float32
     def features(self, x: Tensor) -> Tensor:
         """Return the pooled features b × 2048 of images b 3 h w in [−1, 1]."""
+        x = select_channels(x, self.channels)
         x = F.interpolate(x / 2 + 0.5, (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
         x = (x - self.mean) / self.std
         return self.network.features(channels_last(x.flip(1) if self.caffe else x))  # Caffe's channels are B, G, R

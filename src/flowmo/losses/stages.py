@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flowmo.tokenizer import FlowMo
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""Perceptual distance of two batches of images in [−1, 1], b 3 h w × b 3 h w -> b."""
+"""Perceptual distance of two batches of images in [−1, 1], b c h w × b 3 h w -> b."""
 
 
 class Loss(NamedTuple):
@@ -34,7 +34,7 @@ class Loss(NamedTuple):
         total: the scalar to minimise.
         parts: detached float32 scalars for the log.
         ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
-        images: b 3 h w with gradient, stage 1A's one-step estimates (equation 6); ``None`` in other stages.
+        images: b c h w with gradient, stage 1A's one-step estimates (equation 6); ``None`` in other stages.
     """
 
     total: Tensor
@@ -52,7 +52,7 @@ def pretrain_loss(
     whole_batch: WholeBatch = alone,
     freeze_encoder: bool = False,
 ) -> Loss:
-    """Stage 1A, equation 9: flow, perceptual and bottleneck losses of images b 3 h w in [−1, 1].
+    """Stage 1A, equation 9: flow, perceptual and bottleneck losses of images b c h w in [−1, 1].
 
     Args:
         perceptual: distance between the images and their one-step estimates (equation 6); ``None`` omits it.
@@ -123,7 +123,7 @@ def distill_loss(
     with torch.no_grad():
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
         path = teacher_path(teacher, quantized.code, start_noise, opt.teacher_steps)
-        x_start, x_end = (path.at(times).flatten(0, 1) for times in (starts, ends))  # (b jumps) 3 h w
+        x_start, x_end = (path.at(times).flatten(0, 1) for times in (starts, ends))  # (b jumps) c h w
     starts, ends = starts.flatten(), ends.flatten()
     decoder = tokenizer.decoder
     code = decoder.embed_code(quantized.code).repeat_interleave(jumps, dim=0)
@@ -141,7 +141,7 @@ def distill_loss(
 def one_step(
     tokenizer: FlowMo, code: Tensor, x: Tensor, noise: TrainingNoise, opt: OptConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the flow loss (equation 5) of images x b 3 h w, and the noised images and velocity behind it."""
+    """Return the flow loss (equation 5) of images x b c h w, and the noised images and velocity behind it."""
     decoder, t = tokenizer.decoder, noise.t
     x_t = flow.interpolate(x, noise.noise, t)
     velocity = decoder(x_t, decoder.embed_code(code, noise.keep), decoder.modulate(t)).float()
@@ -149,7 +149,7 @@ def one_step(
 
 
 def sample_chain(tokenizer: FlowMo, code: Tensor, chain: Chain, recompute: bool = True) -> Tensor:
-    """Sample images b 3 h w differentiably from pure noise, one Euler step per pair of times (equation 10).
+    """Sample images b c h w differentiably from pure noise, one Euler step per pair of times (equation 10).
 
     Args:
         code: quantized, b × tokens × channels.
@@ -169,13 +169,13 @@ def sample_chain(tokenizer: FlowMo, code: Tensor, chain: Chain, recompute: bool 
 
 
 class Path(NamedTuple):
-    """Sampling path: n + 1 times from 1 to 0, and the states there, n + 1 b 3 h w."""
+    """Sampling path: n + 1 times from 1 to 0, and the states there, n + 1 b c h w."""
 
     times: Tensor
     states: Tensor
 
     def at(self, t: Tensor) -> Tensor:
-        """Interpolate the states at times b × k, one row per image, -> b k 3 h w. Euler's path is piecewise linear."""
+        """Interpolate the states at times b × k, one row per image, -> b k c h w. Euler's path is piecewise linear."""
         after = torch.searchsorted(-self.times, -t.contiguous()).clamp(1, len(self.times) - 1)
         early, late = self.times[after - 1], self.times[after]
         share = ((early - t) / (early - late))[..., None, None, None]
@@ -185,7 +185,7 @@ class Path(NamedTuple):
 
 @torch.no_grad()
 def teacher_path(teacher: FlowMo, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
-    """Sample from noise b 3 h w with the teacher's own settings, or in ``steps`` Euler steps, and keep every state."""
+    """Sample from noise b c h w with the teacher's own settings, or in ``steps`` Euler steps, and keep every state."""
     sampling = teacher.config.eval.sampling
     times = shifted_times(steps or sampling.sample_steps, sampling.rho)
     guidance = sampling.guidance, sampling.guidance_low, sampling.guidance_high
@@ -197,7 +197,7 @@ def teacher_path(teacher: FlowMo, code: Tensor, noise: Tensor, steps: int = 0) -
 
 
 def cut_out(images: Tensor, corners: Sequence[tuple[int, int]], h: int, w: int) -> Tensor:
-    """Crop each image of b 3 H W to h × w pixels at its (row, column).
+    """Crop each image of b c H W to h × w pixels at its (row, column).
 
     Random crops shift the perceptual network's strides over the image, so the decoder cannot learn textures that
     please one alignment only (after E-LPIPS, Kettunen et al. 2019).

@@ -1,6 +1,6 @@
 """Sampling (section 3.4): ODE solvers as plain functions over a velocity, and the guided velocity of a decoder.
 
-A velocity is any function ``velocity(x, t)`` of images b × 3 × h × w and one timestep t in [0, 1]. A solver carries
+A velocity is any function ``velocity(x, t)`` of images b × c × h × w and one timestep t in [0, 1]. A solver carries
 noise at t = 1 to an image at t = 0. Each image has its own seed and its noise is drawn on the CPU, so a sample depends
 on its code and its seed alone, not on its batch, its index there, or the device.
 """
@@ -149,8 +149,8 @@ def network_passes(times: Sequence[float], guidance: float, low: float, high: fl
     return len(times) + sum(low <= t <= high for t in times) * (guidance != 1.0)
 
 
-def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1.0) -> Tensor:
-    """Standard normal noise, one image per seed: float32 len(seeds) × 3 × height × width on the CPU.
+def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1.0, channels: int = 3) -> Tensor:
+    """Standard normal noise, one image per seed: float32 len(seeds) × channels × height × width on the CPU.
 
     Raises:
         TypeError, ValueError: a seed that is not a whole number from 0 to 2^63 − 1.
@@ -159,7 +159,7 @@ def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1
     wrong = next((seed for seed in seeds if not 0 <= seed < 2**63), None)
     if wrong is not None:
         raise ValueError(f"seed {wrong} is not from 0 to 2^63 − 1.")
-    noise = torch.empty(len(seeds), 3, height, width)
+    noise = torch.empty(len(seeds), channels, height, width)
     for image, seed in zip(noise, seeds, strict=True):
         image.normal_(generator=torch.Generator().manual_seed(seed))
     return noise * scale if scale != 1.0 else noise

@@ -7,7 +7,7 @@ Notable:
   that nobody reads afterwards has only keys and values.
 - ``Decoder.modulate`` computes everything that depends on the timestep alone.
 
-In annotations of shapes: b batch, m code tokens, n image tokens, d width or channels.
+In annotations of shapes: b batch, c channels of an image, m code tokens, n image tokens, d width or channels.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Shape:
         prediction: output of the decoder's last layer, ``velocity`` or ``picture``, see ``Decoder``.
         initial_gate: residual gates of a fresh decoder; at 0, as in the release, its blocks start as the identity.
         mean_velocity: the decoder is conditioned on the end of its step, see ``Decoder``.
+        channels: of the images.
     """
 
     width: int
@@ -53,16 +54,17 @@ class Shape:
     prediction: str = "velocity"
     initial_gate: float = 0.0
     mean_velocity: bool = False
+    channels: int = 3
 
     @classmethod
     def encoder(cls, m: ModelConfig) -> Shape:
         size = (m.enc_hidden_size, m.enc_num_heads, m.enc_depth, m.patch_size)
-        return cls(*size, m.mlp_ratio, m.code_layout, m.enable_mup)
+        return cls(*size, m.mlp_ratio, m.code_layout, m.enable_mup, channels=m.channels)
 
     @classmethod
     def decoder(cls, m: ModelConfig) -> Shape:
         size = (m.hidden_size, m.num_heads, m.dec_depth, m.patch_size)
-        output = (m.prediction, m.initial_gate, m.mean_velocity)
+        output = (m.prediction, m.initial_gate, m.mean_velocity, m.channels)
         return cls(*size, m.mlp_ratio, m.code_layout, m.enable_mup, *output)
 
     @property
@@ -72,6 +74,11 @@ class Shape:
     @property
     def attention_scale(self) -> float:
         return 8 / self.head_dim if self.mup else self.head_dim**-0.5
+
+    @property
+    def values(self) -> int:
+        """Values of an image token."""
+        return self.channels * self.patch**2
 
     def rotary_table(self, code_length: int, height: int, width: int, device: torch.device) -> Tensor:
         """The cached rotary table for images of ``height`` × ``width`` pixels."""
@@ -284,7 +291,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.code_length = code_length
-        self.picture_in = nn.Linear(3 * shape.patch**2, shape.width)
+        self.picture_in = nn.Linear(shape.values, shape.width)
         # The paper feeds zeros through a linear layer; only its bias can act.
         self.code_embedding = nn.Parameter(torch.empty(shape.width).uniform_(-1, 1) / math.sqrt(channels))
         self.blocks = nn.ModuleList(
@@ -293,7 +300,7 @@ class Encoder(nn.Module):
         self.code_out = nn.Linear(shape.width, channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: b 3 h w in [−1, 1], h and w multiples of the patch -> code: b code_length channels."""
+        """images: b c h w in [−1, 1], h and w multiples of the patch -> code: b code_length channels."""
         b, _, h, w = images.shape
         table = self.shape.rotary_table(self.code_length, h, w, images.device)
         # The residual stream stays float32 under autocast: bfloat16 would lose its sum over the blocks.
@@ -328,13 +335,13 @@ class Decoder(nn.Module):
         self.shape = shape
         self.time_in = nn.Linear(TIMESTEP_SINUSOIDS, shape.width)
         self.time_out = nn.Linear(shape.width, shape.width)
-        self.picture_in = nn.Linear(3 * shape.patch**2, shape.width)
+        self.picture_in = nn.Linear(shape.values, shape.width)
         self.code_in = nn.Linear(channels + 1, shape.width)
         self.blocks = nn.ModuleList(
             DoubleStreamBlock(shape, modulated=True, code_read=i < shape.depth - 1) for i in range(shape.depth)
         )
         self.out_modulation = nn.Linear(shape.width, 2 * shape.width)
-        self.picture_out = nn.Linear(shape.width, 3 * shape.patch**2)
+        self.picture_out = nn.Linear(shape.width, shape.values)
         if shape.mean_velocity:
             self.span_in = nn.Linear(TIMESTEP_SINUSOIDS, shape.width)
             self.span_out = nn.Linear(shape.width, shape.width)
@@ -369,7 +376,7 @@ class Decoder(nn.Module):
         return self.code_in(code).float()
 
     def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
-        """x_t: b 3 h w, code: embedded code b m width, at_t: from ``modulate`` -> velocity float32 b 3 h w."""
+        """x_t: b c h w, code: embedded code b m width, at_t: from ``modulate`` -> velocity float32 b c h w."""
         h, w = x_t.shape[-2:]
         table = self.shape.rotary_table(code.shape[1], h, w, x_t.device)
         image = self.picture_in(patchify(x_t, self.shape.patch)).float()
@@ -382,7 +389,7 @@ class Decoder(nn.Module):
 
 
 def velocity_from(out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
-    """The velocity for a decoder's output b 3 h w, which is a ``velocity`` or a ``picture``; t: b or 1."""
+    """The velocity for a decoder's output b c h w, which is a ``velocity`` or a ``picture``; t: b or 1."""
     if prediction == "velocity":
         return out
     return (x_t - out) / t.clamp(min=MIN_PREDICTION_TIME)[:, None, None, None]

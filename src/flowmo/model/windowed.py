@@ -46,6 +46,7 @@ class WindowedShape:
         window: side of an attention window, in cells.
         prediction: output of the decoder's last layer, ``velocity`` or ``picture``.
         initial_gate: residual gates of a fresh decoder.
+        channels: of the images.
     """
 
     width: int
@@ -56,14 +57,20 @@ class WindowedShape:
     mlp_ratio: float = 4.0
     prediction: str = "picture"
     initial_gate: float = 1.0
+    channels: int = 3
 
     @classmethod
     def encoder(cls, m: ModelConfig) -> WindowedShape:
-        return cls(m.enc_hidden_size, m.enc_num_heads, m.enc_depth, m.conv_depth, m.window, m.mlp_ratio, m.prediction)
+        return cls._of(m, m.enc_hidden_size, m.enc_num_heads, m.enc_depth)
 
     @classmethod
     def decoder(cls, m: ModelConfig) -> WindowedShape:
-        return cls(m.hidden_size, m.num_heads, m.dec_depth, m.conv_depth, m.window, m.mlp_ratio, m.prediction)
+        return cls._of(m, m.hidden_size, m.num_heads, m.dec_depth)
+
+    @classmethod
+    def _of(cls, m: ModelConfig, width: int, heads: int, depth: int) -> WindowedShape:
+        shape = (width, heads, depth, m.conv_depth, m.window)
+        return cls(*shape, m.mlp_ratio, m.prediction, channels=m.channels)
 
 
 def space_to_depth(x: Tensor, factor: int) -> Tensor:
@@ -181,13 +188,13 @@ class WindowedBlock(nn.Module):
 
 
 class WindowedEncoder(nn.Module):
-    """Equation 1: images b 3 h w of whole cells to one code token per cell, b (h/16 · w/16) channels."""
+    """Equation 1: images b channels h w of whole cells to one code token per cell, b (h/16 · w/16) channels."""
 
     def __init__(self, shape: WindowedShape, channels: int):
         super().__init__()
         self.shape = shape
         w = shape.width
-        self.picture_in = Convolution(3 * 4**2, w // 4)
+        self.picture_in = Convolution(shape.channels * 4**2, w // 4)
         self.down8 = nn.Linear(4 * (w // 4), w // 2)
         self.down16 = nn.Linear(4 * (w // 2), w)
         convolutions = [ConvolutionBlock(n) for n in (w // 4, w // 2) for _ in range(shape.conv_depth)]
@@ -222,15 +229,15 @@ class WindowedDecoder(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         self.code_in = nn.Linear(2 * channels + 1, w)
-        self.picture_in16 = nn.Linear(3 * 16**2, w)
-        self.picture_in8 = nn.Linear(3 * 8**2, w // 2)
-        self.picture_in4 = nn.Linear(3 * 4**2, w // 4)
+        self.picture_in16 = nn.Linear(shape.channels * 16**2, w)
+        self.picture_in8 = nn.Linear(shape.channels * 8**2, w // 2)
+        self.picture_in4 = nn.Linear(shape.channels * 4**2, w // 4)
         self.up8 = nn.Linear(w, 4 * (w // 2))
         self.up4 = nn.Linear(w // 2, 4 * (w // 4))
         attention = [WindowedBlock(shape, i % 2 == 1, modulated=True) for i in range(shape.depth)]
         convolutions = [ConvolutionBlock(n) for n in (w // 2, w // 4) for _ in range(shape.conv_depth)]
         self.blocks = nn.ModuleList([*attention, *convolutions])
-        self.picture_out = Convolution(w // 4, 3 * 4**2)
+        self.picture_out = Convolution(w // 4, shape.channels * 4**2)
 
     def modulate(self, t: Tensor, end: Tensor | None = None) -> Conditioning:
         """Compute all modulations for timesteps t (b in [0, 1]); ``end`` is unused."""
@@ -247,7 +254,7 @@ class WindowedDecoder(nn.Module):
         return self.code_in(code)
 
     def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
-        """x_t: b 3 h w, code: embedded code b m width, at_t: from ``modulate`` -> velocity float32 b 3 h w."""
+        """x_t: b channels h w, code: embedded code b m width, at_t: from ``modulate`` -> float32 velocity like x_t."""
         depth, n = self.shape.depth, self.shape.conv_depth
         patches = space_to_depth(x_t.permute(0, 2, 3, 1), 4)
         rows, columns = x_t.shape[-2] // CELL, x_t.shape[-1] // CELL

@@ -149,7 +149,7 @@ def _training_cost(config: Config, freeze_encoder: bool) -> Cost:
         finally:
             transformer.rotary_table.cache_clear()  # drop tables without contents
         parameters = sum(p.numel() for p in FlowMo(config).parameters())
-    chain_states = extra * 4 * 3 * math.prod(largest)
+    chain_states = extra * 4 * config.model.channels * math.prod(largest)
     return Cost(flops / COUNTED, STATE_BYTES * parameters, per_image + chain_states, fixed)
 
 
@@ -173,7 +173,8 @@ def generator_cost(config: Config, vocabulary: Vocabulary) -> Cost:
 
 
 def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tuple[int, int]) -> Step:
-    perceptual = build_distance(config.opt.lpips_mode, pretrained=False) if config.opt.lpips_weight else None
+    channels = config.perceptual_channels
+    perceptual = build_distance(config.opt.lpips_mode, None, False, channels) if config.opt.lpips_weight else None
     tokenizer, teacher = FlowMo(config), None
     tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not freeze_encoder)
     if config.stage == "distill":
@@ -183,7 +184,7 @@ def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tupl
         teacher_config = Config(data=config.data, model=model, eval=EvalConfig(sampling=sampling))
         teacher = FlowMo(teacher_config).requires_grad_(False)
     stage = prepare(Stage(tokenizer, config.opt, perceptual, teacher), World(), config.trainer)
-    images = torch.empty(count, 3, *size)
+    images = torch.empty(count, config.model.channels, *size)
     keep = torch.ones(count, config.model.posttrain_sample_k, dtype=torch.bool)
     chain = Chain(images, torch.empty(count, config.model.posttrain_sample_k + 1), keep)
     times = torch.empty(count, config.opt.jumps)

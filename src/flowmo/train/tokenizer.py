@@ -55,7 +55,8 @@ class TokenizerTask(Task):
         self.held_out = self._held_out(images) if world.main else None
         self.perceptual = None
         if opt.lpips_weight:
-            self.perceptual = build_distance(opt.lpips_mode, opt.perceptual_weights or None).to(world.device)
+            named = (opt.lpips_mode, opt.perceptual_weights or None, True, config.perceptual_channels)
+            self.perceptual = build_distance(*named).to(world.device)
             report(f"perceptual loss: {self.perceptual.name}")
         seed_global(config.trainer.seed, Stream.WEIGHTS)
         self.model = FlowMo(config)
