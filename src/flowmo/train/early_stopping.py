@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 HIGHER_IS_BETTER = {"psnr": True, "lpips": False, "rfid": False, "cross_entropy": False}
-LOSSES = ("sample_distance", "lpips", "cross_entropy", "loss")
-PLOT = "guard.png"
 
 
 @dataclass
@@ -51,31 +47,3 @@ class EarlyStopping:
         """Restore a checkpoint's state if it was of the same metric."""
         if state.get("best_metric") == self.metric:
             self.step, self.value, self.since = state["best_step"], state["best_value"], state["since_best"]
-
-
-def plot(folder: Path, metric: str) -> None:
-    """Plot training loss and held-out metric over images seen, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-    def curve(name: str) -> list[tuple[float, float]]:
-        return [(line["images"], line[name]) for line in lines if name in line]
-
-    held_out = curve(f"eval_{metric}")
-    if not held_out:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    left = figure.subplots()
-    loss = next((name for name in LOSSES if curve(name)), "loss")
-    left.plot(*zip(*curve(loss) or [(0, float("nan"))], strict=True), color="tab:blue", label=f"training: {loss}")
-    left.set(xlabel="images", ylabel=loss)
-    right = left.twinx()
-    right.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label=f"held out: {metric}")
-    right.set_ylabel(metric)
-    best = (max if HIGHER_IS_BETTER[metric] else min)(held_out, key=lambda point: point[1])
-    right.axvline(best[0], color="gray", linestyle=":", label=f"best held out, {best[1]:.4g}")
-    figure.legend(loc="outside upper center", ncols=3)
-    figure.savefig(folder / PLOT, dpi=90)

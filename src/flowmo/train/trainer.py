@@ -24,7 +24,7 @@ from flowmo.data import batches
 from flowmo.distributed import World
 from flowmo.evaluate.speed import peak_flops
 from flowmo.train import intent, state
-from flowmo.train.early_stopping import EarlyStopping, plot
+from flowmo.train.early_stopping import EarlyStopping
 from flowmo.train.ema import EMA
 from flowmo.train.failures import plain_errors, stop_on_signals
 from flowmo.train.finite import StepCounts, step_if
@@ -33,6 +33,7 @@ from flowmo.train.logging import Meter, MetricLogger
 from flowmo.train.memory import machine_memory, used_memory
 from flowmo.train.optimizer import NormControl, build_optimizers, clip_gradients, set_learning_rate
 from flowmo.train.parallel import accumulating, prepare, wrap_ddp
+from flowmo.train.plots import draw
 from flowmo.train.schedule import PAPER_BATCH, BatchPlan, Position, Schedule
 from flowmo.train.task import Task, TrainingError, in_bfloat16, multiplies_bfloat16
 from flowmo.train.tokenizer import TokenizerTask
@@ -168,6 +169,8 @@ class Trainer:
                     meter.skipped = self._check_skipped(meter.skipped)
                     self._evaluate()
                     self.save()
+                    if self.world.main:
+                        draw(self.folder, self.early_stopping)
             asked = self.asked_to_stop or (self.world.main and (self.folder / STOP).exists())
             self.stopping = self.world.any(asked)
 
@@ -324,7 +327,6 @@ class Trainer:
             metrics = self.task.evaluate(model)
             value = metrics[best.metric]
             self.logger.record(self.step, self.images, {f"eval_{name}": metric for name, metric in metrics.items()})
-            plot(self.folder, best.metric)
         value = self.world.broadcast(value)
         improved = best.update(self.step, value)
         verdict = "the best so far" if improved else f"the best is step {best.step} with {best.value:.4f}"
