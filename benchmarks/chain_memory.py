@@ -22,7 +22,7 @@ from flowmo import Config, FlowMo
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage
-from flowmo.train.cost import training_cost
+from flowmo.train.cost import training_memory
 from flowmo.train.memory import used_memory
 
 MIB = 2**20
@@ -109,7 +109,7 @@ def main() -> None:
         for steps in STEPS:
             few, many = (measure(size, steps, batch) for batch in BATCHES)
             measured = (many - few) / (BATCHES[1] - BATCHES[0]) / MIB
-            forecast = training_cost(settings(size, steps)).activation_bytes / MIB
+            forecast = training_memory(settings(size, steps)).activation_bytes / MIB
             rows.append({"model": size, "steps": steps, "forecast_mib": forecast, "measured_mib": measured})
             print(f"| {size} | {steps} | {forecast:.1f} | {measured:.1f} | {forecast / measured:.2f} |", flush=True)
     if arguments.json:

@@ -26,7 +26,7 @@ from flowmo import Config, FlowMo
 from flowmo.distributed import World
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import Stage
-from flowmo.train.cost import training_cost
+from flowmo.train.cost import training_memory
 from flowmo.train.ema import EMA
 from flowmo.train.memory import used_memory
 from flowmo.train.optimizer import build_optimizers
@@ -57,8 +57,8 @@ def settings(preset: str, policy: str, *more: str) -> Config:
 
 def expected(preset: str, policy: str, more: tuple[str, ...]) -> tuple[float, float]:
     """GiB of all that no image adds to, and of each image."""
-    cost = training_cost(settings(preset, policy, *more))
-    return cost.peak_bytes(0) / GIB, cost.activation_bytes / GIB
+    memory = training_memory(settings(preset, policy, *more))
+    return memory.peak_bytes(0) / GIB, memory.activation_bytes / GIB
 
 
 def arithmetic() -> list[dict]:

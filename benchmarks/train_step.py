@@ -30,7 +30,7 @@ from flowmo.generate.generator import Generator
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage
-from flowmo.train.cost import Cost, generator_cost, training_cost
+from flowmo.train.cost import Memory, generator_flops, generator_memory, training_flops, training_memory
 from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorStage, Hidden
 from flowmo.train.memory import machine_memory, used_memory
@@ -105,11 +105,11 @@ def measure(config: Config, device: torch.device, batch: int, steps: int) -> dic
     }
 
 
-def cost_of(config: Config) -> Cost:
-    """FLOPs and bytes by arithmetic, of any stage."""
+def forecast(config: Config) -> tuple[float, Memory]:
+    """FLOPs and memory by arithmetic, of any stage."""
     if config.generator.train:
-        return generator_cost(config, PAPER_VOCABULARY)
-    return training_cost(config)
+        return generator_flops(config, PAPER_VOCABULARY), generator_memory(config, PAPER_VOCABULARY)
+    return training_flops(config), training_memory(config)
 
 
 def measure_largest(config: Config, device: torch.device, most: int, steps: int) -> dict[str, float] | None:
@@ -117,9 +117,9 @@ def measure_largest(config: Config, device: torch.device, most: int, steps: int)
 
     The first try follows the forecast; the batch is halved while it does not fit. ``None`` if nothing fits.
     """
-    cost = cost_of(config)
+    flops, expected = forecast(config)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
-    batch = 2 ** (min(cost.max_images(memory), most).bit_length() - 1)
+    batch = 2 ** (min(expected.max_images(memory), most).bit_length() - 1)
     while batch:
         measured = None
         with suppress(torch.OutOfMemoryError):
@@ -132,8 +132,8 @@ def measure_largest(config: Config, device: torch.device, most: int, steps: int)
         return {
             "microbatch": batch,
             **measured,
-            "predicted_gib": cost.peak_bytes(batch) / 2**30,
-            "tflop_per_image": cost.flops / 1e12,
+            "predicted_gib": expected.peak_bytes(batch) / 2**30,
+            "tflop_per_image": flops / 1e12,
         }
     return None
 

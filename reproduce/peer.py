@@ -27,7 +27,7 @@ from flowmo.data import open_source
 from flowmo.evaluate.reconstruction import FlowMoReconstructor
 from flowmo.losses.perceptual import build_distance
 from flowmo.tokenizer import FlowMo
-from flowmo.train.cost import training_cost
+from flowmo.train.cost import training_flops
 from flowmo.train.schedule import Schedule
 from reproduce import StudyError, page
 from reproduce.adversarial import STATE, train_peer
@@ -64,7 +64,7 @@ def match(config: Config, study: Study) -> Row:
     width = fitting_width(config, parameters)
     theirs = sum(p.numel() for p in ConvolutionalTokenizer(config, width).parameters())
     perceptual = build_distance(config.opt.lpips_mode) if config.opt.lpips_weight else None
-    costs = {"flowmo": training_cost(config).flops, "convolutional": step_flops(config, width, perceptual)}
+    costs = {"flowmo": training_flops(config), "convolutional": step_flops(config, width, perceptual)}
     batch = config.data.global_batch_size
     own = Schedule.of(config, batch, len(open_source(study.data))).duration
     equal = max(round(own * costs["flowmo"] / costs["convolutional"] / batch), 1) * batch

@@ -11,7 +11,7 @@ from flowmo import ConfigError, FlowMo, load, save
 from flowmo.losses.noise import MAX_STUDENT_STEPS, TrainingNoise, random_jumps
 from flowmo.losses.stages import distill_loss, teacher_path
 from flowmo.model.sampler import shifted_times
-from flowmo.train.cost import training_cost
+from flowmo.train.cost import training_flops
 from flowmo.train.trainer import Trainer, TrainingError
 
 STUDENT = ("model.mean_velocity=true", "eval.sampling.guidance=1", "eval.sampling.sample_steps=1")
@@ -228,8 +228,8 @@ def test_settings_that_cannot_work_are_refused(tiny_config):
 def test_the_cost_holds_the_teachers_passes(settings):
     """25 passes, 6 of them twice for guidance, and 4 jumps forward and back."""
     config = settings.override("opt.teacher_steps=25")
-    whole, jumps = training_cost(config).flops, training_cost(config.override("opt.jumps=8")).flops
+    whole, jumps = training_flops(config), training_flops(config.override("opt.jumps=8"))
     a_jump = (jumps - whole) / 4
-    a_pass = whole - training_cost(config.override("opt.teacher_steps=24")).flops
+    a_pass = whole - training_flops(config.override("opt.teacher_steps=24"))
     assert a_jump == pytest.approx(3 * a_pass, rel=0.05)
     assert whole == pytest.approx(4 * a_jump + 31 * a_pass, rel=0.1)

@@ -10,7 +10,7 @@ from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import pretrain_loss
 from flowmo.model.quantizers import BSQ, FSQ, KL, LFQ, VQ, Identity, LayerNorm, Learner, build_quantizer, check_ids
 from flowmo.tokenizer import FlowMo
-from flowmo.train.cost import training_cost
+from flowmo.train.cost import training_flops
 
 
 def reference_entropies(code, group, temperature=0.1, eps=1e-5):
@@ -459,4 +459,4 @@ def test_what_training_with_a_codebook_costs(tiny_config):
     without = tiny_config.override("model.quantization_type=noop", "opt.lpips_weight=0")
     vq = without.override("model.quantization_type=vq", "model.vq_entries=16")
     search = 2 * 16 * 4 * 6 * vq.model.vq_sub_tokens  # every entry with every sub-token
-    assert training_cost(vq).flops == training_cost(without).flops + search
+    assert training_flops(vq) == training_flops(without) + search

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -42,18 +43,15 @@ Step = tuple[Callable[[], Tensor], Sequence[nn.Module]]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Cost of training.
+class Memory:
+    """Memory of training, in bytes.
 
     Attributes:
-        flops: matrix-product and convolution FLOPs per image, forward and backward. Recomputation by activation
-            checkpointing is not counted, recomputation of stage 1B's chain is.
         state_bytes: weights, gradients, Adam's two moments and EMA, unsharded.
         activation_bytes: growth of a step's peak memory per image.
         fixed_bytes: part of the peak that does not grow with the batch, such as bfloat16 copies of the weights.
     """
 
-    flops: float
     state_bytes: int
     activation_bytes: float
     fixed_bytes: float = 0.0
@@ -73,32 +71,45 @@ def describe_training(config: Config) -> dict[str, Any]:
     schedule = Schedule.of(config, config.data.global_batch_size or PAPER_BATCH, IMAGENET_IMAGES)
     images = schedule.duration
     thawed = min(schedule.freeze_encoder_after, images)
-    early, late = training_cost(config), training_cost(config, freeze_encoder=True)
+    early, late = training_flops(config), training_flops(config, freeze_encoder=True)
+    memory = training_memory(config)
     checkpointing = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
-    flops = thawed * early.flops + (images - thawed) * late.flops
+    flops = thawed * early + (images - thawed) * late
     return {
         "training_images": images,
-        "tflop_per_image": round(early.flops / 1e12, 3),
-        "tflop_per_image_encoder_frozen": round(late.flops / 1e12, 3),
+        "tflop_per_image": round(early / 1e12, 3),
+        "tflop_per_image_encoder_frozen": round(late / 1e12, 3),
         "exaflop_of_the_run": round(flops / 1e18, 1),
-        "gib_of_state": round(early.state_bytes / 2**30, 2),
-        "gib_of_activations_per_image": round(early.activation_bytes / 2**30, 3),
-        "gib_with_activation_checkpointing": round(training_cost(checkpointing).activation_bytes / 2**30, 3),
+        "gib_of_state": round(memory.state_bytes / 2**30, 2),
+        "gib_of_activations_per_image": round(memory.activation_bytes / 2**30, 3),
+        "gib_with_activation_checkpointing": round(training_memory(checkpointing).activation_bytes / 2**30, 3),
         "hours_on_8_h100_at_40_percent": round(flops / (8 * 0.4 * PEAK_TFLOPS["H100"] * 1e12) / 3600, 1),
     }
 
 
-def training_cost(config: Config, freeze_encoder: bool = False) -> Cost:
-    """Forecast the cost of stage 1A, 1B or 1C, in seconds and without allocating the model.
+def training_flops(config: Config, freeze_encoder: bool = False) -> float:
+    """Forecast the FLOPs of stage 1A, 1B or 1C per image, in seconds and without allocating the model.
+
+    They are those of matrix products and convolutions, forward and backward. Recomputation by activation checkpointing
+    is not counted, recomputation of stage 1B's chain is.
 
     Args:
         freeze_encoder: forecast the steps in which the encoder no longer learns.
     """
-    model, opt, trainer = config.model, config.opt, config.trainer
+    return _training_flops(_relevant(config), freeze_encoder)
+
+
+def training_memory(config: Config, freeze_encoder: bool = False) -> Memory:
+    """Forecast the memory of stage 1A, 1B or 1C, as ``training_flops`` does the FLOPs."""
+    return _training_memory(_relevant(config), freeze_encoder)
+
+
+def _relevant(config: Config) -> Config:
+    """Keep only what matters for the cost, so that more calls find their result in the cache."""
+    model, opt = config.model, config.opt
     if model.quantization_type in HUB_NAMES:  # its language model is not counted
         model = replace(model, quantization_type="noop")
-    # only what matters for the cost, so that more calls find their result in the cache
-    relevant = Config(
+    return Config(
         data=DataConfig(image_size=config.data.image_size, crop_sizes=config.data.crop_sizes),
         model=model,
         opt=OptConfig(
@@ -110,9 +121,8 @@ def training_cost(config: Config, freeze_encoder: bool = False) -> Cost:
             jumps=opt.jumps,
         ),
         eval=EvalConfig(sampling=SamplingConfig(guidance=1.0)),
-        trainer=_memory_settings(trainer),
+        trainer=_memory_settings(config.trainer),
     )
-    return _training_cost(relevant, freeze_encoder)
 
 
 def _memory_settings(trainer: TrainerConfig, plain: bool = False) -> TrainerConfig:
@@ -124,55 +134,84 @@ def _memory_settings(trainer: TrainerConfig, plain: bool = False) -> TrainerConf
     )
 
 
-@cache
-def _training_cost(config: Config, freeze_encoder: bool) -> Cost:
-    # Beyond two steps, each step of stage 1B's chain adds the same FLOPs and one stored state.
-    steps = config.model.posttrain_sample_k
-    counted = min(steps, 2) if config.stage == "posttrain" else steps
-    extra = steps - counted
-    sizes = config.data.crops or [(config.data.image_size, config.data.image_size)]
-    largest = max(sizes, key=math.prod)
-
-    def step(images: int, size: tuple[int, int] = largest, chain: int = counted, plain: bool = False) -> Step:
-        model, trainer = replace(config.model, posttrain_sample_k=chain), _memory_settings(config.trainer, plain)
-        return _tokenizer_step(replace(config, model=model, trainer=trainer), freeze_encoder, images, size)
-
-    def mean_flops(chain: int) -> float:  # training draws each size with equal probability
-        return sum(_flops(step(COUNTED, size, chain, plain=True)) for size in sizes) / len(sizes)
-
+@contextmanager
+def _fake_tensors() -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        flops = mean_flops(counted)
-        if extra:
-            flops += extra * (flops - mean_flops(1))
         try:
-            per_image, fixed = _memory(step, config.trainer.enable_bfloat16)
+            yield
         finally:
             transformer.rotary_table.cache_clear()  # drop tables without contents
-        parameters = sum(p.numel() for p in FlowMo(config).parameters())
-    chain_states = extra * 4 * config.model.channels * math.prod(largest)
-    return Cost(flops / COUNTED, STATE_BYTES * parameters, per_image + chain_states, fixed)
+
+
+def _chain_steps(config: Config) -> tuple[int, int]:
+    """Return how many steps of stage 1B's chain to run, and how many more to extrapolate.
+
+    Beyond two steps, each adds the same FLOPs and one stored state.
+    """
+    steps = config.model.posttrain_sample_k
+    run = min(steps, 2) if config.stage == "posttrain" else steps
+    return run, steps - run
+
+
+def _sizes(config: Config) -> Sequence[tuple[int, int]]:
+    return config.data.crops or [(config.data.image_size, config.data.image_size)]
 
 
 @cache
-def generator_cost(config: Config, vocabulary: Vocabulary) -> Cost:
-    """Forecast the cost of stage 2."""
+def _training_flops(config: Config, freeze_encoder: bool) -> float:
+    config = replace(config, trainer=_memory_settings(config.trainer, plain=True))
+    steps, extra = _chain_steps(config)
 
-    def step(images: int, plain: bool = False) -> Step:
-        trainer = _memory_settings(config.trainer, plain)
-        ids = torch.empty(images, vocabulary.ids, dtype=torch.int64)
-        network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
-        for block in network.blocks if trainer.activation_checkpointing else ():
-            recompute(block, trainer.checkpoint_keeps)
-        hidden = torch.empty_like(ids, dtype=torch.bool)
-        return lambda: network(ids, hidden, ids[:, 0]).float().sum(), [network]
+    def mean(chain: int) -> float:  # training draws each size with equal probability
+        counts = [_flops(_tokenizer_step(config, freeze_encoder, COUNTED, size, chain)) for size in _sizes(config)]
+        return sum(counts) / len(counts)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        plain = step(COUNTED, plain=True)
-        parameters = sum(p.numel() for p in plain[1][0].parameters())
-        return Cost(_flops(plain) / COUNTED, STATE_BYTES * parameters, *_memory(step, config.trainer.enable_bfloat16))
+    with _fake_tensors():
+        flops = mean(steps)
+        if extra:
+            flops += extra * (flops - mean(1))
+    return flops / COUNTED
 
 
-def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tuple[int, int]) -> Step:
+@cache
+def _training_memory(config: Config, freeze_encoder: bool) -> Memory:
+    steps, extra = _chain_steps(config)
+    largest = max(_sizes(config), key=math.prod)
+    with _fake_tensors():
+        step = partial(_tokenizer_step, config, freeze_encoder, size=largest, chain=steps)
+        per_image, fixed = _memory(step, config.trainer.enable_bfloat16)
+        parameters = sum(p.numel() for p in FlowMo(config).parameters())
+    return Memory(STATE_BYTES * parameters, per_image + extra * 4 * config.model.channels * math.prod(largest), fixed)
+
+
+@cache
+def generator_flops(config: Config, vocabulary: Vocabulary) -> float:
+    """Forecast the FLOPs of stage 2 per image."""
+    plain = replace(config, trainer=_memory_settings(config.trainer, plain=True))
+    with _fake_tensors():
+        return _flops(_generator_step(plain, vocabulary, COUNTED)) / COUNTED
+
+
+@cache
+def generator_memory(config: Config, vocabulary: Vocabulary) -> Memory:
+    """Forecast the memory of stage 2."""
+    with _fake_tensors():
+        per_image, fixed = _memory(partial(_generator_step, config, vocabulary), config.trainer.enable_bfloat16)
+        _, (network,) = _generator_step(config, vocabulary, COUNTED)
+        return Memory(STATE_BYTES * sum(p.numel() for p in network.parameters()), per_image, fixed)
+
+
+def _generator_step(config: Config, vocabulary: Vocabulary, count: int) -> Step:
+    ids = torch.empty(count, vocabulary.ids, dtype=torch.int64)
+    network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
+    for block in network.blocks if config.trainer.activation_checkpointing else ():
+        recompute(block, config.trainer.checkpoint_keeps)
+    hidden = torch.empty_like(ids, dtype=torch.bool)
+    return lambda: network(ids, hidden, ids[:, 0]).float().sum(), [network]
+
+
+def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tuple[int, int], chain: int) -> Step:
+    config = replace(config, model=replace(config.model, posttrain_sample_k=chain))
     channels = config.perceptual_channels
     perceptual = build_distance(config.opt.lpips_mode, None, False, channels) if config.opt.lpips_weight else None
     tokenizer, teacher = FlowMo(config), None
@@ -185,11 +224,11 @@ def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tupl
         teacher = FlowMo(teacher_config).requires_grad_(False)
     stage = prepare(Stage(tokenizer, config.opt, perceptual, teacher), World(), config.trainer)
     images = torch.empty(count, config.model.channels, *size)
-    keep = torch.ones(count, config.model.posttrain_sample_k, dtype=torch.bool)
-    chain = Chain(images, torch.empty(count, config.model.posttrain_sample_k + 1), keep)
+    keep = torch.ones(count, chain, dtype=torch.bool)
+    sampled = Chain(images, torch.empty(count, chain + 1), keep)
     times = torch.empty(count, config.opt.jumps)
     cut = [(0, 0)] * count if config.opt.lpips_crop else None
-    noise = TrainingNoise(torch.empty(count), images, keep[:, 0], chain, Jumps(images, times, times), cut)
+    noise = TrainingNoise(torch.empty(count), images, keep[:, 0], sampled, Jumps(images, times, times), cut)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
     return lambda: stage(images, noise, alone, freeze_encoder).total, modules
 

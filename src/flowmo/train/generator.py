@@ -27,7 +27,7 @@ from flowmo.losses.noise import to_device
 from flowmo.losses.stages import Loss
 from flowmo.streams import Stream, seed_global, stream
 from flowmo.tokenizer import FlowMo, load
-from flowmo.train.cost import Cost, generator_cost
+from flowmo.train.cost import Memory, generator_flops, generator_memory
 from flowmo.train.task import Task, TrainingError, autocast, check_same_settings
 
 SAMPLES = 16
@@ -133,8 +133,11 @@ class GeneratorTask(Task):
             )
         return tokenizer
 
-    def cost(self) -> Cost:
-        return generator_cost(self.config, self.vocabulary)
+    def flops(self) -> float:
+        return generator_flops(self.config, self.vocabulary)
+
+    def memory(self) -> Memory:
+        return generator_memory(self.config, self.vocabulary)
 
     def loss(self, module: nn.Module, chunk: Tensor, first: int, shared: None) -> Loss:
         noise = Hidden.of(self.config, self.vocabulary.ids, range(first, first + len(chunk)), chunk.device)

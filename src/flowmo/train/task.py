@@ -18,7 +18,7 @@ from flowmo.data.loader import IndexedDataset
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.losses.stages import Loss
-from flowmo.train.cost import Cost
+from flowmo.train.cost import Memory
 from flowmo.train.schedule import Schedule
 
 
@@ -47,8 +47,12 @@ class Task:
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         self.config, self.world, self.report = config, world, report
 
-    def cost(self) -> Cost:
-        """Forecast the stage's current cost, see ``training_cost``."""
+    def flops(self) -> float:
+        """Forecast the stage's current FLOPs per image."""
+        raise NotImplementedError
+
+    def memory(self) -> Memory:
+        """Forecast the stage's current memory."""
         raise NotImplementedError
 
     # Step

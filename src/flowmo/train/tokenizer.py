@@ -26,7 +26,7 @@ from flowmo.model.quantizers import Learner, WholeBatch, alone
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo, build, load
 from flowmo.train.codebook_usage import CodebookUsage
-from flowmo.train.cost import Cost, training_cost
+from flowmo.train.cost import Memory, training_flops, training_memory
 from flowmo.train.finite import restored_unless
 from flowmo.train.optimizer import scale_initial_weights
 from flowmo.train.schedule import BatchPlan, Schedule
@@ -121,11 +121,18 @@ class TokenizerTask(Task):
             )
         return Evaluators(features=build_features("inception")).to(device)
 
-    def cost(self) -> Cost:
-        config = self.config
-        if self.teacher is not None and not config.opt.teacher_steps:
-            config = config.override(f"opt.teacher_steps={self.teacher.config.eval.sampling.sample_steps}")
-        return training_cost(config, self.frozen)
+    def flops(self) -> float:
+        return training_flops(self._counted, self.frozen)
+
+    def memory(self) -> Memory:
+        return training_memory(self._counted, self.frozen)
+
+    @property
+    def _counted(self) -> Config:
+        """The settings, with the teacher's number of steps."""
+        if self.teacher is None or self.config.opt.teacher_steps:
+            return self.config
+        return self.config.override(f"opt.teacher_steps={self.teacher.config.eval.sampling.sample_steps}")
 
     # Step
 

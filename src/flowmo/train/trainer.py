@@ -127,7 +127,7 @@ class Trainer:
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
         shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
-        return self.task.cost().max_images(memory, shards)
+        return self.task.memory().max_images(memory, shards)
 
     # Train
 
@@ -291,7 +291,7 @@ class Trainer:
     def _utilisation(self, rate: float) -> float:
         """Model FLOP utilisation (MFU): FLOP/s of the training step over the devices' peak."""
         peak, _ = peak_flops(self.device, in_bfloat16(self.config, self.device))
-        return self.task.cost().flops * rate / (peak * self.world.size)
+        return self.task.flops() * rate / (peak * self.world.size)
 
     def _log(self, meter: Meter) -> None:
         meter.skipped = self._check_skipped(meter.skipped)
