@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowmo.config import OptConfig
+from flowmo.config import Config, OptConfig
 from flowmo.losses.noise import Chain, TrainingNoise, cut_size, to_device
 from flowmo.model import flow
 from flowmo.model.quantizers import Quantized, WholeBatch, alone
 from flowmo.model.sampler import euler, guided_velocity, shifted_times
 
-if TYPE_CHECKING:
-    from flowmo.tokenizer import FlowMo
-
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Perceptual distance of two batches of images in [−1, 1], b c h w × b 3 h w -> b."""
+
+
+class Tokenizer(Protocol):
+    """The parts of ``FlowMo`` that losses use."""
+
+    config: Config
+    encoder: Any
+    decoder: Any
+    quantizer: Any
+    networks: Any
+    keep_prefix: Any
 
 
 class Loss(NamedTuple):
@@ -44,7 +52,7 @@ class Loss(NamedTuple):
 
 
 def pretrain_loss(
-    tokenizer: FlowMo,
+    tokenizer: Tokenizer,
     images: Tensor,
     noise: TrainingNoise,
     opt: OptConfig,
@@ -77,7 +85,7 @@ def pretrain_loss(
 
 
 def posttrain_loss(
-    tokenizer: FlowMo,
+    tokenizer: Tokenizer,
     images: Tensor,
     noise: TrainingNoise,
     opt: OptConfig,
@@ -102,14 +110,14 @@ def posttrain_loss(
 
 
 def distill_loss(
-    tokenizer: FlowMo,
+    tokenizer: Tokenizer,
     images: Tensor,
     noise: TrainingNoise,
     opt: OptConfig,
     perceptual: Distance | None,
     whole_batch: WholeBatch = alone,
     *,
-    teacher: FlowMo,
+    teacher: Tokenizer,
 ) -> Loss:
     """Stage 1C: regress the mean velocity between two points of the teacher's sampling path, one pass per jump.
 
@@ -139,7 +147,7 @@ def distill_loss(
 
 
 def one_step(
-    tokenizer: FlowMo, code: Tensor, x: Tensor, noise: TrainingNoise, opt: OptConfig
+    tokenizer: Tokenizer, code: Tensor, x: Tensor, noise: TrainingNoise, opt: OptConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the flow loss (equation 5) of images x b c h w, and the noised images and velocity behind it."""
     decoder, t = tokenizer.decoder, noise.t
@@ -148,7 +156,7 @@ def one_step(
     return flow.flow_loss(velocity, noise.noise - x, _weighting(opt, t)), x_t, velocity
 
 
-def sample_chain(tokenizer: FlowMo, code: Tensor, chain: Chain, recompute: bool = True) -> Tensor:
+def sample_chain(tokenizer: Tokenizer, code: Tensor, chain: Chain, recompute: bool = True) -> Tensor:
     """Sample images b c h w differentiably from pure noise, one Euler step per pair of times (equation 10).
 
     Args:
@@ -184,7 +192,7 @@ class Path(NamedTuple):
 
 
 @torch.no_grad()
-def teacher_path(teacher: FlowMo, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
+def teacher_path(teacher: Tokenizer, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
     """Sample from noise b c h w with the teacher's own settings, or in ``steps`` Euler steps, and keep every state."""
     sampling = teacher.config.eval.sampling
     times = shifted_times(steps or sampling.sample_steps, sampling.rho)
@@ -226,7 +234,7 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, tokenizer: FlowMo, opt: OptConfig, perceptual: Distance | None = None, teacher: FlowMo | None = None
+        self, tokenizer: Tokenizer, opt: OptConfig, perceptual: Distance | None = None, teacher: Tokenizer | None = None
     ):
         super().__init__()
         self.tokenizer, self.opt = tokenizer, opt
