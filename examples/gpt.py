@@ -1,22 +1,21 @@
-"""A small GPT on a tokenizer's ids: the autoregressive generator beside MaskGiT, in one file.
+"""A small GPT on a tokenizer's ids: an autoregressive generator beside MaskGiT, in one file.
 
     flowmo tokenize IMAGES --out tokens --flip
-    python examples/gpt.py train tokens --out gpt.pt --minutes 15
-    python examples/gpt.py sample gpt.pt --label "golf ball" --count 8 --out samples.png
-    python examples/gpt.py bits gpt.pt HELD_OUT_TOKENS
+    python examples/gpt.py train tokens gpt.pt
+    python examples/gpt.py sample gpt.pt samples.png --classes "golf ball" church
 
-The ids of an image are read in order, token after token and sub-token after sub-token, behind a class token. Each id is
-predicted from the ones before it (van den Oord et al. 2016, Esser et al. 2021). Positions are rotary (Su et al. 2021).
-Classifier-free guidance mixes the logits of the class with those of no class, which training shows for a tenth of the
-images. Sampling keeps keys and values of earlier positions, so that a position costs one pass over one id.
+An image is a sequence: its class, then its ids, token after token and sub-token after sub-token. The network predicts
+each id from all elements before it (van den Oord et al. 2016, Esser et al. 2021). A tenth of the training images hide
+their class, for classifier-free guidance. An interrupted ``train`` resumes with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,245 +23,224 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flowmo
-from flowmo.data.tokens import Tokens
+from flowmo.checkpoint.files import write_whole
+from flowmo.codec.context import BitCoder
+from flowmo.codec.generator import code_ids
+from flowmo.data import epoch_order
+from flowmo.data.bits import Bits, token_bits
+from flowmo.data.tokens import Tokens, Vocabulary
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.classes import find_class
 from flowmo.images import to_pil
+from flowmo.streams import Stream, seed_global, stream
+from flowmo.tokenizer import identity_of
+from flowmo.train.task import multiplies_bfloat16
 
-NO_CLASS_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Shape of the network and the ids that it predicts."""
-
-    tokens: int
-    sub_tokens: int
-    id_count: int
-    classes: tuple[str, ...]
-    tokenizer: str
-    model: str
-    depth: int = 6
-    width: int = 256
-    heads: int = 4
-
-    @property
-    def length(self) -> int:
-        """Ids per image."""
-        return self.tokens * self.sub_tokens
-
-
-class Attention(nn.Module):
-    """Causal attention with rotary positions and a cache."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.proj = nn.Linear(config.width, config.width, bias=False)
-
-    def forward(self, x: Tensor, rotation: Tensor, cache: list[Tensor] | None) -> Tensor:
-        """x: b n d, rotation: complex n d/2/heads. A cache holds keys and values of all earlier positions."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # b h n d
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:
-            if cache:
-                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
-            cache[:] = [k, v]
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate channel pairs of b h n d by one angle per position and pair."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+CLASS_DROP, WARMUP, COOLDOWN, SAVE_EVERY = 0.1, 50, 0.4, 50
+RUN = {"depth": 4, "width": 256, "steps": 800, "batch_size": 16, "lr": 4e-3, "muon_lr": 0.02, "seed": 0}
+SAMPLING = {"count": 8, "guidance": 1.5, "temperature": 1.0, "top_k": 0, "seed": 0, "model": ""}
+Cache = list[Tensor]
+"""Keys and values of earlier positions, one tensor per block."""
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.attention = Attention(config)
-        self.mlp_in = nn.Linear(config.width, 4 * config.width, bias=False)
-        self.mlp_out = nn.Linear(4 * config.width, config.width, bias=False)
+    """Causal attention with rotary positions (Su et al. 2021), then an MLP, both residual."""
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: list[Tensor] | None) -> Tensor:
-        x = x + self.attention(norm(x), rotation, cache)
-        return x + self.mlp_out(F.gelu(self.mlp_in(norm(x))))
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = max(width // 64, 1)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        for last in (self.proj, self.mlp_out):
+            nn.init.zeros_(last.weight)
+
+    def forward(self, x: Tensor, positions: Tensor, cache: Cache | None, index: int) -> Tensor:
+        q, k, v = self.qkv(norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # b heads n channels
+        q, k = rotate(norm(q), positions).to(v.dtype), rotate(norm(k), positions).to(v.dtype)
+        mask = None
+        if cache is not None:
+            earlier, here = slice(index, index + 1), torch.stack((k, v))
+            cache[earlier] = [torch.cat((*cache[earlier], here), dim=-2)]
+            k, v = cache[index]
+            mask = positions[:, None] >= torch.arange(k.shape[2], device=x.device)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp_out(F.relu(self.mlp_in(norm(x))).square())
 
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotate channel pairs of b h n d, each by its own frequency times the position."""
+    frequencies = 10000.0 ** -torch.linspace(0, 1, x.shape[-1] // 2, dtype=torch.float64, device=x.device)
+    angles = positions[:, None] * frequencies
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
 class GPT(nn.Module):
-    """Logits of every id given the class and the ids before it."""
+    """Logits of ids. Its alphabet holds the ids of each sub-token, the classes, and no class (label ``no_class``)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, vocabulary: Vocabulary, depth: int = 4, width: int = 256):
         super().__init__()
-        self.config = config
-        self.class_embedding = nn.Embedding(len(config.classes) + 1, config.width)  # the last is no class
-        self.embedding = nn.Embedding(config.sub_tokens * config.id_count, config.width)
-        self.sub_token = nn.Parameter(torch.zeros(config.sub_tokens, config.width))
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
-        self.heads = nn.Parameter(torch.zeros(config.sub_tokens, config.width, config.id_count))
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.attention.proj.weight)
-            nn.init.zeros_(block.mlp_out.weight)
-        half = config.width // config.heads // 2
-        angles = torch.outer(torch.arange(config.length), 10000.0 ** (-torch.arange(half) / half))
-        self.register_buffer("rotation", torch.polar(torch.ones_like(angles), angles), persistent=False)
+        self.vocabulary, self.no_class = vocabulary, len(vocabulary.classes)
+        self.first_class = vocabulary.sub_tokens * vocabulary.vocab_size
+        self.embedding = nn.Embedding(self.first_class + self.no_class + 1, width)
+        self.position = nn.Embedding(vocabulary.ids, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.readout = nn.Parameter(torch.zeros(vocabulary.sub_tokens, width, vocabulary.vocab_size))
+        for table in (self.embedding, self.position):
+            nn.init.normal_(table.weight, std=0.1)
 
-    def forward(self, ids: Tensor, labels: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
-        """Predict the id at each position.
+    def sequence(self, labels: Tensor, ids: Tensor) -> Tensor:
+        """Labels b and the first n ids of each image, b n -> the input of ``forward``, b × (1 + n)."""
+        sub_tokens = torch.arange(ids.shape[1], device=ids.device) % self.vocabulary.sub_tokens
+        return torch.cat((self.first_class + labels[:, None], ids + sub_tokens * self.vocabulary.vocab_size), dim=1)
 
-        Args:
-            ids: int64 b × n, the ids before the last position predicted; n is from 0 to ``length`` − 1.
-            labels: int64 b; ``len(classes)`` is no class.
-            caches: one list per block from an earlier call. The call then predicts the last position alone.
+    def forward(self, sequence: Tensor, cache: Cache | None = None) -> Tensor:
+        """Predict the id behind each element: int64 b n -> logits b × n × vocab_size.
 
-        Returns:
-            Logits b × (n + 1) × id_count, or b × 1 × id_count with caches that are filled.
+        A call appends to ``cache``, which is empty at first. The next call then takes only the elements that follow.
         """
-        config = self.config
-        position = torch.arange(ids.shape[1] + 1, device=ids.device)  # of the id that is predicted
-        kind = position % config.sub_tokens
-        x = torch.cat((self.class_embedding(labels)[:, None], self.embedding(ids + kind[:-1] * config.id_count)), dim=1)
-        x = x + self.sub_token[kind]
-        if caches is not None and caches[0]:
-            x, position, kind = x[:, -1:], position[-1:], kind[-1:]
-        for number, block in enumerate(self.blocks):
-            x = block(x, self.rotation[position], None if caches is None else caches[number])
-        return torch.einsum("bnd,ndv->bnv", norm(x), self.heads[kind])
+        start = cache[0].shape[-2] if cache else 0
+        positions = torch.arange(start, start + sequence.shape[1], device=sequence.device)
+        x = norm(self.embedding(sequence) + self.position(positions))
+        for index, block in enumerate(self.blocks):
+            x = block(x, positions, cache, index)
+        x, logits = norm(x), x.new_empty(*x.shape[:2], self.readout.shape[-1])
+        for sub_token, matrix in enumerate(self.readout):
+            here = positions % len(self.readout) == sub_token
+            logits[:, here] = (x[:, here] @ matrix).to(logits.dtype)
+        return logits
+
+    def log_prob(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Natural logarithm of the probability of each id: ids b × tokens × sub-tokens, labels b -> b × all ids."""
+        flat = ids.flatten(1)
+        logits = self(self.sequence(labels, flat[:, :-1])).float()
+        return -F.cross_entropy(logits.transpose(1, 2), flat, reduction="none")
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, generator: torch.Generator, guidance: float, temperature: float) -> Tensor:
-        """Draw ids b × tokens × sub-tokens."""
-        count, none = len(labels), torch.full_like(labels, len(self.config.classes))
-        both = torch.cat((labels, none)) if guidance != 1 else labels
-        ids, caches = labels.new_empty(count, 0), [[] for _ in self.blocks]
-        for _ in range(self.config.length):
-            logits = self(ids.repeat(len(both) // count, 1), both, caches)[:, -1].float()
-            if guidance != 1:
-                logits = logits[count:] + guidance * (logits[:count] - logits[count:])
-            drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    def sample(
+        self, labels: Tensor, generator: torch.Generator, guidance: float = 1, temperature: float = 1, top_k: int = 0
+    ) -> Tensor:
+        """Draw ids, int64 b × tokens × sub-tokens, of images of the classes ``labels``, int64 b.
+
+        Logits are null + ``guidance`` · (class − null); 1 is no guidance. ``top_k`` 0 draws among all ids.
+        """
+        cache: Cache = []
+        prompts = torch.cat((labels, torch.full_like(labels, self.no_class)))
+        ids = labels.new_empty(len(labels), 0)
+        for _ in range(self.vocabulary.ids):
+            given, free = self(self.sequence(prompts, ids.repeat(2, 1))[:, -1:], cache)[:, 0].float().chunk(2)
+            logits = free + guidance * (given - free)
+            least = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1])).values[:, -1:]
+            logits[logits < least] = -torch.inf
+            drawn = torch.multinomial((logits / max(temperature, 1e-4)).softmax(dim=-1), 1, generator=generator)
             ids = torch.cat((ids, drawn), dim=1)
-        return ids.unflatten(1, (self.config.tokens, self.config.sub_tokens))
+        return ids.unflatten(1, (self.vocabulary.tokens, self.vocabulary.sub_tokens))
 
 
-def batches(tokens: Tokens, size: int, generator: torch.Generator):
-    """Yield shuffled (ids b × length, labels b) without end."""
-    while True:
-        for chunk in torch.randperm(len(tokens), generator=generator).split(size):
-            if len(chunk) == size:
-                yield read(tokens, chunk.tolist())
+class GPTCoder:
+    """A GPT without a class as the ``BitModel`` of ``.flowmo`` files, in double precision so that both ends agree."""
+
+    def __init__(self, model: GPT):
+        self.model, v = copy.deepcopy(model).double().cpu(), model.vocabulary
+        self.tokenizer, self.shape = v.tokenizer, (v.tokens, v.sub_tokens * v.id_bits)
+        self.identity = bytes.fromhex(identity_of(asdict(v), model))
+
+    @torch.no_grad()
+    def run(self, images: int, code: BitCoder) -> Bits:
+        v, caches = self.model.vocabulary, [Cache() for _ in range(images)]
+        labels, ids = torch.full((images,), self.model.no_class), torch.empty(images, 0, dtype=torch.int64)
+        for position in range(v.ids):
+            last = self.model.sequence(labels, ids)[:, -1:]
+            logits = torch.cat([self.model(row[None], cache)[:, 0] for row, cache in zip(last, caches, strict=True)])
+            ids = torch.cat((ids, code_ids(code, logits, *divmod(position, v.sub_tokens))[:, None]), dim=1)
+        return token_bits(ids.unflatten(1, (v.tokens, v.sub_tokens)).numpy(), v.id_bits)
 
 
-def read(tokens: Tokens, indices: list[int]) -> tuple[Tensor, Tensor]:
-    labels = [tokens.label(index) for index in indices]
-    none = len(tokens.metadata.classes)
-    return torch.stack([tokens.ids(index).flatten() for index in indices]), torch.tensor(
-        [none if label is None else label for label in labels]
-    )
+def read_tokens(path: Path, tokenizer: str | None = None) -> tuple[Tensor, Tensor, Vocabulary]:
+    """Read ids b × tokens × sub-tokens and labels b of a folder of ``flowmo tokenize``."""
+    tokens = Tokens(path, tokenizer)
+    rows = torch.stack([tokens.load(index, 0)[0] for index in range(len(tokens))])
+    v, labels = tokens.metadata.vocabulary, rows[:, 0]
+    return rows[:, 1:].unflatten(1, (v.tokens, v.sub_tokens)), labels.where(labels >= 0, len(v.classes)), v
 
 
-def loss_of(model: GPT, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of an id, in nats."""
-    return F.cross_entropy(model(ids[:, :-1], labels).flatten(0, 1).float(), ids.flatten())
-
-
-def train(arguments: argparse.Namespace) -> None:
-    tokens = Tokens(arguments.tokens)
-    about = tokens.metadata
-    config = GPTConfig(
-        *(about.tokens, about.sub_tokens, about.vocab_size, tuple(about.classes), about.tokenizer, about.model),
-        *(arguments.depth, arguments.width, arguments.width // 64),
-    )
-    torch.manual_seed(arguments.seed)
-    model, generator = GPT(config).to(arguments.device), torch.Generator().manual_seed(arguments.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), arguments.lr, (0.9, 0.95), weight_decay=0.05)
-    start = time.monotonic()
-    for step, (ids, labels) in enumerate(batches(tokens, arguments.batch_size, generator)):
-        share = (time.monotonic() - start) / (60 * arguments.minutes)
-        if share >= 1:
-            break
-        for group in optimizer.param_groups:  # warm-up, then a cosine over the time that is given
-            group["lr"] = arguments.lr * min((step + 1) / 50, 1) * (0.5 + 0.5 * math.cos(math.pi * share))
-        labels[torch.rand(len(labels), generator=generator) < NO_CLASS_SHARE] = len(config.classes)
-        with torch.autocast(arguments.device, torch.bfloat16):
-            loss = loss_of(model, ids.to(arguments.device), labels.to(arguments.device))
-        optimizer.zero_grad()
+def train(a: argparse.Namespace) -> None:
+    """Train on a folder of tokens, or resume. A batch is a function of the seed and the step."""
+    ids, labels, vocabulary = read_tokens(a.tokens)
+    run = asdict(vocabulary) | {name: getattr(a, name) for name in RUN if name != "steps"}
+    seed_global(a.seed, Stream.WEIGHTS)
+    model, done = GPT(vocabulary, a.depth, a.width).to(a.device), 0
+    tables = [model.embedding.weight, model.position.weight, model.readout]
+    muon, adam = torch.optim.Muon(model.blocks.parameters()), torch.optim.AdamW(tables, betas=(0.9, 0.95))
+    parts = model, muon, adam
+    if a.gpt.exists():
+        content = torch.load(a.gpt, weights_only=True, map_location=a.device)
+        if content["run"] != run:
+            raise SystemExit(f"{a.gpt} is of a run with other tokens or settings. Remove it, or name another file.")
+        done = content["step"]
+        for part, state in zip(parts, content["states"], strict=True):
+            part.load_state_dict(state)
+    epochs = range(math.ceil(a.steps * a.batch_size / len(ids)))
+    order = torch.tensor([epoch_order(len(ids), a.seed, epoch) for epoch in epochs]).flatten()
+    for step in range(done, a.steps):
+        share = min((step + 1) / WARMUP, 1, (a.steps - step) / (COOLDOWN * a.steps))
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = share * a.muon_lr, share * a.lr
+        batch = order[step * a.batch_size : (step + 1) * a.batch_size]
+        dropped = torch.rand(len(batch), generator=stream(a.seed, Stream.LABEL_DROP, step)) < CLASS_DROP
+        shown = labels[batch].masked_fill(dropped, model.no_class)
+        with torch.autocast(a.device, torch.bfloat16, enabled=multiplies_bfloat16(torch.device(a.device))):
+            loss = -model.log_prob(ids[batch].to(a.device), shown.to(a.device)).mean()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            print(f"step {step}  {share:.0%}  {loss.item() / math.log(2):.3f} bits per id", flush=True)
-    torch.save({"config": asdict(config), "model": model.state_dict()}, arguments.out)
+        muon.step()
+        adam.step()
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == a.steps:
+            content = {"run": run, "step": step + 1, "states": [part.state_dict() for part in parts]}
+            write_whole(a.gpt, partial(torch.save, content))
+            print(f"step {step + 1}: {loss.item() / math.log(2):.3f} bits per id", flush=True)
 
 
-def load_gpt(path: Path, device: str) -> GPT:
+def load_gpt(path: Path, device: str = "cpu") -> GPT:
     content = torch.load(path, weights_only=True, map_location=device)
-    model = GPT(GPTConfig(**content["config"])).to(device)
-    model.load_state_dict(content["model"])
+    run = content["run"]
+    vocabulary = Vocabulary(**{name: run[name] for name in Vocabulary.__dataclass_fields__})
+    model = GPT(vocabulary, run["depth"], run["width"]).to(device)
+    model.load_state_dict(content["states"][0])
     return model.eval()
 
 
-def sample(arguments: argparse.Namespace) -> None:
-    model, tokenizer = load_gpt(arguments.gpt, arguments.device), flowmo.load(arguments.model, device=arguments.device)
-    if tokenizer.identity() != model.config.tokenizer:
-        raise SystemExit(f"{arguments.gpt} is for the ids of another tokenizer, {model.config.model}.")
-    label = find_class(arguments.label, model.config.classes)
-    labels = torch.full((arguments.count,), label, device=arguments.device)
-    generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
-    ids = model.sample(labels, generator, arguments.guidance, arguments.temperature)
-    to_pil(grid([tokenizer.decode(ids, seed=arguments.seed).cpu()])).save(arguments.out)
-
-
-@torch.no_grad()
-def bits(arguments: argparse.Namespace) -> None:
-    """Print the mean number of bits that an ideal coder takes per id and per image."""
-    model, tokens = load_gpt(arguments.gpt, arguments.device), Tokens(arguments.tokens, None)
-    total, count = 0.0, min(len(tokens), arguments.limit)
-    for chunk in torch.arange(count).split(arguments.batch_size):
-        ids, labels = read(tokens, chunk.tolist())
-        none = torch.full_like(labels, len(model.config.classes)) if arguments.no_class else labels
-        total += loss_of(model, ids.to(arguments.device), none.to(arguments.device)).item() * len(chunk)
-    per_id = total / count / math.log(2)
-    print(f"{per_id:.3f} bits per id, {per_id * model.config.length / 8:.1f} bytes per image, {count} images")
+def sample(a: argparse.Namespace) -> None:
+    """Draw images of classes."""
+    model = load_gpt(a.gpt, a.device)
+    tokenizer = flowmo.load(a.model or model.vocabulary.model, device=a.device)
+    if tokenizer.identity() != model.vocabulary.tokenizer:
+        raise SystemExit(f"{a.gpt} is for the ids of {model.vocabulary.model}. Name that tokenizer with --model.")
+    labels = torch.tensor([find_class(name, model.vocabulary.classes) for name in a.classes or range(model.no_class)])
+    labels = labels.where(labels >= 0, model.no_class).repeat_interleave(a.count).to(a.device)
+    ids = model.sample(labels, torch.Generator(a.device).manual_seed(a.seed), a.guidance, a.temperature, a.top_k)
+    images = tokenizer.decode(ids, seed=list(range(len(ids)))).cpu()
+    to_pil(grid(images.split(a.count))).save(a.out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=16)
     commands = parser.add_subparsers(required=True)
-    sub = commands.add_parser("train")
-    sub.set_defaults(run=train)
-    sub.add_argument("tokens", type=Path)
-    sub.add_argument("--out", type=Path, default=Path("gpt.pt"))
-    sub.add_argument("--minutes", type=float, default=15)
-    sub.add_argument("--depth", type=int, default=6)
-    sub.add_argument("--width", type=int, default=256)
-    sub.add_argument("--lr", type=float, default=1e-3)
-    sub = commands.add_parser("sample")
-    sub.set_defaults(run=sample)
-    sub.add_argument("gpt", type=Path)
-    sub.add_argument("--model", default="nano")
-    sub.add_argument("--label", required=True)
-    sub.add_argument("--count", type=int, default=8)
-    sub.add_argument("--guidance", type=float, default=2.0)
-    sub.add_argument("--temperature", type=float, default=1.0)
-    sub.add_argument("--out", type=Path, default=Path("samples.png"))
-    sub = commands.add_parser("bits")
-    sub.set_defaults(run=bits)
-    sub.add_argument("gpt", type=Path)
-    sub.add_argument("tokens", type=Path)
-    sub.add_argument("--limit", type=int, default=1000)
-    sub.add_argument("--no-class", action="store_true", help="as a decoder that does not know the class would")
+    for run, paths, options in ((train, ("tokens", "gpt"), RUN), (sample, ("gpt", "out"), SAMPLING)):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.set_defaults(run=run)
+        for name in paths:
+            command.add_argument(name, type=Path)
+        for name, value in options.items():
+            command.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    command.add_argument("--classes", nargs="+", metavar="NAME", help="a row of images each; all by default")
     arguments = parser.parse_args()
     arguments.run(arguments)
 

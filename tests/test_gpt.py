@@ -1,4 +1,4 @@
-"""The example's GPT: each id depends on earlier ones alone, and the cache changes nothing."""
+"""The example's GPT: its probabilities, its cache, its samples, its files and its training."""
 
 import sys
 
@@ -7,63 +7,138 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "examples"))
-from gpt import GPT, GPTConfig, loss_of
+from flowmo.codec import range_coder
+from flowmo.codec.context import cost
+from flowmo.data.bits import token_bits
+from flowmo.data.tokens import TokenMetadata, Vocabulary, manifest, pack_shard
 
-CONFIG = GPTConfig(6, 2, 5, ("a", "b"), "0" * 16, "tiny", depth=2, width=32, heads=2)
+sys.path.insert(0, str(ROOT / "examples"))
+import gpt
+
+IDS = 5
+VOCABULARY = Vocabulary(
+    **{"tokenizer": "0" * 16, "model": "tiny", "image_size": 32, "tokens": 6, "sub_tokens": 2, "id_bits": 3},
+    **{"classes": ("a", "b"), "id_count": IDS},
+)
+NO_CLASS = 2
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = GPT(CONFIG)
+    model = gpt.GPT(VOCABULARY, depth=2, width=32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
 
 
-def test_an_id_is_predicted_from_earlier_ones_alone(model):
-    ids, labels = torch.randint(5, (1, 11)), torch.tensor([1])
-    logits = model(ids, labels)
+def test_an_id_is_predicted_from_its_class_and_earlier_ids_alone(model):
+    ids, label = torch.randint(IDS, (1, 11)), torch.tensor([1])
+    logits = model(model.sequence(label, ids))
+    assert logits.shape == (1, 12, IDS)
     for position in range(11):
         changed = ids.clone()
-        changed[:, position] = (changed[:, position] + 1) % 5
-        other = model(changed, labels)
-        same = (logits == other).all(-1)[0]
+        changed[:, position] = (changed[:, position] + 1) % IDS
+        same = (logits == model(model.sequence(label, changed))).all(dim=-1)[0]
         assert same[: position + 1].all()
-        assert not same[position + 1]
-    assert not torch.allclose(logits[:, 0], model(ids, torch.tensor([0]))[:, 0]), "the class is seen"
+        assert not same[position + 1 :].any(), "every later prediction depends on it"
+    others = [model(model.sequence(torch.tensor([c]), ids)) for c in (0, NO_CLASS)]
+    assert not any(torch.allclose(logits[:, 0], other[:, 0]) for other in others), "the class matters"
 
 
-def test_the_cache_changes_nothing(model):
-    ids, labels, caches = torch.randint(5, (3, 11)), torch.tensor([0, 1, 2]), [[], []]
-    whole = model(ids, labels)
-    for position in range(12):
-        step = model(ids[:, :position], labels, caches)
-        torch.testing.assert_close(step[:, -1], whole[:, position], rtol=1e-4, atol=1e-5)
+def test_a_sub_token_has_ids_of_its_own(model):
+    """The same id is another element in each sub-token, and none of them is a class."""
+    sequence = model.sequence(torch.tensor([0, NO_CLASS]), torch.full((2, 3), 4))
+    assert sequence.tolist() == [[10, 4, 9, 4], [12, 4, 9, 4]]
 
 
-def test_samples_follow_the_model(model):
-    """The first id's frequencies are its probabilities, with guidance those of the mixed logits."""
-    labels = torch.ones(4000, dtype=torch.int64)
-    nothing = torch.empty(2, 0, dtype=torch.int64)
-    conditional, free = model(nothing, torch.tensor([1, 2]))[:, 0].detach()
-    for guidance in (1.0, 2.0):
-        drawn = model.sample(labels, torch.Generator().manual_seed(0), guidance, 1.0)
-        assert drawn.shape == (4000, 6, 2)
-        expected = (free + guidance * (conditional - free)).softmax(-1)
-        found = np.bincount(drawn[:, 0, 0], minlength=5) / 4000
-        np.testing.assert_allclose(found, expected.numpy(), atol=4 * np.sqrt(0.25 / 4000))
+def test_positions_are_rotary():
+    """The product of a query and a key depends on their distance, and their norms stay."""
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    at = lambda x, position: gpt.rotate(x, torch.tensor([position]))[0, 0, 0]  # noqa: E731
+    assert at(q, 9) @ at(k, 4) == pytest.approx(float(at(q, 105) @ at(k, 100)))
+    assert at(q, 9) @ at(k, 4) != pytest.approx(float(at(q, 9) @ at(k, 5)))
+    assert at(q, 7).norm() == pytest.approx(float(q.norm()))
 
 
-def test_a_pattern_is_learnt(model):
-    """Each id repeats the one before it: the likelihood says so after a few steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(150):
-        ids = torch.randint(5, (32, 1)).expand(32, 12)
-        loss = loss_of(model, ids, torch.full((32,), 2))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() == pytest.approx(np.log(5) / 12, abs=0.05), "one free id of twelve"
+@pytest.mark.parametrize("lengths", [[1] * 12, [5, 1, 4, 2]])
+def test_the_cache_changes_nothing(model, lengths):
+    """One element after another, or several at once."""
+    sequence, cache = model.sequence(torch.arange(3), torch.randint(IDS, (3, 11))), []
+    with torch.no_grad():
+        whole = model(sequence)
+        steps = torch.cat([model(part, cache) for part in sequence.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_probabilities_add_up_to_one(model):
+    """Over all codes of a smaller vocabulary, by enumeration."""
+    small = Vocabulary(tokenizer="0" * 16, model="", image_size=8, tokens=2, sub_tokens=2, id_bits=1, classes=("a",))
+    network = gpt.GPT(small, depth=1, width=32)
+    torch.nn.init.normal_(network.readout)
+    codes = torch.cartesian_prod(*[torch.arange(2)] * 4).view(16, 2, 2)
+    assert network.log_prob(codes, torch.zeros(16, dtype=torch.int64)).sum(dim=1).exp().sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0}, {"temperature": 0.5}, {"top_k": 2}])
+def test_samples_follow_the_model(model, options):
+    """Frequencies of the first two ids are the probabilities of the mixed, sharpened or cut logits."""
+    drawn = model.sample(torch.ones(4000, dtype=torch.int64), torch.Generator().manual_seed(0), **options)
+    assert drawn.shape == (4000, 6, 2)
+    first = int(drawn[:, 0, 0].mode().values)
+    after = drawn[drawn[:, 0, 0] == first]
+    for known, found in (([], drawn[:, 0, 0]), ([first], after[:, 0, 1])):
+        known = torch.tensor([known] * 2, dtype=torch.int64)
+        given, free = model(model.sequence(torch.tensor([1, NO_CLASS]), known))[:, -1].detach().double().numpy()
+        logits = (free + options.get("guidance", 1) * (given - free)) / options.get("temperature", 1)
+        weights = np.exp(logits) * (logits >= np.sort(logits)[-options.get("top_k", 0)])
+        frequencies = np.bincount(found, minlength=IDS) / len(found)
+        np.testing.assert_allclose(frequencies, weights / weights.sum(), atol=2 / np.sqrt(len(found)))
+
+
+def test_it_codes_files(model):
+    """Strings are as long as the likelihood says, and the ids of several tiles come back."""
+    pytest.importorskip("constriction")
+    ids = model.sample(torch.full((4,), NO_CLASS), torch.Generator().manual_seed(1))
+    coder, bits = gpt.GPTCoder(model), token_bits(ids.numpy(), 3)
+    expected = -model.log_prob(ids, torch.full((4,), NO_CLASS)).sum(dim=1).detach().numpy() / np.log(2)
+    assert cost(coder, bits) == pytest.approx(expected, rel=0.01)
+    string = range_coder.encode(coder, bits)
+    assert len(string) <= expected.sum() / 8 + 8
+    assert np.array_equal(range_coder.decode(coder, string, 4), bits)
+
+
+def test_training_learns_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    """All ids of an image are equal: one free id of twelve. A run that is killed after a checkpoint loses nothing."""
+    rows = torch.arange(IDS).repeat(8)[:, None].expand(-1, 12).reshape(-1, 6, 2)
+    metadata = TokenMetadata(**vars(VOCABULARY), source="", count=len(rows), shard_size=len(rows))
+    (tmp_path / "tokens-00000.bin").write_bytes(pack_shard(metadata, 0, rows.numpy(), [i % 2 for i in range(40)]))
+    (tmp_path / "tokens.json").write_text(manifest(metadata, complete=True))
+    monkeypatch.setattr(gpt, "SAVE_EVERY", 40)
+    monkeypatch.setattr(gpt, "WARMUP", 5)
+
+    def train(name, lr="0.02"):
+        options = ["--depth", "1", "--width", "32", "--steps", "80", "--lr", lr]
+        monkeypatch.setattr(sys, "argv", ["gpt.py", "train", str(tmp_path), str(tmp_path / name), *options])
+        gpt.main()
+        return gpt.load_gpt(tmp_path / name)
+
+    whole = train("whole.pt")
+    assert -whole.log_prob(rows, torch.full((40,), NO_CLASS)).mean().item() == pytest.approx(np.log(5) / 12, abs=0.05)
+
+    save, saved = torch.save, []
+
+    def killed(content, path):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(content, path))
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train("parts.pt")
+    monkeypatch.setattr(torch, "save", save)
+    resumed = train("parts.pt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    with pytest.raises(SystemExit, match="other tokens or settings"):
+        train("parts.pt", lr="0.01")

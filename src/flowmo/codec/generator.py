@@ -16,9 +16,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from flowmo.codec.context import IDENTITY_BYTES, ONE, BitCoder
-from flowmo.data.bits import Bits
+from flowmo.data.bits import Bits, token_bits
 from flowmo.generate.generator import Generator
 
 STEPS = 16
@@ -45,24 +47,35 @@ class GeneratorModel:
 
     @torch.no_grad()
     def run(self, images: int, code: BitCoder) -> Bits:
-        v, rows = self.generator.vocabulary, np.arange(images)
+        v = self.generator.vocabulary
         ids = torch.zeros(images, v.ids, dtype=torch.int64)
-        known: Bits = np.zeros((images, *self.shape), np.int8)
         null_class = torch.full((1,), self.generator.null_class)
         for hidden, revealed in self.generator.reveal_plan(self.steps, "halton"):
             # one image a pass: a batch of another size would round differently
             logits = torch.cat([self.network(row[None], hidden[None], null_class)[:, revealed] for row in ids])
-            counts = (logits.softmax(dim=-1) * ONE).round().long().numpy() + 1
             for i, position in enumerate(revealed.tolist()):
-                token, sub_token = divmod(position, v.sub_tokens)
-                left = counts[:, i]
-                for bit in reversed(range(v.id_bits)):
-                    halves = left.reshape(images, 2, -1)
-                    unset, set_ = halves.sum(axis=-1).T
-                    p = np.clip((set_ * ONE) // (unset + set_), 1, ONE - 1)
-                    index = sub_token * v.id_bits + bit
-                    chosen = code(token, index, p)
-                    known[:, token, index] = chosen
-                    ids[:, position] |= torch.from_numpy(chosen.astype(np.int64) << bit)
-                    left = halves[rows, chosen]
-        return known
+                ids[:, position] = code_ids(code, logits[:, i], *divmod(position, v.sub_tokens))
+        return token_bits(ids.numpy().reshape(images, v.tokens, v.sub_tokens), v.id_bits)
+
+
+def code_ids(code: BitCoder, logits: Tensor, token: int, sub_token: int) -> Tensor:
+    """Code one id per image, from its highest bit.
+
+    Args:
+        logits: float64 images × ids. Bit patterns of no id get the least probability.
+
+    Returns:
+        int64 images.
+    """
+    id_bits = (logits.shape[-1] - 1).bit_length()
+    counts = F.pad((logits.softmax(dim=-1) * ONE).round(), (0, (1 << id_bits) - logits.shape[-1]))
+    left = counts.long().numpy() + 1
+    ids: np.ndarray = np.zeros(len(left), np.int64)
+    for bit in reversed(range(id_bits)):
+        halves = left.reshape(len(left), 2, -1)
+        unset, set_ = halves.sum(axis=-1).T
+        p = np.clip((set_ * ONE) // (unset + set_), 1, ONE - 1)
+        chosen = code(token, sub_token * id_bits + bit, p)
+        ids |= chosen.astype(np.int64) << bit
+        left = halves[np.arange(len(left)), chosen]
+    return torch.from_numpy(ids)
