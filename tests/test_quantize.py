@@ -8,7 +8,20 @@ from flowmo import load, save
 from flowmo.config import Config, ConfigError
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import pretrain_loss
-from flowmo.model.quantizers import BSQ, FSQ, KL, LFQ, VQ, Identity, LayerNorm, Learner, build_quantizer, check_ids
+from flowmo.model.quantizers import (
+    BSQ,
+    FSQ,
+    HUB_NAMES,
+    KL,
+    LFQ,
+    QUANTIZERS,
+    VQ,
+    Identity,
+    LayerNorm,
+    Learner,
+    build_quantizer,
+    check_ids,
+)
 from flowmo.tokenizer import FlowMo
 from flowmo.train.cost import training_flops
 
@@ -205,6 +218,14 @@ def test_a_tokenizer_with_another_bottleneck(tiny_config, images, kind):
     codes = tokenizer.encode(images)
     assert codes.bits == tokenizer.config.bits_per_image * len(images)
     assert tokenizer.decode(codes, steps=1).shape == images.shape
+
+
+@pytest.mark.parametrize("kind", [kind for kind in QUANTIZERS if kind not in HUB_NAMES])
+def test_settings_know_the_ids_of_every_bottleneck(tiny_config, kind):
+    """Rates and nested dropout are computed from the settings, without a network."""
+    config = tiny_config.override(f"model.quantization_type={kind}", "model.fsq_levels=4", "model.vq_entries=16")
+    quantizer = build_quantizer(config.model)
+    assert config.model.ids_per_token == (quantizer.sub_tokens and (quantizer.sub_tokens, quantizer.id_count))
 
 
 def test_group_that_does_not_divide():

@@ -96,15 +96,10 @@ class Config(Sections):
 
         An id takes whole bits: one of 125 takes 7, not log2(125).
         """
-        m = self.model
-        bits_per_token = {
-            "lfq": m.context_dim,
-            "bsq": m.context_dim,
-            "fsq": m.context_dim // m.id_channels * (m.fsq_levels**m.id_channels - 1).bit_length(),
-            "vq": m.vq_sub_tokens * (m.vq_entries - 1).bit_length(),
-        }
-        bits = bits_per_token.get(m.quantization_type)
-        return None if bits is None else float(m.code_length * bits)
+        if self.model.ids_per_token is None:
+            return None
+        sub_tokens, id_count = self.model.ids_per_token
+        return float(self.model.code_length * sub_tokens * (id_count - 1).bit_length())
 
     @property
     def bits_per_pixel(self) -> float | None:

@@ -117,6 +117,19 @@ class ModelConfig(Section, path="model"):
         """Channels of one fsq id: as many as ``codebook_size_for_entropy`` bits hold."""
         return max(int(self.codebook_size_for_entropy / math.log2(self.fsq_levels) + 1e-9), 1)
 
+    @property
+    def ids_per_token(self) -> tuple[int, int] | None:
+        """Sub-tokens of a code token and number of ids of each; ``None`` for a continuous bottleneck."""
+        group = self.codebook_size_for_entropy
+        binary = self.context_dim // group, 2**group
+        discrete = {
+            "lfq": binary,
+            "bsq": binary,
+            "fsq": (self.context_dim // self.id_channels, self.fsq_levels**self.id_channels),
+            "vq": (self.vq_sub_tokens, self.vq_entries),
+        }
+        return discrete.get(self.quantization_type)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptConfig(Section, path="opt"):

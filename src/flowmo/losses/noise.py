@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -122,10 +121,9 @@ def random_corner(margins: Sequence[int], generator: torch.Generator) -> tuple[i
 
 def kept_sub_tokens(model: ModelConfig, seed: int, indices: Sequence[int]) -> Tensor:
     """Draw the length of the sub-token prefix that each image keeps, int64 b: all, or uniform over all lengths."""
-    bits = model.codebook_size_for_entropy
-    if model.quantization_type == "fsq":
-        bits = int(bits / math.log2(model.fsq_levels) + 1e-9)
-    count, kept = model.context_dim // max(bits, 1), []
+    if model.ids_per_token is None:
+        raise ValueError("Nested dropout needs the sub-tokens of fsq or lfq.")
+    count, kept = model.ids_per_token[0], []
     for index in indices:
         generator = stream(seed, Stream.PREFIX, index)
         drop = float(torch.rand((), generator=generator)) < model.nested_dropout

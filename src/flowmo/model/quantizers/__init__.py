@@ -1,4 +1,8 @@
-"""Bottlenecks, one per file, behind one base class. A new one is a file and a line in ``QUANTIZERS``."""
+"""Bottlenecks, one per file, behind one base class.
+
+A new one is a file here, a line in ``QUANTIZERS``, and its name in ``config/sections.py``: among the choices of
+``model.quantization_type`` and, if it has ids, in ``ids_per_token``.
+"""
 
 from __future__ import annotations
 
