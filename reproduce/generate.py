@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmo.config import preset
-from flowmo.data.tokens import Tokens
+from flowmo.data.tokens import TokenDataset
 from flowmo.generate.generator import Generator
 from flowmo.generate.samples import SampleSettings
 from flowmo.tokenizer import FlowMo
@@ -64,7 +64,7 @@ def tokenizer_rows(
     def row(kind: str, label: str, make: Callable[[], LabelledImages], **about: Any) -> Row:
         return evaluator.once(f"{name}-{kind}", label, make, tokenizer=name, kind=kind, **about)
 
-    originals, ids = evaluator.originals, Tokens(tokens.data, tokenizer.identity())
+    originals, ids = evaluator.originals, TokenDataset(tokens.data, tokenizer.identity())
     yield row("originals", "the training pictures themselves", lambda: originals)
     yield row("others", "held-out pictures", lambda: evaluator.others)
     make = partial(generation.reconstructions, tokenizer, evaluator)

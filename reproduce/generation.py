@@ -14,7 +14,7 @@ from torch import Tensor
 from flowmo.config import Config
 from flowmo.data import Source, evenly_spread, open_source
 from flowmo.data.sources.base import class_difference, require_labels
-from flowmo.data.tokens import Tokens
+from flowmo.data.tokens import TokenDataset
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_features
 from flowmo.evaluate.metrics.pairs import grid
@@ -219,7 +219,7 @@ def reconstructions(tokenizer: Tokenizer, evaluator: GenerationEvaluator) -> Lab
     return LabelledImages(decode(tokenizer, ids, evaluator.indices), labels)
 
 
-def independent_ids(tokenizer: Tokenizer, tokens: Tokens, labels: Tensor) -> LabelledImages:
+def independent_ids(tokenizer: Tokenizer, tokens: TokenDataset, labels: Tensor) -> LabelledImages:
     """Images of ids that are drawn independently, each from its frequency at its position."""
     every = torch.stack([tokens.ids(index) for index in range(len(tokens))])
     picks = torch.randint(len(every), (len(labels), *every.shape[1:]), generator=stream(0, Stream.STUDY))

@@ -2,6 +2,7 @@
 understood, links lead somewhere, and the site builds without a warning."""
 
 import argparse
+import gc
 import importlib
 import re
 import shlex
@@ -23,6 +24,7 @@ from reproduce.__main__ import build_parser as build_study_parser
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "src" / "flowmo" / "pretrained" / "nano.md"]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 README = PAGES[0].read_text()
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 NEEDS_FILES_OF_YOURS = ("PICTURES", "IMAGES", "flowmo_lo")
 
 
@@ -63,7 +65,7 @@ def write_generator(path):
 
 
 def with_snippets(language):
-    found = [page for page in PAGES if blocks(page, language)]
+    found = [page for page in PAGES if page not in GUIDES and blocks(page, language)]
     return pytest.mark.parametrize("page", found, ids=names(found))
 
 
@@ -81,6 +83,26 @@ def test_commands(page, checkout, capsys):
     for command in runnable:
         assert command.startswith("flowmo ")
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=names(GUIDES))
+@pytest.mark.filterwarnings("ignore:unclosed file .*tar:ResourceWarning")  # webdataset
+def test_a_guide_from_top_to_bottom(page, checkout, capsys, monkeypatch):
+    """Its commands and snippets run in order in one folder, and the snippets share their names."""
+    shared, text = {}, page.read_text().replace("\\\n", " ")
+    for package in re.findall(r"^import (\w+)", text, re.MULTILINE):
+        pytest.importorskip(package)
+    if "datasets" in sys.modules:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", checkout / "cache")
+    for language, block in re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if language == "python":
+            capsys.readouterr()
+            exec(compile(block, page.name, "exec"), shared)
+            printed = capsys.readouterr().out.strip()
+            assert not printed or f"# {printed}" in block, "the page says what the snippet prints"
+        for command in block.splitlines() if language == "sh" else ():
+            assert main(shlex.split(command, comments=True)[1:]) == 0, capsys.readouterr().err
+    gc.collect()  # files that webdataset has not closed
 
 
 def test_training_command_as_printed(checkout):

@@ -23,7 +23,7 @@ from flowmo.cli import main
 from flowmo.config import HIDING_SCHEDULES, ConfigError, preset
 from flowmo.data import DataError, open_source
 from flowmo.data.bits import pack_ids, unpack_ids
-from flowmo.data.tokens import Tokens, Vocabulary
+from flowmo.data.tokens import TokenDataset, Vocabulary
 from flowmo.generate.classes import class_titles, find_class, imagenet_names
 from flowmo.generate.generator import (
     GenerationError,
@@ -85,7 +85,7 @@ def test_tokens_are_what_the_tokenizer_says(tokenizer, class_folder, tmp_path):
     """Ids and labels of every picture, plain and mirrored, in shards of four, the last one short."""
     source = open_source(class_folder)
     facts = tokenize(tokenizer, source, tmp_path / "out", flip=True, shard_size=5, batch_size=2)
-    tokens = Tokens(tmp_path / "out", tokenizer.identity())
+    tokens = TokenDataset(tmp_path / "out", tokenizer.identity())
     assert (facts.count, facts.shards, len(tokens)) == (12, 3, 12)
     assert tokens.classes == CLASSES
     for index in range(12):
@@ -101,7 +101,7 @@ def test_random_crops_differ_and_repeat(tokenizer, class_folder, tmp_path):
     source = open_source(class_folder)
     for name in ("one", "two"):
         tokenize(tokenizer, source, tmp_path / name, crops=3, shard_size=100)
-    one, two = Tokens(tmp_path / "one"), Tokens(tmp_path / "two")
+    one, two = TokenDataset(tmp_path / "one"), TokenDataset(tmp_path / "two")
     assert len(one) == 18
     assert all(torch.equal(one.ids(i), two.ids(i)) for i in range(18))
     assert any(not torch.equal(one.ids(i), one.ids(i + 6)) for i in range(6))
@@ -122,7 +122,7 @@ def test_an_interrupted_pass_goes_on(tokenizer, class_folder, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         tokenize(tokenizer, source, out, shard_size=2)
     with pytest.raises(DataError, match="not finished"):
-        Tokens(out)
+        TokenDataset(out)
     assert tokenize(tokenizer, source, out, shard_size=2) == whole
     assert sum(encoded) == 2 + 2 + 4, "the finished shard is not made again"
     for number in range(3):
@@ -137,7 +137,7 @@ def test_an_interrupted_pass_goes_on(tokenizer, class_folder, tmp_path, monkeypa
 def test_unreadable_pictures_are_passed_over(tokenizer, class_folder, tmp_path):
     (class_folder / CLASSES[0] / "000.jpg").write_bytes(b"no picture")
     tokenize(tokenizer, open_source(class_folder), tmp_path / "out")
-    tokens = Tokens(tmp_path / "out")
+    tokens = TokenDataset(tmp_path / "out")
     assert (tokens.metadata.count, len(tokens)) == (7, 6)
     assert [tokens.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
 
@@ -174,7 +174,7 @@ def test_damaged_tokens_are_refused(tokenizer, class_folder, tmp_path, damage):
         "another folder's": "belongs to another tokenizer or folder",
     }[damage]
     with pytest.raises(DataError, match=message) as error:
-        Tokens(out, wanted)
+        TokenDataset(out, wanted)
     assert "\n" not in str(error.value)
 
 
@@ -186,7 +186,7 @@ def test_a_folder_of_other_tokens_is_refused(tokenizer, class_folder, tmp_path):
     with pytest.raises(DataError, match="holds something else"):
         tokenize(tokenizer, source, class_folder)
     with pytest.raises(DataError, match=r"contains no tokens\.json"):
-        Tokens(class_folder)
+        TokenDataset(class_folder)
 
 
 # Schedules
@@ -571,7 +571,7 @@ def test_a_generator_learns_its_pictures(trained, tokens):
     """Of two pictures a class it draws one or the other, and finds them likelier than those of another
     class, and far likelier than any ids."""
     generator = load_generator(trained)
-    data = Tokens(tokens)
+    data = TokenDataset(tokens)
     known = torch.stack([data.ids(i) for i in range(6)])
     labels = [data.label(i) for i in range(6)]
     own = generator.log_prob(known, labels)

@@ -26,7 +26,7 @@ from flowmo.data import DataError, TarSource, build_index, default_index
 from flowmo.data.npz import NpzError, NpzFile
 from flowmo.data.sources.tar import read_index
 from flowmo.data.sources.webdataset import expand
-from flowmo.data.tokens import Tokens
+from flowmo.data.tokens import TokenDataset
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.measurement import MeasurementFolder
@@ -271,7 +271,7 @@ def tokens_of(folder, **changes):
 )
 def test_manifests_made_to_do_harm(tmp_path, changes):
     with pytest.raises(DataError) as error:
-        Tokens(tokens_of(tmp_path, **changes))
+        TokenDataset(tokens_of(tmp_path, **changes))
     one_line(error)
 
 
@@ -281,7 +281,7 @@ def test_labels_beyond_the_classes(tmp_path):
     content[-4:] = struct.pack("<I", zlib.crc32(content[:-4]))
     (tmp_path / "tokens-00000.bin").write_bytes(content)
     with pytest.raises(DataError, match="beyond its classes"):
-        Tokens(tmp_path)
+        TokenDataset(tmp_path)
 
 
 # Tars

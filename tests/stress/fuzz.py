@@ -52,7 +52,8 @@ with watching:
     from flowmo.data import DataError, TarSource, build_index, default_index
     from flowmo.data.npz import NpzFile, write_npz
     from flowmo.data.sources.tar import read_index
-    from flowmo.data.tokens import TokenMetadata, Tokens, manifest, pack_shard, read_metadata
+    from flowmo.data.token_files import TokenMetadata, manifest, pack_shard, read_metadata
+    from flowmo.data.tokens import TokenDataset
     from flowmo.errors import FlowMoError
     from flowmo.generate.generator import load_generator
     from flowmo.images import ImageError, read_image
@@ -208,14 +209,14 @@ class TokensTarget(Target):
         content, body = data[2 : 2 + length], data[2 + length :]
         self.file("tokens.json", content)
         with contextlib.suppress(FlowMoError):
-            facts = read_metadata(self.folder)[0]
+            facts = read_metadata(self.folder)
             size = facts.shard_bytes(0)
             if size < 1 << 16:
                 head = facts.header(0)
                 body = (head + body[len(head) :]).ljust(size, b"\0")[: size - CRC.size]
                 body += CRC.pack(zlib.crc32(body))
         self.file("tokens-00000.bin", body)
-        tokens = Tokens(self.folder)
+        tokens = TokenDataset(self.folder)
         for i in range(min(len(tokens), 3)):
             ids, label = tokens.ids(i), tokens.label(i)
             assert ids.min() >= 0

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import flowmo
 from flowmo.cli.evaluation import evaluate
-from flowmo.cli.generation import context, generate, tokenize
+from flowmo.cli.generation import context, export, generate, tokenize
 from flowmo.cli.images import decode, encode, reconstruct
 from flowmo.cli.models import bench, convert, demo, info, push
 from flowmo.cli.options import Command, choose_device, command, option
@@ -41,7 +41,7 @@ COMMANDS: Sequence[Command] = (
     *(completion, reconstruct, encode, decode, info, bench, convert, push),
     *(train, evaluate, tokenize, context, generate, demo),
 )
-DATA_COMMANDS: Sequence[Command] = (index, show)
+DATA_COMMANDS: Sequence[Command] = (index, show, export)
 
 
 def build_parser() -> argparse.ArgumentParser:

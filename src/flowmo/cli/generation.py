@@ -16,7 +16,10 @@ import flowmo
 from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, SEED, command, load, number, option, prepare
 from flowmo.cli.output import UsageError, progress_bar, write
 from flowmo.config import REVEALING_ORDERS
-from flowmo.data import evenly_spread, open_source
+from flowmo.data import Source, TokenDataset, evenly_spread, open_source
+from flowmo.data.export import WRITERS
+from flowmo.data.export import export as write_export
+from flowmo.data.token_files import UNREADABLE, Part, TokenMetadata, missing_shards, read_labels
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.images import ImageError, read_image, to_pil
 from flowmo.tokenizer import FlowMo
@@ -39,6 +42,7 @@ GUIDANCE = (
     option("--seed", type=SEED, default=0, help="seed of random crops"),
     option("--shard-size", type=POSITIVE, default=4096, help="samples per shard; an interruption loses at most one"),
     option("--workers", type=number(int, 0), default=0, help="processes that read images"),
+    option("--part", default="1/1", metavar="K/N", help="write only the K-th of N parts, as one of N jobs"),
     *(*MODEL, JSON),
 )
 def tokenize(arguments: argparse.Namespace) -> tuple[str, dict] | None:
@@ -46,10 +50,10 @@ def tokenize(arguments: argparse.Namespace) -> tuple[str, dict] | None:
 
     Under torchrun the processes share the work. Run an interrupted command again to complete it.
     """
-    from flowmo.data.tokens import Tokens
     from flowmo.distributed import join
     from flowmo.generate.tokenize import tokenize as write_tokens
 
+    part = Part.parse(arguments.part)
     with join(arguments.device) as world:
         tokenizer = load(arguments, str(world.device))
         source = open_source(arguments.images)
@@ -61,25 +65,50 @@ def tokenize(arguments: argparse.Namespace) -> tuple[str, dict] | None:
             model=Path(arguments.model).name,
             labels=not arguments.no_labels,
             batch_size=tokenizer.config.eval.batch_size,
+            part=part,
             world=world,
             progress=progress_bar("tokenizing"),
+            on_mixed=lambda message: print(f"flowmo: {message}", file=sys.stderr),
             **{name: getattr(arguments, name) for name in ("crops", "flip", "seed", "shard_size", "workers")},
         )
-        if not world.main:
-            return None
-        samples = Tokens(arguments.out).samples.tolist()
-        missing = {*range(written.count)} - {*samples}
-        for index in sorted({sample % len(source) for sample in missing}):
-            print(f"left out: {source.name(index)} cannot be read", file=sys.stderr)
-        size, classes = written.count * written.item_bytes, len(written.classes)
-        unreadable = f", {len(missing)} of which cannot be read" if missing else ""
-        text = (
-            f"{arguments.out}: {written.count} samples{unreadable}, {classes} classes, {written.ids} ids of "
-            f"{written.id_bits} bits: {size / 1e6:.2f} MB of ids in {written.shards} shards"
-        )
-        data = {"folder": str(arguments.out), "samples": written.count, "readable": len(samples), "classes": classes}
-        data |= {name: getattr(written, name) for name in ("ids", "id_bits", "shards", "tokenizer")}
-        return text, data | {"bytes": size}
+        return describe_tokens(arguments.out, written, part, source) if world.main else None
+
+
+def describe_tokens(out: Path, written: TokenMetadata, part: Part, source: Source) -> tuple[str, dict]:
+    """Describe what a job wrote. Prints the names of images that cannot be read."""
+    shards = part.shards(written.shards)
+    labels = [read_labels(out, written, number) for number in shards]
+    count, missing = sum(map(len, labels)), len(missing_shards(out, written))
+    first = shards.start * written.shard_size
+    unreadable = [first + int(i) for i in np.flatnonzero(np.concatenate([*labels, []]) == UNREADABLE)]
+    for index in sorted({sample % len(source) for sample in unreadable}):
+        print(f"left out: {source.name(index)} cannot be read", file=sys.stderr)
+    if not missing:
+        TokenDataset(out, verify=False)  # refuses a folder without a readable image
+    size, classes = count * written.item_bytes, len(written.classes)
+    text = f"{out}: " + (f"part {part}, " if part.count > 1 else "") + f"{count} samples"
+    text += f", {len(unreadable)} of which cannot be read" if unreadable else ""
+    text += f", {classes} classes, {written.ids} ids of {written.id_bits} bits: "
+    text += f"{size / 1e6:.2f} MB of ids in {len(shards)} shards"
+    text += f"; {missing} of {written.shards} shards are still missing" if missing else ""
+    data = {"folder": str(out), "samples": count, "readable": count - len(unreadable), "classes": classes}
+    data |= {name: getattr(written, name) for name in ("ids", "id_bits", "shards", "tokenizer", "precision")}
+    return text, data | {"bytes": size, "part": str(part), "missing_shards": missing}
+
+
+@command(
+    "convert tokens to WebDataset tars or a Hugging Face dataset",
+    option("tokens", metavar="TOKENS", help="folder written by flowmo tokenize"),
+    option("out", metavar="OUT", type=Path, help="folder for the files; an interrupted one is completed"),
+    option("--to", choices=(*WRITERS,), required=True, help="webdataset: .tar files; datasets: .parquet files"),
+    JSON,
+)
+def export(arguments: argparse.Namespace) -> tuple[str, dict]:
+    """Convert a folder of tokens to files that other tools read: one for each shard, with its ids and labels."""
+    dataset, out = TokenDataset(arguments.tokens), arguments.out
+    files, written = write_export(dataset, out, arguments.to, progress_bar("exporting"))
+    data = {"folder": str(out), "samples": len(dataset), "files": [str(file) for file in files], "written": written}
+    return f"{out}: {len(dataset)} samples in {len(files)} files, {written} of them written now", data
 
 
 @command(
@@ -102,11 +131,10 @@ def context(arguments: argparse.Namespace) -> tuple[str, dict]:
     encoded first. The file belongs beside the tokenizer's: NAME.context.safetensors beside NAME.safetensors.
     """
     from flowmo.codec import fit, fit_planes
-    from flowmo.data.tokens import Tokens
 
     tokenizer, named = flowmo.load(arguments.model), {"hidden": arguments.hidden, "steps": arguments.fit_steps}
     settings = {"seed": arguments.seed} | {name: value for name, value in named.items() if value is not None}
-    read: Any = partial(Tokens, tokenizer=tokenizer.identity())
+    read: Any = partial(TokenDataset, tokenizer=tokenizer.identity())
     frequencies: Any = fit.frequencies
     fit_context: Any = partial(fit.fit, layout=tokenizer.config.model.code_layout)
     if tokenizer.native_size:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowmo.codec.context import FRACTION, NEIGHBOURS, ContextModel, context_shapes, cost, neighbour_indices
 from flowmo.data.bits import Bits, token_bits
-from flowmo.data.tokens import Tokens
+from flowmo.data.tokens import TokenDataset
 from flowmo.model.transformer import code_lattice
 from flowmo.streams import Stream, stream
 
@@ -23,7 +23,7 @@ COOLDOWN = 0.5
 """Final fraction of the steps, over which the learning rate falls linearly to 0."""
 
 
-def frequencies(tokens: Tokens) -> ContextModel:
+def frequencies(tokens: TokenDataset) -> ContextModel:
     """Return the model that knows only how often each bit of each token is set."""
     t, b = _shape(tokens)
     count = np.zeros((t, b))
@@ -39,7 +39,7 @@ def frequencies(tokens: Tokens) -> ContextModel:
 
 
 def fit(
-    tokens: Tokens,
+    tokens: TokenDataset,
     layout: str = "lattice",
     hidden: int = 128,
     steps: int = 4000,
@@ -65,18 +65,18 @@ def fit(
     return ContextModel(tokens.metadata.tokenizer, NEIGHBOURS[layout], **network.rounded())
 
 
-def image_bits(tokens: Tokens, indices: Sequence[int]) -> Bits:
+def image_bits(tokens: TokenDataset, indices: Sequence[int]) -> Bits:
     """Bits of some samples."""
     return token_bits(np.stack([tokens.ids(index).numpy() for index in indices]), tokens.metadata.id_bits)
 
 
-def code_lengths(models: Mapping[str, ContextModel], tokens: Tokens) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def code_lengths(models: Mapping[str, ContextModel], tokens: TokenDataset) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Measure models on other tokens. Returns bits of packed ids, n, and of ids coded by each model, n × 1."""
     bits = image_bits(tokens, range(len(tokens)))
     return np.full(len(bits), bits[0].size), {name: cost(model, bits)[:, None] for name, model in models.items()}
 
 
-def _shape(tokens: Tokens) -> tuple[int, int]:
+def _shape(tokens: TokenDataset) -> tuple[int, int]:
     return tokens.metadata.tokens, tokens.metadata.sub_tokens * tokens.metadata.id_bits
 
 

@@ -1,10 +1,11 @@
-"""Training images: where they come from, how they are cropped, and in which order they are seen."""
+"""Training data: where images come from, how they are cropped, in which order they are seen, and folders of tokens."""
 
 from flowmo.data.loader import batches, epoch_order
 from flowmo.data.sources import open_source
 from flowmo.data.sources.base import DataError, Source, evenly_spread
 from flowmo.data.sources.folder import FolderSource
 from flowmo.data.sources.tar import TarSource, build_index, default_index
+from flowmo.data.tokens import TokenDataset
 from flowmo.data.transforms import ImageDataset
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ImageDataset",
     "Source",
     "TarSource",
+    "TokenDataset",
     "batches",
     "build_index",
     "default_index",

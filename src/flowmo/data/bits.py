@@ -38,7 +38,7 @@ def pack_ids(ids: np.ndarray, id_bits: int) -> bytes:
     return np.packbits(_split(ids, id_bits), bitorder="little").tobytes()
 
 
-def unpack_ids(content: bytes | memoryview, count: int, id_bits: int) -> np.ndarray:
+def unpack_ids(content: bytes | np.ndarray, count: int, id_bits: int) -> np.ndarray:
     """Unpack the first ``count`` ids of ``packed_size(count, id_bits)`` or more bytes: int64."""
     packed = np.frombuffer(content, np.uint8, count=packed_size(count, id_bits))
     return _join(np.unpackbits(packed, count=count * id_bits, bitorder="little").reshape(count, id_bits))

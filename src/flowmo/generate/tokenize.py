@@ -1,4 +1,4 @@
-"""Encode an image dataset into a folder of tokens, with any number of processes. An interrupted call resumes.
+"""Encode an image dataset into a folder of tokens, with any number of jobs and processes. An interrupted call resumes.
 
 Every sample has a number: image i with crop c, plain or mirrored. A shard holds a range of numbers and appears whole or
 not at all, so interruptions neither lose nor repeat a sample.
@@ -6,9 +6,11 @@ not at all, so interruptions neither lose nor repeat a sample.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from flowmo.checkpoint.files import write_content
 from flowmo.data import DataError, ImageDataset, Source
-from flowmo.data import tokens as files
-from flowmo.data.sources.base import class_difference, require_labels
-from flowmo.data.tokens import TokenMetadata
+from flowmo.data import token_files as files
+from flowmo.data.sources.base import require_labels
+from flowmo.data.token_files import WHOLE, Part, TokenMetadata
 from flowmo.distributed import World
 from flowmo.images import ImageError
+from flowmo.precision import describe
 from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import FlowMo
 
@@ -63,8 +66,10 @@ def tokenize(
     shard_size: int = SHARD_SIZE,
     batch_size: int = 16,
     workers: int = 0,
+    part: Part = WHOLE,
     world: World = World(),
     progress: Callable[[int, int], None] | None = None,
+    on_mixed: Callable[[str], object] = warnings.warn,
 ) -> TokenMetadata:
     """Write the ids of every image of a source to a folder, as far as they are missing.
 
@@ -76,36 +81,23 @@ def tokenize(
         crops: 1 takes the central square of each image. More take random squares along its longer side.
         flip: also add every crop mirrored.
         labels: store the source's classes. Then all images must have one, or none.
+        part: write only this job's shards. The ids do not depend on the number of jobs.
         progress: called with (samples done, total samples) of this rank.
+        on_mixed: called with a message if other ids of the folder were computed in another precision.
 
     Raises:
         DataError: the folder holds something else, the tokenizer has no ids, or only some images have a label.
     """
-    sub_tokens, id_count = tokenizer.quantizer.sub_tokens, tokenizer.quantizer.id_count
-    if sub_tokens is None or id_count is None:
-        raise DataError("This tokenizer is continuous and has no ids.")
-    if labels:
-        require_labels(source)
-    metadata = TokenMetadata(
-        tokenizer=tokenizer.identity(),
-        model=model,
-        image_size=tokenizer.config.data.image_size,
-        tokens=tokenizer.code_length,
-        sub_tokens=sub_tokens,
-        id_bits=(id_count - 1).bit_length(),
-        id_count=None if id_count.bit_count() == 1 else id_count,  # absent in older folders
-        source=name,
-        count=len(source) * crops * (2 if flip else 1),
-        shard_size=shard_size,
-        crops=crops,
-        flip=flip,
-        seed=seed,
-        classes=tuple(source.classes) if labels else (),
+    metadata = _metadata(
+        tokenizer, source, labels, source=name, model=model, crops=crops, flip=flip, seed=seed, shard_size=shard_size
     )
     if world.main:
-        _claim(out, metadata)
+        _claim(out, metadata, part)
     world.barrier()
-    missing = world.broadcast([shard for shard in range(metadata.shards) if not _is_intact(out, metadata, shard)])
+    shards = part.shards(metadata.shards) if world.main else ()
+    missing = world.broadcast([shard for shard in shards if not _is_intact(out, metadata, shard)])
+    if world.main and missing:
+        _record_precision(out, metadata, part, on_mixed)
     mine = missing[world.rank :: world.size]
     samples, done = Samples(source, metadata), 0
     total = sum(len(metadata.shard(shard)[1]) for shard in mine)
@@ -123,26 +115,58 @@ def tokenize(
         write_content(out / path, files.pack_shard(metadata, shard, torch.cat(ids).numpy(), found))
     world.barrier()
     if world.main:
-        write_content(out / files.MANIFEST, files.manifest(metadata, complete=True))
+        complete = not files.missing_shards(out, metadata)
+        write_content(out / part.manifest, files.manifest(files.read_metadata(out, part.manifest), complete=True))
+        write_content(out / files.MANIFEST, files.manifest(files.read_metadata(out), complete))
     world.barrier()
     return metadata
 
 
-def _claim(out: Path, metadata: TokenMetadata) -> None:
+def _metadata(tokenizer: FlowMo, images: Source, labels: bool, **options: Any) -> TokenMetadata:
+    sub_tokens, id_count = tokenizer.quantizer.sub_tokens, tokenizer.quantizer.id_count
+    if sub_tokens is None or id_count is None:
+        raise DataError("This tokenizer is continuous and has no ids.")
+    if labels:
+        require_labels(images)
+    precision = getattr(tokenizer, "precision", "")
+    return TokenMetadata(
+        tokenizer=tokenizer.identity(),
+        image_size=tokenizer.config.data.image_size,
+        tokens=tokenizer.code_length,
+        sub_tokens=sub_tokens,
+        id_bits=(id_count - 1).bit_length(),
+        id_count=None if id_count.bit_count() == 1 else id_count,  # absent in older folders
+        count=len(images) * options["crops"] * (2 if options["flip"] else 1),
+        classes=tuple(images.classes) if labels else (),
+        precision=precision and describe(precision, tokenizer.device),
+        **options,
+    )
+
+
+def _claim(out: Path, metadata: TokenMetadata, part: Part) -> None:
     """Write the metadata to the folder, or refuse a folder with other content."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / files.MANIFEST).is_file():
-        old, new = asdict(files.read_metadata(out)[0]), asdict(metadata)
-        different = [class_difference(old.pop("classes"), new.pop("classes"))]
-        different += [f"{key} {old[key]!r}, not {new[key]!r}" for key in new if old[key] != new[key]]
-        if any(different):
-            raise DataError(
-                f"{out} holds other tokens ({', '.join(filter(None, different))[:200]}). Name an empty folder."
-            )
-    elif any(out.iterdir()):
-        raise DataError(f"{out} holds something else. Name an empty folder.")
-    else:
-        write_content(out / files.MANIFEST, files.manifest(metadata, complete=False))
+    begun = files.claim(out, files.MANIFEST)
+    for name in (files.MANIFEST, part.manifest):
+        if begun and (out / name).is_file():
+            different = files.read_metadata(out, name).difference(metadata)
+            if different:
+                raise DataError(f"{out} holds other tokens ({different}). Name an empty folder.")
+        else:
+            write_content(out / name, files.manifest(metadata, complete=False))
+
+
+def _record_precision(out: Path, metadata: TokenMetadata, part: Part, on_mixed: Callable[[str], object]) -> None:
+    """Add this job's precision to the files of the folder and of the part."""
+    missing = {*files.missing_shards(out, metadata)}
+    for name, shards in {files.MANIFEST: range(metadata.shards), part.manifest: part.shards(metadata.shards)}.items():
+        precision = metadata.precision
+        if not missing.issuperset(shards):  # some ids are of an earlier job, whose precision old folders do not tell
+            before = files.read_metadata(out, name).precision
+            precision = before and files.join_precisions(before, precision)
+        write_content(out / name, files.manifest(replace(metadata, precision=precision), complete=False))
+        mixed = files.describe_mixed(out, precision)
+        if mixed and name == files.MANIFEST:
+            on_mixed(mixed)
 
 
 def _is_intact(out: Path, metadata: TokenMetadata, shard: int) -> bool:

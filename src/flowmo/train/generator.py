@@ -17,7 +17,7 @@ from flowmo.checkpoint.files import GENERATOR
 from flowmo.config import Config
 from flowmo.data import evenly_spread
 from flowmo.data.sources.base import class_difference
-from flowmo.data.tokens import NO_CLASS, Tokens
+from flowmo.data.tokens import NO_CLASS, TokenDataset
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.generator import Generator, build_generator, cross_entropy
@@ -104,9 +104,9 @@ class GeneratorTask(Task):
 
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         super().__init__(config, world, report)
-        self.source = Tokens(config.data.train)
+        self.source = TokenDataset(config.data.train)
         self.vocabulary = self.source.metadata.vocabulary
-        self.held_out = Tokens(config.data.val, self.vocabulary.tokenizer) if config.data.val else None
+        self.held_out = TokenDataset(config.data.val, self.vocabulary.tokenizer) if config.data.val else None
         if self.held_out is not None:
             difference = class_difference(self.held_out.classes, self.vocabulary.classes)
             if difference:

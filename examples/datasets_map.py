@@ -1,0 +1,97 @@
+"""Tokenize a Hugging Face dataset with ``datasets.map``, on one machine or many.
+
+    python examples/datasets_map.py OWNER/NAME OUT --parts 16              all parts, one after another
+    python examples/datasets_map.py OWNER/NAME OUT --parts 16 --part 3     the third alone, for instance as a SLURM job
+
+Each part becomes one Parquet file with all columns of the dataset, but ids in the place of the image. The file appears
+whole or not at all: the same command skips parts that are done and begins an unfinished one anew. The ids are those of
+``flowmo tokenize``. Read the result with ``datasets.load_dataset("OUT")``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet
+import torch
+
+import flowmo
+from flowmo.images import resize_and_crop, to_tensor
+
+
+def load(name: str, split: str) -> datasets.Dataset:
+    """Load a dataset of the Hub, or a folder with one folder of images per class."""
+    if Path(name).is_dir():
+        return datasets.load_dataset("imagefolder", data_dir=name, split=split)
+    return datasets.load_dataset(name, split=split)
+
+
+def tokenize_part(tokenizer: flowmo.FlowMo, table: datasets.Dataset, column: str, batch_size: int) -> datasets.Dataset:
+    """Replace the column of images by ids, tokens × sub-tokens."""
+    side = tokenizer.config.data.image_size
+
+    def encode(batch: dict) -> dict:
+        files = [io.BytesIO(image["bytes"]) if image["bytes"] else image["path"] for image in batch[column]]
+        images = [to_tensor(resize_and_crop(flowmo.read_image(file), side)) for file in files]
+        return {"ids": tokenizer.encode(torch.stack(images)).ids.cpu().numpy()}
+
+    row = datasets.Sequence(datasets.Value("int32"), tokenizer.quantizer.sub_tokens)
+    features = table.features.copy()
+    del features[column]
+    features["ids"] = datasets.Sequence(row, tokenizer.code_length)
+    raw = table.cast_column(column, datasets.Image(decode=False))  # flowmo.read_image decodes
+    return raw.map(
+        encode,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=column,
+        features=features,
+        load_from_cache_file=False,
+        new_fingerprint=f"{raw._fingerprint}-{tokenizer.identity()}",  # otherwise datasets hashes the weights
+    )
+
+
+def check_folder(out: Path, parts: int, identity: str) -> None:
+    """Make the folder, or refuse one with the ids of another tokenizer or another number of parts."""
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    note, content = out / "tokenizer.txt", f"{identity}, {parts} parts\n"
+    if not note.exists():
+        note.write_text(content)
+    if note.read_text() != content:
+        raise SystemExit(f"{out} holds ids of {note.read_text().strip()}, not {content.strip()}. Name another folder.")
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="name on the Hub, or a folder of images")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--part", type=int, help="number of the only part to write, from 1")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(words)
+    table = load(arguments.dataset, arguments.split)
+    column = next(name for name, feature in table.features.items() if isinstance(feature, datasets.Image))
+    tokenizer = flowmo.load(arguments.model, device=arguments.device).set_precision("auto")
+    check_folder(arguments.out, arguments.parts, tokenizer.identity())
+    for number in [arguments.part] if arguments.part else range(1, arguments.parts + 1):
+        name = f"train-{number - 1:05d}-of-{arguments.parts:05d}.parquet"
+        path, unfinished = arguments.out / "data" / name, arguments.out / f".{name}"
+        if path.is_file():
+            print(f"{path}: is there already")
+            continue
+        part = table.shard(num_shards=arguments.parts, index=number - 1, contiguous=True)
+        tokens = tokenize_part(tokenizer, part, column, arguments.batch_size)
+        pyarrow.parquet.write_table(tokens.data.table, unfinished)
+        os.replace(unfinished, path)
+        print(f"{path}: {len(tokens)} images")
+
+
+if __name__ == "__main__":
+    main()
