@@ -53,6 +53,20 @@ def test_a_folder_in_the_hubs_layout(folder, tiny, tmp_path):
     assert tiny.identity() in card
 
 
+def test_a_card_holds_the_evaluation_as_the_hub_reads_it(tiny, native):
+    library = pytest.importorskip("huggingface_hub")
+    metrics = {"psnr": 21.125, "lpips_vgg": 0.377, "ssim": None, "pictures": 1000, "name": "tiny"}
+    content = hub.card(tiny, "someone/tiny", metrics)
+    found = {(r.metric_type, r.metric_value) for r in library.ModelCard(content).data.eval_results}
+    assert found == {("psnr", 21.125), ("lpips_vgg", 0.377)}
+    assert "1000 images" in content
+    assert "| PSNR (dB) | 21.12 |" in content
+    assert "any height and width" in hub.card(native, "someone/native")
+    assert library.ModelCard(hub.card(native, "someone/native")).data.library_name == "flowmo"
+    with pytest.raises(flowmo.CheckpointError, match="holds no metric"):
+        hub.card(tiny, "someone/tiny", {"psnr": None})
+
+
 def test_the_cache_without_a_network(folder, tiny, tmp_path):
     """As huggingface_hub lays it out: refs name a commit, snapshots hold its files."""
     pytest.importorskip("huggingface_hub")

@@ -231,14 +231,21 @@ class FlowMo(Packable):
         """The same as ``flowmo.load``."""
         return load(source, *overrides, device=device)
 
-    def save_pretrained(self, folder: str | Path, name: str = "owner/name", context: bytes | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        name: str = "owner/name",
+        context: bytes | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write ``model.safetensors`` and a model card for ``name`` into a folder, which ``from_pretrained`` reads.
 
         Args:
             context: content of a context model's file, which goes beside the weights.
+            evaluation: output of ``flowmo evaluate --json``, for the card.
         """
         save(self, Path(folder) / hub.MODEL_FILE)
-        files.write_content(Path(folder) / hub.CARD_FILE, hub.card(self, name))
+        files.write_content(Path(folder) / hub.CARD_FILE, hub.card(self, name, evaluation))
         if context is not None:
             files.write_content(Path(folder) / hub.CONTEXT_FILE, context)
 

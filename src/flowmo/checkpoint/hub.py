@@ -8,10 +8,12 @@ neither settings inside the file of weights nor context models.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from flowmo.checkpoint import CheckpointError
 
@@ -63,38 +65,70 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
     return str(address)
 
 
-def card(tokenizer: Any, name: str) -> str:
-    """A model card with everything that a tokenizer's settings tell."""
-    config, m = tokenizer.config, tokenizer.config.model
+METRICS = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "lpips_alex": "LPIPS (AlexNet)",
+    "lpips_vgg": "LPIPS (VGG)",
+    "frechet_distance": "rFID",
+    "kernel_distance": "rKID",
+    "bits_per_pixel": "bits per pixel",
+}
+"""Keys of ``flowmo evaluate --json`` that a card shows, and their names."""
+
+
+def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None) -> str:
+    """Fill the Hub's model card template with what a tokenizer's settings tell.
+
+    Args:
+        name: ``owner/name`` of the repository.
+        evaluation: output of ``flowmo evaluate --json``. It becomes the table and the ``model-index``.
+
+    Raises:
+        CheckpointError: ``evaluation`` has none of ``METRICS``.
+    """
+    config, m, steps = tokenizer.config, tokenizer.config.model, tokenizer.config.eval.sampling.sample_steps
+    title = name.partition("@")[0].rpartition("/")[2]
     buffers = dict(tokenizer.named_buffers())  # packed weights are in the state, but are not parameters
-    parameters = sum(v.numel() for name, v in tokenizer.state_dict().items() if name not in buffers) / 1e6
-    rate = "continuous" if config.bits_per_pixel is None else f"{config.bits_per_pixel:.4f} bits per pixel"
-    return f"""---
-library_name: flowmo
-tags: [flowmo, image-tokenizer, image-compression]
----
-# {name.partition("@")[0].rpartition("/")[2]}
+    side, opt = config.data.image_size, config.opt
+    ids = "continuous" if m.ids_per_token is None else f"{m.ids_per_token[0]} ids below {m.ids_per_token[1]} each"
+    rates = [f"{rate:.4f}" for rate in tokenizer.rates(side, side)]
+    values = {key: evaluation[key] for key in METRICS if evaluation.get(key) is not None} if evaluation else {}
+    if evaluation and not values:
+        raise CheckpointError("The evaluation holds no metric. Use the output of flowmo evaluate --json.")
+    rows = [f"| {METRICS[key]} | {value:.4g} |" for key, value in values.items()]
+    count = evaluation.get("pictures") if evaluation else None
+    return (
+        (Path(__file__).parent / "card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            title=title,
+            name=name,
+            model_index=_model_index(title, values),
+            images="any height and width" if tokenizer.native_size else f"{side} × {side} pixels; larger ones as tiles",
+            channels=m.channels,
+            code=f"{'one token per 16 × 16 pixels' if tokenizer.native_size else f'{m.code_length} tokens'}, {ids}",
+            rate=f"{', '.join(rates)} bits per pixel before entropy coding" if rates else "continuous",
+            parameters=sum(v.numel() for key, v in tokenizer.state_dict().items() if key not in buffers) / 1e6,
+            steps=f"{steps} step{'s' * (steps > 1)}",
+            identity=tokenizer.identity(),
+            training=f"Optimizer {opt.optimizer}, learning rate {opt.lr:g}, perceptual loss {opt.lpips_mode} × "
+            f"{opt.lpips_weight:g}, bottleneck {m.quantization_type}.",
+            evaluation="\n".join([f"{count} images, one sample each.", "", "| metric | mean |", "|---|--:|", *rows])
+            if rows
+            else "Not documented yet: results with their spread. `flowmo push --evaluation` adds them.",
+        )
+    )
 
-A FlowMo image tokenizer (*Flow to the Mode*, [arXiv 2503.11056](https://arxiv.org/abs/2503.11056)).
 
-| | |
-|---|---|
-| images | {config.data.image_size} × {config.data.image_size} |
-| code | {m.code_length} tokens of {m.context_dim} channels, bottleneck {m.quantization_type}, {rate} |
-| parameters | {parameters:.1f} M |
-| decodes in | {config.eval.sampling.sample_steps} steps |
-| identity | {tokenizer.identity()} |
-
-```python
-import flowmo
-
-tok = flowmo.load("{name}")
-codes = tok.encode_image(image)
-image = tok.decode_image(codes)
-```
-
-Not documented yet: training data and its licence, results with their spread, failures.
-"""
+def _model_index(title: str, values: Mapping[str, float]) -> str:
+    """Metadata from which the Hub draws its table of results."""
+    if not values:
+        return ""
+    metrics = [{"type": key, "name": METRICS[key], "value": value} for key, value in values.items()]
+    task, dataset = {"type": "image-to-image"}, {"name": "held-out images", "type": "held-out"}
+    results = [{"task": task, "dataset": dataset, "metrics": metrics}]
+    return yaml.safe_dump({"model-index": [{"name": title, "results": results}]}, sort_keys=False)
 
 
 @contextmanager
