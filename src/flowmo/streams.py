@@ -1,7 +1,7 @@
 """Named random streams: every use of a seed draws from a generator of its own.
 
-A hash of (seed, purpose, index) seeds each generator, so no two uses of a seed share numbers. Two different streams
-coincide with probability 2⁻³² on a CPU, whose generator reads 32 bits of its seed.
+A hash of (seed, purpose, index) seeds each generator. Two streams share numbers only if their hashes collide: with
+probability 2⁻³² on a CPU, whose generator reads 32 bits of its seed.
 
 ``flowmo.model.sampler.seeded_noise`` alone uses a seed directly, so that a seed decodes to the same image for ever.
 """
@@ -15,19 +15,11 @@ import torch
 
 
 class Stream(StrEnum):
-    """Purpose of a stream. The comment names its index."""
+    """Purpose of a stream."""
 
-    SAMPLE = ""  # image of a set; an empty name keeps the seeds of published samples
-    GENERATED = "picture"  # image of a generated set
-    IDS = "ids"
-    EDIT = "edit"
-    WEIGHTS = "weights"
-    ORDER = "epoch"  # epoch
-    ITEM = "item"  # position in the run
-    TOKENIZED = "tokenized"  # image of the source, crop
-    CROP = "crop"
-    SUBSTITUTE = "substitute"  # attempt
-    TIMESTEP = "timestep"  # this and all below: position in the run
+    # index: position in the run
+    ITEM = "item"
+    TIMESTEP = "timestep"
     NOISE = "noise"
     CODE_DROP = "code drop"
     CHAIN_NOISE = "chain noise"
@@ -36,15 +28,28 @@ class Stream(StrEnum):
     JUMPS = "jumps"
     CUT = "cut"
     PREFIX = "prefix"
-    CROP_SIZE = "crop size"  # batch
     CROP_TOP = "crop top"
     CROP_LEFT = "crop left"
     BOTTLENECK = "bottleneck"
     HIDDEN = "hidden"
     LABEL_DROP = "label drop"
     DROPOUT = "dropout"
+
+    # another index
+    SAMPLE = ""  # image of a set; empty, because published samples used this seed
+    GENERATED = "picture"  # image of a generated set; the value keeps the seeds of earlier samples
+    ORDER = "epoch"  # epoch
+    TOKENIZED = "tokenized"  # image of the source, crop
+    SUBSTITUTE = "substitute"  # attempt
+    CROP_SIZE = "crop size"  # batch
     HELD_OUT = "held out"  # index in the held-out source
-    CODEBOOK = "codebook"  # step
+
+    # no index
+    IDS = "ids"
+    EDIT = "edit"
+    WEIGHTS = "weights"
+    CROP = "crop"
+    CODEBOOK = "codebook"  # the step is the seed
     CONTEXT_MODEL = "context model"
     REVEAL_ORDER = "reveal order"
     SCORE_ORDER = "score order"
@@ -55,7 +60,7 @@ class Stream(StrEnum):
 
 
 def stream_seed(seed: int, purpose: Stream, *index: int) -> int:
-    """Return the seed of a stream, from 0 to 2⁶³ − 1."""
+    """Return the seed of a stream, from 0 to 2⁶³ − 1. An empty purpose adds nothing to the hash."""
     key = " ".join([*purpose.split(), *map(str, index)])
     return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest(), "big") >> 1
 

@@ -1,4 +1,7 @@
-"""Fit a ``PlaneModel`` to the ids of many images: in floating point, then rounded to integers."""
+"""Fit a ``PlaneModel`` to the ids of many images: in floating point, then rounded to integers.
+
+``flowmo.codec.planes`` defines planes, cells and digits. There are S planes, D digits per id and K neighbours.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,17 @@ from flowmo.tokenizer import Codes, FlowMo
 BATCH_CELLS = 1024
 LEARNING_RATE = 4e-3
 NEIGHBOURS = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
-SIDE = 32
-ORDER = 2 * np.arange(SIDE)[:, None] + np.arange(SIDE)
-"""Diagonals in squares of 32 × 32 cells. Within a square, the four neighbours to the left and above come before a cell.
-All squares advance together, so any image takes at most 94 steps per plane."""
+SQUARE_SIDE = 32
+ORDER = 2 * np.arange(SQUARE_SIDE)[:, None] + np.arange(SQUARE_SIDE)
+"""Coding step of each cell in a 32 × 32 square. Cells of one step are coded in parallel, in all squares. In each
+square, the four neighbours to the left and above come before a cell. Any image takes at most 94 steps per plane."""
 
 
-def frequencies(images: Sequence[np.ndarray], tokenizer: FlowMo) -> PlaneModel:
-    """Return the model that knows only how often each digit has each value."""
+def frequencies(ids_of_images: Sequence[np.ndarray], tokenizer: FlowMo) -> PlaneModel:
+    """Return the context-free baseline: the marginal frequencies of each digit's values."""
     digits, bits = id_digits(tokenizer)
-    planes = images[0].shape[2]
-    values = split_digits(np.concatenate([ids.reshape(-1, planes) for ids in images]), digits, bits)
+    planes = ids_of_images[0].shape[2]
+    values = split_digits(np.concatenate([ids.reshape(-1, planes) for ids in ids_of_images]), digits, bits)
     counts = np.stack([np.bincount(column, minlength=1 << bits) for column in values.T])
     nodes = []
     for level in range(bits):  # of the tree, from its root
@@ -44,7 +47,7 @@ def frequencies(images: Sequence[np.ndarray], tokenizer: FlowMo) -> PlaneModel:
 
 
 def fit(
-    images: Sequence[np.ndarray],
+    ids_of_images: Sequence[np.ndarray],
     tokenizer: FlowMo,
     hidden: int = 64,
     steps: int = 2000,
@@ -54,16 +57,17 @@ def fit(
     """Fit a context model to the ids of images from a tokenizer of native size.
 
     Args:
-        images: ids of each image, rows × columns × planes, with all planes.
+        ids_of_images: one array per image, rows × columns × planes, with all planes.
         hidden: number of hidden units.
+        steps: training iterations.
 
     Raises:
-        ContextError: the ids are not made of digits of whole bits.
+        ContextError: the number of levels of a digit is not a power of two.
     """
     generator = stream(seed, Stream.CONTEXT_MODEL)
     digits, bits = id_digits(tokenizer)
-    samples = Samples(images, digits, bits)
-    network = PlaneNetwork(images[0].shape[2], digits, bits, hidden, generator)
+    samples = Samples(ids_of_images, digits, bits)
+    network = PlaneNetwork(ids_of_images[0].shape[2], digits, bits, hidden, generator)
 
     def loss() -> Tensor:
         return network(*samples.batch(torch.randint(len(samples), (BATCH_CELLS,), generator=generator))).mean()
@@ -80,7 +84,7 @@ def ids_on_lattice(codes: Codes, tokenizer: FlowMo) -> np.ndarray:
 
 
 def id_digits(tokenizer: FlowMo) -> tuple[int, int]:
-    """Digits per id and bits per digit. Raises ``ContextError`` if a digit's levels are not a power of two."""
+    """Digits per id and bits per digit. Raises ``ContextError`` if the levels per digit are not a power of two."""
     quantizer = tokenizer.quantizer
     assert quantizer.sub_tokens is not None
     assert quantizer.id_count is not None
@@ -101,37 +105,41 @@ def plane_costs(model: PlaneModel, ids: np.ndarray) -> np.ndarray:
 
 
 def code_lengths(
-    models: Mapping[str, PlaneModel], images: Sequence[np.ndarray]
+    models: Mapping[str, PlaneModel], ids_of_images: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Measure models on other images' ids. Returns bits of packed ids, n, and of each plane by model, n × planes."""
+    """Measure models on the ids of other images.
+
+    Returns the packed length of each image, n, and for each model the coded length of each plane, n × planes, in bits.
+    """
     id_bits = next(iter(models.values())).shape[1]
-    lengths = {name: np.stack([plane_costs(model, ids) for ids in images]) for name, model in models.items()}
-    return np.array([ids.size * id_bits for ids in images]), lengths
+    lengths = {name: np.stack([plane_costs(model, ids) for ids in ids_of_images]) for name, model in models.items()}
+    return np.array([ids.size * id_bits for ids in ids_of_images]), lengths
 
 
 class Samples:
-    """All cells of many images, with their surroundings, as training samples."""
+    """All cells of many images, with their neighbours, as training samples."""
 
-    def __init__(self, images: Sequence[np.ndarray], digits: int, bits: int):
+    def __init__(self, ids_of_images: Sequence[np.ndarray], digits: int, bits: int):
         parts: list[tuple[np.ndarray, ...]] = []
         start = 0
-        for ids in images:
+        for ids in ids_of_images:
             rows, columns, planes = ids.shape
             values = split_digits(ids.reshape(rows * columns, planes), digits, bits)
-            field, steps = digit_field(values, planes * digits, bits), cell_steps(rows, columns, ORDER)
-            around = neighbour_indices(rows, columns, NEIGHBOURS)
-            parts.append((field, around + start, np.append(steps, 0)[around] < steps[:, None], values))
+            field, coding_step = digit_field(values, planes * digits, bits), cell_steps(rows, columns, ORDER)
+            neighbours = neighbour_indices(rows, columns, NEIGHBOURS)
+            causal = np.append(coding_step, 0)[neighbours] < coding_step[:, None]
+            parts.append((field, neighbours + start, causal, values))
             start += len(field)
-        self.field, self.around, self.known, self.values = (
+        self.field, self.neighbours, self.causal_mask, self.values = (
             torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)
         )
 
     def __len__(self) -> int:
-        return len(self.around)
+        return len(self.neighbours)
 
     def batch(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Neighbours' digits n × K × S·D, mask of earlier neighbours n × K, and the cells' digits n × S·D."""
-        return self.field[self.around[cells]].float(), self.known[cells].float(), self.values[cells].long()
+        """Neighbours' digits n × K × S·D, causal mask of neighbours n × K, and the cells' digits n × S·D."""
+        return self.field[self.neighbours[cells]].float(), self.causal_mask[cells].float(), self.values[cells].long()
 
 
 class PlaneNetwork(FloatModel):
@@ -151,29 +159,30 @@ class PlaneNetwork(FloatModel):
         super().__init__(shapes, scales, generator)
         self.planes, self.per_id, self.bits = planes, digits, bits
 
-    def forward(self, around: Tensor, known: Tensor, values: Tensor) -> Tensor:
-        """A batch of ``Samples`` -> surprise of each id in bits, n × S."""
-        around = around.unflatten(-1, (self.planes, -1))
+    def forward(self, neighbours: Tensor, causal_mask: Tensor, values: Tensor) -> Tensor:
+        """A batch of ``Samples`` -> negative log-likelihood of each id in bits, n × S."""
+        neighbours = neighbours.unflatten(-1, (self.planes, -1))
         # a product with one-hot digits has a much faster gradient than indexing
-        one_hot = F.one_hot(values, 1 << self.bits).to(around.dtype)
-        planes = [self.plane(s, around[:, :, : s + 1], known, values, one_hot) for s in range(self.planes)]
+        one_hot = F.one_hot(values, 1 << self.bits).to(neighbours.dtype)
+        planes = [self.plane(s, neighbours[:, :, : s + 1], causal_mask, values, one_hot) for s in range(self.planes)]
         return torch.stack(planes, dim=1)
 
-    def plane(self, s: int, around: Tensor, known: Tensor, values: Tensor, one_hot: Tensor) -> Tensor:
-        """Surprise of plane s in bits, n. ``around``: n × K × s + 1 × D."""
+    def plane(self, s: int, neighbours: Tensor, causal_mask: Tensor, values: Tensor, one_hot: Tensor) -> Tensor:
+        """Negative log-likelihood of plane s in bits, n. ``neighbours``: n × K × (s + 1) × D."""
         digits, tables = self.per_id, self.digits[s]
         first = s * digits
-        inputs = torch.cat((around[:, :, :s], around[:, :, s:] * known[..., None, None]), dim=2).flatten(1)
+        current = neighbours[:, :, s:] * causal_mask[..., None, None]
+        inputs = torch.cat((neighbours[:, :, :s], current), dim=2).flatten(1)
         weights = self.around[s].unflatten(0, (-1, self.planes, digits))[:, : s + 1].flatten(0, 2)
         hidden = self.middle_start[s] + F.relu(self.start[s] + inputs @ weights) @ self.middle[s]
         hidden = hidden + one_hot[:, :first].flatten(1) @ tables[:first].flatten(0, 1)
-        surprise = torch.zeros(len(around))
+        nll = torch.zeros(len(neighbours))
         for digit in range(digits):
             logits = self.bias[s, digit] + F.relu(hidden) @ self.readout[s, digit]
             value = values[:, first + digit]
             for bit in reversed(range(self.bits)):
                 node = (1 << self.bits - 1 - bit) + (value >> bit + 1)
                 logit = logits.gather(1, node[:, None] - 1)[:, 0]
-                surprise = surprise + F.softplus(torch.where((value >> bit) & 1 == 1, -logit, logit))
+                nll = nll + F.softplus(torch.where((value >> bit) & 1 == 1, -logit, logit))
             hidden = hidden + one_hot[:, first + digit] @ tables[first + digit]
-        return surprise / math.log(2)
+        return nll / math.log(2)

@@ -1,12 +1,11 @@
 """Context models of native-size codes, in integer arithmetic.
 
 An image has a lattice of cells and one id per cell in each plane. An id has D digits of B bits: FSQ's levels or LFQ's
-signs. Plane s of a cell is predicted from planes 0 … s of the surrounding cells, as far as they are coded, and each
-digit also from the earlier digits of its id. A digit's 2^B − 1 logits are the nodes of a binary tree; the root is the
-highest bit.
+signs. Plane s of a cell is predicted from planes 0 … s of its neighbours, as far as they are coded, and each digit also
+from the earlier digits of its id. A digit's 2^B − 1 logits are the nodes of a binary tree; the root is the highest bit.
 
-All cells of one step are computed together and see only cells of earlier steps. ``order`` gives each cell's step and
-repeats over the lattice, so the number of steps does not grow with the image.
+All cells of one coding step are computed together and see only cells of earlier steps. ``order`` gives each cell's step
+and repeats over the lattice, so the number of steps does not grow with the image.
 
 Matrix products use float64 on integers whose partial sums stay below 2^53. They are exact in any summation order, so
 every machine computes the same probabilities.
@@ -40,8 +39,8 @@ class PlaneModel(IntegerModel):
         middle: S × H × H, from the first hidden layer to the second.
         middle_start: S × H, bias of the second hidden layer.
         digits: S × S·D × 2^B × H, from each known digit of the cell to the second hidden layer.
-        readout: S × D × H × 2^B − 1, from the second hidden layer to a digit's logits.
-        bias: S × D × 2^B − 1, of the logits.
+        readout: S × D × H × (2^B − 1), from the second hidden layer to a digit's logits.
+        bias: S × D × (2^B − 1), of the logits.
     """
 
     FORMAT = "planes 1"
@@ -58,7 +57,7 @@ class PlaneModel(IntegerModel):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.order.ndim != 2 or not self.order.size:
-            raise ContextError("The array order assigns no step to the cells.")
+            raise ContextError("The array order is empty or has no rows and columns.")
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         (planes, hidden), (digits, nodes) = self.start.shape, self.bias.shape[1:]
@@ -141,7 +140,7 @@ def _groups(steps: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def digit_field(digits: np.ndarray, width: int, bits: int) -> np.ndarray:
-    """Cells × digits -> centred digits, padded with zeros on the right and by one row: int16, cells + 1 × width."""
+    """Cells × digits -> centred digits, padded with zeros on the right and by one row: int16, (cells + 1) × width."""
     return np.pad(centre(digits, bits).astype(np.int16), ((0, 1), (0, width - digits.shape[1])))
 
 

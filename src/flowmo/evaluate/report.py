@@ -41,14 +41,14 @@ COLUMNS = (  # attribute of a summary, heading, digits
     ("ids_used", "ids used", 3),
     ("id_entropy", "bits/id", 3),
 )
-NOT_FID = {"rFID ↓": "Fréchet ↓", "rKID ↓": "kernel ↓"}
+HEADINGS_WITHOUT_INCEPTION = {"rFID ↓": "Fréchet ↓", "rKID ↓": "kernel ↓"}
 LATEX = str.maketrans(
     {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
     | {"±": r"$\pm$", "–": "--", "é": r"\'e"}
 )
 GRID_IMAGES = 6
 GRID_HEIGHT = 256
-"""Height in pixels of images of any size on the page."""
+"""Height, in pixels, to which native-size images are resized."""
 LABEL_SIZE = 14
 PACKAGES = ("torch", "numpy", "PIL", "torch_fidelity")
 STYLE = """
@@ -116,11 +116,11 @@ def write_report(
 
 
 def images_per_second(entries: Sequence[Entry]) -> dict[str, str]:
-    """Speed of this call; an evaluation that was complete before has none."""
+    """Return the throughput for the header; empty if all results come from an earlier run."""
     first = entries[0].throughput.as_dict()
     if not first:
         return {}
-    parts = [f"reading {first['reading_per_second']:.0f}", f"judging {first['judging_per_second']:.1f}"]
+    parts = [f"reading {first['reading_per_second']:.0f}", f"computing metrics {first['judging_per_second']:.1f}"]
     for entry in entries:
         speed = entry.throughput.as_dict().get("reconstructing_per_second")
         parts += [f"{entry.summary.name} {speed:.1f}"] if speed else []
@@ -150,10 +150,10 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def results_table(rows: Sequence[Summary]) -> Table:
-    """Tabulate the columns in which a row has a value. Distances are called FID only if all of them are."""
+    """Tabulate summaries, without columns that have no value. Distances are called FID only if all of them are."""
     values = [row.as_dict() for row in rows]
     columns = [column for column in COLUMNS if any(row[column[0]] is not None for row in values)]
-    names = {} if all(row.is_fid for row in rows) else NOT_FID
+    names = {} if all(row.is_fid for row in rows) else HEADINGS_WITHOUT_INCEPTION
 
     def cell(row: Mapping[str, Any], key: str, digits: int) -> str:
         value, spread = row[key], row.get(f"{key}_spread")
@@ -174,7 +174,7 @@ def published_table() -> Table:
 
 
 def notes(rows: Sequence[Summary]) -> list[str]:
-    """What a reader must know to compare the rows."""
+    """Return notes on how to compare the rows."""
 
     def listed(key: str, digits: int) -> str:
         values = ((row.name, getattr(row, key)) for row in rows)
@@ -183,14 +183,14 @@ def notes(rows: Sequence[Summary]) -> list[str]:
     first = rows[0]
     lines = [
         f"{first.pictures} images; ± is the standard deviation over images, not an error of the mean.",
-        "PSNR is of each image, of 8-bit pixels. As the release computes it, of five images at once, truncated: "
-        f"{listed('psnr_legacy', 2)}. SSIM of truncated images: {listed('ssim_legacy', 4)}.",
+        "PSNR is the mean over images of 8-bit pixels. The release takes five images at once and truncates pixels to "
+        f"8 bits; that gives {listed('psnr_legacy', 2)}. SSIM of truncated images: {listed('ssim_legacy', 4)}.",
     ]
     if first.frechet_distance is not None:
         lines.append(
-            f"Distances of features: {first.feature_network}. A Fréchet distance of few images is too large, by the "
-            f"distances of halves by about: {listed('frechet_bias', 2)}. The kernel distance is not. Compare at equal "
-            "counts only."
+            f"Distances of features: {first.feature_network}. A Fréchet distance of few images is biased upwards. "
+            f"Estimated from half-sets, the bias is about: {listed('frechet_bias', 2)}. The kernel distance is "
+            "unbiased. Compare at equal counts only."
         )
     lines += [f"{row.name}: {row.missing}" for row in rows if row.missing]
     lines += [f"{row.name}: {row.equal_pictures} images equal their originals." for row in rows if row.equal_pictures]
@@ -211,11 +211,11 @@ def markdown_table(table: Table) -> str:
 
 def markdown(rows: Sequence[Summary], header: Mapping[str, Any], figures: Sequence[tuple[str, str]]) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in header_lines(header))
-    said = "\n".join(f"- {line}" for line in notes(rows))
+    note_items = "\n".join(f"- {line}" for line in notes(rows))
     images = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in figures)
     published = "Published, ImageNet-1K validation at 256 × 256 (tables 1 and 3 of the paper), not measured here:"
     return (
-        f"# Reconstruction\n\n{about}\n\n{markdown_table(results_table(rows))}\n{said}\n\n{images}\n\n"
+        f"# Reconstruction\n\n{about}\n\n{markdown_table(results_table(rows))}\n{note_items}\n\n{images}\n\n"
         f"{published}\n\n{markdown_table(published_table())}\n† as their authors report\n"
     )
 
@@ -236,9 +236,9 @@ def html_table(table: Table) -> str:
 
 
 def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, Any], figures: Sequence[tuple[str, str]]) -> str:
-    """Write one file that needs no other: images are embedded."""
+    """Return a self-contained HTML page; images are embedded."""
     about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in header_lines(header))
-    said = "".join(f"<li>{escape(line)}</li>" for line in notes(rows))
+    note_items = "".join(f"<li>{escape(line)}</li>" for line in notes(rows))
     images = ""
     for name, caption in figures:
         data, text = base64.b64encode((out / name).read_bytes()).decode(), escape(caption)
@@ -249,17 +249,17 @@ def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, Any], figu
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
 <h1>Reconstruction</h1><dl>{about}</dl>
 {html_table(results_table(rows))}
-<ul>{said}</ul>{images}
+<ul>{note_items}</ul>{images}
 <h2>Published, not measured here</h2><p>ImageNet-1K validation at 256 × 256; † as their authors report.</p>
 {html_table(published_table())}</body></html>
 """
 
 
-# Plots and images. Each function returns (file name, caption) of every file that it writes.
+# Plots and images
 
 
 def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
-    """Plot rate against distortion, and rate against rFID with the published points."""
+    """Plot rate against distortion, and rate against rFID with the published points. Returns (file name, caption)s."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -291,8 +291,8 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
     plot(axis, "frechet_distance", ylabel=label, yscale="log", xscale="log")
     figure.savefig(out / "rfid_bpp.png", dpi=110)
     caption = (
-        "rFID against rate. Published points are of 50 000 images of ImageNet at 256 × 256; those measured here are of "
-        f"{rows[0].pictures} other images and not to be compared with them"
+        "rFID against rate. Published points: the 50 000 validation images of ImageNet at 256 × 256. Measured here: "
+        f"{rows[0].pictures} images of the source above. Compare only equal sets"
     )
     return [("rate_distortion.png", "Rate against distortion, measured here"), ("rfid_bpp.png", caption)]
 
@@ -300,7 +300,10 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
 def draw_images(
     out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int | None
 ) -> list[tuple[str, str]]:
-    """Draw originals and reconstructions where the first candidate is worst, median and best."""
+    """Draw originals and reconstructions where the first candidate is worst, median and best.
+
+    Returns (file name, caption) of each file.
+    """
     first = entries[0]
     has_lpips = first.summary.lpips_alex is not None
     column, metric = ("lpips_alex", "LPIPS") if has_lpips else ("squared_error", "squared error")

@@ -98,7 +98,7 @@ def matrix_rate(device: torch.device, bfloat16: bool) -> float:
 
 @cache
 def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
-    """Return the device's peak FLOP/s and its source: the data sheet, or a measurement for a device not in it."""
+    """Return the device's peak FLOP/s and its source: the data sheet, or a measurement (CPUs, other GPUs, float32)."""
     if device.type == "cuda" and bfloat16:
         name = torch.cuda.get_device_name(device)
         sheet = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)

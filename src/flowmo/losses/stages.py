@@ -21,7 +21,7 @@ from flowmo.model.quantizers import Quantized, WholeBatch, alone
 from flowmo.model.sampler import euler, guided_velocity, shifted_times
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""Perceptual distance of two batches of images in [−1, 1], b c h w × b 3 h w -> b."""
+"""Perceptual distance of two batches of images b × c × h × w in [−1, 1]: b."""
 
 
 class Tokenizer(Protocol):

@@ -20,11 +20,13 @@ MAX_SHARDS = 1_000_000
 
 
 def find_shards(path: str | Path) -> list[Path]:
-    """Return the shards that a range, a pattern or a folder of tars names; empty if ``path`` is something else.
+    """Return the shards of a brace range, a glob pattern or a folder; empty if ``path`` is none of these.
+
+    A folder with images directly beside its tars is a folder of images, and its tars are not shards.
 
     Raises:
-        DataError: a range or pattern of ``.tar`` files matches nothing or misses a file; or a folder contains both
-            shards and folders of images.
+        DataError: a pattern of ``.tar`` files matches nothing, or a file of a range is missing; or a folder contains
+            both shards and folders of images.
     """
     text = str(path)
     if Path(path).is_dir():
@@ -43,7 +45,7 @@ def find_shards(path: str | Path) -> list[Path]:
         if missing is not None:
             raise DataError(f"{missing}: no such file. {text} names {len(shards)} shards.")
         return shards
-    if any(mark in text for mark in "*?["):
+    if any(wildcard in text for wildcard in "*?["):
         shards = sorted(map(Path, glob.glob(text)))
         if not shards:
             raise DataError(f"{text}: no file matches this pattern.")
@@ -57,7 +59,7 @@ def expand(pattern: str) -> list[Path]:
     choices: list[list[str]] = []
     for first, last in zip(parts[1::3], parts[2::3], strict=True):
         if max(len(first), len(last)) > 9 or not int(first) <= int(last) < int(first) + MAX_SHARDS:
-            raise DataError(f"{pattern[:100]}: {{{first[:20]}..{last[:20]}}} is no range of shards.")
+            raise DataError(f"{pattern[:100]}: {{{first[:20]}..{last[:20]}}} is not a valid range.")
         numbers = range(int(first), int(last) + 1)
         if math.prod(map(len, choices)) * len(numbers) > MAX_SHARDS:
             raise DataError(f"{pattern[:100]}: names more than {MAX_SHARDS} shards.")

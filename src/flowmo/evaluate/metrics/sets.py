@@ -64,7 +64,7 @@ def inception_score(logits: Tensor, split: int = SCORE_SPLIT) -> tuple[float, fl
 def precision_and_recall(reference: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Share of each set that lies in the other's manifold (Kynkäänniemi et al. 2019).
 
-    A manifold is the union of balls around its images, each as wide as the distance to the k-th nearest neighbour.
+    A manifold is the union of balls around its images. A ball's radius is the distance to the k-th nearest neighbour.
 
     Raises:
         StatisticsError: a set has no more than ``neighbours`` images.

@@ -1,7 +1,8 @@
-"""Binary spherical quantization (Zhao et al. 2024): LFQ on the unit sphere, where the rounding error is bounded.
+"""Binary spherical quantization (Zhao et al. 2024): LFQ on the unit sphere, where the quantization error is bounded.
 
 A token is scaled to length 1 and rounded to the nearest corner of the inscribed cube. Its bits are independent, so its
-entropy is a sum over bits. The entropy of the mean distribution is maximised through the same sum, an upper bound.
+entropy is a sum over bits. The loss maximises the sum of the bits' marginal entropies, an upper bound of the entropy
+of the mean distribution.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class BSQ(LFQ):
     """Binary bottleneck of ``channels`` bits per token; ids have the layout of LFQ's."""
 
     def logits(self, on_sphere: Tensor) -> Tensor:
-        """Logit of a set bit in the soft assignment."""
+        """Logits of set bits under a softmax of ⟨x, codebook⟩ / temperature. LFQ's softmax has a factor of 2."""
         return 2 * on_sphere * self.channels**-0.5 / TEMPERATURE
 
     def bounded(self, code: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ class BSQ(LFQ):
         return super().corner(code) * self.channels**-0.5
 
     def commitment(self, code: Tensor, corner: Tensor) -> Tensor:
-        """Mean squared distance of tokens from their corners, at most 4."""
+        """Equation 8, summed over channels and averaged over tokens: below 2 on the sphere."""
         return (code - corner).square().sum(dim=-1).mean()
 
     def code_from_ids(self, ids: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
 
 MARGIN = 1e-3
-"""Relative room beyond the outermost levels, which tanh cannot reach."""
+"""Distance to the half levels −½ and L − ½. Without it, a saturated tanh could round to level L."""
 
 
 class FSQ(Quantizer):
@@ -55,7 +55,7 @@ class FSQ(Quantizer):
         return channel // self.group
 
     def bound(self, code: Tensor) -> Tensor:
-        """Map to (−½, L − ½), where rounding gives the levels 0 … L − 1 about equal room."""
+        """Map to (−½, L − ½). Rounding then gives the levels 0 … L − 1."""
         half = (self.levels - 1) / 2
         return half + torch.tanh(code) * (half + 0.5 - MARGIN)
 

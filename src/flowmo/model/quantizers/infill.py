@@ -1,8 +1,8 @@
-"""Continuous bottleneck whose code a frozen causal language model must be able to fill in.
+"""Continuous bottleneck: a frozen causal language model must reconstruct spans of the code.
 
 Training replaces a random span of code tokens by the last hidden states of the language model at the span's positions.
-The model reads the code in fill-in-the-middle order (prefix mark, before, suffix mark, after, middle mark, span).
-Gradients flow through it to the encoder. Inference passes the code on unchanged and needs no language model.
+The model reads the code in fill-in-the-middle order, <PRE> prefix <SUF> suffix <MID> span. Gradients flow through it to
+the encoder. Inference passes the code on unchanged and needs no language model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
 from flowmo.model.torchvision_import import before_importing
 
 SPAN_SHARE = 0.3
-MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+SENTINELS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 HUB_NAMES = {"qwen2.5-coder-0.5b": "Qwen/Qwen2.5-Coder-0.5B"}
 
 
@@ -26,7 +26,7 @@ class LanguageModelError(FlowMoError, ValueError):
 
 
 class Infill(Quantizer):
-    """Continuous code of ``channels`` channels per token, a span of it seen through a causal language model.
+    """Continuous code of ``channels`` channels per token. A causal language model predicts one span of it in training.
 
     Args:
         channels: hidden size of the language model.
@@ -49,16 +49,16 @@ class Infill(Quantizer):
 
     def fill_in(self, code: Tensor, start: int, end: int) -> Tensor:
         """Replace tokens ``start`` to ``end`` of code b × tokens × channels by the language model's hidden states."""
-        model, mark_ids = self.language_model(code.device)
+        model, sentinel_ids = self.language_model(code.device)
         before, span, after = code[:, :start], code[:, start:end], code[:, end:]
-        marks = model.get_input_embeddings()(torch.tensor(mark_ids, device=code.device))
-        prefix, suffix, middle = (mark.expand(len(code), 1, -1) for mark in marks)
+        sentinels = model.get_input_embeddings()(torch.tensor(sentinel_ids, device=code.device))
+        prefix, suffix, middle = (vector.expand(len(code), 1, -1) for vector in sentinels)
         sequence = torch.cat((prefix, before, suffix, after, middle, span), dim=1)
-        hidden = model(inputs_embeds=sequence.to(marks.dtype), use_cache=False).last_hidden_state
+        hidden = model(inputs_embeds=sequence.to(sentinels.dtype), use_cache=False).last_hidden_state
         return torch.cat((before, hidden[:, -span.shape[1] :].float(), after), dim=1)
 
     def language_model(self, device: torch.device) -> tuple[Any, list[int]]:
-        """The frozen language model on ``device`` and its ids of ``MARKS``; loaded on first use."""
+        """The frozen language model on ``device`` and the ids of ``SENTINELS`` in its vocabulary; loaded once."""
         if self._loaded is None:
             self._loaded = load_language_model(HUB_NAMES.get(self.name, self.name), self.channels)
         if self._loaded[0].device != device:
@@ -67,9 +67,9 @@ class Infill(Quantizer):
 
 
 def load_language_model(name: str, channels: int) -> tuple[Any, list[int]]:
-    """Load a frozen causal language model without its head, and its ids of ``MARKS``.
+    """Load a frozen causal language model without its head, and the ids of ``SENTINELS`` in its vocabulary.
 
-    Without a tokenizer, or with one that lacks the marks, the vocabulary's last three ids serve as marks.
+    If the model has no tokenizer, or its tokenizer lacks them, the vocabulary's last three ids are the sentinel tokens.
 
     Raises:
         LanguageModelError: ``transformers`` is missing, the model cannot be loaded, or its hidden size differs.
@@ -91,9 +91,9 @@ def load_language_model(name: str, channels: int) -> tuple[Any, list[int]]:
         reason = " ".join(str(error).split())[:150]
         raise LanguageModelError(f"{name}: cannot load a language model ({reason})") from None
     try:
-        marks = AutoTokenizer.from_pretrained(name).convert_tokens_to_ids(list(MARKS))
+        sentinel_ids = AutoTokenizer.from_pretrained(name).convert_tokens_to_ids(list(SENTINELS))
     except (OSError, ValueError, KeyError, TypeError):
-        marks = []
-    if None in marks or len(set(marks)) < len(MARKS):  # unknown tokens share one id
-        marks = list(range(config.vocab_size - len(MARKS), config.vocab_size))
-    return model.eval().requires_grad_(False), marks
+        sentinel_ids = []
+    if None in sentinel_ids or len(set(sentinel_ids)) < len(SENTINELS):  # unknown tokens share one id
+        sentinel_ids = list(range(config.vocab_size - len(SENTINELS), config.vocab_size))
+    return model.eval().requires_grad_(False), sentinel_ids

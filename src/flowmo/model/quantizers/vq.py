@@ -23,8 +23,9 @@ DEAD_SHARE = 0.05
 class VQ(Quantizer):
     """Bottleneck of ``channels`` channels per token as ``sub_tokens`` ids below ``entries``.
 
-    Checkpoints hold the buffers: ``codebook`` entries × channels per sub-token, and the moving averages ``use`` and
-    ``members`` whose ratio it is. A forward pass changes none of them; ``learn`` does.
+    Checkpoints hold the buffers: ``codebook``, entries × channels per sub-token; the moving averages ``use`` and
+    ``members``, whose quotient ``members / use`` is the codebook; and the number of ``steps``. Only ``learn`` changes
+    them.
 
     Args:
         decay: of the moving averages, per step.
