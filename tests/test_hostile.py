@@ -259,6 +259,7 @@ def tokens_of(folder, **changes):
     "changes",
     [
         {"count": 10**18},
+        {"count": 1 << 31, "shard_size": 1},
         {"shard_size": 10**18},
         {"tokens": 1 << 31, "count": 1, "shard_size": 1},
         {"id_bits": 64},

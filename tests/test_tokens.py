@@ -149,6 +149,7 @@ def test_parts_are_shares():
     for total, count in ((13, 16), (16, 16), (98, 16), (3, 1)):
         covered = [number for part in range(1, count + 1) for number in Part(part, count).shards(total)]
         assert covered == list(range(total))
+        assert all(shard in Part(1, count).owner(shard, total).shards(total) for shard in range(total))
     for text, message in (
         ("0/16", "run from 1 to 16"),
         ("17/16", "from 1 to 16"),
@@ -232,6 +233,16 @@ def test_a_missing_shard_is_named(folder, contents):
         TokenDataset(folder)
     with pytest.raises(DataError, match=r"contains no tokens\.json. Make tokens with `flowmo tokenize"):
         TokenDataset(folder.parent)
+
+
+def test_sizes_that_could_not_be_read_again_are_refused(tiny, source, tmp_path):
+    for crops, shard_size, message in (
+        (1 << 20, 1, "more than 1048576 shards"),
+        (1 << 25, 1 << 28, "more than .* byt"),
+    ):
+        with pytest.raises(DataError, match=message):
+            tokenize(tiny, source, tmp_path / "out", crops=crops, shard_size=shard_size)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_precision_is_recorded(tiny, source, tmp_path):

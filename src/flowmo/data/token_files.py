@@ -39,6 +39,7 @@ HEADER = struct.Struct("<4sB8sBIIQI")
 CRC = struct.Struct("<I")
 IDENTITY_BYTES = 8
 MAX_SHARD_BYTES = 1 << 30
+MAX_SHARDS = 1 << 20
 MAX_CLASSES = 1_000_000
 NO_CLASS, UNREADABLE = -1, -2
 
@@ -139,12 +140,14 @@ class TokenMetadata(Vocabulary):
         return ", ".join(filter(None, found))[:200]
 
     def check(self) -> None:
-        """Raise ``ValueError`` or ``TypeError`` if values read from a file are out of range."""
+        """Raise ``ValueError`` or ``TypeError`` if values are out of range."""
         sizes = (self.image_size, self.tokens, self.sub_tokens, self.count, self.shard_size, self.id_bits)
         if not all(isinstance(n, int) and 0 < n < 1 << 32 for n in sizes) or self.id_bits > 32:
             raise ValueError("a size is out of range")
         if self.shard_bytes(0) > MAX_SHARD_BYTES:
             raise ValueError(f"shards of more than {MAX_SHARD_BYTES} bytes")
+        if self.shards > MAX_SHARDS:
+            raise ValueError(f"more than {MAX_SHARDS} shards")
         if len(bytes.fromhex(self.tokenizer)) != IDENTITY_BYTES:
             raise ValueError("tokenizer is not an identity")
         if not all(isinstance(name, str) for name in self.classes) or len(self.classes) > MAX_CLASSES:
@@ -186,6 +189,10 @@ class Part:
 
     def shards(self, total: int) -> range:
         return range(total * (self.number - 1) // self.count, total * self.number // self.count)
+
+    def owner(self, shard: int, total: int) -> Part:
+        """The part, of as many as this, that writes a shard."""
+        return Part(-(-(shard + 1) * self.count // total), self.count)
 
 
 WHOLE = Part()
@@ -231,7 +238,8 @@ def read_labels(folder: Path, metadata: TokenMetadata, number: int, verify: bool
 
 
 def missing_shards(folder: Path, metadata: TokenMetadata) -> list[int]:
-    return [number for number in range(metadata.shards) if not (folder / metadata.shard(number)[0]).is_file()]
+    present = {path.name for path in folder.iterdir()}
+    return [number for number in range(metadata.shards) if metadata.shard(number)[0] not in present]
 
 
 def claim(folder: Path, name: str) -> bool:

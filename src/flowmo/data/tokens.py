@@ -12,24 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowmo.data import token_files as files
 from flowmo.data.bits import unpack_ids
 from flowmo.data.sources.base import DataError
-from flowmo.data.token_files import (
-    HEADER,
-    MANIFEST,
-    NO_CLASS,
-    UNREADABLE,
-    Part,
-    TokenMetadata,
-    Vocabulary,
-    describe_mixed,
-    find_parts,
-    join_precisions,
-    missing_shards,
-    read_labels,
-    read_metadata,
-    read_shard,
-)
+from flowmo.data.token_files import NO_CLASS, TokenMetadata, Vocabulary, read_metadata, read_shard
 
 __all__ = ["NO_CLASS", "TokenDataset", "TokenMetadata", "Tokens", "Vocabulary"]
 
@@ -70,10 +56,12 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
                 "Each tokenizer needs its own tokens and generator."
             )
         self._check_parts()
-        every = np.concatenate([read_labels(self.path, metadata, number, verify) for number in range(metadata.shards)])
-        if every.min() < UNREADABLE or every.max() >= len(self.classes):
+        every = np.concatenate(
+            [files.read_labels(self.path, metadata, number, verify) for number in range(metadata.shards)]
+        )
+        if every.min() < files.UNREADABLE or every.max() >= len(self.classes):
             raise DataError(f"{path}: has labels from {every.min()} to {every.max()}, beyond its classes.")
-        self.samples = np.flatnonzero(every != UNREADABLE)
+        self.samples = np.flatnonzero(every != files.UNREADABLE)
         """Number of each item among all images and crops."""
         self.labels = every[self.samples]
         if not len(self.samples):
@@ -81,25 +69,25 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         self._maps: dict[int, np.ndarray] = {}
 
     def _check_parts(self) -> None:
-        parts, precisions = find_parts(self.path), [self.metadata.precision]
+        parts, precisions = files.find_parts(self.path), [self.metadata.precision]
         for part in parts:
             metadata = read_metadata(self.path, part.manifest)
             different = metadata.difference(self.metadata)
             if different:
-                raise DataError(f"{self.path}: {part.manifest} is of other tokens than {MANIFEST} ({different}).")
+                raise DataError(f"{self.path}: {part.manifest} is of other tokens than {files.MANIFEST} ({different}).")
             precisions.append(metadata.precision)
-        missing = missing_shards(self.path, self.metadata)
+        missing = files.missing_shards(self.path, self.metadata)
         if missing:
             absent = [self.metadata.shard(number)[0] for number in missing]
             if parts:
-                every = [Part(number, parts[-1].count) for number in range(1, parts[-1].count + 1)]
-                absent = [f"part {part}" for part in every if {*part.shards(self.metadata.shards)} & {*missing}]
+                total = self.metadata.shards
+                absent = [*dict.fromkeys(f"part {parts[-1].owner(number, total)}" for number in missing)]
             more = ", …" if len(absent) > MAX_LISTED else ""
             raise DataError(
                 f"{self.path}: not finished, {len(missing)} of {self.metadata.shards} shards are missing: "
                 f"{', '.join(absent[:MAX_LISTED])}{more}. Run the same `flowmo tokenize` command again to complete it."
             )
-        mixed = describe_mixed(self.path, join_precisions(*precisions))
+        mixed = files.describe_mixed(self.path, files.join_precisions(*precisions))
         if mixed:
             warnings.warn(mixed, stacklevel=3)
 
@@ -143,7 +131,7 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         number, position = divmod(int(self.samples[index]), metadata.shard_size)
         if number not in self._maps:
             self._maps[number] = read_shard(self.shard_path(number), metadata, number, verify=False)
-        start = HEADER.size + position * metadata.item_bytes
+        start = files.HEADER.size + position * metadata.item_bytes
         ids = unpack_ids(self._maps[number][start : start + metadata.item_bytes], metadata.ids, metadata.id_bits)
         return torch.from_numpy(ids.reshape(metadata.tokens, metadata.sub_tokens))
 

@@ -91,6 +91,10 @@ def tokenize(
     metadata = _metadata(
         tokenizer, source, labels, source=name, model=model, crops=crops, flip=flip, seed=seed, shard_size=shard_size
     )
+    try:
+        metadata.check()
+    except ValueError as error:
+        raise DataError(f"These tokens would be {error}. Choose another shard size.") from None
     if world.main:
         _claim(out, metadata, part)
     world.barrier()
