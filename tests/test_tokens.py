@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from flowmo.data import DataError, TokenDataset, open_source
 from flowmo.data.token_files import Part, TokenMetadata, manifest, pack_shard, read_metadata
+from flowmo.distributed import World
 from flowmo.generate.tokenize import tokenize
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -172,6 +175,35 @@ def test_ids_do_not_depend_on_how_the_work_is_split(tiny, source, tmp_path):
         assert read_metadata(out) == read_metadata(tmp_path / "whole")
         assert_same(list(TokenDataset(out)), list(TokenDataset(tmp_path / "whole")))
         assert json.loads((out / "tokens.json").read_text())["complete"]
+
+
+class ThreadWorld(World):
+    """Ranks that are threads of this process."""
+
+    meeting, shared = threading.Barrier(2), []
+
+    def barrier(self):
+        self.meeting.wait(60)
+
+    def broadcast(self, value):
+        if self.main:
+            self.shared[:] = [value]
+        self.barrier()
+        return self.shared[0]
+
+
+def test_ranks_share_a_part(tiny, source, tmp_path):
+    tokenize(tiny, source, tmp_path / "whole", shard_size=1)
+    for part in (Part(2, 2), Part(1, 2)):
+        with ThreadPoolExecutor(2) as pool:
+            ranks = [
+                pool.submit(
+                    tokenize, tiny, source, tmp_path / "out", shard_size=1, part=part, world=ThreadWorld(rank, 2)
+                )
+                for rank in range(2)
+            ]
+        assert all(rank.result() == read_metadata(tmp_path / "whole") for rank in ranks)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
 
 
 def test_a_job_redoes_what_a_kill_left(tiny, source, tmp_path, monkeypatch):
