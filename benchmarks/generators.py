@@ -7,7 +7,7 @@
 --gpt       file of ``examples/gpt.py``
 --maskgit   checkpoint of ``flowmo train``; its last weights, because the EMA of a short run holds untrained ones
 --context   context model of ``flowmo context``
---steps     steps in which the MaskGiT reveals the ids, 16 in files
+--steps     steps in which the MaskGIT unmasks the ids, 16 in files
 --limit     held-out images whose likelihood is measured
 --files     held-out images that are written as files and read again
 
@@ -71,7 +71,7 @@ def likelihoods(
     for known, given in (("class", labels), ("no class", none)):
         for count in steps:
             bits = -generator.log_prob(ids, given, steps=count) / math.log(2)
-            yield likelihood_row(f"MaskGiT in {count} steps, {known}", bits, v.ids)
+            yield likelihood_row(f"MaskGIT in {count} steps, {known}", bits, v.ids)
         yield likelihood_row(f"GPT, {known}", gpt_bits(model, ids, given), v.ids)
 
 
@@ -112,7 +112,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "ids": model.vocabulary.ids,
         "parameters": {
             name: sum(p.numel() for p in network.parameters())
-            for name, network in (("GPT", model), ("MaskGiT", generator.network))
+            for name, network in (("GPT", model), ("MaskGIT", generator.network))
         },
         "likelihoods": [],
         "files": [],
@@ -122,7 +122,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         print(row, flush=True)
     source = open_source(a.images)
     codes = [tokenizer.encode_image(source.read(i)) for i in evenly_spread(a.files, len(source))]
-    coders = {"packed": None, **contexts, "MaskGiT in 16 steps": GeneratorModel(generator), "GPT": GPTCoder(model)}
+    coders = {"packed": None, **contexts, "MaskGIT in 16 steps": GeneratorModel(generator), "GPT": GPTCoder(model)}
     for name, coder in coders.items():
         content["files"].append(file_row(name, tokenizer, coder, codes))
         print(content["files"][-1], flush=True)

@@ -32,7 +32,7 @@ from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage
 from flowmo.train.cost import Memory, generator_flops, generator_memory, training_flops, training_memory
 from flowmo.train.ema import EMA
-from flowmo.train.generator import GeneratorStage, Hidden
+from flowmo.train.generator import GeneratorNoise, GeneratorStage
 from flowmo.train.memory import machine_memory, used_memory
 from flowmo.train.optimizer import NormControl, build_optimizers, clip_gradients
 from flowmo.train.parallel import prepare
@@ -52,9 +52,9 @@ def build(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module, C
             generator = Generator(config, PAPER_VOCABULARY)
 
         def guess(stage: nn.Module, first: int, batch: int) -> Tensor:
-            draws = Hidden.of(config, PAPER_VOCABULARY.ids, range(first, first + batch), device)
+            draws = GeneratorNoise.of(config, PAPER_VOCABULARY.ids, range(first, first + batch), device)
             ids = torch.zeros(batch, PAPER_VOCABULARY.ids, dtype=torch.int64, device=device)
-            return stage(ids, ids[:, 0], draws.hidden).total
+            return stage(ids, ids[:, 0], draws.mask).total
 
         return generator, prepare(GeneratorStage(generator), World(device=device), config.trainer), guess
     with device:  # a large model's weights are drawn for seconds on a CPU

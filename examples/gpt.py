@@ -1,4 +1,4 @@
-"""A small GPT on a tokenizer's ids: an autoregressive generator beside MaskGiT, in one file.
+"""A small GPT on a tokenizer's ids: an autoregressive generator beside MaskGIT, in one file.
 
     flowmo tokenize IMAGES --out tokens --flip
     python examples/gpt.py train tokens gpt.pt

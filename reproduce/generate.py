@@ -1,6 +1,6 @@
 """Images from tokens (section 4.3).
 
-Reproduces a MaskGiT on a tokenizer's ids. What it draws is compared with the training images, beside the tokenizer's
+Reproduces a MaskGIT on a tokenizer's ids. What it draws is compared with the training images, beside the tokenizer's
 own reconstructions (the best to expect), held-out images (another sample of the same kind), and ids drawn independently
 from their frequencies (what a generator must beat). A classifier says whether the class shows. Temperature and guidance
 are swept; the best pair is drawn again in Halton order and with bit tokens. The recipe ``tokenizers`` asks table 2's

@@ -194,7 +194,7 @@ def make_tokens(tokenizer: Tokenizer, name: str, study: Study) -> Study:
 
 
 def train_generator(config: Config, run: str, tokens: Study) -> tuple[Generator, float]:
-    """Train a generator. Returns the checkpoint with the best held-out cross-entropy, and its nats per hidden id."""
+    """Train a generator. Returns the checkpoint with the best held-out cross-entropy, and its nats per masked id."""
     best = (f"data.val={tokens.held_out}", "trainer.best_metric=cross_entropy")
     last = tokens.train(config.override(*best), run).checkpoint
     metadata = read_metadata(last)

@@ -1,7 +1,7 @@
 """What one generator draws from the ids of several tokenizers (table 2).
 
 Reproduces table 2's question with all else equal. Compares a FlowMo after stage 1A, the same one after stage 1B, and a
-convolutional, adversarial tokenizer with the bits, parameters and training FLOPs of stage 1A. The same MaskGiT learns
+convolutional, adversarial tokenizer with the bits, parameters and training FLOPs of stage 1A. The same MaskGIT learns
 the ids of each from several seeds. What it draws is compared with the training images, beside the tokenizer's own
 reconstructions.
 

@@ -1,4 +1,4 @@
-"""Stage 2: tokens, the schedules of hiding and revealing, the network, sampling, likelihood, training."""
+"""Stage 2: tokens, the schedules of masking and unmasking, the network, sampling, likelihood, training."""
 
 import dataclasses
 import itertools
@@ -32,10 +32,10 @@ from flowmo.generate.generator import (
     load_generator,
     save_generator,
 )
-from flowmo.generate.schedules import MEAN_HIDDEN_SHARE, halton_order, hidden_counts, hidden_share, hide
+from flowmo.generate.schedules import MEAN_MASK_RATIO, halton_order, mask_ratio, masked_counts, random_mask
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import resize_and_crop, to_tensor
-from flowmo.train.generator import GeneratorStage, Hidden
+from flowmo.train.generator import GeneratorNoise, GeneratorStage
 from flowmo.train.trainer import Trainer, TrainingError
 
 VOCABULARY = Vocabulary(
@@ -193,8 +193,8 @@ def test_a_folder_of_other_tokens_is_refused(tokenizer, class_folder, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", HIDING_SCHEDULES)
-def test_hidden_share_falls_from_one_to_nothing(schedule):
-    share = hidden_share(torch.linspace(0, 1, 101), schedule)
+def test_the_mask_ratio_falls_from_one_to_nothing(schedule):
+    share = mask_ratio(torch.linspace(0, 1, 101), schedule)
     assert share[0] == 1
     assert share[-1] == pytest.approx(0, abs=1e-6)
     assert (share.diff() < 0).all()
@@ -202,13 +202,13 @@ def test_hidden_share_falls_from_one_to_nothing(schedule):
 
 @pytest.mark.parametrize("schedule", HIDING_SCHEDULES)
 @pytest.mark.parametrize(("ids", "steps"), [(512, 64), (256, 1), (12, 12), (7, 20), (1, 3), (256, 255)])
-def test_every_step_reveals_until_nothing_is_hidden(schedule, ids, steps):
-    counts = [ids, *hidden_counts(ids, steps, schedule)]
+def test_every_step_unmasks_until_nothing_is_masked(schedule, ids, steps):
+    counts = [ids, *masked_counts(ids, steps, schedule)]
     assert counts[-1] == 0
     for before, after in itertools.pairwise(counts):
         assert after < before or before == 0
     with pytest.raises(ValueError, match="at least 1"):
-        hidden_counts(ids, 0, schedule)
+        masked_counts(ids, 0, schedule)
 
 
 def test_halton_order_spreads_any_first_part():
@@ -220,24 +220,24 @@ def test_halton_order_spreads_any_first_part():
 
 
 @pytest.mark.parametrize("schedule", HIDING_SCHEDULES)
-def test_training_hides_as_the_schedule_says(schedule):
+def test_training_masks_as_the_schedule_says(schedule):
     """The share's mean is the schedule's integral, and no place is preferred."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.stack([hide(64, generator, schedule) for _ in range(4000)]).double()
-    integral = MEAN_HIDDEN_SHARE[schedule]
-    assert hidden_share(torch.linspace(0, 1, 10001), schedule).mean() == pytest.approx(integral, abs=1e-3)
-    assert hidden.mean() == pytest.approx(integral + 0.5 / 64, abs=0.015)  # half an id is rounded up
-    assert hidden.sum(dim=1).min() >= 1
-    assert hidden.mean(dim=0).std() < 0.02
+    mask = torch.stack([random_mask(64, generator, schedule) for _ in range(4000)]).double()
+    integral = MEAN_MASK_RATIO[schedule]
+    assert mask_ratio(torch.linspace(0, 1, 10001), schedule).mean() == pytest.approx(integral, abs=1e-3)
+    assert mask.mean() == pytest.approx(integral + 0.5 / 64, abs=0.015)  # half an id is rounded up
+    assert mask.sum(dim=1).min() >= 1
+    assert mask.mean(dim=0).std() < 0.02
 
 
-def test_hidden_ids_depend_on_the_place_alone():
+def test_masks_depend_on_the_position_alone():
     config = Config().override(*SMALL)
-    whole = Hidden.of(config, 12, range(10), torch.device("cpu"))
-    part = Hidden.of(config, 12, range(4, 7), torch.device("cpu"))
-    assert torch.equal(part.hidden, whole.hidden[4:7])
+    whole = GeneratorNoise.of(config, 12, range(10), torch.device("cpu"))
+    part = GeneratorNoise.of(config, 12, range(4, 7), torch.device("cpu"))
+    assert torch.equal(part.mask, whole.mask[4:7])
     assert torch.equal(part.keep, whole.keep[4:7])
-    many = Hidden.of(config, 2, range(3000), torch.device("cpu"))
+    many = GeneratorNoise.of(config, 2, range(3000), torch.device("cpu"))
     assert (~many.keep).double().mean() == pytest.approx(0.1, abs=0.02)
 
 
@@ -245,18 +245,18 @@ def test_hidden_ids_depend_on_the_place_alone():
 
 
 @pytest.mark.parametrize("bit_tokens", [False, True])
-def test_hidden_ids_are_not_seen(bit_tokens):
+def test_masked_ids_are_not_seen(bit_tokens):
     torch.manual_seed(0)
     network = Generator(Config().override(*SMALL, f"generator.bit_tokens={bit_tokens}"), VOCABULARY).eval().network
     assert hasattr(network, "id_table") != bit_tokens
     ids = torch.randint(16, (2, 12))
-    hidden = torch.rand(2, 12) < 0.5
+    mask = torch.rand(2, 12) < 0.5
     labels = torch.tensor([0, 3])
-    logits = network(ids, hidden, labels)
+    logits = network(ids, mask, labels)
     assert logits.shape == (2, 12, 16)
-    assert torch.equal(network(torch.where(hidden, 15 - ids, ids), hidden, labels), logits)
-    assert not torch.equal(network(torch.where(hidden, ids, 15 - ids), hidden, labels), logits)
-    assert not torch.equal(network(ids, hidden, labels.flip(0)), logits)
+    assert torch.equal(network(torch.where(mask, 15 - ids, ids), mask, labels), logits)
+    assert not torch.equal(network(torch.where(mask, ids, 15 - ids), mask, labels), logits)
+    assert not torch.equal(network(ids, mask, labels.flip(0)), logits)
 
 
 def test_the_papers_size():
@@ -273,12 +273,12 @@ def test_the_papers_size():
 
 
 def test_guidance_of_one_is_none(generator):
-    ids, hidden = torch.randint(16, (2, 12)), torch.rand(2, 12) < 0.5
+    ids, mask = torch.randint(16, (2, 12)), torch.rand(2, 12) < 0.5
     labels = torch.tensor([0, 1])
-    plain = generator.guided_logits(ids, hidden, labels)
-    null = generator.guided_logits(ids, hidden, torch.tensor([3, 3]))
-    torch.testing.assert_close(generator.guided_logits(ids, hidden, labels, 1 + 1e-9), plain)
-    torch.testing.assert_close(generator.guided_logits(ids, hidden, labels, 3.0), null + 3 * (plain - null))
+    plain = generator.guided_logits(ids, mask, labels)
+    null = generator.guided_logits(ids, mask, torch.tensor([3, 3]))
+    torch.testing.assert_close(generator.guided_logits(ids, mask, labels, 1 + 1e-9), plain)
+    torch.testing.assert_close(generator.guided_logits(ids, mask, labels, 3.0), null + 3 * (plain - null))
     one, other = (generator.sample([0, 1], guidance=value) for value in (1.0, 1 + 1e-9))
     assert torch.equal(one, other)
 
@@ -289,11 +289,11 @@ def test_every_place_is_filled_once(generator, order, steps, monkeypatch):
     filled = torch.zeros(4, 12, dtype=torch.int64)
     step = Generator._step
 
-    def watched(self, ids, hidden, *rest):
-        new_ids, new_hidden = step(self, ids, hidden, *rest)
-        assert not (new_hidden & ~hidden).any(), "nothing is hidden again"
-        assert torch.equal(new_ids[~hidden], ids[~hidden]), "nothing revealed is changed"
-        filled.add_((hidden & ~new_hidden).long())
+    def watched(self, ids, mask, *rest):
+        new_ids, new_hidden = step(self, ids, mask, *rest)
+        assert not (new_hidden & ~mask).any(), "nothing is mask again"
+        assert torch.equal(new_ids[~mask], ids[~mask]), "nothing unmasked is changed"
+        filled.add_((mask & ~new_hidden).long())
         return new_ids, new_hidden
 
     monkeypatch.setattr(Generator, "_step", watched)
@@ -316,8 +316,8 @@ def test_a_picture_depends_on_its_label_and_seed_alone(generator):
 
 def test_sampling_follows_the_networks_probabilities(generator):
     """One step without guidance draws every id independently from its softmax."""
-    hidden = torch.ones(1, 12, dtype=torch.bool)
-    shares = generator.guided_logits(torch.zeros(1, 12, dtype=torch.int64), hidden, torch.tensor([1])).softmax(-1)[0, 3]
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    shares = generator.guided_logits(torch.zeros(1, 12, dtype=torch.int64), mask, torch.tensor([1])).softmax(-1)[0, 3]
     settings = {"steps": 1, "guidance": 1.0, "temperature": 1.0, "last_temperature": 1.0}
     drawn = generator.sample([1] * 3000, seeds=0, **settings).flatten(1)[:, 3]
     counts = torch.bincount(drawn, minlength=16) / 3000
@@ -329,8 +329,8 @@ def test_temperature(generator):
     settings = {"steps": 1, "temperature": 1e-3, "last_temperature": 1e-3, "guidance": 1.0}
     ids = generator.sample([1] * 8, **settings).flatten(1)
     assert (ids == ids[0]).all()
-    hidden = torch.ones(1, 12, dtype=torch.bool)
-    logits = generator.guided_logits(torch.zeros(1, 12, dtype=torch.int64), hidden, torch.tensor([1]))
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    logits = generator.guided_logits(torch.zeros(1, 12, dtype=torch.int64), mask, torch.tensor([1]))
     assert torch.equal(ids[0], logits[0].argmax(dim=-1))
 
 
@@ -389,12 +389,12 @@ def test_probabilities_of_all_ids_add_up_to_one(steps):
 def test_likelihood_step_by_step(generator):
     """As many steps as ids: the chain rule, one id at a time, in the order of the plan."""
     ids = torch.randint(16, (1, 6, 2))
-    hidden, total = torch.ones(1, 12, dtype=torch.bool), 0.0
+    mask, total = torch.ones(1, 12, dtype=torch.bool), 0.0
     generator.requires_grad_(False)
     for place in halton_order(6, 2).tolist():
-        logits = generator.guided_logits(ids.flatten(1), hidden, torch.tensor([2]))
+        logits = generator.guided_logits(ids.flatten(1), mask, torch.tensor([2]))
         total += float(logits[0, place].log_softmax(-1)[ids.flatten()[place]])
-        hidden[0, place] = False
+        mask[0, place] = False
     assert float(generator.log_prob(ids, [2], steps=12)) == pytest.approx(total, abs=1e-4)
 
 
@@ -585,23 +585,23 @@ def test_a_generator_learns_its_pictures(trained, tokens):
     assert sum(right) / 6 > 0.9, right
 
 
-def test_the_loss_is_that_of_the_hidden_ids(config):
+def test_the_loss_is_that_of_the_masked_ids(config):
     """By a plain loop in NumPy. Label smoothing shares a part of the target over all ids (Szegedy et al. 2016)."""
     config = config.override("generator.label_smoothing=0.2", "generator.dropout=0")
     stage = GeneratorStage(Generator(config, VOCABULARY))
     ids = torch.randint(2**VOCABULARY.id_bits, (3, VOCABULARY.ids))
-    hidden, labels = torch.rand(3, VOCABULARY.ids) < 0.4, torch.zeros(3, dtype=torch.int64)
-    hidden[0] = False
-    loss = stage(ids, labels, hidden)
-    logits = stage.generator.network(ids, hidden, labels).detach().double().numpy()
+    mask, labels = torch.rand(3, VOCABULARY.ids) < 0.4, torch.zeros(3, dtype=torch.int64)
+    mask[0] = False
+    loss = stage(ids, labels, mask)
+    logits = stage.generator.network(ids, mask, labels).detach().double().numpy()
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     total = plain = right = 0.0
-    for b, i in hidden.nonzero().tolist():
+    for b, i in mask.nonzero().tolist():
         true = log_p[b, i, int(ids[b, i])]
         plain -= true
         total -= 0.8 * true + 0.2 * log_p[b, i].mean()
         right += int(logits[b, i].argmax()) == int(ids[b, i])
-    expected = ids.numel() * MEAN_HIDDEN_SHARE[config.generator.schedule]
+    expected = ids.numel() * MEAN_MASK_RATIO[config.generator.schedule]
     assert float(loss.total.detach()) == pytest.approx(total / expected, rel=1e-5)
     assert float(loss.parts["cross_entropy"]) == pytest.approx(plain / expected, rel=1e-5)
     assert float(loss.parts["accuracy"]) == pytest.approx(right / expected, rel=1e-5)
@@ -610,8 +610,8 @@ def test_the_loss_is_that_of_the_hidden_ids(config):
 def test_a_step_asks_the_host_for_nothing(config, tmp_path, monkeypatch):
     run = Trainer(config, tmp_path / "run", report=quiet)
     batch = torch.stack([run.task.source.load(index, 0)[0] for index in range(run.plan.total)])
-    draws = Hidden.of(config, VOCABULARY.ids, range(len(batch)), batch.device)
-    monkeypatch.setattr(Hidden, "of", lambda *_: draws)
+    draws = GeneratorNoise.of(config, VOCABULARY.ids, range(len(batch)), batch.device)
+    monkeypatch.setattr(GeneratorNoise, "of", lambda *_: draws)
     run._step(batch, run.module)
     with HostReads() as reads:
         run._step(batch, run.module)

@@ -124,9 +124,9 @@ def test_packed_generator(bit_tokens):
         tokenizer="", model="", image_size=32, tokens=4, sub_tokens=2, id_bits=3, classes=("a", "b")
     )
     generator = Generator(config, vocabulary).eval()
-    ids, hidden = torch.randint(8, (2, 8)), torch.rand(2, 8) < 0.5
-    expected = generator.guided_logits(ids, hidden, torch.tensor([0, 1]), 2.0)
-    found = generator.pack().guided_logits(ids, hidden, torch.tensor([0, 1]), 2.0)
+    ids, mask = torch.randint(8, (2, 8)), torch.rand(2, 8) < 0.5
+    expected = generator.guided_logits(ids, mask, torch.tensor([0, 1]), 2.0)
+    found = generator.pack().guided_logits(ids, mask, torch.tensor([0, 1]), 2.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert expected.std() > 0
 

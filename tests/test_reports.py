@@ -35,7 +35,7 @@ from flowmo.losses.perceptual import LPIPS
 from flowmo.losses.stages import Stage
 from flowmo.model.quantizers import FSQ, LFQ, VQ
 from flowmo.train.ema import EMA
-from flowmo.train.generator import GeneratorStage, Hidden
+from flowmo.train.generator import GeneratorNoise, GeneratorStage
 from flowmo.train.schedule import BatchPlan, Position, Schedule
 
 
@@ -510,9 +510,9 @@ def test_ids_that_the_tokenizer_has_not_are_never_drawn():
     labels = [0, 1] * 20
     assert every.sample(labels, steps=2).max() >= 100
     assert some.sample(labels, steps=2, guidance=1.7).max() < 100
-    hidden, ids = torch.ones(1, 12, dtype=torch.bool), torch.zeros(1, 12, dtype=torch.int64)
-    p = some.guided_logits(ids, hidden, torch.tensor([0])).softmax(-1).detach()
-    whole = every.guided_logits(ids, hidden, torch.tensor([0])).double().softmax(-1).detach()
+    mask, ids = torch.ones(1, 12, dtype=torch.bool), torch.zeros(1, 12, dtype=torch.int64)
+    p = some.guided_logits(ids, mask, torch.tensor([0])).softmax(-1).detach()
+    whole = every.guided_logits(ids, mask, torch.tensor([0])).double().softmax(-1).detach()
     assert p[..., 100:].sum() == 0
     np.testing.assert_allclose(p[..., :100], whole[..., :100] / whole[..., :100].sum(-1, keepdim=True), rtol=1e-4)
     with pytest.raises(GenerationError, match="0 to 99"):
@@ -541,7 +541,7 @@ def test_a_vocabulary_knows_its_ids(tmp_path):
             vocabulary(id_count=wrong)
 
 
-def test_the_mark_of_a_hidden_id_is_no_id():
+def test_the_mask_id_is_no_id():
     made = generator()
     ids = torch.arange(12)[None]
     nothing, all_ = torch.zeros(1, 12, dtype=torch.bool), torch.ones(1, 12, dtype=torch.bool)
@@ -566,20 +566,20 @@ def test_micro_batches_log_and_learn_what_the_batch_does(smoothing):
     stage = GeneratorStage(Generator(config, vocabulary()))
     ids = torch.randint(128, (8, 12))
     labels = torch.tensor([0, 1] * 4)
-    draws = Hidden.of(config, 12, range(8), torch.device("cpu"))
-    assert len(draws.hidden.sum(dim=1).unique()) > 2
+    draws = GeneratorNoise.of(config, 12, range(8), torch.device("cpu"))
+    assert len(draws.mask.sum(dim=1).unique()) > 2
     results = []
     for passes in (1, 2, 8):
         stage.zero_grad()
         parts = dict.fromkeys(("loss", "cross_entropy", "accuracy"), 0.0)
         for rows in torch.arange(8).split(8 // passes):
-            loss = stage(ids[rows], labels[rows], draws.hidden[rows])
+            loss = stage(ids[rows], labels[rows], draws.mask[rows])
             (loss.total / passes).backward()
             parts = {name: parts[name] + float(value) / passes for name, value in loss.parts.items()}
         results.append((parts, [p.grad.clone() for p in stage.parameters() if p.grad is not None]))
     expected = 12 * 8 * 2 / np.pi
-    logits = stage.generator.network(ids, draws.hidden, labels).detach()
-    by_hand = -logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0][draws.hidden].sum() / expected
+    logits = stage.generator.network(ids, draws.mask, labels).detach()
+    by_hand = -logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0][draws.mask].sum() / expected
     assert results[0][0]["cross_entropy"] == pytest.approx(float(by_hand), rel=1e-5)
     for parts, gradients in results[1:]:
         assert parts == pytest.approx(results[0][0], rel=1e-5)

@@ -149,11 +149,11 @@ def ids(config, workspace):
 
 
 def logits(config, workspace):
-    """Of a generator of random weights, for ids that are all hidden."""
+    """Of a generator of random weights, for ids that are all masked."""
     torch.manual_seed(0)
     network = Generator(config, VOCABULARY).eval().network
-    hidden = torch.ones(1, VOCABULARY.ids, dtype=torch.bool)
-    return digest({"logits": network(torch.zeros(hidden.shape, dtype=torch.int64), hidden, torch.tensor([1]))})
+    mask = torch.ones(1, VOCABULARY.ids, dtype=torch.bool)
+    return digest({"logits": network(torch.zeros(mask.shape, dtype=torch.int64), mask, torch.tensor([1]))})
 
 
 def draws(config, workspace):

@@ -70,8 +70,8 @@ def test_names_and_shapes_are_titoks():
     assert {name: tuple(value.shape) for name, value in network.state_dict().items()} == expected
 
 
-def plain_logits(weights, ids, hidden, labels):
-    """UViTBert in float64: b × 12 ids to logits b × 12 × 16. Class c is row 16 + 1 + c, a hidden id row 16."""
+def plain_logits(weights, ids, mask, labels):
+    """UViTBert in float64: b × 12 ids to logits b × 12 × 16. Class c is row 16 + 1 + c, a masked id row 16."""
     w = {name: value.double().numpy() for name, value in weights.items()}
 
     def linear(x, name):
@@ -99,7 +99,7 @@ def plain_logits(weights, ids, hidden, labels):
         h = linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
         return x + linear(h * 0.5 * (1 + erf(h / math.sqrt(2))), f"{name}.mlp.fc2")
 
-    rows = np.concatenate([17 + labels[:, None], np.where(hidden, 16, ids)], axis=1)
+    rows = np.concatenate([17 + labels[:, None], np.where(mask, 16, ids)], axis=1)
     x = w["embeddings.weight"][rows] + w["pos_embed"]
     outputs = []
     for i in range(DEPTH // 2):
@@ -113,11 +113,11 @@ def plain_logits(weights, ids, hidden, labels):
 
 def test_forward_is_that_of_a_plain_implementation(generator):
     random = torch.Generator().manual_seed(3)
-    ids, hidden = torch.randint(16, (4, 12), generator=random), torch.rand(4, 12, generator=random) < 0.5
+    ids, mask = torch.randint(16, (4, 12), generator=random), torch.rand(4, 12, generator=random) < 0.5
     labels = torch.tensor([0, 1, 2, 3])  # 3 is no class
-    expected = plain_logits(generator.network.state_dict(), ids.numpy(), hidden.numpy(), labels.numpy())
+    expected = plain_logits(generator.network.state_dict(), ids.numpy(), mask.numpy(), labels.numpy())
     with torch.no_grad():
-        found = generator.network(ids, hidden, labels)
+        found = generator.network(ids, mask, labels)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
     assert np.ptp(expected) > 1
 
@@ -128,24 +128,24 @@ def test_forward_is_that_of_a_plain_implementation(generator):
 def plain_sample(weights, label, seed, steps, guidance, noise):
     """TiTok's rule for one image, in float64, with the uniform numbers that ours draws of a seed."""
     random = stream(seed, Stream.IDS)
-    ids, hidden = np.zeros((1, 12), dtype=int), np.ones((1, 12), dtype=bool)
+    ids, mask = np.zeros((1, 12), dtype=int), np.ones((1, 12), dtype=bool)
 
     def gumbel(uniform):
         return -np.log(-np.log(np.clip(uniform.double().numpy(), 1e-9, 1 - 1e-7)))
 
     for step in range(steps):
         progress = (step + 1) / steps
-        given, free = (plain_logits(weights, ids, hidden, np.array([c])) for c in (label, 3))
+        given, free = (plain_logits(weights, ids, mask, np.array([c])) for c in (label, 3))
         logits = (given + guidance * (given - free))[0] / (0.5 + 0.8 * (1 - progress))
         of_order, of_ids = gumbel(torch.rand(2, 12, generator=random)[1]), gumbel(torch.rand(12, 16, generator=random))
         temperature = noise * (1 - progress)
-        drawn = np.where(hidden[0], (logits + temperature * of_ids).argmax(-1), ids[0])
-        confidence = np.where(hidden[0], logits[np.arange(12), drawn], np.inf) + temperature * of_order
+        drawn = np.where(mask[0], (logits + temperature * of_ids).argmax(-1), ids[0])
+        confidence = np.where(mask[0], logits[np.arange(12), drawn], np.inf) + temperature * of_order
         left = math.floor(12 * math.acos(progress) / (math.pi / 2))
-        left = max(1, min(int(hidden.sum()) - 1, left)) if step < steps - 1 else 0
+        left = max(1, min(int(mask.sum()) - 1, left)) if step < steps - 1 else 0
         again = np.zeros(12, dtype=bool)
         again[np.argsort(confidence)[:left]] = True
-        ids, hidden = drawn[None] * ~again, again[None]
+        ids, mask = drawn[None] * ~again, again[None]
     return ids[0]
 
 
@@ -209,17 +209,17 @@ def test_generate_says_the_convention(tmp_path, capsys, tiny_model):
 
 def test_loss_weighs_visible_ids_by_a_tenth(generator):
     random = torch.Generator().manual_seed(4)
-    ids, hidden = torch.randint(16, (3, 12), generator=random), torch.rand(3, 12, generator=random) < 0.6
+    ids, mask = torch.randint(16, (3, 12), generator=random), torch.rand(3, 12, generator=random) < 0.6
     labels = torch.tensor([0, 1, 3])
-    logits = plain_logits(generator.network.state_dict(), ids.numpy(), hidden.numpy(), labels.numpy())
+    logits = plain_logits(generator.network.state_dict(), ids.numpy(), mask.numpy(), labels.numpy())
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     target = np.full((3, 12, 16), 0.1 / 16)
     np.put_along_axis(target, ids.numpy()[..., None], 0.9 + 0.1 / 16, axis=-1)
     each = -(target * logs).sum(-1)
-    weight = np.where(hidden.numpy(), 1, 0.1)
-    mean_weight = 2 / math.pi + 0.1 * (1 - 2 / math.pi)  # arccos hides 2 / π of the ids on average
+    weight = np.where(mask.numpy(), 1, 0.1)
+    mean_weight = 2 / math.pi + 0.1 * (1 - 2 / math.pi)  # arccos masks 2 / π of the ids on average
     with torch.no_grad():
-        loss = float(GeneratorStage(generator)(ids, labels, hidden).total)
+        loss = float(GeneratorStage(generator)(ids, labels, mask).total)
     assert loss == pytest.approx(float((weight * each).sum()) / (36 * mean_weight), rel=1e-4)
 
 

@@ -31,7 +31,7 @@ class Stream(StrEnum):
     CROP_TOP = "crop top"
     CROP_LEFT = "crop left"
     BOTTLENECK = "bottleneck"
-    HIDDEN = "hidden"
+    MASK = "hidden"
     LABEL_DROP = "label drop"
     DROPOUT = "dropout"
 
@@ -51,7 +51,7 @@ class Stream(StrEnum):
     CROP = "crop"
     CODEBOOK = "codebook"  # the step is the seed
     CONTEXT_MODEL = "context model"
-    REVEAL_ORDER = "reveal order"
+    UNMASKING_ORDER = "reveal order"
     SCORE_ORDER = "score order"
     BASIS = "basis"
     PROBES = "probes"

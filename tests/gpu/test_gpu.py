@@ -26,7 +26,7 @@ from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.generate.generator import Generator
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import Stage
-from flowmo.train.generator import GeneratorStage, Hidden
+from flowmo.train.generator import GeneratorNoise, GeneratorStage
 from flowmo.train.parallel import KEPT, prepare
 from flowmo.train.trainer import Trainer
 
@@ -174,12 +174,12 @@ def test_a_step_of_stage_2_equals_the_cpus():
     )
     ids = torch.randint(0, 16, (4, 12), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])
-    hidden = Hidden.of(config, 12, range(4), torch.device("cpu")).hidden
+    mask = GeneratorNoise.of(config, 12, range(4), torch.device("cpu")).mask
     results = []
     for device in (torch.device("cpu"), DEVICE):
         torch.manual_seed(0)
         generator = Generator(config, VOCABULARY).to(device)
-        loss = GeneratorStage(generator)(ids.to(device), labels.to(device), hidden.to(device))
+        loss = GeneratorStage(generator)(ids.to(device), labels.to(device), mask.to(device))
         loss.total.backward()
         results.append({**gradients(generator), "loss": loss.total.detach().cpu()})
     assert_close(results[1], results[0], 2e-3)

@@ -1,6 +1,6 @@
 """A stage-2 generator as the context model of the range coder.
 
-The generator reveals the ids in its fixed order. Each bit of an id, from the highest, is coded with its share of the
+The generator unmasks the ids in its fixed order. Each bit of an id, from the highest, is coded with its share of the
 remaining probability mass.
 
 Unlike a ``ContextModel`` it computes in floating point, so two machines may differ in the last digits. Double
@@ -30,7 +30,7 @@ class GeneratorModel:
     """A ``BitModel`` from a generator, without a class condition.
 
     Args:
-        steps: number of steps that reveal the ids; more are slower and predict better.
+        steps: number of steps that unmask the ids; more are slower and predict better.
     """
 
     def __init__(self, generator: Generator, steps: int = STEPS):
@@ -50,10 +50,10 @@ class GeneratorModel:
         v = self.generator.vocabulary
         ids = torch.zeros(images, v.ids, dtype=torch.int64)
         null_class = torch.full((1,), self.generator.null_class)
-        for hidden, revealed in self.generator.reveal_plan(self.steps, "halton"):
+        for mask, unmasked in self.generator.unmasking_plan(self.steps, "halton"):
             # one image a pass: a batch of another size would round differently
-            logits = torch.cat([self.network(row[None], hidden[None], null_class)[:, revealed] for row in ids])
-            for i, position in enumerate(revealed.tolist()):
+            logits = torch.cat([self.network(row[None], mask[None], null_class)[:, unmasked] for row in ids])
+            for i, position in enumerate(unmasked.tolist()):
                 ids[:, position] = code_ids(code, logits[:, i], *divmod(position, v.sub_tokens))
         return token_bits(ids.numpy().reshape(images, v.tokens, v.sub_tokens), v.id_bits)
 

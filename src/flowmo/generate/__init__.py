@@ -1,1 +1,1 @@
-"""Stage 2: a MaskGiT that generates a tokenizer's ids from classes."""
+"""Stage 2: a MaskGIT that generates a tokenizer's ids from classes."""

@@ -1,4 +1,4 @@
-"""A trained MaskGiT: samples a tokenizer's ids given a class (stage 2), and computes the likelihood of ids."""
+"""A trained MaskGIT: samples a tokenizer's ids given a class (stage 2), and computes the likelihood of ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flowmo.data.tokens import Vocabulary
 from flowmo.errors import one_line
 from flowmo.generate.classes import GenerationError, class_titles, find_class
 from flowmo.generate.network import build_network
-from flowmo.generate.schedules import halton_order, hidden_counts
+from flowmo.generate.schedules import halton_order, masked_counts
 from flowmo.model.cpu_prepack import Packable
 from flowmo.precision import computing
 from flowmo.streams import Stream, stream
@@ -127,12 +127,12 @@ class Generator(Packable):
             raise GenerationError(
                 f"There are {len(numbers)} seeds for {len(labels)} images. Give one each, or the first."
             )
-        start, hidden = self._start(len(labels), ids, keep)
+        start, masks = self._start(len(labels), ids, keep)
         rows, chunks = [], list(self._chunks(len(labels)))
         for i, chunk in enumerate(chunks):
             generators = [stream(numbers[k], Stream.IDS) for k in chunk]
-            x, mask = start[chunk].to(self.device), hidden[chunk].to(self.device)
-            counts = [hidden_counts(max(int(n), 1), own.sample_steps, own.schedule) for n in hidden[chunk].sum(dim=1)]
+            x, mask = start[chunk].to(self.device), masks[chunk].to(self.device)
+            counts = [masked_counts(max(int(n), 1), own.sample_steps, own.schedule) for n in masks[chunk].sum(dim=1)]
             ranks = None if own.order == "confidence" else self._ranks(own.order, generators)
             for step, left in enumerate(zip(*counts, strict=True)):
                 x, mask = self._step(x, mask, labels[chunk], generators, own, step, left, ranks)
@@ -144,7 +144,7 @@ class Generator(Packable):
     def _step(
         self,
         ids: Tensor,
-        hidden: Tensor,
+        mask: Tensor,
         labels: Tensor,
         generators: Sequence[torch.Generator],
         own: GeneratorConfig,
@@ -152,13 +152,13 @@ class Generator(Packable):
         left: Sequence[int],
         ranks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Sample every hidden id and reveal the best; ``left[i]`` ids of image i stay hidden. Returns ids and mask."""
+        """Sample every masked id and unmask the best; ``left[i]`` ids of image i stay masked. Returns ids and mask."""
         # TiTok's first step is already one step along from the first temperature to the last
         share = (step + 1) / own.sample_steps if own.drawing == "gumbel" else step / max(own.sample_steps - 1, 1)
         temperature = own.temperature + (own.last_temperature - own.temperature) * share
         noise = own.choice_temperature * (1 - share)
         scale = own.guidance + (own.guided_from == "class")  # class + g (class - null) = null + (g + 1) (class - null)
-        logits = self.guided_logits(ids, hidden, labels, scale) / temperature
+        logits = self.guided_logits(ids, mask, labels, scale) / temperature
         uniform = torch.stack([torch.rand(2, ids.shape[1], generator=g) for g in generators]).to(self.device)
         if own.drawing == "gumbel":
             more = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators]).to(self.device)
@@ -172,30 +172,30 @@ class Generator(Packable):
             sampled = sampled.clamp(max=logits.shape[-1] - 1)
             confidence = p.gather(-1, sampled[..., None])[..., 0].clamp(min=1e-20).log()
         score = confidence + noise * gumbel(uniform[:, 1]) if ranks is None else -ranks.to(self.device, torch.float32)
-        rank = score.masked_fill(~hidden, torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        visible = ids.shape[1] - torch.tensor(left, device=self.device)[:, None]
-        reveal = hidden & (rank < visible)
-        return torch.where(reveal, sampled, ids), hidden & ~reveal
+        rank = score.masked_fill(~mask, torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        unmasked = ids.shape[1] - torch.tensor(left, device=self.device)[:, None]
+        unmask = mask & (rank < unmasked)
+        return torch.where(unmask, sampled, ids), mask & ~unmask
 
-    def guided_logits(self, ids: Tensor, hidden: Tensor, labels: Tensor, guidance: float = 1.0) -> Tensor:
+    def guided_logits(self, ids: Tensor, mask: Tensor, labels: Tensor, guidance: float = 1.0) -> Tensor:
         """Logits b n v in float32: null + guidance · (class − null). Guidance 1 needs no null pass.
 
         The network has a logit for every id of ``id_bits`` bits; the logits of ids beyond the vocabulary are −∞.
         """
         labels = labels.to(self.device)
         if guidance == 1:
-            logits = self._logits(ids, hidden, labels)
+            logits = self._logits(ids, mask, labels)
         else:
             null = torch.full_like(labels, self.null_class)
-            both = self._logits(ids.repeat(2, 1), hidden.repeat(2, 1), torch.cat((labels, null)))
+            both = self._logits(ids.repeat(2, 1), mask.repeat(2, 1), torch.cat((labels, null)))
             given, free = both.chunk(2)
             logits = free + guidance * (given - free)
         logits[..., self.vocabulary.vocab_size :] = -torch.inf
         return logits
 
-    def _logits(self, ids: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         with computing(self.precision, self.device):
-            return self.network(ids, hidden, labels).float()
+            return self.network(ids, mask, labels).float()
 
     # Likelihood
 
@@ -205,8 +205,8 @@ class Generator(Packable):
     ) -> Tensor:
         """Natural logarithm of the probability of each image's ids: float64 b.
 
-        A masked model has no unique likelihood. This one reveals the ids in a fixed order in ``steps`` steps, those of
-        a step independently, as a codec does. The probabilities of all ids add up to 1.
+        A masked model has no unique likelihood. This one unmasks the ids in a fixed order in ``steps`` steps. The ids
+        of a step are independent, as in a codec. The probabilities of all possible ids add up to 1.
 
         Args:
             ids: int64 b × tokens × sub-tokens.
@@ -224,26 +224,26 @@ class Generator(Packable):
         totals = []
         for chunk in self._chunks(len(classes)):
             x, total = flat[chunk].to(self.device), torch.zeros(len(chunk), dtype=torch.float64)
-            for hidden, revealed in self.reveal_plan(steps, order):
-                mask = hidden.to(self.device).expand(len(chunk), -1)
+            for masked, unmasked in self.unmasking_plan(steps, order):
+                mask = masked.to(self.device).expand(len(chunk), -1)
                 logits = self.guided_logits(x.masked_fill(mask, 0), mask, classes[chunk])
-                log_p = logits[:, revealed].log_softmax(dim=-1).gather(-1, x[:, revealed, None])[..., 0]
+                log_p = logits[:, unmasked].log_softmax(dim=-1).gather(-1, x[:, unmasked, None])[..., 0]
                 total += log_p.double().sum(dim=1).cpu()
             totals.append(total)
         return torch.cat(totals)[: len(classes)]
 
-    def reveal_plan(self, steps: int | None = None, order: str = "halton") -> Iterator[tuple[Tensor, Tensor]]:
-        """For each step of a fixed order: the mask of hidden ids before it, bool n, and the positions it reveals."""
+    def unmasking_plan(self, steps: int | None = None, order: str = "halton") -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each step of a fixed order the mask before it, bool n, and the positions that it unmasks."""
         if order not in ("halton", "random"):
             raise GenerationError(f"The order {order!r} is not fixed. Use halton or random.")
         own, n = self.config.generator, self.vocabulary.ids
-        positions = self._ranks(order, [stream(0, Stream.REVEAL_ORDER)])[0].argsort()
-        counts = [n, *hidden_counts(n, own.sample_steps if steps is None else steps, own.schedule)]
+        positions = self._ranks(order, [stream(0, Stream.UNMASKING_ORDER)])[0].argsort()
+        counts = [n, *masked_counts(n, own.sample_steps if steps is None else steps, own.schedule)]
         for before, after in itertools.pairwise(counts):
             if before > after:
-                hidden = torch.zeros(n, dtype=torch.bool)
-                hidden[positions[n - before :]] = True
-                yield hidden, positions[n - before : n - after]
+                mask = torch.zeros(n, dtype=torch.bool)
+                mask[positions[n - before :]] = True
+                yield mask, positions[n - before : n - after]
 
     # Shared by sampling and likelihood
 
@@ -274,7 +274,7 @@ class Generator(Packable):
         return ids.flatten(1).long()
 
     def _start(self, count: int, ids: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Initial ids b n and the mask of hidden ones, bool b n."""
+        """Initial ids b n and their mask, bool b n."""
         if ids is None and keep is None:
             shape = (count, self.vocabulary.ids)
             return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
@@ -297,9 +297,9 @@ def gumbel(uniform: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
 
 
-def cross_entropy(logits: Tensor, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Mean cross entropy over the hidden ids in nats: logits b n v, ids b n, hidden bool b n."""
-    return F.cross_entropy(logits[hidden].float(), ids[hidden])
+def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy over the masked ids in nats: logits b n v, ids b n, mask bool b n."""
+    return F.cross_entropy(logits[mask].float(), ids[mask])
 
 
 # Files

@@ -1,6 +1,6 @@
-"""Bidirectional transformers that predict hidden ids from the visible ones and a class (Chang et al. 2022).
+"""Bidirectional transformers that predict masked ids from the others and a class (Chang et al. 2022).
 
-``MaskGiT`` is ours. ``UViT`` is the paper's: TiTok's ``UViTBert`` (bytedance/1d-tokenizer), with 397 178 368 parameters
+``MaskGIT`` is ours. ``UViT`` is the paper's: TiTok's ``UViTBert`` (bytedance/1d-tokenizer), with 397 178 368 parameters
 at width 1024, depth 28, 512 ids of 9 bits and 1000 classes.
 
 Shapes: b batch, n ids per image, d width, v vocabulary size.
@@ -16,26 +16,26 @@ from flowmo.config import GeneratorConfig
 from flowmo.model.transformer import RMSNorm
 
 
-class MaskGiT(nn.Module):
-    """Ids b n, a mask of hidden ones and a class b -> logits b n v.
+class MaskGIT(nn.Module):
+    """Maps ids (b n), a mask of the ids to predict (b n) and class labels (b) to logits (b n v).
 
     Args:
-        settings: width, depth and how ids enter.
+        settings: sizes, and the kind of token embedding.
         id_bits: bits of an id; the vocabulary size is 2^id_bits.
-        ids: number of ids per image, n.
+        ids_per_image: n.
         classes: number of classes; class ``classes`` is the null class of guidance.
     """
 
-    def __init__(self, settings: GeneratorConfig, id_bits: int, ids: int, classes: int):
+    def __init__(self, settings: GeneratorConfig, id_bits: int, ids_per_image: int, classes: int):
         super().__init__()
         width = settings.hidden_size
         self.id_bits, self.bit_tokens = id_bits, settings.bit_tokens
-        if settings.bit_tokens:  # MaskBiT: no table; an id enters as the signs that the tokenizer's decoder sees
+        if settings.bit_tokens:  # as in MaskBit, the bits of an id (±1) are embedded by a linear layer
             self.bits_in = nn.Linear(id_bits, width)
         else:
             self.id_table = nn.Embedding(2**id_bits, width)
         self.hidden_id = nn.Parameter(torch.empty(width))
-        self.place = nn.Parameter(torch.empty(ids, width))  # position embedding
+        self.place = nn.Parameter(torch.empty(ids_per_image, width))  # position embedding
         self.class_table = nn.Embedding(classes + 1, width)
         shape = (width, settings.num_heads, settings.mlp_ratio, settings.dropout)
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(settings.depth))
@@ -43,9 +43,9 @@ class MaskGiT(nn.Module):
         self.logits_out = nn.Linear(width, 2**id_bits)
         initialise(self, {"proj.weight": 2 * settings.depth, "mlp_out.weight": 2 * settings.depth})
 
-    def forward(self, ids: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Args: ids int64 b n, any value where hidden; hidden bool b n; labels int64 b."""
-        x = torch.where(hidden[..., None], self.hidden_id, self.embed(ids)) + self.place
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Args: ids int64 b n, any value where masked; mask bool b n, True for ids to predict; labels int64 b."""
+        x = torch.where(mask[..., None], self.hidden_id, self.embed(ids)) + self.place
         x = torch.cat((self.class_table(labels)[:, None], x), dim=1)
         for block in self.blocks:
             x = block(x)
@@ -62,8 +62,7 @@ def initialise(network: nn.Module, residual: dict[str, int] | None = None) -> No
     """Draw normal weights of standard deviation 0.02, as in BERT. Norms keep scale 1; biases are 0.
 
     Args:
-        residual: endings of the names of layers that end a residual branch -> number of branches. Their standard
-            deviation is divided by its square root.
+        residual: suffix of parameter names -> number n of residual branches. Their standard deviation is 0.02 / √n.
     """
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
@@ -101,36 +100,37 @@ def split_heads(qkv: Tensor, heads: int) -> Tensor:
 
 
 class UViT(nn.Module):
-    """TiTok's generator: a transformer whose later blocks also read the outputs of the earlier ones.
+    """TiTok's generator: a transformer with U-Net skip connections.
 
-    Takes the arguments of ``MaskGiT``. Names and shapes of its tensors are those of ``UViTBert.state_dict()``, so each
-    loads the other's weights. The rows of ``embeddings`` are the ids, the hidden id, the classes and the null class.
-    ``depth`` / 2 blocks come before ``mid_block`` and as many after it, each with a skip from its mirror image.
+    Takes the arguments of ``MaskGIT``. Names and shapes of its tensors are those of ``UViTBert.state_dict()``, so each
+    loads the other's weights. The rows of ``embeddings`` are the ids, the mask id, the classes and the null class.
+    ``depth`` / 2 blocks come before ``mid_block`` and as many after it. Block i of all ``depth`` + 1 has a long skip
+    connection from block ``depth`` − i, as in U-ViT.
     """
 
-    def __init__(self, settings: GeneratorConfig, id_bits: int, ids: int, classes: int):
+    def __init__(self, settings: GeneratorConfig, id_bits: int, ids_per_image: int, classes: int):
         super().__init__()
         width, half = settings.hidden_size, settings.depth // 2
         self.vocabulary_size = 2**id_bits
         shape = (width, settings.num_heads, settings.mlp_ratio, settings.dropout)
         self.embeddings = nn.Embedding(self.vocabulary_size + classes + 2, width)
-        self.pos_embed = nn.Parameter(torch.empty(1, ids + 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, ids_per_image + 1, width))
         self.in_blocks = nn.ModuleList(UViTBlock(*shape) for _ in range(half))
         self.mid_block = UViTBlock(*shape)
         self.out_blocks = nn.ModuleList(UViTBlock(*shape, skip=True) for _ in range(half))
         self.norm = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, self.vocabulary_size)
-        initialise(self)  # TiTok also truncates at ±2, a hundred standard deviations
+        initialise(self)  # TiTok also truncates at ±2, which is 100 standard deviations and changes nothing
 
     @property
     def blocks(self) -> list[UViTBlock]:
         """All blocks in execution order."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
-    def forward(self, ids: Tensor, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Same arguments and result as ``MaskGiT.forward``."""
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Same arguments and result as ``MaskGIT.forward``."""
         classes = labels[:, None] + self.vocabulary_size + 1
-        x = self.embeddings(torch.cat((classes, ids.masked_fill(hidden, self.vocabulary_size)), 1)) + self.pos_embed
+        x = self.embeddings(torch.cat((classes, ids.masked_fill(mask, self.vocabulary_size)), 1)) + self.pos_embed
         skips: list[Tensor] = []
         for block in self.in_blocks:
             x = block(x)
@@ -163,7 +163,7 @@ class UViTBlock(nn.Module):
         return x + F.dropout(self.mlp["fc2"](hidden), self.dropout, self.training)
 
 
-def build_network(settings: GeneratorConfig, id_bits: int, ids: int, classes: int) -> MaskGiT | UViT:
-    """Build the network that ``generator.network`` names. Takes the arguments of ``MaskGiT``."""
-    kinds: dict[str, type[MaskGiT] | type[UViT]] = {"maskgit": MaskGiT, "uvit": UViT}
-    return kinds[settings.network](settings, id_bits, ids, classes)
+def build_network(settings: GeneratorConfig, id_bits: int, ids_per_image: int, classes: int) -> MaskGIT | UViT:
+    """Build the network that ``generator.network`` names. Takes the arguments of ``MaskGIT``."""
+    kinds: dict[str, type[MaskGIT] | type[UViT]] = {"maskgit": MaskGIT, "uvit": UViT}
+    return kinds[settings.network](settings, id_bits, ids_per_image, classes)

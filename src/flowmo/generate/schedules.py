@@ -1,4 +1,4 @@
-"""How a MaskGiT hides and reveals ids (Chang et al. 2022): how many ids are hidden at each step, and the order."""
+"""Mask schedules of MaskGIT (Chang et al. 2022): how many ids are masked at each step, and the unmasking order."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def hidden_share(progress: Tensor, schedule: str) -> Tensor:
-    """Fraction of hidden ids, falling from 1 at progress 0 to 0 at progress 1.
+def mask_ratio(progress: Tensor, schedule: str) -> Tensor:
+    """Fraction of masked ids, falling from 1 at progress 0 to 0 at progress 1.
 
-    ``cosine`` reveals few ids at first, when little is known, and many at the end; ``arccos`` even more so.
+    ``cosine`` unmasks few ids at first, when little is known, and many at the end; ``arccos`` even more so.
     """
     progress = progress.clamp(0, 1)
     if schedule == "arccos":
@@ -19,24 +19,24 @@ def hidden_share(progress: Tensor, schedule: str) -> Tensor:
     return torch.cos(progress * (math.pi / 2)) if schedule == "cosine" else 1 - progress
 
 
-MEAN_HIDDEN_SHARE = {"arccos": 2 / math.pi, "cosine": 2 / math.pi, "linear": 0.5}
-"""The integral of ``hidden_share`` over progress."""
+MEAN_MASK_RATIO = {"arccos": 2 / math.pi, "cosine": 2 / math.pi, "linear": 0.5}
+"""The integral of ``mask_ratio`` over progress."""
 
 
-def hidden_counts(ids: int, steps: int, schedule: str) -> list[int]:
-    """Number of ids still hidden after each step: strictly falling to 0.
+def masked_counts(ids: int, steps: int, schedule: str) -> list[int]:
+    """Number of ids still masked after each step: strictly falling to 0.
 
-    With more steps than ids, each step reveals one id and the last steps none.
+    With more steps than ids, each step unmasks one id and the last steps none.
 
     Raises:
         ValueError: fewer than one step or id.
     """
     if steps < 1 or ids < 1:
-        raise ValueError(f"{ids} ids cannot be revealed in {steps} steps. Both must be at least 1.")
-    shares = hidden_share(torch.arange(1, steps + 1, dtype=torch.float64) / steps, schedule)
+        raise ValueError(f"{ids} ids cannot be unmasked in {steps} steps. Both must be at least 1.")
+    ratios = mask_ratio(torch.arange(1, steps + 1, dtype=torch.float64) / steps, schedule)
     counts, left = [], ids
-    for share in shares[:-1].tolist():
-        left = max(min(math.floor(share * ids), left - 1), 0)  # at least one a step
+    for ratio in ratios[:-1].tolist():
+        left = max(min(math.floor(ratio * ids), left - 1), 0)  # at least one a step
         counts.append(left)
     return [*counts, 0]
 
@@ -65,13 +65,13 @@ def van_der_corput(index: int, base: int) -> float:
     return value
 
 
-def hide(ids: int, generator: torch.Generator, schedule: str) -> Tensor:
-    """Draw the mask of ids that a training step hides: bool, at least one.
+def random_mask(ids: int, generator: torch.Generator, schedule: str) -> Tensor:
+    """Draw the mask of a training step: bool, at least one id.
 
-    The hidden share belongs to a uniformly drawn progress; positions are drawn uniformly.
+    The mask ratio is that of a uniform progress. Positions are uniform too.
     """
-    share = hidden_share(torch.rand((), generator=generator), schedule)
-    count = max(1, math.ceil(float(share) * ids))
-    hidden = torch.zeros(ids, dtype=torch.bool)
-    hidden[torch.randperm(ids, generator=generator)[:count]] = True
-    return hidden
+    ratio = mask_ratio(torch.rand((), generator=generator), schedule)
+    count = max(1, math.ceil(float(ratio) * ids))
+    mask = torch.zeros(ids, dtype=torch.bool)
+    mask[torch.randperm(ids, generator=generator)[:count]] = True
+    return mask

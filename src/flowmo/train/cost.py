@@ -206,8 +206,8 @@ def _generator_step(config: Config, vocabulary: Vocabulary, count: int) -> Step:
     network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
     for block in network.blocks if config.trainer.activation_checkpointing else ():
         recompute(block, config.trainer.checkpoint_keeps)
-    hidden = torch.empty_like(ids, dtype=torch.bool)
-    return lambda: network(ids, hidden, ids[:, 0]).float().sum(), [network]
+    mask = torch.empty_like(ids, dtype=torch.bool)
+    return lambda: network(ids, mask, ids[:, 0]).float().sum(), [network]
 
 
 def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tuple[int, int], chain: int) -> Step:

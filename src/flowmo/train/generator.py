@@ -21,7 +21,7 @@ from flowmo.data.tokens import NO_CLASS, TokenDataset
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.generator import Generator, build_generator, cross_entropy
-from flowmo.generate.schedules import MEAN_HIDDEN_SHARE, hide
+from flowmo.generate.schedules import MEAN_MASK_RATIO, random_mask
 from flowmo.images import to_pil
 from flowmo.losses.noise import to_device
 from flowmo.losses.stages import Loss
@@ -35,10 +35,10 @@ IGNORED = -100
 """Target that PyTorch's cross-entropy ignores."""
 
 
-class Hidden(NamedTuple):
-    """Random numbers of a micro-batch: which ids are hidden, bool b n; which classes are kept, bool b."""
+class GeneratorNoise(NamedTuple):
+    """Random numbers of a micro-batch: the mask of ids, bool b n; which classes are kept, bool b."""
 
-    hidden: Tensor
+    mask: Tensor
     keep: Tensor
 
     @classmethod
@@ -49,13 +49,13 @@ class Hidden(NamedTuple):
         indices: Sequence[int],
         device: torch.device,
         seed: int | None = None,
-        purpose: Stream = Stream.HIDDEN,
-    ) -> Hidden:
+        purpose: Stream = Stream.MASK,
+    ) -> GeneratorNoise:
         """Draw the numbers of the images at ``indices``, from the seed (the run's by default) and the index alone."""
         seed, settings = config.trainer.seed if seed is None else seed, config.generator
-        hidden = torch.stack([hide(ids, stream(seed, purpose, index), settings.schedule) for index in indices])
+        mask = torch.stack([random_mask(ids, stream(seed, purpose, index), settings.schedule) for index in indices])
         drop = torch.stack([torch.rand((), generator=stream(seed, Stream.LABEL_DROP, index)) for index in indices])
-        return cls(to_device(hidden, device), to_device(drop >= settings.label_drop, device))
+        return cls(to_device(mask, device), to_device(drop >= settings.label_drop, device))
 
 
 class GeneratorStage(nn.Module):
@@ -66,26 +66,26 @@ class GeneratorStage(nn.Module):
         self.generator = generator
         self.networks = tuple(generator.networks.values())
 
-    def forward(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> Loss:
-        """Cross-entropy of hidden ids (Chang et al. 2022); ``generator.visible_weight`` weights that of the others.
+    def forward(self, ids: Tensor, labels: Tensor, mask: Tensor) -> Loss:
+        """Cross-entropy of masked ids (Chang et al. 2022); ``generator.visible_weight`` weights that of the others.
 
-        Sums are divided by the expected number of hidden ids, not the drawn one, so that the mean over images is the
+        Sums are divided by the expected number of masked ids, not the drawn one, so that the mean over images is the
         same however a batch is split.
 
         Args:
             ids: int64 b n.
             labels: int64 b, ``null_class`` where there is none.
-            hidden: bool b n.
+            mask: bool b n.
         """
         settings = self.generator.config.generator
-        logits = self.generator.network(ids, hidden, labels).flatten(0, 1).float()  # (b n) v
-        share, weight = MEAN_HIDDEN_SHARE[settings.schedule], settings.visible_weight
-        targets = torch.where(hidden, ids, IGNORED).flatten()  # a mask would sync the host
+        logits = self.generator.network(ids, mask, labels).flatten(0, 1).float()  # (b n) v
+        ratio, weight = MEAN_MASK_RATIO[settings.schedule], settings.visible_weight
+        targets = torch.where(mask, ids, IGNORED).flatten()  # boolean indexing would sync the host
         summed = partial(F.cross_entropy, logits, label_smoothing=settings.label_smoothing, reduction="sum")
         total = summed(targets)
         if weight:
-            total = total + weight * summed(torch.where(hidden, IGNORED, ids).flatten())
-        loss, expected = total / (ids.numel() * (share + weight * (1 - share))), ids.numel() * share
+            total = total + weight * summed(torch.where(mask, IGNORED, ids).flatten())
+        loss, expected = total / (ids.numel() * (ratio + weight * (1 - ratio))), ids.numel() * ratio
         with torch.no_grad():
             nll = F.cross_entropy(logits, targets, reduction="sum") / expected
             accuracy = (logits.argmax(dim=-1) == targets).float().sum() / expected
@@ -140,10 +140,10 @@ class GeneratorTask(Task):
         return generator_memory(self.config, self.vocabulary)
 
     def loss(self, module: nn.Module, chunk: Tensor, first: int, shared: None) -> Loss:
-        noise = Hidden.of(self.config, self.vocabulary.ids, range(first, first + len(chunk)), chunk.device)
+        noise = GeneratorNoise.of(self.config, self.vocabulary.ids, range(first, first + len(chunk)), chunk.device)
         seed_global(self.config.trainer.seed, Stream.DROPOUT, first)
         with autocast(self.config, self.world.device):
-            return module(chunk[:, 1:], self._labels(chunk[:, 0], noise.keep), noise.hidden)
+            return module(chunk[:, 1:], self._labels(chunk[:, 0], noise.keep), noise.mask)
 
     def _labels(self, labels: Tensor, keep: Tensor) -> Tensor:
         return torch.where(keep & (labels != NO_CLASS), labels, self.model.null_class)
@@ -154,7 +154,7 @@ class GeneratorTask(Task):
         return build_generator(self.config, self.vocabulary, weights).to(self.world.device)
 
     def evaluate(self, model: Generator) -> dict[str, float]:
-        """Return the cross-entropy of hidden held-out ids, with the same ids hidden each time."""
+        """Return the cross-entropy of masked held-out ids, with the same mask each time."""
         if self.held_out is None:
             raise TrainingError("There are no held-out tokens to evaluate on. Write data.val=TOKENS.")
         device, batch_size = self.world.device, self.config.eval.batch_size
@@ -163,13 +163,13 @@ class GeneratorTask(Task):
         for start in range(0, len(chosen), batch_size):
             indices = chosen[start : start + batch_size]
             rows = torch.stack([self.held_out.load(index, 0)[0] for index in indices]).to(device)
-            noise = Hidden.of(self.config, self.vocabulary.ids, indices, device, 0, Stream.HELD_OUT)
+            noise = GeneratorNoise.of(self.config, self.vocabulary.ids, indices, device, 0, Stream.HELD_OUT)
             labels = self._labels(rows[:, 0], torch.ones_like(noise.keep))
             with torch.no_grad(), autocast(self.config, device):
-                logits = model.network(rows[:, 1:], noise.hidden, labels)
-            hidden = int(noise.hidden.sum())
-            total += float(cross_entropy(logits, rows[:, 1:], noise.hidden)) * hidden
-            count += hidden
+                logits = model.network(rows[:, 1:], noise.mask, labels)
+            masked = int(noise.mask.sum())
+            total += float(cross_entropy(logits, rows[:, 1:], noise.mask)) * masked
+            count += masked
         return {"cross_entropy": total / count}
 
     def sample(self, model: Generator) -> tuple[Image.Image | None, dict[str, float]]:
