@@ -34,9 +34,8 @@ from flowmo.codec.context import BitModel, ContextModel, cost
 from flowmo.codec.file import Codec
 from flowmo.codec.fit import frequencies
 from flowmo.codec.generator import GeneratorModel
-from flowmo.data import evenly_spread, open_source
+from flowmo.data import TokenDataset, evenly_spread, open_source
 from flowmo.data.bits import token_bits
-from flowmo.data.tokens import Tokens
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.generator import Generator, load_generator
 from flowmo.images import to_pil
@@ -101,7 +100,7 @@ def draw(model: GPT, tokenizer: flowmo.FlowMo, path: Path) -> None:
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     model, generator = load_gpt(a.gpt), load_generator(a.maskgit, ema=False)
     tokenizer = flowmo.load(model.vocabulary.model)
-    train = Tokens(a.tokens, tokenizer.identity())
+    train = TokenDataset(a.tokens, tokenizer.identity())
     ids, labels, _ = read_tokens(a.held_out, tokenizer.identity())
     contexts = {"frequencies": frequencies(train)}
     if a.context:

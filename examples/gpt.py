@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 import flowmo
 from flowmo.checkpoint.files import write_whole
 from flowmo.codec.context import BitCoder
 from flowmo.codec.generator import code_ids
-from flowmo.data import epoch_order
+from flowmo.data import TokenDataset, epoch_order
 from flowmo.data.bits import Bits, token_bits
-from flowmo.data.tokens import Tokens, Vocabulary
+from flowmo.data.tokens import Vocabulary
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.classes import find_class
 from flowmo.images import to_pil
@@ -164,10 +165,9 @@ class GPTCoder:
 
 def read_tokens(path: Path, tokenizer: str | None = None) -> tuple[Tensor, Tensor, Vocabulary]:
     """Read ids b × tokens × sub-tokens and labels b of a folder of ``flowmo tokenize``."""
-    tokens = Tokens(path, tokenizer)
-    rows = torch.stack([tokens.load(index, 0)[0] for index in range(len(tokens))])
-    v, labels = tokens.metadata.vocabulary, rows[:, 0]
-    return rows[:, 1:].unflatten(1, (v.tokens, v.sub_tokens)), labels.where(labels >= 0, len(v.classes)), v
+    tokens = TokenDataset(path, tokenizer)
+    ids, labels = default_collate([*tokens])
+    return ids, labels.where(labels >= 0, len(tokens.classes)), tokens.metadata.vocabulary
 
 
 def train(a: argparse.Namespace) -> None:
