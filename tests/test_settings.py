@@ -34,6 +34,7 @@ from flowmo.evaluate.speed import UNCOUNTED
 from flowmo.generate.generator import Generator
 from flowmo.generate.tokenize import tokenize
 from flowmo.losses.noise import TrainingNoise
+from flowmo.pixels import PixelFormat
 from flowmo.train.tokenizer import TokenizerTask
 from flowmo.train.trainer import Trainer
 
@@ -104,6 +105,12 @@ def finished(config, workspace, start=None):
     run = Trainer(config, workspace.folder / f"run{workspace.runs}", resume_from=start, report=lambda line: None)
     run.train()
     return run
+
+
+def written(config, workspace):
+    """A file of an image in the middle of its range."""
+    pixels = PixelFormat.of(config)
+    return pixels.to_file(torch.zeros(pixels.channels, 2, 2), ".npy")
 
 
 def weights(config, workspace):
@@ -249,6 +256,8 @@ CASES = {
     "data.train_index": ("{index}", weights, "data.train={tar}"),
     "data.val": ("{other}", shown),
     "data.val_index": ("{index}", shown, "data.val={tar}"),
+    "data.bit_depth": ("16", written),
+    "data.value_range": ("0,100", weights),
     "data.image_size": ("64", weights),
     "data.global_batch_size": ("2", plan),
     "data.batch_size": ("2", plan, "data.global_batch_size=0"),

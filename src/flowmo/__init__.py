@@ -3,6 +3,7 @@
 from flowmo.checkpoint import CheckpointError
 from flowmo.config import Config, ConfigError, preset
 from flowmo.images import ImageError, PictureError, read_image
+from flowmo.pixels import read_tensor
 from flowmo.tokenizer import Codes, FlowMo, load, save
 
 __version__ = "0.1.0"
@@ -17,5 +18,6 @@ __all__ = [
     "load",
     "preset",
     "read_image",
+    "read_tensor",
     "save",
 ]

@@ -7,13 +7,14 @@ import io
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFile
 from torch import Tensor
 
@@ -78,17 +79,18 @@ def read_image(
         ImageError: the file is missing, truncated, too large, without pixels, or in none of ``PILLOW_FORMATS``.
     """
     path = name or str(file)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(plain_errors(path, max_pixels))
+        content = stack.enter_context(open(file, "rb")) if isinstance(file, str | Path) else file
+        return to_rgb(_reinterpret(stack.enter_context(open_image(content, path, side, max_pixels))))
+
+
+@contextlib.contextmanager
+def plain_errors(path: str, max_pixels: int = MAX_PIXELS) -> Iterator[None]:
+    """Raise every error of reading a file as an ``ImageError`` of one line that names the file."""
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_whole_files_only())
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # about metadata, and about sizes, which are checked below
-            content = stack.enter_context(open(file, "rb")) if isinstance(file, str | Path) else file
-            image = stack.enter_context(Image.open(_without_text(content), formats=PILLOW_FORMATS))
-            check_size(image, path, max_pixels)
-            if side is not None:
-                image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
-            return to_rgb(_reinterpret(image))
+        yield
+        return
     except ImageError:
         raise
     except Image.DecompressionBombError:
@@ -100,6 +102,18 @@ def read_image(
     except Exception as error:  # Pillow's readers raise anything on damaged files
         reason = f"cannot be read ({one_line(error) or type(error).__name__})"
     raise ImageError(f"{path}: {reason}.")
+
+
+@contextlib.contextmanager
+def open_image(file: BinaryIO, path: str, side: int | None, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image file with Pillow, as safely as ``read_image`` does, and check its size."""
+    with _whole_files_only(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata, and about sizes, which are checked below
+        with Image.open(_without_text(file), formats=PILLOW_FORMATS) as image:
+            check_size(image, path, max_pixels)
+            if side is not None:
+                image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
+            yield image
 
 
 def _without_text(file: BinaryIO) -> BinaryIO:
@@ -159,9 +173,12 @@ def _reinterpret(image: Image.Image) -> Image.Image:
     return image
 
 
-def check_size(image: Image.Image, name: str | Path = "image", max_pixels: int = MAX_PIXELS) -> None:
+def check_size(image: Image.Image | Tensor, name: str | Path = "image", max_pixels: int = MAX_PIXELS) -> None:
     """Raise ``ImageError`` for an image without pixels or with too many."""
-    width, height = image.size
+    check_pixels(*size_of(image), name, max_pixels)
+
+
+def check_pixels(width: int, height: int, name: str | Path, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{name}: {width}×{height} has no pixels.")
     if width * height > max_pixels:
@@ -172,11 +189,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB as a viewer shows it: upright, 8 bits, transparency over white."""
     transparent = image.info.get("transparency")
     scale = RAW_LEVELS.get(image.tile[0][3]) if getattr(image, "tile", None) else None
-    image.load()  # turns a TIFF
-    turn = UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
-        image.info = {key: value for key, value in image.info.items() if key not in ORIENTED}
+    image = upright(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray(_to_8_bits(values, image.mode == "F"))
@@ -191,6 +204,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Load an image and turn it as its metadata says."""
+    image.load()  # turns a TIFF
+    turn = UPRIGHT.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info = {key: value for key, value in image.info.items() if key not in ORIENTED}
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -213,8 +236,10 @@ def _to_8_bits(values: np.ndarray, floating: bool) -> np.ndarray:
     return np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> float32 3 × h × w in [−1, 1]."""
+def to_tensor(image: Image.Image | Tensor) -> Tensor:
+    """RGB image -> float32 3 × h × w in [−1, 1]. A tensor is returned as it is."""
+    if isinstance(image, Tensor):
+        return image
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -228,13 +253,38 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(to_bytes(image).permute(1, 2, 0).cpu().numpy())
 
 
-def resize_and_crop(image: Image.Image, side: int) -> Image.Image:
+def select_channels(images: Tensor, channels: Sequence[int] | None) -> Tensor:
+    """Select ``channels`` of images b c h w; ``None`` is all."""
+    if channels is None or [*channels] == [*range(images.shape[1])]:
+        return images
+    return torch.stack([images[:, channel] for channel in channels], dim=1)
+
+
+AnyImage = TypeVar("AnyImage", Image.Image, Tensor)
+"""A PIL image, or a tensor c × h × w."""
+
+
+def size_of(image: Image.Image | Tensor) -> tuple[int, int]:
+    """Width and height."""
+    return (image.shape[2], image.shape[1]) if isinstance(image, Tensor) else image.size
+
+
+def crop(image: AnyImage, left: int, top: int, width: int, height: int) -> AnyImage:
+    if isinstance(image, Tensor):
+        return image[:, top : top + height, left : left + width]
+    return image.crop((left, top, left + width, top + height))
+
+
+def resize_and_crop(image: AnyImage, side: int) -> AnyImage:
     """Resize the short side to ``side`` (bilinear, antialiased) and crop the central square: the paper's protocol."""
-    width, height = (side * length // min(image.size) for length in image.size)  # rounds as torchvision
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return image.crop((left, top, left + side, top + side))
+    size = size_of(image)
+    width, height = (side * length // min(size) for length in size)  # rounds as torchvision
+    if size != (width, height):
+        if isinstance(image, Tensor):
+            image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+        else:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return crop(image, round((width - side) / 2), round((height - side) / 2), side, side)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flowmo.checkpoint import files, hub
 from flowmo.config import Config
 from flowmo.errors import FlowMoError
-from flowmo.images import Tiling, check_size, resize_and_crop, to_pil, to_rgb, to_tensor
+from flowmo.images import Tiling, resize_and_crop, to_tensor
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import Distance, pretrain_loss
 from flowmo.model import blocks, sampler
@@ -32,6 +32,7 @@ from flowmo.model.cpu_prepack import Packable
 from flowmo.model.quantizers import build_quantizer, check_ids
 from flowmo.model.transformer import Decoder, Encoder, Shape
 from flowmo.model.windowed import WindowedDecoder, WindowedEncoder, WindowedShape
+from flowmo.pixels import PixelFormat
 from flowmo.precision import computing
 
 RANGE_TOLERANCE = 1e-4
@@ -40,6 +41,15 @@ Progress = Callable[[int, int], None]
 
 class RateError(FlowMoError, ValueError):
     """A rate that a tokenizer does not have; the message lists its rates."""
+
+
+class SamplingArguments(TypedDict, total=False):
+    """Keyword arguments of ``FlowMo.decode_image``."""
+
+    guidance: float | None
+    rho: float | None
+    solver: str | None
+    progress: Progress | None
 
 
 class Output(NamedTuple):
@@ -276,6 +286,11 @@ class FlowMo(Packable):
     def native_size(self) -> bool:
         """True if images keep their own height and width, with one code token per cell."""
         return self.config.model.network == "windowed"
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Channels and values of the images."""
+        return PixelFormat.of(self.config)
 
     def tokens(self, height: int, width: int) -> int:
         """Code tokens of an image of ``height`` × ``width`` pixels, whole patches."""
@@ -588,41 +603,56 @@ class FlowMo(Packable):
 
     # Single images of any size
 
-    def encode_image(self, image: Image.Image, fit: str = "whole", bits_per_pixel: float | None = None) -> Codes:
-        """Encode one PIL image of any size and mode.
+    def encode_image(
+        self, image: Image.Image | Tensor, fit: str = "whole", bits_per_pixel: float | None = None
+    ) -> Codes:
+        """Encode one image of any size.
 
         Args:
+            image: a PIL image, or a tensor c × h × w in [−1, 1], as ``read_tensor`` returns. PIL images become RGB for
+                a tokenizer of 8-bit RGB.
             fit: ``whole`` (or ``tile``) keeps the whole image: at its own size if the tokenizer has native size, else
                 as overlapping tiles of the trained size. ``crop`` follows the paper's protocol: resize the short side
                 to the trained size and take the central square.
             bits_per_pixel: as in ``encode``.
 
         Raises:
-            TypeError: not a PIL image.
-            ValueError: an unknown ``fit``, an image without pixels or above ``images.MAX_PIXELS``, or a rate that the
-                tokenizer does not have.
+            TypeError: neither a PIL image nor a tensor.
+            ValueError: an unknown ``fit``; an image of other channels, without pixels or above ``images.MAX_PIXELS``;
+                or a rate that the tokenizer does not have.
         """
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"encode_image takes a PIL image, not a {type(image).__name__}; encode takes tensors.")
+        if not isinstance(image, Image.Image) and not (isinstance(image, Tensor) and image.ndim == 3):
+            kind = f"tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"encode_image takes a PIL image or a tensor c × h × w, not a {kind}.")
         if fit not in ("whole", "tile", "crop"):
             raise ValueError(f"Unknown fit {fit!r}. Use 'whole' or 'crop'.")
-        check_size(image)
         side = self.config.data.image_size
-        image = to_rgb(image)
+        image = self.pixels.prepare(image)
         if fit == "crop":
             image = resize_and_crop(image, side)
         pixels = to_tensor(image)
+        height, width = pixels.shape[1:]
         if not self.native_size:
-            tiling = Tiling(image.height, image.width, side)
+            tiling = Tiling(height, width, side)
             return replace(self.encode(tiling.split(pixels), bits_per_pixel), tiling=tiling)
         cell = self.config.model.patch_size
-        padded = F.pad(pixels[None], (0, -image.width % cell, 0, -image.height % cell), mode="replicate")
+        padded = F.pad(pixels[None], (0, -width % cell, 0, -height % cell), mode="replicate")
         # The rate counts true pixels, not the padding.
-        kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, image.height, image.width)
-        codes = replace(self.encode(padded), image_size=(image.height, image.width))
+        kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, height, width)
+        codes = replace(self.encode(padded), image_size=(height, width))
         return codes if kept is None else codes.coarser(kept)
 
     def decode_image(
+        self, codes: Codes, steps: int | None = None, seed: int = 0, **settings: Unpack[SamplingArguments]
+    ) -> Image.Image:
+        """Decode the codes of ``encode_image`` to one PIL image; arguments as in ``decode``.
+
+        Raises:
+            ValueError: PIL has no such images, for example of four channels; ``decode_tensor`` decodes them.
+        """
+        return self.pixels.to_pil(self.decode_tensor(codes, steps, seed, **settings))
+
+    def decode_tensor(
         self,
         codes: Codes,
         steps: int | None = None,
@@ -632,8 +662,8 @@ class FlowMo(Packable):
         rho: float | None = None,
         solver: str | None = None,
         progress: Progress | None = None,
-    ) -> Image.Image:
-        """Decode the codes of ``encode_image`` to one image; arguments as in ``decode``.
+    ) -> Tensor:
+        """Decode the codes of ``encode_image`` to one image, float32 c × h × w; arguments as in ``decode``.
 
         All tiles, or blocks of a large image, are cut from one canvas of noise, so that they agree where they overlap.
         """
@@ -647,12 +677,12 @@ class FlowMo(Packable):
             cell = self.config.model.patch_size
             image = blocks.decode(lambda z, c: self.sample(z, c, sampling).cpu(), noise, code, cell, progress)
             true_height, true_width = codes.output_size
-            return to_pil(image[:, :true_height, :true_width])
+            return image[:, :true_height, :true_width]
         tiling = codes.tiling or Tiling(*codes.size, self.config.data.image_size)
         if len(code) != len(tiling.corners):
             raise ValueError(f"{len(code)} codes for an image of {len(tiling.corners)} tiles.")
         noise = tiling.crop(sampler.seeded_noise([seed], *tiling.canvas, channels=channels)[0])
-        return to_pil(tiling.merge(self.sample(noise, code, sampling, progress)))
+        return tiling.merge(self.sample(noise, code, sampling, progress))
 
 
 def load(source: str | Path, *overrides: str, device: str | torch.device = "cpu", ema: bool = True) -> FlowMo:

@@ -77,6 +77,9 @@ def one_of(*choices: str) -> Range:
     return Range(choices.__contains__, " or ".join(choices), choices)
 
 
+NUMBER = r"[-+]?\d{1,20}(\.\d{1,20})?(e[-+]?\d{1,2})?"
+VALUES = Range(lambda text: not text or bool(re.fullmatch(f"{NUMBER},{NUMBER}", text)), "two numbers such as 0,4095")
+BIT_DEPTHS = Range((8, 16, 32).__contains__, "8, 16 or 32")
 LONGER_THAN_0 = Range(lambda span: span.amount > 0, "longer than 0")
 CHANNELS = Range(
     lambda text: bool(re.fullmatch(r"(\d{1,4},){2}\d{1,4}|\d{0,4}", text)), "three channels such as '0,1,2', or one"

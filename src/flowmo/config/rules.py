@@ -33,6 +33,11 @@ def _channels(config: Sections) -> Iterator[str]:
     channels, named = config.model.channels, config.opt.perceptual_channels
     if max(config.perceptual_channels) >= channels:
         yield f"opt.perceptual_channels={named} must be from 0 to {channels - 1}, since model.channels={channels}."
+    depth, (low, high) = config.data.bit_depth, config.data.value_limits or (0, 1)
+    if low >= high:
+        yield f"data.value_range={config.data.value_range}: the first number must be the smaller one."
+    if depth < 32 and not (low >= 0 and high < 2**depth):
+        yield f"data.value_range={config.data.value_range} does not fit into {depth} bits. Write data.bit_depth=32."
 
 
 def _network(config: Sections) -> Iterator[str]:

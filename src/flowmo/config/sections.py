@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from flowmo.config.fields import (
+    BIT_DEPTHS,
     CHANNELS,
     LONGER_THAN_0,
     SIZES,
+    VALUES,
     Section,
     Span,
     above,
@@ -46,6 +48,8 @@ class DataConfig(Section, path="data"):
     train_index: str = setting("", "index of the training tar; empty is the file beside it")
     val: str = setting("", "held-out images, likewise")
     val_index: str = setting("", "index of the held-out tar")
+    bit_depth: int = setting(8, "bits per value of the files that are written; 32 is floating point", BIT_DEPTHS)
+    value_range: str = setting("", "file values of black and white, as 0,4095; empty is the type's range", VALUES)
     image_size: int = setting(256, "side of the square training images, in pixels", between(1, 10_000))
     global_batch_size: int = setting(0, "images per step over all ranks; 0 is data.batch_size, or 128", at_least(0))
     batch_size: int = setting(0, "images per step and rank; data.global_batch_size wins over it", at_least(0))
@@ -57,6 +61,12 @@ class DataConfig(Section, path="data"):
     random_crop: bool = setting(True, "crop training images at a random position instead of the centre")
     random_flip: bool = setting(False, "mirror half of the training images; the paper does not")
     crop_sizes: str = setting("", "heights x widths of random training crops, one per step; empty is the square", SIZES)
+
+    @property
+    def value_limits(self) -> tuple[float, float] | None:
+        """The two values of ``value_range``."""
+        low, comma, high = self.value_range.partition(",")
+        return (float(low), float(high)) if comma else None
 
     @property
     def crops(self) -> list[tuple[int, int]]:

@@ -101,7 +101,7 @@ def batches(
     pin_memory: bool = False,
     timeout: float = 0,
 ) -> Generator[Tensor]:
-    """Yield stacked items without end, starting at global sample ``start``. Images are b × 3 × side × side.
+    """Yield stacked items without end, starting at global sample ``start``. Images are b × c × side × side.
 
     Args:
         batch_size: items per batch on this rank.

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowmo.data.sources.base import DataError, Source
-from flowmo.images import ImageError, resize_and_crop, to_tensor
+from flowmo.data.sources.base import DataError, Source, read_as
+from flowmo.images import ImageError, crop, resize_and_crop, size_of, to_tensor
+from flowmo.pixels import PixelFormat
 from flowmo.streams import Stream, stream, stream_seed
 
 ATTEMPTS = 8
@@ -40,7 +41,7 @@ def time_limit(seconds: float, name: str) -> Iterator[None]:
 
 @dataclass(eq=False)
 class ImageDataset(Dataset):
-    """Images of a source as float32 3 × side × side in [−1, 1]; a ``flowmo.data.loader.IndexedDataset``.
+    """Images of a source as float32 c × side × side in [−1, 1]; a ``flowmo.data.loader.IndexedDataset``.
 
     An item is requested as (index, seed). The seed alone decides its crop and flip, so workers do not change a run.
 
@@ -49,6 +50,7 @@ class ImageDataset(Dataset):
         random_flip: mirror half of the images.
         draft: decode much larger JPEGs at a reduced size, see ``read_image``.
         timeout: seconds before an image counts as unreadable; 0 disables.
+        pixels: channels and values of the images.
     """
 
     source: Source
@@ -57,18 +59,20 @@ class ImageDataset(Dataset):
     random_flip: bool = False
     draft: bool = False
     timeout: float = 0
+    pixels: PixelFormat = PixelFormat()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, item: tuple[int, int]) -> Tensor:
         index, seed = item
-        image = self.source.read(index, self.side if self.draft else None)
+        image = read_as(self.source, index, self.pixels, self.side if self.draft else None)
+        size = size_of(image)
         offset, flip = torch.rand(2, generator=stream(seed, Stream.CROP)).tolist()
-        if self.random_crop and image.width != image.height:
-            short = min(image.size)
-            left, top = (int(offset * (length - short + 1)) for length in image.size)
-            image = image.crop((left, top, left + short, top + short))
+        if self.random_crop and size[0] != size[1]:
+            short = min(size)
+            left, top = (int(offset * (length - short + 1)) for length in size)
+            image = crop(image, left, top, short, short)
         tensor = to_tensor(resize_and_crop(image, self.side))
         return tensor.flip(-1) if self.random_flip and flip < 0.5 else tensor
 

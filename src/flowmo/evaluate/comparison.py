@@ -61,6 +61,8 @@ class Comparison:
         self.budget = math.ceil(self.tiles * bits / 8)  # bytes of the ids of a square crop
         self.evaluators.remember = bool(self.peers) or len(self.rates) > 1
         self.chosen = evenly_spread(self.limit or len(self.source), len(self.source))
+        if self.peers and not tokenizer.pixels.is_rgb:
+            raise EvaluationError("Codecs and other tokenizers take 8-bit RGB, unlike this model. Leave out --peers.")
         for peer in self.peers:
             name = peer.partition("=")[0]
             if name in FORMATS:
@@ -97,6 +99,7 @@ class Comparison:
                 metadata=metadata,
                 throughput=throughput,
                 progress=self.progress(candidate.name),
+                pixels=self.model.tokenizer.pixels,
             )
             summary = Summary.of(candidate.name, measured, self.evaluators.features)
             self.entries.append(Entry(candidate, measured, summary, throughput))
@@ -149,4 +152,4 @@ class Comparison:
                 if side
                 else "lowest quality whose whole file has at least the bytes of the model's file of the same image"
             )
-        write_report(self.out, self.entries, self.source, indices, side, header)
+        write_report(self.out, self.entries, self.source, indices, side, header, own.tokenizer.pixels)

@@ -120,6 +120,7 @@ class Follower:
             world=self.world,
             folder=self.folder / "measured" / path.stem,
             metadata={"identity": tokenizer.identity(), "sampling": str(config.eval.sampling), "precision": precision},
+            pixels=tokenizer.pixels,
         )
         summary = Summary.of(path.name, measured, self.evaluators.features)
         self.report("\n".join((f"{path}: {summary.pictures} images of {val}", *summary.lines())))

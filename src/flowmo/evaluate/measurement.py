@@ -43,7 +43,8 @@ class Measurement:
     """Measurements of N images and their reconstructions.
 
     Attributes:
-        values: float64, ``COLUMNS`` × N; NaN if an image, or that metric of every image, is not measured.
+        values: float64, rows × N. The rows are ``COLUMNS``, then squared error and SSIM of each channel if requested.
+            NaN if an image, or that metric of every image, is not measured.
         usage: int64, how often each id occurs; empty for continuous codes.
         moments: of features of originals at even and at odd positions, then of results; empty without a network.
         kept: float32 2 × k × channels, features of originals and results at the positions ``evenly_spread(k, N)``; NaN
@@ -56,8 +57,16 @@ class Measurement:
     kept: Tensor | None = None
 
     @classmethod
-    def empty(cls, images: int, id_count: int | None = None, channels: int | None = None) -> Measurement:
-        values = torch.full((len(COLUMNS), images), torch.nan, dtype=torch.float64)
+    def empty(
+        cls, images: int, id_count: int | None = None, channels: int | None = None, image_channels: int = 0
+    ) -> Measurement:
+        """Make a measurement of no image yet.
+
+        Args:
+            channels: of the feature network.
+            image_channels: number of channels that are measured one by one.
+        """
+        values = torch.full((len(COLUMNS) + 2 * image_channels, images), torch.nan, dtype=torch.float64)
         usage = torch.zeros(id_count or 0, dtype=torch.int64)
         if not channels:
             return cls(values, usage)
@@ -73,6 +82,20 @@ class Measurement:
         """A metric of the measured images in order; empty if it was not requested."""
         column = self.values[COLUMNS.index(name)][self.done]
         return column[:0] if column.isnan().all() else column
+
+    @property
+    def channel_count(self) -> int:
+        """Number of channels that are measured one by one."""
+        return (len(self.values) - len(COLUMNS)) // 2
+
+    def channel_metrics(self) -> tuple[Tensor, Tensor]:
+        """Squared error and SSIM of each channel of the measured images, each channels × images."""
+        errors, ssims = self.values[len(COLUMNS) :, self.done].chunk(2)
+        return errors, ssims
+
+    def add_channels(self, positions: Tensor, values: Tensor) -> None:
+        """Add squared errors, then SSIMs, of each channel of b images: 2 · channels × b."""
+        self.values[len(COLUMNS) :, positions] = values.double().cpu()
 
     def add(self, positions: Tensor, values: Mapping[str, Tensor], ids: Tensor | None = None) -> None:
         """Add b images: their positions among the N, int64 b, their metrics, each b, and their ids."""

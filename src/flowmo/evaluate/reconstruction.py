@@ -17,15 +17,17 @@ from torch import Tensor
 
 from flowmo.codec.file import Codec
 from flowmo.data import Source, evenly_spread
+from flowmo.data.sources.base import read_as
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.measurement import COLUMNS, EvaluationError, Measurement, MeasurementFolder
 from flowmo.evaluate.metrics import build_features
 from flowmo.evaluate.metrics.features import BATCH, FeatureNetwork, in_fixed_batches
-from flowmo.evaluate.metrics.pairs import squared_error, ssim
-from flowmo.images import ImageError, Tiling, resize_and_crop, to_bytes, to_pil, to_tensor
+from flowmo.evaluate.metrics.pairs import per_channel, squared_error, ssim
+from flowmo.images import ImageError, Tiling, resize_and_crop, size_of, to_bytes, to_tensor
 from flowmo.losses.perceptual import LPIPS
 from flowmo.model.sampler import image_seed
+from flowmo.pixels import PixelFormat
 from flowmo.tokenizer import FlowMo
 
 SMALLEST_WHOLE = 32
@@ -36,7 +38,7 @@ class Reconstruction(NamedTuple):
     """Reconstructions of b images.
 
     Attributes:
-        images: b×3×h×w in [−1, 1].
+        images: b×c×h×w in [−1, 1].
         bits: b, bits of each image's code.
         ids: the ids, if any.
         file_bits: b, bits of each image's file, if it has one.
@@ -63,7 +65,7 @@ class Reconstructor(Protocol):
     def id_count(self) -> int | None: ...
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
-        """Reconstruct images b×3×h×w in [−1, 1] on the CPU. Their dataset ``indices`` seed random draws."""
+        """Reconstruct images b×c×h×w in [−1, 1] on the CPU. Their dataset ``indices`` seed random draws."""
 
 
 @dataclass
@@ -96,10 +98,11 @@ class FlowMoReconstructor:
             decoded = tokenizer.decode(batch, self.steps, seeds, guidance=self.guidance, noise_scale=self.noise_scale)
             codes = [replace(batch[[i]], tiling=Tiling(side, side, side)) for i in range(len(batch))]
         else:
-            codes = [tokenizer.encode_image(to_pil(image), bits_per_pixel=self.bits_per_pixel) for image in images]
-            decode = partial(tokenizer.decode_image, guidance=self.guidance)
+            codes = [tokenizer.encode_image(image, bits_per_pixel=self.bits_per_pixel) for image in images]
+            decode = partial(tokenizer.decode_tensor, guidance=self.guidance)
             pairs = zip(codes, seeds, strict=True)
-            decoded = torch.stack([to_tensor(decode(code, self.steps, seed)) for code, seed in pairs])
+            decoded = torch.stack([decode(code, self.steps, seed) for code, seed in pairs])
+            decoded = to_bytes(decoded).float() / 127.5 - 1
         ids = torch.cat([code.ids for code in codes]) if self.id_count else None
         bits = torch.tensor([float(code.bits) for code in codes])
         files = [] if self.codec is None else [8.0 * len(self.codec.pack(code)) for code in codes]
@@ -152,9 +155,20 @@ class Evaluators:
 
     @torch.no_grad()
     def evaluate(
-        self, measurement: Measurement, positions: Tensor, x: Tensor, result: Reconstruction, batch_size: int = BATCH
+        self,
+        measurement: Measurement,
+        positions: Tensor,
+        x: Tensor,
+        result: Reconstruction,
+        batch_size: int = BATCH,
+        pixels: PixelFormat = PixelFormat(),
     ) -> None:
-        """Add images x, b×3×h×w, and their reconstructions to a measurement. ``batch_size`` is that of the networks."""
+        """Add images x, b×c×h×w, and their reconstructions to a measurement.
+
+        Args:
+            batch_size: of the networks.
+            pixels: which channels the networks see.
+        """
         y = result.images.to(x.device)
         ours, theirs = to_bytes(x), to_bytes(y)
         values = {
@@ -167,6 +181,10 @@ class Evaluators:
         }
         if result.file_bits is not None:
             values["file_bits"] = result.file_bits
+        if measurement.channel_count:
+            metrics = [per_channel(metric, ours, theirs) for metric in (squared_error, ssim)]
+            measurement.add_channels(positions, torch.cat(metrics))
+        x, y = pixels.visible(x), pixels.visible(y)
         for name, network in self.networks().items():
             if name != "features":
                 values[name] = in_fixed_batches(network, x, y, batch_size=batch_size)
@@ -232,6 +250,7 @@ def measure(
     throughput: Throughput | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_unreadable: Callable[[str], None] = print_unreadable,
+    pixels: PixelFormat = PixelFormat(),
 ) -> Measurement:
     """Reconstruct images and compare them with the originals.
 
@@ -248,6 +267,7 @@ def measure(
         progress: callback with (images done, images in total) of this rank.
         on_unreadable: callback with the error message of each unreadable image of this rank. Such an image is not
             ``done`` in the result and is in no metric.
+        pixels: channels and values of the images.
 
     Raises:
         EvaluationError: no image can be read, one is smaller than the crop or has a reconstruction that is not finite,
@@ -257,15 +277,17 @@ def measure(
     chosen = torch.tensor(evenly_spread(limit or len(source), len(source)))
     identity = {"columns": COLUMNS, "candidate": candidate.name, "pictures": len(chosen), "of": len(source)}
     identity |= {"side": side, **evaluators.describe(), **(metadata or {})}
+    identity |= {} if pixels.is_rgb else {"pixels": str(pixels)}
     files = MeasurementFolder(folder, json.dumps(identity, sort_keys=True), world)
-    empty = partial(Measurement.empty, len(chosen), candidate.id_count, getattr(evaluators.features, "channels", None))
+    widths = getattr(evaluators.features, "channels", None), 0 if pixels.channels in (1, 3) else pixels.channels
+    empty = partial(Measurement.empty, len(chosen), candidate.id_count, *widths)
     earlier, mine = files.resume() or empty(), empty()
     remaining = (~earlier.done).nonzero().flatten()[world.rank :: world.size]
     done = 0
     batch_size, network_batch = (batch_size, BATCH) if side else (1, 1)
     for positions in remaining.split(batch_size) if len(remaining) else ():
         indices = chosen[positions].tolist()
-        x, unreadable = throughput.timed("reading", readable_crops, source, indices, side, enlarge)
+        x, unreadable = throughput.timed("reading", readable_crops, source, indices, side, enlarge, pixels)
         done += len(positions)
         for message in unreadable.values():
             on_unreadable(message)
@@ -278,7 +300,7 @@ def measure(
         if not all(finite):
             name = source.name(indices[finite.index(False)])
             raise EvaluationError(f"{candidate.name} reconstructs {name} with values that are not finite.")
-        throughput.timed("judging", evaluators.evaluate, mine, positions, x.to(device), result, network_batch)
+        throughput.timed("judging", evaluators.evaluate, mine, positions, x.to(device), result, network_batch, pixels)
         throughput.images += len(positions)
         files.save_periodically(mine)
         if progress:
@@ -290,37 +312,48 @@ def measure(
     return merged
 
 
-def read_crops(source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False) -> Tensor:
-    """Read central squares b×3×side×side in [−1, 1], or one full image. Raises ``ImageError`` if one is unreadable."""
-    crops, unreadable = readable_crops(source, indices, side, enlarge)
+def read_crops(
+    source: Source,
+    indices: Sequence[int],
+    side: int | None,
+    enlarge: bool = False,
+    pixels: PixelFormat = PixelFormat(),
+) -> Tensor:
+    """Read central squares b×c×side×side in [−1, 1], or one full image. Raises ``ImageError`` if one is unreadable."""
+    crops, unreadable = readable_crops(source, indices, side, enlarge, pixels)
     for message in unreadable.values():
         raise ImageError(message)
     return crops
 
 
 def readable_crops(
-    source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False
+    source: Source,
+    indices: Sequence[int],
+    side: int | None,
+    enlarge: bool = False,
+    pixels: PixelFormat = PixelFormat(),
 ) -> tuple[Tensor, dict[int, str]]:
-    """Read central squares b×3×side×side in [−1, 1]. Returns also {index: error} of the unreadable images.
+    """Read central squares b×c×side×side in [−1, 1]. Returns also {index: error} of the unreadable images.
 
     Without a ``side``, the one image of ``indices`` is not cropped.
     """
     crops, unreadable = [], {}
     for index in indices:
         try:
-            image = source.read(index)
+            image = read_as(source, index, pixels)
         except ImageError as error:
             unreadable[index] = str(error)
             continue
-        if side and min(image.size) < side and not enlarge:
+        width, height = size_of(image)
+        if side and min(width, height) < side and not enlarge:
             raise EvaluationError(
-                f"{source.name(index)} is {image.width}×{image.height}, smaller than the crop of {side}×{side}. "
+                f"{source.name(index)} is {width}×{height}, smaller than the crop of {side}×{side}. "
                 "Leave it out, or enlarge such images with --enlarge."
             )
-        if side is None and min(image.size) < SMALLEST_WHOLE:
+        if side is None and min(width, height) < SMALLEST_WHOLE:
             raise EvaluationError(
-                f"{source.name(index)} is {image.width}×{image.height}. Metrics need at least {SMALLEST_WHOLE} pixels "
+                f"{source.name(index)} is {width}×{height}. Metrics need at least {SMALLEST_WHOLE} pixels "
                 "a side. Leave it out."
             )
         crops.append(to_tensor(resize_and_crop(image, side) if side else image))
-    return torch.stack(crops) if crops else torch.empty(0, 3, side or 0, side or 0), unreadable
+    return torch.stack(crops) if crops else torch.empty(0, pixels.channels, side or 0, side or 0), unreadable

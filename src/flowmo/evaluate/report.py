@@ -27,6 +27,7 @@ from flowmo.evaluate.published import TABLE_1, TABLE_3
 from flowmo.evaluate.reconstruction import Reconstructor, Throughput, read_crops
 from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
+from flowmo.pixels import PixelFormat
 
 COLUMNS = (  # attribute of a summary, heading, digits
     ("bits_per_pixel", "bits/pixel", 4),
@@ -86,6 +87,7 @@ def write_report(
     indices: Sequence[int],
     side: int | None,
     metadata: Mapping[str, Any],
+    pixels: PixelFormat = PixelFormat(),
 ) -> None:
     """Write ``report.md``, ``.json``, ``.tex``, ``index.html``, plots and images.
 
@@ -93,6 +95,7 @@ def write_report(
         indices: dataset indices of the measured images, in order.
         side: size of the crops; ``None`` for images of any size.
         metadata: protocol, weights, seed and so on, for the header.
+        pixels: channels and values of the images.
 
     Raises:
         ReportError: matplotlib is missing.
@@ -105,7 +108,7 @@ def write_report(
         "rows": [{**entry.summary.as_dict(), "pace": entry.throughput.as_dict()} for entry in entries],
         "published": [row._asdict() | {"bits_per_pixel": row.bits_per_pixel} for row in TABLE_1 + TABLE_3],
     }
-    figures = draw_plots(out, rows) + draw_images(out, entries, source, indices, side)
+    figures = draw_plots(out, rows) + draw_images(out, entries, source, indices, side, pixels)
     for name, text in (
         ("report.json", json.dumps(content, indent=1, ensure_ascii=False)),
         ("report.md", markdown(rows, header, figures)),
@@ -298,7 +301,7 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
 
 
 def draw_images(
-    out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int | None
+    out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int | None, pixels: PixelFormat
 ) -> list[tuple[str, str]]:
     """Draw originals and reconstructions where the first candidate is worst, median and best.
 
@@ -314,9 +317,9 @@ def draw_images(
     drawn = []
     for name, positions in chosen.items():
         these = [indices[position] for position in positions]
-        originals = [read_crops(source, [index], side, enlarge=True) for index in these]
+        originals = [read_crops(source, [index], side, True, pixels) for index in these]
         columns = [
-            [x, *(entry.candidate.reconstruct(x, [index]).images.cpu() for entry in entries)]
+            [pixels.visible(y) for y in (x, *(e.candidate.reconstruct(x, [index]).images.cpu() for e in entries))]
             for x, index in zip(originals, these, strict=True)
         ]
         rows = [[at_height(image[0], side or GRID_HEIGHT) for image in row] for row in zip(*columns, strict=True)]

@@ -35,6 +35,7 @@ class Summary:
         unreadable: number of images that cannot be read and are in no metric.
         ids_used: share of the vocabulary that occurs.
         id_entropy: entropy of the id frequencies, in bits per id.
+        psnr_of_channels, ssim_of_channels: means of each channel, for images of 2 or of more than 3 channels.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Summary:
     id_entropy: float | None = None
     ssim_legacy: float | None = None
     unreadable: int = 0
+    psnr_of_channels: tuple[float | None, ...] = ()
+    ssim_of_channels: tuple[float | None, ...] = ()
 
     @classmethod
     def of(cls, name: str, measurement: Measurement, network: FeatureNetwork | None = None) -> Summary:
@@ -79,6 +82,11 @@ class Summary:
             metrics["psnr_legacy"] = mean_and_spread(groups[groups.isfinite()])[0]
         metrics["ssim_legacy"] = mean_and_spread(measurement.column("truncated_ssim"))[0]
         metrics["file_bytes"] = mean_and_spread(measurement.column("file_bits") / 8)[0]
+        if measurement.channel_count:
+            errors, ssims = measurement.channel_metrics()
+            finite = (row[row.isfinite()] for row in decibels(errors))
+            metrics["psnr_of_channels"] = tuple(mean_and_spread(row)[0] for row in finite)
+            metrics["ssim_of_channels"] = tuple(mean_and_spread(row)[0] for row in ssims)
         for column in ("ssim", "lpips_alex", "lpips_vgg"):
             metrics[column], metrics[f"{column}_spread"] = mean_and_spread(measurement.column(column))
         if network is not None:
@@ -115,6 +123,10 @@ class Summary:
         def legacy(value: float | None, digits: int) -> str:
             return "" if value is None else f"; as the release: {value:.{digits}f}"
 
+        def each(values: Sequence[float | None], digits: int) -> str:
+            return "".join(f" {value:.{digits}f}" if value is not None else " equal" for value in values)
+
+        channels = [("PSNR of channels", self.psnr_of_channels, 2), ("SSIM of channels", self.ssim_of_channels, 4)]
         equal = f", {self.equal_pictures} equal their originals" if self.equal_pictures else ""
         distance, kernel = ("rFID", "rKID") if self.is_fid else ("Fréchet distance", "kernel distance")
         bias = f"of which about {self.frechet_bias or 0:.2f} for so few images; {self.feature_network}"
@@ -130,7 +142,8 @@ class Summary:
             (kernel, self.kernel_distance, 5, "unbiased"),
             ("ids", None if self.ids_used is None else 100 * self.ids_used, 1, ids),
         )
-        notes = [self.missing] if self.missing else []
+        notes = [f"{name:16}{each(values, digits)}" for name, values, digits in channels if values]
+        notes += [self.missing] if self.missing else []
         if self.unreadable:
             notes.append(f"{self.unreadable} images cannot be read and are in no metric")
         return [*table_lines(rows, 16), *notes]

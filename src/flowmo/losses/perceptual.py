@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.pth import read_pth
 from flowmo.errors import FlowMoError, one_line
+from flowmo.images import select_channels
 from flowmo.losses.resnet import ResNet50
 
 Result = TypeVar("Result")
@@ -76,13 +77,6 @@ def build_distance(
         distance = LPIPS(mode, weights, pretrained=pretrained)
     distance.channels = channels
     return distance
-
-
-def select_channels(images: Tensor, channels: Sequence[int] | None) -> Tensor:
-    """Select the ``channels`` of images b c h w that a network of colour images sees; ``None`` is all."""
-    if channels is None or [*channels] == [*range(images.shape[1])]:
-        return images
-    return torch.stack([images[:, channel] for channel in channels], dim=1)
 
 
 def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:

@@ -182,7 +182,7 @@ class GeneratorTask(Task):
         with autocast(self.config, self.world.device):
             ids = model.sample(labels)
             images = self.tokenizer.decode(ids, seed=list(range(len(ids))))
-        return to_pil(grid([images])), metrics
+        return to_pil(grid([self.tokenizer.pixels.visible(images)])), metrics
 
     # Checkpoints
 

@@ -23,6 +23,7 @@ from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS, build_distance
 from flowmo.losses.stages import Loss, Stage, cut_out
 from flowmo.model.quantizers import Learner, WholeBatch, alone
+from flowmo.pixels import PixelFormat
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo, build, load
 from flowmo.train.codebook_usage import CodebookUsage
@@ -49,9 +50,9 @@ class TokenizerTask(Task):
         self.stage = config.stage
         self.unreadable: set[str] = set()
         images = self.open_source("train")
-        self.source = ImageDataset(
-            images, data.image_size, data.random_crop, data.random_flip, data.draft, data.read_timeout
-        )
+        self.pixels = PixelFormat.of(config)
+        views = (data.random_crop, data.random_flip, data.draft, data.read_timeout, self.pixels)
+        self.source = ImageDataset(images, data.image_size, *views)
         self.held_out = self._held_out(images) if world.main else None
         self.perceptual = None
         if opt.lpips_weight:
@@ -86,7 +87,8 @@ class TokenizerTask(Task):
     def _held_out(self, training_images: Source) -> Tensor:
         """Read the images of the sample grids, evenly spread over the held-out set, or else over the training set."""
         data = self.config.data
-        source = ImageDataset(self.open_source("val") if data.val else training_images, data.image_size)
+        source = self.open_source("val") if data.val else training_images
+        source = ImageDataset(source, data.image_size, pixels=self.pixels)
         images = []
         for index in evenly_spread(GRID_IMAGES, len(source)):
             image, errors = source.load(index, 0)
@@ -219,6 +221,7 @@ class TokenizerTask(Task):
                 device=self.world.device,
                 enlarge=True,
                 on_unreadable=self._report_unreadable,
+                pixels=self.pixels,
             )
         summary = Summary.of(reconstructor.name, measured, self.evaluators.features)
         # without a mean of finite PSNRs, every reconstruction equals its original
@@ -238,7 +241,7 @@ class TokenizerTask(Task):
         metrics = {"held_out_psnr": float(psnr(x, y).mean())}
         if self.perceptual is not None:
             metrics["held_out_distance"] = float(self.perceptual(x, y).mean())
-        return to_pil(grid([x, y])), metrics
+        return to_pil(grid([self.pixels.visible(images) for images in (x, y)])), metrics
 
     # Checkpoints
 

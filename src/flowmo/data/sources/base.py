@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
+from torch import Tensor
 
 from flowmo.errors import FlowMoError
+from flowmo.images import read_image
+from flowmo.pixels import PixelFormat, is_array
 
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 """Folders of copies and thumbnails that macOS, Synology and Windows add."""
@@ -40,15 +45,26 @@ class Source:
         """Human-readable name of image ``index``, for messages."""
         raise NotImplementedError
 
+    def file(self, index: int) -> Path | BinaryIO:
+        """Path or content of image ``index``. Raises ``ImageError``."""
+        raise NotImplementedError
+
     def read(self, index: int, side: int | None = None) -> Image.Image:
         """Image ``index`` as RGB; for ``side`` see ``read_image``. Raises ``ImageError``."""
-        raise NotImplementedError
+        return read_image(self.file(index), self.name(index), side)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def label(self, index: int) -> int | None:
         return self.labels[index]
+
+
+def read_as(source: Source, index: int, pixels: PixelFormat, side: int | None = None) -> Image.Image | Tensor:
+    """Read image ``index`` as ``pixels.read`` does. Raises ``ImageError``."""
+    if pixels.is_rgb and not is_array(source.name(index)):
+        return source.read(index, side)
+    return pixels.read(source.file(index), source.name(index), side)
 
 
 def is_hidden(name: str) -> bool:

@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
-from flowmo.images import EXTENSIONS, read_image
+from flowmo.images import EXTENSIONS
+from flowmo.pixels import ARRAY, is_array
 
 
 class FolderSource(Source):
     """Every image file below a folder, sorted by path. Links are followed; hidden files and folders are left out.
+
+    ``.npy`` files are images if there are no others.
 
     The class of an image is its first-level sub-folder. Images directly in the root have no class.
 
@@ -26,10 +27,12 @@ class FolderSource(Source):
         if not root.is_dir():
             raise DataError(f"{folder}: no such folder of images.")
         found = dict(walk(root))
+        if all(found.values()):
+            found |= {path: "" for path in found if is_array(path.name) and found[path] == NO_IMAGE and path.is_file()}
         self.files = sorted(path for path, reason in found.items() if not reason)
         left_out = {str(path): reason for path, reason in found.items() if reason}
         if not self.files:
-            raise DataError(f"{folder}: contains no images ({', '.join(EXTENSIONS)}).")
+            raise DataError(f"{folder}: contains no images ({', '.join((*EXTENSIONS, ARRAY))}).")
         parts = [path.relative_to(root).parts for path in self.files]
         self.classes, self.labels = class_labels([first if rest else None for first, *rest in parts])
         empty = (str(path) for path in root.iterdir() if path.is_dir() and path.name not in self.classes)
@@ -42,8 +45,8 @@ class FolderSource(Source):
     def name(self, index: int) -> str:
         return str(self.files[index])
 
-    def read(self, index: int, side: int | None = None) -> Image.Image:
-        return read_image(self.files[index], side=side)
+    def file(self, index: int) -> Path:
+        return self.files[index]
 
 
 def walk(root: Path) -> Iterator[tuple[Path, str]]:

@@ -6,11 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from flowmo.data.sources.base import DataError, Source
 from flowmo.errors import one_line
-from flowmo.images import ImageError, read_image
+from flowmo.images import ImageError
 
 
 class HuggingFaceSource(Source):
@@ -49,12 +47,11 @@ class HuggingFaceSource(Source):
     def name(self, index: int) -> str:
         return f"{self.spec}[{index}]"
 
-    def read(self, index: int, side: int | None = None) -> Image.Image:
+    def file(self, index: int) -> Path | io.BytesIO:
         stored = self.table[index][self.column]
         if stored is None or not (stored["bytes"] or stored["path"]):
             raise ImageError(f"{self.name(index)}: is empty.")
-        file = io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]
-        return read_image(file, self.name(index), side)
+        return io.BytesIO(stored["bytes"]) if stored["bytes"] else Path(stored["path"])
 
 
 def _load(datasets: Any, spec: str, name: str, split: str) -> Any:

@@ -5,6 +5,8 @@ the authors' format: a JSON list of ``{"name", "offset", "size"}``, with a ``"la
 
 A tar whose images share keys with other files is a WebDataset. A key ends at the first dot of the base name, and the
 files of one key are a sample. The image of sample ``000`` is ``000.jpg``; ``000.seg.png`` is not.
+
+The images of a tar are its ``.npy`` files if it holds no others.
 """
 
 from __future__ import annotations
@@ -19,10 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from PIL import Image
-
 from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
-from flowmo.images import EXTENSIONS, ImageError, read_image
+from flowmo.images import EXTENSIONS, ImageError
+from flowmo.pixels import ARRAY
 
 MAX_NESTING = 3
 MAX_LABEL_BYTES = 200
@@ -64,7 +65,11 @@ def scan_tar(tar: str | Path) -> tuple[list[dict], dict[str, str]]:
     left_out: dict[str, str] = {}
     try:
         with open(tar, "rb") as file:
-            entries = list(_scan(_LimitedReader(file), 0, "", 0, left_out))
+            entries = list(_scan(_LimitedReader(file), 0, "", 0, left_out, EXTENSIONS))
+            if not entries:
+                left_out.clear()
+                file.seek(0)
+                entries = list(_scan(_LimitedReader(file), 0, "", 0, left_out, (ARRAY,)))
     except (OSError, MemoryError) as error:
         raise DataError(f"{tar}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
     except DataError as error:
@@ -72,7 +77,7 @@ def scan_tar(tar: str | Path) -> tuple[list[dict], dict[str, str]]:
     except (tarfile.TarError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{tar}: not an uncompressed tar, or a damaged one ({_short(error)}).") from None
     if not entries:
-        raise DataError(f"{tar}: contains no images ({', '.join(EXTENSIONS)}).")
+        raise DataError(f"{tar}: contains no images ({', '.join((*EXTENSIONS, ARRAY))}).")
     return entries, left_out
 
 
@@ -89,7 +94,9 @@ class _LimitedReader:
         return self._file.read(size)
 
 
-def _scan(file: _LimitedReader, start: int, prefix: str, depth: int, left_out: dict[str, str]) -> Iterator[dict]:
+def _scan(
+    file: _LimitedReader, start: int, prefix: str, depth: int, left_out: dict[str, str], extensions: tuple[str, ...]
+) -> Iterator[dict]:
     images: list[dict[str, Any]] = []
     labels: dict[str, str] = {}
     other_keys: set[str] = set()
@@ -110,11 +117,11 @@ def _scan(file: _LimitedReader, start: int, prefix: str, depth: int, left_out: d
                 left_out[name] = HIDDEN
             elif not member.isreg() or member.issparse():  # the bytes of a sparse file are not contiguous
                 left_out[name] = "a link or another member without bytes of its own"
-            elif name.lower().endswith(EXTENSIONS):
+            elif name.lower().endswith(extensions):
                 images.append({"name": name, "offset": offset, "size": member.size})
             elif name.endswith(".tar") and depth < MAX_NESTING:
                 inner = _LimitedReader(opened(member))
-                yield from _scan(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1, left_out)
+                yield from _scan(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1, left_out, extensions)
             elif name.lower().endswith(".cls") and member.size <= MAX_LABEL_BYTES:
                 labels[name] = opened(member).read().decode("utf-8", "replace").strip()
             else:
@@ -301,7 +308,7 @@ class TarSource(Source):
     def name(self, index: int) -> str:
         return f"{self.entries[index].tar}:{self.entries[index].name}"
 
-    def read(self, index: int, side: int | None = None) -> Image.Image:
+    def file(self, index: int) -> io.BytesIO:
         entry = self.entries[index]
         try:
             if entry.tar not in self._descriptors:
@@ -310,7 +317,7 @@ class TarSource(Source):
             content = os.pread(self._descriptors[entry.tar], entry.size, entry.offset)
         except OSError as error:
             raise ImageError(f"{self.name(index)}: cannot be read ({error.strerror}).") from None
-        return read_image(io.BytesIO(content), self.name(index), side)
+        return io.BytesIO(content)
 
     def __getstate__(self) -> Mapping:
         return {**self.__dict__, "_descriptors": {}}

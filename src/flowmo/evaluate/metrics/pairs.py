@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,14 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return (luminance * structure).flatten(1).mean(dim=1)
 
 
+def per_channel(metric: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """A metric of each channel of pairs of images b×c×h×w: c × b."""
+    ours, theirs = (images.flatten(0, 1)[:, None] for images in (x, y))
+    return metric(ours, theirs).unflatten(0, x.shape[:2]).T
+
+
 def grid(rows: Sequence[Tensor | Sequence[Tensor]], gap: int = 2) -> Tensor:
-    """Lay out rows of images 3×h×w as one image 3 × height × width in [−1, 1], with white rules.
+    """Lay out rows of images c×h×w as one image c × height × width in [−1, 1], with white rules.
 
     Images of a row share their height, those of a column their width.
     """

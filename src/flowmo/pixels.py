@@ -1,0 +1,322 @@
+"""Images of any number of channels and bits per value: files to tensors and back."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from flowmo.config import Config
+from flowmo.images import (
+    MAX_PIXELS,
+    PILLOW_FORMATS,
+    ImageError,
+    check_pixels,
+    check_size,
+    open_image,
+    plain_errors,
+    read_image,
+    select_channels,
+    to_pil,
+    to_rgb,
+    to_tensor,
+    upright,
+)
+
+ARRAY = ".npy"
+NPY_MAGIC, TIFF_MAGICS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+IMAGE_FORMATS: dict[str, dict[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95},
+    ".jpeg": {"format": "JPEG", "quality": 95},
+    ".webp": {"format": "WEBP", "lossless": True},
+    ".ppm": {"format": "PPM"},
+}
+"""How Pillow writes an 8-bit image, by the suffix of its file."""
+TIFFS = (".tif", ".tiff")
+STORED: dict[int, tuple[type, float]] = {8: (np.uint8, 255.0), 16: (np.uint16, 65535.0), 32: (np.float32, 1.0)}
+"""Bits per value -> type of an array, and its value of white."""
+REDUCED = 254
+"""TIFF tag; bit 0 marks a smaller copy of another page."""
+
+
+def is_array(name: str) -> bool:
+    return name.lower().endswith(ARRAY)
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """What a model's images are in files.
+
+    Attributes:
+        channels: values per pixel.
+        bits: per value in the files that are written: 8, 16, or 32 for floats. Files of any depth are read.
+        value_range: file values that become −1 and 1. ``None`` is the full range of an 8- or 16-bit type, and 0 to 1
+            for floats.
+        colours: channels that people and networks see as red, green and blue.
+    """
+
+    channels: int = 3
+    bits: int = 8
+    value_range: tuple[float, float] | None = None
+    colours: tuple[int, ...] = (0, 1, 2)
+
+    @classmethod
+    def of(cls, config: Config) -> PixelFormat:
+        data, colours = config.data, tuple(config.perceptual_channels)
+        return cls(config.model.channels, data.bit_depth, data.value_limits, colours)
+
+    @property
+    def is_rgb(self) -> bool:
+        """True for 8-bit RGB, whose images are PIL images."""
+        return (self.channels, self.bits, self.value_range) == (3, 8, None)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the files that can be written, the usual one first."""
+        if self.is_rgb:
+            return (*IMAGE_FORMATS,)
+        grey = {8: (*IMAGE_FORMATS,), 16: (".png",)}.get(self.bits, ()) if self.channels == 1 else ()
+        return (*grey, *TIFFS, ARRAY)
+
+    # Read
+
+    def read(
+        self,
+        file: str | Path | BinaryIO,
+        name: str | None = None,
+        side: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Image.Image | Tensor:
+        """Read an image file: as an RGB image for 8-bit RGB, else as float32 c × h × w in [−1, 1].
+
+        A ``.npy`` file holds h × w × c, c × h × w or h × w values. The pages of a TIFF are its channels. A TIFF whose
+        pages have more bands than Pillow reads needs ``tifffile``. A colour file of equal channels counts as grey.
+
+        Args:
+            file, name, side, max_pixels: as in ``read_image``.
+
+        Raises:
+            ImageError: as ``read_image``; the file has another number of channels; or its values have no known range.
+        """
+        path = name or str(file)
+        if self.is_rgb and not is_array(path):
+            return read_image(file, name, side, max_pixels)
+        with plain_errors(path, max_pixels):
+            if not isinstance(file, str | Path):
+                return self._read(file, path, side, max_pixels)
+            with open(file, "rb") as content:
+                return self._read(content, path, side, max_pixels)
+
+    def _read(self, file: BinaryIO, path: str, side: int | None, max_pixels: int) -> Tensor:
+        start = file.read(len(NPY_MAGIC))
+        file.seek(0)
+        if start == NPY_MAGIC:
+            return self.tensor(self._read_npy(file, path, max_pixels), path)
+        try:
+            with open_image(file, path, side, max_pixels) as image:
+                return self.tensor(self._values(image, path), path)
+        except (UnidentifiedImageError, ValueError) as error:
+            if isinstance(error, ImageError) or not start.startswith(TIFF_MAGICS):
+                raise
+        file.seek(0)
+        return self.tensor(self._read_bands(file, path, max_pixels), path)
+
+    def _read_npy(self, file: BinaryIO, path: str, max_pixels: int) -> np.ndarray:
+        header = np.lib.format
+        read = header.read_array_header_1_0 if header.read_magic(file) == (1, 0) else header.read_array_header_2_0
+        self._check_shape(read(file)[0], path, max_pixels)
+        file.seek(0)
+        return self._channels_last(np.load(file, allow_pickle=False))
+
+    def _read_bands(self, file: BinaryIO, path: str, max_pixels: int) -> np.ndarray:
+        try:
+            import tifffile
+        except ImportError:
+            raise ImageError(f"{path}: has bands that only tifffile reads. Run pip install tifffile.") from None
+        with tifffile.TiffFile(file) as tiff:
+            self._check_shape(tiff.series[0].shape, path, max_pixels)
+            return self._channels_last(tiff.series[0].asarray())
+
+    def _check_shape(self, shape: Sequence[int], path: str, max_pixels: int) -> None:
+        """Check the shape of an array before it is read."""
+        if len(shape) not in (2, 3):
+            raise ImageError(f"{path}: is an array of {len(shape)} axes. An image has 2 or 3.")
+        last = len(shape) == 2 or shape[2] == self.channels or shape[0] != self.channels
+        found, (height, width) = (shape[2] if shape[2:] else 1, shape[:2]) if last else (shape[0], shape[1:])
+        self._check_channels(found, path)
+        check_pixels(width, height, path, max_pixels)
+
+    def _channels_last(self, values: np.ndarray) -> np.ndarray:
+        if values.ndim == 2:
+            return values[..., None]
+        return values if values.shape[2] == self.channels else values.transpose(1, 2, 0)
+
+    def _check_channels(self, found: int, path: str) -> None:
+        if found != self.channels:
+            raise ImageError(f"{path}: has {found} channel{'s' * (found != 1)}, but the model takes {self.channels}.")
+
+    def _values(self, image: Image.Image, path: str) -> np.ndarray:
+        """Values h × w × c of an open image file."""
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            return self._pages(image, path)
+        values = deep_values(image)
+        if values is None and self.channels in (1, 3):
+            values = np.asarray(to_rgb(image))
+            if self.channels == 1 and (values == values[..., :1]).all():
+                values = values[..., :1]
+        elif values is None:
+            image = upright(image)
+            plain = image.mode in ("L", "LA", "RGB", "RGBA")
+            values = np.asarray(image if plain else image.convert("RGBA" if image.has_transparency_data else "RGB"))
+        values = values.reshape(*values.shape[:2], -1)
+        self._check_channels(values.shape[2], path)
+        return values
+
+    def _pages(self, image: Any, path: str) -> np.ndarray:
+        full = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            if not image.tag_v2.get(REDUCED, 0) & 1:
+                full.append((index, image.size))
+        self._check_channels(len(full), path)
+        if len({size for _, size in full}) > 1:
+            raise ImageError(f"{path}: has pages of several sizes.")
+        pages = []
+        for index, _ in full:
+            image.seek(index)
+            values = deep_values(image)
+            pages.append(np.asarray(image.convert("L") if image.mode == "1" else image) if values is None else values)
+            if pages[-1].ndim != 2:
+                raise ImageError(f"{path}: has several pages of several channels. Each page is one channel.")
+        return np.stack(pages, axis=-1)
+
+    def tensor(self, values: np.ndarray, name: str) -> Tensor:
+        """Values h × w × c of a file -> float32 c × h × w in [−1, 1]. NaN becomes −1; values outside are clipped.
+
+        Raises:
+            ImageError: values without a known range, or floats outside 0 to 1 if no range is set.
+        """
+        advice = "Set data.value_range=LOW,HIGH, the values of black and white."
+        white = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}.get(values.dtype.name)
+        low, high = self.value_range or (0.0, white or 1.0)
+        if values.dtype.kind == "f":
+            finite = values[np.isfinite(values)]
+            if not finite.size:
+                raise ImageError(f"{name}: none of its values is finite.")
+            if self.value_range is None and not (finite.min() >= 0 and finite.max() <= 1):
+                raise ImageError(f"{name}: its values run from {finite.min():g} to {finite.max():g}. {advice}")
+        elif values.dtype.kind not in "uib" or (white is None and self.value_range is None):
+            raise ImageError(f"{name}: its values of type {values.dtype.name} have no range. {advice}")
+        scaled = (values.astype(np.result_type(values.dtype, np.float32)) - low) / ((high - low) / 2) - 1
+        scaled = np.nan_to_num(scaled, nan=-1.0, posinf=1.0, neginf=-1.0).clip(-1, 1).astype(np.float32)
+        return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+
+    def prepare(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        """Convert a PIL image, or a tensor c × h × w in [−1, 1], to the form that ``read`` returns.
+
+        Raises:
+            ImageError: no pixels, too many, or another number of channels.
+        """
+        if isinstance(image, Image.Image):
+            check_size(image)
+            return to_rgb(image) if self.is_rgb else self.tensor(self._values(image, "image"), "image")
+        check_size(image)
+        self._check_channels(len(image), "image")
+        return image
+
+    def visible(self, images: Tensor) -> Tensor:
+        """b × c × h × w -> b × 3 × h × w, the channels that ``colours`` names."""
+        return select_channels(images, self.colours)
+
+    # Write
+
+    def stored(self, image: Tensor) -> np.ndarray:
+        """c × h × w in [−1, 1] -> values h × w × c as files hold them."""
+        kind, white = STORED[self.bits]
+        low, high = self.value_range or (0.0, white)
+        values = (image.detach().cpu().double().clamp(-1, 1).numpy().transpose(1, 2, 0) + 1) * ((high - low) / 2) + low
+        return (values if self.bits == 32 else values.round()).astype(kind)
+
+    def to_pil(self, image: Tensor) -> Image.Image:
+        """c × h × w in [−1, 1] -> PIL image: RGB, or a single channel of 8, 16 or 32 bits.
+
+        Raises:
+            ValueError: PIL has no images of so many channels.
+        """
+        if self.is_rgb:
+            return to_pil(image)
+        if self.channels != 1:
+            raise ValueError(f"PIL has no images of {self.channels} channels of {self.bits} bits. Use decode_tensor.")
+        return Image.fromarray(self.stored(image)[..., 0])
+
+    def to_file(self, image: Tensor, suffix: str) -> bytes:
+        """Content of a file of an image c × h × w in [−1, 1]; ``suffix`` is one of ``suffixes``."""
+        stream = io.BytesIO()
+        if suffix == ARRAY:
+            np.save(stream, np.squeeze(self.stored(image), 2) if self.channels == 1 else self.stored(image))
+        elif suffix in TIFFS:
+            first, *more = (Image.fromarray(page) for page in np.moveaxis(self.stored(image), 2, 0))
+            first.save(stream, "TIFF", save_all=True, append_images=more, compression="tiff_adobe_deflate")
+        else:
+            self.to_pil(image).save(stream, **IMAGE_FORMATS[suffix])
+        return stream.getvalue()
+
+
+def deep_values(image: Image.Image) -> np.ndarray | None:
+    """Values h × w or h × w × c of more than 8 bits, upright; ``None`` for an 8-bit image."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(upright(image))
+        return values.astype(np.uint16) if image.mode == "I" and image.format != "TIFF" else values
+    return _colour_of_16_bits(image) if getattr(image, "tile", None) else None
+
+
+def _colour_of_16_bits(image: Any) -> np.ndarray | None:
+    """Decode 16-bit colour twice. Pillow keeps the high bytes; in the other byte order it keeps the low ones."""
+
+    def raw_mode(arguments: Any) -> str:
+        return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
+
+    raw = raw_mode(image.tile[0][3])
+    if not re.fullmatch("RGBA?;16[BLN]", raw):
+        return None
+    swapped = raw[:-1] + ("L" if raw[-1] == "B" or (raw[-1] == "N" and sys.byteorder == "big") else "B")
+    position = image.fp.tell()
+    image.fp.seek(0)
+    with Image.open(io.BytesIO(image.fp.read()), formats=PILLOW_FORMATS) as other:
+        image.fp.seek(position)
+        for i, tile in enumerate(other.tile):
+            arguments = swapped if isinstance(tile[3], str) else (swapped, *tile[3][1:])
+            other.tile[i] = getattr(tile, "_make", tuple)((*tile[:3], arguments))
+        high, low = (np.asarray(upright(half), dtype=np.uint16) for half in (image, other))
+    return high << 8 | low
+
+
+def read_tensor(
+    file: str | Path | BinaryIO,
+    channels: int = 3,
+    value_range: tuple[float, float] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
+    """Read an image file of any number of channels as float32 channels × h × w in [−1, 1].
+
+    8-bit RGB is read as by ``read_image``. Other files keep their range: −1 and 1 are the ends of an 8- or 16-bit type,
+    and 0 and 1 for floats. See ``flowmo.pixels.PixelFormat`` for the kinds of files.
+
+    Args:
+        channels: number of channels that the file must have.
+        value_range: file values that become −1 and 1, such as ``(0, 4095)``.
+
+    Raises:
+        ImageError: as ``read_image``; the file has other channels; or its values have no known range.
+    """
+    return to_tensor(PixelFormat(channels, 8, value_range).read(file, max_pixels=max_pixels))
