@@ -30,7 +30,7 @@ from torch import Tensor
 
 import flowmo
 from flowmo.checkpoint.files import write_content
-from flowmo.codec.context import BitModel, ContextModel, cost
+from flowmo.codec.context import BitModel, ContextModel, ideal_code_length
 from flowmo.codec.file import Codec
 from flowmo.codec.fit import frequencies
 from flowmo.codec.generator import GeneratorModel
@@ -66,7 +66,9 @@ def likelihoods(
 ) -> Iterator[dict[str, Any]]:
     v, none = model.vocabulary, torch.full_like(labels, model.no_class)
     for name, context in contexts.items():
-        yield likelihood_row(name, torch.from_numpy(cost(context, token_bits(ids.numpy(), v.id_bits))), v.ids)
+        yield likelihood_row(
+            name, torch.from_numpy(ideal_code_length(context, token_bits(ids.numpy(), v.id_bits))), v.ids
+        )
     for known, given in (("class", labels), ("no class", none)):
         for count in steps:
             bits = -generator.log_prob(ids, given, steps=count) / math.log(2)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flowmo.model import flow
-from flowmo.model.likelihood import bits_per_number, log_likelihood
+from flowmo.model.likelihood import bits_per_dimension, log_likelihood
 from flowmo.model.sampler import image_seed, seeded_noise
 from flowmo.model.transformer import MIN_PREDICTION_TIME
 from flowmo.streams import Stream, stream
@@ -76,7 +76,7 @@ def measure(name: str, kind: str, tokenizer: FlowMo, study: Study) -> Row:
         velocity = decoder_velocity(tokenizer, part_code, keep=kind != "null")
         found.append(log_likelihood(velocity, part, times, probes=scale.probes, generator=generator)[0].cpu())
     nats = torch.cat(found)
-    bits = bits_per_number(nats, x[0].numel())
+    bits = bits_per_dimension(nats, x[0].numel())
     return {
         **{"model": name, "arm": f"{name}-{kind}", "label": f"{name}: {KINDS[kind]}", "kind": kind},
         "bits": float(bits.mean()),

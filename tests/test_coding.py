@@ -11,7 +11,7 @@ from flowmo import preset
 from flowmo.cli import main
 from flowmo.codec import fit as fitting
 from flowmo.codec import range_coder
-from flowmo.codec.context import ONE, ContextError, ContextModel, cost, logistic_table
+from flowmo.codec.context import ONE, ContextError, ContextModel, ideal_code_length, logistic_table
 from flowmo.codec.generator import GeneratorModel
 from flowmo.data.bits import token_bits, token_ids
 from flowmo.data.tokens import Vocabulary
@@ -91,7 +91,7 @@ def test_the_logistic_table():
 def test_what_is_fitted_finds_the_structure(sources, models):
     """Against entropies: half of the bits repeat the others, nine tenths of the rest repeat those above."""
     other = Sources(seed=1).bits[:100]
-    frequencies, context = (cost(models[name], other).mean() for name in ("frequencies", "context"))
+    frequencies, context = (ideal_code_length(models[name], other).mean() for name in ("frequencies", "context"))
 
     def entropy(p):
         return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
@@ -137,7 +137,7 @@ def test_the_coder_gives_back_every_bit(models, sources, name):
     for bits in (sources.bits[:9], sources.bits[:1], noise, np.zeros_like(noise), np.ones_like(noise)):
         string = range_coder.encode(model, bits)
         assert np.array_equal(range_coder.decode(model, string, len(bits)), bits)
-        assert len(string) <= cost(model, bits).sum() / 8 + 8
+        assert len(string) <= ideal_code_length(model, bits).sum() / 8 + 8
 
 
 def test_a_changed_string_gives_other_bits_or_an_error(models, sources):
@@ -217,10 +217,10 @@ def test_a_generator_in_the_place_of_a_context_model(generator, sources):
     pytest.importorskip("constriction")
     model, bits = GeneratorModel(generator, steps=4), sources.bits[:5]
     likelihood = generator.log_prob(torch.from_numpy(token_ids(bits, 4)), steps=4).numpy()
-    assert cost(model, bits) == pytest.approx(-likelihood / np.log(2), rel=0.04)
+    assert ideal_code_length(model, bits) == pytest.approx(-likelihood / np.log(2), rel=0.04)
     assert likelihood.std() > 1
     string = range_coder.encode(model, bits)
-    assert len(string) <= cost(model, bits).sum() / 8 + 8
+    assert len(string) <= ideal_code_length(model, bits).sum() / 8 + 8
     assert np.array_equal(range_coder.decode(model, string, 5), bits)
     assert GeneratorModel(generator, steps=5).identity != model.identity
 

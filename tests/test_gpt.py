@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from flowmo import Codes
 from flowmo.codec import range_coder
-from flowmo.codec.context import cost
+from flowmo.codec.context import ideal_code_length
 from flowmo.data.bits import token_bits
 from flowmo.data.token_files import TokenMetadata, Vocabulary, manifest, pack_shard
 
@@ -108,7 +108,7 @@ def test_it_codes_files(model):
     ids = model.sample(torch.full((4,), NO_CLASS), torch.Generator().manual_seed(1))
     coder, bits = gpt.GPTCoder(model), token_bits(ids.numpy(), 3)
     expected = -model.log_prob(ids, torch.full((4,), NO_CLASS)).sum(dim=1).detach().numpy() / np.log(2)
-    assert cost(coder, bits) == pytest.approx(expected, rel=0.01)
+    assert ideal_code_length(coder, bits) == pytest.approx(expected, rel=0.01)
     string = range_coder.encode(coder, bits)
     assert len(string) <= expected.sum() / 8 + 8
     assert np.array_equal(range_coder.decode(coder, string, 4), bits)

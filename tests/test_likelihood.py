@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flowmo.model.likelihood import bits_per_number, log_likelihood, log_normal
+from flowmo.model.likelihood import bits_per_dimension, log_likelihood, log_normal
 from flowmo.model.sampler import euler, guided_velocity
 
 MEAN, DEVIATION = 0.3, torch.tensor([0.2, 0.5, 1.5])
@@ -85,7 +85,7 @@ def test_a_decoders_samples_go_back_to_their_noise(tiny):
 
 def test_bits():
     """A picture spread evenly over [−1, 1] takes the eight bits of its 256 levels."""
-    assert bits_per_number(torch.tensor([-12 * math.log(2)]), 12).item() == pytest.approx(1 + math.log2(127.5))
+    assert bits_per_dimension(torch.tensor([-12 * math.log(2)]), 12).item() == pytest.approx(1 + math.log2(127.5))
     assert 1 + math.log2(127.5) == pytest.approx(8, abs=0.01)
 
 

@@ -19,7 +19,7 @@ from test_codec import peaked
 from flowmo import Config, FlowMo, save
 from flowmo.codec import file as codec
 from flowmo.codec import fit_planes, range_coder
-from flowmo.codec.context import ContextError, ContextModel, cost
+from flowmo.codec.context import ContextError, ContextModel, ideal_code_length
 from flowmo.codec.file import Codec, CodecError, MissingPlanes
 from flowmo.codec.planes import LARGEST_ACTIVATION, PlaneModel, activation, product
 from flowmo.data.bits import token_bits
@@ -455,7 +455,7 @@ def test_strings_are_as_long_as_their_cost(native):
         bits = token_bits(ids[..., plane].reshape(1, -1, 1), D * B)
         given = model.plane(ids[..., :plane])
         string = range_coder.encode(given, bits)
-        assert len(string) <= cost(given, bits)[0] / 8 + 8
+        assert len(string) <= ideal_code_length(given, bits)[0] / 8 + 8
         assert np.array_equal(range_coder.decode(given, string, 1), bits)
 
 
@@ -487,7 +487,7 @@ def structured(count: int, seed: int = 0) -> list[np.ndarray]:
 def test_frequencies_cost_the_entropy_of_the_digits(native):
     images = structured(200)
     model = fit_planes.frequencies(images, native)
-    spent = sum(fit_planes.plane_costs(model, ids) for ids in images)
+    spent = sum(fit_planes.plane_code_lengths(model, ids) for ids in images)
     cells = sum(ids[..., 0].size for ids in images)
     for plane in range(2):
         entropy = 0.0
@@ -502,7 +502,7 @@ def test_what_is_fitted_finds_the_structure(native):
     """Against the entropies of the process that made the ids."""
     model = fit_planes.fit(structured(300), native, hidden=24, steps=200)
     images = structured(60, seed=1)
-    spent = sum(fit_planes.plane_costs(model, ids) for ids in images)
+    spent = sum(fit_planes.plane_code_lengths(model, ids) for ids in images)
     first = sum(len(ids) for ids in images)
     cells, inside = sum(ids[..., 0].size for ids in images), sum(ids[:-1, :, 0].size for ids in images)
     copied = -(0.9 + 0.1 / 8) * np.log2(0.9 + 0.1 / 8) - 7 * 0.1 / 8 * np.log2(0.1 / 8)
@@ -525,7 +525,7 @@ def test_the_integers_are_the_network_rounded(native):
         samples = fit_planes.Samples([ids], D, B)
         with torch.no_grad():
             expected = net(*samples.batch(torch.arange(len(samples)))).sum(dim=0).numpy()
-        assert fit_planes.plane_costs(model, ids) == pytest.approx(expected, rel=0.01)
+        assert fit_planes.plane_code_lengths(model, ids) == pytest.approx(expected, rel=0.01)
 
 
 def test_levels_that_are_no_power_of_two_are_refused(native):

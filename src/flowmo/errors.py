@@ -6,5 +6,5 @@ class FlowMoError(Exception):
 
 
 def one_line(error: BaseException, length: int = 150) -> str:
-    """Return the message of another library's error as one line of at most ``length`` characters."""
-    return " ".join(str(error).split())[:length]
+    """Return the message of another library's error, or else its type, in one line of at most ``length`` characters."""
+    return " ".join(str(error).split())[:length] or type(error).__name__

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.pth import CountingUnpickler
+from flowmo.errors import one_line
 
 TABLE = ".metadata"
 ALLOWED = {
@@ -137,4 +138,4 @@ def reason(error: BaseException) -> str:
     """An error in one line, without the wrapper of ``torch.distributed.checkpoint``."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:150] or type(error).__name__
+    return one_line(error)

@@ -1,6 +1,6 @@
 """Files of weights: our ``.safetensors`` (settings inside), training checkpoints, the authors' ``.pth``.
 
-A reader returns settings and tensors; whoever reads builds the model. Reading cannot run code: ``.safetensors`` holds
+Readers return settings and tensors; the caller builds the model. Reading cannot run code: ``.safetensors`` holds
 tensors only, and ``.pth`` is read with ``weights_only=True``. Files are written atomically.
 """
 
@@ -24,6 +24,7 @@ from flowmo.checkpoint import distributed as sharded
 from flowmo.checkpoint.authors import convert_release, is_release, release_config
 from flowmo.checkpoint.pth import read_pth
 from flowmo.config import PRESETS, Config, ConfigError
+from flowmo.errors import one_line
 
 BUNDLED = Path(__file__).parent.parent / "pretrained"
 FORMAT = "flowmo-1"
@@ -136,7 +137,7 @@ def open_safetensors(path: Path) -> Iterator[tuple[Config, Any]]:
     except ConfigError as error:
         raise CheckpointError(f"{path} holds settings that do not work: {error}") from None
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({_short(error)}).") from None
+        raise CheckpointError(f"{path} is damaged or not a safetensors file ({one_line(error, 200)}).") from None
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -163,20 +164,16 @@ def fill(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor],
         with torch.device("meta"):
             network = build()
     except (RuntimeError, OverflowError, TypeError, ValueError, MemoryError) as error:
-        raise CheckpointError(f"{name} holds settings that do not work: {_short(error)}") from None
+        raise CheckpointError(f"{name} holds settings that do not work: {one_line(error, 200)}") from None
     weights = {key: value.float() for key, value in state.items()}
     try:
         network.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{name} holds weights of another architecture: {_short(error)}") from None
+        raise CheckpointError(f"{name} holds weights of another architecture: {one_line(error, 200)}") from None
     bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"{name}: {bad[0]} holds NaN or infinite values ({len(bad)} such).")
     return network.eval()
-
-
-def _short(error: object) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def write_safetensors(

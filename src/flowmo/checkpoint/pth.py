@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flowmo.checkpoint import CheckpointError
+from flowmo.errors import one_line
 
 MAX_DEPTH = 16
 MAX_LEAVES = 1_000_000
@@ -102,8 +103,7 @@ def read_pth(path: str | Path) -> dict[str, Any]:
             "which could run code when loaded."
         ) from None
     except Exception as error:  # a damaged pickle can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({reason[:150]}).") from None
+        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({one_line(error)}).") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
     _check_tensors(content, path, MAX_DEPTH, set())

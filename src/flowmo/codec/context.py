@@ -1,7 +1,7 @@
 """Context models: the probability of each bit of an image's ids given the bits before it, in integer arithmetic.
 
-Both ends of a file must compute identical probabilities on any machine. Weights, activations and the table of the
-logistic function are therefore fixed-point integers.
+Encoder and decoder must compute identical probabilities on any machine. So weights, activations and the table of the
+logistic function are fixed-point integers.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ class BitModel(Predictor, Protocol):
     def identity(self) -> bytes: ...
 
 
-def cost(model: Predictor, bits: Bits) -> np.ndarray:
+def ideal_code_length(model: Predictor, bits: Bits) -> np.ndarray:
     """Ideal code length of each image in bits: float64 n."""
     total = np.zeros(len(bits))
 
     def add(token: Any, bit: int, p: np.ndarray) -> Bits:
         chosen = bits[:, token, bit]
-        surprise = -np.log2(np.where(chosen == 1, p, ONE - p) / ONE)
-        np.add(total, surprise.reshape(len(bits), -1).sum(axis=1), out=total)
+        lengths = -np.log2(np.where(chosen == 1, p, ONE - p) / ONE)
+        np.add(total, lengths.reshape(len(bits), -1).sum(axis=1), out=total)
         return chosen
 
     model.run(len(bits), add)

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.codec.context import FRACTION, NEIGHBOURS, ContextModel, context_shapes, cost, neighbour_indices
+from flowmo.codec.context import (
+    FRACTION,
+    NEIGHBOURS,
+    ContextModel,
+    context_shapes,
+    ideal_code_length,
+    neighbour_indices,
+)
 from flowmo.data.bits import Bits, token_bits
 from flowmo.data.tokens import TokenDataset
 from flowmo.model.transformer import code_lattice
@@ -24,7 +31,7 @@ COOLDOWN = 0.5
 
 
 def frequencies(tokens: TokenDataset) -> ContextModel:
-    """Return the model that knows only how often each bit of each token is set."""
+    """Return the context-free baseline: how often each bit of each token is set."""
     t, b = _shape(tokens)
     count = np.zeros((t, b))
     for start in range(0, len(tokens), COUNT_BATCH):
@@ -71,9 +78,11 @@ def image_bits(tokens: TokenDataset, indices: Sequence[int]) -> Bits:
 
 
 def code_lengths(models: Mapping[str, ContextModel], tokens: TokenDataset) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Measure models on other tokens. Returns bits of packed ids, n, and of ids coded by each model, n × 1."""
+    """Measure models on other tokens. Returns each image's bits packed, n, and coded by each model, n × 1."""
     bits = image_bits(tokens, range(len(tokens)))
-    return np.full(len(bits), bits[0].size), {name: cost(model, bits)[:, None] for name, model in models.items()}
+    return np.full(len(bits), bits[0].size), {
+        name: ideal_code_length(model, bits)[:, None] for name, model in models.items()
+    }
 
 
 def _shape(tokens: TokenDataset) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.codec.context import FRACTION, ContextError, cost, neighbour_indices
+from flowmo.codec.context import FRACTION, ContextError, ideal_code_length, neighbour_indices
 from flowmo.codec.fit import FloatModel, minimise
 from flowmo.codec.planes import WEIGHT_FRACTION, PlaneModel, cell_steps, digit_field, split_digits, weight_shapes
 from flowmo.data.bits import token_bits
@@ -97,11 +97,11 @@ def id_digits(tokenizer: FlowMo) -> tuple[int, int]:
     return digits, bits
 
 
-def plane_costs(model: PlaneModel, ids: np.ndarray) -> np.ndarray:
-    """Ideal code length in bits of each plane of one image's ids, rows × columns × planes: float64 planes."""
+def plane_code_lengths(model: PlaneModel, ids: np.ndarray) -> np.ndarray:
+    """Ideal code length of each plane of one image's ids, rows × columns × planes, in bits: float64 planes."""
     rows, columns, planes = ids.shape
     bits = token_bits(ids.reshape(1, rows * columns, planes), model.shape[1]).reshape(rows * columns, planes, -1)
-    return np.array([cost(model.plane(ids[..., :s]), bits[None, :, s])[0] for s in range(planes)])
+    return np.array([ideal_code_length(model.plane(ids[..., :s]), bits[None, :, s])[0] for s in range(planes)])
 
 
 def code_lengths(
@@ -112,7 +112,9 @@ def code_lengths(
     Returns the packed length of each image, n, and for each model the coded length of each plane, n × planes, in bits.
     """
     id_bits = next(iter(models.values())).shape[1]
-    lengths = {name: np.stack([plane_costs(model, ids) for ids in ids_of_images]) for name, model in models.items()}
+    lengths = {
+        name: np.stack([plane_code_lengths(model, ids) for ids in ids_of_images]) for name, model in models.items()
+    }
     return np.array([ids.size * id_bits for ids in ids_of_images]), lengths
 
 

@@ -1,4 +1,7 @@
-"""Batches in an order that depends only on the seed and the position, so that a resumed run continues exactly."""
+"""Batches whose order depends only on the seed and the position in the run, so that a resumed run continues exactly.
+
+The position of an item in the run is the number of items before it, over all ranks and epochs.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 class ResumableSampler(Sampler):
-    """Yields (dataset index, item seed) for one rank, starting at global sample ``start``.
+    """Yields (dataset index, item seed) for one rank, from position ``start`` in the run.
 
-    Each global batch is split evenly: this rank takes ``per_rank`` consecutive samples of every ``global_batch``.
+    Each global batch is split evenly: this rank takes ``per_rank`` consecutive positions of every ``global_batch``.
     """
 
     def __init__(self, dataset_size: int, seed: int, start: int, per_rank: int, global_batch: int):
@@ -101,7 +104,7 @@ def batches(
     pin_memory: bool = False,
     timeout: float = 0,
 ) -> Generator[Tensor]:
-    """Yield stacked items without end, starting at global sample ``start``. Images are b × c × side × side.
+    """Yield stacked items without end, from position ``start`` in the run: images b × c × side × side, or rows of ids.
 
     Args:
         batch_size: items per batch on this rank.
@@ -131,8 +134,7 @@ def batches(
             except (OSError, EOFError) as error:  # worker killed mid-transfer
                 with suppress(RuntimeError):  # torch raises this when the worker's signal arrives
                     time.sleep(SIGNAL_DELAY)
-                reason = one_line(error) or type(error).__name__
-                raise DataError(f"Data loading failed: {reason}. {RESUME_ADVICE}") from None
+                raise DataError(f"Data loading failed: {one_line(error)}. {RESUME_ADVICE}") from None
             if failure:
                 raise DataError(failure)
             if unreadable:

@@ -20,6 +20,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from flowmo.data import DataError
+from flowmo.errors import one_line
 
 IMAGES = "arr_0"
 STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -72,7 +73,7 @@ class NpzFile:
         except NpzError:
             raise
         except Exception as error:  # NumPy evaluates a header as Python, and raises as Python does
-            raise self._error(f"{reason} ({' '.join(str(error).split())[:100]})") from None
+            raise self._error(f"{reason} ({one_line(error, 100)})") from None
 
     @contextmanager
     def _array(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, bool]]:

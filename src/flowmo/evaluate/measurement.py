@@ -20,6 +20,7 @@ from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.pth import read_pth
 from flowmo.data import DataError, evenly_spread
 from flowmo.distributed import World
+from flowmo.errors import one_line
 from flowmo.evaluate.metrics.fid import Moments, StatisticsError, finite_sample_bias, frechet_distance
 from flowmo.evaluate.metrics.sets import kernel_distance
 
@@ -157,8 +158,8 @@ class Measurement:
         moments = tuple(map(Moments.from_state, [*state["originals"], *state["results"]]))
         return cls(state["values"], state["usage"], moments, state["kept"])
 
-    def rfid(self) -> tuple[float, float]:
-        """Fréchet distance of originals and results, and its estimated bias. It is the rFID if the network is FID's.
+    def frechet_distance(self) -> tuple[float, float]:
+        """Fréchet distance of originals and results, the rFID if the network is FID's, and its estimated bias.
 
         Raises:
             StatisticsError: a half has fewer than two images.
@@ -169,8 +170,12 @@ class Measurement:
         halves = ((even.gaussian(), even_2.gaussian()), (odd.gaussian(), odd_2.gaussian()))
         return distance, finite_sample_bias(distance, halves)
 
-    def rkid(self) -> float:
-        """Kernel distance of the kept features. Raises ``StatisticsError`` for fewer than two images."""
+    def kernel_distance(self) -> float:
+        """Kernel distance of the kept features, the rKID if the network is FID's.
+
+        Raises:
+            StatisticsError: fewer than two images.
+        """
         kept = self._kept()
         originals, results = kept[:, ~kept.isnan().any(dim=2).any(dim=0)]
         return kernel_distance(originals, results, paired=True)
@@ -214,8 +219,7 @@ class MeasurementFolder:
             content = read_pth(path)
             identity, state = content["identity"], content["measurement"]
         except (CheckpointError, KeyError) as error:
-            reason = " ".join(str(error).split())[:100]
-            raise EvaluationError(f"{path} is not part of an evaluation ({reason}).") from None
+            raise EvaluationError(f"{path} is not part of an evaluation ({one_line(error, 100)}).") from None
         if identity != self.identity:
             raise EvaluationError(f"{self.folder} holds another evaluation. Name an empty folder, or remove it.")
         return Measurement.from_state(state)

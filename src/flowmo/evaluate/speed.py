@@ -1,4 +1,4 @@
-"""The speed of a tokenizer on this machine, beside the least time that the machine allows."""
+"""The speed of a tokenizer on this machine, and its roofline: the least time that the machine allows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Timing:
         part: ``encode``, ``decoder pass`` or ``decode``.
         passes: decoder passes per image.
         flops: of matrix products, counted.
-        moved: bytes that must move: weights once per pass, residual streams in and out of every block.
+        moved: bytes read and written at least: weights once per pass, residual streams in and out of every block.
         seconds: median over repeats.
         matrix_rate: FLOP/s of matrix products, the median of measurements before every repeat.
         copy_rate: bytes/s.
@@ -60,7 +60,7 @@ class Timing:
 
     @property
     def floor(self) -> float:
-        """The least seconds that this machine allows."""
+        """The roofline: the least seconds that this machine allows."""
         return max(self.flops / self.matrix_rate, self.moved / self.copy_rate)
 
     @property

@@ -1,4 +1,4 @@
-"""The metrics of one candidate: means over images, from its measurement."""
+"""The metrics of one candidate from its measurement: means over images, rFID and use of ids."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ class Summary:
         if network is not None:
             metrics |= {"feature_network": network.name, "is_fid": network.is_fid}
             try:
-                metrics["frechet_distance"], metrics["frechet_bias"] = measurement.rfid()
-                metrics["kernel_distance"] = measurement.rkid()
+                metrics["frechet_distance"], metrics["frechet_bias"] = measurement.frechet_distance()
+                metrics["kernel_distance"] = measurement.kernel_distance()
             except StatisticsError as error:
                 metrics["missing"] = f"no distances of features: {error}"
         if len(measurement.usage):

@@ -1,4 +1,4 @@
-"""Split large images into blocks that overlap in computation but not in bytes.
+"""Encode and decode large images in blocks. Blocks overlap where they are computed; each cell has one code.
 
 A windowed network needs memory in proportion to the area. Above ``LARGEST`` cells per side, an image is computed in
 blocks of ``CORE`` cells with a halo on each side. Blocks start on window borders, so a block has the same attention

@@ -1,7 +1,7 @@
 """Log-likelihood of images under the flow (section 3.4, after Lipman et al. 2023): the ODE solved backwards.
 
 The flow carries an image at t = 0 to noise at t = 1 by dx/dt = v(x, t), and along a path the log-density falls by the
-divergence of v: log p(x) = log N(x₁; 0, I) + ∫₀¹ ∇·v dt. The exact divergence takes one derivative per number of an
+divergence of v: log p(x) = log N(x₁; 0, I) + ∫₀¹ ∇·v dt. The exact divergence takes one derivative per value of an
 image. Hutchinson's estimate eᵀ(∂v/∂x)e with random signs e takes one derivative and is unbiased.
 """
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from flowmo.model.sampler import Velocity
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
-"""Maps a velocity b … and the x, b …, that it is a function of, to its divergence, b."""
+"""Maps (velocity, x), each b × …, to the divergence of the velocity with respect to x: b."""
 
 DIVERGENCES = ("hutchinson", "exact")
 
 
 def exact_divergence(velocity: Tensor, x: Tensor) -> Tensor:
-    """Sum of ∂vᵢ/∂xᵢ over all numbers of an image, with one backward pass each; for tiny images only."""
+    """Sum of ∂vᵢ/∂xᵢ over all values of an image, with one backward pass each; for tiny images only."""
     flat, total = velocity.flatten(1), torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for i in range(flat.shape[1]):
         (gradient,) = torch.autograd.grad(flat[:, i].sum(), x, retain_graph=True)
@@ -46,7 +46,7 @@ def hutchinson(x: Tensor, probes: int, generator: torch.Generator | None = None)
 
 
 def log_normal(x: Tensor) -> Tensor:
-    """Log-density of x, b …, under N(0, I), in nats: float64 b."""
+    """Log-density of x (b × …) under N(0, I), in nats: float64 b."""
     return -0.5 * (x.double().square().flatten(1).sum(dim=1) + x[0].numel() * math.log(2 * math.pi))
 
 
@@ -69,7 +69,7 @@ def log_likelihood(
         generator: of their signs, on the CPU.
 
     Returns:
-        Nats, float64 b; and the noise at t = 1 that x comes from, b × ….
+        Log-density in nats, float64 b; and the noise at t = 1, b × ….
 
     Raises:
         ValueError: an unknown divergence, times that do not increase, or no probes.
@@ -99,6 +99,6 @@ def log_likelihood(
     return log_normal(x) + change, x
 
 
-def bits_per_number(log_density: Tensor, numbers: int) -> Tensor:
-    """Convert nats of images with values in [−1, 1] to bits per number of the same images in 256 levels."""
-    return -log_density / (numbers * math.log(2)) + math.log2(127.5)
+def bits_per_dimension(log_density: Tensor, dimensions: int) -> Tensor:
+    """Convert log-densities (nats) of images in [−1, 1] to bits per dimension of 8-bit images."""
+    return -log_density / (dimensions * math.log(2)) + math.log2(127.5)

@@ -70,11 +70,11 @@ def describe_training(config: Config) -> dict[str, Any]:
     """Return the forecast cost of a whole run; nothing is measured."""
     schedule = Schedule.of(config, config.data.global_batch_size or PAPER_BATCH, IMAGENET_IMAGES)
     images = schedule.duration
-    thawed = min(schedule.freeze_encoder_after, images)
+    learning = min(schedule.freeze_encoder_after, images)
     early, late = training_flops(config), training_flops(config, freeze_encoder=True)
     memory = training_memory(config)
     checkpointing = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
-    flops = thawed * early + (images - thawed) * late
+    flops = learning * early + (images - learning) * late
     return {
         "training_images": images,
         "tflop_per_image": round(early / 1e12, 3),
@@ -88,10 +88,10 @@ def describe_training(config: Config) -> dict[str, Any]:
 
 
 def training_flops(config: Config, freeze_encoder: bool = False) -> float:
-    """Forecast the FLOPs of stage 1A, 1B or 1C per image, in seconds and without allocating the model.
+    """Forecast the FLOPs of stage 1A, 1B or 1C per image. This takes seconds and allocates no weights.
 
-    They are those of matrix products and convolutions, forward and backward. Recomputation by activation checkpointing
-    is not counted, recomputation of stage 1B's chain is.
+    Matrix products and convolutions count, forward and backward. Recomputation counts for stage 1B's chain, but not for
+    activation checkpointing.
 
     Args:
         freeze_encoder: forecast the steps in which the encoder no longer learns.
@@ -100,7 +100,7 @@ def training_flops(config: Config, freeze_encoder: bool = False) -> float:
 
 
 def training_memory(config: Config, freeze_encoder: bool = False) -> Memory:
-    """Forecast the memory of stage 1A, 1B or 1C, as ``training_flops`` does the FLOPs."""
+    """Forecast the memory of stage 1A, 1B or 1C. Arguments as in ``training_flops``."""
     return _training_memory(_relevant(config), freeze_encoder)
 
 

@@ -1,4 +1,4 @@
-"""Early stopping by a held-out metric (section 3.3), against runs that improve only their loss."""
+"""Early stopping by a held-out metric (section 3.3). A falling loss alone does not make better images."""
 
 from __future__ import annotations
 

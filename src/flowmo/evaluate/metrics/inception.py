@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.pth import read_pth
+from flowmo.errors import one_line
 from flowmo.evaluate.metrics.features import FeatureNetwork, FeatureNetworkError, Features
 from flowmo.images import to_bytes
 from flowmo.losses.perceptual import find_weights, in_float32
@@ -64,7 +65,7 @@ class FIDInception(FeatureNetwork):
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
         except (CheckpointError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:150]
+            reason = one_line(error)
             raise FeatureNetworkError(f"{path} does not hold the weights of FID's Inception ({reason}).") from None
         self.classes = 1008 if self.network.fc.weight.any() else 0  # some copies of the weights lack the classifier
         self._resize_as_tensorflow = interpolate_bilinear_2d_like_tensorflow1x

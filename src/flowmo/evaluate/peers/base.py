@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.pth import read_pth
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
 from flowmo.evaluate.reconstruction import Reconstruction
 
 SIDE = 256
@@ -73,7 +73,7 @@ def read_weights(path: str | Path, *keys: str) -> dict[str, Tensor]:
             return load_file(path)
         content: object = read_pth(path)
     except (OSError, CheckpointError, SafetensorError) as error:
-        raise PeerError(f"{path} cannot be read ({' '.join(str(error).split())[:150]}).") from None
+        raise PeerError(f"{path} cannot be read ({one_line(error)}).") from None
     for key in keys:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowmo.errors import one_line
 from flowmo.evaluate.peers.base import PeerError
 from flowmo.evaluate.reconstruction import Reconstruction
 from flowmo.model.torchvision_import import before_importing
@@ -43,9 +44,8 @@ class ContinuousPeer:
             else:
                 vae = AutoencoderKL.from_pretrained(weights, local_files_only=True)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
             raise PeerError(
-                f"{weights or name} is not an autoencoder ({reason}). Name a folder: {kind}=FOLDER."
+                f"{weights or name} is not an autoencoder ({one_line(error)}). Name a folder: {kind}=FOLDER."
             ) from None
         self.name = f"{kind.upper()}, continuous"
         self.device = torch.device(device)

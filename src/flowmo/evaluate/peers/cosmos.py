@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowmo.errors import one_line
 from flowmo.evaluate.peers.base import PeerError, TokenNetwork
 
 LEVELS = (8, 8, 8, 5, 5, 5)
@@ -27,7 +28,7 @@ class Cosmos(TokenNetwork):
             try:
                 setattr(self, name, torch.jit.load(str(Path(path) / file), map_location="cpu").float())
             except (RuntimeError, ValueError, OSError) as error:
-                reason = " ".join(str(error).split())[:100]
+                reason = one_line(error, 100)
                 raise PeerError(f"{Path(path) / file} is not TorchScript of a Cosmos tokenizer ({reason}).") from None
 
     def encode(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
 from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
 from flowmo.model.torchvision_import import before_importing
 
@@ -88,8 +88,7 @@ def load_language_model(name: str, channels: int) -> tuple[Any, list[int]]:
     except LanguageModelError:
         raise
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise LanguageModelError(f"{name}: cannot load a language model ({reason})") from None
+        raise LanguageModelError(f"{name}: cannot load a language model ({one_line(error)})") from None
     try:
         sentinel_ids = AutoTokenizer.from_pretrained(name).convert_tokens_to_ids(list(SENTINELS))
     except (OSError, ValueError, KeyError, TypeError):
