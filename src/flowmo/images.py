@@ -254,7 +254,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def select_channels(images: Tensor, channels: Sequence[int] | None) -> Tensor:
-    """Select ``channels`` of images b c h w; ``None`` is all."""
+    """Select ``channels`` of images b × c × h × w; ``None`` is all."""
     if channels is None or [*channels] == [*range(images.shape[1])]:
         return images
     return torch.stack([images[:, channel] for channel in channels], dim=1)

@@ -88,7 +88,7 @@ class NpzFile:
             yield data, shape, dtype, fortran
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the images in order, uint8 b×3×h×w. Raises ``NpzError`` if there are none, or the file ends early."""
+        """Yield the images in order, uint8 b × 3 × h × w. Raises ``NpzError`` if there are none or the file ends."""
         if not len(self):
             raise self._error(f"it holds no images ({IMAGES})")
         count, *image = self.shape
@@ -126,7 +126,7 @@ class NpzFile:
 def write_npz(
     path: str | Path, batches: Iterable[Tensor], count: int, statistics: Mapping[str, tuple[Tensor, ...]] | None = None
 ) -> None:
-    """Write ``count`` images, in batches uint8 b×3×h×w, and (mean, covariance) per kind of ``STATISTICS``.
+    """Write ``count`` images, in batches uint8 b × 3 × h × w, and (mean, covariance) per kind of ``STATISTICS``.
 
     Raises:
         NpzError: the images are not ``count``, or not of one size.

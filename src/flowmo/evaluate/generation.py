@@ -27,7 +27,7 @@ from flowmo.images import ImageError, to_bytes, to_tensor
 
 
 class ImageSet(Protocol):
-    """Images of one size in a fixed order; ``batches`` yields uint8 b×3×h×w."""
+    """Images of one size in a fixed order; ``batches`` yields uint8 b × 3 × h × w."""
 
     @property
     def name(self) -> str: ...

@@ -38,7 +38,7 @@ class Reconstruction(NamedTuple):
     """Reconstructions of b images.
 
     Attributes:
-        images: b×c×h×w in [−1, 1].
+        images: b × c × h × w in [−1, 1].
         bits: b, bits of each image's code.
         ids: the ids, if any.
         file_bits: b, bits of each image's file, if it has one.
@@ -65,7 +65,7 @@ class Reconstructor(Protocol):
     def id_count(self) -> int | None: ...
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
-        """Reconstruct images b×c×h×w in [−1, 1] on the CPU. Their dataset ``indices`` seed random draws."""
+        """Reconstruct images b × c × h × w in [−1, 1] on the CPU. Their dataset ``indices`` seed random draws."""
 
 
 @dataclass
@@ -163,7 +163,7 @@ class Evaluators:
         batch_size: int = BATCH,
         pixels: PixelFormat = PixelFormat(),
     ) -> None:
-        """Add images x, b×c×h×w, and their reconstructions to a measurement.
+        """Add images x, b × c × h × w, and their reconstructions to a measurement.
 
         Args:
             batch_size: of the networks.
@@ -319,7 +319,7 @@ def read_crops(
     enlarge: bool = False,
     pixels: PixelFormat = PixelFormat(),
 ) -> Tensor:
-    """Read central squares b×c×side×side in [−1, 1], or one full image. Raises ``ImageError`` if one is unreadable."""
+    """Read central squares b × c × side × side in [−1, 1], or one full image. Raises ``ImageError``."""
     crops, unreadable = readable_crops(source, indices, side, enlarge, pixels)
     for message in unreadable.values():
         raise ImageError(message)
@@ -333,7 +333,7 @@ def readable_crops(
     enlarge: bool = False,
     pixels: PixelFormat = PixelFormat(),
 ) -> tuple[Tensor, dict[int, str]]:
-    """Read central squares b×c×side×side in [−1, 1]. Returns also {index: error} of the unreadable images.
+    """Read central squares b × c × side × side in [−1, 1]. Returns also {index: error} of the unreadable images.
 
     Without a ``side``, the one image of ``indices`` is not cropped.
     """

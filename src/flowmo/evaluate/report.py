@@ -331,7 +331,7 @@ def draw_images(
 
 
 def at_height(image: Tensor, height: int) -> Tensor:
-    """Resize an image 3×h×w."""
+    """Resize an image 3 × h × w."""
     width = max(round(image.shape[2] * height / image.shape[1]), 1)
     return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 

@@ -178,7 +178,7 @@ class Generator(Packable):
         return torch.where(unmask, sampled, ids), mask & ~unmask
 
     def guided_logits(self, ids: Tensor, mask: Tensor, labels: Tensor, guidance: float = 1.0) -> Tensor:
-        """Logits b n v in float32: null + guidance · (class − null). Guidance 1 needs no null pass.
+        """Logits b × n × v in float32: null + guidance · (class − null). Guidance 1 needs no null pass.
 
         The network has a logit for every id of ``id_bits`` bits; the logits of ids beyond the vocabulary are −∞.
         """
@@ -248,7 +248,7 @@ class Generator(Packable):
     # Shared by sampling and likelihood
 
     def _ranks(self, order: str, generators: Sequence[torch.Generator]) -> Tensor:
-        """The rank of each position in a fixed order, ``halton`` or ``random``: int64 b n."""
+        """The rank of each position in a fixed order, ``halton`` or ``random``: int64 b × n."""
         if order == "random":
             return torch.stack([torch.randperm(self.vocabulary.ids, generator=g) for g in generators])
         ranks = halton_order(self.vocabulary.tokens, self.vocabulary.sub_tokens).argsort()
@@ -274,7 +274,7 @@ class Generator(Packable):
         return ids.flatten(1).long()
 
     def _start(self, count: int, ids: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Initial ids b n and their mask, bool b n."""
+        """Initial ids b × n and their mask, bool b × n."""
         if ids is None and keep is None:
             shape = (count, self.vocabulary.ids)
             return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
@@ -298,7 +298,7 @@ def gumbel(uniform: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy over the masked ids in nats: logits b n v, ids b n, mask bool b n."""
+    """Mean cross-entropy over the masked ids in nats: logits b × n × v, ids b × n, mask bool b × n."""
     return F.cross_entropy(logits[mask].float(), ids[mask])
 
 

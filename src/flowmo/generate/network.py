@@ -17,7 +17,7 @@ from flowmo.model.transformer import RMSNorm
 
 
 class MaskGIT(nn.Module):
-    """Maps ids (b n), a mask of the ids to predict (b n) and class labels (b) to logits (b n v).
+    """Maps ids (b × n), a mask of the ids to predict (b × n) and class labels (b) to logits (b × n × v).
 
     Args:
         settings: sizes, and the kind of token embedding.
@@ -44,7 +44,7 @@ class MaskGIT(nn.Module):
         initialise(self, {"proj.weight": 2 * settings.depth, "mlp_out.weight": 2 * settings.depth})
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """Args: ids int64 b n, any value where masked; mask bool b n, True for ids to predict; labels int64 b."""
+        """Args: ids int64 b × n, any value where masked; mask bool b × n, True for ids to predict; labels int64 b."""
         x = torch.where(mask[..., None], self.hidden_id, self.embed(ids)) + self.place
         x = torch.cat((self.class_table(labels)[:, None], x), dim=1)
         for block in self.blocks:
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
 
 def split_heads(qkv: Tensor, heads: int) -> Tensor:
-    """b n 3d -> queries, keys and values: 3 b heads n d/heads."""
+    """b × n × 3d -> queries, keys and values: 3 × b × heads × n × d/heads."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 

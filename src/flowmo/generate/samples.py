@@ -69,7 +69,7 @@ def sample_images(
     keep: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Generate images of classes: b 3 h w in [−1, 1].
+    """Generate images of classes: b × 3 × h × w in [−1, 1].
 
     Args:
         indices: of the images in a larger set. With the seed they determine all randomness.

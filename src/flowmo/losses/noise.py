@@ -21,7 +21,7 @@ MAX_STUDENT_STEPS = 25
 
 
 class Jumps(NamedTuple):
-    """Stage 1C: noise b c h w where the teacher's path starts; start and end times of jumps, b × jumps in [0, 1]."""
+    """Stage 1C: noise b × c × h × w, where the teacher's path starts; start and end times of jumps, b × jumps."""
 
     noise: Tensor
     starts: Tensor
@@ -29,7 +29,7 @@ class Jumps(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Stage 1B: initial noise b c h w, times b × (steps + 1) from 1 to 0, and bool b × steps, False for a null code."""
+    """Stage 1B: initial noise b × c × h × w, times b × (steps + 1) from 1 to 0, b × steps, False for a null code."""
 
     noise: Tensor
     times: Tensor
@@ -41,7 +41,7 @@ class TrainingNoise(NamedTuple):
 
     Attributes:
         t: timesteps, b in [0, 1].
-        noise: b c h w.
+        noise: b × c × h × w.
         keep: bool b, False where the null code replaces the code.
         chain: stage 1B only.
         jumps: stage 1C only.
@@ -59,7 +59,7 @@ class TrainingNoise(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, images: Tensor, indices: Sequence[int], seed: int | None = None) -> TrainingNoise:
-        """Draw the numbers of ``images`` b c h w, whose positions in the run are ``indices``.
+        """Draw the numbers of ``images`` b × c × h × w, whose positions in the run are ``indices``.
 
         They depend on the seed and the index alone, so they survive interruption and any split of a batch.
 
@@ -108,7 +108,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def cut_size(opt: OptConfig, images: Tensor) -> tuple[int, int]:
-    """Return height and width of the crop of ``images`` b c h w that the perceptual loss sees."""
+    """Return height and width of the crop of ``images`` b × c × h × w that the perceptual loss sees."""
     if opt.lpips_crop:
         return opt.lpips_crop, opt.lpips_crop
     return images.shape[2] - opt.lpips_jitter, images.shape[3] - opt.lpips_jitter

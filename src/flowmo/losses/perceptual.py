@@ -137,7 +137,7 @@ def _loading(path: Path) -> Iterator[None]:
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018, version 0.1): b 3 h w × b 3 h w in [−1, 1] -> float32 b.
+    """Learned perceptual distance (Zhang et al. 2018, version 0.1) of images b × c × h × w in [−1, 1]: float32 b.
 
     Frozen and always in float32.
 
@@ -186,7 +186,7 @@ class LPIPS(nn.Module):
 
     @in_float32
     def features(self, x: Tensor) -> list[Tensor]:
-        """Return unit-length float32 feature maps of images b 3 h w in [−1, 1], one per row of the network."""
+        """Return unit-length float32 feature maps of images b × c × h × w in [−1, 1], one per row of the network."""
         x = channels_last((select_channels(x, self.channels) - self.mean) / self.std)
         maps = []
         for i, row in enumerate(self.rows):
@@ -208,7 +208,7 @@ class LPIPS(nn.Module):
 
 
 class ResNetLogits(nn.Module):
-    """Mean squared difference of ResNet-50's ImageNet logits at 224 × 224 (section 3.3): b 3 h w, b 3 h w -> b.
+    """Mean squared difference of ResNet-50's ImageNet logits of images b × c × h × w in [−1, 1] (section 3.3): b.
 
     Frozen and always in float32. Arguments and errors as for ``LPIPS``. ``name`` says which weights are in use.
     """
@@ -240,7 +240,7 @@ class ResNetLogits(nn.Module):
 
     @in_float32
     def features(self, x: Tensor) -> Tensor:
-        """Return the pooled features b × 2048 of images b 3 h w in [−1, 1]."""
+        """Return the pooled features b × 2048 of images b × c × h × w in [−1, 1]."""
         x = select_channels(x, self.channels)
         x = F.interpolate(x / 2 + 0.5, (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
         x = (x - self.mean) / self.std
@@ -248,7 +248,7 @@ class ResNetLogits(nn.Module):
 
     @in_float32
     def logits(self, x: Tensor) -> Tensor:
-        """Return float32 logits b × 1000 of images b 3 h w in [−1, 1]."""
+        """Return float32 logits b × 1000 of images b × c × h × w in [−1, 1]."""
         return self.network.fc(self.features(x))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

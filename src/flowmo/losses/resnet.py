@@ -33,7 +33,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """ImageNet classifier: normalised images b 3 224 224 -> logits b × 1000.
+    """ImageNet classifier: normalised images b × 3 × 224 × 224 -> logits b × 1000.
 
     Args:
         caffe: the original variant, as Keras ships it, which strides in the first convolution and has another eps.

@@ -42,7 +42,7 @@ class Loss(NamedTuple):
         total: the scalar to minimise.
         parts: detached float32 scalars for the log.
         ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
-        images: b c h w with gradient, stage 1A's one-step estimates (equation 6); ``None`` in other stages.
+        images: b × c × h × w with gradient, stage 1A's one-step estimates (equation 6); ``None`` in other stages.
     """
 
     total: Tensor
@@ -60,7 +60,7 @@ def pretrain_loss(
     whole_batch: WholeBatch = alone,
     freeze_encoder: bool = False,
 ) -> Loss:
-    """Stage 1A, equation 9: flow, perceptual and bottleneck losses of images b c h w in [−1, 1].
+    """Stage 1A, equation 9: flow, perceptual and bottleneck losses of images b × c × h × w in [−1, 1].
 
     Args:
         perceptual: distance between the images and their one-step estimates (equation 6); ``None`` omits it.
@@ -149,7 +149,7 @@ def distill_loss(
 def one_step(
     tokenizer: Tokenizer, code: Tensor, x: Tensor, noise: TrainingNoise, opt: OptConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the flow loss (equation 5) of images x b c h w, and the noised images and velocity behind it."""
+    """Return the flow loss (equation 5) of images x b × c × h × w, and the noised images and velocity behind it."""
     decoder, t = tokenizer.decoder, noise.t
     x_t = flow.interpolate(x, noise.noise, t)
     velocity = decoder(x_t, decoder.embed_code(code, noise.keep), decoder.modulate(t)).float()
@@ -157,7 +157,7 @@ def one_step(
 
 
 def sample_chain(tokenizer: Tokenizer, code: Tensor, chain: Chain, recompute: bool = True) -> Tensor:
-    """Sample images b c h w differentiably from pure noise, one Euler step per pair of times (equation 10).
+    """Sample images b × c × h × w differentiably from pure noise, one Euler step per pair of times (equation 10).
 
     Args:
         code: quantized, b × tokens × channels.
@@ -177,13 +177,13 @@ def sample_chain(tokenizer: Tokenizer, code: Tensor, chain: Chain, recompute: bo
 
 
 class Path(NamedTuple):
-    """Sampling path: n + 1 times from 1 to 0, and the states there, n + 1 b c h w."""
+    """Sampling path: n + 1 times from 1 to 0, and the states there, (n + 1) × b × c × h × w."""
 
     times: Tensor
     states: Tensor
 
     def at(self, t: Tensor) -> Tensor:
-        """Interpolate the states at times b × k, one row per image, -> b k c h w. Euler's path is piecewise linear."""
+        """Interpolate the states at times b × k: b × k × c × h × w. Euler's path is piecewise linear."""
         after = torch.searchsorted(-self.times, -t.contiguous()).clamp(1, len(self.times) - 1)
         early, late = self.times[after - 1], self.times[after]
         share = ((early - t) / (early - late))[..., None, None, None]
@@ -193,7 +193,7 @@ class Path(NamedTuple):
 
 @torch.no_grad()
 def teacher_path(teacher: Tokenizer, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
-    """Sample from noise b c h w with the teacher's own settings, or in ``steps`` Euler steps, and keep every state."""
+    """Sample from noise b × c × h × w with the teacher's settings, or in ``steps`` Euler steps; keep every state."""
     sampling = teacher.config.eval.sampling
     times = shifted_times(steps or sampling.sample_steps, sampling.rho)
     guidance = sampling.guidance, sampling.guidance_low, sampling.guidance_high

@@ -52,7 +52,7 @@ def ramp(span: Span, cells: int, cell: int) -> Tensor:
 
 
 def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, cell: int) -> Tensor:
-    """Encode images b c h w in blocks: float32 b tokens channels."""
+    """Encode images b × c × h × w in blocks: float32 b × tokens × channels."""
     rows, columns = images.shape[-2] // cell, images.shape[-1] // cell
     lines = []
     for down in spans(rows):
@@ -73,7 +73,7 @@ def decode(
     cell: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Decode one image in blocks: noise 1 c h w and code 1 tokens channels -> c h w, blended."""
+    """Decode one image in blocks: noise 1 × c × h × w and code 1 × tokens × channels -> c × h × w, blended."""
     channels, height, width = noise.shape[1:]
     rows, columns = height // cell, width // cell
     code = code.unflatten(1, (rows, columns))

@@ -15,7 +15,7 @@ DISTRIBUTIONS = {"fat_lognormal": 0.1, "lognormal": 0.0, "uniform": 1.0}
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Equation 4: the noised image x_t. x and noise: b c h w; t: b, in [0, 1]."""
+    """Equation 4: the noised image x_t. x and noise: b × c × h × w; t: b, in [0, 1]."""
     t = t[:, None, None, None]
     return (1 - t) * x + t * noise
 

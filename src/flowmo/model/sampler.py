@@ -59,7 +59,7 @@ def euler(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
 
 
 def midpoint(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
-    """Second order, two velocities per step; the step follows the one at its middle."""
+    """Second order, two velocities per step. It follows the velocity at the middle of the step."""
     x = noise
     for t, t_next in itertools.pairwise(times):
         half = (t + t_next) / 2
@@ -68,7 +68,7 @@ def midpoint(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tenso
 
 
 def heun(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
-    """Second order, two velocities per step, of which it follows the mean; the step to 0 is Euler's, as in EDM."""
+    """Second order, two velocities per step. It follows their mean; the step to 0 is Euler's, as in EDM."""
     x = noise
     for t, t_next in itertools.pairwise(times):
         first = velocity(x, t)
@@ -109,7 +109,7 @@ def evaluations(solver: str, times: Sequence[float]) -> list[float]:
 def guided_velocity(
     decoder: Decoder | WindowedDecoder, code: Tensor, guidance: float = 1.0, low: float = 0.0, high: float = 1.0
 ) -> Velocity:
-    """The decoder's velocity for ``code``, with classifier-free guidance where low ≤ t ≤ high.
+    """Return the decoder's velocity for ``code``, with classifier-free guidance where low ≤ t ≤ high.
 
     Where guidance applies, code and null code go through the decoder as one batch.
 
@@ -127,7 +127,7 @@ def guided_velocity(
 
     def velocity(x: Tensor, t: float) -> Tensor:
         at_t = decoder.modulate(torch.full((1,), t, device=code.device))
-        if guidance == 1.0 or not low <= t <= high:
+        if not is_guided(t, guidance, low, high):
             return decoder(x, embedded, at_t)
         conditional, unconditional = decoder(torch.cat((x, x)), torch.cat((embedded, null)), at_t).chunk(2)
         return unconditional + guidance * (conditional - unconditional)
@@ -136,7 +136,7 @@ def guided_velocity(
 
 
 def follow_mean_velocity(decoder: Decoder, code: Tensor, noise: Tensor, times: Sequence[float]) -> Tensor:
-    """Sample from a decoder of mean velocities (stage 1C): each of its Euler steps is exact for its own end."""
+    """Sample from a decoder of mean velocities (stage 1C). An Euler step by the mean velocity has no solver error."""
     embedded, x = decoder.embed_code(code), noise
     for t, end in itertools.pairwise(times):
         at_t = decoder.modulate(*(torch.full((1,), time, device=code.device) for time in (t, end)))
@@ -144,9 +144,13 @@ def follow_mean_velocity(decoder: Decoder, code: Tensor, noise: Tensor, times: S
     return x
 
 
+def is_guided(t: float, guidance: float, low: float, high: float) -> bool:
+    return guidance != 1.0 and low <= t <= high
+
+
 def network_passes(times: Sequence[float], guidance: float, low: float, high: float) -> int:
     """Decoder passes per image for velocities at ``times``: two where guidance applies, 31 in the paper's setting."""
-    return len(times) + sum(low <= t <= high for t in times) * (guidance != 1.0)
+    return len(times) + sum(is_guided(t, guidance, low, high) for t in times)
 
 
 def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1.0, channels: int = 3) -> Tensor:

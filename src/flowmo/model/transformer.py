@@ -125,7 +125,7 @@ def rotary_table(code_length: int, rows: int, columns: int, head_dim: int, layou
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate interleaved channel pairs of ``x`` (b n heads d) by the angles of ``table`` (2 n d)."""
+    """Rotate interleaved channel pairs of ``x`` (b × n × heads × d) by the angles of ``table`` (2 × n × d)."""
     cos, sin = table[:, :, None]
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)
@@ -141,7 +141,7 @@ def timestep_embedding(t: Tensor) -> Tensor:
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """b c h w -> b (h/p · w/p) (p · p · c), rows first, channels innermost."""
+    """b × c × h × w -> b × (h/p · w/p) × (p · p · c), rows first, channels innermost."""
     b, c, h, w = images.shape
     x = images.reshape(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
@@ -225,7 +225,7 @@ class Stream(nn.Module):
         return (Modulation(*parts), None) if self.keys_only else (Modulation(*parts[:3]), Modulation(*parts[3:]))
 
     def project(self, x: Tensor, modulation: Modulation | None, table: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Queries (``None`` with ``keys_only``), keys and values, each b n heads d."""
+        """Queries (``None`` with ``keys_only``), keys and values, each b × n × heads × d."""
         x = modulated_norm(x, modulation)
         if self.keys_only:
             query, (key, value) = None, self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
@@ -235,7 +235,7 @@ class Stream(nn.Module):
         return query, rotate(self.key_norm(key), table).to(value.dtype), value
 
     def finish(self, x: Tensor, attended: Tensor, modulations: Modulations) -> Tensor:
-        """Residual updates by the attention's output (b n d) and by the MLP."""
+        """Residual updates by the attention's output (b × n × d) and by the MLP."""
         attention, mlp = modulations
         x = gated_residual(x, self.proj(attended), attention)
         return gated_residual(x, self.mlp_out(self.gelu(self.mlp_in(modulated_norm(x, mlp)))), mlp)
@@ -265,7 +265,7 @@ class DoubleStreamBlock(nn.Module):
         table: Tensor,
         modulations: tuple[Modulations, Modulations] = (IDENTITY, IDENTITY),
     ) -> tuple[Tensor, Tensor]:
-        """code: b m d, image: b n d, table: rotary table of m + n tokens. A stream that is not read is unchanged."""
+        """code: b × m × d, image: b × n × d, table: of m + n tokens. A stream that is not read is unchanged."""
         m = code.shape[1]
         for_code, for_image = modulations
         code_q, code_k, code_v = self.code.project(code, for_code[0], table[:, :m])
@@ -300,7 +300,7 @@ class Encoder(nn.Module):
         self.code_out = nn.Linear(shape.width, channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: b c h w in [−1, 1], h and w multiples of the patch -> code: b code_length channels."""
+        """images: b × c × h × w in [−1, 1], h and w multiples of the patch -> code: b × code_length × channels."""
         b, _, h, w = images.shape
         table = self.shape.rotary_table(self.code_length, h, w, images.device)
         # The residual stream stays float32 under autocast: bfloat16 would lose its sum over the blocks.
@@ -363,7 +363,7 @@ class Decoder(nn.Module):
         return Conditioning(t, blocks, Modulation(*self.out_modulation(activated).float()[:, None].chunk(2, dim=-1)))
 
     def embed_code(self, code: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Code b m channels -> code tokens b m width.
+        """Code b × m × channels -> code tokens b × m × width.
 
         A channel of ones tells a code from the null code of classifier-free guidance, which is all zeros.
 
@@ -376,7 +376,7 @@ class Decoder(nn.Module):
         return self.code_in(code).float()
 
     def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
-        """x_t: b c h w, code: embedded code b m width, at_t: from ``modulate`` -> velocity float32 b c h w."""
+        """x_t: b × c × h × w, code: embedded, b × m × width, at_t: from ``modulate`` -> float32 velocity like x_t."""
         h, w = x_t.shape[-2:]
         table = self.shape.rotary_table(code.shape[1], h, w, x_t.device)
         image = self.picture_in(patchify(x_t, self.shape.patch)).float()
@@ -389,7 +389,7 @@ class Decoder(nn.Module):
 
 
 def velocity_from(out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
-    """The velocity for a decoder's output b c h w, which is a ``velocity`` or a ``picture``; t: b or 1."""
+    """Convert a decoder's output b × c × h × w, a ``velocity`` or a ``picture``, to the velocity; t: b or 1."""
     if prediction == "velocity":
         return out
     return (x_t - out) / t.clamp(min=MIN_PREDICTION_TIME)[:, None, None, None]

@@ -36,7 +36,7 @@ IGNORED = -100
 
 
 class GeneratorNoise(NamedTuple):
-    """Random numbers of a micro-batch: the mask of ids, bool b n; which classes are kept, bool b."""
+    """Random numbers of a micro-batch: the mask of ids, bool b × n; which classes are kept, bool b."""
 
     mask: Tensor
     keep: Tensor
@@ -73,9 +73,9 @@ class GeneratorStage(nn.Module):
         same however a batch is split.
 
         Args:
-            ids: int64 b n.
+            ids: int64 b × n.
             labels: int64 b, ``null_class`` where there is none.
-            mask: bool b n.
+            mask: bool b × n.
         """
         settings = self.generator.config.generator
         logits = self.generator.network(ids, mask, labels).flatten(0, 1).float()  # (b n) v

@@ -30,7 +30,7 @@ class Features(NamedTuple):
 
 
 class FeatureNetwork(nn.Module):
-    """A frozen network: images b×3×h×w in [−1, 1] -> ``Features``.
+    """A frozen network: images b × 3 × h × w in [−1, 1] -> ``Features``.
 
     Attributes:
         name: printed with every result.
@@ -84,7 +84,7 @@ def without_tf32() -> Iterator[None]:
 
 @without_tf32()
 def in_fixed_batches(network: Callable[..., Any], *images: Tensor, batch_size: int = BATCH) -> Any:
-    """Run a network on images b×3×h×w, or on pairs of them, in batches of one size; the last is padded.
+    """Run a network on images b × 3 × h × w, or on pairs of them, in batches of one size; the last is padded.
 
     Rounding depends on the batch size. With a fixed one, the output of an image does not depend on its batch.
 

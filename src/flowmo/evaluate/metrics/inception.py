@@ -76,7 +76,7 @@ class FIDInception(FeatureNetwork):
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     def _input(self, images: Tensor) -> Tensor:
-        """Input of the first convolution, b×3×299×299 in about [−1, 1]."""
+        """Input of the first convolution, b × 3 × 299 × 299 in about [−1, 1]."""
         if self.protocol == "legacy":
             return F.interpolate(images.clamp(-1, 1), (SIDE, SIDE), mode="bilinear", align_corners=False)
         return (self._resize_as_tensorflow(to_bytes(images).float(), (SIDE, SIDE), align_corners=False) - 128) / 128

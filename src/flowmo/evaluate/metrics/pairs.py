@@ -15,7 +15,7 @@ SSIM_K = 0.01, 0.03
 
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error of each pair of 8-bit images b×c×h×w, on the scale 0 … 255: float64 b."""
+    """Mean squared error of each pair of 8-bit images b × c × h × w, on the scale 0 … 255: float64 b."""
     return (x.double() - y.double()).square().flatten(1).mean(dim=1)
 
 
@@ -30,7 +30,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each pair of 8-bit images b×c×h×w: float64 b.
+    """SSIM of each pair of 8-bit images b × c × h × w: float64 b.
 
     It equals scikit-image's default, which the paper reports: uniform windows of 7 × 7 pixels inside the image,
     unbiased variances, channels apart. torchmetrics has biased variances.
@@ -53,13 +53,13 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def per_channel(metric: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """A metric of each channel of pairs of images b×c×h×w: c × b."""
+    """A metric of each channel of pairs of images b × c × h × w: c × b."""
     ours, theirs = (images.flatten(0, 1)[:, None] for images in (x, y))
     return metric(ours, theirs).unflatten(0, x.shape[:2]).T
 
 
 def grid(rows: Sequence[Tensor | Sequence[Tensor]], gap: int = 2) -> Tensor:
-    """Lay out rows of images c×h×w as one image c × height × width in [−1, 1], with white rules.
+    """Lay out rows of images c × h × w as one image c × height × width in [−1, 1], with white rules.
 
     Images of a row share their height, those of a column their width.
     """
@@ -75,7 +75,7 @@ HEAT = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.56, 0
 
 
 def heat_map(values: Tensor) -> Tensor:
-    """Colour values h×w as an image 3×h×w in [−1, 1], from black at 0 over red to light yellow at the maximum."""
+    """Colour values h × w as an image 3 × h × w in [−1, 1], from black at 0 over red to light yellow at the maximum."""
     colours = torch.tensor(HEAT, dtype=torch.float32)
     position = values.float() / values.max().clamp(min=1e-9) * (len(HEAT) - 1)
     below = position.floor().long().clamp(max=len(HEAT) - 2)

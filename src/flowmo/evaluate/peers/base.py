@@ -38,11 +38,11 @@ class TokenNetwork(nn.Module):
     device = torch.device("cpu")
 
     def encode(self, x: Tensor) -> Tensor:
-        """Encode images b×3×h×w in [``low``, 1] as int64 ids, b × any shape."""
+        """Encode images b × 3 × h × w in [``low``, 1] as int64 ids, b × any shape."""
         raise NotImplementedError
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Decode the ids of ``encode`` to images b×3×h×w in [``low``, 1]."""
+        """Decode the ids of ``encode`` to images b × 3 × h × w in [``low``, 1]."""
         raise NotImplementedError
 
     def read(self, path: str | Path) -> None:

@@ -57,7 +57,7 @@ class Encoder(ViT):
         self.conv_out = nn.Conv2d(self.width, CODE_CHANNELS, 1)
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        """Images b×3×256×256 and latent tokens -> code b × channels × tokens."""
+        """Images b × 3 × 256 × 256 and latent tokens -> code b × channels × tokens."""
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)
         out = self.ln_post(self.run(patches, latents.expand(len(x), -1, -1))[:, 1 + PATCHES :])
         # The published weights were trained with this reshape, which reads tokens × width as width × tokens.

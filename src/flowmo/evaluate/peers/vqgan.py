@@ -132,7 +132,7 @@ class VQGAN(NamedTuple):
     magvit: bool = False
 
     def encoder(self, channels: int) -> Chain:
-        """Images b×3×h×w -> code b × channels × h/s × w/s."""
+        """Images b × 3 × h × w -> code b × channels × h/s × w/s."""
         widths, lowest = [WIDTH * m for m in (1, *self.multipliers)], len(self.multipliers) - 1
         layers: dict[str, nn.Module] = {"conv_in": conv(3, WIDTH, self.attention)}
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
@@ -145,7 +145,7 @@ class VQGAN(NamedTuple):
         return Chain(layers | self._middle(widths[-1]) | self._head(widths[-1], channels, 3 if self.attention else 1))
 
     def decoder(self, channels: int) -> Chain:
-        """Code b × channels × h × w -> images b×3×sh×sw."""
+        """Code b × channels × h × w -> images b × 3 × sh × sw."""
         widths, lowest = [WIDTH * m for m in (*self.multipliers, self.multipliers[-1])], len(self.multipliers) - 1
         layers: dict[str, nn.Module] = {"conv_in": conv(channels, widths[-1])} | self._middle(widths[-1])
         for i in range(lowest, -1, -1):
@@ -283,11 +283,11 @@ class OpenMagvit2(BitTokenNetwork):
 
 
 def bits_to_ids(x: Tensor) -> Tensor:
-    """Pack the signs of x b c … into integers b …; channel 0 is the lowest bit."""
+    """Pack the signs of x b × c × … into integers b …; channel 0 is the lowest bit."""
     return torch.einsum("bc...,c->b...", (x > 0).long(), 2 ** torch.arange(x.shape[1], device=x.device))
 
 
 def ids_to_bits(ids: Tensor, channels: int) -> Tensor:
-    """Invert ``bits_to_ids``: b … -> −1 and 1, b c …."""
+    """Invert ``bits_to_ids``: b × … -> −1 and 1, b × c × …."""
     shifts = torch.arange(channels, device=ids.device).view(-1, *(1,) * (ids.ndim - 1))
     return ((ids[:, None] >> shifts) & 1).float() * 2 - 1

@@ -64,6 +64,6 @@ class FSQ(Quantizer):
         return 2 * level / (self.levels - 1) - 1
 
     def ids(self, level: Tensor) -> Tensor:
-        """b t f -> int64 b t f/g."""
+        """b × t × f -> int64 b × t × f/g."""
         power = self.levels ** torch.arange(self.group, device=level.device)
         return (level.detach().long().unflatten(-1, (-1, self.group)) * power).sum(dim=-1)

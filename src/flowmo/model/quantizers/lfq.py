@@ -84,7 +84,7 @@ class LFQ(Quantizer):
         return F.mse_loss(code, corner)
 
     def ids_from_signs(self, signs: Tensor) -> Tensor:
-        """b t f -> int64 b t f/G."""
+        """b × t × f -> int64 b × t × f/G."""
         bits = (signs > 0).unflatten(-1, (self.group, -1))  # b t g s
         weight = 2 ** torch.arange(self.group, device=signs.device)
         return (bits * weight[:, None]).sum(dim=-2)

@@ -85,7 +85,7 @@ class VQ(Quantizer):
         return self.codebook[ids].flatten(-2)
 
     def _split(self, code: Tensor) -> Tensor:
-        """b t f -> b t s f/s."""
+        """b × t × f -> b × t × s × f/s."""
         return code.unflatten(-1, (-1, self.codebook.shape[1]))
 
     def statistics(self, code: Tensor, ids: Tensor) -> Tensor:
