@@ -328,6 +328,16 @@ def test_the_command_writes_a_part(class_folder, tiny_model, tmp_path, capsys):
     assert len(TokenDataset(tmp_path / "out")) == 6
     status, _, err = run_command(capsys, *words, "--part", "0/2")
     assert (status, err) == (2, "flowmo: There is no part 0/2. The parts of 2 run from 1 to 2.\n")
+    (tmp_path / "out" / "tokens-00003.bin").unlink()
+    status, out, err = run_command(capsys, *words, "--precision", "bfloat16")
+    mixed = f"flowmo: {tmp_path}/out: its ids were computed in bfloat16 autocast (cpu) and float32 (cpu)."
+    assert err.count("computed in") == err.count(mixed) == 1
+    status, out, err = run_command(capsys, *words, "--precision", "bfloat16")
+    assert (status, err.count("computed in")) == (0, 0), "nothing was left to compute"
+    for image in class_folder.rglob("*.jpg"):
+        image.write_bytes(b"no image")
+    status, _, err = run_command(capsys, "tokenize", class_folder, "--out", tmp_path / "none", "--model", tiny_model)
+    assert (status, err.splitlines()[-1]) == (2, f"flowmo: {tmp_path}/none: none of its images could be read.")
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file .*tar:ResourceWarning")  # by webdataset

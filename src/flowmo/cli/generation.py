@@ -16,7 +16,7 @@ import flowmo
 from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, SEED, command, load, number, option, prepare
 from flowmo.cli.output import UsageError, progress_bar, write
 from flowmo.config import REVEALING_ORDERS
-from flowmo.data import Source, TokenDataset, evenly_spread, open_source
+from flowmo.data import DataError, Source, TokenDataset, evenly_spread, open_source
 from flowmo.data.export import WRITERS
 from flowmo.data.export import export as write_export
 from flowmo.data.token_files import UNREADABLE, Part, TokenMetadata, missing_shards, read_labels
@@ -83,8 +83,8 @@ def describe_tokens(out: Path, written: TokenMetadata, part: Part, source: Sourc
     unreadable = [first + int(i) for i in np.flatnonzero(np.concatenate([*labels, []]) == UNREADABLE)]
     for index in sorted({sample % len(source) for sample in unreadable}):
         print(f"left out: {source.name(index)} cannot be read", file=sys.stderr)
-    if not missing:
-        TokenDataset(out, verify=False)  # refuses a folder without a readable image
+    if part.count == 1 and len(unreadable) == count:
+        raise DataError(f"{out}: none of its images could be read.")
     size, classes = count * written.item_bytes, len(written.classes)
     text = f"{out}: " + (f"part {part}, " if part.count > 1 else "") + f"{count} samples"
     text += f", {len(unreadable)} of which cannot be read" if unreadable else ""
