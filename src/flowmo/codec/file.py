@@ -1,8 +1,12 @@
 """The ``.flowmo`` file: the ids of one image behind a short header, packed or entropy-coded.
 
-Version 2 holds the ids of an image's tiles, with a CRC-32. Version 3, for tokenizers of native size, holds planes, one
-sub-token of every cell each, with a CRC-16 each; a prefix of the planes is a coarser image. The checksums cover the
-packed ids, so they detect a context model that decodes to other ids. ``docs/codec.md`` specifies every byte.
+    version 2: header, varint tile − 1, [context], ids of all tiles, CRC-32
+    version 3: header, planes, [context], CRC-16, and for each plane: [varint length], ids of all cells, CRC-16
+    header:    "FLM", version | coding << 4, identity of the tokenizer, varint height − 1, varint width − 1
+
+Parts in brackets exist in entropy-coded files; context is the identity of the context model. Version 3 is for
+tokenizers of native size. A plane is one sub-token of every cell; a prefix of the planes is a coarser image. Checksums
+cover the packed ids, so they detect a context model that decodes to other ids. ``docs/codec.md`` specifies every byte.
 """
 
 from __future__ import annotations
@@ -293,7 +297,7 @@ class Codec:
         try:
             return pack_ids(token_ids(range_coder.decode(model, content, images), self.bits), self.bits)
         except ContextError:
-            raise _damaged("it holds no string of its context model") from None
+            raise _damaged("its context model cannot decode it") from None
 
     def _unpack_ids(self, packed: bytes, count: int) -> np.ndarray:
         ids = unpack_ids(packed, count, self.bits)
