@@ -189,11 +189,11 @@ def test_bsq_lies_on_the_sphere_and_its_entropy_is_bounded_by_its_bits():
 
 def test_bsq_scales_each_token_and_draws_it_to_its_corner():
     quantizer, code = BSQ(2, 1), torch.tensor([[[3.0, 4.0], [2.0, 0.0], [0.0, 5.0]]])
-    on_sphere = quantizer.bounded(code)
+    on_sphere = quantizer.normalize(code)
     torch.testing.assert_close(on_sphere, torch.tensor([[[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]]]))
     half = 2**-0.5
     squared = [(0.6 - half) ** 2 + (0.8 - half) ** 2, (1 - half) ** 2 + half**2, half**2 + (1 - half) ** 2]
-    distance = quantizer.commitment(on_sphere, quantizer.corner(on_sphere))
+    distance = quantizer.commitment(on_sphere, quantizer.nearest_code(on_sphere))
     assert distance.item() == pytest.approx(sum(squared) / 3, rel=1e-5)
 
 
@@ -203,7 +203,7 @@ def test_parts_of_a_batch_have_its_gradient():
     code = torch.randn(6, 5, 8)
     whole = code.clone().requires_grad_()
     sum(quantizer(whole).losses.values()).backward()
-    means = quantizer.logits(quantizer.bounded(code)).sigmoid().flatten(0, 1).mean(dim=0)
+    means = quantizer.logits(quantizer.normalize(code)).sigmoid().flatten(0, 1).mean(dim=0)
     parts = code.clone().requires_grad_()
     total = sum(sum(quantizer(part, lambda _: means).losses.values()) for part in parts.chunk(3)) / 3
     total.backward()

@@ -25,15 +25,15 @@ class BSQ(LFQ):
         """Logits of set bits under a softmax of ⟨x, codebook⟩ / temperature. LFQ's softmax has a factor of 2."""
         return 2 * on_sphere * self.channels**-0.5 / TEMPERATURE
 
-    def bounded(self, code: Tensor) -> Tensor:
+    def normalize(self, code: Tensor) -> Tensor:
         return F.normalize(code, dim=-1)
 
-    def corner(self, code: Tensor) -> Tensor:
-        return super().corner(code) * self.channels**-0.5
+    def nearest_code(self, code: Tensor) -> Tensor:
+        return super().nearest_code(code) * self.channels**-0.5
 
-    def commitment(self, code: Tensor, corner: Tensor) -> Tensor:
+    def commitment(self, code: Tensor, quantized: Tensor) -> Tensor:
         """Equation 8, summed over channels and averaged over tokens: below 2 on the sphere."""
-        return (code - corner).square().sum(dim=-1).mean()
+        return (code - quantized).square().sum(dim=-1).mean()
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
         return super().code_from_ids(ids) * self.channels**-0.5

@@ -40,14 +40,14 @@ class LFQ(Quantizer):
         self.commitment_weight = commitment_weight
 
     def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
-        code = self.bounded(code.float())
-        corner = self.corner(code)
+        code = self.normalize(code.float())
+        quantized = self.nearest_code(code)
         with torch.autocast(code.device.type, enabled=False):  # a distribution over 2^G codes needs float32
             sample_entropy, mean_entropy = self.entropies(code, whole_batch)
-        commitment = self.commitment(code, corner)
+        commitment = self.commitment(code, quantized)
         return Quantized(
-            code=corner + (code - code.detach()),  # straight-through; exactly the corner in the forward pass
-            ids=self.ids_from_signs(corner),
+            code=quantized + (code - code.detach()),  # straight-through; exactly the quantized code in the forward pass
+            ids=self.ids_from_signs(quantized),
             losses={
                 "entropy": self.entropy_weight * (sample_entropy - mean_entropy),
                 "commitment": self.commitment_weight * commitment,
@@ -60,8 +60,8 @@ class LFQ(Quantizer):
         )
 
     def quantize(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        corner = self.corner(code)
-        return corner, self.ids_from_signs(corner)
+        quantized = self.nearest_code(code)
+        return quantized, self.ids_from_signs(quantized)
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
         shift = torch.arange(self.group, device=ids.device)
@@ -71,17 +71,17 @@ class LFQ(Quantizer):
     def sub_token_of(self, channel: Tensor) -> Tensor:
         return channel % (self.channels // self.group)
 
-    def bounded(self, code: Tensor) -> Tensor:
-        """Map the encoder's output to the space of the corners."""
+    def normalize(self, code: Tensor) -> Tensor:
+        """Map the encoder's output to the space of quantized codes; the identity for LFQ."""
         return code
 
-    def corner(self, code: Tensor) -> Tensor:
+    def nearest_code(self, code: Tensor) -> Tensor:
         """Round to the nearest code that has ids."""
         return torch.where(code > 0, 1.0, -1.0)
 
-    def commitment(self, code: Tensor, corner: Tensor) -> Tensor:
-        """Equation 8: distance between the encoder's output and its corner."""
-        return F.mse_loss(code, corner)
+    def commitment(self, code: Tensor, quantized: Tensor) -> Tensor:
+        """Equation 8: distance between the encoder's output and its quantized code."""
+        return F.mse_loss(code, quantized)
 
     def ids_from_signs(self, signs: Tensor) -> Tensor:
         """b × t × f -> int64 b × t × f/G."""
