@@ -151,11 +151,8 @@ class IntegerModel:
 
     def save(self) -> bytes:
         """Serialize to int16 safetensors for ``read``."""
-        metadata = {
-            "flowmo_context": self.FORMAT,
-            "tokenizer": self.tokenizer,
-            "neighbours": json.dumps(self.neighbours),
-        }
+        metadata = {"flowmo_context": self.FORMAT, "tokenizer": self.tokenizer}
+        metadata["neighbours"] = json.dumps(self.neighbours)
         return save({name: np.asarray(array, np.int16) for name, array in self.arrays.items()}, metadata)
 
     @classmethod

@@ -38,9 +38,8 @@ def frequencies(tokens: TokenDataset) -> ContextModel:
         indices = range(start, min(start + COUNT_BATCH, len(tokens)))
         count += image_bits(tokens, indices).sum(axis=0, dtype=np.int64)
     p = (count + 0.5) / (len(tokens) + 1)
-    arrays: dict[str, np.ndarray] = {
-        name: np.zeros(shape, np.int64) for name, shape in context_shapes(t, b, 0, 0).items()
-    }
+    shapes = context_shapes(t, b, 0, 0)
+    arrays: dict[str, np.ndarray] = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
     arrays["bias"] = np.rint((1 << FRACTION) * np.log(p / (1 - p))).astype(np.int64)
     return ContextModel(tokens.metadata.tokenizer, (), **arrays)
 
@@ -131,14 +130,10 @@ class FloatModel(torch.nn.Module):
     def rounded(self) -> dict[str, np.ndarray]:
         """Return the weights in fixed point."""
         limit = (1 << 15) - 1
-        return {
-            name: (weights * (1 << self.fractions.get(name, FRACTION)))
-            .round()
-            .clamp(-limit, limit)
-            .numpy()
-            .astype(np.int64)
-            for name, weights in self.named_parameters()
+        scaled = {
+            name: weights * (1 << self.fractions.get(name, FRACTION)) for name, weights in self.named_parameters()
         }
+        return {name: x.round().clamp(-limit, limit).numpy().astype(np.int64) for name, x in scaled.items()}
 
 
 class Network(FloatModel):

@@ -151,13 +151,8 @@ class PlaneNetwork(FloatModel):
 
     def __init__(self, planes: int, digits: int, bits: int, hidden: int, generator: torch.Generator):
         shapes = weight_shapes(planes, digits, bits, len(NEIGHBOURS), hidden)
-        scales = {
-            "start": 0.1,
-            "around": (shapes["around"][1] / 2) ** -0.5 / (1 << bits - 1),
-            "middle": (2 / hidden) ** 0.5,
-            "digits": 0.05,
-            "readout": hidden**-0.5,
-        }
+        scales = {"start": 0.1, "around": (shapes["around"][1] / 2) ** -0.5 / (1 << bits - 1)}
+        scales |= {"middle": (2 / hidden) ** 0.5, "digits": 0.05, "readout": hidden**-0.5}
         super().__init__(shapes, scales, generator)
         self.planes, self.per_id, self.bits = planes, digits, bits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -25,11 +26,7 @@ def library() -> ModuleType:
 
 def available() -> bool:
     """True if constriction is installed."""
-    try:
-        library()
-    except ContextError:
-        return False
-    return True
+    return find_spec("constriction") is not None
 
 
 def encode(model: Predictor, bits: Bits) -> bytes:

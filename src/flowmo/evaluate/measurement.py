@@ -171,11 +171,7 @@ class Measurement:
         return distance, finite_sample_bias(distance, halves)
 
     def kernel_distance(self) -> float:
-        """Kernel distance of the kept features, the rKID if the network is FID's.
-
-        Raises:
-            StatisticsError: fewer than two images.
-        """
+        """Kernel distance of the kept features. Raises ``StatisticsError`` for fewer than two images."""
         kept = self._kept()
         originals, results = kept[:, ~kept.isnan().any(dim=2).any(dim=0)]
         return kernel_distance(originals, results, paired=True)

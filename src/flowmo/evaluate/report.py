@@ -64,6 +64,8 @@ img { max-width: 100%; image-rendering: auto } figure { margin: 2rem 0 } figcapt
 
 Table = list[list[str]]
 """Rows of cells; the first row is the heading."""
+Figures = list[tuple[str, str]]
+"""(file name, caption) of each plot or image."""
 
 
 class ReportError(FlowMoError, RuntimeError):
@@ -212,7 +214,7 @@ def markdown_table(table: Table) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def markdown(rows: Sequence[Summary], header: Mapping[str, Any], figures: Sequence[tuple[str, str]]) -> str:
+def markdown(rows: Sequence[Summary], header: Mapping[str, Any], figures: Figures) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in header_lines(header))
     note_items = "\n".join(f"- {line}" for line in notes(rows))
     images = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in figures)
@@ -238,7 +240,7 @@ def html_table(table: Table) -> str:
     return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, Any], figures: Sequence[tuple[str, str]]) -> str:
+def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, Any], figures: Figures) -> str:
     """Return a self-contained HTML page; images are embedded."""
     about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in header_lines(header))
     note_items = "".join(f"<li>{escape(line)}</li>" for line in notes(rows))
@@ -261,8 +263,8 @@ def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, Any], figu
 # Plots and images
 
 
-def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
-    """Plot rate against distortion, and rate against rFID with the published points. Returns (file name, caption)s."""
+def draw_plots(out: Path, rows: Sequence[Summary]) -> Figures:
+    """Plot rate against distortion, and rate against rFID with the published points."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -302,11 +304,8 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> list[tuple[str, str]]:
 
 def draw_images(
     out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int | None, pixels: PixelFormat
-) -> list[tuple[str, str]]:
-    """Draw originals and reconstructions where the first candidate is worst, median and best.
-
-    Returns (file name, caption) of each file.
-    """
+) -> Figures:
+    """Draw originals and reconstructions where the first candidate is worst, median and best."""
     first = entries[0]
     has_lpips = first.summary.lpips_alex is not None
     column, metric = ("lpips_alex", "LPIPS") if has_lpips else ("squared_error", "squared error")

@@ -54,10 +54,6 @@ class Generator(Packable):
         self.chunk_size: int | None = None
 
     @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    @property
     def networks(self) -> dict[str, nn.Module]:
         """The networks made of blocks, by name."""
         return {"network": self.network}
@@ -342,15 +338,7 @@ def load_generator(
         config, vocabulary = _parse(metadata)
     except CheckpointError:
         raise
-    except (
-        safetensors.SafetensorError,
-        OSError,
-        ConfigError,
-        TypeError,
-        ValueError,
-        KeyError,
-        RecursionError,
-    ) as error:
+    except (safetensors.SafetensorError, OSError, TypeError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: The file is damaged or no generator ({one_line(error)}).") from None
     return build_generator(config.override(*overrides), vocabulary, state, path).to(device)
 

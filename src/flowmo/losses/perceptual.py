@@ -88,8 +88,8 @@ def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = N
         WeightsNotFoundError: the file is nowhere and cannot be downloaded.
     """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    folders = [*(Path(place) for place in (folder, os.environ.get("FLOWMO_WEIGHTS")) if place), cache]
-    for path in (place / name for place in folders for name in names):
+    folders = [*(Path(named) for named in (folder, os.environ.get("FLOWMO_WEIGHTS")) if named), cache]
+    for path in (parent / name for parent in folders for name in names):
         if path.is_file():
             return path
     reason = "downloads are switched off"
@@ -104,10 +104,6 @@ def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = N
         f"There is no {' or '.join(names)} in {', '.join(map(str, folders))}, and {reason}. "
         f"Fetch {url} and put it into a folder named by FLOWMO_WEIGHTS."
     )
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def in_float32(method: Callable[..., Result]) -> Callable[..., Result]:
@@ -187,7 +183,7 @@ class LPIPS(nn.Module):
     @in_float32
     def features(self, x: Tensor) -> list[Tensor]:
         """Return unit-length float32 feature maps of images b × c × h × w in [−1, 1], one per row of the network."""
-        x = channels_last((select_channels(x, self.channels) - self.mean) / self.std)
+        x = ((select_channels(x, self.channels) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         maps = []
         for i, row in enumerate(self.rows):
             if i in self.pooled_rows:
@@ -244,7 +240,8 @@ class ResNetLogits(nn.Module):
         x = select_channels(x, self.channels)
         x = F.interpolate(x / 2 + 0.5, (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
         x = (x - self.mean) / self.std
-        return self.network.features(channels_last(x.flip(1) if self.caffe else x))  # Caffe's channels are B, G, R
+        x = x.flip(1) if self.caffe else x  # Caffe's channels are B, G, R
+        return self.network.features(x.contiguous(memory_format=torch.channels_last))
 
     @in_float32
     def logits(self, x: Tensor) -> Tensor:
