@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from flowmo.config import Config, OptConfig
 from flowmo.losses.noise import Chain, TrainingNoise, cut_size, to_device
 from flowmo.model import flow
-from flowmo.model.quantizers import Quantized, WholeBatch, alone
+from flowmo.model.quantizers import Quantized, WholeBatch, local_statistic
 from flowmo.model.sampler import euler, guided_velocity, shifted_times
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -57,7 +57,7 @@ def pretrain_loss(
     noise: TrainingNoise,
     opt: OptConfig,
     perceptual: Distance | None,
-    whole_batch: WholeBatch = alone,
+    whole_batch: WholeBatch = local_statistic,
     freeze_encoder: bool = False,
 ) -> Loss:
     """Stage 1A, equation 9: flow, perceptual and bottleneck losses of images b × c × h × w in [−1, 1].
@@ -90,7 +90,7 @@ def posttrain_loss(
     noise: TrainingNoise,
     opt: OptConfig,
     perceptual: Distance | None,
-    whole_batch: WholeBatch = alone,
+    whole_batch: WholeBatch = local_statistic,
 ) -> Loss:
     """Stage 1B, equation 12: flow loss, and perceptual distance between images and samples through the whole chain.
 
@@ -115,7 +115,7 @@ def distill_loss(
     noise: TrainingNoise,
     opt: OptConfig,
     perceptual: Distance | None,
-    whole_batch: WholeBatch = alone,
+    whole_batch: WholeBatch = local_statistic,
     *,
     teacher: Tokenizer,
 ) -> Loss:
@@ -242,7 +242,11 @@ class Stage(nn.Module):
         self.untrained = (perceptual, teacher)  # a tuple keeps them out of parameters(), sharding and checkpoints
 
     def forward(
-        self, images: Tensor, noise: TrainingNoise | None, whole_batch: WholeBatch = alone, freeze_encoder: bool = False
+        self,
+        images: Tensor,
+        noise: TrainingNoise | None,
+        whole_batch: WholeBatch = local_statistic,
+        freeze_encoder: bool = False,
     ) -> Loss | None:
         """Return the loss. Without ``noise``, only report the bottleneck's statistics to ``whole_batch``."""
         tokenizer, (perceptual, teacher) = self.tokenizer, self.untrained

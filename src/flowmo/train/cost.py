@@ -26,7 +26,7 @@ from flowmo.losses.noise import Chain, Jumps, TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage
 from flowmo.model import transformer
-from flowmo.model.quantizers import alone
+from flowmo.model.quantizers import local_statistic
 from flowmo.model.quantizers.infill import HUB_NAMES
 from flowmo.tokenizer import FlowMo
 from flowmo.train.parallel import prepare, recompute
@@ -230,7 +230,7 @@ def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tupl
     cut = [(0, 0)] * count if config.opt.lpips_crop else None
     noise = TrainingNoise(torch.empty(count), images, keep[:, 0], sampled, Jumps(images, times, times), cut)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
-    return lambda: stage(images, noise, alone, freeze_encoder).total, modules
+    return lambda: stage(images, noise, local_statistic, freeze_encoder).total, modules
 
 
 def _backward(loss: Callable[[], Tensor], bfloat16: bool) -> None:

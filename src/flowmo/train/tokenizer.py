@@ -22,7 +22,7 @@ from flowmo.images import to_pil
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS, build_distance
 from flowmo.losses.stages import Loss, Stage, cut_out
-from flowmo.model.quantizers import Learner, WholeBatch, alone
+from flowmo.model.quantizers import Learner, WholeBatch, local_statistic
 from flowmo.pixels import PixelFormat
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo, build, load
@@ -156,9 +156,9 @@ class TokenizerTask(Task):
         """
         model = self.config.model
         if not self.model.quantizer.needs_whole_batch or model.entropy_statistics == "process" or self.frozen:
-            return alone
+            return local_statistic
         if len(chunks) == 1:
-            return alone if self.world.size == 1 else self.world.mean
+            return local_statistic if self.world.size == 1 else self.world.mean
         seen: list[Tensor] = []
 
         def collect(statistic: Tensor) -> Tensor:

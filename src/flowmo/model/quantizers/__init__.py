@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flowmo.config.sections import ModelConfig
-from flowmo.model.quantizers.base import Learner, Quantized, Quantizer, WholeBatch, alone, check_ids
+from flowmo.model.quantizers.base import Learner, Quantized, Quantizer, WholeBatch, check_ids, local_statistic
 from flowmo.model.quantizers.bsq import BSQ
 from flowmo.model.quantizers.fsq import FSQ
 from flowmo.model.quantizers.identity import Identity
@@ -33,9 +33,9 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "WholeBatch",
-    "alone",
     "build_quantizer",
     "check_ids",
+    "local_statistic",
 ]
 
 

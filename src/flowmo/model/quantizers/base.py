@@ -13,8 +13,8 @@ WholeBatch = Callable[[Tensor], Tensor]
 """Maps a statistic of a micro-batch to its mean over the global batch, without gradient."""
 
 
-def alone(statistic: Tensor) -> Tensor:
-    """The ``WholeBatch`` of a batch with a single micro-batch."""
+def local_statistic(statistic: Tensor) -> Tensor:
+    """The ``WholeBatch`` of a global batch that is a single micro-batch: its own statistic."""
     return statistic
 
 
@@ -60,7 +60,7 @@ class Quantizer(nn.Module):
         self.channels = channels
         self.encoder_channels = encoder_channels or channels
 
-    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         """Quantize with losses. code: b × tokens × encoder_channels."""
         return Quantized(code.float(), None)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.model.quantizers.base import WholeBatch, alone
+from flowmo.model.quantizers.base import WholeBatch, local_statistic
 from flowmo.model.quantizers.lfq import LFQ, binary_entropy, mean_over_batch
 
 TEMPERATURE = 0.01
@@ -38,7 +38,7 @@ class BSQ(LFQ):
     def code_from_ids(self, ids: Tensor) -> Tensor:
         return super().code_from_ids(ids) * self.channels**-0.5
 
-    def entropies(self, code: Tensor, whole_batch: WholeBatch = alone) -> tuple[Tensor, Tensor]:
+    def entropies(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> tuple[Tensor, Tensor]:
         """Mean entropy of a token's bits, and entropy of the bits' mean distributions, in nats, summed over bits."""
         logit = self.logits(code)
         mean = mean_over_batch(logit.sigmoid().flatten(0, -2).mean(dim=0), whole_batch)

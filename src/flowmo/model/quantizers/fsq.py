@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 
 MARGIN = 1e-3
 """Distance to the half levels −½ and L − ½. Without it, a saturated tanh could round to level L."""
@@ -37,7 +37,7 @@ class FSQ(Quantizer):
         self.sub_tokens = channels // self.group
         self.id_count = levels**self.group
 
-    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         bounded = self.bound(code.float())
         level = bounded.round()
         straight_through = bounded + (level - bounded).detach()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowmo.errors import FlowMoError, one_line
-from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 from flowmo.model.torchvision_import import before_importing
 
 SPAN_SHARE = 0.3
@@ -41,7 +41,7 @@ class Infill(Quantizer):
         self.name = name
         self._loaded: tuple[Any, list[int]] | None = None  # a tuple keeps the frozen model out of the state dict
 
-    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         length = code.shape[1]
         span = max(round(SPAN_SHARE * length), 1)
         start = int(torch.randint(length - span + 1, ()))

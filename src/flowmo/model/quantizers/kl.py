@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -26,7 +26,7 @@ class KL(Quantizer):
         mean, log_variance = code.float().chunk(2, dim=-1)
         return mean, log_variance.clamp(*LOG_VARIANCE_RANGE)
 
-    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         mean, log_variance = self.moments(code)
         sample = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(dim=1).mean()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 
 NOISED_SHARE = 0.1
 NORM_EPS = 1e-6
@@ -19,7 +19,7 @@ NORM_EPS = 1e-6
 class LayerNorm(Quantizer):
     """Continuous code of ``channels`` channels per token with mean 0 and variance 1, without a loss."""
 
-    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         normed, _ = self.quantize(code)
         chance, level = torch.rand(2, len(code), device=code.device)
         level = torch.where(chance < NOISED_SHARE, level, 0.0)

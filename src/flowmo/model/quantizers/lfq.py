@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 
 TEMPERATURE = 0.1
 LOG_EPS = 1e-5  # inside the logarithm of the mean distribution, as in the authors' code
@@ -39,7 +39,7 @@ class LFQ(Quantizer):
         self.entropy_weight = entropy_weight
         self.commitment_weight = commitment_weight
 
-    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         code = self.normalize(code.float())
         quantized = self.nearest_code(code)
         with torch.autocast(code.device.type, enabled=False):  # a distribution over 2^G codes needs float32
@@ -89,7 +89,7 @@ class LFQ(Quantizer):
         weight = 2 ** torch.arange(self.group, device=signs.device)
         return (bits * weight[:, None]).sum(dim=-2)
 
-    def entropies(self, code: Tensor, whole_batch: WholeBatch = alone) -> tuple[Tensor, Tensor]:
+    def entropies(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> tuple[Tensor, Tensor]:
         """Equation 7: mean entropy of a sub-token over its 2^G codes, and entropy of the mean distribution, in nats."""
         x = code.unflatten(-1, (self.group, -1)).movedim(-2, -1).flatten(0, -2)  # n g
         logit = 4 * x / TEMPERATURE  # set bit against unset bit: 2·(x − (−x)) / temperature
@@ -106,7 +106,7 @@ def binary_entropy(logit: Tensor) -> Tensor:
 
 def mean_over_batch(mean: Tensor, whole_batch: WholeBatch) -> Tensor:
     """The global batch's mean with this micro-batch's gradient."""
-    return mean if whole_batch is alone else mean + (whole_batch(mean.detach()) - mean.detach())
+    return mean if whole_batch is local_statistic else mean + (whole_batch(mean.detach()) - mean.detach())
 
 
 def code_probabilities(p: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, alone
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 from flowmo.streams import Stream, stream
 
 DEAD_SHARE = 0.05
@@ -59,7 +59,7 @@ class VQ(Quantizer):
         self.register_buffer("steps", torch.zeros(()))
         self._seen: Tensor | None = None
 
-    def forward(self, code: Tensor, whole_batch: WholeBatch = alone) -> Quantized:
+    def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         code = code.float()
         entry, ids = self.quantize(code)
         self._seen = whole_batch(self.statistics(code.detach(), ids))
