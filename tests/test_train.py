@@ -126,13 +126,13 @@ def test_the_perceptual_loss_sees_both_pictures_cut_alike(tiny_config, images):
             tokenizer.config.opt,
             distance,
         )
-    assert len(set(draws.cut)) > 1
+    assert len(set(draws.crop_corners)) > 1
     cut = torch.cat([x for x, _ in seen])
     assert cut.shape == torch.cat([y for _, y in seen]).shape == (5, 3, 27, 27)
-    for image, part, (row, column) in zip(images, cut, draws.cut, strict=True):
+    for image, part, (row, column) in zip(images, cut, draws.crop_corners, strict=True):
         assert torch.equal(image[:, row : row + 27, column : column + 27], part)
     plain = TrainingNoise.of(tiny_config, images, range(5))
-    assert plain.cut is None
+    assert plain.crop_corners is None
     assert torch.equal(plain.noise, draws.noise)
     assert torch.equal(plain.t, draws.t)
 

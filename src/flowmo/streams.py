@@ -26,7 +26,7 @@ class Stream(StrEnum):
     CHAIN_TIMES = "chain times"
     CHAIN_DROP = "chain drop"
     JUMPS = "jumps"
-    CUT = "cut"
+    LPIPS_CROP = "cut"
     PREFIX = "prefix"
     CROP_TOP = "crop top"
     CROP_LEFT = "crop left"

@@ -45,7 +45,7 @@ class TrainingNoise(NamedTuple):
         keep: bool b, False where the null code replaces the code.
         chain: stage 1B only.
         jumps: stage 1C only.
-        cut: top-left corners of the crops that the perceptual loss sees, with ``opt.lpips_jitter`` or ``lpips_crop``.
+        crop_corners: (top, left) of each crop that the perceptual loss sees, with ``opt.lpips_jitter``, ``lpips_crop``.
         kept: int64 b, sub-tokens that each image keeps, with ``model.nested_dropout``.
     """
 
@@ -54,7 +54,7 @@ class TrainingNoise(NamedTuple):
     keep: Tensor
     chain: Chain | None = None
     jumps: Jumps | None = None
-    cut: Sequence[tuple[int, int]] | None = None
+    crop_corners: Sequence[tuple[int, int]] | None = None
     kept: Tensor | None = None
 
     @classmethod
@@ -80,7 +80,7 @@ class TrainingNoise(NamedTuple):
             return to_device(uniform(purpose, *shape) >= (NULL_CODE_SHARE if guided else 0.0), device)
 
         t = [flow.sample_timesteps(1, opt.schedule, stream(seed, Stream.TIMESTEP, i), opt.anchor) for i in indices]
-        chain = jumps = cut = kept = None
+        chain = jumps = corners = kept = None
         if config.stage == "posttrain":
             steps = model.posttrain_sample_k
             times = flow.random_steps(uniform(Stream.CHAIN_TIMES, steps))
@@ -92,12 +92,12 @@ class TrainingNoise(NamedTuple):
             starts, ends = (to_device(torch.stack(times), device) for times in zip(*drawn, strict=True))
             jumps = Jumps(normal(Stream.CHAIN_NOISE), starts, ends)
         if opt.lpips_jitter or opt.lpips_crop:
-            margins = [max(size - cut, 0) for size, cut in zip(images.shape[2:], cut_size(opt, images), strict=True)]
-            cut = [random_corner(margins, stream(seed, Stream.CUT, i)) for i in indices]
+            margins = [max(size - crop, 0) for size, crop in zip(images.shape[2:], crop_size(opt, images), strict=True)]
+            corners = [random_corner(margins, stream(seed, Stream.LPIPS_CROP, i)) for i in indices]
         if model.nested_dropout:
             kept = to_device(kept_sub_tokens(model, seed, indices), device)
         code_keep = keep(Stream.CODE_DROP, model.enable_cfg)
-        return cls(to_device(torch.cat(t), device), normal(Stream.NOISE), code_keep, chain, jumps, cut, kept)
+        return cls(to_device(torch.cat(t), device), normal(Stream.NOISE), code_keep, chain, jumps, corners, kept)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -107,7 +107,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def cut_size(opt: OptConfig, images: Tensor) -> tuple[int, int]:
+def crop_size(opt: OptConfig, images: Tensor) -> tuple[int, int]:
     """Return height and width of the crop of ``images`` b × c × h × w that the perceptual loss sees."""
     if opt.lpips_crop:
         return opt.lpips_crop, opt.lpips_crop

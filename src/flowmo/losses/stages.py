@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowmo.config import Config, OptConfig
-from flowmo.losses.noise import Chain, TrainingNoise, cut_size, to_device
+from flowmo.losses.noise import Chain, TrainingNoise, crop_size, to_device
 from flowmo.model import flow
 from flowmo.model.quantizers import Quantized, WholeBatch, local_statistic
 from flowmo.model.sampler import euler, guided_velocity, shifted_times
@@ -77,8 +77,8 @@ def pretrain_loss(
     distances = {}
     if perceptual is not None:
         x, y = images, estimate
-        if noise.cut is not None:
-            x, y = (cut_out(image, noise.cut, *cut_size(opt, images)) for image in (x, y))
+        if noise.crop_corners is not None:
+            x, y = (crop_images(image, noise.crop_corners, *crop_size(opt, images)) for image in (x, y))
         distances["lpips"] = perceptual(x, y).float().mean()
     loss = _sum({"flow": flow_loss, **({} if freeze_encoder else quantized.losses)}, distances, opt, quantized)
     return loss._replace(images=estimate)
@@ -204,7 +204,7 @@ def teacher_path(teacher: Tokenizer, code: Tensor, noise: Tensor, steps: int = 0
     return Path(to_device(torch.tensor(times), noise.device), torch.stack(states))
 
 
-def cut_out(images: Tensor, corners: Sequence[tuple[int, int]], h: int, w: int) -> Tensor:
+def crop_images(images: Tensor, corners: Sequence[tuple[int, int]], h: int, w: int) -> Tensor:
     """Crop each image of b c H W to h × w pixels at its (row, column).
 
     Random crops shift the perceptual network's strides over the image, so the decoder cannot learn textures that

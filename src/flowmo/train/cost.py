@@ -227,8 +227,8 @@ def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tupl
     keep = torch.ones(count, chain, dtype=torch.bool)
     sampled = Chain(images, torch.empty(count, chain + 1), keep)
     times = torch.empty(count, config.opt.jumps)
-    cut = [(0, 0)] * count if config.opt.lpips_crop else None
-    noise = TrainingNoise(torch.empty(count), images, keep[:, 0], sampled, Jumps(images, times, times), cut)
+    corners = [(0, 0)] * count if config.opt.lpips_crop else None
+    noise = TrainingNoise(torch.empty(count), images, keep[:, 0], sampled, Jumps(images, times, times), corners)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
     return lambda: stage(images, noise, local_statistic, freeze_encoder).total, modules
 

@@ -139,11 +139,12 @@ class GeneratorTask(Task):
     def memory(self) -> Memory:
         return generator_memory(self.config, self.vocabulary)
 
-    def loss(self, module: nn.Module, chunk: Tensor, first: int, shared: None) -> Loss:
-        noise = GeneratorNoise.of(self.config, self.vocabulary.ids, range(first, first + len(chunk)), chunk.device)
+    def loss(self, module: nn.Module, microbatch: Tensor, first: int, statistics: None) -> Loss:
+        indices = range(first, first + len(microbatch))
+        noise = GeneratorNoise.of(self.config, self.vocabulary.ids, indices, microbatch.device)
         seed_global(self.config.trainer.seed, Stream.DROPOUT, first)
         with autocast(self.config, self.world.device):
-            return module(chunk[:, 1:], self._labels(chunk[:, 0], noise.keep), noise.mask)
+            return module(microbatch[:, 1:], self._labels(microbatch[:, 0], noise.keep), noise.mask)
 
     def _labels(self, labels: Tensor, keep: Tensor) -> Tensor:
         return torch.where(keep & (labels != NO_CLASS), labels, self.model.null_class)

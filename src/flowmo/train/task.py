@@ -61,10 +61,10 @@ class Task:
         """Prepare the step that starts at ``images``. Return True if the set of trained parameters changes."""
         return False
 
-    def share(self, chunks: Sequence[Tensor], first: int) -> Any:
-        """Compute what all micro-batches of this step share. ``first`` is the run index of the first item."""
+    def global_batch_statistics(self, microbatches: Sequence[Tensor], first: int) -> Any:
+        """Return what a micro-batch's loss needs of the global batch. ``first``: the first item's position."""
 
-    def loss(self, module: nn.Module, chunk: Tensor, first: int, shared: Any) -> Loss:
+    def loss(self, module: nn.Module, microbatch: Tensor, first: int, statistics: Any) -> Loss:
         """Compute a micro-batch's loss through ``module``, which may wrap the task's own."""
         raise NotImplementedError
 

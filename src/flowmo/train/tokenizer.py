@@ -21,7 +21,7 @@ from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS, build_distance
-from flowmo.losses.stages import Loss, Stage, cut_out
+from flowmo.losses.stages import Loss, Stage, crop_images
 from flowmo.model.quantizers import Learner, WholeBatch, local_statistic
 from flowmo.pixels import PixelFormat
 from flowmo.streams import Stream, seed_global, stream_seed
@@ -148,7 +148,7 @@ class TokenizerTask(Task):
         self.model.encoder.requires_grad_(False)
         self.frozen = True
 
-    def share(self, chunks: Sequence[Tensor], first: int) -> WholeBatch:
+    def global_batch_statistics(self, microbatches: Sequence[Tensor], first: int) -> WholeBatch:
         """Return how a bottleneck obtains a statistic of the global batch.
 
         With gradient accumulation, all images are encoded once beforehand. A frozen encoder needs none of this,
@@ -157,7 +157,7 @@ class TokenizerTask(Task):
         model = self.config.model
         if not self.model.quantizer.needs_whole_batch or model.entropy_statistics == "process" or self.frozen:
             return local_statistic
-        if len(chunks) == 1:
+        if len(microbatches) == 1:
             return local_statistic if self.world.size == 1 else self.world.mean
         seen: list[Tensor] = []
 
@@ -166,34 +166,34 @@ class TokenizerTask(Task):
             return statistic
 
         with torch.no_grad(), autocast(self.config, self.world.device):
-            for chunk in chunks:
+            for microbatch in microbatches:
                 seed_global(self.config.trainer.seed, Stream.BOTTLENECK, first)
-                self.module(self._crop(chunk, first), None, collect)
-                first += len(chunk)
+                self.module(self._crop(microbatch, first), None, collect)
+                first += len(microbatch)
         mean = self.world.mean(torch.stack(seen).mean(dim=0))
         return lambda statistic: mean
 
-    def loss(self, module: nn.Module, chunk: Tensor, first: int, shared: WholeBatch) -> Loss:
-        chunk = self._crop(chunk, first)
-        noise = TrainingNoise.of(self.config, chunk, range(first, first + len(chunk)))
+    def loss(self, module: nn.Module, microbatch: Tensor, first: int, statistics: WholeBatch) -> Loss:
+        microbatch = self._crop(microbatch, first)
+        noise = TrainingNoise.of(self.config, microbatch, range(first, first + len(microbatch)))
         seed_global(self.config.trainer.seed, Stream.BOTTLENECK, first)
         with autocast(self.config, self.world.device):
-            loss = module(chunk, noise, shared, self.frozen)
+            loss = module(microbatch, noise, statistics, self.frozen)
         self.usage.add(loss.ids)
         return loss
 
-    def _crop(self, chunk: Tensor, first: int) -> Tensor:
+    def _crop(self, microbatch: Tensor, first: int) -> Tensor:
         """Crop all images of a step to one random size of ``data.crop_sizes``, each at a random position."""
         sizes, seed = self.config.data.crops, self.config.trainer.seed
         if not sizes:
-            return chunk
+            return microbatch
         height, width = sizes[stream_seed(seed, Stream.CROP_SIZE, first // self.batch) % len(sizes)]
-        rows, columns = chunk.shape[2] - height + 1, chunk.shape[3] - width + 1
+        rows, columns = microbatch.shape[2] - height + 1, microbatch.shape[3] - width + 1
         corners = [
             (stream_seed(seed, Stream.CROP_TOP, i) % rows, stream_seed(seed, Stream.CROP_LEFT, i) % columns)
-            for i in range(first, first + len(chunk))
+            for i in range(first, first + len(microbatch))
         ]
-        return cut_out(chunk, corners, height, width)
+        return crop_images(microbatch, corners, height, width)
 
     def after_step(self, step: int, finite: Tensor) -> None:
         quantizer = self.model.quantizer

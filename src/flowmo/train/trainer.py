@@ -207,7 +207,7 @@ class Trainer:
             self.task.source,
             plan.per_rank,
             self.config.trainer.seed,
-            self._first_index(),
+            self._first_position(),
             data.num_workers,
             self._on_unreadable,
             global_batch=plan.total,
@@ -215,8 +215,8 @@ class Trainer:
             timeout=data.read_timeout,
         )
 
-    def _first_index(self) -> int:
-        """Run index of this rank's first item in the next batch."""
+    def _first_position(self) -> int:
+        """Position in the run of this rank's first item in the next batch."""
         return self.images + self.world.rank * self.plan.per_rank
 
     def _on_unreadable(self, errors: dict[str, str]) -> None:
@@ -242,12 +242,12 @@ class Trainer:
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, self.schedule.learning_rate(opt, self.images))
             optimizer.zero_grad(set_to_none=True)
-        first, chunks = self._first_index(), batch.split(plan.microbatch)
-        shared = self.task.share(chunks, first)
+        first, microbatches = self._first_position(), batch.split(plan.microbatch)
+        statistics = self.task.global_batch_statistics(microbatches, first)
         sums: dict[str, Tensor] = {}
-        for i, chunk in enumerate(chunks):
-            with accumulating(module, last=i == len(chunks) - 1):
-                loss = self.task.loss(module, chunk, first + i * plan.microbatch, shared)
+        for i, microbatch in enumerate(microbatches):
+            with accumulating(module, last=i == len(microbatches) - 1):
+                loss = self.task.loss(module, microbatch, first + i * plan.microbatch, statistics)
                 (loss.total / plan.accumulation_steps).backward()
             sums = {name: sums.get(name, 0) + value / plan.accumulation_steps for name, value in loss.parts.items()}
         norm = clip_gradients(model.parameters(), opt.max_grad_norm)
