@@ -20,7 +20,7 @@ from test_train import HostReads
 from flowmo import Config, FlowMo, load, save
 from flowmo.checkpoint import CheckpointError
 from flowmo.cli import main
-from flowmo.config import HIDING_SCHEDULES, ConfigError, preset
+from flowmo.config import MASK_SCHEDULES, ConfigError, preset
 from flowmo.data import DataError, open_source
 from flowmo.data.bits import pack_ids, unpack_ids
 from flowmo.data.tokens import TokenDataset, Vocabulary
@@ -192,7 +192,7 @@ def test_a_folder_of_other_tokens_is_refused(tokenizer, class_folder, tmp_path):
 # Schedules
 
 
-@pytest.mark.parametrize("schedule", HIDING_SCHEDULES)
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
 def test_the_mask_ratio_falls_from_one_to_nothing(schedule):
     share = mask_ratio(torch.linspace(0, 1, 101), schedule)
     assert share[0] == 1
@@ -200,7 +200,7 @@ def test_the_mask_ratio_falls_from_one_to_nothing(schedule):
     assert (share.diff() < 0).all()
 
 
-@pytest.mark.parametrize("schedule", HIDING_SCHEDULES)
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
 @pytest.mark.parametrize(("ids", "steps"), [(512, 64), (256, 1), (12, 12), (7, 20), (1, 3), (256, 255)])
 def test_every_step_unmasks_until_nothing_is_masked(schedule, ids, steps):
     counts = [ids, *masked_counts(ids, steps, schedule)]
@@ -219,7 +219,7 @@ def test_halton_order_spreads_any_first_part():
     assert set((order[:12] % 4).tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("schedule", HIDING_SCHEDULES)
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
 def test_training_masks_as_the_schedule_says(schedule):
     """The share's mean is the schedule's integral, and no place is preferred."""
     generator = torch.Generator().manual_seed(0)

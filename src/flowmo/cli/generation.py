@@ -15,7 +15,7 @@ import torch
 import flowmo
 from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, SEED, command, load, number, option, prepare
 from flowmo.cli.output import UsageError, progress_bar, write
-from flowmo.config import REVEALING_ORDERS
+from flowmo.config import UNMASKING_ORDERS
 from flowmo.data import DataError, Source, TokenDataset, evenly_spread, open_source
 from flowmo.data.export import WRITERS
 from flowmo.data.export import export as write_export
@@ -190,12 +190,12 @@ def encode_dataset(path: str, tokenizer: FlowMo, count: int) -> list[np.ndarray]
     option("--out", type=Path, default=Path("generated.png"), help="a .png, a folder or an .npz"),
     option("--edit", type=Path, metavar="PICTURE", help="start from the ids of this image"),
     option("--keep", default="0-0", metavar="TOKENS", help="with --edit: tokens to keep, such as 0-31,40"),
-    option("--steps", type=POSITIVE, help="steps from hidden ids to all ids (default: the generator's, 64)"),
+    option("--steps", type=POSITIVE, help="steps from masked ids to all ids (default: the generator's, 64)"),
     option("--guidance", type=FINITE, help=GUIDANCE),
     option("--temperature", type=FINITE, help="softmax temperature of the first step (default: 1.3)"),
     option("--last-temperature", type=FINITE, help="softmax temperature of the last step (default: 0.5)"),
     option("--choice-temperature", type=FINITE, help="noise in the choice of ids to keep (default: 4.5)"),
-    option("--order", choices=REVEALING_ORDERS, help="order in which ids are revealed (default: confidence)"),
+    option("--order", choices=UNMASKING_ORDERS, help="order in which ids are unmasked (default: confidence)"),
     option("--seed", type=SEED, default=0, help="seed of everything random"),
     option("--decode-steps", type=POSITIVE, help="sampling steps of the tokenizer (default: its own)"),
     option("--decode-guidance", type=FINITE, help="guidance of the tokenizer (default: its own)"),

@@ -27,8 +27,8 @@ from flowmo.config.fields import (
 
 PREDICTIONS = ("velocity", "picture")
 SOLVERS = ("euler", "midpoint", "heun", "multistep")
-HIDING_SCHEDULES = ("arccos", "cosine", "linear")
-REVEALING_ORDERS = ("confidence", "halton", "random")
+MASK_SCHEDULES = ("arccos", "cosine", "linear")
+UNMASKING_ORDERS = ("confidence", "halton", "random")
 CHECKPOINTED = ("inputs", "attention", "products")
 CELL = 16
 """Side of a cell of a windowed network, in pixels."""
@@ -92,7 +92,7 @@ class ModelConfig(Section, path="model"):
     enc_depth: int = setting(8, "blocks of the encoder", at_least(1))
     mlp_ratio: float = setting(4.0, "hidden width of an MLP over the width of its stream", above(0))
     code_length: int = setting(256, "code tokens per image", at_least(1))
-    context_dim: int = setting(18, "channels of a code token; with lfq, its bits", at_least(1))
+    context_dim: int = setting(18, "channels of a code token; with lfq and bsq, its bits", at_least(1))
     quantization_type: str = setting(
         "lfq", "bottleneck", one_of("lfq", "fsq", "bsq", "vq", "kl", "layernorm", "noop", "qwen2.5-coder-0.5b")
     )
@@ -103,8 +103,8 @@ class ModelConfig(Section, path="model"):
     vq_sub_tokens: int = setting(2, "vq: ids per code token, each of an equal share of its channels", at_least(1))
     vq_decay: float = training(0.99, "vq: decay of the codebook's moving averages, per step", between(0, 1))
     vq_commit_weight: float = training(0.25, "vq: weight of the commitment loss", at_least(0))
-    entropy_loss_weight: float = training(0.0025, "lfq: weight of the entropy loss (the paper prints 0.1)")
-    commit_loss_weight: float = training(0.000625, "lfq: weight of the commitment loss (the paper prints 0.0025)")
+    entropy_loss_weight: float = training(0.0025, "lfq, bsq: weight of the entropy loss (the paper prints 0.1)")
+    commit_loss_weight: float = training(0.000625, "lfq, bsq: weight of the commitment loss (the paper prints 0.0025)")
     entropy_statistics: str = training("batch", "where lfq's mean distribution is taken", one_of("batch", "process"))
     enable_cfg: bool = training(True, "train the null code of classifier-free guidance on a tenth of the images")
     nested_dropout: float = setting(0.0, "share of images with a random prefix of each token's ids", between(0, 1))
@@ -166,7 +166,7 @@ class OptConfig(Section, path="opt"):
         "", "three channels for LPIPS and rFID, or one for all three; empty is 0,1,2, or 0 below three", CHANNELS
     )
     lpips_jitter: int = setting(
-        0, "random cut of both images before the one-step estimate's perceptual loss, in pixels"
+        0, "pixels that a random crop takes off both images of the one-step estimate's perceptual loss"
     )
     lpips_crop: int = setting(0, "side of the random square that this loss sees, in pixels; 0 is the whole image")
     perceptual_weights: str = setting("", "folder to look for perceptual weights in, before FLOWMO_WEIGHTS")
@@ -239,12 +239,12 @@ class GeneratorConfig(Section, path="generator"):
     mlp_ratio: float = setting(4.0, "hidden width of an MLP over the width", above(0))
     dropout: float = training(0.1, "dropout rate of each branch", below(1))
     bit_tokens: bool = setting(False, "embed the bits of an id by one matrix, instead of a table of ids")
-    schedule: str = training("arccos", "share of hidden ids over time", one_of(*HIDING_SCHEDULES))
+    schedule: str = training("arccos", "share of masked ids over time", one_of(*MASK_SCHEDULES))
     label_drop: float = training(0.1, "share of training images without their class, for guidance", below(1))
     label_smoothing: float = training(0.1, "share of the target spread over all ids", below(1))
-    visible_weight: float = training(0.0, "weight of a visible id in the loss; a hidden one has 1", between(0, 1))
+    visible_weight: float = training(0.0, "weight of an unmasked id in the loss; a masked one has 1", between(0, 1))
     tokenizer: str = training("", "preset or file of the tokenizer, to show samples while training")
-    sample_steps: int = training(64, "steps from hidden ids to those of an image", between(1, MAX_STEPS))
+    sample_steps: int = training(64, "steps from masked ids to those of an image", between(1, MAX_STEPS))
     guidance: float = training(1.5, "classifier-free guidance g of the logits, see guided_from")
     guided_from: str = training(
         "null",
@@ -259,7 +259,7 @@ class GeneratorConfig(Section, path="generator"):
     temperature: float = training(1.3, "softmax temperature of the first step", above(0))
     last_temperature: float = training(0.5, "softmax temperature of the last step; it falls linearly", above(0))
     choice_temperature: float = training(4.5, "noise in the choice of ids that are kept, falling to 0", at_least(0))
-    order: str = training("confidence", "which ids are revealed first", one_of(*REVEALING_ORDERS))
+    order: str = training("confidence", "which ids are unmasked first", one_of(*UNMASKING_ORDERS))
 
 
 SECTIONS: dict[str, type[Section]] = {
