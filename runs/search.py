@@ -19,7 +19,7 @@ from typing import Any
 
 import flowmo
 from flowmo.checkpoint.files import write_content
-from flowmo.checkpoint.run_folder import chosen
+from flowmo.checkpoint.run_folder import ENDED, chosen
 from flowmo.config import Config
 from flowmo.data import open_source
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
@@ -62,6 +62,8 @@ def train(name: str, arguments: argparse.Namespace) -> tuple[Path, float]:
     if not seconds_file.is_file():
         start = time.process_time()
         Trainer(config, folder, report=lambda line: print(f"{name}: {line}", flush=True)).train()
+        if not (folder / ENDED).is_file():
+            raise SystemExit(f"{name} was stopped. Run the same command again to resume.")
         write_content(seconds_file, f"{time.process_time() - start:.0f}")
     checkpoint = chosen(folder)
     assert checkpoint is not None
