@@ -148,7 +148,7 @@ class Comparison:
         }
         if self.peers:
             header["codecs"] = (
-                f"highest quality within {self.budget} bytes a picture: whole files, and without their headers"
+                f"highest quality within {self.budget} bytes an image: whole files, and without their headers"
                 if side
                 else "lowest quality whose whole file has at least the bytes of the model's file of the same image"
             )

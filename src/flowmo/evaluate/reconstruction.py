@@ -313,11 +313,7 @@ def measure(
 
 
 def read_crops(
-    source: Source,
-    indices: Sequence[int],
-    side: int | None,
-    enlarge: bool = False,
-    pixels: PixelFormat = PixelFormat(),
+    source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False, pixels: PixelFormat = PixelFormat()
 ) -> Tensor:
     """Read central squares b × c × side × side in [−1, 1], or one full image. Raises ``ImageError``."""
     crops, unreadable = readable_crops(source, indices, side, enlarge, pixels)
@@ -327,11 +323,7 @@ def read_crops(
 
 
 def readable_crops(
-    source: Source,
-    indices: Sequence[int],
-    side: int | None,
-    enlarge: bool = False,
-    pixels: PixelFormat = PixelFormat(),
+    source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False, pixels: PixelFormat = PixelFormat()
 ) -> tuple[Tensor, dict[int, str]]:
     """Read central squares b × c × side × side in [−1, 1]. Returns also {index: error} of the unreadable images.
 
