@@ -78,7 +78,7 @@ class CodecReconstructor:
     Args:
         codec: a key of ``FORMATS``.
         budget: bytes per image; or {dataset index: bytes}.
-        headers: count the full file. Otherwise count its content alone, which no real file is.
+        headers: count the full file. Otherwise count only its content; a file cannot go without headers.
         at_least: take the lowest quality that reaches the budget, instead of the highest within it.
 
     Raises:

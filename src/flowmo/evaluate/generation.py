@@ -79,8 +79,8 @@ class SetFeatures:
 
     Attributes:
         count: N; 0 if only statistics are known.
-        gaussians: by kind, ``pooled`` and ``spatial``. A Gaussian of infinite size comes from a file, and describes
-            more images than the N.
+        gaussians: by kind, ``pooled`` and ``spatial``. A Gaussian of infinite size comes from a file. It may describe
+            more than the N images.
         pooled: float32 N × channels.
         logits: float32 N × classes.
     """
@@ -158,7 +158,7 @@ def extract_features(
 
 @dataclass(frozen=True)
 class GenerationSummary:
-    """Metrics of generated images; ``None`` if something is missing, which ``missing`` names.
+    """Metrics of generated images. A metric is ``None`` if its data are missing; ``missing`` says which.
 
     Attributes:
         frechet_distance: of pooled features; the FID if ``is_fid``.

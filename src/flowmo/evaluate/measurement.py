@@ -139,7 +139,7 @@ class Measurement:
             return self
 
         def union(x: Tensor) -> Tensor:
-            """Each value is NaN on all ranks but one: add zeros to it."""
+            """Each value is NaN on all ranks but one: sum it with zeros for the others."""
             present = world.sum((~x.isnan()).to(torch.int32))
             return torch.where(present > 0, world.sum(x.nan_to_num(0.0)), torch.nan)
 

@@ -1,6 +1,6 @@
 """Skipping of steps whose loss or gradient is not finite, without a host sync.
 
-The verdict stays a tensor on the device. The optimizer reads it there; the host reads counters with the log.
+The flag stays a tensor on the device. The optimizer reads it there; the host reads counters when it logs.
 """
 
 from __future__ import annotations

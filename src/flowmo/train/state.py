@@ -83,7 +83,7 @@ class State:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a killed run left half-written or half-removed."""
+    """Remove the incomplete files and folders that a killed run left."""
     for path in folder.glob(".*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -158,7 +158,7 @@ def _save_shards(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint so that a kill meanwhile leaves no half of one under its name."""
+    """Delete a checkpoint. A kill meanwhile leaves no incomplete checkpoint under its name."""
     if path.is_dir():
         renamed = path.with_name(f".{path.name}.removed")
         os.replace(path, renamed)

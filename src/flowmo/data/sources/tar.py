@@ -137,7 +137,7 @@ def _scan(
 
 
 def extra_files(names: Sequence[str], other_keys: Collection[str] | None = None) -> dict[str, str]:
-    """Return {name: reason} for images, or labels, of a tar that are not the one of their sample.
+    """Return {name: reason} for the images (or labels) of a tar that are not their sample's image (or label).
 
     ``000.jpg`` wins over ``000.seg.png``. A name with several dots is an item only if no name of the tar has one dot.
 

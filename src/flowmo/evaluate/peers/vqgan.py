@@ -251,7 +251,7 @@ class BitTokenNetwork(TokenNetwork):
         return self.decoder(ids_to_bits(ids, self.bits))
 
     def read(self, path: str | Path) -> None:
-        """Load a state dict or a Lightning checkpoint. EMA weights win; the quantizer's serve training only."""
+        """Load a state dict or a Lightning checkpoint, by preference the EMA weights. The quantizer needs none."""
         weights = read_weights(path, "state_dict")
         weights |= {name.removeprefix(EMA): value for name, value in weights.items() if name.startswith(EMA)}
         load_exactly(self, weights, path, self.is_needed)
