@@ -101,7 +101,7 @@ def plain_errors(path: str, max_pixels: int = MAX_PIXELS) -> Iterator[None]:
         reason = f"not an image in a supported format ({', '.join(PILLOW_FORMATS)})"
     except Exception as error:  # Pillow's readers raise anything on damaged files
         reason = f"cannot be read ({one_line(error)})"
-    raise ImageError(f"{path}: {reason}.")
+    raise ImageError(f"{path}: {reason}.") from None
 
 
 @contextlib.contextmanager
