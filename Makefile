@@ -24,7 +24,7 @@ $(VENV)/dev: $(VENV)/base
 	touch $@
 
 demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and back
-	$(BIN)/flowmo reconstruct examples/pictures/*.jpg --fit crop --out demo --grid demo/all.png
+	$(BIN)/flowmo reconstruct examples/pictures/*.jpg --fit crop --output demo --grid demo/all.png --force
 
 # A process a core with a thread each: the tests' own processes and networks are small.
 test: $(VENV)/dev lint  ## style, types and the test suite

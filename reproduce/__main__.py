@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flowmo.cli.options import DEVICE, choose_device
+from flowmo.cli.commands import DEVICE
+from flowmo.cli.options import choose_device
 from flowmo.cli.output import UsageError, status_of
 from flowmo.distributed import join
 from flowmo.evaluate.reconstruction import Evaluators
@@ -29,8 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     models = "trained tokenizers for recipes that need some: presets or files (nano)"
     parser.add_argument("--models", nargs="+", default=["nano"], metavar="MODEL", help=models)
     parser.add_argument("--redraw", action="store_true", help="only write the page again, from the results in --out")
-    flags, settings = DEVICE
-    parser.add_argument(*flags, **settings)
+    DEVICE.add_to(parser)
     return parser
 
 

@@ -41,5 +41,5 @@ if command -v c++ > /dev/null; then compile=true; else compile=false; fi
 stage nano "$recipe" trainer.duration="${IMAGES:-$images} images" trainer.compile=$compile
 stage nano_posttrain nano_posttrain --resume-from-ckpt "$(newest nano)" \
     trainer.duration="$((${IMAGES:-$images} + ${POSTTRAIN_IMAGES:-2000})) images"
-flowmo convert "$out/results/nano_posttrain" "$out/nano.safetensors" --dtype float16
+flowmo convert "$out/results/nano_posttrain" "$out/nano.safetensors" --dtype float16 --force
 flowmo evaluate "$held_out" --model "$out/nano.safetensors" --limit 500

@@ -52,8 +52,7 @@ def test_the_output_can_follow_the_input(capsys, tmp_path, weights, photo):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("encode", "a.jpg", "b.jpg", "-o", "c.flowmo"), "Use --out-dir for many"),
-        (("encode", "a.jpg", "-o", "c.flowmo", "--out-dir", "d"), "Give one of them"),
+        (("encode", "a.jpg", "b.jpg", "-o", "c.flowmo"), "Name a folder with --output c/"),
         (("encode", "-", "--out-dir", "d"), "has no name"),
         (("decode", "-", "a.flowmo"), "comes alone"),
         (("decode", "a.flowmo", "-o", "a.mp3"), "ends in .png"),
@@ -68,9 +67,9 @@ def test_outputs_that_make_no_sense(capsys, weights, words, sentence):
 
 
 def test_what_cannot_be_written_or_found_is_named_as_it_was_given(capsys, tmp_path, weights, photo):
-    (tmp_path / "taken.flowmo").mkdir()
-    status, _, err = run(capsys, "encode", photo, tmp_path / "taken.flowmo", "--model", weights)
-    assert (status, err) == (2, f"flowmo: Cannot write {tmp_path / 'taken.flowmo'}: Is a directory.\n")
+    (tmp_path / "taken" / "photo.flowmo").mkdir(parents=True)
+    status, _, err = run(capsys, "encode", photo, "-o", tmp_path / "taken", "--model", weights)
+    assert (status, err) == (2, f"flowmo: Cannot write {tmp_path / 'taken' / 'photo.flowmo'}: Is a directory.\n")
     status, _, err = run(capsys, "decode", tmp_path / "none.flowmo", "--model", weights)
     assert (status, err) == (2, f"flowmo: {tmp_path / 'none.flowmo'}: no such file or directory\n")
 
@@ -106,7 +105,7 @@ def test_many_files_and_json(capsys, tmp_path, weights, picture_files):
     said = run(capsys, "decode", *files, "--model", weights, "--steps", 1, "--out-dir", tmp_path / "pictures")[1]
     assert said.count("32×32 from 6 bytes") == 3
     assert said.splitlines()[-1].startswith("3 pictures, ")
-    assert "3 pictures: " in run(capsys, "encode", *picture_files[:3], *words)[1].splitlines()[-1]
+    assert "3 pictures: " in run(capsys, "encode", *picture_files[:3], *words, "--force")[1].splitlines()[-1]
     said = run(capsys, "decode", *files, "--model", weights, "--ids")[1].splitlines()
     assert [len(json.loads(line)[0]) for line in said] == [6, 6, 6]
     rows = json.loads(run(capsys, "decode", *files, "--model", weights, "--ids", "--json")[1])

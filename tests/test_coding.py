@@ -197,7 +197,7 @@ def test_the_command(tiny_model, class_folder, tmp_path, capsys):
     assert packed == 6
     assert frequencies < packed
     assert context < packed
-    assert main([*words, "--frequencies"]) == 0
+    assert main([*words, "--frequencies", "--force"]) == 0
     assert ContextModel.read(out).neighbours == ()
 
 

@@ -200,8 +200,8 @@ def test_every_command_is_understood(page, line, monkeypatch):
         words = words[1:]
     settings = [word for word in words if SETTING.fullmatch(word)]
     monkeypatch.setattr(argparse.ArgumentParser, "error", lambda self, message: pytest.fail(f"{line}: {message}"))
-    monkeypatch.setattr("flowmo.cli.options.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("flowmo.cli.options.torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     arguments = build_parser().parse_args([word for word in words if word not in settings])
     config = preset(getattr(arguments, "preset", None) or "lo")
     if getattr(arguments, "config", None):

@@ -833,13 +833,15 @@ def test_the_commands(class_folder, tokenizer, trained, tmp_path, capsys):
     assert command(*base, "--count", 6, "--out", folder) == 2
     assert "holds other images" in capsys.readouterr().err
     picture = next(class_folder.rglob("*.jpg"))
-    assert command(*base, "--class", 0, "--count", 2, "--edit", picture, "--keep", "0-3,5", "--out", out) == 0
+    assert (
+        command(*base, "--class", 0, "--count", 2, "--edit", picture, "--keep", "0-3,5", "--out", out, "--force") == 0
+    )
     for words, message in (
         (["--class", "tensh"], "The nearest are tench"),
         (["--edit", picture, "--keep", "4-9"], "names no tokens"),
         (["--count", 5000], "too many for one"),
     ):
-        assert command(*base, "--out", out, *words) == 2
+        assert command(*base, "--out", out, *words, "--force") == 2
         assert message in capsys.readouterr().err
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words += ["-m", "flowmo.generate", *base[1:], "--count", 5, "--out", tmp_path / "by_two.npz"]

@@ -317,7 +317,7 @@ def test_a_truncated_file_decodes_with_a_line_about_it(native_file, picture, tmp
     with Image.open(out) as drawn:
         assert drawn.size == (70, 40)
     file.write_bytes(content[:20])
-    status, _, told = run_command(capsys, "decode", file, out, *model)
+    status, _, told = run_command(capsys, "decode", file, out, *model, "--force")
     assert status == 2
     assert told.count("\n") == 1
 
@@ -561,11 +561,11 @@ def test_the_command(native, native_file, class_folder, tmp_path, capsys, pictur
     assert run_command(capsys, "encode", photo, file, "--model", native_file)[0] == 0
     content = file.read_bytes()
     assert content[3] >> 4 == codec.CONTEXT
-    assert run_command(capsys, "encode", photo, file, "--model", native_file, "--packed")[0] == 0
+    assert run_command(capsys, "encode", photo, file, "--model", native_file, "--packed", "--force")[0] == 0
     assert len(content) < len(file.read_bytes())
     again = Codec(native, PlaneModel.read(out)).unpack(content)
     assert torch.equal(again.ids, native.encode_image(picture.resize((160, 200))).ids)
-    status, said, _ = run_command(capsys, *words, "--frequencies")
+    status, said, _ = run_command(capsys, *words, "--frequencies", "--force")
     assert status == 0
     assert re.search(r"packed [\d.]+, by frequencies [\d.]+ ±", said)
     assert PlaneModel.read(out).neighbours == ()

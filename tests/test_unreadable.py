@@ -63,7 +63,7 @@ def test_every_metric_is_that_of_the_other_images(kind, batch_size, place, folde
             del theirs[key]
     for key, value in theirs.items():
         assert ours[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
-    assert "1 images cannot be read and are in no metric" in Summary.of("blur", found).lines()
+    assert "1 images left out: unreadable or too small" in Summary.of("blur", found).lines()
 
 
 def test_what_becomes_readable_is_measured_when_the_evaluation_goes_on(folders, tmp_path):
@@ -81,7 +81,7 @@ def test_what_becomes_readable_is_measured_when_the_evaluation_goes_on(folders, 
 
 def test_where_none_can_be_read_there_are_no_metrics(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
-    with pytest.raises(EvaluationError, match=r"None of 1 images can be read, such as .*a\.jpg"):
+    with pytest.raises(EvaluationError, match=r"None of 1 images can be used. The last: .*a\.jpg"):
         measure(Blur(), open_source(tmp_path), 64, Evaluators(), on_unreadable=lambda message: None)
 
 

@@ -38,12 +38,15 @@ ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """Keys of Pillow's metadata that may hold an orientation. They are removed once an image is upright."""
 COLOUR_MAP = 320
 """TIFF tag of a palette: all red values, all green, all blue."""
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
 """The allowed Pillow readers. Others are unsafe: EPS starts another program."""
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
 )
+AVIF_BRANDS = (b"avif", b"avis")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Names of the formats at byte 8 of a file. The last two may be either."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks with text or a colour profile. Pillow refuses a PNG if one of them inflates to more than a megabyte."""
@@ -76,7 +79,8 @@ def read_image(
         max_pixels: refuse a larger image before it is decoded.
 
     Raises:
-        ImageError: the file is missing, truncated, too large, without pixels, or in none of ``PILLOW_FORMATS``.
+        ImageError: the file is missing, truncated, too large, without pixels, or in none of ``PILLOW_FORMATS``; or its
+            format needs another package.
     """
     path = name or str(file)
     with contextlib.ExitStack() as stack:
@@ -97,6 +101,8 @@ def plain_errors(path: str, max_pixels: int = MAX_PIXELS) -> Iterator[None]:
         reason = f"more than {max_pixels:,} pixels"
     except FileNotFoundError:
         reason = "no such file"
+    except IsADirectoryError:
+        reason = "is a folder, not an image"
     except Image.UnidentifiedImageError:
         reason = f"not an image in a supported format ({', '.join(PILLOW_FORMATS)})"
     except Exception as error:  # Pillow's readers raise anything on damaged files
@@ -109,11 +115,32 @@ def open_image(file: BinaryIO, path: str, side: int | None, max_pixels: int) -> 
     """Open an image file with Pillow, as safely as ``read_image`` does, and check its size."""
     with _whole_files_only(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata, and about sizes, which are checked below
-        with Image.open(_without_text(file), formats=PILLOW_FORMATS) as image:
+        content = _without_text(file)
+        with Image.open(content, formats=_formats(content, path)) as image:
             check_size(image, path, max_pixels)
             if side is not None:
                 image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
             yield image
+
+
+def _formats(file: BinaryIO, name: str) -> list[str]:
+    """Pillow's readers for a file. Raises ``ImageError`` if the one that it needs is not installed."""
+    start = file.read(12)
+    file.seek(0)
+    if not start:
+        raise ImageError(f"{name}: the file is empty.")
+    brand = start[8:] if start[4:8] == b"ftyp" else b""
+    if brand in HEIF_BRANDS:
+        try:
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener()
+        except ImportError:
+            raise ImageError(f"{name}: HEIC needs pillow-heif. Install it: pip install 'flowmo[phone]'.") from None
+    Image.init()
+    if brand in AVIF_BRANDS and "AVIF" not in Image.OPEN:
+        raise ImageError(f"{name}: AVIF needs Pillow 11.3 or newer. Install it: pip install --upgrade pillow.")
+    return [reader for reader in PILLOW_FORMATS if reader in Image.OPEN]
 
 
 def _without_text(file: BinaryIO) -> BinaryIO:

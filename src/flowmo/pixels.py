@@ -18,7 +18,6 @@ from torch import Tensor
 from flowmo.config import Config
 from flowmo.images import (
     MAX_PIXELS,
-    PILLOW_FORMATS,
     ImageError,
     check_pixels,
     check_size,
@@ -292,7 +291,7 @@ def _colour_of_16_bits(image: Any) -> np.ndarray | None:
     swapped = raw[:-1] + ("L" if raw[-1] == "B" or (raw[-1] == "N" and sys.byteorder == "big") else "B")
     position = image.fp.tell()
     image.fp.seek(0)
-    with Image.open(io.BytesIO(image.fp.read()), formats=PILLOW_FORMATS) as other:
+    with Image.open(io.BytesIO(image.fp.read()), formats=[image.format]) as other:
         image.fp.seek(position)
         for i, tile in enumerate(other.tile):
             arguments = swapped if isinstance(tile[3], str) else (swapped, *tile[3][1:])

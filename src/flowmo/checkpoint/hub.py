@@ -138,10 +138,10 @@ def _hub(purpose: str, failure: str) -> Iterator[Any]:
         import huggingface_hub
     except ImportError:
         raise CheckpointError(f"{purpose} needs huggingface_hub. Run: pip install 'flowmo[hub]'") from None
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         yield huggingface_hub
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # its own errors, httpx's and the system's have no common base
         lines = str(error).strip().splitlines()
+        if "Connect" in type(error).__name__:
+            failure = "The Hub cannot be reached"
         raise CheckpointError(f"{failure} ({lines[0][:300] if lines else type(error).__name__}).") from None

@@ -1,53 +1,52 @@
-"""The command line. Every command is a function with a table of options, and calls the library."""
+"""The command line: a table of commands, whose functions call the library."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import flowmo
-from flowmo.cli.evaluation import evaluate
-from flowmo.cli.generation import context, export, generate, tokenize
-from flowmo.cli.images import decode, encode, reconstruct
-from flowmo.cli.models import bench, convert, demo, info, push
-from flowmo.cli.options import Command, choose_device, command, option
-from flowmo.cli.output import UsageError, status_of
-from flowmo.cli.training import index, show, train
+from flowmo.cli import threads
+from flowmo.cli.commands import COMMANDS, DATA_COMMANDS
+from flowmo.cli.options import choose_device
+from flowmo.cli.output import status_of
 
 EXIT_STATUSES = (
     "Exit status: 0 success; 1 the reader of a pipe has gone; 2 an error that you can fix, in one line on standard "
     "error; 130 interrupted."
 )
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)
+WRONG_CHOICE = re.compile(r"argument (.+?): invalid choice: (['\"].*['\"]) \(choose from (.*)\)", re.DOTALL)
 
 
-@command(
-    "print a script that completes commands in a shell",
-    option("shell", choices=("bash", "zsh", "tcsh"), help="shell to write the script for"),
-)
-def completion(arguments: argparse.Namespace) -> tuple[str, None]:
-    """Print a completion script. Completing a word then imports nothing of this package."""
-    try:
-        import shtab
-    except ImportError:
-        raise UsageError("Completion scripts need shtab. Install it: pip install shtab.") from None
-    return shtab.complete(build_parser(), arguments.shell), None
+class Parser(argparse.ArgumentParser):
+    """A parser that answers wrong arguments with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = WRONG_CHOICE.fullmatch(message)
+        if wrong:
+            choices = re.findall(r"[\w-]+", wrong[3])
+            self.reject(f"{wrong[1]} cannot be {wrong[2]}", wrong[2], choices)
+        self.reject(message)
+
+    def reject(self, problem: str, word: str = "", choices: Sequence[str] = ()) -> NoReturn:
+        """Exit with the problem, and with the choice that looks most like ``word``."""
+        close = difflib.get_close_matches(word, choices, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        problem = " ".join(problem.split()).rstrip(".")
+        self.exit(2, f"{self.prog}: {problem[:1].upper()}{problem[1:]}.{hint} See {self.prog} --help.\n")
 
 
-COMMANDS: Sequence[Command] = (
-    *(completion, reconstruct, encode, decode, info, bench, convert, push),
-    *(train, evaluate, tokenize, context, generate, demo),
-)
-DATA_COMMANDS: Sequence[Command] = (index, show, export)
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     description = "Encode images as short strings of bits and decode them again."
-    parser = argparse.ArgumentParser(prog="flowmo", description=description, epilog=EXIT_STATUSES)
+    parser = Parser(prog="flowmo", description=description, epilog=EXIT_STATUSES)
     parser.add_argument("--version", action="version", version=f"flowmo {flowmo.__version__}")
+    parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for each in COMMANDS:
         each.add_to(commands)
@@ -59,18 +58,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the words of a command line. ``settings`` are those of the form section.name=value."""
+    settings = [word for word in words if SETTING.fullmatch(word)]
+    arguments, rest = build_parser().parse_known_args([word for word in words if word not in settings])
+    arguments.settings = settings
+    if rest:
+        word = rest[0].partition("=")[0]
+        flags = [flag for each in arguments.command.options for flag in each.flags]
+        kind = "option" if word.startswith("-") else "argument"
+        arguments.parser.reject(f"There is no {kind} {word!r} here", word, flags)
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``, by default the process's own. Returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
-    settings = [word for word in words if SETTING.fullmatch(word)]
-    arguments = build_parser().parse_args([word for word in words if word not in settings])
-    arguments.settings = settings
+    return status_of("flowmo", lambda: run(words))
+
+
+def run(words: Sequence[str]) -> None:
+    load = threads.Load.now()
+    arguments = parse(words)
+    function = arguments.command.function()
     choose_device(arguments)
-    return status_of("flowmo", lambda: run(arguments))
-
-
-def run(arguments: argparse.Namespace) -> None:
-    result = arguments.run(arguments)
+    threads.choose(arguments.command.name, load)
+    result = function(arguments)
     if result:
         text, data = result
         print(json.dumps(data, indent=1) if getattr(arguments, "json", False) else text)

@@ -10,48 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, RATE, SAMPLING, command, load, option, prepare
-from flowmo.cli.output import UsageError, progress_bar
+from flowmo.cli.options import load, prepare
+from flowmo.cli.output import Progress, UsageError, require
 from flowmo.codec.file import Codec, find_context
 from flowmo.data import Source, open_source
 from flowmo.distributed import World, join
-from flowmo.evaluate.metrics import KINDS
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor
 
 Log = Callable[..., None]
 """Prints a line on the main rank, to standard output or ``file``."""
 
-PEERS = "also measure codecs at equal bytes (jpeg webp avif jxl) and tokenizers (llamagen16=WEIGHTS)"
-FEATURES = (
-    "network of the Fréchet distance: auto is FID's Inception if its weights are found; inception-legacy sees float "
-    "images, as in the paper's rFID"
-)
 
-
-@command(
-    "measure reconstructions (PSNR, SSIM, LPIPS, rFID) or generated images (FID)",
-    option("images", nargs="?", metavar="PICTURES", help=DATASET),
-    option("--limit", type=POSITIVE, help="use this many images, evenly spread"),
-    option("--fit", choices=("crop", "whole"), default="crop", help="central square, or every image at its own size"),
-    option("--bpp", type=FINITE, nargs="+", metavar="RATE", help=f"{RATE}; several are measured one by one"),
-    option("--size", type=POSITIVE, help="side of the square crops, in tiles if need be (default: the model's)"),
-    option("--peers", nargs="+", default=(), metavar="PEER", help=PEERS),
-    option("--report", type=Path, help="folder for a page with tables, plots and images"),
-    option("--reference", help="PICTURES are generated: compare them with this folder or ADM's .npz"),
-    option("--no-lpips", action="store_true", help="leave out LPIPS, which needs trained networks"),
-    option("--features", choices=KINDS, default="auto", help=FEATURES),
-    option("--enlarge", action="store_true", help="enlarge images smaller than the crop instead of refusing them"),
-    option("--experiment-name", default="my_evaluation", help="without PICTURES: name of the evaluation's folder"),
-    option("--results-dir", type=Path, default=Path("results"), help="without PICTURES: folder of all evaluations"),
-    *(*MODEL, *SAMPLING, JSON),
-)
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Measure how close reconstructions are to images, or how good generated images are.
-
-    With PICTURES: PSNR, SSIM, LPIPS, rFID and bits per pixel of a model, with --peers also of codecs, with --report
-    as a page. With --reference: FID and related metrics of generated PICTURES. Without PICTURES: the newest checkpoint
-    of a run, eval.eval_dir=results/RUN, or with eval.continuous=true every checkpoint as it appears.
-    """
+    if arguments.report:
+        require("matplotlib", "--report", "'flowmo[studies]'")
     with join(arguments.device) as world:
         log = partial(print, flush=True) if world.main else lambda *_, **__: None
         if arguments.reference:
@@ -59,13 +31,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
             return
         source = open_source(arguments.images) if arguments.images else None
         evaluators, missing = Evaluators.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
+        for line in missing:
+            log(line, file=sys.stderr)
         evaluators.to(world.device)
         if source is None:
             evaluate_run(arguments, evaluators, world, log)
         else:
             compare(arguments, source, evaluators, world, log)
-        for line in missing:
-            log(line, file=sys.stderr)
 
 
 def evaluate_generated(arguments: argparse.Namespace, world: World, log: Log) -> None:
@@ -87,7 +59,7 @@ def evaluate_generated(arguments: argparse.Namespace, world: World, log: Log) ->
                 "--features inception, or name a folder of images."
             )
     generated, reference = (
-        extract_features(images, network, device=world.device, world=world, progress=progress_bar("looking"))
+        extract_features(images, network, device=world.device, world=world, progress=Progress("looking"))
         for images in sets
     )
     summary = GenerationSummary.of(generated, reference, network, (sets[0].name, sets[1].name))
@@ -133,7 +105,7 @@ def compare(arguments: argparse.Namespace, source: Source, evaluators: Evaluator
         enlarge=arguments.enlarge,
         out=arguments.report,
         world=world,
-        progress=progress_bar,
+        progress=Progress,
     )
     square = f"short side resized to {comparison.side}, central square"
     protocol = square if comparison.side else "each whole, at its own size"

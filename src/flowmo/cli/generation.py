@@ -13,11 +13,9 @@ import numpy as np
 import torch
 
 import flowmo
-from flowmo.cli.options import DATASET, FINITE, JSON, MODEL, POSITIVE, SEED, command, load, number, option, prepare
-from flowmo.cli.output import UsageError, progress_bar, write
-from flowmo.config import UNMASKING_ORDERS
+from flowmo.cli.options import load, prepare
+from flowmo.cli.output import Progress, UsageError, check_outputs, write
 from flowmo.data import DataError, Source, TokenDataset, evenly_spread, open_source
-from flowmo.data.export import WRITERS
 from flowmo.data.export import export as write_export
 from flowmo.data.token_files import UNREADABLE, Part, TokenMetadata, missing_shards, read_labels
 from flowmo.evaluate.metrics.pairs import grid
@@ -26,30 +24,9 @@ from flowmo.tokenizer import FlowMo
 
 MAX_GRID_IMAGES = 1000
 GRID_COLUMNS = 8
-GUIDANCE = (
-    "classifier-free guidance g of the ids: null + g (class - null), or with generator.guided_from=class, as the "
-    "paper's, class + g (class - null); the paper's 1.5 is 2.5 of the first form (default: the generator's, 1.5)"
-)
 
 
-@command(
-    "write a dataset's ids, which train a generator",
-    option("images", metavar="PICTURES", help=DATASET),
-    option("--out", type=Path, required=True, help="folder for the shards; an interrupted one is completed"),
-    option("--crops", type=POSITIVE, default=1, help="crops per image: 1 is the central square, more are random"),
-    option("--flip", action="store_true", help="add the mirror image of each crop"),
-    option("--no-labels", action="store_true", help="leave out the classes"),
-    option("--seed", type=SEED, default=0, help="seed of random crops"),
-    option("--shard-size", type=POSITIVE, default=4096, help="samples per shard; an interruption loses at most one"),
-    option("--workers", type=number(int, 0), default=0, help="processes that read images"),
-    option("--part", default="1/1", metavar="K/N", help="write only the K-th of N parts, as one of N jobs"),
-    *(*MODEL, JSON),
-)
 def tokenize(arguments: argparse.Namespace) -> tuple[str, dict] | None:
-    """Write the ids of every image of a dataset, bit-packed in shards, for training a generator.
-
-    Under torchrun the processes share the work. Run an interrupted command again to complete it.
-    """
     from flowmo.distributed import join
     from flowmo.generate.tokenize import tokenize as write_tokens
 
@@ -60,18 +37,18 @@ def tokenize(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         written = write_tokens(
             tokenizer,
             source,
-            arguments.out,
+            arguments.output,
             name=Path(arguments.images).name,
             model=Path(arguments.model).name,
             labels=not arguments.no_labels,
             batch_size=tokenizer.config.eval.batch_size,
             part=part,
             world=world,
-            progress=progress_bar("tokenizing"),
+            progress=Progress("tokenizing"),
             on_mixed=lambda message: print(f"flowmo: {message}", file=sys.stderr),
             **{name: getattr(arguments, name) for name in ("crops", "flip", "seed", "shard_size", "workers")},
         )
-        return describe_tokens(arguments.out, written, part, source) if world.main else None
+        return describe_tokens(arguments.output, written, part, source) if world.main else None
 
 
 def describe_tokens(out: Path, written: TokenMetadata, part: Part, source: Source) -> tuple[str, dict]:
@@ -96,59 +73,34 @@ def describe_tokens(out: Path, written: TokenMetadata, part: Part, source: Sourc
     return text, data | {"bytes": size, "part": str(part), "missing_shards": missing}
 
 
-@command(
-    "convert tokens to WebDataset tars or a Hugging Face dataset",
-    option("tokens", metavar="TOKENS", help="folder written by flowmo tokenize"),
-    option("out", metavar="OUT", type=Path, help="folder for the files; an interrupted one is completed"),
-    option("--to", choices=(*WRITERS,), required=True, help="webdataset: .tar files; datasets: .parquet files"),
-    JSON,
-)
 def export(arguments: argparse.Namespace) -> tuple[str, dict]:
-    """Convert a folder of tokens to files that other tools read: one for each shard, with its ids and labels."""
-    dataset, out = TokenDataset(arguments.tokens), arguments.out
-    files, written = write_export(dataset, out, arguments.to, progress_bar("exporting"))
+    dataset, out = TokenDataset(arguments.tokens), arguments.output
+    files, written = write_export(dataset, out, arguments.to, Progress("exporting"))
     data = {"folder": str(out), "samples": len(dataset), "files": [str(file) for file in files], "written": written}
     return f"{out}: {len(dataset)} samples in {len(files)} files, {written} of them written now", data
 
 
-@command(
-    "fit a context model of a tokenizer's ids, which makes .flowmo files shorter",
-    option("tokens", metavar="TOKENS", help="folder written by flowmo tokenize; native size: a dataset of images"),
-    option("--out", type=Path, required=True, help="file to write, MODEL.context.safetensors"),
-    option("--model", default="nano", help="tokenizer of the ids"),
-    option("--held-out", metavar="TOKENS", help="other ids, or for native size images, to measure on"),
-    option("--frequencies", action="store_true", help="only count how often each bit is set"),
-    option("--count", type=POSITIVE, default=1000, help="native size: images to take of a dataset"),
-    option("--hidden", type=POSITIVE, help="hidden units (default: 128; native size: 64)"),
-    option("--fit-steps", type=POSITIVE, help="steps of 512 tokens (default: 4000; native size: 2000 of 1024 cells)"),
-    option("--seed", type=SEED, default=0, help="seed of weights and order"),
-    JSON,
-)
 def context(arguments: argparse.Namespace) -> tuple[str, dict]:
-    """Fit a context model to the ids of many images: how likely each bit is, so that .flowmo files get shorter.
-
-    TOKENS is a folder written by flowmo tokenize. For a tokenizer of native size it is a dataset of images, which are
-    encoded first. The file belongs beside the tokenizer's: NAME.context.safetensors beside NAME.safetensors.
-    """
     from flowmo.codec import fit, fit_planes
 
+    check_outputs([arguments.output], arguments.force)
     tokenizer, named = flowmo.load(arguments.model), {"hidden": arguments.hidden, "steps": arguments.fit_steps}
     settings = {"seed": arguments.seed} | {name: value for name, value in named.items() if value is not None}
     read: Any = partial(TokenDataset, tokenizer=tokenizer.identity())
     frequencies: Any = fit.frequencies
     fit_context: Any = partial(fit.fit, layout=tokenizer.config.model.code_layout)
     if tokenizer.native_size:
-        read = partial(encode_dataset, tokenizer=tokenizer, count=arguments.count)
+        read = partial(encode_dataset, tokenizer=tokenizer, count=arguments.limit)
         frequencies, fit_context = (partial(f, tokenizer=tokenizer) for f in (fit_planes.frequencies, fit_planes.fit))
     ids = read(arguments.tokens)
     models = {"frequencies": frequencies(ids)}
     if not arguments.frequencies:
-        models["context"] = fit_context(ids, progress=progress_bar("fitting"), **settings)
+        models["context"] = fit_context(ids, progress=Progress("fitting"), **settings)
     chosen = models.get("context", models["frequencies"])
     content = chosen.save()
-    write(arguments.out, content)
-    data: dict[str, Any] = {"file": str(arguments.out), "bytes": len(content), "identity": chosen.identity.hex()}
-    lines = [f"{arguments.out}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}"]
+    write(arguments.output, content)
+    data: dict[str, Any] = {"file": str(arguments.output), "bytes": len(content), "identity": chosen.identity.hex()}
+    lines = [f"{arguments.output}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}"]
     if arguments.held_out:
         measure: Any = fit_planes.code_lengths if tokenizer.native_size else fit.code_lengths
         packed, lengths = measure(models, read(arguments.held_out))
@@ -170,50 +122,26 @@ def encode_dataset(path: str, tokenizer: FlowMo, count: int) -> list[np.ndarray]
     from flowmo.codec.fit_planes import ids_on_lattice
 
     source, images = open_source(path), []
-    chosen, show = evenly_spread(count, len(source)), progress_bar("encoding")
+    chosen, show = evenly_spread(count, len(source)), Progress("encoding")
     for i, index in enumerate(chosen):
         try:
             images.append(ids_on_lattice(tokenizer.encode_image(source.read(index)), tokenizer))
         except ImageError as error:
             print(f"flowmo: left out: {error}", file=sys.stderr)
-        if show:
-            show(i + 1, len(chosen))
+        show(i + 1, len(chosen))
     return images
 
 
-@command(
-    "generate images of classes with a trained generator",
-    option("generator", metavar="GENERATOR", help="generator's .safetensors file or training checkpoint"),
-    option("--class", dest="classes", nargs="+", metavar="CLASS", help="name, WordNet id or index (default: all)"),
-    option("--per-class", type=POSITIVE, default=8, help="images per class"),
-    option("--count", type=POSITIVE, help="images in total, shared evenly by the classes"),
-    option("--out", type=Path, default=Path("generated.png"), help="a .png, a folder or an .npz"),
-    option("--edit", type=Path, metavar="PICTURE", help="start from the ids of this image"),
-    option("--keep", default="0-0", metavar="TOKENS", help="with --edit: tokens to keep, such as 0-31,40"),
-    option("--steps", type=POSITIVE, help="steps from masked ids to all ids (default: the generator's, 64)"),
-    option("--guidance", type=FINITE, help=GUIDANCE),
-    option("--temperature", type=FINITE, help="softmax temperature of the first step (default: 1.3)"),
-    option("--last-temperature", type=FINITE, help="softmax temperature of the last step (default: 0.5)"),
-    option("--choice-temperature", type=FINITE, help="noise in the choice of ids to keep (default: 4.5)"),
-    option("--order", choices=UNMASKING_ORDERS, help="order in which ids are unmasked (default: confidence)"),
-    option("--seed", type=SEED, default=0, help="seed of everything random"),
-    option("--decode-steps", type=POSITIVE, help="sampling steps of the tokenizer (default: its own)"),
-    option("--decode-guidance", type=FINITE, help="guidance of the tokenizer (default: its own)"),
-    *(*MODEL, JSON),
-)
 def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
-    """Generate ids of classes and decode them with the tokenizer that the generator was trained on.
-
-    Many images go to a folder, or to the .npz that FID reads, also under torchrun: --count 50000 --out samples.npz.
-    With --edit, part of an image's ids is kept and the rest generated.
-    """
     from flowmo.distributed import join
     from flowmo.generate.generator import load_generator
     from flowmo.generate.samples import SampleSettings, check_pair, parse_positions, sample_images, write_samples
 
-    out, as_grid = arguments.out, arguments.out.suffix == ".png"
+    out, as_grid = arguments.output, arguments.output.suffix == ".png"
     if arguments.edit and not as_grid:
-        raise UsageError("--edit writes one image. Name it with --out PICTURE.png.")
+        raise UsageError("--edit writes one image. Name it with --output PICTURE.png.")
+    if out.suffix:
+        check_outputs([out], arguments.force, (".png", ".npz"))
     with join(arguments.device) as world:
         generator = load_generator(arguments.generator, *arguments.settings, device=str(world.device))
         generator = prepare(generator, arguments)
@@ -222,7 +150,7 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         names = arguments.classes or [*range(len(generator.vocabulary.classes))] or [-1]
         classes = [generator.label(name) for name in names]
         shown = ", ".join(class_names := [generator.class_name(label) for label in classes])
-        count, show = arguments.count or len(classes) * arguments.per_class, progress_bar("generating")
+        count, show = arguments.count or len(classes) * arguments.per_class, Progress("generating")
         class_rows = as_grid and not arguments.count  # one class below another
         labels = [classes[i // arguments.per_class if class_rows else i % len(classes)] for i in range(count)]
         settings = SampleSettings(**{field.name: getattr(arguments, field.name) for field in fields(SampleSettings)})
@@ -233,9 +161,9 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
             text = f"{guidance}\n{out}: {count} pictures of {len(classes)} classes"
             return (text + (f": {shown}" if arguments.classes else ""), data) if world.main else None
         if world.size > 1:
-            raise UsageError(f"Several processes cannot write {out}. Name a folder or an .npz with --out.")
+            raise UsageError(f"Several processes cannot write {out}. Name a folder or an .npz with --output.")
         if count > MAX_GRID_IMAGES:
-            raise UsageError(f"{count} images are too many for one .png. Name a folder or an .npz with --out.")
+            raise UsageError(f"{count} images are too many for one .png. Name a folder or an .npz with --output.")
         ids = keep = None
         if arguments.edit:
             codes = tokenizer.encode_image(read_image(arguments.edit), "crop")

@@ -16,8 +16,8 @@ import flowmo
 from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.distributed import is_sharded
 from flowmo.checkpoint.pth import read_pth
-from flowmo.cli.options import JSON, MODEL, POSITIVE, command, load, number, option, prepare
-from flowmo.cli.output import UsageError
+from flowmo.cli.options import load, prepare
+from flowmo.cli.output import UsageError, check_outputs, require
 from flowmo.codec.file import Codec, find_context
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config, flatten
 from flowmo.model import sampler
@@ -26,15 +26,16 @@ from flowmo.tokenizer import FlowMo
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
-@command(
-    "print parameters, bits per pixel and network passes of a preset or checkpoint",
-    option("source", nargs="?", default="nano", help="preset, settings file, or weights"),
-    JSON,
-    option("--training", action="store_true", help="also compute the cost of training"),
-    option("--settings", dest="list_settings", action="store_true", help="also list every setting"),
-)
+def completion(arguments: argparse.Namespace) -> tuple[str, None]:
+    require("shtab", "Completion", "shtab")
+    import shtab
+
+    from flowmo.cli import build_parser
+
+    return shtab.complete(build_parser(), arguments.shell), None
+
+
 def info(arguments: argparse.Namespace) -> tuple[str, dict]:
-    """Describe the model that a preset, checkpoint or settings file makes, without allocating its weights."""
     source, settings = arguments.source, arguments.settings
     if source.endswith((".yaml", ".yml")):
         config = Config.from_yaml(source).override(*settings)
@@ -101,16 +102,7 @@ def parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@command(
-    "measure how fast a model is on this machine",
-    option("--batch", type=POSITIVE, default=1, help="images per batch"),
-    option("--repeats", type=POSITIVE, default=5, help="runs to take the median of"),
-    *MODEL,
-    option("--bfloat16", dest="precision", action="store_const", const="bfloat16", help="same as --precision bfloat16"),
-    JSON,
-)
 def bench(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
-    """Measure how fast a model encodes and decodes here, beside the fastest that the machine allows."""
     from flowmo.evaluate.speed import measure
 
     tokenizer = flowmo.load(arguments.model, *arguments.settings, device=arguments.device)
@@ -121,19 +113,11 @@ def bench(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
     return "\n".join([*(timing.line() for timing in timings), rates]), [asdict(timing) for timing in timings]
 
 
-@command(
-    "convert any checkpoint to .safetensors",
-    option("source", help="authors' or training checkpoint (.pth), or any other weights"),
-    option("output", type=Path, help="file to write, .safetensors"),
-    option("--dtype", choices=(*DTYPES,), default="float32", help="dtype in the file; int8 has a scale per channel"),
-    option("--last-weights", action="store_true", help="take the last weights, not their moving average"),
-    JSON,
-)
 def convert(arguments: argparse.Namespace) -> tuple[str, dict]:
-    """Rewrite any checkpoint, of a tokenizer or a generator, as one .safetensors file with its settings inside."""
     source, output, dtype = arguments.source, arguments.output, DTYPES[arguments.dtype]
     if output.suffix != ".safetensors":
         raise UsageError(f"Cannot write {output}: converted weights are .safetensors. Use a name that ends so.")
+    check_outputs([output], arguments.force)
     if is_generator(Path(source)):
         from flowmo.generate.generator import load_generator, save_generator
 
@@ -155,42 +139,27 @@ def is_generator(path: Path) -> bool:
     return path.suffix == ".pth" and path.is_file() and read_pth(path).get("stage") == checkpoint.GENERATOR
 
 
-@command(
-    "upload a tokenizer to the Hugging Face Hub",
-    option("source", help="preset, file or folder of the weights"),
-    option("name", metavar="OWNER/NAME", help="repository; created if it does not exist"),
-    option("--private", action="store_true", help="create a private repository"),
-    option("--folder", type=Path, help="only write the files to this folder"),
-    JSON,
-)
 def push(arguments: argparse.Namespace) -> tuple[str, dict]:
-    """Upload a tokenizer to the Hugging Face Hub, with its context model and a model card.
-
-    With --folder, only write the same files to a folder.
-    """
     from flowmo.checkpoint import hub
 
+    if arguments.output:
+        check_outputs([arguments.output / name for name in (hub.CARD_FILE, hub.MODEL_FILE)], arguments.force)
+    else:
+        require("huggingface_hub", "The Hub", "'flowmo[hub]'")
     tokenizer = flowmo.load(arguments.source, *arguments.settings)
     context = find_context(arguments.source, tokenizer)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
+        folder = arguments.output or Path(temporary)
         tokenizer.save_pretrained(folder, arguments.name, None if context is None else context.save())
         files = sorted(path.name for path in folder.iterdir())
-        if arguments.folder:
+        if arguments.output:
             return f"{folder}: {', '.join(files)}", {"folder": str(folder), "files": files}
         address = hub.push(folder, arguments.name, arguments.private)
         return address, {"address": address, "files": files}
 
 
-@command(
-    "serve a web page to try a model",
-    option("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in"),
-    option("--port", type=number(int, 1, 65535), default=7860, help="port to listen on"),
-    option("--generator", type=Path, help="generator of the tokenizer's ids, to generate images of classes"),
-    *MODEL,
-)
 def demo(arguments: argparse.Namespace) -> None:
-    """Serve a web page on this machine: upload an image, see the size of its code and its reconstruction."""
+    require("gradio", "The web page", "'flowmo[demo]'")
     from flowmo.web.demo import Demo
     from flowmo.web.page import serve
 

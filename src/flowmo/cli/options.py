@@ -1,52 +1,73 @@
-"""Commands as functions with tables of options, and the options and argument types that several commands share."""
+"""The form of commands, the types of their arguments, and the models that options describe.
+
+Nothing is imported here that imports torch: ``--help`` and wrong arguments are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
-
-import torch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import flowmo
-from flowmo.model.cpu_prepack import Packable
-from flowmo.precision import PRECISIONS
-from flowmo.tokenizer import FlowMo
 
-Model = TypeVar("Model", bound=Packable)
-Option = tuple[tuple[str, ...], dict[str, Any]]
-"""Positional and keyword arguments of ``ArgumentParser.add_argument``."""
+if TYPE_CHECKING:
+    from flowmo.model.cpu_prepack import Packable
+    from flowmo.tokenizer import FlowMo
+
+Model = TypeVar("Model", bound="Packable")
 Run = Callable[[argparse.Namespace], tuple[str, Any] | None]
 """Runs a command. Returns text for people and data for --json."""
 EPILOG = "Change settings with section.name=value, e.g. eval.sampling.rho=1. flowmo info --settings lists them."
 
 
-def option(*flags: str, **settings: Any) -> Option:
+class Option(NamedTuple):
+    """Arguments of ``ArgumentParser.add_argument``, and former names that the help does not show."""
+
+    flags: tuple[str, ...]
+    settings: dict[str, Any]
+    former: tuple[str, ...] = ()
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        action = parser.add_argument(*self.flags, *self.former, **self.settings)
+        action.option_strings = [flag for flag in action.option_strings if flag not in self.former]
+
+
+def option(*flags: str, former: tuple[str, ...] = (), **settings: Any) -> Option:
     """Make an option. Its help text ends with its default."""
-    if settings.get("default", ()) != ():
+    if settings.get("default") not in (None, (), argparse.SUPPRESS):
         settings["help"] += " (default: %(default)s)"
-    return flags, settings
+    return Option(flags, settings, former)
 
 
 class Command(NamedTuple):
-    """A function and its options. The command is named after the function and described by its docstring."""
+    """A command. The function of its name in ``flowmo.cli.MODULE`` runs it."""
 
-    run: Run
-    help: str
+    module: str
+    name: str
+    description: str
     options: tuple[Option, ...]
 
     def add_to(self, commands: Any) -> None:
         """Add a parser to the result of ``ArgumentParser.add_subparsers``."""
-        parser = commands.add_parser(self.run.__name__, help=self.help, description=self.run.__doc__, epilog=EPILOG)
-        parser.set_defaults(run=self.run)
-        for flags, settings in self.options:
-            parser.add_argument(*flags, **settings)
+        text = self.description.partition(". ")[0].rstrip(".")
+        text = text[:1].lower() + text[1:]
+        parser = commands.add_parser(self.name, help=text, description=self.description, epilog=EPILOG)
+        parser.set_defaults(command=self, parser=parser)
+        for each in self.options:
+            each.add_to(parser)
+
+    def function(self) -> Run:
+        """Import the function of the command, and torch with it."""
+        return getattr(import_module(f"flowmo.cli.{self.module}"), self.name)
 
 
-def command(text: str, *options: Option) -> Callable[[Run], Command]:
-    """Decorate a function as a command with this help text and these options."""
-    return lambda run: Command(run, text, options)
+def command(path: str, description: str, *options: Option) -> Command:
+    """Make the command of the function ``path``, such as images.encode. The list of commands has its first sentence."""
+    module, name = path.split(".")
+    return Command(module, name, description, options)
 
 
 # Types of arguments
@@ -54,18 +75,23 @@ def command(text: str, *options: Option) -> Callable[[Run], Command]:
 
 def number(kind: type[int] | type[float], low: float = -math.inf, high: float = math.inf) -> Callable[[str], Any]:
     """Make the argument type of finite numbers from ``low`` to ``high``."""
+    limits = f" from {low}" * (low > -math.inf) + f" to {high}" * (high < math.inf)
 
     def parse(text: str) -> float:
-        value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number from {low} to {high}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (-math.inf < value < math.inf and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number{limits}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names the type in its messages
     return parse
 
 
 def device(text: str) -> str:
+    import torch
+
     try:
         if torch.device(text).type == "cuda":  # no allocation: every rank would create a context on the first GPU
             found = torch.cuda.is_available() and (torch.device(text).index or 0) < torch.cuda.device_count()
@@ -78,36 +104,14 @@ def device(text: str) -> str:
     return text
 
 
-# Options of several commands
-
 POSITIVE, SEED, FINITE = number(int, 1), number(int, 0, 2**63 - 1), number(float)
-DATASET = "folder, .tar, WebDataset shards or hf:NAME:SPLIT"
-JSON = option("--json", action="store_true", help="print JSON and nothing else")
-DEVICE = option("--device", type=device, help="cpu, cuda, mps … (default: a GPU if there is one; cpu with --pack)")
-PRECISION = "precision of matrix products; auto is bfloat16 with TF32 on a GPU that has it, else float32"
-MODEL = (
-    option("--model", default="nano", help="preset, file, folder or Hub id of the tokenizer's weights"),
-    DEVICE,
-    option("--precision", choices=PRECISIONS, default="auto", help=PRECISION),
-    option("--pack", action="store_true", help="prepack weights for this CPU: faster; only the last bits differ"),
-    option("--compile", action="store_true", help="compile first: half a minute, then faster; needs a C++ compiler"),
-)
-SAMPLING = (
-    option("--steps", type=POSITIVE, help="sampling steps (default: the model's own; 1 of nano, 25 of the paper's)"),
-    option("--seed", type=SEED, default=0, help="seed of the noise"),
-    option("--guidance", type=FINITE, help="classifier-free guidance; 1 is none (default: the preset's, 1.5)"),
-)
-WHOLE = "whole or tile: the whole image, in blended tiles if the model has one size; crop: the central square"
-RATE = "variable-rate models: the highest rate up to RATE bits per pixel (default: the full rate)"
-FIT = (
-    option("--fit", choices=("whole", "tile", "crop"), default="whole", help=WHOLE),
-    option("--bpp", type=FINITE, metavar="RATE", help=RATE),
-)
 
 
 def choose_device(arguments: argparse.Namespace) -> None:
     """Set ``arguments.device`` if the command has one and the user named none."""
     if getattr(arguments, "device", "") is None:
+        import torch
+
         packed = getattr(arguments, "pack", False)  # weights are packed for CPUs only
         arguments.device = "cuda" if torch.cuda.is_available() and not packed else "cpu"
 

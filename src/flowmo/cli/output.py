@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from flowmo.checkpoint.files import write_content
 from flowmo.errors import FlowMoError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PIPE = Path("-")
 """Names standard input or output."""
@@ -22,9 +24,13 @@ IMAGE_FORMATS: dict[str, dict[str, Any]] = {
     ".jpg": {"format": "JPEG", "quality": 95},
     ".jpeg": {"format": "JPEG", "quality": 95},
     ".webp": {"format": "WEBP", "lossless": True},
+    ".avif": {"format": "AVIF", "quality": 90},
     ".ppm": {"format": "PPM"},
 }
 """How Pillow writes an image, by the suffix of its file."""
+LOG_SECONDS = 30
+"""Seconds between lines of progress where standard error is no terminal."""
+REDRAW_SECONDS = 0.1
 
 
 class UsageError(FlowMoError):
@@ -33,8 +39,14 @@ class UsageError(FlowMoError):
 
 def status_of(program: str, run: Callable[[], object]) -> int:
     """Run a program and return its exit status. Errors that a user can fix are one line on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
-        run()
+        try:
+            run()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
@@ -49,29 +61,80 @@ def status_of(program: str, run: Callable[[], object]) -> int:
 
 def message_of(error: Exception) -> str:
     """Write an error as one line, without the number that Python puts before an operating system's error."""
+    text = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return " ".join(str(error).split())
+        text = f"{error.filename}: {error.strerror.lower()}"
+    return " ".join(text.split())
 
 
-def progress_bar(name: str) -> Callable[[int, int], None] | None:
-    """Make a counter on standard error, if that is a terminal that can rewrite a line."""
-    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        return None
+def require(package: str, purpose: str, install: str) -> None:
+    """Report a missing optional package before any work is done.
 
-    def show(done: int, total: int) -> None:
-        sys.stderr.write(f"\r{name[:40]} {done}/{total}" + ("\r\033[K" if done == total else ""))
+    Raises:
+        UsageError: ``package`` is not installed.
+    """
+    if find_spec(package) is None:
+        raise UsageError(f"{purpose} needs {package}. Install it: pip install {install}.")
+
+
+class Progress:
+    """A callback with (done, total) that shows the count and the time left on standard error.
+
+    A terminal has one line, which is rewritten. A log gets a line every ``LOG_SECONDS``.
+    """
+
+    def __init__(self, name: str):
+        self.name = " ".join(name.split())[:40]
+        self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.start = self.shown = time.monotonic()
+        self.drawn = False
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.terminal and (done >= total or not self.drawn or now - self.shown >= REDRAW_SECONDS):
+            self._draw(f"{self.name} {done}/{total}{self._left(now, done, total)}")
+            if done >= total:
+                self.clear()
+        elif not self.terminal and done < total and now - self.shown >= LOG_SECONDS:
+            print(f"flowmo: {self.name} {done} of {total}{self._left(now, done, total)}", file=sys.stderr, flush=True)
+        else:
+            return
+        self.shown = now
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        seconds = round((now - self.start) * (total - done) / max(done, 1))
+        return f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left" if done and seconds else ""
+
+    def _draw(self, text: str) -> None:
+        sys.stderr.write(f"\r{text}\033[K")
         sys.stderr.flush()
+        self.drawn = True
 
-    return show
+    def clear(self) -> None:
+        """Remove the line from a terminal, so that something else can be printed."""
+        if self.drawn:
+            self._draw("")
+            self.drawn = False
 
 
-def check_outputs(outputs: Sequence[Path], suffixes: Sequence[str] = ()) -> None:
-    """Refuse outputs that would overwrite each other or whose suffix is not among ``suffixes``.
+def can_write(suffix: str) -> bool:
+    """Return whether the installed Pillow writes images of this suffix."""
+    from PIL import features
+
+    return suffix in IMAGE_FORMATS and (suffix != ".avif" or features.check("avif"))
+
+
+def check_outputs(outputs: Sequence[Path], force: bool, suffixes: Sequence[str] = ()) -> None:
+    """Refuse outputs that cannot be written or would overwrite something, before any work is done.
+
+    Args:
+        force: overwrite files that exist.
+        suffixes: accepted suffixes, such as ``IMAGE_FORMATS``; all by default.
 
     Raises:
         UsageError: with a message that names the file.
     """
+    outputs = [path for path in outputs if path != PIPE]
     for path, count in Counter(outputs).items():
         if count > 1:
             raise UsageError(f"Two results would both be written to {path}. Give them other names.")
@@ -79,6 +142,19 @@ def check_outputs(outputs: Sequence[Path], suffixes: Sequence[str] = ()) -> None
             raise UsageError(
                 f"Cannot write {path}: its format is unknown. Use a name that ends in {', '.join(suffixes)}."
             )
+        if path.is_dir():
+            raise UsageError(f"Cannot write {path}: Is a directory.")
+        if path.exists() and not path.is_file():  # a device or a pipe
+            continue
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise UsageError(f"Cannot write {path}: {folder} is a file, not a folder.")
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"Cannot write {path}: You may not write to the folder {folder}.")
+    existing = [path for path in outputs if path.is_file()]
+    if existing and not force:
+        others = f" and {len(existing) - 1} more exist" if len(existing) > 1 else " exists"
+        raise UsageError(f"{existing[0]}{others} already. Add --force to overwrite, or name another output.")
 
 
 def write(output: Path, content: bytes | Image.Image) -> None:
@@ -87,7 +163,9 @@ def write(output: Path, content: bytes | Image.Image) -> None:
     Raises:
         UsageError: the file cannot be written, or standard output is a terminal.
     """
-    if isinstance(content, Image.Image):
+    from flowmo.checkpoint.files import write_content
+
+    if not isinstance(content, bytes):
         stream = io.BytesIO()
         content.save(stream, **IMAGE_FORMATS[".png" if output == PIPE else output.suffix.lower()])
         content = stream.getvalue()
@@ -98,6 +176,9 @@ def write(output: Path, content: bytes | Image.Image) -> None:
         sys.stdout.buffer.flush()
         return
     try:
-        write_content(output, content)
+        if output.exists() and not output.is_file():  # a device or a named pipe, which must not be replaced
+            output.write_bytes(content)
+        else:
+            write_content(output, content)
     except OSError as error:  # names the temporary file
         raise UsageError(f"Cannot write {output}: {error.strerror}.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,9 @@ import torch
 
 import flowmo
 from flowmo.checkpoint.files import write_content
-from flowmo.checkpoint.run_folder import CHECKPOINTS, listing
-from flowmo.cli.options import DATASET, DEVICE, JSON, command, option
-from flowmo.cli.output import UsageError
-from flowmo.config import GENERATOR_PRESETS, PRESETS, Config
+from flowmo.checkpoint.run_folder import CHECKPOINTS, chosen, listing
+from flowmo.cli.output import UsageError, check_outputs
+from flowmo.config import Config
 from flowmo.data import default_index, open_source
 from flowmo.data.sources.tar import scan_tar
 from flowmo.train.memory import keep_freed_memory
@@ -24,20 +24,14 @@ MAX_LINES = 20
 """Printed lines of each kind; --json lists all."""
 
 
-@command(
-    "index tars of images",
-    option("tars", nargs="+", type=Path, metavar="TAR", help="uncompressed tar of images, or of tars of images"),
-    option("--output", "-o", type=Path, help="file to write (default: TAR with .index.json)"),
-    JSON,
-)
 def index(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
-    """Write the index of each tar, so that training reads its images without unpacking it."""
     if arguments.output is not None and len(arguments.tars) > 1:
         raise UsageError("--output names the index of one tar. Leave it out to write each index beside its tar.")
+    outputs = [arguments.output or default_index(tar) for tar in arguments.tars]
+    check_outputs(outputs, arguments.force)
     lines: list[str] = []
     rows = []
-    for tar in arguments.tars:
-        output = arguments.output or default_index(tar)
+    for tar, output in zip(arguments.tars, outputs, strict=True):
         entries, left_out = scan_tar(tar)
         write_content(output, json.dumps(entries))
         more, others = describe_left_out(left_out)
@@ -46,14 +40,7 @@ def index(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
     return "\n".join(lines), rows
 
 
-@command(
-    "show the training data in a source",
-    option("source", metavar="SOURCE", help=f"{DATASET}, as data.train"),
-    option("--index", type=Path, help="index of a single tar, as data.train_index (default: TAR with .index.json)"),
-    JSON,
-)
 def show(arguments: argparse.Namespace) -> tuple[str, dict]:
-    """Show what training sees of a source: its images, their classes, and the files that are left out, with reasons."""
     source = open_source(arguments.source, arguments.index)
     labels = [source.label(index) for index in range(len(source))]
     names = [source.name(index) for index in range(len(source))]
@@ -81,18 +68,7 @@ def first(lines: list[str]) -> list[str]:
     return lines[:MAX_LINES] + more
 
 
-@command(
-    "train a tokenizer (stages 1A, 1B, 1C) or a generator (stage 2)",
-    option("--preset", choices=(*PRESETS, *GENERATOR_PRESETS), default="lo", help="settings to start from"),
-    option("--config", type=Path, help="YAML file of settings that replace the preset's"),
-    option("--experiment-name", default="my_experiment", help="name of the run's folder"),
-    option("--results-dir", type=Path, default=Path("results"), help="folder of all runs"),
-    option("--resume-from-ckpt", type=Path, help="checkpoint to start from"),
-    DEVICE,
-)
 def train(arguments: argparse.Namespace) -> None:
-    """Train on images, stage 1A. With model.posttrain_sample=true: stage 1B. With opt.teacher=MODEL: stage 1C,
-    distillation. With a generator's preset: stage 2, on tokens."""
     from flowmo.distributed import join
     from flowmo.train.intent import check_start
     from flowmo.train.trainer import Trainer
@@ -111,3 +87,18 @@ def train(arguments: argparse.Namespace) -> None:
     check_start(config, bool(arguments.resume_from_ckpt or listing(folder / CHECKPOINTS)))
     with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
         Trainer(config, folder, world, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
+        if world.main:
+            print(next_steps(folder, config))
+
+
+def next_steps(folder: Path, config: Config) -> str:
+    """Say where the best model of a run is, the newest without a metric, and what to do with it."""
+    model = shlex.quote(str(chosen(folder)))
+    steps = {"Model": model}
+    if config.generator.train:
+        steps["Use it"] = f"flowmo generate {model} --model TOKENIZER"
+    else:
+        steps["See it"] = f"flowmo reconstruct PICTURE --model {model}"
+        steps["Measure it"] = f"flowmo evaluate {shlex.quote(config.data.val or 'PICTURES')} --model {model}"
+    steps["Share it"] = f"flowmo convert {model} {folder.name}.safetensors"
+    return "\n".join(f"{name + ':':12} {text}" for name, text in steps.items())

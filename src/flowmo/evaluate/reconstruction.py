@@ -265,13 +265,13 @@ def measure(
         folder: keep measurements here. The same call resumes from them, on any number of ranks.
         metadata: what else the result depends on, such as steps and seed. A folder with other metadata is refused.
         progress: callback with (images done, images in total) of this rank.
-        on_unreadable: callback with the error message of each unreadable image of this rank. Such an image is not
-            ``done`` in the result and is in no metric.
+        on_unreadable: callback with the error message of each unreadable or too small image of this rank. Such an image
+            is not ``done`` in the result and is in no metric.
         pixels: channels and values of the images.
 
     Raises:
-        EvaluationError: no image can be read, one is smaller than the crop or has a reconstruction that is not finite,
-            or the folder holds another evaluation.
+        EvaluationError: no image can be used, one has a reconstruction that is not finite, or the folder holds another
+            evaluation.
     """
     throughput = throughput or Throughput()
     chosen = torch.tensor(evenly_spread(limit or len(source), len(source)))
@@ -282,6 +282,7 @@ def measure(
     widths = getattr(evaluators.features, "channels", None), 0 if pixels.channels in (1, 3) else pixels.channels
     empty = partial(Measurement.empty, len(chosen), candidate.id_count, *widths)
     earlier, mine = files.resume() or empty(), empty()
+    reason = ""
     remaining = (~earlier.done).nonzero().flatten()[world.rank :: world.size]
     done = 0
     batch_size, network_batch = (batch_size, BATCH) if side else (1, 1)
@@ -289,8 +290,8 @@ def measure(
         indices = chosen[positions].tolist()
         x, unreadable = throughput.timed("reading", readable_crops, source, indices, side, enlarge, pixels)
         done += len(positions)
-        for message in unreadable.values():
-            on_unreadable(message)
+        for reason in unreadable.values():
+            on_unreadable(reason)
         readable = [i for i, index in enumerate(indices) if index not in unreadable]
         if not readable:
             continue
@@ -308,7 +309,7 @@ def measure(
     merged = earlier.merge(mine.gather(world))
     files.finish(merged)
     if not merged.done.any():
-        raise EvaluationError(f"None of {len(chosen)} images can be read, such as {source.name(int(chosen[0]))}.")
+        raise EvaluationError(f"None of {len(chosen)} images can be used. The last: {reason}")
     return merged
 
 
@@ -325,7 +326,7 @@ def read_crops(
 def readable_crops(
     source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False, pixels: PixelFormat = PixelFormat()
 ) -> tuple[Tensor, dict[int, str]]:
-    """Read central squares b × c × side × side in [−1, 1]. Returns also {index: error} of the unreadable images.
+    """Read central squares b × c × side × side in [−1, 1]. Returns also {index: error} of images left out.
 
     Without a ``side``, the one image of ``indices`` is not cropped.
     """
@@ -333,19 +334,14 @@ def readable_crops(
     for index in indices:
         try:
             image = read_as(source, index, pixels)
+            width, height = size_of(image)
+            size = f"{source.name(index)} is {width}×{height}"
+            if side and min(width, height) < side and not enlarge:
+                raise ImageError(f"{size}, smaller than the crop of {side}×{side}. --enlarge takes such images.")
+            if side is None and min(width, height) < SMALLEST_WHOLE:
+                raise ImageError(f"{size}. Metrics need at least {SMALLEST_WHOLE} pixels a side.")
         except ImageError as error:
             unreadable[index] = str(error)
             continue
-        width, height = size_of(image)
-        if side and min(width, height) < side and not enlarge:
-            raise EvaluationError(
-                f"{source.name(index)} is {width}×{height}, smaller than the crop of {side}×{side}. "
-                "Leave it out, or enlarge such images with --enlarge."
-            )
-        if side is None and min(width, height) < SMALLEST_WHOLE:
-            raise EvaluationError(
-                f"{source.name(index)} is {width}×{height}. Metrics need at least {SMALLEST_WHOLE} pixels "
-                "a side. Leave it out."
-            )
         crops.append(to_tensor(resize_and_crop(image, side) if side else image))
     return torch.stack(crops) if crops else torch.empty(0, pixels.channels, side or 0, side or 0), unreadable

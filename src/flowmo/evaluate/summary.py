@@ -145,7 +145,7 @@ class Summary:
         notes = [f"{name:16}{each(values, digits)}" for name, values, digits in channels if values]
         notes += [self.missing] if self.missing else []
         if self.unreadable:
-            notes.append(f"{self.unreadable} images cannot be read and are in no metric")
+            notes.append(f"{self.unreadable} images left out: unreadable or too small")
         return [*table_lines(rows, 16), *notes]
 
 
