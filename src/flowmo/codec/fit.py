@@ -79,9 +79,7 @@ def image_bits(tokens: TokenDataset, indices: Sequence[int]) -> Bits:
 def code_lengths(models: Mapping[str, ContextModel], tokens: TokenDataset) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Measure models on other tokens. Returns each image's bits packed, n, and coded by each model, n × 1."""
     bits = image_bits(tokens, range(len(tokens)))
-    return np.full(len(bits), bits[0].size), {
-        name: ideal_code_length(model, bits)[:, None] for name, model in models.items()
-    }
+    return np.full(len(bits), bits[0].size), {name: ideal_code_length(m, bits)[:, None] for name, m in models.items()}
 
 
 def _shape(tokens: TokenDataset) -> tuple[int, int]:
@@ -130,9 +128,7 @@ class FloatModel(torch.nn.Module):
     def rounded(self) -> dict[str, np.ndarray]:
         """Return the weights in fixed point."""
         limit = (1 << 15) - 1
-        scaled = {
-            name: weights * (1 << self.fractions.get(name, FRACTION)) for name, weights in self.named_parameters()
-        }
+        scaled = {name: w * (1 << self.fractions.get(name, FRACTION)) for name, w in self.named_parameters()}
         return {name: x.round().clamp(-limit, limit).numpy().astype(np.int64) for name, x in scaled.items()}
 
 

@@ -112,9 +112,7 @@ def code_lengths(
     Returns the packed length of each image, n, and for each model the coded length of each plane, n × planes, in bits.
     """
     id_bits = next(iter(models.values())).shape[1]
-    lengths = {
-        name: np.stack([plane_code_lengths(model, ids) for ids in ids_of_images]) for name, model in models.items()
-    }
+    lengths = {name: np.stack([plane_code_lengths(m, ids) for ids in ids_of_images]) for name, m in models.items()}
     return np.array([ids.size * id_bits for ids in ids_of_images]), lengths
 
 

@@ -85,19 +85,14 @@ def pretrain_loss(
 
 
 def posttrain_loss(
-    tokenizer: Tokenizer,
-    images: Tensor,
-    noise: TrainingNoise,
-    opt: OptConfig,
-    perceptual: Distance | None,
-    whole_batch: WholeBatch = local_statistic,
+    tokenizer: Tokenizer, images: Tensor, noise: TrainingNoise, opt: OptConfig, perceptual: Distance | None
 ) -> Loss:
     """Stage 1B, equation 12: flow loss, and perceptual distance between images and samples through the whole chain.
 
     The encoder is frozen. Arguments as in ``pretrain_loss``; ``noise.chain`` must be set.
     """
     with torch.no_grad():
-        quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
+        quantized = tokenizer.quantizer(tokenizer.encoder(images))
     distances = {}
     if perceptual is not None:
         if noise.chain is None:
@@ -115,7 +110,6 @@ def distill_loss(
     noise: TrainingNoise,
     opt: OptConfig,
     perceptual: Distance | None,
-    whole_batch: WholeBatch = local_statistic,
     *,
     teacher: Tokenizer,
 ) -> Loss:
@@ -129,7 +123,7 @@ def distill_loss(
     start_noise, starts, ends = noise.jumps
     b, jumps = starts.shape
     with torch.no_grad():
-        quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
+        quantized = tokenizer.quantizer(tokenizer.encoder(images))
         path = teacher_path(teacher, quantized.code, start_noise, opt.teacher_steps)
         x_start, x_end = (path.at(times).flatten(0, 1) for times in (starts, ends))  # (b jumps) c h w
     starts, ends = starts.flatten(), ends.flatten()
@@ -254,7 +248,7 @@ class Stage(nn.Module):
             tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
             return None
         if teacher is not None:
-            return distill_loss(tokenizer, images, noise, self.opt, perceptual, whole_batch, teacher=teacher)
+            return distill_loss(tokenizer, images, noise, self.opt, perceptual, teacher=teacher)
         if tokenizer.config.model.posttrain_sample:
-            return posttrain_loss(tokenizer, images, noise, self.opt, perceptual, whole_batch)
+            return posttrain_loss(tokenizer, images, noise, self.opt, perceptual)
         return pretrain_loss(tokenizer, images, noise, self.opt, perceptual, whole_batch, freeze_encoder)
