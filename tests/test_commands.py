@@ -4,7 +4,6 @@ What is put right in them: two line continuations that are missing, and "..." fo
 """
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from test_checkpoint import release_file
 
 from flowmo import Config, load
 from flowmo.checkpoint.run_folder import listing
+from flowmo.cli import main
 from flowmo.data import build_index
 
 WEIGHTS = SHARED / "weights"
@@ -113,24 +113,28 @@ def make_tiny(steps, batch=2):
     ]
 
 
-def run(command, workspace, *tiny, resume=None):
-    """The command as a shell would read it, with two processes where it asks for more."""
-    words = shlex.split(command.replace("\\\n", " "))
-    assert words[:1] == ["torchrun"]
-    words = [word if not word.startswith("--nproc") else "--nproc-per-node=2" for word in words[1:]]
-    if resume is not None:
-        words = [str(resume) if word == "..." else word for word in words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLOWMO_WEIGHTS": str(WEIGHTS)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, "--device", "cpu", *tiny],
-        cwd=workspace,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "flowmo" in line or "rror" in line]
-    return done.stdout
+@pytest.fixture
+def run(workspace, monkeypatch, capsys):
+    """Function that runs a command as a shell would read it, in this process, or with torchrun in two."""
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(WEIGHTS))
+
+    def run(command, *tiny, resume=None, two_processes=False):
+        words = shlex.split(command.replace("\\\n", " "))
+        module = words.index("-m")
+        assert words[0] == "torchrun"
+        assert all(word.startswith("--nproc-per-node=") for word in words[1:module])
+        rest = [str(resume) if word == "..." else word for word in words[module + 2 :]]
+        rest += ["--device", "cpu", *tiny]
+        if not two_processes:
+            assert main([words[module + 1].removeprefix("flowmo."), *rest]) == 0, capsys.readouterr().err
+            return capsys.readouterr().out
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run([*torchrun, "-m", words[module + 1], *rest], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, [line for line in done.stderr.splitlines() if "flowmo" in line or "rror" in line]
+        return done.stdout
+
+    return run
 
 
 def checkpoints(workspace, name):
@@ -142,19 +146,18 @@ needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs trained p
 
 @needs_weights
 @pytest.mark.parametrize(
-    ("size", "pretrain", "posttrain"),
+    ("size", "pretrain", "posttrain", "shares"),
     [
-        ("lo", LO_PRETRAIN, LO_POSTTRAIN),
-        ("hi", HI_PRETRAIN, HI_POSTTRAIN),
+        ("lo", LO_PRETRAIN, LO_POSTTRAIN, "2 processes × 2 × 1"),  # opt.n_grad_acc=2
+        ("hi", HI_PRETRAIN, HI_POSTTRAIN, "1 process × 2 × 2"),
     ],
 )
-def test_pretraining_then_posttraining(workspace, size, pretrain, posttrain):
-    out = run(pretrain, workspace, *make_tiny(2))
-    assert "2 processes" in out
+def test_pretraining_then_posttraining(workspace, run, size, pretrain, posttrain, shares):
+    run(pretrain, *make_tiny(2))
     first = checkpoints(workspace, f"flowmo_{size}_pretrain")[-1]
     assert first.stem == "00000002"
-    out = run(posttrain, workspace, *make_tiny(4, batch=4), resume=first)
-    assert "2 processes × 2 × 1" in out  # opt.n_grad_acc=2
+    out = run(posttrain, *make_tiny(4, batch=4), resume=first, two_processes=size == "lo")
+    assert shares in out
     assert "resnet50" in out
     last = checkpoints(workspace, f"flowmo_{size}_posttrain")[-1]
     assert last.stem == "00000004"
@@ -171,8 +174,8 @@ def test_pretraining_then_posttraining(workspace, size, pretrain, posttrain):
         (SMALLER_MODEL, "flowmo_lo_pretrain"),
     ],
 )
-def test_other_pretraining(workspace, command, name):
-    run(command, workspace, *make_tiny(1))
+def test_other_pretraining(workspace, run, command, name):
+    run(command, *make_tiny(1))
     tokenizer = load(checkpoints(workspace, name)[-1])
     if "kl" in name:
         assert (tokenizer.config.model.quantization_type, tokenizer.code_length) == ("kl", 128)
@@ -194,12 +197,12 @@ def held_out(workspace):
     return [f"data.imagenet_val_tar={val}", f"data.imagenet_val_index={index}"]
 
 
-def test_evaluation_of_a_run(workspace, held_out):
+def test_evaluation_of_a_run(workspace, run, held_out):
     """Both checkpoints, then the end of the run ends the evaluation."""
     tiny = [*make_tiny(2), "opt.lpips_weight=0", *held_out]
     pretrain = LO_PRETRAIN.replace("flowmo_lo_pretrain", "flowmo_lo_prettrain")
-    run(pretrain, workspace, *tiny, "trainer.checkpoint_every=1")
-    out = run(EVALUATE_AS_IT_GROWS, workspace, *tiny)
+    run(pretrain, *tiny, "trainer.checkpoint_every=1")
+    out = run(EVALUATE_AS_IT_GROWS, *tiny)
     assert "bits per pixel" in out
     rows = evaluations(workspace, "flowmo_lo_prettrain_eval")
     assert [row["checkpoint"] for row in rows] == ["00000001.pth", "00000002.pth"]
@@ -208,7 +211,7 @@ def test_evaluation_of_a_run(workspace, held_out):
 
 
 @pytest.mark.parametrize(("size", "command", "bits"), [("lo", EVALUATE_LO, 18), ("hi", EVALUATE_HI, 56)])
-def test_evaluation_of_a_named_checkpoint(workspace, held_out, size, command, bits):
+def test_evaluation_of_a_named_checkpoint(workspace, run, held_out, size, command, bits):
     """A file of the authors' form, and half of the images."""
     widths = [f"model.{net}{name}" for net in ("", "enc_") for name in ("hidden_size=384", "num_heads=12")]
     tiny = [*make_tiny(1), *held_out, *widths]
@@ -216,22 +219,22 @@ def test_evaluation_of_a_named_checkpoint(workspace, held_out, size, command, bi
     shape = [f"model.context_dim={bits}", f"model.codebook_size_for_entropy={groups}"]
     config = Config().override(*shape, *(word for word in tiny if word.startswith("model.")))
     release_file(workspace / f"flowmo_{size}.pth", config, scale=0.02)
-    run(command, workspace, *tiny, "eval.subsample_rate=2")
+    run(command, *tiny, "eval.subsample_rate=2")
     (row,) = evaluations(workspace, f"flowmo_{size}_posttrain_eval")
     assert row["checkpoint"] == f"flowmo_{size}.pth"
     assert row["pictures"] == 2
     assert row["bits_per_pixel"] == pytest.approx(256 * bits / 32**2)
 
 
-def test_infill_pretraining(workspace):
+def test_infill_pretraining(workspace, run):
     """The checkpoint that the command names is one of its own folder, so it is made first."""
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
     write_language_model(workspace / "qwen", hidden_size=896, intermediate_size=64, num_hidden_layers=1, **heads)
     tiny = make_tiny(1, batch=1)
     lines = QWEN_PRETRAIN.splitlines(keepends=True)
     fresh = "".join(line for line in lines if "--resume-from-ckpt" not in line)
-    run(fresh, workspace, *tiny, "model.language_model=qwen")
-    run(QWEN_PRETRAIN, workspace, *tiny, "trainer.max_steps=2", "model.language_model=qwen")
+    run(fresh, *tiny, "model.language_model=qwen")
+    run(QWEN_PRETRAIN, *tiny, "trainer.max_steps=2", "model.language_model=qwen")
     assert checkpoints(workspace, "flowmo_qwen2.5-coder-0.5b_pretrain")[-1].stem == "00000002"
 
 
