@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, open_gates, run_command
+from conftest import CLASSES, ROOT, open_gates, run_command
 from PIL import Image
 from test_train import HostReads
 
@@ -637,38 +637,27 @@ def test_passes_give_the_same_losses(config, tmp_path):
     torch.testing.assert_close(curves[2], curves[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_give_the_same_losses(config, tmp_path, parallel):
-    """Under torchrun, and their checkpoint opens."""
+def test_two_processes_give_the_same_losses(config, tmp_path):
+    """Under torchrun, by DDP and by FSDP, and their checkpoints open."""
     config = config.override("generator.dropout=0")
     one = Trainer(config, tmp_path / "one", report=quiet)
     one.train()
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(config.override(f"trainer.parallel={parallel}").to_json())
-    words = [
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "flowmo.train",
-        "--config",
-        settings,
-        "--results-dir",
-        tmp_path,
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words, "--experiment-name", "two"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    (tmp_path / "base.yaml").write_text(config.to_json())
+    parallels = ("ddp", "fsdp")
+    (tmp_path / "runs.json").write_text(json.dumps([(name, [f"trainer.parallel={name}"]) for name in parallels]))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words += [ROOT / "tests" / "several_runs.py", tmp_path / "base.yaml", tmp_path / "runs.json", tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    two = Trainer(config, tmp_path / "two", report=quiet)
-    assert two.step == 6
-    torch.testing.assert_close(losses(two), losses(one), rtol=2e-4, atol=2e-5)
     ids = torch.zeros(1, 6, 2, dtype=torch.int64)
-    ours, theirs = (load_generator(run.checkpoints()[-1]).log_prob(ids) for run in (one, two))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    expected = load_generator(one.checkpoints()[-1]).log_prob(ids)
+    for name in parallels:
+        two = Trainer(config, tmp_path / name, report=quiet)
+        assert two.step == 6
+        torch.testing.assert_close(losses(two), losses(one), rtol=2e-4, atol=2e-5)
+        theirs = load_generator(two.checkpoints()[-1]).log_prob(ids)
+        torch.testing.assert_close(theirs, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("change", [(), ("generator.bit_tokens=true", "data.max_microbatch=2")])

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import open_gates
 from conftest import run_command as run
 from PIL import Image
 from torch import nn
@@ -91,7 +92,9 @@ def test_packed_commands(capsys, tiny_model, photo, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled(tokenizer, images):
+def test_compiled(tiny_config, images):
+    torch.manual_seed(0)
+    tokenizer = open_gates(FlowMo(tiny_config.override("model.enc_depth=1", "model.dec_depth=1"))).eval()
     torch.manual_seed(1)
     code, pictures = results(tokenizer, images)
     torch.manual_seed(1)

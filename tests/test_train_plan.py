@@ -260,7 +260,7 @@ def compile_by(monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("keeps", KEPT)
 def test_blocks_compile_whatever_checkpointing_keeps(tiny_config, images, compile_by, keeps):
-    """Forward and backward through AOTAutograd. ``test_compiled_blocks_train_alike`` goes through Inductor."""
+    """Forward and backward through AOTAutograd. ``stress/test_compiled.py`` goes through Inductor."""
     settings = "trainer.compile=true", "trainer.activation_checkpointing=true", f"trainer.checkpoint_keeps={keeps}"
     config = tiny_config.override(*settings, "model.enc_depth=1", "opt.lpips_weight=0")
     tokenizer = FlowMo(config)
