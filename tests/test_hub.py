@@ -205,3 +205,14 @@ def test_the_command_writes_a_folder(tiny_model, tmp_path, capsys):
 def test_torch_hub(tiny, tiny_model):
     again = torch.hub.load(str(ROOT), "tokenizer", str(tiny_model), source="local")
     assert again.identity() == tiny.identity()
+
+
+def test_the_command_puts_an_evaluation_into_the_card(tiny_model, tmp_path, capsys):
+    metrics, words = tmp_path / "metrics.json", ["push", str(tiny_model), "someone/flowmo", "--evaluation"]
+    metrics.write_text('[{"psnr": 20.5, "pictures": 7}]')
+    assert main([*words, str(metrics), "--folder", str(tmp_path / "out")]) == 0
+    assert "| PSNR (dB) | 20.5 |" in (tmp_path / "out" / "README.md").read_text()
+    for content in ("no json", "[]", '{"ssim": null}'):
+        metrics.write_text(content)
+        assert main([*words, str(metrics), "--folder", str(tmp_path / "other")]) == 2
+        assert "flowmo evaluate --json" in capsys.readouterr().err

@@ -220,6 +220,7 @@ COMMANDS = (
         option("source", help="preset, file or folder of the weights"),
         option("name", metavar="OWNER/NAME", help="repository; created if it does not exist"),
         option("--private", action="store_true", help="create a private repository"),
+        option("--evaluation", type=Path, metavar="FILE", help="output of flowmo evaluate --json, for the model card"),
         output("only write the files to this folder", "--folder"),
         *(FORCE, JSON),
     ),

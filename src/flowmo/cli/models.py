@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 from dataclasses import asdict
@@ -146,16 +147,29 @@ def push(arguments: argparse.Namespace) -> tuple[str, dict]:
         check_outputs([arguments.output / name for name in (hub.CARD_FILE, hub.MODEL_FILE)], arguments.force)
     else:
         require("huggingface_hub", "The Hub", "'flowmo[hub]'")
+    metrics = read_metrics(arguments.evaluation) if arguments.evaluation else None
     tokenizer = flowmo.load(arguments.source, *arguments.settings)
     context = find_context(arguments.source, tokenizer)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.output or Path(temporary)
-        tokenizer.save_pretrained(folder, arguments.name, None if context is None else context.save())
+        tokenizer.save_pretrained(folder, arguments.name, None if context is None else context.save(), metrics)
         files = sorted(path.name for path in folder.iterdir())
         if arguments.output:
             return f"{folder}: {', '.join(files)}", {"folder": str(folder), "files": files}
         address = hub.push(folder, arguments.name, arguments.private)
         return address, {"address": address, "files": files}
+
+
+def read_metrics(path: Path) -> dict:
+    """Read the output of ``flowmo evaluate --json``; of several rows, the first."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not the output of flowmo evaluate --json ({error}).") from None
+    row = content[0] if isinstance(content, list) and content else content
+    if not isinstance(row, dict):
+        raise UsageError(f"{path} holds no metrics. Use the output of flowmo evaluate --json.")
+    return row
 
 
 def demo(arguments: argparse.Namespace) -> None:
