@@ -18,7 +18,8 @@ def imported(name: str) -> set[str]:
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports by a relative name"
-            found |= {f"{node.module}.{each.name}" for each in node.names} | {node.module}
+            paths = {f"{node.module}.{each.name}" for each in node.names}
+            found |= {path if path in FILES else node.module for path in paths}
         elif isinstance(node, ast.Import):
             found |= {each.name for each in node.names}
     return found & FILES.keys()
