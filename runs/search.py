@@ -19,7 +19,7 @@ from typing import Any
 
 import flowmo
 from flowmo.checkpoint.files import write_content
-from flowmo.checkpoint.run_folder import ENDED, chosen
+from flowmo.checkpoint.run_folder import ENDED, best_checkpoint
 from flowmo.config import Config
 from flowmo.data import open_source
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
@@ -65,7 +65,7 @@ def train(name: str, arguments: argparse.Namespace) -> tuple[Path, float]:
         if not (folder / ENDED).is_file():
             raise SystemExit(f"{name} was stopped. Run the same command again to resume.")
         write_content(seconds_file, f"{time.process_time() - start:.0f}")
-    checkpoint = chosen(folder)
+    checkpoint = best_checkpoint(folder)
     assert checkpoint is not None
     return checkpoint, float(seconds_file.read_text())
 

@@ -53,7 +53,7 @@ def find(source: str | Path) -> Path:
     if sharded.is_sharded(path):
         return path
     if path.is_dir():
-        path = run_folder.chosen(path) or path / hub.MODEL_FILE
+        path = run_folder.best_checkpoint(path) or path / hub.MODEL_FILE
     if path.is_file():
         return path
     name = str(source)

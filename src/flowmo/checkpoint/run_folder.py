@@ -23,8 +23,8 @@ def has_ended(run: Path) -> bool:
     return (run / ENDED).is_file()
 
 
-def chosen(run: Path) -> Path | None:
-    """The best checkpoint of a run, or its newest; ``None`` if it has none."""
+def best_checkpoint(run: Path) -> Path | None:
+    """Return the best checkpoint of a run, the newest if none is marked as best, or ``None``."""
     checkpoints = listing(run / CHECKPOINTS)
     best = (run / BEST).read_text().strip() if (run / BEST).is_file() else None
     return next((path for path in checkpoints if path.stem == best), checkpoints[-1] if checkpoints else None)
