@@ -13,7 +13,7 @@ import torch
 
 import flowmo
 from flowmo.checkpoint.files import write_content
-from flowmo.checkpoint.run_folder import CHECKPOINTS, chosen, listing
+from flowmo.checkpoint.run_folder import CHECKPOINTS, best_checkpoint, listing
 from flowmo.cli.output import UsageError, check_outputs
 from flowmo.config import Config
 from flowmo.data import default_index, open_source
@@ -93,7 +93,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def next_steps(folder: Path, config: Config) -> str:
     """Say where the best model of a run is, the newest without a metric, and what to do with it."""
-    model = shlex.quote(str(chosen(folder)))
+    model = shlex.quote(str(best_checkpoint(folder)))
     steps = {"Model": model}
     if config.generator.train:
         steps["Use it"] = f"flowmo generate {model} --model TOKENIZER"
