@@ -104,8 +104,8 @@ def test_many_files_and_json(capsys, tmp_path, weights, picture_files):
     files = sorted(out.iterdir())
     said = run(capsys, "decode", *files, "--model", weights, "--steps", 1, "--out-dir", tmp_path / "pictures")[1]
     assert said.count("32×32 from 6 bytes") == 3
-    assert said.splitlines()[-1].startswith("3 pictures, ")
-    assert "3 pictures: " in run(capsys, "encode", *picture_files[:3], *words, "--force")[1].splitlines()[-1]
+    assert said.splitlines()[-1].startswith("3 images, ")
+    assert "3 images: " in run(capsys, "encode", *picture_files[:3], *words, "--force")[1].splitlines()[-1]
     said = run(capsys, "decode", *files, "--model", weights, "--ids")[1].splitlines()
     assert [len(json.loads(line)[0]) for line in said] == [6, 6, 6]
     rows = json.loads(run(capsys, "decode", *files, "--model", weights, "--ids", "--json")[1])

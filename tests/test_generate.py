@@ -503,7 +503,7 @@ def test_generate_says_which_class_a_number_was(generator_of_numbers, tiny_model
     assert json.loads(out)["indices"] == [0, 1, 2]
     assert json.loads(out)["classes"] == ["1 (class 0)", "2 (class 1)", "10 (class 2)"]
     status, out, _ = run_command(capsys, *words, "--class", "10", "--out", tmp_path / "folder")
-    assert out.strip().endswith("1 pictures of 1 classes: 10 (class 2)")
+    assert out.strip().endswith("1 images of 1 classes: 10 (class 2)")
 
 
 @pytest.fixture

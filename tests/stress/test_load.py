@@ -18,7 +18,7 @@ def test_pictures_through_the_command_line(tmp_path):
     files, process, held, printed = loads.encode(tmp_path, 300)
     assert process.returncode == 0, printed
     assert loads.check_files(tmp_path, files, every=3) == 300
-    assert printed.splitlines()[-1].startswith("300 pictures: ")
+    assert printed.splitlines()[-1].startswith("300 images: ")
     assert held[-1] - held[0] < GROWTH
 
 

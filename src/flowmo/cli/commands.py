@@ -100,7 +100,7 @@ COMMANDS = (
     command(
         "evaluation.evaluate",
         "Measure reconstructions (PSNR, SSIM, LPIPS, rFID) or generated images (FID). With PICTURES: PSNR, SSIM, "
-        " LPIPS, rFID and bits per pixel of a model, with --peers also of codecs, with --report as a page. With "
+        "LPIPS, rFID and bits per pixel of a model, with --peers also of codecs, with --report as a page. With "
         "--reference: FID and related metrics of generated PICTURES. Without PICTURES: the newest checkpoint of a "
         "run, eval.eval_dir=results/RUN, or with eval.continuous=true every checkpoint as it appears.",
         option("images", nargs="?", metavar="PICTURES", help=DATASET),

@@ -105,7 +105,7 @@ def context(arguments: argparse.Namespace) -> tuple[str, dict]:
         measure: Any = fit_planes.code_lengths if tokenizer.native_size else fit.code_lengths
         packed, lengths = measure(models, read(arguments.held_out))
         data |= {"pictures": len(packed), "packed": float(packed.mean() / 8)}
-        lines.append(f"bytes of ids a picture, {len(packed)} others: packed {data['packed']:.1f}")
+        lines.append(f"bytes of ids per image, {len(packed)} others: packed {data['packed']:.1f}")
         for name, bits in lengths.items():
             size = bits.sum(axis=1) / 8
             data |= {name: float(size.mean()), f"{name}_spread": float(size.std())}
@@ -158,7 +158,7 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         data["guidance"] = guidance = generator.guidance_in_words(arguments.guidance)
         if not as_grid:
             write_samples(generator, tokenizer, labels, out, settings, world=world, progress=show)
-            text = f"{guidance}\n{out}: {count} pictures of {len(classes)} classes"
+            text = f"{guidance}\n{out}: {count} images of {len(classes)} classes"
             return (text + (f": {shown}" if arguments.classes else ""), data) if world.main else None
         if world.size > 1:
             raise UsageError(f"Several processes cannot write {out}. Name a folder or an .npz with --output.")
@@ -174,4 +174,4 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         columns = min(count, arguments.per_class if class_rows and len(classes) > 1 else GRID_COLUMNS)
         blank = torch.ones_like(images[:1]).expand(-count % columns, -1, -1, -1)
         write(out, to_pil(grid([*torch.cat((images, blank)).split(columns)])))
-        return f"{guidance}\n{out}: {count} pictures, rows of {columns}: {shown}", data | {"columns": columns}
+        return f"{guidance}\n{out}: {count} images, rows of {columns}: {shown}", data | {"columns": columns}

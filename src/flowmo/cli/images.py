@@ -56,7 +56,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         return row, f"{path.name[:28]:28} {size:>11} {codes.nbytes:>7} {rate:>10.4f} {quality:>8.2f}"
 
     if not arguments.json:
-        print(f"{'picture':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
+        print(f"{'image':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
     run_all(list(zip(arguments.images, outputs, strict=True)), run, arguments.json)
     if grids:
         write(arguments.grid, to_pil(grid([*torch.stack(pairs, dim=1)])))
@@ -85,7 +85,7 @@ def encode(arguments: argparse.Namespace) -> None:
     rows = run_all(jobs, run, arguments.json)
     if len(rows) > 1 and not arguments.json:
         size, pixels = sum(row["bytes"] for row in rows), sum(row["height"] * row["width"] for row in rows)
-        print(f"{len(rows)} pictures: {size} bytes, {8 * size / pixels:.4f} bits per pixel, {seconds_each(rows)}")
+        print(f"{len(rows)} images: {size} bytes, {8 * size / pixels:.4f} bits per pixel, {seconds_each(rows)}")
 
 
 def decode(arguments: argparse.Namespace) -> None:
@@ -123,7 +123,7 @@ def decode(arguments: argparse.Namespace) -> None:
 
     rows = run_all(jobs, run, arguments.json)
     if len(rows) > 1 and not arguments.json and not arguments.ids:
-        print(f"{len(rows)} pictures, {seconds_each(rows)}")
+        print(f"{len(rows)} images, {seconds_each(rows)}")
 
 
 def is_image(path: Path) -> bool:
@@ -176,7 +176,7 @@ def run_all(jobs: Sequence[Job], run: RunJob, as_json: bool) -> list[dict]:
 
 
 def seconds_each(rows: Sequence[dict]) -> str:
-    return f"{sum(row['seconds'] for row in rows) / len(rows):.2f} s a picture"
+    return f"{sum(row['seconds'] for row in rows) / len(rows):.2f} s per image"
 
 
 def pair_outputs(

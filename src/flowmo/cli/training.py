@@ -35,7 +35,7 @@ def index(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
         entries, left_out = scan_tar(tar)
         write_content(output, json.dumps(entries))
         more, others = describe_left_out(left_out)
-        lines += [f"{output}: {len(entries)} pictures", *more]
+        lines += [f"{output}: {len(entries)} images", *more]
         rows.append({"tar": str(tar), "index": str(output), "pictures": len(entries), "left_out": others})
     return "\n".join(lines), rows
 
