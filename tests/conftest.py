@@ -91,6 +91,18 @@ def write_language_model(path: Path, **shape: int) -> None:
 
 
 @pytest.fixture
+def plots() -> None:
+    """Let training draw its curves; a test asks for this where it looks at them."""
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request, monkeypatch) -> None:
+    """Training draws nothing otherwise, because Matplotlib takes longer than a tiny run."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr("flowmo.train.trainer.draw", lambda folder, best: None)
+
+
+@pytest.fixture
 def tiny_config() -> Config:
     return Config.from_dict(TINY)
 

@@ -216,7 +216,6 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
     assert "ended early, best checkpoint" in lines[-1]
     kept = [int(path.stem) for path in run.checkpoints()]
     assert kept == [run.early_stopping.step, run.step]
-    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     judged = {record["step"]: record["eval_psnr"] for record in records if "eval_psnr" in record}
     assert max(judged, key=judged.get) == run.early_stopping.step

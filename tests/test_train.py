@@ -200,7 +200,8 @@ def test_resumed_run_ends_like_an_unbroken_one(config, tmp_path, optimizer):
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(rest).items())
 
 
-def test_what_a_run_leaves(config, tmp_path):
+def test_what_a_run_leaves(config, tmp_path, plots):
+    pytest.importorskip("matplotlib")
     config = config.override("trainer.sample_every=3", "trainer.max_steps=9")
     run = Trainer(config, tmp_path / "run", report=quiet)
     run.train()
@@ -209,13 +210,16 @@ def test_what_a_run_leaves(config, tmp_path):
         "checkpoints/00000006.pth",
         "checkpoints/00000009.pth",
         "config.json",
+        "curves.png",
         "ended",
         "lock",
         "metrics.jsonl",
+        "progress.png",
         "samples/00000003.png",
         "samples/00000006.png",
         "samples/00000009.png",
     ]
+    assert (run.folder / "curves.png").stat().st_size > 1000
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
     assert {"flow", "entropy", "commitment", "images_per_second"} <= lines[0].keys()
