@@ -171,7 +171,11 @@ def test_completion_in_a_real_shell(capsys, tmp_path):
     shell = shutil.which("bash")
     if shell is None:
         pytest.skip("needs bash")
-    (tmp_path / "flowmo.sh").write_text(run(capsys, "completion", "bash")[1])
+    script = run(capsys, "completion", "bash")[1]
+    assert "_shtab_flowmo_encode_pos_0_COMPGEN=_shtab_compgen_files" in script
+    assert "--output" in script
+    assert "--out-dir" not in script
+    (tmp_path / "flowmo.sh").write_text(script)
     lines = (
         f"source {tmp_path / 'flowmo.sh'}",
         "COMP_WORDS=(flowmo enc)",  # typed so far, and then TAB

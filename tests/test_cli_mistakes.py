@@ -64,6 +64,7 @@ def test_an_option_has_one_name_and_one_form_in_all_commands():
         (["generate", "g.pth", "--out", "t.png"], "output", Path("t.png")),
         (["context", "t", "--out", "c", "--count", "6"], "limit", 6),
         (["push", "nano", "a/b", "--folder", "f"], "output", Path("f")),
+        (["info", "--model", "lo"], "model", "lo"),
     ],
 )
 def test_former_names_still_work_but_are_not_shown(words, name, value, capsys):

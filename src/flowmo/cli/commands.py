@@ -190,7 +190,8 @@ COMMANDS = (
         "models.info",
         "Print parameters, bits per pixel and network passes of a preset, checkpoint or settings file. No weights are "
         "allocated.",
-        option("source", nargs="?", default="nano", help="preset, settings file, or weights"),
+        option("model", nargs="?", default=argparse.SUPPRESS, help="preset, settings file or weights (default: nano)"),
+        option("--model", default="nano", help=argparse.SUPPRESS),
         JSON,
         option("--training", action="store_true", help="also compute the cost of training"),
         option("--settings", dest="list_settings", action="store_true", help="also list every setting"),

@@ -18,7 +18,7 @@ from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.distributed import is_sharded
 from flowmo.checkpoint.pth import read_pth
 from flowmo.cli.options import load, prepare
-from flowmo.cli.output import UsageError, check_outputs, require
+from flowmo.cli.output import Progress, UsageError, check_outputs, require
 from flowmo.codec.file import Codec, find_context
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config, flatten
 from flowmo.model import sampler
@@ -37,7 +37,7 @@ def completion(arguments: argparse.Namespace) -> tuple[str, None]:
 
 
 def info(arguments: argparse.Namespace) -> tuple[str, dict]:
-    source, settings = arguments.source, arguments.settings
+    source, settings = arguments.model, arguments.settings
     if source.endswith((".yaml", ".yml")):
         config = Config.from_yaml(source).override(*settings)
     elif source in PRESETS | GENERATOR_PRESETS:
@@ -109,7 +109,8 @@ def bench(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
     tokenizer = flowmo.load(arguments.model, *arguments.settings, device=arguments.device)
     tokenizer.set_precision(arguments.precision)
     ready = partial(prepare, arguments=arguments)
-    timings = measure(tokenizer, arguments.batch, tokenizer.precision == "bfloat16", arguments.repeats, ready=ready)
+    in_bfloat16, progress = tokenizer.precision == "bfloat16", Progress("measuring")
+    timings = measure(tokenizer, arguments.batch, in_bfloat16, arguments.repeats, ready=ready, progress=progress)
     rates = f"matrix rate {timings[0].matrix_rate / 1e12:.2f} TFLOP/s, copy rate {timings[0].copy_rate / 1e9:.0f} GB/s"
     return "\n".join([*(timing.line() for timing in timings), rates]), [asdict(timing) for timing in timings]
 

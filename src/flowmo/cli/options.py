@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import flowmo
@@ -23,6 +25,11 @@ Run = Callable[[argparse.Namespace], tuple[str, Any] | None]
 EPILOG = "Change settings with section.name=value, e.g. eval.sampling.rho=1. flowmo info --settings lists them."
 
 
+PATHS = ("PATH", "PICTURES", "SOURCE", "TOKENS")
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+"""Tells shtab that an argument is a path. The same as ``shtab.FILE``."""
+
+
 class Option(NamedTuple):
     """Arguments of ``ArgumentParser.add_argument``, and former names that the help does not show."""
 
@@ -33,11 +40,13 @@ class Option(NamedTuple):
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         action = parser.add_argument(*self.flags, *self.former, **self.settings)
         action.option_strings = [flag for flag in action.option_strings if flag not in self.former]
+        if self.settings.get("type") is Path or self.settings.get("metavar") in PATHS:
+            action.complete = FILES  # type: ignore[attr-defined]
 
 
 def option(*flags: str, former: tuple[str, ...] = (), **settings: Any) -> Option:
     """Make an option. Its help text ends with its default."""
-    if settings.get("default") not in (None, (), argparse.SUPPRESS):
+    if settings.get("default") not in (None, (), argparse.SUPPRESS) and settings["help"] != argparse.SUPPRESS:
         settings["help"] += " (default: %(default)s)"
     return Option(flags, settings, former)
 
@@ -126,6 +135,8 @@ def prepare(model: Model, arguments: argparse.Namespace) -> Model:
     if arguments.pack:
         model.pack()
     if arguments.compile:
+        if sys.stderr.isatty():
+            print("flowmo: The first image waits half a minute for the compiler.", file=sys.stderr)
         model.compile()
     model.set_precision(arguments.precision)
     return model

@@ -14,7 +14,7 @@ import torch
 import flowmo
 from flowmo.checkpoint.files import write_content
 from flowmo.checkpoint.run_folder import CHECKPOINTS, best_checkpoint, listing
-from flowmo.cli.output import UsageError, check_outputs
+from flowmo.cli.output import Progress, UsageError, check_outputs
 from flowmo.config import Config
 from flowmo.data import default_index, open_source
 from flowmo.data.sources.tar import scan_tar
@@ -32,7 +32,9 @@ def index(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
     lines: list[str] = []
     rows = []
     for tar, output in zip(arguments.tars, outputs, strict=True):
-        entries, left_out = scan_tar(tar)
+        progress = Progress(f"{tar.name}, MiB")
+        entries, left_out = scan_tar(tar, progress)
+        progress.clear()
         write_content(output, json.dumps(entries))
         more, others = describe_left_out(left_out)
         lines += [f"{output}: {len(entries)} images", *more]

@@ -158,6 +158,7 @@ def measure(
     repeats: Mapping[str, int] | int = 5,
     others: Mapping[str, Mapping[str, Callable[[], object]]] | None = None,
     ready: Callable[[FlowMo], object] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Timing]:
     """Time encoding, one decoder pass and decoding of a batch, each after a warm-up.
 
@@ -165,6 +166,7 @@ def measure(
         repeats: number of repeats, for all parts or by part.
         others: other implementations, name -> part -> function, timed in turns with ours because clock rates drift.
         ready: packs or compiles the tokenizer after its work is counted.
+        progress: callback with (parts done, parts in total).
     """
     device = tokenizer.device
     tokenizer.chunk_size = images
@@ -188,4 +190,5 @@ def measure(
         passes, flops, moved = work[part]
         rate = statistics.median(rates)
         timings.append(Timing(part, images, passes, flops, moved, ours, rate, copied, medians))
+        progress(len(timings), len(work))
     return timings

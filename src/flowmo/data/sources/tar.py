@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -60,12 +60,19 @@ def build_index(tar: str | Path) -> list[dict]:
     return scan_tar(tar)[0]
 
 
-def scan_tar(tar: str | Path) -> tuple[list[dict], dict[str, str]]:
-    """Return the index of ``tar``, see ``build_index``, and {member: reason} for members that are not items."""
+def scan_tar(tar: str | Path, progress: Callable[[int, int], None] | None = None) -> tuple[list[dict], dict[str, str]]:
+    """Return the index of ``tar``, see ``build_index``, and {member: reason} for members that are not items.
+
+    ``progress``: callback with (MiB done, MiB in total).
+    """
     left_out: dict[str, str] = {}
     try:
         with open(tar, "rb") as file:
-            entries = list(_scan(_LimitedReader(file), 0, "", 0, left_out, EXTENSIONS))
+            entries, total = [], os.fstat(file.fileno()).st_size >> 20
+            for entry in _scan(_LimitedReader(file), 0, "", 0, left_out, EXTENSIONS):
+                entries.append(entry)
+                if progress:
+                    progress(entry["offset"] >> 20, total)
             if not entries:
                 left_out.clear()
                 file.seek(0)
