@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from flowmo.config import Config, ConfigError
@@ -112,14 +113,13 @@ def squared_norms(tensors: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients to a total norm of at most ``max_norm``; 0 leaves them. Return the norm before.
-
-    ``clip_grad_norm_`` does not serve: on sharded gradients it returns a DTensor and launches one kernel per tensor.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = squared_norms(gradients).sum().sqrt()
+    """Scale gradients to a total norm of at most ``max_norm``; 0 leaves them. Return the norm before."""
+    parameters = list(parameters)
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if max_norm:
-        torch._foreach_mul_([local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
