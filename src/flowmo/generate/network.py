@@ -104,8 +104,8 @@ class UViT(nn.Module):
 
     Takes the arguments of ``MaskGIT``. Names and shapes of its tensors are those of ``UViTBert.state_dict()``, so each
     loads the other's weights. The rows of ``embeddings`` are the ids, the mask id, the classes and the null class.
-    ``depth`` / 2 blocks come before ``mid_block`` and as many after it. Block i of all ``depth`` + 1 has a long skip
-    connection from block ``depth`` − i, as in U-ViT.
+    ``depth`` / 2 blocks come before ``mid_block`` and as many after it. Each block i after it, counted from 0 over all,
+    has a long skip connection from block ``depth`` − i, as in U-ViT.
     """
 
     def __init__(self, settings: GeneratorConfig, id_bits: int, ids_per_image: int, classes: int):
