@@ -22,7 +22,7 @@ from flowmo.evaluate.codecs import CodecReconstructor
 from flowmo.evaluate.measurement import COLUMNS, Measurement
 from flowmo.evaluate.metrics.features import Features, ResNetFeatures
 from flowmo.evaluate.metrics.fid import StatisticsError
-from flowmo.evaluate.metrics.pairs import decibels, psnr, squared_error, ssim
+from flowmo.evaluate.metrics.pairs import decibels, heat_map, psnr, squared_error, ssim
 from flowmo.evaluate.metrics.sets import kernel_distance
 from flowmo.evaluate.reconstruction import (
     EvaluationError,
@@ -554,3 +554,11 @@ def test_files_are_measured_as_they_are_written(tiny, picture_files):
     assert FlowMoReconstructor(tiny, steps=1).reconstruct(torch.zeros(1, 3, 32, 32), [0]).file_bits is None
     jpeg = CodecReconstructor("jpeg", 500, headers=False).reconstruct(torch.zeros(1, 3, 32, 32), [0])
     assert jpeg.file_bits[0] > jpeg.bits[0]
+
+
+def test_the_heat_maps_colours():
+    colours = heat_map(torch.tensor([[0.0, 1.0, 2.0, 4.0]]))
+    assert colours.shape == (3, 1, 4)
+    assert (colours.sum(dim=0).diff() > 0).all()
+    assert colours[:, 0, 0].max() < -0.9
+    assert torch.isfinite(heat_map(torch.zeros(2, 2))).all()

@@ -24,7 +24,6 @@ from flowmo.codec.file import Codec, CodecError, MissingPlanes
 from flowmo.codec.planes import LARGEST_ACTIVATION, PlaneModel, activation, product
 from flowmo.data.bits import token_bits
 from flowmo.tokenizer import Codes
-from flowmo.web.demo import Demo
 
 S, D, B = 4, 3, 3
 """Planes, digits of an id and bits of a digit of the tokenizer below."""
@@ -320,19 +319,6 @@ def test_a_truncated_file_decodes_with_a_line_about_it(native_file, picture, tmp
     status, _, told = run_command(capsys, "decode", file, out, *model, "--force")
     assert status == 2
     assert told.count("\n") == 1
-
-
-@pytest.mark.filterwarnings("ignore::flowmo.codec.file.MissingPlanes")
-def test_the_page_tells_of_missing_planes(native, tmp_path):
-    demo = Demo(native, Codec(native), tmp_path / "kept")
-    (tmp_path / "kept").mkdir()
-    file = tmp_path / "a.flowmo"
-    content = Codec(native).pack(random_codes(40, 70))
-    for cut, planes in ((0, None), (1, "3 of 4: a coarser picture")):
-        file.write_bytes(content[: len(content) - cut])
-        metrics = demo.reconstruct(str(file), "tile", 1, 0, 1.0).metrics
-        assert metrics.get("planes") == planes
-        assert metrics["ids"].startswith("45 in" if cut else "60 in")
 
 
 # Context models

@@ -46,7 +46,6 @@ class Stream(StrEnum):
 
     # no index
     IDS = "ids"
-    EDIT = "edit"
     WEIGHTS = "weights"
     CROP = "crop"
     CODEBOOK = "codebook"  # the step is the seed

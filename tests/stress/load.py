@@ -12,8 +12,6 @@ are lost or exchanged are found. Each prints how far memory grew between the fir
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import os
 import signal
 import socket
@@ -23,7 +21,6 @@ import tempfile
 import threading
 import time
 import urllib.request
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,6 +45,10 @@ def tiny_file(folder: Path) -> Path:
     return folder / "tiny.safetensors"
 
 
+torch.manual_seed(0)
+TOKENIZER = open_gates(FlowMo(Config.from_dict(TINY))).eval()
+
+
 def resident(pid: int) -> int:
     """Bytes of memory that a process holds now."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -56,74 +57,35 @@ def resident(pid: int) -> int:
 # The page
 
 
-class Client:
-    """One visitor of the page, who presses its first button."""
-
-    def __init__(self, address: str, button: int):
-        self.address, self.button, self.session = address.rstrip("/"), button, uuid.uuid4().hex
-
-    def ask(self, path: str, body: bytes | None = None, kind: str = "application/json") -> bytes:
-        request = urllib.request.Request(f"{self.address}/gradio_api/{path}", body, {"Content-Type": kind})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            return answer.read()
-
-    def upload(self, picture: bytes) -> dict:
-        mark = uuid.uuid4().hex
-        head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-        body = head.encode() + picture + f"\r\n--{mark}--\r\n".encode()
-        (path,) = json.loads(self.ask("upload", body, f"multipart/form-data; boundary={mark}"))
-        return {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
-
-    def press(self, data: list) -> dict:
-        """The last message about a request: its output, or what went wrong."""
-        asked = {"data": data, "fn_index": self.button, "session_hash": self.session}
-        self.ask("queue/join", json.dumps(asked).encode())
-        request = urllib.request.Request(f"{self.address}/gradio_api/queue/data?session_hash={self.session}")
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as stream:
-            for line in stream:
-                message = json.loads(line[5:]) if line.startswith(b"data:") else {}
-                if message.get("msg") == "process_completed":
-                    return message
-        raise AssertionError("the page fell silent")
-
-
-def png(width: int, height: int, colour: Sequence[int] = (9, 80, 200)) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (width, height), tuple(colour)).save(content, "PNG")
-    return content.getvalue()
-
-
-def visit(address: str, button: int, number: int) -> None:
-    """One request for a picture of a size that no other has; its answer must be about that size."""
+def visit(address: str, number: int) -> None:
+    """One visitor, whose picture has a size and colour of its own: its ids must be that picture's."""
     width, height = 8 + number % 23, 8 + number // 23
-    client = Client(address, button)
-    file = client.upload(png(width, height))
-    message = client.press([file, "tile", 1, number, 1])
-    assert message["success"], message
-    facts = message["output"]["data"][1]
-    assert f"{width} × {height} pixels" in facts, (width, height, facts)
+    pixels = Image.new("RGBA", (width, height), (number % 256, 80, 200, 255)).tobytes()
+    request = urllib.request.Request(f"{address}/encode?height={height}&width={width}", pixels)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        ids = answer.read()
+    request = urllib.request.Request(f"{address}/pack?height={height}&width={width}&planes=2", ids)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        content = answer.read()
+    own = TOKENIZER.encode_image(Image.frombytes("RGBA", (width, height), pixels).convert("RGB"))
+    assert content == Codec(TOKENIZER).pack(own), number
 
 
 def load_page(count: int) -> tuple[int, int]:
     """Requests all at once, each with a connection of its own; bytes held after a first round and after all."""
-    from flowmo.web.demo import Demo
-    from flowmo.web.page import serve
+    from flowmo.web.server import Demo, serve
 
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = load(tiny_file(Path(folder)))
-        (Path(folder) / "kept").mkdir()
-        blocks = serve(Demo(tokenizer, Codec(tokenizer), Path(folder) / "kept"), port=free_port())
-        button = next(number for number, function in blocks.fns.items() if function.name == "reconstruct")
-        try:
-            for number in range(max(count // 10, 1)):
-                visit(blocks.local_url, button, number)
-            before = resident(os.getpid())
-            with ThreadPoolExecutor(count) as visitors:
-                for done in [visitors.submit(visit, blocks.local_url, button, number) for number in range(count)]:
-                    done.result()
-            after = resident(os.getpid())
-        finally:
-            blocks.close()
+    with serve(Demo(TOKENIZER, Codec(TOKENIZER)), port=free_port()) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for number in range(max(count // 10, 1)):
+            visit(address, number)
+        before = resident(os.getpid())
+        with ThreadPoolExecutor(count) as visitors:
+            for done in [visitors.submit(visit, address, number) for number in range(count)]:
+                done.result()
+        after = resident(os.getpid())
+        server.shutdown()
     return before, after
 
 

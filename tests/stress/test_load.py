@@ -33,7 +33,6 @@ def test_an_interrupt_leaves_whole_files_only(tmp_path):
 
 def test_requests_at_once_each_get_their_own_picture():
     """In a process of its own, with which the page's threads and sockets end."""
-    pytest.importorskip("gradio")
     command = [sys.executable, "-W", "ignore", loads.__file__, "page", "--count", "24"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,6 +12,7 @@ from flowmo.config import GENERATOR_PRESETS, PRESETS, UNMASKING_ORDERS
 
 DATASET = "folder, .tar, WebDataset shards or hf:NAME:SPLIT"
 JSON = option("--json", action="store_true", help="print JSON and nothing else")
+EXAMPLES = option("--examples", type=Path, nargs="+", default=(), metavar="PICTURE", help="images to try on the page")
 FORCE = option("--force", action="store_true", help="overwrite files that exist")
 DEVICE = option("--device", type=device, help="cpu, cuda, mps … (default: a GPU if there is one; cpu with --pack)")
 PRECISION = "precision of matrix products; auto is bfloat16 with TF32 on a GPU that has it, else float32"
@@ -215,6 +216,26 @@ COMMANDS = (
         *(FORCE, JSON),
     ),
     command(
+        "models.export",
+        "Export encoder and decoder as graphs that run without this package, or as a web page that needs no server "
+        "program. model.json describes them.",
+        option("source", help="preset, file or folder of the weights"),
+        option("output", type=Path, help="folder to write"),
+        option(
+            "--onnx",
+            dest="kind",
+            action="store_const",
+            const="onnx",
+            default="onnx",
+            help="write ONNX files (the default)",
+        ),
+        option("--torch", dest="kind", action="store_const", const="torch", help="write torch.export files"),
+        option("--page", dest="kind", action="store_const", const="page", help="a page that runs them; uses npm"),
+        option("--dtype", choices=("float32", "float16", "int8"), default="float16", help="dtype of ONNX weights"),
+        option("--runtime", type=Path, help="with --page: unpacked npm package onnxruntime-web, instead of npm"),
+        *(EXAMPLES, FORCE, JSON),
+    ),
+    command(
         "models.push",
         "Upload a tokenizer to the Hugging Face Hub. Its context model and a model card go with it. With "
         "--output, only write the same files to a folder.",
@@ -231,7 +252,7 @@ COMMANDS = (
         option("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in"),
         option("--port", type=number(int, 1, 65535), default=7860, help="port to listen on"),
         option("--generator", type=Path, metavar="FILE", help="generator of the tokenizer's ids, to generate images"),
-        *MODEL,
+        *(EXAMPLES, *MODEL),
     ),
     command(
         "models.completion",

@@ -1,4 +1,4 @@
-"""Commands on models: info, bench, convert, push, demo."""
+"""Commands on models: info, bench, convert, export, push, demo."""
 
 from __future__ import annotations
 
@@ -173,19 +173,28 @@ def read_metrics(path: Path) -> dict:
     return row
 
 
+def export(arguments: argparse.Namespace) -> tuple[str, dict]:
+    from flowmo.web.export import export as export_graphs
+
+    check_outputs([arguments.output / "model.json"], arguments.force)
+    if arguments.kind != "torch":
+        require("onnxscript", "ONNX export", "'flowmo[export]'")
+    tokenizer, name = flowmo.load(arguments.source, *arguments.settings), Path(arguments.source).stem
+    options = (arguments.output, arguments.kind, name, arguments.dtype, arguments.runtime, arguments.examples)
+    sizes = {str(file): file.stat().st_size for file in export_graphs(tokenizer, *options)}
+    text = "\n".join(f"{file}: {size / 1e6:.2f} MB" for file, size in sizes.items())
+    return f"{text}\n{sum(sizes.values()) / 1e6:.1f} MB in all", {"files": sizes}
+
+
 def demo(arguments: argparse.Namespace) -> None:
-    require("gradio", "The web page", "'flowmo[demo]'")
-    from flowmo.web.demo import Demo
-    from flowmo.web.page import serve
+    from flowmo.web.server import Demo, serve
 
     tokenizer, generator = load(arguments), None
     if arguments.generator:
         from flowmo.generate.generator import load_generator
 
         generator = prepare(load_generator(arguments.generator, device=arguments.device), arguments)
-    codec = Codec(tokenizer, find_context(arguments.model, tokenizer))
-    with tempfile.TemporaryDirectory(prefix="flowmo-") as folder:
-        operations = Demo(tokenizer, codec, Path(folder), generator, Path(arguments.model).name)
-        blocks = serve(operations, arguments.host, arguments.port)
-        print(f"FlowMo at {blocks.local_url}; Ctrl-C ends it", flush=True)
-        blocks.block_thread()
+    codec, name = Codec(tokenizer, find_context(arguments.model, tokenizer)), Path(arguments.model).stem
+    with serve(Demo(tokenizer, codec, generator, name, arguments.examples), arguments.host, arguments.port) as server:
+        print(f"FlowMo at http://{arguments.host}:{arguments.port}; Ctrl-C ends it", flush=True)
+        server.serve_forever()

@@ -118,7 +118,7 @@ class Codec:
         ids, size = codes.ids.cpu().numpy(), codes.output_size
         if len(ids) != 1 if self.native else codes.tiling is None:
             raise CodecError("Only the ids of one image, from encode_image, can be written.")
-        fits = ids.shape[:2] == self._shape(*size) and ids.shape[2] in self.plane_counts
+        fits = ids.shape[:2] == self.shape(*size) and ids.shape[2] in self.plane_counts
         if not fits or codes.id_count != self.id_count:
             raise CodecError(f"Ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer.")
         if self._too_large(*size, MAX_PIXELS):
@@ -165,7 +165,7 @@ class Codec:
         """Rows and columns of cells."""
         return math.ceil(height / self.cell), math.ceil(width / self.cell)
 
-    def _shape(self, height: int, width: int) -> tuple[int, int]:
+    def shape(self, height: int, width: int) -> tuple[int, int]:
         """Tiles and tokens per tile; at native size one tile, whose tokens are the cells."""
         if self.native:
             return 1, math.prod(self._lattice(height, width))
@@ -173,7 +173,7 @@ class Codec:
 
     def _too_large(self, height: int, width: int, max_pixels: int) -> bool:
         """True if the tiles or cells cover too many pixels."""
-        tiles, cells = self._shape(height, width)
+        tiles, cells = self.shape(height, width)
         count, side = (cells, self.cell) if self.native else (tiles, self.tile)
         return count > 1 and count * side**2 > MAX_OVERHANG * max_pixels
 
@@ -227,7 +227,7 @@ class Codec:
     def _unpack_tiles(self, reader: _Reader, name: bytes | None, size: tuple[int, int]) -> Codes:
         context, header = self._context(name), reader.content[: reader.position]
         content = reader.take(len(reader.content) - reader.position - CRC.size)
-        shape = (*self._shape(*size), self.sub_tokens)
+        shape = (*self.shape(*size), self.sub_tokens)
         packed = self._decode(context, content, math.prod(shape), shape[0], shape[0])
         if reader.take(CRC.size) != CRC.pack(zlib.crc32(header + packed)):
             raise _damaged("its checksum does not match")

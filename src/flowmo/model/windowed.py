@@ -119,7 +119,13 @@ class ConvolutionBlock(nn.Module):
 
 
 class WindowedBlock(nn.Module):
-    """Attention within windows of cells, then an MLP; both residual."""
+    """Attention within windows of cells, then an MLP; both residual.
+
+    Attributes:
+        skips_masks: build no mask where no cell is padding. An export turns it off: its sizes are unknown.
+    """
+
+    skips_masks = True
 
     def __init__(self, shape: WindowedShape, shifted: bool, modulated: bool):
         super().__init__()
@@ -161,14 +167,20 @@ class WindowedBlock(nn.Module):
 
     def padding(self, rows: int, columns: int) -> tuple[int, int, int, int]:
         """Cells to add left, right, above and below for whole windows."""
-        right, below = (-(n + self.offset) % self.window for n in (columns, rows))
+        down, across = self.window_counts(rows, columns)
+        right, below = across * self.window - columns - self.offset, down * self.window - rows - self.offset
         return self.offset, right, self.offset, below
+
+    def window_counts(self, rows: int, columns: int) -> tuple[int, int]:
+        """Windows along each axis. In this form ``torch.export`` can follow the sizes of padded maps."""
+        before = self.offset + self.window - 1
+        return (rows + before) // self.window, (columns + before) // self.window
 
     def partition(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """b r c d -> b windows cells d, and a mask windows cells that is True for padding, ``None`` without any."""
         rows, columns = x.shape[1:3]
         padding = self.padding(rows, columns)
-        if not any(padding):
+        if self.skips_masks and not any(padding):
             return self.windows(x), None
         inside = F.pad(torch.ones((1, rows, columns, 1), dtype=torch.bool, device=x.device), (0, 0, *padding))
         return self.windows(F.pad(x, (0, 0, *padding))), ~self.windows(inside)[0, :, :, 0]
@@ -180,11 +192,11 @@ class WindowedBlock(nn.Module):
 
     def merge(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """The inverse of ``partition``."""
-        left, right, above, below = self.padding(rows, columns)
-        across, down = (columns + left + right) // self.window, (rows + above + below) // self.window
-        x = x.reshape(len(x), down, across, self.window, self.window, -1).transpose(2, 3)
-        x = x.reshape(len(x), down * self.window, across * self.window, -1)
-        return x[:, above : above + rows, left : left + columns]
+        down, across = self.window_counts(rows, columns)
+        b = x.shape[0]  # len(x) would fix it in an export
+        x = x.reshape(b, down, across, self.window, self.window, -1).transpose(2, 3)
+        x = x.reshape(b, down * self.window, across * self.window, -1)
+        return x[:, self.offset : self.offset + rows, self.offset : self.offset + columns]
 
 
 class WindowedEncoder(nn.Module):

@@ -1,1 +1,4 @@
-"""The web page of ``flowmo demo``: its operations in ``demo.py``, its layout in ``page.py``."""
+"""The networks in a browser: ``export.py`` writes them and a static page, ``server.py`` is ``flowmo demo``.
+
+The page itself is in ``page/``: HTML, CSS and JavaScript without dependencies but onnxruntime-web.
+"""

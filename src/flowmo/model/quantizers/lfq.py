@@ -64,8 +64,8 @@ class LFQ(Quantizer):
         return quantized, self.ids_from_signs(quantized)
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
-        shift = torch.arange(self.group, device=ids.device)
-        bits = (ids[..., None, :] >> shift[:, None]) & 1  # b t g s
+        power = 2 ** torch.arange(self.group, device=ids.device)
+        bits = ids[..., None, :] // power[:, None] % 2  # b t g s
         return bits.flatten(-2).float() * 2 - 1
 
     def sub_token_of(self, channel: Tensor) -> Tensor:

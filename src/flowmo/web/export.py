@@ -1,0 +1,285 @@
+"""Export a tokenizer's networks as ONNX or ``torch.export`` graphs, and as a web page that needs no server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowmo.checkpoint.eight_bit import SMALLEST
+from flowmo.codec.file import Codec
+from flowmo.errors import FlowMoError
+from flowmo.model.windowed import WindowedBlock
+from flowmo.tokenizer import FlowMo
+
+OPSET = 18
+NOT_SENT = -1
+"""Id of a sub-token that is not sent, for tokenizers of variable rate."""
+PAGE = Path(__file__).parent / "page"
+RUNTIME = "onnxruntime-web@1.30.0"
+RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+
+
+class ExportError(FlowMoError):
+    """A tokenizer that cannot be exported, or a package that is missing. The message is one line."""
+
+
+class EncoderGraph(nn.Module):
+    """Images b × channels × h × w in [−1, 1] to ids, int32 b × tokens × sub-tokens."""
+
+    def __init__(self, tokenizer: FlowMo):
+        super().__init__()
+        self.encoder, self.quantizer = tokenizer.encoder, tokenizer.quantizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        ids = self.quantizer.quantize(self.encoder(images))[1]
+        assert ids is not None  # continuous tokenizers are refused before
+        return ids.int()
+
+
+class DecoderGraph(nn.Module):
+    """One network pass, equation 3: noised images, ids and a timestep to the velocity, b × channels × h × w.
+
+    ``ids`` is int32 b × tokens × sub-tokens; −1 is a sub-token that is not sent. ``t`` has one element in [0, 1]. So
+    has ``condition``: for a decoder of mean velocities it is the end of the step, otherwise 1 for the code and 0 for
+    the null code of classifier-free guidance.
+    """
+
+    def __init__(self, tokenizer: FlowMo):
+        super().__init__()
+        self.decoder, self.quantizer = tokenizer.decoder, tokenizer.quantizer
+        self.variable_rate, self.mean_velocity = tokenizer.variable_rate, tokenizer.config.model.mean_velocity
+
+    def forward(self, images: Tensor, ids: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        code = self.quantizer.code_from_ids(ids.long().clamp(min=0))
+        if self.variable_rate:
+            sub_token = self.quantizer.sub_token_of(torch.arange(code.shape[-1]))
+            code = code * (ids >= 0)[..., sub_token].to(code.dtype)
+        if self.mean_velocity:
+            return self.decoder(images, self.decoder.embed_code(code), self.decoder.modulate(t, condition))
+        keep = condition.expand(images.shape[0])
+        return self.decoder(images, self.decoder.embed_code(code, keep), self.decoder.modulate(t))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A network with the names of its inputs, its output, examples of the inputs and their dynamic axes."""
+
+    module: nn.Module
+    inputs: tuple[str, ...]
+    output: str
+    examples: tuple[Tensor, ...]
+    dynamic: tuple[Any, ...]
+
+    @torch.no_grad()
+    def export(self) -> torch.export.ExportedProgram:
+        self.module(*self.examples)  # fills caches with real tensors
+        try:
+            WindowedBlock.skips_masks = False
+            return torch.export.export(self.module, self.examples, dynamic_shapes=self.dynamic)
+        finally:
+            WindowedBlock.skips_masks = True
+
+
+def graphs(tokenizer: FlowMo) -> dict[str, Graph]:
+    """Encoder and decoder as graphs of dynamic batch, and of dynamic size if the tokenizer has native size.
+
+    Raises:
+        ExportError: the tokenizer is continuous, or not in float32 on the CPU.
+    """
+    model, side = tokenizer.config.model, tokenizer.config.data.image_size
+    if tokenizer.quantizer.id_count is None:
+        raise ExportError("This tokenizer is continuous. Only tokenizers with ids can be exported.")
+    if tokenizer.packed or tokenizer.compiled or tokenizer.device.type != "cpu":
+        raise ExportError("Export takes a tokenizer on the CPU that is neither packed nor compiled.")
+    batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
+    height = width = side
+    size: dict[int, Any] = {0: batch}
+    tokens: dict[int, Any] = {0: batch}
+    if tokenizer.native_size:
+        # two windows or more: a size of 1 would become a constant
+        height, width = (model.patch_size * (n * model.window + 1) for n in (1, 2))
+        size |= {2: model.patch_size * rows, 3: model.patch_size * columns}
+        tokens |= {1: torch.export.Dim.AUTO}
+    images = torch.zeros(2, model.channels, height, width)
+    encoder, decoder = EncoderGraph(tokenizer).eval(), DecoderGraph(tokenizer).eval()
+    with torch.no_grad():
+        ids = encoder(images)
+    names = ("images", "ids", "t", "end" if model.mean_velocity else "keep")
+    return {
+        "encoder": Graph(encoder, ("images",), "ids", (images,), (size,)),
+        "decoder": Graph(
+            decoder, names, "velocity", (images, ids, torch.ones(1), torch.ones(1)), (size, tokens, None, None)
+        ),
+    }
+
+
+def export_torch(tokenizer: FlowMo, folder: Path) -> list[Path]:
+    """Write ``encoder.pt2`` and ``decoder.pt2``, for ``torch.export.load(path).module(check_guards=False)``.
+
+    PyTorch's guards would refuse some image sizes that the graphs can do.
+    """
+    files = []
+    for name, graph in graphs(tokenizer).items():
+        files.append(folder / f"{name}.pt2")
+        torch.export.save(graph.export(), files[-1])
+    return files
+
+
+def export_onnx(tokenizer: FlowMo, folder: Path, dtype: str = "float16") -> list[Path]:
+    """Write ``encoder.onnx`` and ``decoder.onnx``, which compute in float32.
+
+    Args:
+        dtype: of the weights in the files. int8 has one scale per output channel.
+
+    Raises:
+        ExportError: onnxscript is not installed, or the tokenizer has no ids.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise ExportError("ONNX export needs onnxscript. Install it: pip install 'flowmo[export]'.") from None
+    files = []
+    for name, graph in graphs(tokenizer).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, about itself
+            names: dict[str, Any] = {"input_names": graph.inputs, "output_names": [graph.output]}
+            program = torch.onnx.export(graph.export(), opset_version=OPSET, verbose=False, **names)
+        assert program is not None
+        model = program.model_proto
+        if dtype != "float32":
+            shrink(model, torch.float16 if dtype == "float16" else torch.int8)
+        files.append(folder / f"{name}.onnx")
+        files[-1].write_bytes(model.SerializeToString())
+    return files
+
+
+def shrink(model: Any, dtype: torch.dtype) -> None:
+    """Store an ONNX model's weight matrices as float16 or int8, in place. The runtime widens them once, on loading."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    widen = []
+    for weight in model.graph.initializer:
+        value = (
+            torch.from_numpy(numpy_helper.to_array(weight).copy()) if weight.data_type == TensorProto.FLOAT else None
+        )
+        if value is None or value.ndim != 2 or value.numel() < SMALLEST:
+            continue
+        name, narrow = weight.name, f"{weight.name}.narrow"
+        if dtype == torch.float16:
+            weight.CopyFrom(numpy_helper.from_array(value.half().numpy(), narrow))
+            widen.append(helper.make_node("Cast", [narrow], [name], to=TensorProto.FLOAT))
+            continue
+        consumer = next(node for node in model.graph.node if name in node.input)
+        scale = value.abs().amax(dim=0 if consumer.op_type == "MatMul" else 1, keepdim=True) / 127
+        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+        weight.CopyFrom(numpy_helper.from_array((value / scale).round().to(dtype).numpy(), narrow))
+        model.graph.initializer.append(numpy_helper.from_array(scale.numpy(), f"{name}.scale"))
+        widen.append(helper.make_node("Cast", [narrow], [f"{name}.wide"], to=TensorProto.FLOAT))
+        widen.append(helper.make_node("Mul", [f"{name}.wide", f"{name}.scale"], [name]))
+    nodes = [*widen, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def describe(tokenizer: FlowMo, name: str) -> dict[str, Any]:
+    """What a program needs beside the graphs: the layout of ids and files, and how to sample."""
+    codec, config = Codec(tokenizer), tokenizer.config
+    sampling = config.eval.sampling
+    return {
+        "name": name,
+        "identity": codec.identity.hex(),
+        "native": codec.native,
+        "cell": codec.cell,
+        "tile": codec.tile,
+        "tokens": codec.tokens,
+        "subTokens": codec.sub_tokens,
+        "fewestSubTokens": codec.plane_counts[0],
+        "idCount": codec.id_count,
+        "bits": codec.bits,
+        "meanVelocity": config.model.mean_velocity,
+        "steps": sampling.sample_steps,
+        "rho": sampling.rho,
+        "guidance": 1.0 if config.model.mean_velocity else sampling.guidance,
+        "guidanceLow": sampling.guidance_low,
+        "guidanceHigh": sampling.guidance_high,
+    }
+
+
+def export(
+    tokenizer: FlowMo,
+    output: Path,
+    kind: str = "onnx",
+    name: str = "tokenizer",
+    dtype: str = "float16",
+    runtime: Path | None = None,
+    examples: Sequence[Path] = (),
+) -> list[Path]:
+    """Write the networks and ``model.json`` into a folder. Returns the files.
+
+    Args:
+        kind: ``onnx``, ``torch``, or ``page``: a static web page that runs the ONNX files in the browser.
+        name: of the tokenizer, for people.
+        dtype: of the weights in ONNX files.
+        runtime: unpacked npm package ``onnxruntime-web`` for the page. ``None`` gets ``RUNTIME`` by ``npm pack``.
+        examples: images to offer on the page.
+
+    Raises:
+        ExportError: the tokenizer has no ids, or a package is missing.
+    """
+    description = describe(tokenizer, name)
+    output.mkdir(parents=True, exist_ok=True)
+    if kind == "page":
+        vendor(output / "runtime", runtime)
+        shutil.copytree(PAGE, output, dirs_exist_ok=True)
+        (output / "examples").mkdir(exist_ok=True)
+        description["examples"] = [Path(shutil.copy(path, output / "examples")).name for path in examples]
+    files = export_torch(tokenizer, output) if kind == "torch" else export_onnx(tokenizer, output, dtype)
+    description["files"] = {file.stem: about(file) for file in files}
+    (output / "model.json").write_text(json.dumps(description, indent=1))
+    return sorted(path for path in output.rglob("*") if path.is_file())
+
+
+def about(file: Path) -> dict[str, Any]:
+    """Name, size and hash of a file. The page loads a file again if its hash changes."""
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"name": file.name, "bytes": file.stat().st_size, "hash": digest[:16]}
+
+
+def vendor(folder: Path, package: Path | None) -> None:
+    """Copy the runtime's files and its licence from an unpacked npm package, or from the archive of ``npm pack``.
+
+    Raises:
+        ExportError: npm is missing or fails, or the package lacks a file.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        if package is None:
+            try:
+                command = ["npm", "pack", "--silent", RUNTIME]
+                subprocess.run(command, cwd=temporary, check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1:]
+                raise ExportError(
+                    f"npm cannot get {RUNTIME}: {''.join(reason)}. Name an unpacked copy with --runtime."
+                ) from None
+            with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
+                archive.extractall(temporary, filter="data")
+            package = Path(temporary) / "package"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for file in RUNTIME_FILES:
+                shutil.copyfile(package / "dist" / file, folder / file)
+        except OSError as error:
+            raise ExportError(f"{package} is not onnxruntime-web: {error}.") from None

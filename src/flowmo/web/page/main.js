@@ -1,0 +1,370 @@
+// The page: reads a picture or a .flowmo file, asks the engine, shows the result.
+
+import { compareCodecs } from "./codecs.js";
+import { LocalEngine, RemoteEngine } from "./engine.js";
+import { deviation, drawPixels, first, pixelsOf, psnr } from "./pixels.js";
+
+const MAX_PIXELS = 16e6;
+const MAX_IDS_SHOWN = 4096;
+const $ = (id) => document.getElementById(id);
+const number = (value) => value.toLocaleString("en");
+const size = ({ width, height }) => `${number(width)} × ${number(height)}`;
+
+let model, engine;
+let source = null; // the file at hand: {name, bitmap} or {name, codes}
+let image = null; // original pixels, null for a .flowmo file
+let codes = null;
+let decoded = null;
+let decodings = new Map();
+let latest = 0;
+let running = Promise.resolve();
+
+// Tasks run one after another. One ends without a result when a newer one comes.
+async function task(text, run) {
+  const mine = ++latest;
+  const current = () => mine === latest;
+  const before = running;
+  let finish;
+  running = new Promise((resolve) => (finish = resolve));
+  await before;
+  if (!current()) return finish();
+  const report = (share) => current() && ($("progress").value = share);
+  $("progress").hidden = false;
+  $("progress").removeAttribute("value");
+  document.body.dataset.busy = text;
+  try {
+    const result = await run(report);
+    return current() ? result : undefined;
+  } catch (error) {
+    if (current()) say(error.message, "error");
+  } finally {
+    finish();
+    if (current()) {
+      $("progress").hidden = true;
+      delete document.body.dataset.busy;
+    }
+  }
+}
+
+function say(text, kind = "") {
+  $("message").textContent = text;
+  $("message").className = kind;
+  $("message").hidden = !text;
+}
+
+// Opening
+
+async function open(file) {
+  say("");
+  const name = file.name.replace(/\.[^.]*$/, "");
+  const opened = await task("opening", async () => {
+    if (!/\.flowmo$/i.test(file.name)) return { name, bytes: file.size, bitmap: await bitmapOf(file) };
+    return { name, codes: await engine.unpack(new Uint8Array(await file.arrayBuffer())) };
+  });
+  if (!opened) return;
+  source = opened;
+  await start();
+}
+
+async function bitmapOf(file) {
+  try {
+    return await createImageBitmap(file);
+  } catch {
+    throw new Error(`${file.name} is not a picture that this browser reads. Use JPEG, PNG, WebP, AVIF or GIF.`);
+  }
+}
+
+async function start() {
+  for (const id of ["viewer", "files", "more"]) $(id).hidden = true;
+  for (const id of ["facts", "codecs", "samples"]) $(id).replaceChildren();
+  $("samples-note").textContent = "";
+  decodings = new Map();
+  if (source.codes) {
+    image = null;
+    codes = source.codes;
+    if (codes.missing) {
+      say(`The file is cut or damaged. ${codes.planes} of ${codes.planes + codes.missing} planes give a coarser picture.`);
+    }
+  } else {
+    image = fitted(source.bitmap, $("fit").value);
+    codes = await task("encoding", (report) => engine.encode(image, report));
+    if (!codes) return;
+  }
+  $("rate").max = codes.planes;
+  $("rate").value = codes.planes;
+  $("rates").hidden = model.fewestSubTokens === model.subTokens;
+  $("ids").value = idsText();
+  await show();
+}
+
+// The picture at the chosen size, over white.
+function fitted(bitmap, fit) {
+  const [width, height] = [bitmap.width, bitmap.height];
+  const canvas = document.createElement("canvas");
+  const limit = Math.min(fit === "own" ? 1 : Number(fit) / Math.max(width, height), Math.sqrt(MAX_PIXELS / (width * height)));
+  const scale = fit === "crop" ? model.tile / Math.min(width, height) : Math.min(1, limit);
+  const [w, h] = [width, height].map((n) => Math.max(Math.round(n * scale), 1));
+  canvas.width = fit === "crop" ? model.tile : w;
+  canvas.height = fit === "crop" ? model.tile : h;
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.fillStyle = "white";
+  context.fillRect(0, 0, w, h);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, Math.round((canvas.width - w) / 2), Math.round((canvas.height - h) / 2), w, h);
+  if (fit !== "crop" && scale < 1) {
+    say(`The picture is shrunk from ${size(bitmap)} to ${size(canvas)} pixels. Choose another size under “Encode”.`);
+  }
+  return pixelsOf(canvas);
+}
+
+// Decoding
+
+function settings() {
+  const read = (id, fallback, low, high) => {
+    const value = $(id).value.trim() === "" ? fallback : Number($(id).value);
+    $(id).value = Math.min(Math.max(Number.isFinite(value) ? value : fallback, low), high);
+    return Number($(id).value);
+  };
+  return {
+    steps: Math.round(read("steps", model.steps, 1, 50)),
+    seed: Math.round(read("seed", 0, 0, 2 ** 53 - 1)),
+    guidance: model.meanVelocity ? 1 : read("guidance", model.guidance, 1, 4),
+  };
+}
+
+async function decode(planes, change = {}) {
+  const request = { planes, ...settings(), ...change };
+  const key = JSON.stringify(request);
+  const known = decodings;
+  if (known.has(key)) return known.get(key);
+  const start = performance.now();
+  const result = await task("decoding", (report) => engine.decode({ codes, ...request }, report));
+  if (!result) return null;
+  result.seconds = (performance.now() - start) / 1000;
+  known.set(key, result);
+  return result;
+}
+
+async function show() {
+  if (!codes) return;
+  const [shownCodes, planes] = [codes, Number($("rate").value)];
+  const bytes = await engine.size(codes, planes);
+  const pixels = codes.height * codes.width;
+  $("rate-shown").textContent = `${((8 * bytes) / pixels).toFixed(3)} bits per pixel, ${number(bytes)} bytes`;
+  const result = await decode(planes);
+  if (!result || shownCodes !== codes || planes !== Number($("rate").value)) return;
+  decoded = { ...result, planes, bytes };
+  drawPixels($("decoded"), decoded);
+  drawPixels($("original"), image ?? decoded);
+  $("side").textContent = `decoded, ${number(bytes)} bytes`;
+  $("viewer").hidden = $("files").hidden = $("more").hidden = false;
+  const facts = { file: `${number(bytes)} bytes`, "bits per pixel": ((8 * bytes) / pixels).toFixed(3), picture: size(codes) };
+  if (source.bytes) facts["your file"] = `${number(source.bytes)} bytes`;
+  if (image) facts.PSNR = `${psnr(image, decoded).toFixed(2)} dB`;
+  facts.decoded = `in ${decoded.seconds.toFixed(1)} s`;
+  $("facts").replaceChildren(
+    ...Object.entries(facts).map(([name, value]) => {
+      const row = document.createElement("div");
+      row.append(element("dt", name), element("dd", value));
+      return row;
+    }),
+  );
+}
+
+function element(kind, text) {
+  const node = document.createElement(kind);
+  node.textContent = text;
+  return node;
+}
+
+function figure(node, caption) {
+  const out = document.createElement("figure");
+  out.append(node, element("figcaption", caption));
+  return out;
+}
+
+function canvasOf(picture) {
+  const canvas = document.createElement("canvas");
+  drawPixels(canvas, picture);
+  return canvas;
+}
+
+function download(content, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(content);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
+// More about one picture
+
+async function compare() {
+  if (!image) return say("A .flowmo file has no original to compress. Open a picture.", "error");
+  const bytes = decoded.bytes;
+  const others = await task("compressing", () => compareCodecs(image, bytes, engine));
+  if (!others) return;
+  const own = figure(canvasOf(decoded), `FlowMo: ${number(bytes)} bytes, ${psnr(image, decoded).toFixed(2)} dB`);
+  $("codecs").replaceChildren(
+    own,
+    ...others.map((other) => {
+      const picture = new Image();
+      picture.src = other.url;
+      const least = other.bytes > bytes ? ", its least" : "";
+      return figure(picture, `${other.name}: ${number(other.bytes)} bytes${least}, ${other.psnr.toFixed(2)} dB`);
+    }),
+  );
+}
+
+async function draw() {
+  const { seed, steps } = settings();
+  const all = [decoded];
+  for (let i = 1; i <= 3; i++) {
+    const sample = await decode(decoded.planes, { seed: seed + i });
+    if (!sample) return;
+    all.push(sample);
+  }
+  const { map, mean, largest } = deviation(all);
+  const why = steps > 1 ? "" : " This model decodes in one step, where the code leaves little to the noise.";
+  $("samples-note").textContent =
+    `The samples differ by ${mean.toFixed(2)} of 255 levels on average, by ${largest.toFixed(0)} at most.${why}`;
+  $("samples").replaceChildren(
+    ...all.slice(1).map((sample, i) => figure(canvasOf(sample), `seed ${seed + i + 1}`)),
+    figure(canvasOf(map), "where they differ, bright where most"),
+  );
+}
+
+function shownTokens() {
+  const perImage = model.native ? codes.ids.length / codes.planes : model.tokens;
+  return Math.min(perImage, Math.floor(MAX_IDS_SHOWN / codes.planes));
+}
+
+function idsText() {
+  const lines = [];
+  for (let token = 0; token < shownTokens(); token++) {
+    lines.push(codes.ids.slice(token * codes.planes, (token + 1) * codes.planes).join(" "));
+  }
+  const what = model.native ? "cells of 16 × 16 pixels" : "tokens of the first tile";
+  $("ids-note").textContent = `The first ${number(lines.length)} ${what}, one a line. Ids run from 0 to ${model.idCount - 1}.`;
+  return lines.join("\n");
+}
+
+async function decodeIds() {
+  const typed = ($("ids").value.match(/\d+|[^\s\d,;]+/g) ?? []).map(Number);
+  const count = shownTokens() * codes.planes;
+  if (typed.length !== count || !typed.every((id) => id < model.idCount)) {
+    return say(`Type ${number(count)} numbers from 0 to ${model.idCount - 1}; here are ${number(typed.length)}.`, "error");
+  }
+  say("");
+  codes = { ...codes, ids: Int32Array.from(codes.ids) };
+  codes.ids.set(typed);
+  decodings = new Map();
+  await show();
+}
+
+async function generate() {
+  const pictures = await task("generating", () => engine.generate($("class").value, settings().seed));
+  $("generated").replaceChildren(...(pictures ?? []).map((picture) => figure(canvasOf(picture), "")));
+}
+
+// Setting up
+
+function divide(share) {
+  const percent = Math.min(Math.max(share, 0), 1) * 100;
+  $("divider").value = percent;
+  $("original").style.clipPath = `inset(0 ${100 - percent}% 0 0)`;
+  $("line").style.left = `${percent}%`;
+}
+
+function connect() {
+  const on = (id, event, run) => $(id).addEventListener(event, run);
+  on("file", "change", () => {
+    const [file] = $("file").files;
+    $("file").value = ""; // or the same file, changed, could not be chosen again
+    if (file) open(file);
+  });
+  for (const event of ["dragover", "dragleave", "drop"]) {
+    document.addEventListener(event, (e) => {
+      e.preventDefault();
+      $("drop").classList.toggle("over", event === "dragover");
+      if (event === "drop" && e.dataTransfer.files[0]) open(e.dataTransfer.files[0]);
+    });
+  }
+  on("fit", "change", () => source?.bitmap && (say(""), start()));
+  on("rate", "input", show);
+  for (const id of ["steps", "seed", "guidance"]) on(id, "change", () => codes && show());
+  on("divider", "input", () => divide($("divider").value / 100));
+  const move = (event) => {
+    const box = $("stack").getBoundingClientRect();
+    if (event.buttons) divide((event.clientX - box.left) / box.width);
+  };
+  on("stack", "pointerdown", move);
+  on("stack", "pointermove", move);
+  on("save", "click", async () => {
+    const bytes = await engine.pack(first(codes, decoded.planes));
+    download(new Blob([bytes]), `${source.name}.flowmo`);
+  });
+  on("save-image", "click", () => $("decoded").toBlob((blob) => download(blob, `${source.name}.flowmo.png`)));
+  on("compare", "click", compare);
+  on("draw", "click", draw);
+  on("shuffle", "click", () => {
+    $("ids").value = $("ids").value.replace(/\d+/g, () => Math.floor(Math.random() * model.idCount));
+  });
+  on("decode-ids", "click", decodeIds);
+  on("make", "click", generate);
+}
+
+function describe() {
+  const sizes = [512, 1024, 2048].map((n) => [String(n), `Whole picture, up to ${n} pixels`]);
+  const crop = model.native ? [] : [["crop", `Central square, ${model.tile} pixels`]];
+  const tiles = model.native ? "" : `, in tiles of ${model.tile} pixels`;
+  $("fit").append(...[...sizes, ["own", "Whole picture, its own size"], ...crop].map(([value, text]) => new Option(text, value)));
+  $("about").textContent = `The tokenizer is ${model.name}${tiles}.`;
+  $("privacy").textContent = engine.note;
+  $("codecs-note").textContent = engine.codecsNote;
+  $("steps").value = model.steps;
+  $("guidance").value = model.guidance;
+  $("guidance").disabled = model.meanVelocity;
+  $("rate").min = model.fewestSubTokens;
+  for (const name of model.examples ?? []) {
+    const picture = Object.assign(new Image(), { src: `examples/${name}`, alt: name });
+    const button = document.createElement("button");
+    button.append(picture);
+    button.addEventListener("click", async () => {
+      const content = await (await fetch(`examples/${name}`)).blob();
+      open(new File([content], name));
+    });
+    $("examples").append(button);
+    $("examples").hidden = false;
+  }
+  if (model.classes) {
+    $("class").append(...model.classes.map((name, i) => new Option(name, i)));
+    $("generate").hidden = false;
+  }
+}
+
+// Threads need two headers, which the service worker adds after one reload.
+async function secure() {
+  if (!navigator.serviceWorker) return;
+  await navigator.serviceWorker.register("sw.js");
+  await navigator.serviceWorker.ready;
+  if (self.crossOriginIsolated || sessionStorage.reloaded) return;
+  sessionStorage.reloaded = "yes";
+  location.reload();
+  await new Promise(() => {});
+}
+
+async function main() {
+  model = await (await fetch("model.json")).json();
+  if (model.files) await secure().catch(() => {}); // private windows have no service worker
+  engine = model.files ? new LocalEngine(model) : new RemoteEngine(model);
+  describe();
+  say("Loading the networks …");
+  const loaded = await task("loading", (report) => engine.load(report));
+  if (!loaded) return;
+  say("");
+  connect();
+  document.body.dataset.ready = "yes";
+}
+
+main().catch((error) => say(`The page cannot start: ${error.message}`, "error"));

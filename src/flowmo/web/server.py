@@ -1,0 +1,241 @@
+"""The server of ``flowmo demo``: the page of ``page/`` with a tokenizer in this process behind it.
+
+Requests carry raw bytes: RGBA pixels, int32 ids or a ``.flowmo`` file. Every request is bounded and one runs at a time.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flowmo.codec.file import Codec, MissingPlanes
+from flowmo.errors import FlowMoError, one_line
+from flowmo.evaluate.codecs import FORMATS, CodecMissingError, CodecReconstructor
+from flowmo.evaluate.metrics.pairs import psnr
+from flowmo.generate.classes import class_titles
+from flowmo.generate.generator import Generator
+from flowmo.generate.samples import SampleSettings, check_pair, sample_images
+from flowmo.images import Tiling, to_pil, to_tensor
+from flowmo.tokenizer import Codes, FlowMo
+from flowmo.web.export import PAGE, describe
+
+MAX_PIXELS = 16_000_000
+MAX_PIXELS_FOR_CODECS = 600_000
+"""Larger images take too long, because each codec searches for its quality."""
+MAX_BODY = 4 * MAX_PIXELS
+MAX_STEPS = 50
+GENERATED = 4
+
+
+class DemoError(FlowMoError):
+    """A request that cannot be answered; the page shows the message."""
+
+
+class Demo:
+    """The operations behind the page. Arguments come from the query of a request.
+
+    Args:
+        codec: writes and reads this tokenizer's files.
+        generator: of this tokenizer's ids.
+        name: the tokenizer's name on the page.
+        examples: images to offer on the page.
+    """
+
+    def __init__(
+        self,
+        tokenizer: FlowMo,
+        codec: Codec,
+        generator: Generator | None = None,
+        name: str = "tokenizer",
+        examples: tuple[Path, ...] = (),
+    ):
+        if tokenizer.config.model.channels != 3:
+            raise DemoError("The page shows colour images. This tokenizer has other channels.")
+        self.tokenizer, self.codec, self.generator, self.name = tokenizer, codec, generator, name
+        self.examples = {path.name: path for path in examples}
+        if generator is not None:
+            check_pair(generator, tokenizer)
+
+    def model(self) -> dict[str, Any]:
+        """What the page's ``model.json`` holds."""
+        description = describe(self.tokenizer, self.name) | {"examples": [*self.examples]}
+        if self.generator is not None:
+            description["classes"] = class_titles(self.generator.vocabulary.classes) or ["any"]
+        return description
+
+    def encode(self, body: bytes, height: int, width: int) -> bytes:
+        ids = self.tokenizer.encode_image(image_of(body, height, width)).ids
+        assert ids is not None  # a codec's tokenizer has ids
+        return ids.int().cpu().numpy().tobytes()
+
+    def codes(self, body: bytes, height: int, width: int, planes: int) -> Codes:
+        """The codes of one image from int32 ids."""
+        check_pixels(height, width)
+        codec = self.codec
+        tiles, tokens = codec.shape(height, width)
+        if planes not in codec.plane_counts or len(body) != 4 * tiles * tokens * planes:
+            raise DemoError(f"These are not the ids of an image of {width} × {height} pixels.")
+        ids = torch.from_numpy(np.frombuffer(body, "<i4").astype(np.int64)).reshape(tiles, tokens, planes)
+        if codec.native:
+            rows, columns = -(-height // codec.cell), -(-width // codec.cell)
+            size = (rows * codec.cell, columns * codec.cell)
+            return Codes(ids, size, codec.id_count, image_size=(height, width))
+        return Codes(ids, (codec.tile, codec.tile), codec.id_count, Tiling(height, width, codec.tile))
+
+    def decode(
+        self, body: bytes, height: int, width: int, planes: int, sent: int, seed: int, steps: int, guidance: float
+    ) -> bytes:
+        codes = self.codes(body, height, width, planes).coarser(sent)
+        return rgba_of(self.tokenizer.decode_image(codes, min(steps, MAX_STEPS), seed, guidance=guidance))
+
+    def pack(self, body: bytes, height: int, width: int, planes: int) -> bytes:
+        return self.codec.pack(self.codes(body, height, width, planes))
+
+    def unpack(self, body: bytes) -> tuple[bytes, dict[str, int]]:
+        """Ids of a ``.flowmo`` file, and its size and planes as headers."""
+        missing: list[MissingPlanes] = []
+        codes = self.codec.unpack(body, MAX_PIXELS, missing.append)
+        assert codes.ids is not None  # a codec's tokenizer has ids
+        height, width = codes.output_size
+        lost = sum(warning.total - warning.planes for warning in missing)
+        headers = {"Height": height, "Width": width, "Planes": codes.ids.shape[2], "Missing": lost}
+        return codes.ids.int().numpy().tobytes(), headers
+
+    def codecs(self, body: bytes, height: int, width: int, bytes: int) -> list[dict[str, Any]]:
+        """The same image by other codecs, in at most ``bytes`` bytes or their least."""
+        original, found = image_of(body, height, width), []
+        if height * width > MAX_PIXELS_FOR_CODECS:
+            raise DemoError(f"Codecs are compared up to {MAX_PIXELS_FOR_CODECS:,} pixels. Choose a smaller size.")
+        for name in FORMATS:
+            try:
+                codec = CodecReconstructor(name, bytes)
+            except CodecMissingError:
+                continue
+            data = codec.encode(original)
+            decoded = Image.open(io.BytesIO(data)).convert("RGB")
+            shown = io.BytesIO()
+            decoded.save(shown, "PNG")
+            quality = float(psnr(to_tensor(original)[None], to_tensor(decoded)[None]))
+            url = f"data:image/png;base64,{base64.b64encode(shown.getvalue()).decode()}"
+            found.append({"name": codec.name, "bytes": len(data), "psnr": quality, "url": url})
+        return found
+
+    def generate(self, body: bytes, label: int, seed: int) -> bytes:
+        """RGBA pixels of a few generated images of a class."""
+        if self.generator is None:
+            raise DemoError("There is no generator. Start flowmo demo with --generator.")
+        named = self.generator.vocabulary.classes
+        labels = [self.generator.label(label if named else -1)] * GENERATED
+        images = sample_images(self.generator, self.tokenizer, labels, range(GENERATED), SampleSettings(seed=seed))
+        return b"".join(rgba_of(to_pil(image)) for image in images)
+
+
+def check_pixels(height: int, width: int) -> None:
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise DemoError(f"{width} × {height} is not from 1 to {MAX_PIXELS:,} pixels.")
+
+
+def image_of(body: bytes, height: int, width: int) -> Image.Image:
+    check_pixels(height, width)
+    if len(body) != 4 * height * width:
+        raise DemoError(f"{len(body)} bytes are not {width} × {height} RGBA pixels.")
+    return Image.frombytes("RGBA", (width, height), body).convert("RGB")
+
+
+def rgba_of(image: Image.Image) -> bytes:
+    return image.convert("RGBA").tobytes()
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves the page's files, ``model.json``, the examples, and the operations of ``Demo`` as POST requests."""
+
+    operations = ("encode", "decode", "pack", "unpack", "codecs", "generate")
+    lock = threading.Lock()
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def __init__(self, *arguments: Any, demo: Demo):
+        self.demo = demo
+        super().__init__(*arguments, directory=str(PAGE))
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Print nothing: standard output is for the address."""
+
+    def translate_path(self, path: str) -> str:
+        example = self.demo.examples.get(Path(urlsplit(path).path).name) if path.startswith("/examples/") else None
+        return str(example) if example else super().translate_path(path)
+
+    def do_GET(self) -> None:
+        if urlsplit(self.path).path == "/model.json":
+            self.answer(200, json.dumps(self.demo.model()).encode(), kind="application/json")
+        else:
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
+        origin = self.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+            return self.refuse(403, "Another site may not ask this server.")
+        if not length.isdigit() or int(length) > MAX_BODY:
+            return self.refuse(413, f"A request has at most {MAX_BODY:,} bytes.")
+        if url.path.strip("/") not in self.operations:
+            return self.refuse(404, "There is no such operation.")
+        body = self.rfile.read(int(length))
+        operation: Callable[..., Any] = getattr(self.demo, url.path.strip("/"))
+        try:
+            arguments = {name: (float if name == "guidance" else int)(value) for name, value in parse_qsl(url.query)}
+            with self.lock:  # a request takes all cores
+                result = operation(body, **arguments)
+        except Exception as error:  # the page shows it, and the server goes on
+            return self.refuse(
+                400 if isinstance(error, FlowMoError | ValueError | TypeError) else 500, one_line(error, 1000)
+            )
+        headers: dict[str, int] = {}
+        if isinstance(result, tuple):
+            result, headers = result
+        content = result if isinstance(result, bytes) else json.dumps(result).encode()
+        self.answer(200, content, headers)
+
+    def refuse(self, status: int, message: str) -> None:
+        self.close_connection = True  # the body may be unread
+        self.answer(status, message.encode(), kind="text/plain; charset=utf-8")
+
+    def answer(
+        self, status: int, content: bytes, headers: dict[str, int] | None = None, kind: str = "application/octet-stream"
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in (headers or {}).items():
+            self.send_header(f"FlowMo-{name}", str(value))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def serve(demo: Demo, host: str = "127.0.0.1", port: int = 7860) -> ThreadingHTTPServer:
+    """Bind the web server; ``serve_forever`` runs it.
+
+    Raises:
+        DemoError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return type("Server", (ThreadingHTTPServer,), {"address_family": family})(
+            (host, port), partial(Handler, demo=demo)
+        )
+    except OSError as error:
+        reason = " ".join((error.strerror or str(error)).split())
+        raise DemoError(f"Cannot serve on {host}:{port}: {reason}. Choose another --port or --host.") from None

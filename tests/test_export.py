@@ -1,0 +1,94 @@
+"""Exported graphs against the tokenizer, run by ONNX Runtime and ``torch.export`` without this package's networks."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import open_gates, run_command
+
+from flowmo import FlowMo, save
+from flowmo.web.export import NOT_SENT, ExportError, export, graphs, shrink
+
+
+def session(path):
+    runtime = pytest.importorskip("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return runtime.InferenceSession(path, options)
+
+
+def sample(decoder, about, noise, ids):
+    """The sampler as a program without this package writes it: Euler steps along equation 14, with guidance."""
+    velocity = session(decoder)
+    name = velocity.get_inputs()[3].name
+    n, x = about["steps"], noise
+    for t, end in itertools.pairwise([(i / n) ** about["rho"] for i in range(n, -1, -1)]):
+
+        def run(condition, x=x, t=t):
+            feed = {"images": x, "ids": ids, "t": np.float32([t]), name: np.float32([condition])}
+            return velocity.run(None, feed)[0]
+
+        v = run(end if about["meanVelocity"] else 1)
+        if about["guidance"] != 1 and about["guidanceLow"] <= t <= about["guidanceHigh"]:
+            null = run(0)
+            v = null + about["guidance"] * (v - null)
+        x = x - np.float32(t - end) * v
+    return x.clip(-1, 1)
+
+
+def same(tokenizer, folder, images, ids_sent=None):
+    about = json.loads((folder / "model.json").read_text())
+    codes = tokenizer.encode(images)
+    ids = session(folder / "encoder.onnx").run(None, {"images": images.numpy()})[0]
+    assert np.array_equal(ids, codes.ids)
+    if ids_sent is not None:
+        ids[..., ids_sent:] = NOT_SENT
+        codes = codes.coarser(ids_sent)
+    noise = torch.stack(
+        [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(s)) for s in range(len(ids))]
+    )
+    decoded = sample(folder / "decoder.onnx", about, noise.numpy(), ids)
+    expected = tokenizer.decode(codes, seed=range(len(ids)))
+    assert expected.std() > 0.05
+    assert np.abs(decoded - expected.numpy()).max() < 1e-3
+
+
+def test_onnx_of_any_size(native, tmp_path):
+    """Sizes below, at and beyond a window of 4 cells, and prefixes of the sub-tokens; weights of 16 bits."""
+    pytest.importorskip("onnxscript")
+    open_gates(native)
+    native.half().float()
+    export(native, tmp_path)
+    for rows, columns, batch, sent in ((1, 1, 1, None), (4, 8, 2, 1), (5, 3, 1, 2), (9, 6, 1, None)):
+        same(native, tmp_path, torch.rand(batch, 3, 16 * rows, 16 * columns) * 2 - 1, sent)
+
+
+def test_weights_of_16_and_8_bits(tiny, tmp_path, images):
+    """A guided tokenizer that was saved as int8 loses nothing more, in about a quarter of the bytes."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    save(tiny, tmp_path / "tiny.safetensors", torch.int8)
+    tokenizer = FlowMo.from_pretrained(tmp_path / "tiny.safetensors", "eval.sampling.sample_steps=3")
+    export(tokenizer, tmp_path, dtype="float32")
+    matrices = sum(p.numel() for p in tokenizer.decoder.parameters() if p.ndim == 2 and p.numel() >= 4096)
+    assert matrices > 50_000
+    full = (tmp_path / "decoder.onnx").stat().st_size
+    for dtype, saved in ((torch.float16, 2), (torch.int8, 3)):
+        model = onnx.load(tmp_path / "decoder.onnx")
+        shrink(model, dtype)
+        assert full - len(model.SerializeToString()) == pytest.approx(saved * matrices, rel=0.05)
+    (tmp_path / "decoder.onnx").write_bytes(model.SerializeToString())
+    same(tokenizer, tmp_path, images)
+
+
+def test_what_cannot_be_exported(tiny_config, tiny, tmp_path, capsys):
+    continuous = FlowMo(tiny_config.override("model.quantization_type=kl"))
+    with pytest.raises(ExportError, match="continuous"):
+        graphs(continuous)
+    with pytest.raises(ExportError, match="packed"):
+        graphs(tiny.pack())
+    status, _, error = run_command(capsys, "export", "nano", tmp_path / "out", "--page", "--runtime", tmp_path)
+    assert status == 2
+    assert "is not onnxruntime-web" in error

@@ -1,0 +1,366 @@
+"""The web page in a real browser without a network: exported as a static folder, and served by ``flowmo demo``."""
+
+import contextlib
+import functools
+import http.server
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowmo import preset
+from flowmo.codec.file import Codec, varint
+from flowmo.data.tokens import Vocabulary
+from flowmo.generate.generator import Generator, save_generator
+from flowmo.images import read_image
+from flowmo.web.export import export
+from flowmo.web.server import MAX_BODY, Demo, DemoError
+
+
+@pytest.fixture
+def generator_file(tiny, tmp_path):
+    """A generator of random weights for the ids of the tiny tokenizer."""
+    metadata = {"tokenizer": tiny.identity(), "model": "tiny", "image_size": 32, "classes": ("n01440764", "cat")}
+    small = ("generator.depth=1", "generator.hidden_size=64", "generator.num_heads=1", "generator.sample_steps=2")
+    torch.manual_seed(0)
+    generator = Generator(
+        preset("maskgit_nano").override(*small), Vocabulary(tokens=6, sub_tokens=2, id_bits=4, **metadata)
+    )
+    save_generator(generator, tmp_path / "generator.safetensors")
+    return tmp_path / "generator.safetensors"
+
+
+# The page without a browser: operations and limits of the server
+
+
+@pytest.fixture
+def demo(native):
+    return Demo(native, Codec(native), name="tiny")
+
+
+@pytest.fixture
+def photo(tmp_path, picture):
+    picture.resize((70, 50)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def rgba(path):
+    return Image.open(path).convert("RGBA").tobytes()
+
+
+def test_operations(demo, native, photo):
+    codes = native.encode_image(read_image(photo))
+    body = demo.encode(rgba(photo), 50, 70)
+    assert np.array_equal(np.frombuffer(body, np.int32), codes.ids.flatten())
+    decoded = demo.decode(body, 50, 70, planes=4, sent=2, seed=5, steps=2, guidance=1.0)
+    assert decoded == native.decode_image(codes.coarser(2), 2, 5).convert("RGBA").tobytes()
+    content = demo.pack(body, 50, 70, 4)
+    assert content == Codec(native).pack(codes)
+    assert demo.unpack(content) == (body, {"Height": 50, "Width": 70, "Planes": 4, "Missing": 0})
+    assert demo.unpack(content[:-1])[1]["Missing"] == 1
+    codecs = {codec["name"]: codec for codec in demo.codecs(rgba(photo), 50, 70, 1500)}
+    assert {"JPEG", "WebP"} <= {*codecs}
+    assert all(codec["bytes"] <= 1500 and codec["psnr"] > 20 for codec in codecs.values())
+    for call, message in (
+        (lambda: demo.encode(b"1234", 50, 70), "not 70 × 50 RGBA"),
+        (lambda: demo.encode(b"", 0, 70), "from 1 to 16,000,000"),
+        (lambda: demo.decode(body, 50, 90, 4, 4, 0, 1, 1.0), "not the ids"),
+        (lambda: demo.decode(body, 50_000, 50_000, 4, 4, 0, 1, 1.0), "16,000,000"),
+        (lambda: demo.decode(body, 50, 70, 5, 5, 0, 1, 1.0), "not the ids"),
+        (lambda: demo.codecs(rgba(photo), 1000, 1000, 10), "RGBA"),
+        (lambda: demo.generate(b"", 0, 0), "no generator"),
+    ):
+        with pytest.raises(DemoError, match=message):
+            call()
+
+
+@contextlib.contextmanager
+def serving(model, *words):
+    """The command in a process of its own; gives the address that it prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "flowmo", "demo", "--model", str(model), "--port", str(port), *map(str, words)]
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests ignore it
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, preexec_fn=heard) as process:
+        try:
+            line = process.stdout.readline()
+            assert "FlowMo at http://127.0.0.1:" in line, line
+            yield f"http://127.0.0.1:{port}/"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+
+
+def until(condition, seconds=300):
+    """What a condition gives once it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(Exception):  # elements come and go while the page draws itself
+            found = condition()
+            if found:
+                return found
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s")
+
+
+class Page:
+    """The page in headless Chromium, which finds no machine but this one."""
+
+    def __init__(self, downloads):
+        webdriver = pytest.importorskip("selenium.webdriver")
+        paths = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+        if None in paths:
+            pytest.skip("needs chromium and chromedriver")
+        options = webdriver.ChromeOptions()
+        options.binary_location = paths[0]
+        offline = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--window-size=1200,1500",
+            offline,
+        ):
+            options.add_argument(argument)
+        several = {"profile.default_content_setting_values.automatic_downloads": 1}
+        options.add_experimental_option("prefs", {"download.default_directory": str(downloads), **several})
+        self.downloads = downloads
+        self.browser = webdriver.Chrome(service=webdriver.ChromeService(paths[1]), options=options)
+
+    def at(self, selector):
+        return self.browser.find_element("css selector", selector)
+
+    def text(self, selector):
+        return self.at(selector).get_property("textContent")
+
+    def do(self, script, *arguments):
+        return self.browser.execute_script(script, *arguments)
+
+    def ready(self):
+        until(lambda: self.do("return document.body.dataset.ready"))
+
+    def idle(self):
+        until(lambda: self.do("return document.body.dataset.busy") is None)
+
+    def visit(self, address):
+        self.browser.get(address)
+        self.ready()
+
+    def open(self, file):
+        """Choose a file and wait until it is shown or refused."""
+        self.do("document.getElementById('facts').replaceChildren()")
+        self.at("#file").send_keys(str(file))
+        until(lambda: self.text("#facts") or self.at("#message.error").is_displayed())
+        self.idle()
+        return self.text("#facts"), self.text("#message")
+
+    def set(self, name, value, event="change"):
+        self.do(
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+            "e.dispatchEvent(new Event(arguments[2], {bubbles: true}))",
+            *(name, value, event),
+        )
+        self.idle()
+
+    def click(self, name):
+        self.do("document.getElementById(arguments[0]).click()", name)
+        self.idle()
+
+    def save(self, button, name):
+        self.click(button)
+        return until(lambda: (self.downloads / name).exists() and self.downloads / name)
+
+    def shown(self):
+        """The decoded pixels on the page."""
+        self.idle()
+        width, height, data = self.do(
+            "const c = document.getElementById('decoded');"
+            "return [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
+        )
+        return np.array(data, np.int16).reshape(height, width, 4)[..., :3]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    page = Page(tmp_path_factory.mktemp("downloads"))
+    yield page
+    page.browser.quit()
+
+
+@pytest.fixture(scope="session")
+def runtime(tmp_path_factory):
+    """The unpacked npm package; FLOWMO_ONNXRUNTIME_WEB names a copy."""
+    from flowmo.web.export import ExportError, vendor
+
+    named = os.environ.get("FLOWMO_ONNXRUNTIME_WEB")
+    folder = Path(named) if named else tmp_path_factory.mktemp("runtime")
+    if not named:
+        try:
+            vendor(folder / "dist", None)
+        except ExportError as error:
+            pytest.skip(str(error))
+    return folder
+
+
+@contextlib.contextmanager
+def static(folder):
+    """Any web server: Python's own."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def pixels(image):
+    return np.asarray(image, np.int16)
+
+
+def test_static_page_of_native_size(page, native, runtime, tmp_path, photo):
+    """Encode, change the rate, save, read the file with Python, open Python's file, damage it, work offline."""
+    pytest.importorskip("onnxscript")
+    native.half().float()
+    export(native, tmp_path / "site", "page", "tiny", runtime=runtime, examples=[photo])
+    codec, original = Codec(native), read_image(photo)
+    with static(tmp_path / "site") as address:
+        page.visit(address)
+        facts, _ = page.open(photo)
+        assert "70 × 50" in facts
+        assert "PSNR" in facts
+        assert page.do("return self.crossOriginIsolated"), "the service worker allows threads"
+        file = page.save("save", "photo.flowmo")
+        assert f"{file.stat().st_size} bytes" in facts
+        codes = codec.unpack(file.read_bytes())
+        assert torch.equal(codes.ids, native.encode_image(original).ids)
+        assert abs(page.shown() - pixels(native.decode_image(codes))).max() <= 1
+        page.set("seed", "7")
+        assert abs(page.shown() - pixels(native.decode_image(codes, seed=7))).max() <= 1
+        page.set("seed", "")  # the default, not an error
+        assert page.at("#seed").get_property("value") == "0"
+        page.set("rate", "2", "input")
+        assert abs(page.shown() - pixels(native.decode_image(codes.coarser(2)))).max() <= 1
+        file.unlink()
+        assert torch.equal(codec.unpack(page.save("save", "photo.flowmo").read_bytes()).ids, codes.ids[..., :2])
+
+        theirs = tmp_path / "OTHER.FLOWMO"
+        content = codec.pack(native.encode_image(original.resize((130, 90))))
+        theirs.write_bytes(content)
+        facts, message = page.open(theirs)
+        assert "130 × 90" in facts
+        assert "PSNR" not in facts
+        assert not message
+        assert abs(page.shown() - pixels(native.decode_image(codec.unpack(content)))).max() <= 1
+        theirs.write_bytes(content[:-3])
+        assert "3 of 4 planes" in page.open(theirs)[1]
+        theirs.write_bytes(content[:20])
+        assert "damaged" in page.open(theirs)[1]
+        broken = tmp_path / "broken.jpg"
+        broken.write_bytes(b"\xff\xd8\xff not a picture")
+        assert "not a picture that this browser reads" in page.open(broken)[1]
+        large = tmp_path / "large.jpg"
+        Image.new("RGB", (4000, 1000), "red").save(large)
+        facts, message = page.open(large)
+        assert "512 × 128" in facts
+        assert "shrunk from 4,000 × 1,000 to 512 × 128" in message
+
+        page.browser.set_window_size(400, 800)
+        assert page.do("return document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out on a phone"
+        page.browser.set_window_size(1200, 1500)
+        fetched = page.do("return performance.getEntriesByType('resource').map(e => e.name)")
+        assert fetched
+        assert all(name.startswith((address, "blob:", "data:")) for name in fetched), "no other machine"
+    page.visit(address)  # the server has gone
+    assert "70 × 50" in page.open(photo)[0]
+
+
+def test_static_page_in_tiles(page, tiny, runtime, tmp_path, photo):
+    """A guided tokenizer of fixed size with several steps: tiles, the central square, samples and edited ids."""
+    pytest.importorskip("onnxscript")
+    tiny.config.eval.sampling.__dict__.update(sample_steps=2, guidance_high=1.0)
+    export(tiny, tmp_path / "site", "page", "tiny", "float32", runtime)
+    with static(tmp_path / "site") as address:
+        page.visit(address)
+        page.open(photo)
+        codes = tiny.encode_image(read_image(photo))
+        file = page.save("save", "photo (1).flowmo" if (page.downloads / "photo.flowmo").exists() else "photo.flowmo")
+        assert file.read_bytes() == Codec(tiny).pack(codes)
+        assert abs(page.shown() - pixels(tiny.decode_image(codes))).max() <= 1
+        page.set("fit", "crop")
+        assert page.shown().shape == (32, 32, 3)
+        page.click("draw")
+        assert len(page.browser.find_elements("css selector", "#samples canvas")) == 4
+        assert re.search(r"differ by \d+\.\d\d of 255", page.text("#samples-note"))
+        page.set("ids", "1 2 3")
+        page.click("decode-ids")
+        assert "Type 12 numbers from 0 to 15; here are 3" in page.text("#message")
+        page.set("ids", " ".join(["5"] * 12))
+        page.click("decode-ids")
+        same = tiny.decode(torch.full((1, 6, 2), 5))[0]
+        assert abs(page.shown() - pixels(((same + 1) * 127.5).round().permute(1, 2, 0))).max() <= 1
+        page.click("compare")
+        assert re.search(r"JPEG: [\d,]+ bytes, its least.*WebP", page.text("#codecs"))
+
+
+def test_the_demo_command(page, tiny, tiny_model, tmp_path, photo, generator_file):
+    """The same page with the Python model behind it: encode, save, compare with AVIF, generate; then its limits."""
+    codec = Codec(tiny)
+    with serving(tiny_model, "--generator", generator_file, "--examples", photo) as address:
+        page.visit(address)
+        page.do("document.querySelector('#examples button').click()")
+        until(lambda: "70 × 50" in page.text("#facts"))
+        codes = tiny.encode_image(read_image(photo))
+        assert f"{len(codec.pack(codes))} bytes" in page.text("#facts")
+        assert abs(page.shown() - pixels(tiny.decode_image(codes))).max() <= 1
+        page.click("compare")
+        assert {"JPEG", "WebP", "AVIF"} == {*re.findall(r"(JPEG|WebP|AVIF): [\d,]+ bytes", page.text("#codecs"))}
+        page.click("make")
+        assert len(page.browser.find_elements("css selector", "#generated canvas")) == 4
+        vast = tmp_path / "vast.flowmo"
+        vast.write_bytes(b"FLM\x02" + codec.identity + varint(29999) + varint(1999) + varint(31) + bytes(9))
+        assert "more than 16,000,000, the limit here" in page.open(vast)[1]
+
+        def post(path, body=b"", **headers):
+            try:
+                with urllib.request.urlopen(urllib.request.Request(address + path, body, headers)) as answer:
+                    return answer.status
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        assert post("encode?height=1&width=1", b"\0\0\0\xff") == 200
+        assert post("encode?height=1&width=1", b"\0\0\0\xff", Origin="http://elsewhere.org") == 403
+        assert post("encode?height=1&width=x", b"\0\0\0\xff") == 400
+        assert post("encode?height=1&width=1&seed=1", b"\0\0\0\xff") == 400
+        assert post("model") == 404
+        assert post("encode", b"", **{"Content-Length": str(MAX_BODY + 1)}) == 413
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}examples/../../../pyproject.toml")
+        port = int(address.rstrip("/").rpartition(":")[2])
+        for other in {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)}:
+            if not other.startswith("127."):
+                with pytest.raises(OSError), socket.create_connection((other, port), timeout=5):  # noqa: PT011
+                    pass
+        taken = [sys.executable, "-m", "flowmo", "demo", "--model", str(tiny_model), "--port", str(port)]
+        refused = subprocess.run(taken, capture_output=True, text=True, timeout=120)
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1
+        assert "Cannot serve on" in refused.stderr
