@@ -36,12 +36,12 @@ def tokenizer(tiny_config):
     return tokenizer
 
 
-def results(tokenizer, images):
-    """The code before quantization and samples of fixed ids, with guidance."""
+def results(tokenizer, images, guidance=2.0):
+    """The code before quantization and samples of fixed ids."""
     with torch.no_grad():
         code = tokenizer.encoder(images[:1])
     ids = torch.randint(tokenizer.quantizer.id_count, (2, tokenizer.code_length, tokenizer.quantizer.sub_tokens))
-    return code, tokenizer.decode(ids, steps=3, guidance=2.0, rho=1.0)
+    return code, tokenizer.decode(ids, steps=3, guidance=guidance, rho=1.0)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -93,12 +93,13 @@ def test_packed_commands(capsys, tiny_model, photo, tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled(tiny_config, images):
+    """Without guidance, which would compile the decoder for another batch."""
     torch.manual_seed(0)
     tokenizer = open_gates(FlowMo(tiny_config.override("model.enc_depth=1", "model.dec_depth=1"))).eval()
     torch.manual_seed(1)
-    code, pictures = results(tokenizer, images)
+    code, pictures = results(tokenizer, images, guidance=1.0)
     torch.manual_seed(1)
-    compiled_code, compiled_pictures = results(tokenizer.pack().compile(), images)
+    compiled_code, compiled_pictures = results(tokenizer.pack().compile(), images, guidance=1.0)
     torch.testing.assert_close(compiled_code, code, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(compiled_pictures, pictures, rtol=0, atol=TOLERANCE)
 

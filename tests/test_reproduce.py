@@ -175,31 +175,21 @@ def test_tokenizers_smoke(trained_weights, class_folder, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "tokenizers-smoke.md").read_text() == text
 
 
-def test_distill_smoke(tiny_config, trained_weights, tmp_path, monkeypatch):
+def test_distill_smoke(evaluators, tiny_config, tmp_path, monkeypatch):
     """A teacher of two steps: its curves, the student's, and what is said of the goals."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
     torch.manual_seed(0)
     teacher = tmp_path / "teacher.safetensors"
     save(open_gates(FlowMo(tiny_config.override("eval.sampling.sample_steps=2", "eval.sampling.rho=2"))), teacher)
-    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out", "--models", teacher]
-    words = ["distill", "--data", PICTURES, "--held-out", PICTURES, *places, "--device", "cpu"]
-    assert main([str(word) for word in words]) == 0
-    found = json.loads((tmp_path / "out" / "distill-smoke.json").read_text())
-    curves = [(row["curve"], row["passes"]) for row in found["rows"]]
+    rows, text = run_study(study_of("distill", tmp_path, evaluators, str(teacher)), monkeypatch)
+    curves = [(row["curve"], row["passes"]) for row in rows]
     # Guidance acts in an interval, and costs a pass where a step begins in it; Heun looks twice but at the last step.
     assert [passes for curve, passes in curves if curve == "teacher, Euler"] == [1, 3]
     assert [passes for curve, passes in curves if curve == "teacher, heun"] == [1, 3]
     assert [passes for curve, passes in curves if curve == "student towards the sample"] == [1, 2]
-    own = [row for row in found["rows"] if row.get("own")]
+    own = [row for row in rows if row.get("own")]
     assert [row["passes"] for row in own] == [3]
-    assert len({row["psnr"] for row in found["rows"]}) >= len(found["rows"]) - 1, "one step is the same by two solvers"
-    text = (tmp_path / "out" / "distill-smoke.md").read_text()
+    assert len({row["psnr"] for row in rows}) >= len(rows) - 1, "one step is the same by two solvers"
     assert "met: at most +10 %" in text or "missed: at most +10 %" in text
-    assert (tmp_path / "out" / "distill-smoke.png").stat().st_size > 5000
-    (tmp_path / "out" / "distill-smoke.md").unlink()
-    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
-    assert (tmp_path / "out" / "distill-smoke.md").read_text() == text
 
 
 def test_the_peer_takes_the_rate_that_trains_best(tmp_path, monkeypatch):
