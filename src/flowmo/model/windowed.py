@@ -74,7 +74,7 @@ class WindowedShape:
 
 
 def space_to_depth(x: Tensor, factor: int) -> Tensor:
-    """b r c d -> b r/f c/f f·f·d."""
+    """b × r × c × d -> b × r/f × c/f × f·f·d."""
     b, r, c, d = x.shape
     x = x.reshape(b, r // factor, factor, c // factor, factor, d)
     return x.transpose(2, 3).reshape(b, r // factor, c // factor, factor * factor * d)
@@ -96,7 +96,7 @@ def relative_index(window: int, device: torch.device) -> Tensor:
 
 
 class Convolution(nn.Linear):
-    """A dense 3 × 3 convolution over b r c d; ``weight`` is out × (3 · 3 · in)."""
+    """A dense 3 × 3 convolution over b × r × c × d; ``weight`` is out × (3 · 3 · in)."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(9 * channels_in, channels_out)
@@ -148,7 +148,7 @@ class WindowedBlock(nn.Module):
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
     def attention(self, x: Tensor, outside: Tensor | None) -> Tensor:
-        """x: b windows cells 3·d; outside: windows cells, True for padding."""
+        """x: b × windows × cells × 3d; outside: windows × cells, True for padding."""
         q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # b windows heads cells d
         bias = self.position_bias[:, relative_index(self.window, x.device)]  # heads cells cells
         if outside is not None:
@@ -158,7 +158,7 @@ class WindowedBlock(nn.Module):
         return attended.transpose(2, 3).flatten(3)
 
     def forward(self, x: Tensor, modulations: Modulations = IDENTITY) -> Tensor:
-        """x: b r c d, any number of rows and columns."""
+        """x: b × r × c × d, any number of rows and columns."""
         attention, mlp = modulations
         windows, outside = self.partition(self.qkv(modulated_norm(x, attention)))
         attended = self.merge(self.attention(windows, outside), *x.shape[1:3])
@@ -177,7 +177,7 @@ class WindowedBlock(nn.Module):
         return (rows + before) // self.window, (columns + before) // self.window
 
     def partition(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """b r c d -> b windows cells d, and a mask windows cells that is True for padding, ``None`` without any."""
+        """b × r × c × d -> b × windows × cells × d, and a mask windows × cells, True for padding, or ``None``."""
         rows, columns = x.shape[1:3]
         padding = self.padding(rows, columns)
         if self.skips_masks and not any(padding):
@@ -200,7 +200,7 @@ class WindowedBlock(nn.Module):
 
 
 class WindowedEncoder(nn.Module):
-    """Equation 1: images b channels h w of whole cells to one code token per cell, b (h/16 · w/16) channels."""
+    """Equation 1: images b × c × h × w of whole cells to one code token per cell, b × (h/16 · w/16) × channels."""
 
     def __init__(self, shape: WindowedShape, channels: int):
         super().__init__()
@@ -259,14 +259,14 @@ class WindowedDecoder(nn.Module):
         return Conditioning(t, blocks, Modulation(*(part[:, None, None] for part in common[:, 6:].unbind(1))))
 
     def embed_code(self, code: Tensor, keep: Tensor | None = None) -> Tensor:
-        """b m channels -> b m width. A channel that is exactly 0 was not sent; a mask tells the decoder so."""
+        """b × m × channels -> b × m × width. A channel that is exactly 0 was not sent; a mask tells the decoder so."""
         code = F.pad(torch.cat((code, (code != 0).to(code.dtype)), dim=-1), (0, 1), value=1.0)
         if keep is not None:
             code = code * keep[:, None, None].to(code.dtype)
         return self.code_in(code)
 
     def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
-        """x_t: b channels h w, code: embedded code b m width, at_t: from ``modulate`` -> float32 velocity like x_t."""
+        """x_t: b × c × h × w, code: embedded, b × m × width, at_t: from ``modulate`` -> float32 velocity like x_t."""
         depth, n = self.shape.depth, self.shape.conv_depth
         patches = space_to_depth(x_t.permute(0, 2, 3, 1), 4)
         rows, columns = x_t.shape[-2] // CELL, x_t.shape[-1] // CELL
