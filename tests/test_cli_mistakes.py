@@ -79,7 +79,7 @@ def test_former_names_still_work_but_are_not_shown(words, name, value, capsys):
     ("words", "sentence"),
     [
         ((), "flowmo: The following arguments are required: COMMAND. See flowmo --help."),
-        (("decod",), "Did you mean decode? See flowmo --help."),
+        (("decod",), "flowmo: There is no command 'decod'. Did you mean decode? See flowmo --help."),
         (("data", "shw", "x"), "Did you mean show? See flowmo data --help."),
         (("decode",), "flowmo decode: The following arguments are required: FILE. See flowmo decode --help."),
         (
@@ -165,6 +165,8 @@ def test_nothing_is_overwritten_unless_forced(capsys, monkeypatch, tmp_path, tin
         assert (status, error.count("\n")) == (2, 1), words
         assert "already. Add --force to overwrite" in error, words
     assert {path.read_text() for path in taken.iterdir()} == {"mine"}
+    for words in (("encode", photo, "-o", photo), ("reconstruct", photo, "--fit", "crop", "--grid", photo)):
+        assert run(capsys, *words, "--force")[::2] == (2, f"flowmo: {photo} is an input. Name another output.\n")
     monkeypatch.undo()
     assert run(capsys, "encode", photo, "--packed", "--force", "--model", tiny_model)[0] == 0
     assert code.read_bytes()[3] >> 4 != before[3] >> 4 or code.read_bytes() == before

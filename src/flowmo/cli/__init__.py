@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         wrong = WRONG_CHOICE.fullmatch(message)
         if wrong:
             choices = re.findall(r"[\w-]+", wrong[3])
-            self.reject(f"{wrong[1]} cannot be {wrong[2]}", wrong[2], choices)
+            problem = "There is no command" if wrong[1] == "COMMAND" else f"{wrong[1]} cannot be"
+            self.reject(f"{problem} {wrong[2]}", wrong[2], choices)
         self.reject(message)
 
     def reject(self, problem: str, word: str = "", choices: Sequence[str] = ()) -> NoReturn:

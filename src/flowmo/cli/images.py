@@ -36,7 +36,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     if grids and arguments.fit != "crop":
         raise UsageError("--grid needs images of one size. Add --fit crop.")
     outputs = [arguments.output / f"{path.stem if path != PIPE else 'stdin'}.png" for path in arguments.images]
-    check_outputs([*outputs, *grids], arguments.force, [*filter(can_write, IMAGE_FORMATS)])
+    check_outputs([*outputs, *grids], arguments.force, [*filter(can_write, IMAGE_FORMATS)], arguments.images)
     tokenizer = load(arguments)
     pairs: list[torch.Tensor] = []
 
@@ -68,7 +68,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 def encode(arguments: argparse.Namespace) -> None:
     jobs = pair_outputs(arguments.images, arguments.output, SUFFIX, lambda path: path.suffix.lower() == SUFFIX)
-    check_outputs([output for _, output in jobs], arguments.force)
+    check_outputs([output for _, output in jobs], arguments.force, inputs=[path for path, _ in jobs])
     tokenizer = load(arguments)
     codec = Codec(tokenizer, None if arguments.packed else find_context_model(arguments, tokenizer))
 

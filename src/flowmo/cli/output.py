@@ -48,12 +48,14 @@ def status_of(program: str, run: Callable[[], object]) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt:
+        clear_progress()
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (FlowMoError, OSError) as error:
+        clear_progress()
         print(f"{program}: {message_of(error)}", file=sys.stderr)
         return 2
     return 0
@@ -83,11 +85,15 @@ class Progress:
     A terminal has one line, which is rewritten. A log gets a line every ``LOG_SECONDS``.
     """
 
+    latest: Progress | None = None
+    """Has to be cleared before an error is printed."""
+
     def __init__(self, name: str):
         self.name = " ".join(name.split())[:40]
         self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.start = self.shown = time.monotonic()
         self.drawn = False
+        Progress.latest = self
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -117,6 +123,11 @@ class Progress:
             self.drawn = False
 
 
+def clear_progress() -> None:
+    if Progress.latest:
+        Progress.latest.clear()
+
+
 def can_write(suffix: str) -> bool:
     """Return whether the installed Pillow writes images of this suffix."""
     from PIL import features
@@ -124,17 +135,20 @@ def can_write(suffix: str) -> bool:
     return suffix in IMAGE_FORMATS and (suffix != ".avif" or features.check("avif"))
 
 
-def check_outputs(outputs: Sequence[Path], force: bool, suffixes: Sequence[str] = ()) -> None:
+def check_outputs(
+    outputs: Sequence[Path], force: bool, suffixes: Sequence[str] = (), inputs: Sequence[Path] = ()
+) -> None:
     """Refuse outputs that cannot be written or would overwrite something, before any work is done.
 
     Args:
         force: overwrite files that exist.
         suffixes: accepted suffixes, such as ``IMAGE_FORMATS``; all by default.
+        inputs: files that are never overwritten.
 
     Raises:
         UsageError: with a message that names the file.
     """
-    outputs = [path for path in outputs if path != PIPE]
+    outputs, kept = [path for path in outputs if path != PIPE], {path.resolve() for path in inputs}
     for path, count in Counter(outputs).items():
         if count > 1:
             raise UsageError(f"Two results would both be written to {path}. Give them other names.")
@@ -142,6 +156,8 @@ def check_outputs(outputs: Sequence[Path], force: bool, suffixes: Sequence[str] 
             raise UsageError(
                 f"Cannot write {path}: its format is unknown. Use a name that ends in {', '.join(suffixes)}."
             )
+        if path.resolve() in kept:
+            raise UsageError(f"{path} is an input. Name another output.")
         if path.is_dir():
             raise UsageError(f"Cannot write {path}: Is a directory.")
         if path.exists() and not path.is_file():  # a device or a pipe
