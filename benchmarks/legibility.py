@@ -145,8 +145,8 @@ def main() -> None:
     tokenizer = flowmo.load(arguments.model)
     path = arguments.out / "legibility.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if found.get("model") != tokenizer.identity():
-        found = {"model": tokenizer.identity()}
+    if found.get("model") != tokenizer.weights_identity():
+        found = {"model": tokenizer.weights_identity()}
     ways = decoders(tokenizer, Codec(tokenizer, find_context(arguments.model, tokenizer)))
     if arguments.font:
         reader = Reader()

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --json docs/performance/memory.json           # arithmetic, and nano on a CPU
     python benchmarks/memory.py --device cuda --measure small lo              # measured on a GPU
+    python benchmarks/memory.py --cards docs/training.md                      # redraws what trains on one small GPU
 
 Four policies of training are compared: every activation kept for the backward pass, or of each block (with
 ``trainer.activation_checkpointing``) its inputs and what ``trainer.checkpoint_keeps`` names: the results of all matrix
@@ -44,6 +45,17 @@ STAGES = {
     "Lo, stage 1B": ("lo", ("model.posttrain_sample=true", "opt.lpips_mode=resnet")),
 }
 
+SMALL_CARDS = (8, 12, 16, 24)
+"""GB, of 10^9 bytes, of consumer GPUs."""
+ON_SMALL_CARDS = {
+    "nano": ("nano", ()),
+    "native": ("native", ()),
+    "small": ("small", ()),
+    "Lo or Hi": ("lo", ()),
+    "Lo or Hi, decoder only": ("lo", ("model.train=decoder",)),
+}
+BEGIN, END = "<!-- cards: begin -->", "<!-- cards: end -->"
+
 
 def settings(preset: str, policy: str, *more: str) -> Config:
     if policy == "all":
@@ -71,6 +83,25 @@ def arithmetic() -> list[dict]:
             fits = {str(card): max(int((0.9 * card - state) / picture), 0) for card in CARDS}
             rows.append({"what": name, "policy": policy, "state": state, "picture": picture, "fits": fits})
     return rows
+
+
+def small_cards() -> str:
+    """Table of the largest micro-batch of one small GPU, in bfloat16 with activation checkpointing."""
+    cards = [f"{card} GB" for card in SMALL_CARDS]
+    lines = ["| | stage | state | an image | " + " | ".join(cards) + " |", "|" + "---|" * (4 + len(cards))]
+    for name, (preset, more) in ON_SMALL_CARDS.items():
+        for stage, stages in (("1A", ()), ("1B", ("model.posttrain_sample=true", "opt.lpips_mode=resnet"))):
+            state, image = expected(preset, "inputs", (*more, *stages))
+            fits = (int((0.9 * card * 1e9 / GIB - state) / image) for card in SMALL_CARDS)
+            cells = [name, stage, f"{state:.1f}", f"{image:.2f}", *(str(n) if n > 0 else "–" for n in fits)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def redraw(page: Path) -> None:
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n\n{small_cards()}\n\n{END}{after}", encoding="utf-8")
 
 
 # Measured
@@ -162,8 +193,12 @@ def main() -> None:
     parser.add_argument("--measure", nargs="*", default=["nano"], help="presets that are run (nano)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="theirs (1 4 16)")
     parser.add_argument("--json", type=Path, help="write all figures to this file too")
+    parser.add_argument("--cards", type=Path, metavar="PAGE", help="only redraw the table of small GPUs in this page")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.cards:
+        redraw(arguments.cards)
+        return
     device = torch.device(arguments.device)
     if arguments.one:
         what, preset, policy, batch = arguments.one

@@ -161,7 +161,7 @@ def candidates(
     for number, path in enumerate(models):
         tokenizer = flowmo.load(path)
         codec = Codec(tokenizer, find_context(path, tokenizer))
-        name, weights = ("native" if tokenizer.native_size else Path(path).stem), tokenizer.identity()
+        name, weights = ("native" if tokenizer.native_size else Path(path).stem), tokenizer.weights_identity()
         rates = chosen_rates(tokenizer)
         for rate in rates:
             yield {"weights": weights}, tokenizer_candidate(name, tokenizer, codec, rate)

@@ -88,7 +88,7 @@ def main() -> None:
         decoded = tokenizer.decode_image(tokenizer.encode_image(picture, bits_per_pixel=arguments.bpp), seed=index)
         pairs.append(tuple((to_tensor(image) + 1) * 127.5 for image in (picture, decoded)))
     originals, results = zip(*pairs, strict=True)
-    found = {"images": len(pairs), "model": tokenizer.identity(), "bits_per_pixel": arguments.bpp}
+    found = {"images": len(pairs), "model": tokenizer.weights_identity(), "bits_per_pixel": arguments.bpp}
     found["seams"] = {
         str(period): {"original": seam_energy(originals, period), "decoded": seam_energy(results, period)}
         for period in periods

@@ -78,7 +78,7 @@ class ConvolutionalTokenizer(nn.Module):
         return self.config.model.code_length
 
     def identity(self) -> str:
-        return identity_of({**self.config.architecture(), "width": self.width}, self)
+        return identity_of({**self.config.architecture(), "width": self.width}, self.state_dict())
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Codes:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PICTURES, ROOT
 
 import flowmo
 from flowmo import FlowMo
@@ -167,8 +167,14 @@ def test_push_and_load(fake_hub, tiny, tiny_model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert sorted(handler.files) == ["README.md", "model.safetensors"]
-    done = python("import flowmo; print(flowmo.load('someone/flowmo').identity())", tmp_path / "other", **there)
-    assert done.stdout.strip() == tiny.identity(), done.stderr
+    words = ["train", "--resume-from-ckpt", "someone/flowmo@main", "--results-dir", str(tmp_path), "--device", "cpu"]
+    words += [f"data.train={PICTURES}", "data.num_workers=0", "data.batch_size=1", "data.max_microbatch=1"]
+    words += ["trainer.duration=1 step", "opt.lpips_weight=0", "model.train=decoder"]
+    code = "import flowmo; from flowmo.cli import main; print(flowmo.load('someone/flowmo').identity()); "
+    done = python(f"{code} main({words})", tmp_path / "other", **there)
+    assert done.stdout.splitlines()[0] == tiny.identity(), done.stderr
+    assert "starts a new run from the weights of" in done.stdout, done.stderr
+    assert flowmo.load(tmp_path / "my_experiment").identity() == tiny.identity()
     code = "import flowmo; flowmo.load('someone/unknown')"
     last = python(code, tmp_path / "other", **there).stderr.strip().splitlines()[-1]
     assert "CheckpointError: someone/unknown is not a folder, and the Hub did not deliver it" in last

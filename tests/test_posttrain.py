@@ -11,6 +11,7 @@ from test_checkpoint import release_file
 
 import flowmo
 from flowmo import ConfigError, FlowMo, load
+from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint import files as checkpoint
 from flowmo.data import evenly_spread, open_source
 from flowmo.evaluate.metrics.features import Features
@@ -172,7 +173,7 @@ def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
 
 
 def test_starting_from_nothing_is_refused(settings, tmp_path):
-    with pytest.raises(TrainingError, match=r"none\.pth: no such checkpoint"):
+    with pytest.raises(CheckpointError, match=r"none\.pth: There is no such file"):
         Trainer(settings, tmp_path / "run", resume_from=tmp_path / "none.pth", report=quiet)
 
 

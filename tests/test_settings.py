@@ -310,6 +310,7 @@ CASES = {
     "model.posttrain_sample_enable_cfg": ("true", draws, *POSTTRAIN),
     "model.ema_decay": ("0.01", ema),
     "model.ema_update": ("release", ema),
+    "model.train": ("decoder", weights),
     "opt.optimizer": ("muon", weights),
     "opt.lr": ("1e-3", weights),
     "opt.muon_lr": ("0.1", weights, "opt.optimizer=muon"),
@@ -396,6 +397,7 @@ CASES = {
 }
 
 ELSEWHERE = {
+    "model.base": "says where weights come from: test_fine_tuning shows that identities follow it",
     "trainer.parallel": "needs several processes: test_distributed runs ddp and fsdp, whose checkpoints differ in form",
 }
 """Settings that a test elsewhere changes, and why they have no row here."""

@@ -205,10 +205,10 @@ class Codes:
         return replace(self, ids=self.ids[:, :, :sub_tokens], code=None)
 
 
-def identity_of(metadata: Mapping[str, Any], network: nn.Module) -> str:
-    """Hash JSON metadata and a network's weights to 16 hex digits."""
+def identity_of(metadata: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """Hash JSON metadata and weights to 16 hex digits."""
     digest = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=8)
-    for name, value in sorted(network.state_dict().items()):
+    for name, value in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().float().numpy())
     return digest.hexdigest()
@@ -311,11 +311,30 @@ class FlowMo(Packable):
         return code * (self.quantizer.sub_token_of(channel) < kept[..., None]).to(code.dtype)
 
     def identity(self) -> str:
-        """16 hex digits that name weights and architecture; another tokenizer cannot decode this one's codes."""
+        """16 hex digits that name the ids. A tokenizer decodes the codes of every other with the same identity.
+
+        It is ``weights_identity``, or that of the tokenizer in ``model.base`` as long as the encoder is still its own.
+        """
+        base, _, encoder = self.config.model.base.partition("-")
+        return base if base and encoder == self._encoder_identity() else self.weights_identity()
+
+    def weights_identity(self) -> str:
+        """16 hex digits that name architecture and weights."""
+        return self._identity_of(self.state_dict())
+
+    def as_base(self) -> str:
+        """``model.base`` of the tokenizers that are trained from this one."""
+        return f"{self.identity()}-{self._encoder_identity()}"
+
+    def _encoder_identity(self) -> str:
+        weights = self.state_dict().items()
+        return self._identity_of({name: value for name, value in weights if not name.startswith("decoder.")})
+
+    def _identity_of(self, weights: Mapping[str, Tensor]) -> str:
         default = Config().architecture()
         # Only departures from the default count, so that a new setting does not change old identities.
         ours = {name: value for name, value in self.config.architecture().items() if value != default[name]}
-        return identity_of(ours, self)
+        return identity_of(ours, weights)
 
     # Rates
 

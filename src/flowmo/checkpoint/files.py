@@ -111,6 +111,11 @@ def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     return read(path, overrides)[0]
 
 
+def is_training_checkpoint(path: Path) -> bool:
+    """True for a checkpoint of our training, which knows its step; False for weights alone and the authors' files."""
+    return path.suffix != ".safetensors" and (path.is_dir() or "flowmo" in read_pth(path))
+
+
 def read_shards(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read metadata and weights of a sharded training checkpoint."""
     try:

@@ -43,6 +43,10 @@ CODEC = (
 OUT_DIR = option("--out-dir", dest="output", type=lambda text: os.path.join(text, ""), help=argparse.SUPPRESS)
 """An earlier name of ``--output`` for a folder."""
 PEERS = "also measure codecs at equal bytes (jpeg webp avif jxl) and tokenizers (llamagen16=WEIGHTS)"
+RESUME = (
+    "checkpoint to go on from, or weights to fine-tune: preset, file, folder or Hub id. Without --preset and --config "
+    "a run takes the model's own settings"
+)
 WRITERS = ("webdataset", "datasets")
 KINDS = ("auto", "inception", "inception-legacy", "resnet", "none")
 FEATURES = (
@@ -124,10 +128,10 @@ COMMANDS = (
         "Train a tokenizer or a generator. On images: stage 1A; with model.posttrain_sample=true stage 1B; with "
         "opt.teacher=MODEL stage 1C, distillation. On tokens, with a generator's preset: stage 2. The same command "
         "resumes a run.",
-        option("--preset", choices=(*PRESETS, *GENERATOR_PRESETS), default="lo", help="settings to start from"),
-        option("--config", type=Path, help="YAML file of settings that replace the preset's"),
+        option("--preset", choices=(*PRESETS, *GENERATOR_PRESETS), help="settings to start from"),
+        option("--config", type=Path, help="YAML file of settings that replace the preset's, or lo's"),
         *run_folder("my_experiment"),
-        option("--resume-from-ckpt", type=Path, help="checkpoint to start from"),
+        option("--resume-from-ckpt", metavar="MODEL", help=RESUME),
         DEVICE,
     ),
     command(

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 import flowmo
-from flowmo.checkpoint.files import write_content
-from flowmo.checkpoint.run_folder import CHECKPOINTS, best_checkpoint, listing
+from flowmo.checkpoint.files import find, is_training_checkpoint, read_config, write_content
+from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS, best_checkpoint, listing
 from flowmo.cli.output import Progress, UsageError, check_outputs
-from flowmo.config import Config
+from flowmo.config import FINE_TUNING, Config, own_settings
 from flowmo.data import default_index, open_source
 from flowmo.data.sources.tar import scan_tar
 from flowmo.train.memory import keep_freed_memory
@@ -75,20 +75,18 @@ def train(arguments: argparse.Namespace) -> None:
     from flowmo.train.intent import check_start
     from flowmo.train.trainer import Trainer
 
-    config = flowmo.preset(arguments.preset)
-    if arguments.config:
-        config = Config.from_yaml(arguments.config, config)
-    config = config.override(*arguments.settings)
+    folder, source = arguments.results_dir / arguments.experiment_name, arguments.resume_from_ckpt
+    started = bool(listing(folder / CHECKPOINTS))
+    config = settings_of(arguments, folder if started else None)
     if not config.data.train:
         raise UsageError(
             "data.train is not set. Name a folder or a .tar of images with data.train=PATH; for a generator, of tokens."
         )
     if torch.device(arguments.device).type == "cpu":
         keep_freed_memory()
-    folder = arguments.results_dir / arguments.experiment_name
-    check_start(config, bool(arguments.resume_from_ckpt or listing(folder / CHECKPOINTS)))
+    check_start(config, bool(source or started))
     with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
-        Trainer(config, folder, world, arguments.resume_from_ckpt, lambda line: print(line, flush=True)).train()
+        Trainer(config, folder, world, source, lambda line: print(line, flush=True)).train()
         if world.main:
             print(next_steps(folder, config))
 
@@ -104,3 +102,29 @@ def next_steps(folder: Path, config: Config) -> str:
         steps["Measure it"] = f"flowmo evaluate {shlex.quote(config.data.val or 'PICTURES')} --model {model}"
     steps["Share it"] = f"flowmo convert {model} {folder.name}.safetensors"
     return "\n".join(f"{name + ':':12} {text}" for name, text in steps.items())
+
+
+def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
+    """Return the settings of a run: those of the command over its preset's, its own earlier ones, or the model's.
+
+    Args:
+        started: folder of the run if it has checkpoints.
+    """
+    settings, source = arguments.settings, arguments.resume_from_ckpt
+    if arguments.preset or arguments.config:
+        base = flowmo.preset(arguments.preset or "lo")
+        return (Config.from_yaml(arguments.config, base) if arguments.config else base).override(*settings)
+    if started:
+        return Config.from_yaml(started / SETTINGS).override(*settings)
+    if source:
+        path = find(source)
+        model = read_config(path)
+        config = own_settings(model, Config()).override(*settings)
+        new = config.stage == "pretrain" and not is_training_checkpoint(path)
+        return own_settings(model, Config.from_dict(FINE_TUNING)).override(*settings) if new else config
+    if not any(setting.startswith("model.") for setting in settings):  # the authors' commands name some
+        raise UsageError(
+            "Name the model to train: a preset or a file of settings with --preset or --config, or weights to "
+            "fine-tune with --resume-from-ckpt, such as nano."
+        )
+    return Config().override(*settings)

@@ -39,6 +39,7 @@ __all__ = [
     "ALIASES",
     "CHECKPOINTED",
     "FIELDS",
+    "FINE_TUNING",
     "GENERATOR_PRESETS",
     "MASK_SCHEDULES",
     "PRESETS",
@@ -55,10 +56,13 @@ __all__ = [
     "Span",
     "TrainerConfig",
     "flatten",
+    "own_settings",
     "preset",
 ]
 
-PRESETS, GENERATOR_PRESETS = read_yaml(Path(__file__).with_name("presets.yaml")).values()
+PRESETS, GENERATOR_PRESETS, FINE_TUNING = read_yaml(Path(__file__).with_name("presets.yaml")).values()
+OWN = ("data.image_size", "data.crop_sizes", "model.", "eval.sampling.", "opt.schedule", "opt.anchor", "opt.loss_space")
+"""Prefixes of the settings that belong to a model: what it is, the form of its loss, and how it samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +165,16 @@ def preset(name: str) -> Config:
     if name not in presets:
         raise ConfigError(f"There is no preset {shown(name)}. The presets are {', '.join(presets)}.")
     return Config.from_dict(presets[name])
+
+
+def own_settings(model: Config, base: Config) -> Config:
+    """Return ``base`` with the settings that belong to a trained model, for its stage 1A.
+
+    A model of stage 1A also keeps its perceptual loss.
+    """
+    own = OWN if model.model.posttrain_sample else (*OWN, "opt.lpips_")
+    values = {name: value for name, value in flatten(model).items() if name.startswith(own)}
+    return base.updated({**values, "model.posttrain_sample": False, "model.train": "all"})
 
 
 def flatten(config: Config) -> dict[str, Any]:

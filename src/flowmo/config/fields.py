@@ -89,6 +89,10 @@ SIZES = Range(
     "a list of sizes such as '128x128 96x192'",
 )
 
+IDENTITIES = Range(
+    lambda text: re.fullmatch("([0-9a-f]{16}-[0-9a-f]{16})?", text) is not None, "empty or two identities"
+)
+
 
 def setting(default: Any, doc: str, allowed: Range | None = None, *, training: bool = False) -> Any:
     """Declare a setting: default, meaning and range. ``training``: it changes how a model learns, not what it is."""

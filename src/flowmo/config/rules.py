@@ -102,6 +102,8 @@ def _training(config: Sections) -> Iterator[str]:
         )
     if opt.teacher and not m.mean_velocity:
         yield "opt.teacher trains a student whose decoder gives mean velocities. Add model.mean_velocity=true."
+    if m.train == "encoder" and (opt.teacher or m.posttrain_sample):
+        yield "Stages 1B and 1C train the decoder. Write model.train=decoder."
     if opt.teacher and m.posttrain_sample:
         yield "opt.teacher belongs to stage 1C and model.posttrain_sample to stage 1B. Set one of them."
     if m.mean_velocity and not (sampling.guidance == 1 and sampling.solver == "euler"):

@@ -11,6 +11,7 @@ from typing import cast
 from flowmo.config.fields import (
     BIT_DEPTHS,
     CHANNELS,
+    IDENTITIES,
     LONGER_THAN_0,
     SIZES,
     VALUES,
@@ -121,6 +122,8 @@ class ModelConfig(Section, path="model"):
         0.9999, "decay of the EMA, per 128 images; in stage 1B and with ema_update=release, per step", between(0, 1)
     )
     ema_update: str = training("every_step", "when the EMA is updated", one_of("every_step", "release"))
+    train: str = training("all", "what a run trains; ids stay if the encoder does", one_of("all", "encoder", "decoder"))
+    base: str = training("", "identity and encoder of the tokenizer that a run started from; runs write it", IDENTITIES)
 
     @property
     def id_channels(self) -> int:

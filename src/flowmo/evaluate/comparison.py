@@ -109,7 +109,7 @@ class Comparison:
         """Yield each candidate with the settings that its metrics depend on."""
         model = self.model
         sampling = {"steps": model.steps, "seed": model.seed, "guidance": model.guidance, "precision": self.precision}
-        sampling["identity"] = model.tokenizer.identity()
+        sampling["identity"] = model.tokenizer.weights_identity()
         for rate in self.rates or (None,):
             suffix = "" if rate is None else f" at {rate:g}"
             sampling = sampling | {"bits_per_pixel": rate}
@@ -140,7 +140,7 @@ class Comparison:
         header: dict[str, Any] = {
             "pictures": f"{source}: {len(indices)} of {len(self.source)}, evenly spread",
             "protocol": square if side else "each image whole, at its own size",
-            "model": f"{model}, tokenizer {own.tokenizer.identity()}",
+            "model": f"{model}, tokenizer {own.tokenizer.weights_identity()}",
             **({"tiles a picture": self.tiles} if side else {}),
             "sampling": f"{own.steps} steps, seed {own.seed}, guidance {own.guidance}",
             "precision": self.precision,

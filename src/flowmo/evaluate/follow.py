@@ -119,7 +119,11 @@ class Follower:
             device=self.world.device,
             world=self.world,
             folder=self.folder / "measured" / path.stem,
-            metadata={"identity": tokenizer.identity(), "sampling": str(config.eval.sampling), "precision": precision},
+            metadata={
+                "identity": tokenizer.weights_identity(),
+                "sampling": str(config.eval.sampling),
+                "precision": precision,
+            },
             pixels=tokenizer.pixels,
         )
         summary = Summary.of(path.name, measured, self.evaluators.features)

@@ -64,7 +64,7 @@ class Generator(Packable):
         if architecture["network"] == "maskgit":  # absent from the first identities
             del architecture["network"]
         vocabulary = {name: value for name, value in asdict(self.vocabulary).items() if value is not None}
-        return identity_of({**architecture, **vocabulary}, self)
+        return identity_of({**architecture, **vocabulary}, self.state_dict())
 
     def label(self, name: str | int) -> int:
         """Return the index of a class by name, WordNet id or index; see ``flowmo.generate.classes.find_class``."""

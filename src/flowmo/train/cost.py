@@ -33,8 +33,8 @@ from flowmo.train.parallel import prepare, recompute
 from flowmo.train.schedule import PAPER_BATCH, Schedule
 
 IMAGENET_IMAGES = 1_281_167
-STATE_BYTES = 5 * 4
-"""Per parameter: weight, gradient, Adam's two moments and EMA in float32."""
+KEPT_BYTES, LEARNING_BYTES = 2 * 4, 3 * 4
+"""Weight and EMA per parameter; gradient and Adam's two moments per trained parameter; in float32."""
 COUNTED = 2
 """Images of the counted batch. With one, products of tables would look like products of the batch."""
 
@@ -96,12 +96,12 @@ def training_flops(config: Config, freeze_encoder: bool = False) -> float:
     Args:
         freeze_encoder: forecast the steps in which the encoder no longer learns.
     """
-    return _training_flops(_relevant(config), freeze_encoder)
+    return _training_flops(_relevant(config), freeze_encoder or config.model.train == "decoder")
 
 
 def training_memory(config: Config, freeze_encoder: bool = False) -> Memory:
     """Forecast the memory of stage 1A, 1B or 1C. Arguments as in ``training_flops``."""
-    return _training_memory(_relevant(config), freeze_encoder)
+    return _training_memory(_relevant(config), freeze_encoder or config.model.train == "decoder")
 
 
 def _relevant(config: Config) -> Config:
@@ -180,8 +180,11 @@ def _training_memory(config: Config, freeze_encoder: bool) -> Memory:
     with _fake_tensors():
         step = partial(_tokenizer_step, config, freeze_encoder, size=largest, chain=steps)
         per_image, fixed = _memory(step, config.trainer.enable_bfloat16)
-        parameters = sum(p.numel() for p in FlowMo(config).parameters())
-    return Memory(STATE_BYTES * parameters, per_image + extra * 4 * config.model.channels * math.prod(largest), fixed)
+        state_bytes = 0
+        for name, parameter in FlowMo(config).named_parameters():
+            learns = config.model.train in ("all", name.partition(".")[0])
+            state_bytes += (KEPT_BYTES + LEARNING_BYTES * learns) * parameter.numel()
+    return Memory(state_bytes, per_image + extra * 4 * config.model.channels * math.prod(largest), fixed)
 
 
 @cache
@@ -198,7 +201,8 @@ def generator_memory(config: Config, vocabulary: Vocabulary) -> Memory:
     with _fake_tensors():
         per_image, fixed = _memory(partial(_generator_step, config, vocabulary), config.trainer.enable_bfloat16)
         _, (network,) = _generator_step(config, vocabulary, COUNTED)
-        return Memory(STATE_BYTES * sum(p.numel() for p in network.parameters()), per_image, fixed)
+        state_bytes = (KEPT_BYTES + LEARNING_BYTES) * sum(p.numel() for p in network.parameters())
+        return Memory(state_bytes, per_image, fixed)
 
 
 def _generator_step(config: Config, vocabulary: Vocabulary, count: int) -> Step:
@@ -216,6 +220,7 @@ def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tupl
     perceptual = build_distance(config.opt.lpips_mode, None, False, channels) if config.opt.lpips_weight else None
     tokenizer, teacher = FlowMo(config), None
     tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not freeze_encoder)
+    tokenizer.decoder.requires_grad_(config.model.train != "encoder")
     if config.stage == "distill":
         # it samples by the paper's settings, unless the number of steps is set
         sampling = SamplingConfig(sample_steps=config.opt.teacher_steps or SamplingConfig().sample_steps)

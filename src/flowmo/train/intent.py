@@ -21,7 +21,7 @@ POSTTRAIN_STEPS = 25_000
 
 
 def check_start(config: Config, started: bool) -> None:
-    """Refuse to train with a frozen random encoder, or for the default length of another stage.
+    """Refuse to train with a frozen random network, a stage that a model lacks, or for another stage's default length.
 
     Args:
         started: the run has weights to start from.
@@ -29,11 +29,17 @@ def check_start(config: Config, started: bool) -> None:
     Raises:
         ConfigError: the settings cannot be meant.
     """
-    frozen = config.stage == "pretrain" and not config.opt.freeze_encoder_after.amount
-    if (frozen or config.stage == "posttrain") and not started:
-        why = "opt.freeze_encoder_after=0" if frozen else "Stage 1B"
+    if config.model.mean_velocity and config.stage in ("pretrain", "posttrain"):
+        raise ConfigError("A distilled tokenizer is trained in stage 1C. Add opt.teacher=MODEL.")
+    why, trained = "Stage 1B" if config.stage == "posttrain" else "", config.model.train
+    if config.stage == "pretrain" and not config.opt.freeze_encoder_after.amount:
+        why = "opt.freeze_encoder_after=0"
+    if config.stage == "pretrain" and trained != "all":
+        why = f"model.train={trained}"
+    if why and not started:
+        frozen = "decoder" if trained == "encoder" else "encoder"
         raise ConfigError(
-            f"{why} trains with a frozen encoder, which is random here. Add --resume-from-ckpt CHECKPOINT."
+            f"{why} trains with a frozen {frozen}, which is random here. Add --resume-from-ckpt CHECKPOINT."
         )
     if config.stage != "pretrain" and config.trainer.duration == FIELDS["trainer.duration"].default:
         raise ConfigError(
@@ -43,7 +49,7 @@ def check_start(config: Config, started: bool) -> None:
         )
 
 
-def check_length(config: Config, path: Path, start: Position, schedule: Schedule) -> None:
+def check_length(config: Config, source: str | Path, start: Position, schedule: Schedule) -> None:
     """Refuse a new run that would end where its checkpoint is.
 
     Raises:
@@ -51,7 +57,7 @@ def check_length(config: Config, path: Path, start: Position, schedule: Schedule
     """
     if start.images >= schedule.duration:
         raise ConfigError(
-            f"{path} is at step {start.step} ({start.images} images), where trainer.duration="
+            f"{source} is at step {start.step} ({start.images} images), where trainer.duration="
             f"{config.trainer.duration} has ended. For {POSTTRAIN_STEPS} steps more write "
             f"trainer.duration='{start.step + POSTTRAIN_STEPS} steps'."
         )
@@ -73,7 +79,9 @@ def describe(config: Config, start: Position, schedule: Schedule) -> str:
         generator = config.generator
         return "; ".join([*parts, f"network {generator.network}, visible ids at weight {generator.visible_weight:g}"])
     freeze = schedule.freeze_encoder_after
-    if stage != "pretrain" or start.images >= freeze:
+    if config.model.train == "encoder":
+        parts.append("decoder frozen")
+    elif stage != "pretrain" or config.model.train == "decoder" or start.images >= freeze:
         parts.append("encoder frozen")
     else:
         parts.append(f"encoder frozen from image {freeze}" if freeze < schedule.duration else "encoder learns")

@@ -53,8 +53,8 @@ def build_optimizers(model: nn.Module) -> list[Optimizer]:
 
     Each group's ``scale`` multiplies the learning rate. For Adam it is 1 / width multiplier for matrices that sum over
     a network's width, else 1; for Muon it is ``opt.muon_lr / opt.lr``. Weight decay applies to all weights of a
-    tokenizer, as in the release, and to linear layers only in a generator, as in TiTok. All state exists at once, so
-    that a checkpoint can be read into it.
+    tokenizer, as in the release, and to linear layers only in a generator, as in TiTok. Frozen parameters have no
+    state. All other state exists at once, so that a checkpoint can be read into it.
 
     Raises:
         ConfigError: this PyTorch has no Muon.
@@ -65,6 +65,8 @@ def build_optimizers(model: nn.Module) -> list[Optimizer]:
     groups: dict[tuple[float, float], list[Tensor]] = {}
     matrices: list[Tensor] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if opt.optimizer == "muon" and "block" in name and parameter.ndim == 2 and "modulation" not in name:
             matrices.append(parameter)
             continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flowmo.config import Config, ConfigError, OptConfig, Span
 
@@ -57,8 +58,7 @@ class BatchPlan:
         return cls(world_size, steps, per_rank // steps)
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Progress of a run: optimizer steps, skipped ones included, and images seen."""
 
     step: int = 0

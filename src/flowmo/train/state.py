@@ -76,7 +76,7 @@ class State:
             **{
                 f"optimizer.{name}.{key}": value
                 for name, parameter in self.model.named_parameters()
-                for key, value in states[parameter].items()
+                for key, value in states.get(parameter, {}).items()
             },
             **{f"norms.{name}": value for name, value in self.norms.state.items()},
         }

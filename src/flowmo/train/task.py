@@ -21,6 +21,9 @@ from flowmo.losses.stages import Loss
 from flowmo.train.cost import Memory
 from flowmo.train.schedule import Schedule
 
+MISFITS = 3
+"""Tensors that a message names."""
+
 
 class TrainingError(FlowMoError, RuntimeError):
     """A run cannot start or continue."""
@@ -113,14 +116,28 @@ class Task:
         raise NotImplementedError
 
 
-def check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path, section: str) -> None:
-    """Raise ``TrainingError`` if a checkpoint's model has other settings."""
+def check_same_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], path: Path, section: str, misfits: Sequence[str] = ()
+) -> None:
+    """Raise ``TrainingError`` if a checkpoint's model has other settings, or tensors that do not fit."""
     changed = [f"{section}.{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-    if changed:
+    if changed or misfits:
+        more = f" and {len(misfits) - MISFITS} more" if len(misfits) > MISFITS else ""
+        tensors = f" These tensors do not fit: {', '.join(misfits[:MISFITS])}{more}." if misfits else ""
         raise TrainingError(
-            f"{path} is of a model with other settings: {', '.join(changed)}. Use another --experiment-name, "
-            "or the settings it was started with."
+            f"{path} is of a model with other settings: {', '.join(changed)}.{tensors} Use another --experiment-name, "
+            "or the settings it was started with. --resume-from-ckpt without --config and --preset takes them."
         )
+
+
+def find_misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Describe each tensor whose shape differs between a file and a model, or that only one of them has."""
+
+    def shape(tensors: Mapping[str, Tensor], name: str) -> Any:
+        return tuple(tensors[name].shape) if name in tensors else "missing"
+
+    names = [name for name in {**wanted, **found} if shape(found, name) != shape(wanted, name)]
+    return [f"{name} ({shape(found, name)} in the file, {shape(wanted, name)} here)" for name in names]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

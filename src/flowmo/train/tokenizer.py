@@ -31,7 +31,7 @@ from flowmo.train.cost import Memory, training_flops, training_memory
 from flowmo.train.finite import restored_unless
 from flowmo.train.optimizer import scale_initial_weights
 from flowmo.train.schedule import BatchPlan, Schedule
-from flowmo.train.task import Task, TrainingError, autocast, check_same_settings
+from flowmo.train.task import Task, TrainingError, autocast, check_same_settings, find_misfits
 
 GRID_IMAGES = 8
 MIN_IMAGES_FOR_RFID = 4
@@ -69,6 +69,9 @@ class TokenizerTask(Task):
         self.evaluators = self._build_evaluators() if world.main else Evaluators()
         self.usage = CodebookUsage(self.model.quantizer.id_count, world)
         self.frozen = False
+        if config.model.train == "decoder":
+            self.freeze_encoder()
+        self.model.decoder.requires_grad_(config.model.train != "encoder")
         self.batch = BatchPlan.of(config, world.size).total
 
     def open_source(self, part: str) -> Source:
@@ -139,7 +142,8 @@ class TokenizerTask(Task):
     # Step
 
     def advance(self, images: int, schedule: Schedule) -> bool:
-        if self.frozen or (self.stage == "pretrain" and images < schedule.freeze_encoder_after):
+        learns = self.stage == "pretrain" and images < schedule.freeze_encoder_after
+        if self.frozen or learns or self.config.model.train == "encoder":
             return False
         self.freeze_encoder()
         return True
@@ -251,9 +255,12 @@ class TokenizerTask(Task):
 
     def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """Yield the weights of a tokenizer file, the package's own or the authors'."""
-        undetermined = ("code_length", "codebook_size_for_entropy", "enable_mup")  # not given by weight shapes
-        settings = tuple(f"model.{name}={getattr(self.config.model, name)}" for name in undetermined)
+        undetermined = ("code_length", "codebook_size_for_entropy", "enable_mup")  # not given by the authors' weights
+        authors = path.suffix != ".safetensors"
+        settings = tuple(f"model.{name}={getattr(self.config.model, name)}" for name in undetermined if authors)
         for part, ema in (("model", False), ("ema", True)):
             config, weights = read(path, settings, ema)
-            check_same_settings(config.architecture(), self.config.architecture(), path, "model")
+            misfits = find_misfits(weights, self.model.state_dict())
+            check_same_settings(config.architecture(), self.config.architecture(), path, "model", misfits)
+            self.config = self.config.override(f"model.base={config.model.base}")
             yield part, weights

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flowmo.checkpoint import CheckpointError
-from flowmo.checkpoint.files import write_content
+from flowmo.checkpoint.files import find, write_content
 from flowmo.checkpoint.run_folder import BEST, CHECKPOINTS, ENDED, SETTINGS, listing
 from flowmo.config import Config, ConfigError, flatten
 from flowmo.data import batches
 from flowmo.distributed import World
 from flowmo.evaluate.speed import peak_flops
+from flowmo.tokenizer import FlowMo
 from flowmo.train import intent, state
 from flowmo.train.early_stopping import EarlyStopping
 from flowmo.train.ema import EMA
@@ -55,13 +56,13 @@ class Trainer:
     Args:
         folder: the run's folder; it resumes from the checkpoints there.
         world: this rank, see ``flowmo.distributed.join``.
-        resume_from: checkpoint to start from while the folder has none.
+        resume_from: what to start from while the folder has no checkpoint; any source that ``flowmo.load`` takes.
         report: prints each line of the log.
         build: builds the task.
 
     Raises:
         TrainingError: the folder holds a run of another model.
-        CheckpointError, StateError: its last checkpoint is damaged.
+        CheckpointError, StateError: its last checkpoint is damaged, or there is no such ``resume_from``.
         DataError, WeightsNotFoundError: the images or the perceptual network are missing.
         ConfigError: the batch cannot be split over the ranks, or there are no held-out images to evaluate on.
     """
@@ -71,7 +72,7 @@ class Trainer:
         config: Config,
         folder: Path,
         world: World = World(),
-        resume_from: Path | None = None,
+        resume_from: str | Path | None = None,
         report: Callable[[str], None] = print,
         build: Callable[[Config, World, Callable[[str], None]], Task] = build_task,
     ):
@@ -96,7 +97,7 @@ class Trainer:
         self.unreadable: set[str] = set()
         self._load(resume_from)
 
-    def _load(self, resume_from: Path | None) -> None:
+    def _load(self, resume_from: str | Path | None) -> None:
         """Resume from the folder, or else start from ``resume_from``, and build the schedule from there."""
         if self.world.main:
             state.tidy(self.checkpoint_folder)
@@ -105,9 +106,12 @@ class Trainer:
             self._resume(found)
         elif resume_from:
             self._start_from(resume_from)
-        self.schedule = Schedule.of(self.config, self.plan.total, len(self.task.source), self.position)
+        self.schedule = self._schedule(self.position)
         if resume_from and not found:
             intent.check_length(self.config, resume_from, self.position, self.schedule)
+
+    def _schedule(self, start: Position) -> Schedule:
+        return Schedule.of(self.config, self.plan.total, len(self.task.source), start)
 
     @property
     def position(self) -> Position:
@@ -384,47 +388,66 @@ class Trainer:
             advice = f"Remove it to go on from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
 
-    def _start_from(self, path: Path) -> None:
-        """Start with weights and position of another run's checkpoint, or of the authors'.
+    def _start_from(self, source: str | Path) -> None:
+        """Start at the position of another run's checkpoint, or at step 0 with weights alone.
 
-        The same stage keeps its optimizer and EMA; a new stage starts both anew.
+        A checkpoint of the same stage gives its optimizer and EMA too. The authors' checkpoints hold no optimizer; one
+        that is beyond this run's end counts as weights alone.
         """
-        if not path.is_dir() and not path.is_file():
-            raise TrainingError(f"{path}: no such checkpoint.")
+        path, weights = find(source), self.config.trainer.start_weights
         metadata = {} if path.suffix == ".safetensors" else state.read_metadata(path)
         if metadata.get("flowmo") == state.FORMAT:
-            new_stage = metadata["stage"] != self.task.stage
-            self._restore(path, metadata, optimizer=not new_stage)
+            trained = Config.from_dict(metadata["config"]).model.train
+            anew = (metadata["stage"], trained) != (self.task.stage, self.config.model.train)
+            self._restore(path, metadata, optimizer=not anew)
             self.early_stopping = EarlyStopping(self.early_stopping.metric, self.early_stopping.patience)
         else:
-            for part, weights in self.task.foreign_weights(path):
-                state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in weights.items()})
+            for part, values in self.task.foreign_weights(path):
+                state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in values.items()})
             self.norm_control.remember()
-            steps = metadata.get("total_steps", 0)
-            if not isinstance(steps, int) or steps < 0:
-                raise TrainingError(f"{path}: total_steps is no number of steps.")
-            self.step, self.images = steps, steps * PAPER_BATCH
-            self.logger.report(f"starting from the weights of {path}")
-            new_stage = self.task.stage != "pretrain"  # foreign files do not say their stage
-        if new_stage:
-            chosen = self.config.trainer.start_weights
-            self.ema.restart(from_ema=chosen == "ema")
-            self.norm_control.remember()
+            self.step, self.images = self._authors_position(path, metadata)
+            anew = not self.step or self.task.stage != "pretrain"  # the authors' files do not say their stage
+            weights = weights if self.step else "ema"  # as flowmo.load
             self.logger.report(
-                f"starts from {START_WEIGHTS[chosen]}, of {path}, with a fresh EMA of them "
-                f"(trainer.start_weights={chosen})"
+                f"starting from the weights of {path}"
+                if self.step
+                else f"starts a new run from the weights of {path}: step 0, a fresh optimizer, an EMA of these weights"
             )
+        if anew:
+            self.ema.restart(from_ema=weights == "ema")
+            self.norm_control.remember()
+            model = self._ema_model()
+            self._set_base(self.world.broadcast(model.as_base() if isinstance(model, FlowMo) else ""))
+        if anew and self.step:
+            self.logger.report(
+                f"starts from {START_WEIGHTS[weights]}, of {path}, with a fresh EMA of them "
+                f"(trainer.start_weights={weights})"
+            )
+
+    def _authors_position(self, path: Path, metadata: dict) -> Position:
+        """Return the position of an authors' checkpoint if this run goes beyond it, else 0; also 0 for bare weights."""
+        steps = metadata.get("total_steps", 0)
+        if not isinstance(steps, int) or steps < 0:
+            raise TrainingError(f"{path}: total_steps is no number of steps.")
+        position = Position(steps, steps * PAPER_BATCH)
+        return position if self._schedule(position).duration > position.images else Position()
+
+    def _set_base(self, base: str) -> None:
+        """Set ``model.base``, which follows from the weights."""
+        self.config = self.task.config = self.config.override(f"model.base={base}")
 
     def _restore(self, path: Path, metadata: dict, optimizer: bool = True) -> None:
         if metadata.get("flowmo") != state.FORMAT:
             raise TrainingError(f"{path} is not a training checkpoint of this version of flowmo.")
         self.task.check(path, metadata)
-        state.restore(path, self.state, optimizer)
+        before = Config.from_dict(metadata["config"])
+        state.restore(path, self.state, optimizer and before.model.train == self.config.model.train)
+        self._set_base(before.model.base)
         self.step, self.images = metadata["step"], metadata["images"]
         self.skipped = StepCounts(self.world, metadata["skipped"])
         self.early_stopping.load_state_dict(metadata)
         self.logger.report(f"resumed from {path}")
-        before, now = flatten(Config.from_dict(metadata["config"])), flatten(self.config)
-        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+        old, now = flatten(before), flatten(self.config)
+        changed = [f"{name} {old[name]} -> {now[name]}" for name in now if old[name] != now[name]]
         if changed:
             self.logger.report(f"settings that differ from the checkpoint's: {', '.join(changed)}")
