@@ -197,6 +197,7 @@ def test_one_process_goes_on_from_two(base, one, two, tmp_path, name, settings):
 def test_sharded_checkpoints_load_as_tokenizers(two, images):
     path = listing(two / "fsdp" / "checkpoints")[-1]
     assert path.is_dir()
+    assert checkpoint.find(two / "fsdp") == path, "the folder of the run names it"
     tokenizer = flowmo.load(path)
     assert torch.isfinite(tokenizer.decode(tokenizer.encode(images[:1]), steps=2)).all()
     assert flowmo.load(path, ema=False).identity() != tokenizer.identity()

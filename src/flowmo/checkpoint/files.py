@@ -50,11 +50,9 @@ def find(source: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(source)
-    if sharded.is_sharded(path):
-        return path
-    if path.is_dir():
+    if path.is_dir() and not sharded.is_sharded(path):
         path = run_folder.best_checkpoint(path) or path / hub.MODEL_FILE
-    if path.is_file():
+    if path.is_file() or sharded.is_sharded(path):
         return path
     name = str(source)
     if name in PRESETS:
