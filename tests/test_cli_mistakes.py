@@ -172,10 +172,10 @@ def test_nothing_is_overwritten_unless_forced(capsys, monkeypatch, tmp_path, tin
     assert code.read_bytes()[3] >> 4 != before[3] >> 4 or code.read_bytes() == before
 
 
-@pytest.mark.parametrize("command", ["demo", "report", "push"])
+@pytest.mark.parametrize("command", ["export", "report", "push"])
 def test_missing_packages_are_named_before_the_work(capsys, monkeypatch, tmp_path, command):
     words, package = {
-        "demo": (["demo"], "gradio"),
+        "export": (["export", "nano", str(tmp_path / "out")], "onnxscript"),
         "report": (["evaluate", str(tmp_path), "--report", "out"], "matplotlib"),
         "push": (["push", "nano", "someone/flowmo"], "huggingface_hub"),
     }[command]
