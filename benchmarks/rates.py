@@ -151,7 +151,7 @@ class Evaluator:
 def distance(x: Tensor, y: Tensor) -> float:
     """Fréchet distance of two sets of features, n × d each."""
     x, y = x.double(), y.double()
-    return frechet_distance(*(Gaussian(features.mean(0), features.T.cov()) for features in (x, y)))
+    return frechet_distance(*(Gaussian(features.mean(0), features.T.cov(), len(features)) for features in (x, y)))
 
 
 def candidates(

@@ -74,7 +74,7 @@ def test_what_cannot_be_written_or_found_is_named_as_it_was_given(capsys, tmp_pa
     assert (status, err) == (2, f"flowmo: {tmp_path / 'none.flowmo'}: no such file or directory\n")
 
 
-def test_codes_through_pipes(tmp_path, weights, photo):
+def test_codes_through_pipes(capsys, tmp_path, weights, photo):
     """A picture from standard input to standard output and back, as bytes, with nothing else among them."""
     command = [sys.executable, "-m", "flowmo"]
     content = photo.read_bytes()
@@ -89,10 +89,9 @@ def test_codes_through_pipes(tmp_path, weights, photo):
     broken = subprocess.run(to_pil, input=b"no codes", capture_output=True)
     assert (broken.returncode, broken.stdout) == (2, b"")
     assert broken.stderr.count(b"\n") == 1
-    ids = subprocess.run([*to_pil, "--ids"], input=coded.stdout, capture_output=True, check=True)
-    assert len(json.loads(ids.stdout)) == 6, "tiles"
-    alone = subprocess.run([*command, "encode", "-", str(photo)], input=content, capture_output=True)
-    assert b"comes alone" in alone.stderr
+    assert "comes alone" in run(capsys, "encode", "-", photo)[2]
+    (tmp_path / "tiles.flowmo").write_bytes(coded.stdout)
+    assert len(json.loads(run(capsys, "decode", tmp_path / "tiles.flowmo", "--ids", "--model", weights)[1])) == 6
 
 
 def test_many_files_and_json(capsys, tmp_path, weights, picture_files):

@@ -363,8 +363,8 @@ def test_a_model_is_its_file(native, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"order": np.array([0, 1, 2, 3])}, "no step"),
-        ({"order": np.zeros((0, 2), np.int64)}, "no step"),
+        ({"order": np.array([0, 1, 2, 3])}, "no rows and columns"),
+        ({"order": np.zeros((0, 2), np.int64)}, "is empty"),
         ({"middle": np.zeros((S, 5, 4), np.int64)}, "middle has shape"),
         ({"bias": np.full((S, D, 7), 1 << 15)}, "16 bits"),
         ({"bias": np.zeros((S, D, 6), np.int64)}, "shape"),
