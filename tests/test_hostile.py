@@ -401,7 +401,7 @@ def png_that_claims(width, height):
             "not an image in a supported format",
         ),
         (b"%PDF-1.4\n", "not an image in a supported format"),
-        (b"", "not an image in a supported format"),
+        (b"", "the file is empty"),
     ],
     ids=["png", "png of 2^62", "ppm", "gif", "postscript", "pdf", "nothing"],
 )
