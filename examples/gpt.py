@@ -1,6 +1,6 @@
 """A small GPT on a tokenizer's ids: an autoregressive generator beside MaskGIT, in one file.
 
-    flowmo tokenize IMAGES --out tokens --flip
+    flowmo tokenize IMAGES --output tokens --flip
     python examples/gpt.py train tokens gpt.pt
     python examples/gpt.py sample gpt.pt samples.png --classes "golf ball" church
 

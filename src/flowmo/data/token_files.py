@@ -279,7 +279,7 @@ def read_metadata(folder: str | Path, name: str = MANIFEST) -> TokenMetadata:
         metadata = TokenMetadata(**{**known, "classes": tuple(tree["classes"])})
         metadata.check()
     except FileNotFoundError:
-        advice = f"Make tokens with `flowmo tokenize DATA --out {folder}`."
+        advice = f"Make tokens with `flowmo tokenize DATA --output {folder}`."
         raise DataError(f"{folder}: contains no {name}. {advice}") from None
     except DataError:
         raise
