@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import open_gates, run_command
 
-from flowmo import FlowMo, save
-from flowmo.web.export import NOT_SENT, ExportError, export, graphs, shrink
+from flowmo import FlowMo
+from flowmo.web.export import NOT_SENT, ExportError, export, graphs
 
 
 def session(path):
@@ -63,24 +63,6 @@ def test_onnx_of_any_size(native, tmp_path):
     export(native, tmp_path)
     for rows, columns, batch, sent in ((1, 1, 1, None), (4, 8, 2, 1), (5, 3, 1, 2), (9, 6, 1, None)):
         same(native, tmp_path, torch.rand(batch, 3, 16 * rows, 16 * columns) * 2 - 1, sent)
-
-
-def test_weights_of_16_and_8_bits(tiny, tmp_path, images):
-    """A guided tokenizer that was saved as int8 loses nothing more, in about a quarter of the bytes."""
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    save(tiny, tmp_path / "tiny.safetensors", torch.int8)
-    tokenizer = FlowMo.from_pretrained(tmp_path / "tiny.safetensors", "eval.sampling.sample_steps=3")
-    export(tokenizer, tmp_path, dtype="float32")
-    matrices = sum(p.numel() for p in tokenizer.decoder.parameters() if p.ndim == 2 and p.numel() >= 4096)
-    assert matrices > 50_000
-    full = (tmp_path / "decoder.onnx").stat().st_size
-    for dtype, saved in ((torch.float16, 2), (torch.int8, 3)):
-        model = onnx.load(tmp_path / "decoder.onnx")
-        shrink(model, dtype)
-        assert full - len(model.SerializeToString()) == pytest.approx(saved * matrices, rel=0.05)
-    (tmp_path / "decoder.onnx").write_bytes(model.SerializeToString())
-    same(tokenizer, tmp_path, images)
 
 
 def test_what_cannot_be_exported(tiny_config, tiny, tmp_path, capsys):
