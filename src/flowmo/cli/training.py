@@ -72,7 +72,7 @@ def first(lines: list[str]) -> list[str]:
 
 def train(arguments: argparse.Namespace) -> None:
     from flowmo.distributed import join
-    from flowmo.train.intent import check_start
+    from flowmo.train.start_checks import check_start
     from flowmo.train.trainer import Trainer
 
     folder, source = arguments.results_dir / arguments.experiment_name, arguments.resume_from_ckpt

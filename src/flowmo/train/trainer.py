@@ -24,7 +24,7 @@ from flowmo.data import batches
 from flowmo.distributed import World
 from flowmo.evaluate.speed import peak_flops
 from flowmo.tokenizer import FlowMo
-from flowmo.train import intent, state
+from flowmo.train import start_checks, state
 from flowmo.train.early_stopping import EarlyStopping
 from flowmo.train.ema import EMA
 from flowmo.train.failures import plain_errors, stop_on_signals
@@ -108,7 +108,7 @@ class Trainer:
             self._start_from(resume_from)
         self.schedule = self._schedule(self.position)
         if resume_from and not found:
-            intent.check_length(self.config, resume_from, self.position, self.schedule)
+            start_checks.check_length(self.config, resume_from, self.position, self.schedule)
 
     def _schedule(self, start: Position) -> Schedule:
         return Schedule.of(self.config, self.plan.total, len(self.task.source), start)
@@ -144,7 +144,7 @@ class Trainer:
         self.world.barrier()
         self.logger.open(self.step, self.images, self.config.to_dict())
         self.logger.report(self._describe())
-        self.logger.report(intent.describe(self.config, self.position, self.schedule))
+        self.logger.report(start_checks.describe(self.config, self.position, self.schedule))
         try:
             # close the loader after an error too: its workers ignore signals, and exiting would wait for them
             errors = plain_errors(self.plan, self._max_microbatch)

@@ -1,4 +1,4 @@
-"""Checks of what a run is meant to do, and the log line that describes it."""
+"""Checks a run's settings before training, and describes the run in a log line."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ STAGES = {
     "distill": "stage 1C, distillation",
     "generator": "stage 2, generation",
 }
-PERCEPTUAL_OF = {"pretrain": "one-step estimates", "posttrain": "samples of {} steps", "distill": "jumps"}
+PERCEPTUAL_INPUT = {"pretrain": "one-step estimates", "posttrain": "samples of {} steps", "distill": "jumps"}
 POSTTRAIN_STEPS = 25_000
 """Length of the paper's stage 1B."""
 
 
-def check_start(config: Config, started: bool) -> None:
+def check_start(config: Config, has_weights: bool) -> None:
     """Refuse to train with a frozen random network, a stage that a model lacks, or for another stage's default length.
 
     Args:
-        started: the run has weights to start from.
+        has_weights: the run starts from a checkpoint.
 
     Raises:
-        ConfigError: the settings cannot be meant.
+        ConfigError: the settings contradict each other, or need a checkpoint.
     """
     if config.model.mean_velocity and config.stage in ("pretrain", "posttrain"):
         raise ConfigError("A distilled tokenizer is trained in stage 1C. Add opt.teacher=MODEL.")
@@ -36,29 +36,28 @@ def check_start(config: Config, started: bool) -> None:
         why = "opt.freeze_encoder_after=0"
     if config.stage == "pretrain" and trained != "all":
         why = f"model.train={trained}"
-    if why and not started:
+    if why and not has_weights:
         frozen = "decoder" if trained == "encoder" else "encoder"
         raise ConfigError(
             f"{why} trains with a frozen {frozen}, which is random here. Add --resume-from-ckpt CHECKPOINT."
         )
     if config.stage != "pretrain" and config.trainer.duration == FIELDS["trainer.duration"].default:
         raise ConfigError(
-            f"trainer.duration={config.trainer.duration} is the length of stage 1A. Name the length of this stage, "
-            f"counted from the run's first image: the checkpoint's steps and {POSTTRAIN_STEPS} more are "
-            "trainer.duration='STEPS steps'."
+            f"trainer.duration={config.trainer.duration} is the length of stage 1A. Set it to the total length, "
+            f"including the checkpoint's steps: trainer.duration='STEPS steps', STEPS = those + {POSTTRAIN_STEPS}."
         )
 
 
 def check_length(config: Config, source: str | Path, start: Position, schedule: Schedule) -> None:
-    """Refuse a new run that would end where its checkpoint is.
+    """Refuse a new run whose starting checkpoint has already reached ``trainer.duration``.
 
     Raises:
         ConfigError: the run has no step to take.
     """
     if start.images >= schedule.duration:
         raise ConfigError(
-            f"{source} is at step {start.step} ({start.images} images), where trainer.duration="
-            f"{config.trainer.duration} has ended. For {POSTTRAIN_STEPS} steps more write "
+            f"{source} is at step {start.step} ({start.images} images), which has reached trainer.duration="
+            f"{config.trainer.duration}. For {POSTTRAIN_STEPS} steps more write "
             f"trainer.duration='{start.step + POSTTRAIN_STEPS} steps'."
         )
 
@@ -85,6 +84,6 @@ def describe(config: Config, start: Position, schedule: Schedule) -> str:
         parts.append("encoder frozen")
     else:
         parts.append(f"encoder frozen from image {freeze}" if freeze < schedule.duration else "encoder learns")
-    target = PERCEPTUAL_OF[stage].format(config.model.posttrain_sample_k)
+    target = PERCEPTUAL_INPUT[stage].format(config.model.posttrain_sample_k)
     distance = f"{opt.lpips_mode} distance × {opt.lpips_weight:g} of {target}"
     return "; ".join([*parts, distance if opt.lpips_weight else "no perceptual loss"])
