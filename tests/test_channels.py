@@ -10,15 +10,16 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, TINY, TINY_NATIVE, open_gates
+from conftest import PICTURES, ROOT, TINY, TINY_NATIVE, open_gates, run_command
 from PIL import Image
 
 import flowmo
-from flowmo import Config, ConfigError, FlowMo
+from flowmo import Config, ConfigError, FlowMo, save
 from flowmo.codec.file import Codec
 from flowmo.data import DataError, ImageDataset, Source, build_index, open_source
 from flowmo.evaluate.reconstruction import Evaluators, Reconstruction, measure
 from flowmo.evaluate.summary import Summary
+from flowmo.generate.tokenize import tokenize
 from flowmo.images import to_tensor
 from flowmo.losses.perceptual import LPIPS, build_distance
 from flowmo.pixels import PixelFormat
@@ -257,14 +258,14 @@ def test_what_is_written_is_read(pixels, tmp_path):
     values = RNG.random((pixels.channels, 6, 5)) * (high - low) + low
     values = values.astype(np.float32) if pixels.bits == 32 else values.round()
     image = unit(values, low, high)
-    for suffix in set(pixels.suffixes) - {".jpg", ".jpeg"}:
+    expected = ".png" if pixels.channels == 1 and pixels.bits < 32 else ".tif"
+    assert pixels.suffix == expected
+    for suffix in {expected, ".tif", ".tiff", ".npy"}:
         path = tmp_path / f"a{suffix}"
         path.write_bytes(pixels.to_file(image, suffix))
         assert torch.allclose(pixels.read(path), image, atol=1e-6), suffix
         if suffix == ".npy":
             assert np.allclose(np.squeeze(np.load(path)), np.squeeze(values.transpose(1, 2, 0)), atol=1e-5)
-    expected = ".png" if pixels.channels == 1 and pixels.bits < 32 else ".tif"
-    assert pixels.suffixes[0] == expected
 
 
 def test_settings_of_files():
@@ -382,7 +383,7 @@ def test_whole_images_and_their_files(native, tmp_path):
     assert decoded.shape == image.shape
     assert torch.equal(decoded, tok.decode_tensor(codes, steps=1))
     assert tok.encode_image(image, fit="crop").output_size == (tok.config.data.image_size,) * 2
-    with pytest.raises(ValueError, match="PIL has no images of 4 channels of 16 bits"):
+    with pytest.raises(ValueError, match="Images of 4 channels of 16 bits are no PIL images"):
         tok.decode_image(codes, steps=1)
     with pytest.raises(flowmo.ImageError, match="image: has 3 channels, but the model takes 4"):
         tok.encode_image(image[:3])
@@ -440,3 +441,63 @@ def test_metrics_of_each_channel(tmp_path):
     assert summary.ssim == pytest.approx(np.mean(ssims), abs=1e-6)
     assert summary.lpips_alex == pytest.approx(np.mean(distances), rel=1e-4)
     assert any(line.startswith("PSNR of channels 36.0") for line in summary.lines())
+
+
+RECIPES = ROOT / "configs"
+SHORT = ("trainer.duration=2 steps", "data.global_batch_size=2", "data.num_workers=0", "trainer.tensorboard=false")
+SMALL = (
+    *("model.hidden_size=64", "model.num_heads=2", "model.dec_depth=2"),
+    *("model.enc_hidden_size=64", "model.enc_num_heads=2", "model.enc_depth=1", "opt.lpips_weight=0"),
+)
+
+
+def train(capsys, out, recipe, data, *settings):
+    words = ("--config", RECIPES / f"{recipe}.yaml", "--results-dir", out, "--experiment-name", recipe)
+    return run_command(capsys, "train", *words, f"data.train={data}", f"data.val={data}", *SHORT, *SMALL, *settings)
+
+
+def test_the_recipe_for_many_channels_trains_in_all_stages(tmp_path, capsys):
+    """Stage 1A samples a grid and measures; 1B goes on from it; ids become tokens."""
+    bands = write_bands(tmp_path / "bands", count=2, size=(80, 64))
+    settings = ("trainer.sample_every=1 step", "trainer.best_metric=psnr", "data.crop_sizes=32x64 64x32")
+    status, out, err = train(capsys, tmp_path, "multispectral", bands, *settings)
+    assert status == 0, err
+    assert "held_out_psnr" in out
+    assert flowmo.read_image(next((tmp_path / "multispectral" / "samples").iterdir())).width > 64
+    first = tmp_path / "multispectral" / "checkpoints" / "00000002.pth"
+    tok = flowmo.load(first)
+    assert (tok.config.model.channels, tok.pixels.bits) == (4, 16)
+    posttrain = ("model.posttrain_sample=true", "model.posttrain_sample_k=2", "--resume-from-ckpt", first)
+    settings = ("trainer.duration=4 steps", "--experiment-name", "1b")
+    status, out, err = train(capsys, tmp_path, "multispectral", bands, *posttrain, *settings)
+    assert status == 0, err
+    assert "stage 1B" in out
+    tokens = tokenize(tok, open_source(bands), tmp_path / "tokens")
+    assert tokens.count == 2
+    with pytest.raises(flowmo.ImageError, match=r"0\.npy: has 4 channels, but the model takes 1"):
+        tokenize(tokenizer(1), open_source(bands), tmp_path / "others")
+
+
+def test_the_recipe_for_grey_images_trains_and_refuses_colour(tmp_path, capsys, picture):
+    for folder, mode in (("grey", "L"), ("colour", "RGB")):
+        (tmp_path / folder).mkdir()
+        picture.convert(mode).resize((80, 64)).save(tmp_path / folder / "a.png")
+    status, _, err = train(capsys, tmp_path, "grey", tmp_path / "grey", "data.crop_sizes=32x64")
+    assert status == 0, err
+    tok = flowmo.load(tmp_path / "grey")
+    assert tok.decode_image(tok.encode_image(Image.open(tmp_path / "grey" / "a.png"))).mode == "L"
+    codes = tok.encode(noise_images(1, 64)[:, :, :32])
+    assert tok.decode(codes).shape == (2, 1, 32, 64), "images need not be square"
+    status, _, err = train(capsys, tmp_path / "2", "grey", tmp_path / "colour")
+    assert status != 0
+    assert "a.png: has 3 channels, but the model takes 1" in err
+
+
+def test_fine_tuning_from_other_channels_is_refused(tmp_path, capsys):
+    bands = write_bands(tmp_path / "bands", count=1, size=(80, 64))
+    config = Config.from_yaml(RECIPES / "multispectral.yaml").override(*SMALL, "model.channels=3")
+    save(FlowMo(config), tmp_path / "rgb.safetensors")
+    start = ("--resume-from-ckpt", tmp_path / "rgb.safetensors")
+    status, _, err = train(capsys, tmp_path, "multispectral", bands, *start)
+    assert status != 0
+    assert "model.channels 3 -> 4" in err

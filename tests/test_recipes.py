@@ -26,6 +26,7 @@ TINY = (
     *("data.image_size=32", "data.num_workers=0", "data.max_microbatch=0", "data.global_batch_size=2"),
     *("model.patch_size=8", "model.hidden_size=64", "model.num_heads=2", "model.dec_depth=2", "model.code_length=4"),
     *("model.network=double_stream", "model.nested_dropout=0", "data.crop_sizes=", "opt.lpips_crop=0"),
+    *("model.channels=3", "data.bit_depth=8"),
     *("model.enc_hidden_size=32", "model.enc_num_heads=1", "model.enc_depth=1", "opt.lpips_weight=0"),
     *("trainer.compile=false", "trainer.enable_bfloat16=false", "trainer.tensorboard=false", "trainer.best_metric="),
 )
@@ -241,6 +242,8 @@ MEANT = {
     "nano": ("stage 1A, mode matching", "learning rate 0.001"),
     "nano_gpu": ("stage 1A, mode matching", "learning rate 0.001"),
     "native": ("stage 1A, mode matching", "learning rate 0.001", "EMA decay 0.999969 per step", "encoder learns"),
+    "grey": ("stage 1A, mode matching", "learning rate 0.001", "encoder learns"),
+    "multispectral": ("stage 1A, mode matching", "learning rate 0.001", "encoder learns"),
     "hi_posttrain": ("stage 1B, mode seeking", "learning rate 5e-05", "EMA decay 0.9999 per step", "encoder frozen"),
     "lo_posttrain": ("stage 1B, mode seeking", "learning rate 5e-05", "EMA decay 0.9999 per step", "encoder frozen"),
     "nano_posttrain": ("stage 1B, mode seeking", "learning rate 0.0001", "EMA decay 0.98692 per step"),

@@ -129,7 +129,7 @@ def test_presets_build_on_the_meta_device_and_run(name):
     with torch.device("meta"):
         tokenizer = FlowMo(config)
         side = config.data.image_size
-        code = tokenizer.encoder(torch.empty(2, 3, side, side))
+        code = tokenizer.encoder(torch.empty(2, config.model.channels, side, side))
         assert code.shape == (2, config.model.code_length, config.model.context_dim)
 
 

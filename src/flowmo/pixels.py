@@ -33,19 +33,15 @@ from flowmo.images import (
 
 ARRAY = ".npy"
 NPY_MAGIC, TIFF_MAGICS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-IMAGE_FORMATS: dict[str, dict[str, Any]] = {
-    ".png": {"format": "PNG"},
-    ".jpg": {"format": "JPEG", "quality": 95},
-    ".jpeg": {"format": "JPEG", "quality": 95},
-    ".webp": {"format": "WEBP", "lossless": True},
-    ".ppm": {"format": "PPM"},
-}
-"""How Pillow writes an 8-bit image, by the suffix of its file."""
 TIFFS = (".tif", ".tiff")
 STORED: dict[int, tuple[type, float]] = {8: (np.uint8, 255.0), 16: (np.uint16, 65535.0), 32: (np.float32, 1.0)}
 """Bits per value -> type of an array, and its value of white."""
 REDUCED = 254
 """TIFF tag; bit 0 marks a smaller copy of another page."""
+
+
+class ChannelsError(ImageError):
+    """An image has another number of channels than the model takes."""
 
 
 def is_array(name: str) -> bool:
@@ -80,12 +76,9 @@ class PixelFormat:
         return (self.channels, self.bits, self.value_range) == (3, 8, None)
 
     @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Suffixes of the files that can be written, the usual one first."""
-        if self.is_rgb:
-            return (*IMAGE_FORMATS,)
-        grey = {8: (*IMAGE_FORMATS,), 16: (".png",)}.get(self.bits, ()) if self.channels == 1 else ()
-        return (*grey, *TIFFS, ARRAY)
+    def suffix(self) -> str:
+        """Usual suffix of a file: ``.png``, or ``.tif`` where PNG has no such images."""
+        return ".png" if self.is_rgb or (self.channels == 1 and self.bits < 32) else ".tif"
 
     # Read
 
@@ -162,7 +155,8 @@ class PixelFormat:
 
     def _check_channels(self, found: int, path: str) -> None:
         if found != self.channels:
-            raise ImageError(f"{path}: has {found} channel{'s' * (found != 1)}, but the model takes {self.channels}.")
+            plural = "s" * (found != 1)
+            raise ChannelsError(f"{path}: has {found} channel{plural}, but the model takes {self.channels}.")
 
     def _values(self, image: Image.Image, path: str) -> np.ndarray:
         """Values h × w × c of an open image file."""
@@ -250,24 +244,31 @@ class PixelFormat:
         """c × h × w in [−1, 1] -> PIL image: RGB, or a single channel of 8, 16 or 32 bits.
 
         Raises:
-            ValueError: PIL has no images of so many channels.
+            ImageError: PIL has no images of so many channels.
         """
         if self.is_rgb:
             return to_pil(image)
         if self.channels != 1:
-            raise ValueError(f"PIL has no images of {self.channels} channels of {self.bits} bits. Use decode_tensor.")
+            raise ImageError(
+                f"Images of {self.channels} channels of {self.bits} bits are no PIL images. Write .tif or .npy files, "
+                "or take the tensors that decode_tensor returns."
+            )
         return Image.fromarray(self.stored(image)[..., 0])
 
     def to_file(self, image: Tensor, suffix: str) -> bytes:
-        """Content of a file of an image c × h × w in [−1, 1]; ``suffix`` is one of ``suffixes``."""
+        """c × h × w in [−1, 1] -> content of a ``.png``, ``.tif``, ``.tiff`` or ``.npy`` file.
+
+        Raises:
+            ImageError: PNG has no such images.
+        """
         stream = io.BytesIO()
         if suffix == ARRAY:
             np.save(stream, np.squeeze(self.stored(image), 2) if self.channels == 1 else self.stored(image))
-        elif suffix in TIFFS:
+        elif suffix == ".png" or self.is_rgb:
+            self.to_pil(image).save(stream, "PNG" if suffix == ".png" else "TIFF")
+        else:
             first, *more = (Image.fromarray(page) for page in np.moveaxis(self.stored(image), 2, 0))
             first.save(stream, "TIFF", save_all=True, append_images=more, compression="tiff_adobe_deflate")
-        else:
-            self.to_pil(image).save(stream, **IMAGE_FORMATS[suffix])
         return stream.getvalue()
 
 

@@ -667,7 +667,7 @@ class FlowMo(Packable):
         """Decode the codes of ``encode_image`` to one PIL image; arguments as in ``decode``.
 
         Raises:
-            ValueError: PIL has no such images, for example of four channels; ``decode_tensor`` decodes them.
+            ImageError: PIL has no such images, for example of four channels; ``decode_tensor`` decodes them.
         """
         return self.pixels.to_pil(self.decode_tensor(codes, steps, seed, **settings))
 

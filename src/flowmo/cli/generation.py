@@ -17,9 +17,10 @@ from flowmo.cli.options import load, prepare
 from flowmo.cli.output import Progress, UsageError, check_outputs, write
 from flowmo.data import DataError, Source, TokenDataset, evenly_spread, open_source
 from flowmo.data.export import export as write_export
+from flowmo.data.sources.base import read_as
 from flowmo.data.token_files import UNREADABLE, Part, TokenMetadata, missing_shards, read_labels
 from flowmo.evaluate.metrics.pairs import grid
-from flowmo.images import ImageError, read_image, to_pil
+from flowmo.images import ImageError, to_pil
 from flowmo.tokenizer import FlowMo
 
 MAX_GRID_IMAGES = 1000
@@ -125,7 +126,7 @@ def encode_dataset(path: str, tokenizer: FlowMo, count: int) -> list[np.ndarray]
     chosen, show = evenly_spread(count, len(source)), Progress("encoding")
     for i, index in enumerate(chosen):
         try:
-            images.append(ids_on_lattice(tokenizer.encode_image(source.read(index)), tokenizer))
+            images.append(ids_on_lattice(tokenizer.encode_image(read_as(source, index, tokenizer.pixels)), tokenizer))
         except ImageError as error:
             print(f"flowmo: left out: {error}", file=sys.stderr)
         show(i + 1, len(chosen))
@@ -166,11 +167,12 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
             raise UsageError(f"{count} images are too many for one .png. Name a folder or an .npz with --output.")
         ids = keep = None
         if arguments.edit:
-            codes = tokenizer.encode_image(read_image(arguments.edit), "crop")
+            codes = tokenizer.encode_image(tokenizer.pixels.read(arguments.edit), "crop")
             assert codes.ids is not None  # a generator's tokenizer has ids
             ids = codes.ids.expand(count, -1, -1)
             keep = parse_positions(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
         images = sample_images(generator, tokenizer, labels, range(count), settings, ids, keep, show)
+        images = tokenizer.pixels.visible(images)
         columns = min(count, arguments.per_class if class_rows and len(classes) > 1 else GRID_COLUMNS)
         blank = torch.ones_like(images[:1]).expand(-count % columns, -1, -1, -1)
         write(out, to_pil(grid([*torch.cat((images, blank)).split(columns)])))

@@ -6,19 +6,18 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowmo.checkpoint.files import write_content, write_whole
+from flowmo.checkpoint.files import write_content
 from flowmo.data.npz import write_npz
 from flowmo.distributed import World
 from flowmo.generate.classes import GenerationError
 from flowmo.generate.generator import Generator
-from flowmo.images import read_image, to_pil
+from flowmo.images import read_image
 from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import FlowMo
 
@@ -100,8 +99,11 @@ def write_samples(
         GenerationError: the generator and the tokenizer do not match, or the folder holds something else.
     """
     check_pair(generator, tokenizer)
+    pixels = tokenizer.pixels
+    if out.suffix == ".npz" and not pixels.is_rgb:
+        raise GenerationError(f"{out}: an .npz holds 8-bit RGB, unlike these images. Name a folder.")
     folder = out.with_name(f"{out.name}.pictures") if out.suffix == ".npz" else out
-    paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
+    paths = [folder / f"{index:06d}{pixels.suffix}" for index in range(len(labels))]
     if world.main:
         _claim(folder, generator, labels, settings)
     world.barrier()
@@ -111,7 +113,7 @@ def write_samples(
         batch = mine[start : start + batch_size]
         images = sample_images(generator, tokenizer, [labels[index] for index in batch], batch, settings)
         for index, image in zip(batch, images, strict=True):
-            write_whole(paths[index], partial(to_pil(image).save, format="PNG"))
+            write_content(paths[index], pixels.to_file(image, paths[index].suffix))
         if progress:
             progress(start + len(batch), len(mine))
     world.barrier()

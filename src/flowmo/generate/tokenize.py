@@ -23,6 +23,7 @@ from flowmo.data.sources.base import require_labels
 from flowmo.data.token_files import WHOLE, Part, TokenMetadata
 from flowmo.distributed import World
 from flowmo.images import ImageError
+from flowmo.pixels import ChannelsError, PixelFormat
 from flowmo.precision import describe
 from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import FlowMo
@@ -31,11 +32,11 @@ SHARD_SIZE = 4096
 
 
 class Samples(Dataset):
-    """Samples of a source by number: (image 3 × side × side, label). An unreadable image is black, with a mark."""
+    """Samples of a source by number: (image c × side × side, label). An unreadable image is black, with a mark."""
 
-    def __init__(self, source: Source, metadata: TokenMetadata):
+    def __init__(self, source: Source, metadata: TokenMetadata, pixels: PixelFormat):
         self.source, self.metadata = source, metadata
-        self.crops = ImageDataset(source, metadata.image_size, random_crop=metadata.crops > 1)
+        self.crops = ImageDataset(source, metadata.image_size, random_crop=metadata.crops > 1, pixels=pixels)
 
     def __len__(self) -> int:
         return self.metadata.count
@@ -46,8 +47,11 @@ class Samples(Dataset):
         crop, mirrored = (epoch // 2, epoch % 2 == 1) if metadata.flip else (epoch, False)
         try:
             image = self.crops[index, stream_seed(metadata.seed, Stream.TOKENIZED, index, crop)]
+        except ChannelsError:
+            raise
         except ImageError:
-            return torch.zeros(3, metadata.image_size, metadata.image_size), files.UNREADABLE
+            black = torch.zeros(self.crops.pixels.channels, metadata.image_size, metadata.image_size)
+            return black, files.UNREADABLE
         label = self.source.label(index) if metadata.classes else None
         return image.flip(-1) if mirrored else image, files.NO_CLASS if label is None else label
 
@@ -87,6 +91,7 @@ def tokenize(
 
     Raises:
         DataError: the folder holds something else, the tokenizer has no ids, or only some images have a label.
+        ImageError: an image has other channels than the tokenizer takes.
     """
     metadata = _metadata(
         tokenizer, source, labels, source=name, model=model, crops=crops, flip=flip, seed=seed, shard_size=shard_size
@@ -103,7 +108,7 @@ def tokenize(
     if world.main and missing:
         _record_precision(out, metadata, part, on_mixed)
     mine = missing[world.rank :: world.size]
-    samples, done = Samples(source, metadata), 0
+    samples, done = Samples(source, metadata, PixelFormat.of(tokenizer.config)), 0
     total = sum(len(metadata.shard(shard)[1]) for shard in mine)
     for shard in mine:
         path, numbers = metadata.shard(shard)
