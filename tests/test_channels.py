@@ -501,3 +501,33 @@ def test_fine_tuning_from_other_channels_is_refused(tmp_path, capsys):
     status, _, err = train(capsys, tmp_path, "multispectral", bands, *start)
     assert status != 0
     assert "model.channels 3 -> 4" in err
+
+
+def test_commands_write_what_the_data_were(tmp_path, capsys, picture):
+    save(tokenizer(4, **{"data.bit_depth": 16}), tmp_path / "four.safetensors")
+    save(tokenizer(1, **{"data.bit_depth": 16}), tmp_path / "one.safetensors")
+    bands = write_bands(tmp_path / "bands", count=1) / "0.npy"
+    grey = tmp_path / "grey.png"
+    picture.convert("L").resize((40, 32)).save(grey)
+    for model, file, suffix in (("four", bands, ".tif"), ("one", grey, ".png")):
+        model = ("--model", tmp_path / f"{model}.safetensors", "--force")
+        assert run_command(capsys, "encode", file, tmp_path / "a.flowmo", *model)[0] == 0
+        status, out, err = run_command(capsys, "decode", tmp_path / "a.flowmo", *model)
+        assert status == 0, err
+        written = tmp_path / f"a.flowmo{suffix}"
+        assert f"{written}: 40×32" in out
+        pages = getattr(image := Image.open(written), "n_frames", 1)
+        image.close()
+        assert (image.mode, pages) == ("I;16", 4 if suffix == ".tif" else 1)
+        assert run_command(capsys, "decode", tmp_path / "a.flowmo", tmp_path / "a.npy", *model)[0] == 0
+        assert np.load(tmp_path / "a.npy").dtype == np.uint16
+        status, out, err = run_command(capsys, "reconstruct", file, "--output", tmp_path / "out", *model)
+        assert status == 0, err
+    status, _, err = run_command(capsys, "encode", bands, tmp_path / "b.flowmo", "--model", "nano")
+    assert status != 0
+    assert err == f"flowmo: {bands}: has 4 channels, but the model takes 3.\n"
+    model = ("--model", tmp_path / "four.safetensors", "--force")
+    assert run_command(capsys, "encode", bands, tmp_path / "a.flowmo", *model)[0] == 0
+    status, _, err = run_command(capsys, "decode", tmp_path / "a.flowmo", tmp_path / "a.png", *model)
+    assert status != 0
+    assert "Write .tif or .npy" in err

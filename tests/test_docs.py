@@ -151,6 +151,19 @@ def test_generation_as_printed(page, checkout):
     assert (checkout / "tench.png").is_file()
 
 
+def test_other_data_as_printed(checkout):
+    """Training, evaluation and files of four channels, for two steps of a smaller model."""
+    page = ROOT / "docs" / "guides" / "other-data.md"
+    exec(compile(blocks(page, "python")[0], page.name, "exec"), {})
+    small = ("model.hidden_size=64", "model.num_heads=2", "model.enc_hidden_size=64", "model.enc_num_heads=2")
+    small += ("trainer.max_steps=2", "data.num_workers=0", "data.batch_size=2", "opt.lpips_weight=0")
+    assert main([*printed(page, "flowmo train"), *small]) == 0
+    assert main([*printed(page, "flowmo evaluate"), "--no-lpips", "--features", "none"]) == 0
+    for name in ("encode", "decode"):
+        assert main(printed(page, f"flowmo {name}")) == 0
+    assert flowmo.read_tensor("cat.tif", channels=4).shape == (4, 96, 96)
+
+
 def test_a_context_model_as_printed(checkout, capsys):
     """The file lies where encode looks for it."""
     pytest.importorskip("constriction")

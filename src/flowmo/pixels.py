@@ -33,7 +33,8 @@ from flowmo.images import (
 
 ARRAY = ".npy"
 NPY_MAGIC, TIFF_MAGICS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-TIFFS = (".tif", ".tiff")
+RAW_FORMATS = (".tif", ".tiff", ARRAY)
+"""Suffixes of files that hold any number of channels and any depth."""
 STORED: dict[int, tuple[type, float]] = {8: (np.uint8, 255.0), 16: (np.uint16, 65535.0), 32: (np.float32, 1.0)}
 """Bits per value -> type of an array, and its value of white."""
 REDUCED = 254

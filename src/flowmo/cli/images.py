@@ -21,7 +21,8 @@ from flowmo.codec.file import MAX_BYTES, Codec, CodecError, MissingPlanes, find_
 from flowmo.codec.planes import PlaneModel
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.metrics.pairs import grid, psnr
-from flowmo.images import EXTENSIONS, read_image, resize_and_crop, to_pil, to_tensor
+from flowmo.images import EXTENSIONS, resize_and_crop, to_pil, to_tensor
+from flowmo.pixels import RAW_FORMATS, PixelFormat
 from flowmo.tokenizer import FlowMo
 
 SUFFIX = ".flowmo"
@@ -41,17 +42,18 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     pairs: list[torch.Tensor] = []
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:
-        image = read_input(path)
+        image = read_input(path, tokenizer.pixels)
         codes = tokenizer.encode_image(image, arguments.fit, arguments.bpp)
         if arguments.fit == "crop":
             image = resize_and_crop(image, tokenizer.config.data.image_size)
-        decoded = tokenizer.decode_image(codes, **sampling(arguments), progress=progress)
-        pair = torch.stack((to_tensor(image), to_tensor(decoded)))
-        write(output, to_pil(grid([pair])))
+        decoded = tokenizer.decode_tensor(codes, **sampling(arguments), progress=progress)
+        pair = torch.stack((to_tensor(image), decoded.cpu()))
+        write(output, to_pil(grid([tokenizer.pixels.visible(pair)])))
         if grids:
-            pairs.append(pair)
-        size, rate, quality = f"{image.width}×{image.height}", codes.bits_per_pixel, float(psnr(pair[:1], pair[1:]))
-        row = {"height": image.height, "width": image.width, "bytes_of_ids": codes.nbytes}
+            pairs.append(tokenizer.pixels.visible(pair))
+        height, width = pair.shape[-2:]
+        size, rate, quality = f"{width}×{height}", codes.bits_per_pixel, float(psnr(pair[:1], pair[1:]))
+        row = {"height": height, "width": width, "bytes_of_ids": codes.nbytes}
         row |= {"bits_per_pixel": round(rate, 5), "psnr": round(quality, 4)}
         return row, f"{path.name[:28]:28} {size:>11} {codes.nbytes:>7} {rate:>10.4f} {quality:>8.2f}"
 
@@ -73,7 +75,7 @@ def encode(arguments: argparse.Namespace) -> None:
     codec = Codec(tokenizer, None if arguments.packed else find_context_model(arguments, tokenizer))
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:
-        codes = tokenizer.encode_image(read_input(path), arguments.fit, arguments.bpp)
+        codes = tokenizer.encode_image(read_input(path, tokenizer.pixels), arguments.fit, arguments.bpp)
         content = codec.pack(codes)
         write(output, content)
         height, width = codes.output_size
@@ -96,8 +98,12 @@ def decode(arguments: argparse.Namespace) -> None:
     if arguments.ids:
         jobs = [(path, Path()) for path, _ in jobs]  # nothing is written to standard output but the ids
     else:
-        check_outputs([output for _, output in jobs], arguments.force, [*filter(can_write, IMAGE_FORMATS)])
+        suffixes = [*filter(can_write, IMAGE_FORMATS), *RAW_FORMATS]
+        check_outputs([output for _, output in jobs], arguments.force, suffixes)
     tokenizer = load(arguments)
+    if tokenizer.pixels.suffix != ".png" and not arguments.ids:
+        jobs = [(path, with_suffix_of(tokenizer.pixels, output)) for path, output in jobs]
+        check_outputs([output for _, output in jobs], arguments.force)
     codec = Codec(tokenizer, find_context_model(arguments, tokenizer))
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:
@@ -114,12 +120,13 @@ def decode(arguments: argparse.Namespace) -> None:
             assert codes.ids is not None  # a continuous tokenizer has no files
             ids = codes.ids.tolist()
             return {"output": None, "bytes_of_ids": codes.nbytes, "ids": ids}, json.dumps(ids)
-        image = tokenizer.decode_image(codes, **sampling(arguments), progress=progress)
-        write(output, image)
-        row = {"height": image.height, "width": image.width, "bytes_of_ids": codes.nbytes}
+        image = tokenizer.decode_tensor(codes, **sampling(arguments), progress=progress)
+        write_image(output, tokenizer.pixels, image)
+        height, width = image.shape[1:]
+        row = {"height": height, "width": width, "bytes_of_ids": codes.nbytes}
         if tokenizer.native_size:
             row["planes_missing"] = sum(warning.total - warning.planes for warning in missing)
-        return row, f"{output}: {image.width}×{image.height} from {codes.nbytes} bytes of ids"
+        return row, f"{output}: {width}×{height} from {codes.nbytes} bytes of ids"
 
     rows = run_all(jobs, run, arguments.json)
     if len(rows) > 1 and not arguments.json and not arguments.ids:
@@ -129,12 +136,23 @@ def decode(arguments: argparse.Namespace) -> None:
 def is_image(path: Path) -> bool:
     """Return whether a name after a .flowmo file can only be the image to write."""
     suffix = path.suffix.lower()
-    return suffix in (*IMAGE_FORMATS, *EXTENSIONS) or (suffix != SUFFIX and not path.exists())
+    return suffix in (*IMAGE_FORMATS, *EXTENSIONS, *RAW_FORMATS) or (suffix != SUFFIX and not path.exists())
 
 
-def read_input(path: Path) -> Image.Image:
+def read_input(path: Path, pixels: PixelFormat) -> Image.Image | torch.Tensor:
     """Read an image file, or standard input."""
-    return read_image(io.BytesIO(sys.stdin.buffer.read()), "standard input") if path == PIPE else read_image(path)
+    return pixels.read(io.BytesIO(sys.stdin.buffer.read()), "standard input") if path == PIPE else pixels.read(path)
+
+
+def with_suffix_of(pixels: PixelFormat, output: Path) -> Path:
+    """Return a default name with the suffix of ``pixels``; any other name as it is."""
+    return output.with_suffix(pixels.suffix) if output.name.endswith(f"{SUFFIX}.png") else output
+
+
+def write_image(output: Path, pixels: PixelFormat, image: torch.Tensor) -> None:
+    """Write an image c × h × w in [−1, 1] in the format of the suffix. Standard output gets the usual format."""
+    suffix = pixels.suffix if output == PIPE else output.suffix.lower()
+    write(output, pixels.to_file(image, suffix) if suffix in RAW_FORMATS else pixels.to_pil(image))
 
 
 def run_all(jobs: Sequence[Job], run: RunJob, as_json: bool) -> list[dict]:
