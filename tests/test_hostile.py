@@ -373,7 +373,7 @@ def test_indices_made_to_do_harm(tmp_path, row, sentence):
 
 def test_ranges_of_a_billion_shards():
     for pattern in ("a-{0..999999}-{0..999999}.tar", "a-{0.." + "9" * 5000 + "}.tar"):
-        with pytest.raises(DataError, match="shards"):
+        with pytest.raises(DataError, match=r"shards|is not a valid range"):
             expand(pattern)
     assert len(expand("a-{0..99}-{0..9}.tar")) == 1000
 
