@@ -32,7 +32,7 @@ SHARD_SIZE = 4096
 
 
 class Samples(Dataset):
-    """Samples of a source by number: (image c × side × side, label). An unreadable image is black, with a mark."""
+    """Samples of a source by number: (image c × side × side, label). An unreadable one is (grey, ``UNREADABLE``)."""
 
     def __init__(self, source: Source, metadata: TokenMetadata, pixels: PixelFormat):
         self.source, self.metadata = source, metadata
@@ -50,8 +50,8 @@ class Samples(Dataset):
         except ChannelsError:
             raise
         except ImageError:
-            black = torch.zeros(self.crops.pixels.channels, metadata.image_size, metadata.image_size)
-            return black, files.UNREADABLE
+            grey = torch.zeros(self.crops.pixels.channels, metadata.image_size, metadata.image_size)
+            return grey, files.UNREADABLE
         label = self.source.label(index) if metadata.classes else None
         return image.flip(-1) if mirrored else image, files.NO_CLASS if label is None else label
 
