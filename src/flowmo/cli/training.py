@@ -105,7 +105,7 @@ def next_steps(folder: Path, config: Config) -> str:
 
 
 def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
-    """Return the settings of a run: those of the command over its preset's, its own earlier ones, or the model's.
+    """Return the settings of a run: those of the command over its preset's, its own or its checkpoint's, or the model's.
 
     Args:
         started: folder of the run if it has checkpoints.
@@ -119,8 +119,10 @@ def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
     if source:
         path = find(source)
         model = read_config(path)
+        if is_training_checkpoint(path):
+            return model.override(*settings)
         config = own_settings(model, Config()).override(*settings)
-        new = config.stage == "pretrain" and not is_training_checkpoint(path)
+        new = config.stage == "pretrain"
         return own_settings(model, Config.from_dict(FINE_TUNING)).override(*settings) if new else config
     if not any(setting.startswith("model.") for setting in settings):  # the authors' commands name some
         raise UsageError(
