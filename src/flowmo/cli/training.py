@@ -105,7 +105,7 @@ def next_steps(folder: Path, config: Config) -> str:
 
 
 def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
-    """Return the settings of a run: those of the command over its preset's, its own or its checkpoint's, or the model's.
+    """Return a run's settings: the command's over those of its preset, of itself, of its checkpoint or of the model.
 
     Args:
         started: folder of the run if it has checkpoints.
