@@ -26,7 +26,7 @@ TINY = (
     *("data.image_size=32", "data.num_workers=0", "data.max_microbatch=0", "data.global_batch_size=2"),
     *("model.patch_size=8", "model.hidden_size=64", "model.num_heads=2", "model.dec_depth=2", "model.code_length=4"),
     *("model.network=double_stream", "model.nested_dropout=0", "data.crop_sizes=", "opt.lpips_crop=0"),
-    *("model.channels=3", "data.bit_depth=8"),
+    *("model.channels=3", "data.bit_depth=8", "model.window=8", "model.conv_depth=3"),
     *("model.enc_hidden_size=32", "model.enc_num_heads=1", "model.enc_depth=1", "opt.lpips_weight=0"),
     *("trainer.compile=false", "trainer.enable_bfloat16=false", "trainer.tensorboard=false", "trainer.best_metric="),
 )
