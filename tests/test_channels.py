@@ -21,8 +21,8 @@ from flowmo.evaluate.reconstruction import Evaluators, Reconstruction, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import to_tensor
+from flowmo.images.pixels import PixelFormat
 from flowmo.losses.perceptual import LPIPS, build_distance
-from flowmo.pixels import PixelFormat
 
 
 def tokenizer(channels, native=False, **settings):

@@ -33,8 +33,8 @@ from flowmo.evaluate.reconstruction import Evaluators, measure
 from flowmo.evaluate.speed import UNCOUNTED
 from flowmo.generate.generator import Generator
 from flowmo.generate.tokenize import tokenize
+from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
-from flowmo.pixels import PixelFormat
 from flowmo.train.tokenizer import TokenizerTask
 from flowmo.train.trainer import Trainer
 

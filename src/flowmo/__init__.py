@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from flowmo.checkpoint import CheckpointError
     from flowmo.config import Config, ConfigError, preset
     from flowmo.images import ImageError, PictureError, read_image
-    from flowmo.pixels import read_tensor
+    from flowmo.images.pixels import read_tensor
     from flowmo.tokenizer import Codes, FlowMo, load, save
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ _MODULES = {
     "checkpoint": ("CheckpointError",),
     "config": ("Config", "ConfigError", "preset"),
     "images": ("ImageError", "PictureError", "read_image"),
-    "pixels": ("read_tensor",),
+    "images.pixels": ("read_tensor",),
     "tokenizer": ("Codes", "FlowMo", "load", "save"),
 }
 """Modules, which import torch, and what they hold of the public names."""

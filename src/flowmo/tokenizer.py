@@ -25,6 +25,7 @@ from flowmo.checkpoint import files, hub
 from flowmo.config import Config
 from flowmo.errors import FlowMoError
 from flowmo.images import Tiling, resize_and_crop, to_tensor
+from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import Distance, pretrain_loss
 from flowmo.model import blocks, sampler
@@ -32,7 +33,6 @@ from flowmo.model.cpu_prepack import Packable
 from flowmo.model.quantizers import build_quantizer, check_ids
 from flowmo.model.transformer import Decoder, Encoder, Shape
 from flowmo.model.windowed import WindowedDecoder, WindowedEncoder, WindowedShape
-from flowmo.pixels import PixelFormat
 from flowmo.precision import computing
 
 RANGE_TOLERANCE = 1e-4

@@ -22,7 +22,7 @@ from flowmo.codec.planes import PlaneModel
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.metrics.pairs import grid, psnr
 from flowmo.images import EXTENSIONS, resize_and_crop, to_pil, to_tensor
-from flowmo.pixels import RAW_FORMATS, PixelFormat
+from flowmo.images.pixels import RAW_FORMATS, PixelFormat
 from flowmo.tokenizer import FlowMo
 
 SUFFIX = ".flowmo"

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from flowmo.data.sources.base import DataError, Source, read_as
 from flowmo.images import ImageError, crop, resize_and_crop, size_of, to_tensor
-from flowmo.pixels import PixelFormat
+from flowmo.images.pixels import PixelFormat
 from flowmo.streams import Stream, stream, stream_seed
 
 ATTEMPTS = 8

@@ -27,7 +27,7 @@ from flowmo.evaluate.published import TABLE_1, TABLE_3
 from flowmo.evaluate.reconstruction import Reconstructor, Throughput, read_crops
 from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
-from flowmo.pixels import PixelFormat
+from flowmo.images.pixels import PixelFormat
 
 COLUMNS = (  # attribute of a summary, heading, digits
     ("bits_per_pixel", "bits/pixel", 4),

@@ -23,7 +23,7 @@ from flowmo.data.sources.base import require_labels
 from flowmo.data.token_files import WHOLE, Part, TokenMetadata
 from flowmo.distributed import World
 from flowmo.images import ImageError
-from flowmo.pixels import ChannelsError, PixelFormat
+from flowmo.images.pixels import ChannelsError, PixelFormat
 from flowmo.precision import describe
 from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import FlowMo

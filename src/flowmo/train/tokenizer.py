@@ -19,11 +19,11 @@ from flowmo.evaluate.metrics.pairs import grid, psnr
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
+from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS, build_distance
 from flowmo.losses.stages import Loss, Stage, crop_images
 from flowmo.model.quantizers import Learner, WholeBatch, local_statistic
-from flowmo.pixels import PixelFormat
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo, build, load
 from flowmo.train.codebook_usage import CodebookUsage

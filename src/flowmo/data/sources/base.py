@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowmo.errors import FlowMoError
 from flowmo.images import read_image
-from flowmo.pixels import PixelFormat, is_array
+from flowmo.images.pixels import PixelFormat, is_array
 
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 """Folders of copies and thumbnails that macOS, Synology and Windows add."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
 from flowmo.images import EXTENSIONS
-from flowmo.pixels import ARRAY, is_array
+from flowmo.images.pixels import ARRAY, is_array
 
 
 class FolderSource(Source):

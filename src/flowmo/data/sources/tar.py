@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
 from flowmo.images import EXTENSIONS, ImageError
-from flowmo.pixels import ARRAY
+from flowmo.images.pixels import ARRAY
 
 MAX_NESTING = 3
 MAX_LABEL_BYTES = 200
