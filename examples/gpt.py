@@ -150,7 +150,7 @@ class GPTCoder:
     def __init__(self, model: GPT):
         self.model, v = copy.deepcopy(model).double().cpu(), model.vocabulary
         self.tokenizer, self.shape = v.tokenizer, (v.tokens, v.sub_tokens * v.id_bits)
-        self.identity = bytes.fromhex(identity_of(asdict(v), model))
+        self.identity = bytes.fromhex(identity_of(asdict(v), model.state_dict()))
 
     @torch.no_grad()
     def run(self, images: int, code: BitCoder) -> Bits:

@@ -37,7 +37,7 @@ def test_round_trip(tiny, saved, images):
     assert torch.equal(again.encode(images).ids, tiny.encode(images).ids)
     assert torch.equal(again.decode(again.encode(images), steps=2), tiny.decode(tiny.encode(images), steps=2))
     assert not again.training
-    assert not any(p.requires_grad for p in again.parameters())
+    assert all(p.requires_grad for p in again.parameters()), "ready to be trained on"
     assert torch.equal(flowmo.load(saved.parent).encode(images).ids, tiny.encode(images).ids), "a folder"
 
 

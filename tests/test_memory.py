@@ -13,6 +13,7 @@ from flowmo.train.trainer import Trainer
 
 FAULTS = """
 import resource, sys, torch
+import flowmo.train.trainer  # as in a run, because the layout of the heap decides
 from flowmo.train.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
