@@ -1,5 +1,6 @@
 """Training runs and ``runs/one_gpu.py`` killed at random moments; the same commands go on to the same end."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +14,9 @@ import torch
 from test_distributed import TORCHRUN, base, environment, last_weights, photographs, start  # noqa: F401  # fixtures
 
 from flowmo.checkpoint.run_folder import listing
+from flowmo.data import TokenDataset, open_source
+from flowmo.data.token_files import Part
+from flowmo.generate.tokenize import tokenize
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -85,3 +89,35 @@ def test_kills_at_random_moments_lose_nothing(base, tmp_path, parallel, kills, s
     for ema in (False, True):
         expected = last_weights(tmp_path / "whole", ema)
         assert all(torch.equal(v, expected[k]) for k, v in last_weights(tmp_path / "killed", ema).items())
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_killed_jobs_tokenize_to_the_same_bytes(tiny, class_folder, tmp_path, jobs):
+    source, out, moments = open_source(class_folder), tmp_path / "out", random.Random(jobs)
+    settings = {"crops": 5, "flip": True, "shard_size": 2}
+    torch.set_num_threads(1)  # others would not live on in a fork
+
+    def start_jobs():
+        parts = [Part(number, jobs) for number in range(1, jobs + 1)]
+        fork = multiprocessing.get_context("fork").Process
+        processes = [fork(target=tokenize, args=(tiny, source, out), kwargs={**settings, "part": p}) for p in parts]
+        for process in processes:
+            process.start()
+        return processes
+
+    tokenize(tiny, source, tmp_path / "whole", **settings)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    kills = 0
+    for _ in range(12):
+        processes = start_jobs()
+        time.sleep(moments.uniform(0, 0.3))
+        for process in processes:
+            kills += process.is_alive()
+            process.kill()
+            process.join()
+    for process in start_jobs():
+        process.join()
+        assert process.exitcode == 0
+    assert kills > jobs
+    assert {name: (out / name).read_bytes() for name in whole} == whole
+    assert len(TokenDataset(out)) == 60
