@@ -51,8 +51,14 @@ def kill_family(pid):
         os.kill(one_of_them, signal.SIGKILL)
 
 
+def newest(run):
+    """Step of a run's newest checkpoint, 0 without one."""
+    found = listing(run / "checkpoints")
+    return int(found[-1].stem) if found else 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill through Linux' /proc")
-@pytest.mark.parametrize(("parallel", "kills", "steps", "longest"), [("ddp", 20, 240, 0.5), ("fsdp", 6, 30, 2.5)])
+@pytest.mark.parametrize(("parallel", "kills", "steps", "longest"), [("ddp", 20, 240, 0.2), ("fsdp", 6, 30, 0.5)])
 def test_kills_at_random_moments_lose_nothing(base, tmp_path, parallel, kills, steps, longest):  # noqa: F811
     """Two processes under torchrun, all killed at random moments, many of them inside a save."""
     config = base.override(
@@ -74,11 +80,13 @@ def test_kills_at_random_moments_lose_nothing(base, tmp_path, parallel, kills, s
             for line in process.stdout:
                 if "from step" in line:  # it is about to train
                     break
+            wanted = (reached[-1] if reached else 0) + moments.randrange(3)
+            while newest(tmp_path / "killed") < wanted and process.poll() is None:
+                time.sleep(0.01)
             time.sleep(moments.uniform(0, longest))
             assert process.poll() is None, "the run ended before its kill: make it longer"
             kill_family(process.pid)
-        found = listing(tmp_path / "killed" / "checkpoints")
-        reached.append(int(found[-1].stem) if found else 0)
+        reached.append(newest(tmp_path / "killed"))
     assert reached == sorted(reached), "a kill lost a checkpoint"
     assert len(set(reached)) > 2, f"kills between hardly different checkpoints: {reached}"
     for name in ("killed", "whole"):

@@ -33,7 +33,8 @@ def test_processes_end_while_the_group_is_kept(tmp_path):
 
 def test_a_batch_that_does_not_divide(tiny_config, tmp_path):
     settings = tmp_path / "settings.yaml"
-    settings.write_text(tiny_config.override(f"data.train={PICTURES}", "data.global_batch_size=5").to_json())
+    config = tiny_config.override(f"data.train={PICTURES}", "data.global_batch_size=5", "opt.lpips_weight=0")
+    settings.write_text(config.to_json())
     done = run("--nproc-per-node=2", "-m", "flowmo.train", "--config", settings, "--device", "cpu", cwd=tmp_path)
     assert done.returncode != 0
     assert "flowmo: A batch of 5 cannot be split over 2 processes. Write data.global_batch_size=4 or" in done.stderr
