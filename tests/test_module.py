@@ -1,9 +1,11 @@
 """The tokenizer as any PyTorch module: trained by a plain loop, copied, pickled, converted, compiled; and its ids."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -234,3 +236,21 @@ def test_sequences_for_language_models(tiny, native, images):
 def test_bad_input(tiny, call, error):
     with pytest.raises(error):
         call(tiny)
+
+
+def test_rows_and_joins_of_codes(tiny, images):
+    codes = tiny.encode(images)
+    for row in (2, np.int64(2), torch.tensor(2)):
+        assert codes[row] == codes[[2]]
+    with pytest.raises(TypeError, match="by image"):
+        codes[:, :3]
+    assert Codes.cat(iter(codes)) == codes
+    with pytest.raises(ValueError, match="one size"):
+        Codes.cat([codes, codes.coarser(1)])
+    with pytest.raises(ValueError, match="at least 0"):
+        codes.to_sequence(offset=-1)
+    with pytest.raises(TypeError):
+        codes.to_sequence(offset=0.5)
+    own = tiny.encode(images, differentiable=True)
+    with pytest.raises(ValueError, match="encoder of its own"):
+        tiny.decode(dataclasses.replace(own, code=own.code[..., :-1]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -94,7 +95,9 @@ class Codes:
 
     def __getitem__(self, rows: slice | Tensor | list[int] | int) -> Codes:
         """Select rows as a batch of their own."""
-        index = [rows] if isinstance(rows, int) else rows
+        if isinstance(rows, tuple):
+            raise TypeError("Codes are selected by image: one index, a slice, or a list or tensor of indices.")
+        index = rows if isinstance(rows, slice | list) or getattr(rows, "ndim", False) else [int(rows)]
         ids, code = (None if x is None else x[index] for x in (self.ids, self.code))
         return replace(self, ids=ids, code=code, tiling=None)
 
@@ -103,7 +106,7 @@ class Codes:
         return (self[row] for row in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
-        """True if both decode to the same image: equal tensors, wherever they are, and equal sizes."""
+        """True if ids, code and sizes are equal, wherever the tensors are."""
         if not isinstance(other, Codes):
             return NotImplemented
         pairs = [(self.ids, other.ids), (self.code, other.code)]
@@ -137,7 +140,12 @@ class Codes:
         Raises:
             ValueError: nothing to join, tiles of a larger image, or codes of different kinds or sizes.
         """
-        if not codes or len({(c.size, c.id_count, c.image_size, c.ids is None, c.code is None) for c in codes}) > 1:
+        codes = list(codes)
+        kinds = {
+            (c.size, c.id_count, c.image_size, c.code is None, c.ids is None, c._values.shape[1:], c._values.device)
+            for c in codes
+        }
+        if len(kinds) != 1:
             raise ValueError("Codes.cat joins one or more batches of one size and one kind of ids.")
         if any(c.tiling for c in codes):
             raise ValueError("These codes are the tiles of one image. Codes.cat joins images, not tiles.")
@@ -149,14 +157,17 @@ class Codes:
         """Flatten the ids for a language model, token after token: int64 b × (tokens · sub-tokens).
 
         Args:
-            offset: added to every id, to leave room for other words of a vocabulary.
+            offset: at least 0, added to every id, to leave room for other words of a vocabulary.
             distinct: give each sub-token its own ids, for a vocabulary of sub-tokens · ``id_count`` ids.
 
         Raises:
-            TypeError: a continuous code.
+            TypeError: a continuous code, or an offset that is no integer.
+            ValueError: a negative offset.
         """
         if self.ids is None or self.id_count is None:
             raise TypeError("A continuous code has no ids to flatten.")
+        if operator.index(offset) < 0:
+            raise ValueError(f"offset {offset} must be at least 0.")
         first = torch.arange(self.ids.shape[2], device=self.ids.device) * (self.id_count if distinct else 0)
         return (self.ids + first + offset).flatten(1)
 
@@ -585,6 +596,12 @@ class FlowMo(Packable):
         height, width = size or codes.size
         self._check_size(height, width)
         if codes.code is not None:
+            expected = (self.tokens(height, width), self.quantizer.channels)
+            if codes.code.shape[1:] != expected or codes.id_count != self.vocab_size:
+                raise ValueError(
+                    f"The code has shape {tuple(codes.code.shape)}; this tokenizer needs (batch, {expected[0]}, "
+                    f"{expected[1]}), from an encoder of its own."
+                )
             return codes.code.to(self.device, torch.float32), height, width
         return self.embed(self._check_ids(codes.ids, self.tokens(height, width))), height, width
 
