@@ -254,3 +254,19 @@ def test_rows_and_joins_of_codes(tiny, images):
     own = tiny.encode(images, differentiable=True)
     with pytest.raises(ValueError, match="encoder of its own"):
         tiny.decode(dataclasses.replace(own, code=own.code[..., :-1]))
+
+
+def test_seeds_of_every_kind_and_codes_that_decode_refuses(tiny, native, images):
+    codes = tiny.encode(images[:2])
+    expected = tiny.decode(codes, steps=2, seed=[3, 4])
+    for seeds in ((3, 4), np.array([3, 4]), torch.tensor([3, 4])):
+        assert torch.equal(tiny.decode(codes, steps=2, seed=seeds), expected)
+    for seed in (3, np.int64(3), torch.tensor(3)):
+        assert torch.equal(tiny.decode(codes, steps=2, seed=seed)[0], expected[0])
+    with pytest.raises(TypeError):
+        tiny.decode(codes, steps=2, seed="34")
+    with pytest.raises(TypeError, match="differentiable"):
+        native.encode(torch.zeros(1, 3, 64, 64), differentiable=True).coarser(1)
+    for tokenizer in (tiny, native):
+        with pytest.raises(TypeError, match="Use decode for ids"):
+            tokenizer.decode_image(codes.ids)

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -206,14 +206,16 @@ class Codes:
         """Keep only the first ``sub_tokens`` sub-tokens of every token.
 
         Raises:
-            TypeError: a continuous code.
+            TypeError: a continuous code, or differentiable codes, whose gradient would be lost.
             ValueError: fewer than one, or more than there are.
         """
         if self.ids is None:
             raise TypeError("A continuous code has no sub-tokens.")
+        if self.code is not None:
+            raise TypeError("These codes are differentiable. Choose their rate in encode, with bits_per_pixel.")
         if not 1 <= sub_tokens <= self.ids.shape[2]:
             raise ValueError(f"{sub_tokens} sub-tokens of {self.ids.shape[2]}; keep at least 1, at most all.")
-        return replace(self, ids=self.ids[:, :, :sub_tokens], code=None)
+        return replace(self, ids=self.ids[:, :, :sub_tokens])
 
 
 def identity_of(metadata: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
@@ -536,7 +538,9 @@ class FlowMo(Packable):
         if not 0 <= noise_scale < math.inf:
             raise ValueError(f"noise_scale {noise_scale} must be finite and at least 0.")
         code, height, width = self._code_and_size(codes, size)
-        seeds = list(seed) if isinstance(seed, Sequence | Tensor) else [seed] * len(code)
+        # arrays and tensors are no Sequence; those of no dimension are one seed
+        several = isinstance(seed, Sequence) or getattr(seed, "ndim", False)
+        seeds: list[Any] = list(cast(Sequence[int], seed)) if several else [seed] * len(code)
         if len(seeds) != len(code):
             raise ValueError(f"{len(seeds)} seeds for {len(code)} images; give one, or one per image.")
         noise = sampler.seeded_noise(seeds, height, width, noise_scale, self.config.model.channels)
@@ -584,9 +588,8 @@ class FlowMo(Packable):
             return noise.to(self.device)
         images = torch.cat(out)[: len(noise)]
         if not torch.isfinite(images).all():
-            raise sampler.NotFiniteError(
-                f"The sample is not finite with guidance {guidance:g}. A guidance nearer to 1 may help."
-            )
+            advice = "The weights may be damaged." if guidance == 1 else "A guidance nearer to 1 may help."
+            raise sampler.NotFiniteError(f"The sample is not finite with guidance {guidance:g}. {advice}")
         return images
 
     def _code_and_size(self, codes: Codes | Tensor, size: tuple[int, int] | None) -> tuple[Tensor, int, int]:
@@ -634,7 +637,7 @@ class FlowMo(Packable):
         if height < patch or width < patch or height % patch or width % patch:
             raise ValueError(
                 f"Images of {height}×{width} do not divide into patches of {patch}×{patch}. "
-                "Use encode_image, or resize them."
+                "Use whole patches; encode_image takes an image of any size."
             )
 
     # Single images of any size
@@ -703,6 +706,10 @@ class FlowMo(Packable):
 
         All tiles, or blocks of a large image, are cut from one canvas of noise, so that they agree where they overlap.
         """
+        if not isinstance(codes, Codes):
+            raise TypeError(
+                f"A single image is decoded from Codes, not from a {type(codes).__name__}. Use decode for ids."
+            )
         sampling = self.sampling(steps, guidance, rho, solver)
         code, height, width = self._code_and_size(codes, None)
         channels = self.config.model.channels

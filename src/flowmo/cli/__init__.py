@@ -60,7 +60,7 @@ def build_parser() -> Parser:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the words of a command line. ``settings`` are those of the form section.name=value."""
+    """Parse the words of a command line. ``settings`` holds its section.name=value words."""
     settings = [word for word in words if SETTING.fullmatch(word)]
     arguments, rest = build_parser().parse_known_args([word for word in words if word not in settings])
     arguments.settings = settings

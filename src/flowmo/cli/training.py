@@ -105,7 +105,7 @@ def next_steps(folder: Path, config: Config) -> str:
 
 
 def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
-    """Return a run's settings: the command's over those of its preset, of itself, of its checkpoint or of the model.
+    """Return a run's settings. The command's words win over its preset, its checkpoint or the model that it names.
 
     Args:
         started: folder of the run if it has checkpoints.

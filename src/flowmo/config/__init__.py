@@ -3,7 +3,7 @@
 Settings are plain frozen dataclasses. tyro, pydantic and OmegaConf read types and ranges too, but the lines here are
 for the release's spellings, advice in error messages and files from strangers, which none of them has.
 
-A ``Config`` is immutable and always valid. Names are those of the authors' release if it has one; ``ALIASES``
+A ``Config`` is immutable and always valid. Settings of the authors' release keep its names; ``ALIASES``
 translates its other spellings (``model.mup_width``, ``eval.sampling.cfg`` …).
 """
 

@@ -245,7 +245,7 @@ class GeneratorConfig(Section, path="generator"):
     label_smoothing: float = training(0.1, "share of the target spread over all ids", below(1))
     visible_weight: float = training(0.0, "weight of an unmasked id in the loss; a masked one has 1", between(0, 1))
     tokenizer: str = training("", "preset or file of the tokenizer, to show samples while training")
-    sample_steps: int = training(64, "steps from masked ids to those of an image", between(1, MAX_STEPS))
+    sample_steps: int = training(64, "steps that unmask all ids of an image", between(1, MAX_STEPS))
     guidance: float = training(1.5, "classifier-free guidance g of the logits, see guided_from")
     guided_from: str = training(
         "null",
