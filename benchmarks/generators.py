@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from gpt import GPT, GPTCoder, load_gpt, read_tokens
 
 CHUNK = 16
-SHOWN = 4
+SHOWN = 3
 """Images of a class and a guidance in the picture."""
 GUIDANCES = (1.0, 2.0)
 
@@ -96,7 +96,7 @@ def draw(model: GPT, tokenizer: flowmo.FlowMo, path: Path) -> None:
     for guidance in GUIDANCES:
         ids = model.sample(labels, torch.Generator().manual_seed(0), guidance)
         columns.append(tokenizer.decode(ids, seed=list(range(len(ids)))).unflatten(0, (-1, SHOWN)))
-    to_pil(grid([*torch.cat(columns, dim=1)])).save(path, quality=80)
+    to_pil(grid([*torch.cat(columns, dim=1)])).save(path, quality=60)
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def main() -> None:
     for name in ("--gpt", "--maskgit", "--tokens", "--held-out", "--images", "--context", "--picture"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--json", type=Path, required=True)
-    for name, value in (("--limit", 200), ("--files", 24)):
+    for name, value in (("--limit", 40), ("--files", 24)):
         parser.add_argument(name, type=int, default=value)
     parser.add_argument("--steps", type=int, nargs="+", default=[16])
     a = parser.parse_args()

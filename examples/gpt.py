@@ -154,11 +154,10 @@ class GPTCoder:
 
     @torch.no_grad()
     def run(self, images: int, code: BitCoder) -> Bits:
-        v, caches = self.model.vocabulary, [Cache() for _ in range(images)]
+        v, cache = self.model.vocabulary, Cache()
         labels, ids = torch.full((images,), self.model.no_class), torch.empty(images, 0, dtype=torch.int64)
         for position in range(v.ids):
-            last = self.model.sequence(labels, ids)[:, -1:]
-            logits = torch.cat([self.model(row[None], cache)[:, 0] for row, cache in zip(last, caches, strict=True)])
+            logits = self.model(self.model.sequence(labels, ids)[:, -1:], cache)[:, 0]
             ids = torch.cat((ids, code_ids(code, logits, *divmod(position, v.sub_tokens))[:, None]), dim=1)
         return token_bits(ids.unflatten(1, (v.tokens, v.sub_tokens)).numpy(), v.id_bits)
 
