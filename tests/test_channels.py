@@ -104,7 +104,7 @@ RNG = np.random.default_rng(0)
 def write_png16(path, values):
     """A 16-bit PNG h × w × c, written by hand."""
     height, width, channels = values.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     body = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
     chunks = [(b"IHDR", header), (b"IDAT", body), (b"IEND", b"")]
     parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
@@ -125,7 +125,7 @@ def unit(values, low, high):
     return torch.from_numpy(2 * (values.astype(np.float64) - low) / (high - low) - 1).float()
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_16_bit_png_keeps_every_bit(channels, tmp_path):
     values = RNG.integers(0, 65536, (5, 7, channels), dtype=np.uint16)
     write_png16(tmp_path / "a.png", values)
@@ -140,6 +140,33 @@ def test_16_bit_colour_tiff_keeps_every_bit(compression, byteorder, tmp_path):
     tifffile = pytest.importorskip("tifffile")
     values = RNG.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", compression=compression, byteorder=byteorder)
+    read = PixelFormat(3, 16).read(tmp_path / "a.tif")
+    assert torch.allclose(read, unit(values.transpose(2, 0, 1), 0, 65535), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_tiffs_whose_bands_pillow_drops_or_mixes_up(dtype, compression, tmp_path):
+    """Bands beyond RGB of no meaning or of premultiplied alpha, and one band after another."""
+    tifffile = pytest.importorskip("tifffile")
+    values = RNG.integers(0, np.iinfo(dtype).max + 1, (5, 7, 4), dtype=dtype)
+    expected = unit(values.transpose(2, 0, 1), 0, np.iinfo(dtype).max)
+    kinds = [{"photometric": "rgb", "extrasamples": [extra]} for extra in ("unspecified", "assocalpha")]
+    kinds += [{"photometric": kind, "planarconfig": "separate"} for kind in ("rgb", "minisblack")]
+    for kind in kinds:
+        bands = values.transpose(2, 0, 1) if "planarconfig" in kind else values
+        tifffile.imwrite(tmp_path / "a.tif", bands, compression=compression, **kind)
+        assert torch.allclose(PixelFormat(4, 16).read(tmp_path / "a.tif"), expected, atol=1e-6), kind
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_smaller_copy_in_a_tiff_is_no_channel(first, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    values = RNG.integers(0, 65536, (6, 8, 3), dtype=np.uint16)
+    pages = [(values, 0), (values[::2, ::2], 1)]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for page, subfiletype in pages[::-1] if first else pages:
+            tiff.write(page, photometric="rgb", subfiletype=subfiletype)
     read = PixelFormat(3, 16).read(tmp_path / "a.tif")
     assert torch.allclose(read, unit(values.transpose(2, 0, 1), 0, 65535), atol=1e-7)
 
@@ -179,8 +206,9 @@ def test_grey_files(tmp_path):
     exif = Image.Exif()
     exif[274] = 3
     Image.fromarray(grey[::-1, ::-1].copy()).save(tmp_path / "turned.png", exif=exif)
+    write_png16(tmp_path / "deep.png", np.repeat(257 * grey[..., None].astype(np.uint16), 3, 2))
     np.save(tmp_path / "a.npy", grey)
-    for name in ("grey.png", "colour.png", "turned.png", "a.npy"):
+    for name in ("grey.png", "colour.png", "turned.png", "deep.png", "a.npy"):
         assert torch.allclose(flowmo.read_tensor(tmp_path / name, 1), expected, atol=1e-7), name
     Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "float.tif")
     assert torch.allclose(flowmo.read_tensor(tmp_path / "float.tif", 1), expected, atol=1e-6)
@@ -500,7 +528,7 @@ def test_fine_tuning_from_other_channels_is_refused(tmp_path, capsys):
     start = ("--resume-from-ckpt", tmp_path / "rgb.safetensors")
     status, _, err = train(capsys, tmp_path, "multispectral", bands, *start)
     assert status != 0
-    assert "model.channels 3 -> 4" in err
+    assert "model.channels 3 -> 4. These tensors do not fit: encoder.picture_in" in err
 
 
 def test_commands_write_what_the_data_were(tmp_path, capsys, picture):

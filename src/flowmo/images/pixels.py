@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +13,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    SAMPLESPERPIXEL,
+    TiffImageFile,
+)
 from torch import Tensor
 
 from flowmo.config import Config
@@ -117,7 +124,8 @@ class PixelFormat:
             return self.tensor(self._read_npy(file, path, max_pixels), path)
         try:
             with open_image(file, path, side, max_pixels) as image:
-                return self.tensor(self._values(image, path), path)
+                if not self._loses_bands(image):
+                    return self.tensor(self._values(image, path), path)
         except (UnidentifiedImageError, ValueError) as error:
             if isinstance(error, ImageError) or not start.startswith(TIFF_MAGICS):
                 raise
@@ -130,6 +138,14 @@ class PixelFormat:
         self._check_shape(read(file)[0], path, max_pixels)
         file.seek(0)
         return self._channels_last(np.load(file, allow_pickle=False))
+
+    def _loses_bands(self, image: Image.Image) -> bool:
+        """True for a TIFF whose bands Pillow would drop, mix up, or divide by one another."""
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        deep = max(tags.get(BITSPERSAMPLE, (8,))) > 8
+        if tags.get(PLANAR_CONFIGURATION) == 2 and tags.get(SAMPLESPERPIXEL, 1) > 1:  # one band after another
+            return deep or tags.get(PHOTOMETRIC_INTERPRETATION) != 2
+        return re.match("RGB(A?X|a)", raw_mode(image)) is not None and (deep or self.channels not in (1, 3))
 
     def _read_bands(self, file: BinaryIO, path: str, max_pixels: int) -> np.ndarray:
         try:
@@ -162,34 +178,34 @@ class PixelFormat:
     def _values(self, image: Image.Image, path: str) -> np.ndarray:
         """Values h × w × c of an open image file."""
         if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-            return self._pages(image, path)
+            pages = full_pages(image)
+            if len(pages) > 1:
+                return self._stacked(image, pages, path)
+            image.seek(next(iter(pages), 0))
         values = deep_values(image)
         if values is None and self.channels in (1, 3):
             values = np.asarray(to_rgb(image))
-            if self.channels == 1 and (values == values[..., :1]).all():
-                values = values[..., :1]
         elif values is None:
             image = upright(image)
             plain = image.mode in ("L", "LA", "RGB", "RGBA")
             values = np.asarray(image if plain else image.convert("RGBA" if image.has_transparency_data else "RGB"))
         values = values.reshape(*values.shape[:2], -1)
+        if self.channels == 1 and (values == values[..., :1]).all():
+            values = values[..., :1]
         self._check_channels(values.shape[2], path)
         return values
 
-    def _pages(self, image: Any, path: str) -> np.ndarray:
-        full = []
-        for index in range(image.n_frames):
-            image.seek(index)
-            if not image.tag_v2.get(REDUCED, 0) & 1:
-                full.append((index, image.size))
-        self._check_channels(len(full), path)
-        if len({size for _, size in full}) > 1:
+    def _stacked(self, image: Any, indices: Mapping[int, tuple[int, int]], path: str) -> np.ndarray:
+        self._check_channels(len(indices), path)
+        if len({*indices.values()}) > 1:
             raise ImageError(f"{path}: has pages of several sizes.")
         pages = []
-        for index, _ in full:
+        for index in indices:
             image.seek(index)
             values = deep_values(image)
-            pages.append(np.asarray(image.convert("L") if image.mode == "1" else image) if values is None else values)
+            if values is None:
+                values = np.asarray(image.convert("L") if image.mode in ("1", "P") else image)
+            pages.append(values)
             if pages[-1].ndim != 2:
                 raise ImageError(f"{path}: has several pages of several channels. Each page is one channel.")
         return np.stack(pages, axis=-1)
@@ -273,33 +289,49 @@ class PixelFormat:
         return stream.getvalue()
 
 
+def full_pages(image: Any) -> dict[int, tuple[int, int]]:
+    """Indices and sizes of a TIFF's pages, without smaller copies of others."""
+    pages = {}
+    for index in range(image.n_frames):
+        image.seek(index)
+        if not image.tag_v2.get(REDUCED, 0) & 1:
+            pages[index] = image.size
+    return pages
+
+
+def raw_mode(image: Image.Image) -> str:
+    """Pillow's name of the values in an open file, such as ``RGB;16B``; empty for an image without a file."""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
+    return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
+
+
 def deep_values(image: Image.Image) -> np.ndarray | None:
     """Values h × w or h × w × c of more than 8 bits, upright; ``None`` for an 8-bit image."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(upright(image))
         return values.astype(np.uint16) if image.mode == "I" and image.format != "TIFF" else values
-    return _colour_of_16_bits(image) if getattr(image, "tile", None) else None
-
-
-def _colour_of_16_bits(image: Any) -> np.ndarray | None:
-    """Decode 16-bit colour twice. Pillow keeps the high bytes; in the other byte order it keeps the low ones."""
-
-    def raw_mode(arguments: Any) -> str:
-        return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
-
-    raw = raw_mode(image.tile[0][3])
+    raw = raw_mode(image)
+    if raw == "LA;16B":  # grey with alpha: four bytes a pixel, like RGBA
+        return np.ascontiguousarray(_decoded_as("RGBA", image)).view(">u2").astype(np.uint16)
     if not re.fullmatch("RGBA?;16[BLN]", raw):
         return None
+    # Pillow keeps the high bytes; in the other byte order it keeps the low ones
     swapped = raw[:-1] + ("L" if raw[-1] == "B" or (raw[-1] == "N" and sys.byteorder == "big") else "B")
+    low = _decoded_as(swapped, image).astype(np.uint16)
+    return np.asarray(upright(image), dtype=np.uint16) << 8 | low
+
+
+def _decoded_as(raw: str, image: Any) -> np.ndarray:
+    """Decode an open file once more, upright, with its values taken for another raw mode."""
     position = image.fp.tell()
     image.fp.seek(0)
     with Image.open(io.BytesIO(image.fp.read()), formats=[image.format]) as other:
         image.fp.seek(position)
+        other.seek(image.tell())
         for i, tile in enumerate(other.tile):
-            arguments = swapped if isinstance(tile[3], str) else (swapped, *tile[3][1:])
+            arguments = raw if isinstance(tile[3], str) else (raw, *tile[3][1:])
             other.tile[i] = getattr(tile, "_make", tuple)((*tile[:3], arguments))
-        high, low = (np.asarray(upright(half), dtype=np.uint16) for half in (image, other))
-    return high << 8 | low
+        return np.asarray(upright(other))
 
 
 def read_tensor(
