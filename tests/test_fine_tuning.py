@@ -153,6 +153,24 @@ def test_weights_that_do_not_fit_are_named(settings, expected, base, train):
     assert len(printed) < 1500
 
 
+def test_tensors_of_a_training_checkpoint_that_do_not_fit_are_named(base, train, tmp_path):
+    assert train("run", "--resume-from-ckpt", base)[0] == 0
+    for source in ((), ("--resume-from-ckpt", tmp_path / "results" / "run")):
+        status, printed = train("other" if source else "run", *source, settings=("model.context_dim=4",))
+        assert status == 2
+        assert "context_dim 8 -> 4. These tensors do not fit: encoder.code_out.weight ((8, 32) in the file," in printed
+
+
+def test_a_run_without_settings_reads_and_writes_images_as_its_model_does(tmp_path, train):
+    torch.manual_seed(0)
+    own = ("data.bit_depth=16", "data.value_range=0,4095", "opt.perceptual_channels=2,1,0", "opt.lpips_weight=0")
+    flowmo.save(FlowMo(Config.from_dict(TINY).override(*own)), tmp_path / "deep.safetensors")
+    status, printed = train("run", "--resume-from-ckpt", tmp_path / "deep.safetensors")
+    assert status == 0, printed
+    config = flowmo.load(tmp_path / "results" / "run").config
+    assert (config.data.bit_depth, config.data.value_range, config.opt.perceptual_channels) == (16, "0,4095", "2,1,0")
+
+
 @pytest.mark.parametrize("trained", ["encoder", "decoder"])
 def test_only_what_is_trained_changes(trained, base, train, tmp_path):
     assert train("run", "--resume-from-ckpt", base, settings=(f"model.train={trained}",))[0] == 0

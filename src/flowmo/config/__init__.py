@@ -61,8 +61,11 @@ __all__ = [
 ]
 
 PRESETS, GENERATOR_PRESETS, FINE_TUNING = read_yaml(Path(__file__).with_name("presets.yaml")).values()
-OWN = ("data.image_size", "data.crop_sizes", "model.", "eval.sampling.", "opt.schedule", "opt.anchor", "opt.loss_space")
-"""Prefixes of the settings that belong to a model: what it is, the form of its loss, and how it samples."""
+OWN = (
+    *("data.image_size", "data.crop_sizes", "data.bit_depth", "data.value_range", "model.", "eval.sampling."),
+    *("opt.schedule", "opt.anchor", "opt.loss_space", "opt.perceptual_channels"),
+)
+"""Prefixes of the settings that belong to a model: what it is, its images, the form of its loss, and how it samples."""
 
 
 @dataclass(frozen=True, kw_only=True)

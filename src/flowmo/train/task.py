@@ -23,6 +23,10 @@ from flowmo.train.schedule import Schedule
 
 MISFITS = 3
 """Tensors that a message names."""
+OWN_SETTINGS = (
+    "Leave out --config, --preset and these settings to take the model's own. A new model needs another "
+    "--experiment-name and no --resume-from-ckpt."
+)
 
 
 class TrainingError(FlowMoError, RuntimeError):
@@ -117,17 +121,20 @@ class Task:
 
 
 def check_same_settings(
-    before: Mapping[str, Any], now: Mapping[str, Any], path: Path, section: str, misfits: Sequence[str] = ()
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    path: Path,
+    section: str,
+    misfits: Sequence[str] = (),
+    advice: str = OWN_SETTINGS,
 ) -> None:
     """Raise ``TrainingError`` if a checkpoint's model has other settings, or tensors that do not fit."""
     changed = [f"{section}.{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if changed or misfits:
+        settings = f" with other settings: {', '.join(changed)}" if changed else " with other tensors"
         more = f" and {len(misfits) - MISFITS} more" if len(misfits) > MISFITS else ""
         tensors = f" These tensors do not fit: {', '.join(misfits[:MISFITS])}{more}." if misfits else ""
-        raise TrainingError(
-            f"{path} is of a model with other settings: {', '.join(changed)}.{tensors} Use another --experiment-name, "
-            "or the settings it was started with. --resume-from-ckpt without --config and --preset takes them."
-        )
+        raise TrainingError(f"{path} is of a model{settings}.{tensors} {advice}")
 
 
 def find_misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

@@ -83,7 +83,8 @@ class TokenizerTask(Task):
         """Load stage 1C's teacher and copy its weights into the student."""
         teacher = load(path)
         expected = {**self.config.architecture(), "mean_velocity": False}
-        check_same_settings(teacher.config.architecture(), expected, path, "model")
+        advice = "Give the student the teacher's settings."
+        check_same_settings(teacher.config.architecture(), expected, path, "model", advice=advice)
         self.model.load_state_dict(teacher.state_dict(), strict=False)  # it has no layers for a step's end time
         return teacher.to(self.world.device).eval().requires_grad_(False)
 
@@ -250,8 +251,11 @@ class TokenizerTask(Task):
     # Checkpoints
 
     def check(self, path: Path, metadata: Mapping) -> None:
-        before = Config.from_dict(metadata["config"]).architecture()
-        check_same_settings(before, self.config.architecture(), path, "model")
+        before, misfits = Config.from_dict(metadata["config"]), []
+        if before.architecture() != self.config.architecture():
+            with torch.device("meta"):
+                misfits = find_misfits(FlowMo(before).state_dict(), self.model.state_dict())
+        check_same_settings(before.architecture(), self.config.architecture(), path, "model", misfits)
 
     def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """Yield the weights of a tokenizer file, the package's own or the authors'."""
