@@ -21,12 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
-from flowmo import preset
+from flowmo import FlowMo, preset
 from flowmo.codec.file import Codec, varint
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from flowmo.images import read_image
-from flowmo.web.export import export
+from flowmo.web.export import ExportError, export
 from flowmo.web.server import MAX_BODY, Demo, DemoError
 
 
@@ -85,6 +85,15 @@ def test_operations(demo, native, photo):
     ):
         with pytest.raises(DemoError, match=message):
             call()
+
+
+@pytest.mark.parametrize("settings", ["model.channels=1", "data.bit_depth=16"])
+def test_models_of_other_images_are_refused(tiny_config, tmp_path, settings):
+    tokenizer = FlowMo(tiny_config.override(settings))
+    for use in (lambda: Demo(tokenizer, Codec(tokenizer)), lambda: export(tokenizer, tmp_path / "site", "page")):
+        with pytest.raises(ExportError, match="page shows 8-bit RGB"):
+            use()
+    assert not (tmp_path / "site").exists()
 
 
 @contextlib.contextmanager

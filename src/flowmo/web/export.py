@@ -193,6 +193,12 @@ def shrink(model: Any, dtype: torch.dtype) -> None:
     model.graph.node.extend(nodes)
 
 
+def check_page(tokenizer: FlowMo) -> None:
+    """Raise ``ExportError`` unless the images are 8-bit RGB, the only ones that the page shows."""
+    if not tokenizer.pixels.is_rgb:
+        raise ExportError("The page shows 8-bit RGB images, which this tokenizer does not make.")
+
+
 def describe(tokenizer: FlowMo, name: str) -> dict[str, Any]:
     """What a program needs beside the graphs: the layout of ids and files, and how to sample."""
     codec, config = Codec(tokenizer), tokenizer.config
@@ -236,8 +242,10 @@ def export(
         examples: images to offer on the page.
 
     Raises:
-        ExportError: the tokenizer has no ids, or a package is missing.
+        ExportError: the tokenizer has no ids or images that the page cannot show, or a package is missing.
     """
+    if kind == "page":
+        check_page(tokenizer)
     description = describe(tokenizer, name)
     output.mkdir(parents=True, exist_ok=True)
     if kind == "page":

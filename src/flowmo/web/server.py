@@ -30,7 +30,7 @@ from flowmo.generate.generator import Generator
 from flowmo.generate.samples import SampleSettings, check_pair, sample_images
 from flowmo.images import Tiling, to_pil, to_tensor
 from flowmo.tokenizer import Codes, FlowMo
-from flowmo.web.export import PAGE, describe
+from flowmo.web.export import PAGE, check_page, describe
 
 MAX_PIXELS = 16_000_000
 MAX_PIXELS_FOR_CODECS = 600_000
@@ -62,8 +62,7 @@ class Demo:
         name: str = "tokenizer",
         examples: tuple[Path, ...] = (),
     ):
-        if tokenizer.config.model.channels != 3:
-            raise DemoError("The page shows colour images. This tokenizer has other channels.")
+        check_page(tokenizer)
         self.tokenizer, self.codec, self.generator, self.name = tokenizer, codec, generator, name
         self.examples = {path.name: path for path in examples}
         if generator is not None:
