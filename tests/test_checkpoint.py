@@ -158,7 +158,13 @@ def test_another_architecture_or_nan_weights(tiny, tiny_config, tmp_path):
         build(tiny_config, state)
 
 
-def test_names_that_are_nothing(tmp_path):
+def test_names_that_are_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("results/run", "nano"):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"results/run: The folder holds neither model\.safetensors nor checkpo"):
+        flowmo.load("results/run")  # also a name on the Hub
+    assert flowmo.load("nano").config.data.image_size == 128, "an empty folder hides no preset"
     with pytest.raises(CheckpointError, match="no such file"):
         flowmo.load(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="no such file"):

@@ -216,8 +216,13 @@ def test_sequences_for_language_models(tiny, native, images):
     for wrong, message in ((flat[0], "shape"), (flat[:, :-1], "shape"), (flat + 16, "run from")):
         with pytest.raises(ValueError, match=message):
             tiny.from_sequence(wrong)
-    with pytest.raises(TypeError, match="integer"):
-        tiny.from_sequence(flat.float())
+    for wrong in (flat.float(), flat.tolist()):
+        with pytest.raises(TypeError, match="integer"):
+            tiny.from_sequence(wrong)
+    small = (flat + 200).to(torch.uint8)
+    assert tiny.from_sequence(small, offset=200) == codes, "a small type does not wrap around"
+    with pytest.raises(ValueError, match=r"shape \(5, 0\)"):
+        tiny.from_sequence(flat[:, :0])
 
 
 @pytest.mark.parametrize(
@@ -244,6 +249,8 @@ def test_rows_and_joins_of_codes(tiny, images):
         assert codes[row] == codes[[2]]
     with pytest.raises(TypeError, match="by image"):
         codes[:, :3]
+    with pytest.raises(TypeError, match="integer"):
+        codes[1.5]
     assert Codes.cat(iter(codes)) == codes
     with pytest.raises(ValueError, match="one size"):
         Codes.cat([codes, codes.coarser(1)])
@@ -270,3 +277,7 @@ def test_seeds_of_every_kind_and_codes_that_decode_refuses(tiny, native, images)
     for tokenizer in (tiny, native):
         with pytest.raises(TypeError, match="Use decode for ids"):
             tokenizer.decode_image(codes.ids)
+    with pytest.raises(ValueError, match=r"33×48 pixels do not divide into patches of 8×8\. Use 32×48\."):
+        tiny.decode(codes.ids, size=(33, 48))
+    with pytest.raises(ValueError, match=r"Use 32×32, or encode_image, which takes any size\."):
+        tiny.encode(images[:, :, :31])

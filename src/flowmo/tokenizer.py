@@ -97,7 +97,7 @@ class Codes:
         """Select rows as a batch of their own."""
         if isinstance(rows, tuple):
             raise TypeError("Codes are selected by image: one index, a slice, or a list or tensor of indices.")
-        index = rows if isinstance(rows, slice | list) or getattr(rows, "ndim", False) else [int(rows)]
+        index = rows if isinstance(rows, slice | list) or getattr(rows, "ndim", False) else [operator.index(rows)]
         ids, code = (None if x is None else x[index] for x in (self.ids, self.code))
         return replace(self, ids=ids, code=code, tiling=None)
 
@@ -443,9 +443,12 @@ class FlowMo(Packable):
         size = size or (self.config.data.image_size,) * 2
         self._check_size(*size)
         tokens = self.tokens(*size)
-        if sequence.ndim != 2 or sequence.shape[1] % tokens:
+        if not isinstance(sequence, Tensor):
+            raise TypeError(f"sequence must be an integer tensor, not a {type(sequence).__name__}.")
+        if sequence.ndim != 2 or sequence.shape[1] % tokens or not sequence.shape[1]:
             raise ValueError(f"sequence has shape {tuple(sequence.shape)}; give (batch, {tokens} tokens · sub-tokens).")
-        ids = sequence.unflatten(1, (tokens, -1)) - offset
+        first = torch.tensor([offset], device=sequence.device)  # int64: uint8 would wrap around
+        ids = sequence.unflatten(1, (tokens, -1)) - first
         if distinct:
             ids = ids - torch.arange(ids.shape[2], device=ids.device) * (self.vocab_size or 0)
         return Codes(self._check_ids(ids, tokens), size, self.vocab_size)
@@ -625,19 +628,19 @@ class FlowMo(Packable):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; give at least one as (batch, {channels}, height, width)."
             )
-        self._check_size(*images.shape[-2:])
+        self._check_size(*images.shape[-2:], ", or encode_image, which takes any size")
         low, high = images.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise ValueError("images hold NaN or infinite values.")
         if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
             raise ValueError(f"images run from {low:.4g} to {high:.4g}; scale them to [−1, 1].")
 
-    def _check_size(self, height: int, width: int) -> None:
+    def _check_size(self, height: int, width: int, advice: str = "") -> None:
         patch = self.config.model.patch_size
         if height < patch or width < patch or height % patch or width % patch:
+            near = "×".join(str(max(round(side / patch), 1) * patch) for side in (height, width))
             raise ValueError(
-                f"Images of {height}×{width} do not divide into patches of {patch}×{patch}. "
-                "Use whole patches; encode_image takes an image of any size."
+                f"Images of {height}×{width} pixels do not divide into patches of {patch}×{patch}. Use {near}{advice}."
             )
 
     # Single images of any size

@@ -64,6 +64,8 @@ def find(source: str | Path) -> Path:
             f"Preset {name!r} comes without weights (bundled: {have}). Load a file of its weights, or start from "
             f"random ones with flowmo.FlowMo(flowmo.preset({name!r}))."
         )
+    if Path(source).is_dir():
+        raise CheckpointError(f"{source}: The folder holds neither {hub.MODEL_FILE} nor checkpoints of a run.")
     if hub.is_name(name) and not path.suffix.startswith((".pt", ".safetensors")):
         return hub.fetch(name)
     raise CheckpointError(f"{source}: There is no such file, and no preset of that name ({', '.join(PRESETS)}).")
