@@ -317,7 +317,7 @@ def deep_values(image: Image.Image) -> np.ndarray | None:
         return None
     # Pillow keeps the high bytes; in the other byte order it keeps the low ones
     swapped = raw[:-1] + ("L" if raw[-1] == "B" or (raw[-1] == "N" and sys.byteorder == "big") else "B")
-    low = _decoded_as(swapped, image).astype(np.uint16)
+    low: np.ndarray = _decoded_as(swapped, image).astype(np.uint16)
     return np.asarray(upright(image), dtype=np.uint16) << 8 | low
 
 
