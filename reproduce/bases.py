@@ -54,6 +54,45 @@ GPU_LONG = GPU_BASE.override(*PAPERS_SAMPLER, "trainer.duration=6000 steps", "mo
 PAPER_LO = preset("lo").override("data.global_batch_size=128")
 PAPER_SMALL = preset("small").override("trainer.duration=40 epochs", "data.global_batch_size=128")
 
+NESTED_BASE = preset("native").override(
+    *("data.image_size=64", "data.global_batch_size=32", "data.max_microbatch=32", "data.random_flip=true"),
+    *("data.num_workers=1", "model.code_length=16", "model.hidden_size=256", "model.num_heads=4", "model.dec_depth=3"),
+    *("model.enc_hidden_size=256", "model.enc_num_heads=4", "model.window=4", "model.codebook_size_for_entropy=3"),
+    *("model.context_dim=12", "model.ema_decay=0.98", "opt.optimizer=muon", "opt.lr=1e-3", "opt.warmup=3200 images"),
+    *("opt.cooldown=0", "opt.max_grad_norm=1", "opt.lpips_mode=alex", "opt.lpips_weight=0.1", "opt.schedule=uniform"),
+    *("opt.loss_space=picture", "opt.freeze_encoder_after=100M images", "trainer.duration=96k images"),
+    *("trainer.log_every=1600 images", "trainer.checkpoint_every=8k images", "trainer.sample_every=0"),
+    *("trainer.tensorboard=false", "eval.sampling.rho=2"),
+)
+"""5 M parameters, 64 × 64 pixels, twelve rates from 0.012 to 0.14 bits a pixel."""
+
+GPU_NESTED = NESTED_BASE.override(
+    *("data.image_size=128", "model.code_length=64", "data.global_batch_size=64", "data.max_microbatch=64"),
+    *(
+        "data.num_workers=8",
+        "trainer.duration=384k images",
+        "trainer.checkpoint_every=32k images",
+        "trainer.compile=true",
+    ),
+)
+PAPER_NESTED = GPU_NESTED.override(
+    *("data.image_size=256", "model.code_length=256", "model.hidden_size=1152", "model.num_heads=9", "model.window=8"),
+    *("model.enc_hidden_size=768", "model.enc_num_heads=6", "model.dec_depth=12", "data.global_batch_size=128"),
+    *("trainer.duration=51.2M images", "trainer.checkpoint_every=1.28M images", "opt.lpips_mode=vgg"),
+)
+SMOKE_NESTED = NESTED_BASE.override(
+    *("data.image_size=32", "model.code_length=4", "data.global_batch_size=4", "data.num_workers=0", "opt.warmup=0"),
+    *(
+        "model.hidden_size=32",
+        "model.num_heads=1",
+        "model.dec_depth=1",
+        "model.enc_hidden_size=32",
+        "model.conv_depth=1",
+    ),
+    *("model.enc_num_heads=1", "trainer.duration=8 images", "trainer.log_every=4 images"),
+    "trainer.checkpoint_every=4 images",
+)
+
 CPU_GENERATOR = preset("maskgit_nano").override(
     *("trainer.tensorboard=false", "trainer.sample_every=0", "data.num_workers=0", "generator.depth=4"),
     *("trainer.log_every=640 images", "trainer.checkpoint_every=3200 images", "opt.warmup=3200 images"),

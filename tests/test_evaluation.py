@@ -435,6 +435,18 @@ def test_codecs_have_no_fewer_bytes(rectangles):
         assert result.bits.item() / 8 == next(size for size in sizes if size >= budget)
 
 
+@pytest.mark.parametrize("size", [(48, 64), (40, 56)])
+def test_a_batch_of_native_size_is_its_images_one_by_one(native, size):
+    """Whole cells go through the network together, others one by one; each at the rate that is asked for."""
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    made = FlowMoReconstructor(native, seed=3, bits_per_pixel=0.15).reconstruct(x, [5, 9])
+    for image, result, index, bits in zip(x, made.images, (5, 9), made.bits, strict=True):
+        codes = native.encode_image(image, bits_per_pixel=0.15)
+        single = native.decode_tensor(codes, seed=image_seed(3, index))
+        assert (result - single).abs().max() <= 1 / 127
+        assert bits == codes.bits
+
+
 def test_whole_images_by_the_command(native, rectangles, tmp_path, capsys):
     """A row for each rate and one for the codec beside it, which has at least the bytes of our files."""
     save(native, tmp_path / "native.safetensors")

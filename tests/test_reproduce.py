@@ -14,7 +14,7 @@ from flowmo import FlowMo, save
 from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.model.torchvision_import import before_importing
 from flowmo.train.trainer import Trainer
-from reproduce import SCALES, STUDIES, StudyError, distill, noise, peer, posttrain, runner
+from reproduce import SCALES, STUDIES, StudyError, distill, noise, passes, peer, posttrain, runner
 from reproduce.__main__ import main
 from reproduce.generation import GenerationEvaluator
 from reproduce.page import (
@@ -302,9 +302,37 @@ def test_ablations_smoke(evaluators, tmp_path, monkeypatch):
 
 def test_continuous_smoke(evaluators, tmp_path, monkeypatch):
     rows, text = run_study(study_of("continuous", tmp_path, evaluators), monkeypatch)
-    assert [row["arm"] for row in rows] == ["layernorm", "kl", "noop"]
+    assert [row["arm"] for row in rows] == ["layernorm", "kl", "noop", "dito"]
     assert {row["bits_per_pixel"] for row in rows} == {4 * 4 * 32 / 32**2}
+    assert len({row["psnr"] for row in rows}) == 4
     assert "| DiTo | 0.78 | 24.1 | 0.706 | 0.102 |" in text
+
+
+def test_passes_smoke(evaluators, tmp_path, monkeypatch):
+    study = study_of("passes", tmp_path, evaluators)
+    rows, text = run_study(study, monkeypatch)
+    recipes = ["flow", "anchored", "no-lpips", "seek", "large", "velocity", "mixed"]
+    settings = [(rate * 4 * 3 / 32**2, count) for rate in (1, 2) for count in (1, 2)]
+    assert [(row["recipe"], row["rate"], row["passes"]) for row in rows] == [(r, *s) for r in recipes for s in settings]
+    assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
+    assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
+    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8]
+    assert text.count("\n| flow |") == 2 * 1 + 1, "PSNR at two rates, and where the passes cross"
+    assert (study.folder("ids2.png")).stat().st_size > 3000
+
+
+def test_many_passes_cross_one_pass():
+    """PSNR falls from 16 to 8 dB in one pass, and is 12 dB in two: they cross between the rates."""
+
+    def row(rate, count, value):
+        return {"rate": rate, "passes": count, "psnr": value}
+
+    rows = [row(0.01, 1, 8.0), row(0.01, 2, 12.0), row(0.04, 1, 16.0), row(0.04, 2, 12.0)]
+    assert passes.gains(METRICS[0], rows) == [(0.01, 4.0), (0.04, -4.0)]
+    assert passes.crossing([(0.01, 4.0), (0.04, -4.0)]) == "many below 0.020"
+    assert passes.crossing([(0.01, -1.0), (0.04, 1.0)]) == "one below 0.020"
+    assert passes.crossing([(0.01, 1.0), (0.04, 1.0)]) == "many at every rate"
+    assert passes.crossing([(0.01, 0.0), (0.04, -1.0)]) == "one at every rate"
 
 
 def test_studies_of_trained_models_smoke(evaluators, tiny_config, tmp_path, monkeypatch):

@@ -92,11 +92,17 @@ class FlowMoReconstructor:
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         seeds = [image_seed(self.seed, index) for index in indices]
-        tokenizer, side = self.tokenizer, self.tokenizer.config.data.image_size
-        if images.shape[-2:] == (side, side) and not tokenizer.native_size:
-            batch = tokenizer.encode(images)
+        tokenizer, model = self.tokenizer, self.tokenizer.config
+        height, width = images.shape[-2:]
+        if tokenizer.native_size:
+            together = height % model.model.patch_size == 0 == width % model.model.patch_size
+        else:
+            together = height == width == model.data.image_size
+        if together:
+            batch = tokenizer.encode(images, self.bits_per_pixel)
             decoded = tokenizer.decode(batch, self.steps, seeds, guidance=self.guidance, noise_scale=self.noise_scale)
-            codes = [replace(batch[[i]], tiling=Tiling(side, side, side)) for i in range(len(batch))]
+            tiling = None if tokenizer.native_size else Tiling(height, width, height)
+            codes = [replace(batch[[i]], tiling=tiling) for i in range(len(batch))]
         else:
             codes = [tokenizer.encode_image(image, bits_per_pixel=self.bits_per_pixel) for image in images]
             decode = partial(tokenizer.decode_tensor, guidance=self.guidance)

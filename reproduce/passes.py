@@ -1,0 +1,209 @@
+"""One pass of the decoder or many (section 3.4).
+
+Reproduces the paper's claim that many passes of a flow decoder beat one, and finds where it begins to hold. Nested
+dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured over its rate,
+its training and the passes of its decoder; one is repeated at nearly four times the parameters.
+
+Cost: smoke half a minute. cpu three hours on one core: six trainings and their measurements. gpu 25 minutes on one
+H100, by arithmetic at a fifth of its peak. paper a day per model on 8 H100, by arithmetic at 40 % of their peak.
+Expect: (written before the first run) a sample of p(image | code) has twice the squared error of the mean, so many
+passes cost PSNR at every rate, 3 dB at most. They win the Fréchet distance where the code leaves much open: below 0.05
+bits a pixel for a recipe that trains all timesteps alike, nowhere for one that trains mostly at t = 1. Training and
+parameters move this crossing to higher rates. LPIPS crosses at a lower rate. Stage 1B seeks one mode and moves the
+crossing down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from typing import NamedTuple
+
+from flowmo.checkpoint.run_folder import CHECKPOINTS, listing
+from flowmo.config import Config
+from flowmo.evaluate.reconstruction import FlowMoReconstructor
+from flowmo.train.state import read_metadata
+from reproduce import page
+from reproduce.bases import GPU_NESTED, NESTED_BASE, PAPER_NESTED, SMOKE_NESTED
+from reproduce.page import Column, Group
+from reproduce.runner import Results, Row, Rows, Scale, Study
+
+PASSES, SHARES = (1, 2, 4, 8, 25), (0.25, 0.5, 1.0)
+SCALES = {
+    "smoke": Scale(base=SMOKE_NESTED, images=4, ids=(1, 2), passes=(1, 2), shares=(1.0,), seek=4),
+    "cpu": Scale(base=NESTED_BASE, images=250, ids=(1, 2, 4, 12), passes=PASSES, shares=SHARES, seek=8_000),
+    "gpu": Scale(base=GPU_NESTED, images=1000, ids=(1, 2, 4, 8, 12), passes=PASSES, shares=SHARES, seek=32_000),
+    "paper": Scale(
+        base=PAPER_NESTED, images=50_000, ids=(1, 2, 4, 8, 12), passes=PASSES, shares=SHARES, seek=6_400_000
+    ),
+}
+"""Sub-tokens kept per token (``ids``), shares of the training that are measured, images of stage 1B (``seek``)."""
+FLOW = ("opt.anchor=0", "opt.loss_space=velocity", "opt.schedule=fat_lognormal")
+SEEK = (
+    *("model.posttrain_sample=true", "opt.freeze_encoder_after=0", "opt.lpips_weight=0.01", "opt.lr=1e-4"),
+    *("opt.cooldown=0", "trainer.keep_every=0"),
+)
+WIDTHS = ("hidden_size", "num_heads", "enc_hidden_size", "enc_num_heads")
+SHOWN = 6
+"""Images in the grids."""
+METRICS = tuple(column for column in page.METRICS if column.key not in ("ssim", "lpips_alex"))
+
+
+class Arm(NamedTuple):
+    """A recipe: its name, its label, and the settings that it changes. Stage 1B starts from the arm ``start``."""
+
+    name: str
+    label: str
+    settings: tuple[str, ...]
+    start: str = ""
+
+
+def arms_of(base: Config) -> Iterator[Arm]:
+    double = tuple(f"model.{name}={2 * getattr(base.model, name)}" for name in WIDTHS)
+    yield Arm("flow", "flow", FLOW)
+    yield Arm("anchored", "three quarters at t = 1", ("opt.anchor=0.75",))
+    yield Arm("no-lpips", "flow, no perceptual loss", (*FLOW, "opt.lpips_weight=0"))
+    yield Arm("seek", "flow, then stage 1B", (*FLOW, *SEEK), start="flow")
+    yield Arm("large", "flow, twice as wide", (*FLOW, *double))
+    yield Arm("velocity", "flow, the network predicts velocities", (*FLOW, "model.prediction=velocity"))
+    yield Arm("mixed", "a fifth at t = 1", ("opt.anchor=0.2",))
+
+
+def rows(study: Study, metadata: Row) -> Rows:
+    scale = SCALES[study.scale]
+    metadata["base"] = scale.base.to_dict()
+    for seed in range(1, scale.seeds + 1):
+        for arm in arms_of(scale.base):
+            checkpoints = checkpoints_of(arm, seed, study)
+            for checkpoint in checkpoints:
+                last = checkpoint == checkpoints[-1]
+                ids = scale.ids if last else (scale.ids[0], scale.ids[-1])
+                passes = scale.passes if last else (1, scale.passes[-1])
+                for row in measured(arm, seed, checkpoint, ids, passes, study):
+                    yield {**row, "last": last}
+    if study.world.main:
+        show(study)
+
+
+def checkpoints_of(arm: Arm, seed: int, study: Study) -> list[Path]:
+    """Train an arm. Returns a checkpoint for each share of its training, the last one at the end."""
+    scale, run = SCALES[study.scale], f"{arm.name}-seed{seed}"
+    config = scale.base.override(*arm.settings, f"trainer.seed={seed}")
+    if arm.start:
+        start = listing(study.folder(f"{arm.start}-seed{seed}") / CHECKPOINTS)[-1]
+        length = f"trainer.duration={read_metadata(start)['images'] + scale.seek} images"
+        return [study.train(config.override(length), run, start=start).checkpoint]
+    duration = config.trainer.duration.images(config.data.global_batch_size, 0)
+    study.train(config.override(f"trainer.keep_every={round(min(scale.shares) * duration)} images"), run)
+    kept = {read_metadata(path)["images"]: path for path in listing(study.folder(run) / CHECKPOINTS)}
+    return [kept[min(kept, key=lambda images: abs(images - share * duration))] for share in scale.shares]
+
+
+def measured(arm: Arm, seed: int, checkpoint: Path, ids: Sequence[int], passes: Sequence[int], study: Study) -> Rows:
+    """Measure one checkpoint at each rate, with each number of passes."""
+    scale, tokenizer = SCALES[study.scale], study.load(checkpoint)
+    side = tokenizer.config.data.image_size
+    trained = read_metadata(checkpoint)["images"]
+    about = {"recipe": arm.name, "label": arm.label, "seed": seed, "trained": trained}
+    about["parameters"] = sum(p.numel() for p in tokenizer.parameters())
+
+    def measure(run: str, rate: float, steps: int) -> Row:
+        candidate = FlowMoReconstructor(tokenizer, steps, bits_per_pixel=rate)
+        indices, x = study.held_out_images(SHOWN, side)
+        study.keep_images(run, originals=x, samples=candidate.reconstruct(x, indices).images.cpu())
+        return {**about, "rate": rate, "passes": steps, **study.evaluate(candidate, side, scale.images)}
+
+    for kept, steps in product(ids, passes):
+        run = f"{arm.name}-seed{seed}-{trained}-ids{kept}-passes{steps}"
+        yield study.once(run, partial(measure, run, tokenizer.rates(side, side)[kept - 1], steps))
+
+
+def show(study: Study) -> None:
+    """Draw what one and many passes make of the same codes, at the lowest and the highest rate."""
+    scale = SCALES[study.scale]
+    for kept in (scale.ids[0], scale.ids[-1]):
+        strips = {}
+        for arm in arms_of(scale.base):
+            for steps in (1, scale.passes[-1]):
+                found = sorted(study.folder("").glob(f"{arm.name}-seed1-*-ids{kept}-passes{steps}/samples.png"))
+                strips.setdefault("originals", found[-1].with_name("originals.png"))
+                strips[f"{arm.label}: {steps} passes"] = found[-1]
+        page.image_strips(strips, study.folder(f"ids{kept}.png"))
+
+
+def body(results: Results, plot: Path) -> str:
+    rows = results["rows"]
+    columns, groups = page.measured(rows, METRICS), page.groups_of([row for row in rows if row["last"]], "recipe")
+    page.line_plots([gain_panel(column, groups) for column in columns], 2, plot)
+    tables = "\n".join(f"**{column.heading}**\n\n{passes_table(column, groups)}" for column in columns)
+    side, trained = results["base"]["data"]["image_size"], groups[0][0]["trained"]
+    return f"""\
+Each recipe trains one model on {trained} images of {side} × {side} pixels; stage 1B adds to that. Its rates, in bits a
+pixel, are prefixes of each token's ids. Means over {results["pictures"]} held-out images.
+{page.feature_note(results)} Columns: passes of the decoder.
+
+{tables}
+Where {max(row["passes"] for row in rows)} passes become better than one: the rate at which the difference of the two
+changes its sign, between measured rates by its logarithm.
+
+{crossings_table(columns, rows)}"""
+
+
+def passes_table(column: Column, groups: Sequence[Group]) -> str:
+    """A metric over recipe, rate and passes."""
+    passes = sorted({row["passes"] for group in groups for row in group})
+    lines = []
+    for group in groups:
+        for rate in page.groups_of(group, "rate"):
+            found = {
+                same[0]["passes"]: page.cell(column.values(same), column.digits)
+                for same in page.groups_of(rate, "passes")
+            }
+            lines.append([group[0]["label"], f"{rate[0]['rate']:.4f}", *(found.get(count, "–") for count in passes)])
+    return page.markdown_table(["", "bits a pixel", *map(str, passes)], lines)
+
+
+def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """For each rate, ascending: how much better most passes are than one, in the column's units."""
+    most, found = max(row["passes"] for row in rows), []
+    for rate in page.groups_of(rows, "rate"):
+        by_passes = {group[0]["passes"]: column.mean(group) for group in page.groups_of(rate, "passes")}
+        one, many = by_passes[1], by_passes[most]
+        if one is not None and many is not None:
+            found.append((rate[0]["rate"], column.sign * (many - one)))
+    return sorted(found)
+
+
+def gain_panel(column: Column, groups: Sequence[Group]) -> page.Panel:
+    panel = page.Panel(
+        f"{column.name}: gain of many passes over one", "bits a pixel", log=2, levels={"one pass": (0, 0)}
+    )
+    panel.curves = {group[0]["label"]: [(*point, 0.0) for point in gains(column, group)] for group in groups}
+    return panel
+
+
+def crossing(gained: Sequence[tuple[float, float]]) -> str:
+    """The rates between which one pass becomes better than many, or the other way round."""
+    if all(gain > 0 for _, gain in gained):
+        return "many at every rate"
+    if all(gain <= 0 for _, gain in gained):
+        return "one at every rate"
+    found = []
+    for (low, before), (high, after) in pairwise(gained):
+        if (before > 0) != (after > 0):
+            share = before / (before - after)
+            found.append(f"{'many' if before > 0 else 'one'} below {low * (high / low) ** share:.3f}")
+    return ", ".join(found)
+
+
+def crossings_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """Which of one and many passes wins, by recipe and length of training."""
+    lines = []
+    for recipe in page.groups_of(rows, "recipe"):
+        for length in page.groups_of(recipe, "trained"):
+            size = f"{length[0]['parameters'] / 1e6:.1f}"
+            cells = (crossing(gains(column, length)) for column in columns)
+            lines.append([length[0]["label"], size, str(length[0]["trained"]), *cells])
+    return page.markdown_table(["", "M parameters", "images", *(column.name for column in columns)], lines)
