@@ -628,7 +628,7 @@ class FlowMo(Packable):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; give at least one as (batch, {channels}, height, width)."
             )
-        self._check_size(*images.shape[-2:], advice=", or encode_image, which takes any size")
+        self._check_size(images.shape[-2], images.shape[-1], ", or encode_image, which takes any size")
         low, high = images.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise ValueError("images hold NaN or infinite values.")
