@@ -12,8 +12,8 @@ from conftest import TINY_NATIVE, run_command
 from PIL import Image
 
 from flowmo import Config, ConfigError, FlowMo, load, save
-from flowmo.losses.noise import TrainingNoise, kept_sub_tokens
-from flowmo.losses.stages import pretrain_loss
+from flowmo.losses.noise import Chain, TrainingNoise, kept_sub_tokens
+from flowmo.losses.stages import one_step, posttrain_loss, pretrain_loss, sample_chain
 from flowmo.model import blocks
 from flowmo.model.windowed import Convolution, WindowedBlock, WindowedShape, depth_to_space, space_to_depth
 from flowmo.tokenizer import Codes
@@ -170,6 +170,30 @@ def test_what_is_not_sent_is_zero_and_changes_the_image(tokenizer):
     kept = tokenizer.keep_prefix(code, torch.tensor([2]))
     assert torch.equal(kept[..., :6], code[..., :6])  # three channels of eight levels make an id
     assert kept[..., 6:].abs().max() == 0
+
+
+@torch.no_grad()
+def test_stage_1b_samples_from_the_prefixes_that_images_keep(config):
+    """Each image alone, from the ids that it keeps and no more, has the losses that it has in the batch."""
+    tokenizer = FlowMo(config.override("model.posttrain_sample=true", "model.posttrain_sample_k=2"))
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    noise = TrainingNoise.of(tokenizer.config, images, range(3))._replace(kept=torch.tensor([1, 4, 2]))
+
+    def distance(x, y):
+        return (x - y).abs().mean(dim=(1, 2, 3))
+
+    opt = tokenizer.config.override("opt.lpips_weight=1").opt
+    parts = posttrain_loss(tokenizer, images, noise, opt, distance).parts
+    flows, distances = [], []
+    for i, kept in enumerate(noise.kept.tolist()):
+        code = tokenizer.quantizer.code_from_ids(tokenizer.encode(images[[i]]).ids[:, :, :kept])
+        code = F.pad(code, (0, config.model.context_dim - code.shape[-1]))
+        one = noise._replace(t=noise.t[[i]], noise=noise.noise[[i]], keep=noise.keep[[i]])
+        chain = Chain(*(part[[i]] for part in noise.chain))
+        distances.append(distance(images[[i]], sample_chain(tokenizer, code, chain)))
+        flows.append(one_step(tokenizer, code, images[[i]], one, opt)[0])
+    assert float(parts["flow"]) == pytest.approx(float(sum(flows)) / 3, rel=1e-4)
+    assert float(parts["sample_distance"]) == pytest.approx(float(sum(distances)) / 3, rel=1e-4)
 
 
 def test_kept_prefixes_are_uniform_and_of_their_own_stream(config):

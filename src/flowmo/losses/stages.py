@@ -71,7 +71,7 @@ def pretrain_loss(
         quantized = tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
     if quantized.noise_level is not None:
         noise = noise._replace(t=torch.lerp(quantized.noise_level, torch.ones_like(noise.t), noise.t))
-    code = quantized.code if noise.kept is None else tokenizer.keep_prefix(quantized.code, noise.kept[:, None])
+    code = kept_code(tokenizer, quantized, noise)
     flow_loss, x_t, velocity = one_step(tokenizer, code, images, noise, opt)
     estimate = flow.denoise(x_t, velocity, noise.t)
     distances = {}
@@ -93,14 +93,15 @@ def posttrain_loss(
     """
     with torch.no_grad():
         quantized = tokenizer.quantizer(tokenizer.encoder(images))
+        code = kept_code(tokenizer, quantized, noise)
     distances = {}
     if perceptual is not None:
         if noise.chain is None:
             raise ValueError("Stage 1B needs noise.chain, and this noise was drawn for another stage.")
-        sample = sample_chain(tokenizer, quantized.code, noise.chain)
+        sample = sample_chain(tokenizer, code, noise.chain)
         distances["sample_distance"] = perceptual(images, sample).float().mean()
     # after the chain, so that backward frees these activations before it recomputes the chain's
-    flow_loss = one_step(tokenizer, quantized.code, images, noise, opt)[0]
+    flow_loss = one_step(tokenizer, code, images, noise, opt)[0]
     return _sum({"flow": flow_loss}, distances, opt, quantized)
 
 
@@ -138,6 +139,11 @@ def distill_loss(
         target = images if opt.distill_towards == "picture" else path.states[-1]
         distances["jump_distance"] = perceptual(target.repeat_interleave(2, dim=0), final).float().mean()
     return _sum({"flow": flow_loss}, distances, opt, quantized)
+
+
+def kept_code(tokenizer: Tokenizer, quantized: Quantized, noise: TrainingNoise) -> Tensor:
+    """The code b × tokens × channels with the sub-tokens that nested dropout keeps, all without it."""
+    return quantized.code if noise.kept is None else tokenizer.keep_prefix(quantized.code, noise.kept[:, None])
 
 
 def one_step(
