@@ -1,19 +1,23 @@
-"""Training of the convolutional peer: FlowMo's order of images and schedule, Adam, EMA weights, exact resume."""
+"""Training with a discriminator: FlowMo's order of images and schedule, EMA weights, exact resume, in one process."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from flowmo.checkpoint.files import write_whole
-from flowmo.config import Config
+from flowmo.config import Config, OptConfig
 from flowmo.data import ImageDataset, batches, open_source
+from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.streams import Stream, seed_global
+from flowmo.tokenizer import FlowMo
 from flowmo.train.ema import EMA
-from flowmo.train.optimizer import clip_gradients
+from flowmo.train.optimizer import NormControl, build_optimizers, clip_gradients, set_learning_rate
 from flowmo.train.schedule import Schedule
 from flowmo.train.task import autocast
 from reproduce import StudyError
@@ -24,40 +28,52 @@ STATE = "peer.pt"
 
 
 class PeerTrainer:
-    """A run of the peer, in one process: model, optimizers, EMA, and its position in images and seconds."""
+    """A run of a tokenizer, in one process: model, optimizers, EMA, and its position in images and seconds.
 
-    def __init__(self, config: Config, width: int, path: Path, device: torch.device):
-        self.config, self.path, self.device = config, path, device
-        opt = config.opt
-        seed_global(config.trainer.seed, Stream.WEIGHTS)
+    A convolutional tokenizer and all discriminators learn by Adam, a FlowMo as its settings say.
+    """
+
+    def __init__(self, tokenizer: ConvolutionalTokenizer | FlowMo, path: Path, device: torch.device):
+        self.config, self.path, self.device = tokenizer.config, path, device
+        opt = self.config.opt
         perceptual = build_distance(opt.lpips_mode).to(device) if opt.lpips_weight else None
-        self.model = AdversarialModel(ConvolutionalTokenizer(config, width), perceptual).to(device)
-        self.ema = EMA(self.model.tokenizer, config.data.global_batch_size)
-        self.parts = (self.model.tokenizer, self.model.discriminator)
-        self.optimizers = [torch.optim.Adam(part.parameters(), opt.lr, (opt.beta1, opt.beta2)) for part in self.parts]
+        self.model = AdversarialModel(tokenizer, perceptual).to(device)
+        self.ema = EMA(tokenizer, self.config.data.global_batch_size)
+        flowmo = isinstance(tokenizer, FlowMo)
+        self.norm_control = NormControl(tokenizer.networks if flowmo else {})
+        own = build_optimizers(tokenizer) if flowmo else [adam(tokenizer, opt)]
+        self.parts = ((tokenizer, own), (self.model.discriminator, [adam(self.model.discriminator, opt)]))
         self.images, self.seconds = 0, 0.0
         if path.is_file():
             self.restore()
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for _, optimizers in self.parts for optimizer in optimizers]
+
     def step(self, batch: torch.Tensor, rate: float, adversarial: bool) -> torch.Tensor:
         """Train the tokenizer and, if ``adversarial``, the discriminator on a batch. Returns the tokenizer's loss."""
+        batch = batch.to(self.device)
+        noise = TrainingNoise.of(self.config, batch, range(self.images, self.images + len(batch)))
         with autocast(self.config, self.device):
-            losses = self.model.losses(batch.to(self.device), adversarial)
-        for part, optimizer, loss in zip(self.parts, self.optimizers, losses, strict=False):
-            optimizer.param_groups[0]["lr"] = rate
-            parameters = list(part.parameters())
+            losses = self.model.losses(batch, adversarial, noise)
+        for (part, optimizers), loss in zip(self.parts, losses, strict=False):
+            parameters = [p for p in part.parameters() if p.requires_grad]
             part.zero_grad(set_to_none=True)
             loss.backward(inputs=parameters)
             clip_gradients(parameters, self.config.opt.max_grad_norm)
-            optimizer.step()
+            for optimizer in optimizers:
+                set_learning_rate(optimizer, rate)
+                optimizer.step()
+        self.norm_control.apply()
         self.ema.update(self.images // len(batch))
         self.images += len(batch)
         return losses[0]
 
     def save(self) -> None:
-        content = {"weights": self.model.state_dict(), "average": self.ema.state}
+        content = {"weights": self.model.state_dict(), "average": self.ema.state, "norms": self.norm_control.state}
         content |= {"images": self.images, "seconds": self.seconds}
-        content["adams"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         write_whole(self.path, lambda temporary: torch.save(content, temporary))
 
     def restore(self) -> None:
@@ -65,27 +81,52 @@ class PeerTrainer:
         self.model.load_state_dict(content["weights"])
         for name, value in content["average"].items():
             self.ema.state[name].copy_(value)
-        for optimizer, state in zip(self.optimizers, content["adams"], strict=True):
+        self.norm_control.state = content["norms"]
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.images, self.seconds = content["images"], content["seconds"]
 
 
+def adam(module: torch.nn.Module, opt: OptConfig) -> torch.optim.Optimizer:
+    groups = [{"params": list(module.parameters()), "scale": 1.0}]
+    return torch.optim.Adam(groups, opt.lr, (opt.beta1, opt.beta2))
+
+
 def train_peer(config: Config, width: int, run: str, study: Study) -> tuple[ConvolutionalTokenizer, float]:
-    """Train a peer, or resume it. Returns it with its EMA weights, and the training time in seconds.
+    """Train a convolutional tokenizer with a discriminator, as ``train_adversarial`` does."""
+    seed_global(config.trainer.seed, Stream.WEIGHTS)
+    tokenizer = ConvolutionalTokenizer(config, width)
+    return tokenizer, train_adversarial(tokenizer, run, study)
+
+
+def train_adversarial(
+    tokenizer: ConvolutionalTokenizer | FlowMo,
+    run: str,
+    study: Study,
+    adversarial: bool = True,
+    lengths: Collection[int] = (),
+) -> float:
+    """Train a tokenizer, or resume it. It ends with its EMA weights. Returns the training time in seconds.
+
+    Args:
+        adversarial: with a discriminator, which joins after ``ADVERSARIAL_START`` of the run.
+        lengths: numbers of images after which the EMA weights are kept, see ``weights_after``.
 
     Raises:
         StudyError: its loss is no longer finite.
     """
-    path, data = study.folder(run) / STATE, config.data
+    config, path = tokenizer.config, study.folder(run) / STATE
+    data = config.data
     path.parent.mkdir(parents=True, exist_ok=True)
-    trainer = PeerTrainer(config, width, path, study.world.device)
+    trainer = PeerTrainer(tokenizer, path, study.world.device)
     dataset = ImageDataset(open_source(study.data), data.image_size, data.random_crop, data.random_flip, data.draft)
     schedule = Schedule.of(config, data.global_batch_size, len(dataset))
     stream = batches(dataset, data.global_batch_size, config.trainer.seed, trainer.images, data.num_workers)
     since = time.perf_counter()
     while trainer.images < schedule.duration:
         rate = schedule.learning_rate(config.opt, trainer.images)
-        loss = trainer.step(next(stream), rate, trainer.images >= ADVERSARIAL_START * schedule.duration)
+        joined = adversarial and trainer.images >= ADVERSARIAL_START * schedule.duration
+        loss = trainer.step(next(stream), rate, joined)
         if schedule.is_due(schedule.log, trainer.images):
             if not torch.isfinite(loss):
                 raise StudyError(f"{run}: the loss is not finite after {trainer.images} images. Lower opt.lr.")
@@ -93,5 +134,13 @@ def train_peer(config: Config, width: int, run: str, study: Study) -> tuple[Conv
         if schedule.is_due(schedule.checkpoint, trainer.images) or trainer.images >= schedule.duration:
             trainer.seconds, since = trainer.seconds + time.perf_counter() - since, time.perf_counter()
             trainer.save()
-    trainer.model.tokenizer.load_state_dict(trainer.ema.state)
-    return trainer.model.tokenizer, trainer.seconds
+        if trainer.images in lengths:
+            weights = trainer.ema.state
+            write_whole(weights_after(trainer.images, run, study), partial(torch.save, weights))
+    tokenizer.load_state_dict(trainer.ema.state, strict=False)
+    return trainer.seconds
+
+
+def weights_after(images: int, run: str, study: Study) -> Path:
+    """File of the EMA weights of a run after so many images."""
+    return study.folder(run) / f"{images}.pt"

@@ -66,6 +66,9 @@ NESTED_BASE = preset("native").override(
 )
 """5 M parameters, 64 × 64 pixels, twelve rates from 0.012 to 0.14 bits a pixel."""
 
+ONE_RATE = ("model.nested_dropout=0", "opt.anchor=0.75")
+"""Turns a base of several rates into one of its highest rate, with the recipe that is best in one pass."""
+
 GPU_NESTED = NESTED_BASE.override(
     *("data.image_size=128", "model.code_length=64", "data.global_batch_size=64", "data.max_microbatch=64"),
     *(

@@ -17,11 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo.config import Config
 from flowmo.evaluate.reconstruction import Reconstruction
+from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS
+from flowmo.losses.stages import pretrain_loss
 from flowmo.model.quantizers import build_quantizer
 from flowmo.model.torchvision_import import before_importing
 from flowmo.model.transformer import code_lattice
-from flowmo.tokenizer import Codes, identity_of
+from flowmo.tokenizer import Codes, FlowMo, identity_of
 from reproduce import StudyError
 
 GROUPS = 4
@@ -114,30 +116,56 @@ class Discriminator(nn.Sequential):
 
 
 class AdversarialModel(nn.Module):
-    """Tokenizer and discriminator, with the losses of one step."""
+    """Tokenizer and discriminator, with the losses of one step.
 
-    def __init__(self, tokenizer: ConvolutionalTokenizer, perceptual: LPIPS | None):
+    The tokenizer is the convolutional one or a FlowMo, whose discriminator sees the one-step estimates of stage 1A.
+    """
+
+    def __init__(self, tokenizer: ConvolutionalTokenizer | FlowMo, perceptual: LPIPS | None):
         super().__init__()
         self.tokenizer, self.discriminator = tokenizer, Discriminator()
         self.frozen = (perceptual,)  # a tuple hides it from parameters() and state_dict()
 
-    def losses(self, images: Tensor, adversarial: bool) -> tuple[Tensor, ...]:
-        """Loss of the tokenizer on images (b 3 h w in [−1, 1]) and, if ``adversarial``, of the discriminator."""
-        (perceptual,), weight = self.frozen, self.tokenizer.config.opt.lpips_weight
-        quantized = self.tokenizer.quantizer(self.tokenizer.encode_continuous(images))
-        output = self.tokenizer.decode_continuous(quantized.code).float()
-        loss = F.mse_loss(output, images)
+    def losses(self, images: Tensor, adversarial: bool, noise: TrainingNoise | None = None) -> tuple[Tensor, ...]:
+        """Loss of the tokenizer on images (b 3 h w in [−1, 1]) and, if ``adversarial``, of the discriminator.
+
+        Args:
+            noise: random numbers of a FlowMo's step.
+        """
+        if isinstance(self.tokenizer, FlowMo):
+            loss, output = self._flowmo_loss(self.tokenizer, images, noise)
+        else:
+            loss, output = self._convolutional_loss(self.tokenizer, images)
+        if not adversarial:
+            return (loss,)
+        generator_loss = -self.discriminator(output).mean()
+        loss = loss + ADVERSARIAL_WEIGHT * self._adapted_weight(loss, generator_loss) * generator_loss
+        return loss, self._discriminator_loss(images, output.detach())
+
+    def _flowmo_loss(self, tokenizer: FlowMo, images: Tensor, noise: TrainingNoise | None) -> tuple[Tensor, Tensor]:
+        assert noise is not None, "a FlowMo's step is random"
+        loss = pretrain_loss(tokenizer, images, noise, tokenizer.config.opt, self.frozen[0])
+        assert loss.images is not None
+        return loss.total, loss.images
+
+    def _convolutional_loss(self, tokenizer: ConvolutionalTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
+        (perceptual,), weight = self.frozen, tokenizer.config.opt.lpips_weight
+        quantized = tokenizer.quantizer(tokenizer.encode_continuous(images))
+        output = tokenizer.decode_continuous(quantized.code).float()
+        loss = F.mse_loss(output, images) + sum(quantized.losses.values())
         if perceptual is not None and weight:
             loss = loss + weight * perceptual(images, output).mean()
-        if adversarial:
-            generator_loss = -self.discriminator(output).mean()
-            loss = loss + ADVERSARIAL_WEIGHT * self._adapted_weight(loss, generator_loss) * generator_loss
-        loss = loss + sum(quantized.losses.values())
-        return (loss, self._discriminator_loss(images, output.detach())) if adversarial else (loss,)
+        return loss, output
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights that write the image."""
+        flowmo = isinstance(self.tokenizer, FlowMo)
+        return self.tokenizer.decoder.picture_out.weight if flowmo else self.tokenizer.last_layer
 
     def _adapted_weight(self, loss: Tensor, generator_loss: Tensor) -> Tensor:
         """The weight that gives both losses equal gradient norms at the last layer."""
-        last = self.tokenizer.last_layer
+        last = self.last_layer
         norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, generator_loss)]
         return (norms[0] / (norms[1] + 1e-4)).clamp(max=MAX_ADAPTED_WEIGHT).detach()
 
@@ -146,16 +174,17 @@ class AdversarialModel(nn.Module):
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2  # hinge
 
 
-def step_flops(config: Config, width: int, perceptual: LPIPS | None) -> float:
+def step_flops(tokenizer: ConvolutionalTokenizer | FlowMo, perceptual: LPIPS | None, adversarial: bool = True) -> float:
     """FLOPs per image and step, forward and backward, averaged over a run with its discriminator-free part."""
+    config = tokenizer.config
     images = torch.zeros(1, 3, config.data.image_size, config.data.image_size)
-    model = AdversarialModel(ConvolutionalTokenizer(config, width), perceptual)
-    found = []
-    for adversarial in (False, True):
+    model, found = AdversarialModel(tokenizer, perceptual), []
+    for joined in (False, adversarial):
         with FlopCounterMode(display=False) as counter:
             parts: tuple[nn.Module, ...] = (model.tokenizer, model.discriminator)
-            for part, loss in zip(parts, model.losses(images, adversarial), strict=False):
-                loss.backward(inputs=list(part.parameters()))
+            losses = model.losses(images, joined, TrainingNoise.of(config, images, [0]))
+            for part, loss in zip(parts, losses, strict=False):
+                loss.backward(inputs=[p for p in part.parameters() if p.requires_grad], retain_graph=True)
         found.append(counter.get_total_flops())
     return ADVERSARIAL_START * found[0] + (1 - ADVERSARIAL_START) * found[1]
 

@@ -64,7 +64,10 @@ def match(config: Config, study: Study) -> Row:
     width = fitting_width(config, parameters)
     theirs = sum(p.numel() for p in ConvolutionalTokenizer(config, width).parameters())
     perceptual = build_distance(config.opt.lpips_mode) if config.opt.lpips_weight else None
-    costs = {"flowmo": training_flops(config), "convolutional": step_flops(config, width, perceptual)}
+    costs = {
+        "flowmo": training_flops(config),
+        "convolutional": step_flops(ConvolutionalTokenizer(config, width), perceptual),
+    }
     batch = config.data.global_batch_size
     own = Schedule.of(config, batch, len(open_source(study.data))).duration
     equal = max(round(own * costs["flowmo"] / costs["convolutional"] / batch), 1) * batch

@@ -10,6 +10,9 @@ from torch import nn
 
 from flowmo import FlowMo
 from flowmo.distributed import World
+from flowmo.streams import Stream, seed_global
+from flowmo.train.cost import training_flops
+from flowmo.train.trainer import Trainer
 from reproduce import StudyError
 from reproduce.bases import SMOKE_BASE
 from reproduce.peer import SCALES, match
@@ -17,7 +20,7 @@ from reproduce.runner import Study
 
 pytest.importorskip("diffusers")
 
-from reproduce.adversarial import STATE, PeerTrainer, train_peer
+from reproduce.adversarial import STATE, PeerTrainer, train_adversarial, train_peer, weights_after
 from reproduce.convolutional import (
     AdversarialModel,
     ConvolutionalReconstructor,
@@ -80,7 +83,6 @@ def test_flops_by_hand(monkeypatch):
         def decode_continuous(self, code):
             return self.decoder(code)
 
-    monkeypatch.setattr("reproduce.convolutional.ConvolutionalTokenizer", Plain)
     monkeypatch.setattr("reproduce.convolutional.Discriminator", lambda: nn.Conv2d(3, 1, 1, bias=False))
     one = 2 * 3 * 32 * 32  # a 1 × 1 convolution to one channel
     without = 3 * one * 2  # forward, and the weights' gradient
@@ -88,7 +90,7 @@ def test_flops_by_hand(monkeypatch):
     # discriminator on both pictures, forward and its weights' gradient.
     pleased = one + (3 * one) + (one + 3 * one) + one
     judging = 2 * one * 2
-    assert step_flops(CONFIG, WIDTH, None) == pytest.approx(0.5 * without + 0.5 * (without + pleased + judging))
+    assert step_flops(Plain(CONFIG, WIDTH), None) == pytest.approx(0.5 * without + 0.5 * (without + pleased + judging))
 
 
 def test_both_learn_what_is_theirs():
@@ -112,10 +114,22 @@ def study(tmp_path):
     return Study("peer", "smoke", str(PICTURES), str(PICTURES), tmp_path / "results", tmp_path / "out", report=str)
 
 
-def test_an_interrupted_training_ends_like_an_unbroken_one(study, monkeypatch):
+def train(kind, config, run, study):
+    """A tokenizer of the kind that has been trained with a discriminator."""
+    if kind == "convolutional":
+        tokenizer, seconds = train_peer(config, WIDTH, run, study)
+    else:
+        seed_global(0, Stream.WEIGHTS)
+        tokenizer = FlowMo(config)
+        seconds = train_adversarial(tokenizer, run, study)
+    assert seconds > 0
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["convolutional", "flowmo"])
+def test_an_interrupted_training_ends_like_an_unbroken_one(kind, study, monkeypatch):
     config = CONFIG.override("trainer.duration=4 steps", "trainer.checkpoint_every=2 steps")
-    whole, _ = train_peer(config, WIDTH, "whole", study)
-    saves = []
+    whole, saves = train(kind, config, "whole", study), []
 
     real = PeerTrainer.save
 
@@ -126,14 +140,30 @@ def test_an_interrupted_training_ends_like_an_unbroken_one(study, monkeypatch):
 
     monkeypatch.setattr(PeerTrainer, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        train_peer(config, WIDTH, "broken", study)
+        train(kind, config, "broken", study)
     monkeypatch.setattr(PeerTrainer, "save", real)
-    again, seconds = train_peer(config, WIDTH, "broken", study)
+    again = train(kind, config, "broken", study)
     assert saves == [study.folder("broken") / STATE]
-    assert seconds > 0
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, msg=name)
     shutil.rmtree(study.folder("broken"))
+
+
+def test_without_a_discriminator_a_flowmo_trains_as_ever(study):
+    """Its weights are those of ``flowmo train``, and its FLOPs those that are forecast."""
+    config = CONFIG.override(f"data.train={PICTURES}", "trainer.duration=4 steps", "trainer.checkpoint_every=2 steps")
+    config = config.override("opt.optimizer=muon", "opt.lr=1e-3", "trainer.tensorboard=false")
+    trainer = Trainer(config, study.folder("plain"), report=str)
+    trainer.train()
+    seed_global(config.trainer.seed, Stream.WEIGHTS)
+    tokenizer = FlowMo(config)
+    train_adversarial(tokenizer, "ours", study, adversarial=False, lengths=[8])
+    for name, value in trainer.ema.state.items():
+        torch.testing.assert_close(tokenizer.state_dict()[name], value, msg=name)
+    half = torch.load(weights_after(8, "ours", study), weights_only=True)
+    assert half.keys() == trainer.ema.state.keys()
+    assert any(not torch.equal(half[name], value) for name, value in trainer.ema.state.items())
+    assert step_flops(FlowMo(config), None, adversarial=False) == pytest.approx(training_flops(config), rel=0.05)
 
 
 def test_a_loss_that_is_not_finite_ends_it(study):

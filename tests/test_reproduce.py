@@ -369,6 +369,23 @@ def test_peer_smoke(evaluators, tmp_path, monkeypatch):
     assert "FlowMo is" in text
 
 
+def test_discriminator_smoke(evaluators, tmp_path, monkeypatch):
+    """Halves of the training without a discriminator are equal, and it changes the second half."""
+    pytest.importorskip("diffusers")
+    study = study_of("discriminator", tmp_path, evaluators)
+    rows, text = run_study(study, monkeypatch)
+    kinds = [f"{kind}-{word}" for kind in ("flowmo", "convolutional") for word in ("without", "with")]
+    assert [(row["arm"], row["images"]) for row in rows] == [(kind, images) for kind in kinds for images in (4, 8)]
+    psnr = {(row["arm"], row["images"]): row["psnr"] for row in rows}
+    for kind in ("flowmo", "convolutional"):
+        assert psnr[f"{kind}-with", 4] == psnr[f"{kind}-without", 4]
+        assert psnr[f"{kind}-with", 8] != psnr[f"{kind}-without", 8]
+    flops = read_results(study)["flops"]
+    assert all(flops[f"{kind}-with"] > flops[f"{kind}-without"] for kind in ("flowmo", "convolutional"))
+    assert {row["bits_per_pixel"] for row in rows} == {4 * 36 / 32**2}
+    assert text.count("FlowMo, with a discriminator") == 1 + 2 * 3, "the table, and three metrics of two comparisons"
+
+
 def test_metrics_of_samples():
     torch.manual_seed(0)
     x = torch.zeros(3, 16, 16)
