@@ -6,7 +6,7 @@ the way, so that trends can be read. FlowMo is measured in one pass, for which i
 
 Cost: smoke half a minute. cpu eight trainings of half an hour to an hour on one core. gpu 50 minutes on one H100, by
 arithmetic at a fifth of its peak. paper 2000 hours per training on one H100, by arithmetic at 40 % of its peak.
-Expect: (written before the first run) at eleven times the training of ``peer``, and with convolutions in FlowMo's
+Expect: (written before the first run) at nine times the training of ``peer``, and with convolutions in FlowMo's
 decoder, the two are within 0.5 dB. Discriminators lower the Fréchet distance of both by a tenth and cost 0.5 dB.
 """
 
