@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from flowmo import FlowMo, preset
-from flowmo.codec.file import Codec, varint
+from flowmo.codec.file import CONTEXT, Codec, varint
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from flowmo.images import read_image
@@ -279,6 +279,8 @@ def test_static_page_of_native_size(page, native, runtime, tmp_path, photo):
         assert "PSNR" not in facts
         assert not message
         assert abs(page.shown() - pixels(native.decode_image(codec.unpack(content)))).max() <= 1
+        theirs.write_bytes(content[:3] + bytes([content[3] | CONTEXT << 4]) + content[4:])
+        assert re.search(r"entropy-coded.*: flowmo encode FILE packed.flowmo --packed\.$", page.open(theirs)[1])
         theirs.write_bytes(content[:-3])
         assert "3 of 4 planes" in page.open(theirs)[1]
         theirs.write_bytes(content[:20])

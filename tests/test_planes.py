@@ -548,7 +548,22 @@ def test_the_command(native, native_file, class_folder, tmp_path, capsys, pictur
     content = file.read_bytes()
     assert content[3] >> 4 == codec.CONTEXT
     assert run_command(capsys, "encode", photo, file, "--model", native_file, "--packed", "--force")[0] == 0
-    assert len(content) < len(file.read_bytes())
+    packed = file.read_bytes()
+    assert len(content) < len(packed)
+    for how, before, after in ((["--packed"], content, packed), ([], packed, content)):
+        file.write_bytes(before)
+        assert (
+            run_command(capsys, "encode", file, tmp_path / "b.flowmo", "--model", native_file, *how, "--force")[0] == 0
+        )
+        assert (tmp_path / "b.flowmo").read_bytes() == after, "a file is written anew without the image"
+    lower = ["--bpp", 0.08, "--model", native_file, "--force"]
+    for source in (photo, file):
+        assert run_command(capsys, "encode", source, tmp_path / f"{source.suffix[1:]}.flowmo", *lower)[0] == 0
+    assert (tmp_path / "png.flowmo").read_bytes() == (tmp_path / "flowmo.flowmo").read_bytes() != content
+    status, _, error = run_command(
+        capsys, "encode", file, tmp_path / "c.flowmo", "--fit", "crop", "--model", native_file
+    )
+    assert (status, "takes images" in error) == (2, True)
     again = Codec(native, PlaneModel.read(out)).unpack(content)
     assert torch.equal(again.ids, native.encode_image(picture.resize((160, 200))).ids)
     status, said, _ = run_command(capsys, *words, "--frequencies", "--force")

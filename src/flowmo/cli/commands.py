@@ -84,8 +84,9 @@ COMMANDS = (
     ),
     command(
         "images.encode",
-        "Write images as .flowmo files. The ids are entropy-coded if the tokenizer has a context model. The output can "
-        "follow a single image: encode photo.jpg photo.flowmo. - is standard input or output: encode - -.",
+        "Write images as .flowmo files. The ids are entropy-coded if the tokenizer has a context model. A .flowmo file "
+        "as input is written anew, packed, coded or at a lower rate. The output can follow a single input: encode "
+        "photo.jpg photo.flowmo. - is standard input or output: encode - -.",
         IMAGES,
         output("file, or folder for several; - is standard output (default: PICTURE with .flowmo)", type=str),
         *(OUT_DIR, *CODEC),

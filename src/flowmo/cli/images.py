@@ -23,7 +23,7 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate.metrics.pairs import grid, psnr
 from flowmo.images import EXTENSIONS, resize_and_crop, to_pil, to_tensor
 from flowmo.images.pixels import RAW_FORMATS, PixelFormat
-from flowmo.tokenizer import FlowMo
+from flowmo.tokenizer import Codes, FlowMo
 
 SUFFIX = ".flowmo"
 Job = tuple[Path, Path]
@@ -69,13 +69,22 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    jobs = pair_outputs(arguments.images, arguments.output, SUFFIX, lambda path: path.suffix.lower() == SUFFIX)
+    jobs = pair_outputs(arguments.images, arguments.output, SUFFIX, is_code)
     check_outputs([output for _, output in jobs], arguments.force, inputs=[path for path, _ in jobs])
+    if arguments.fit == "crop" and any(is_code(path) for path, _ in jobs):
+        raise UsageError("--fit crop takes images, not .flowmo files, whose ids are of the whole image.")
     tokenizer = load(arguments)
-    codec = Codec(tokenizer, None if arguments.packed else find_context_model(arguments, tokenizer))
+    reader = Codec(tokenizer, find_context_model(arguments, tokenizer))
+    codec = Codec(tokenizer) if arguments.packed else reader
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:
-        codes = tokenizer.encode_image(read_input(path, tokenizer.pixels), arguments.fit, arguments.bpp)
+        if is_code(path):
+            codes, _ = read_codes(path, reader)
+            if arguments.bpp is not None and codes.ids is not None:
+                most = tokenizer.sub_tokens_at(arguments.bpp, *codes.output_size)
+                codes = codes.coarser(min(most, codes.ids.shape[2]))
+        else:
+            codes = tokenizer.encode_image(read_input(path, tokenizer.pixels), arguments.fit, arguments.bpp)
         content = codec.pack(codes)
         write(output, content)
         height, width = codes.output_size
@@ -107,15 +116,7 @@ def decode(arguments: argparse.Namespace) -> None:
     codec = Codec(tokenizer, find_context_model(arguments, tokenizer))
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:
-        missing: list[MissingPlanes] = []
-        with sys.stdin.buffer if path == PIPE else path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)  # refused as damaged if it goes on
-        try:
-            codes = codec.unpack(content, on_missing=missing.append)
-        except CodecError as error:
-            raise CodecError(f"{path}: {error}") from None
-        for warning in missing:
-            print(f"flowmo: {path}: {warning}", file=sys.stderr)
+        codes, planes_missing = read_codes(path, codec)
         if arguments.ids:
             assert codes.ids is not None  # a continuous tokenizer has no files
             ids = codes.ids.tolist()
@@ -125,12 +126,34 @@ def decode(arguments: argparse.Namespace) -> None:
         height, width = image.shape[1:]
         row = {"height": height, "width": width, "bytes_of_ids": codes.nbytes}
         if tokenizer.native_size:
-            row["planes_missing"] = sum(warning.total - warning.planes for warning in missing)
+            row["planes_missing"] = planes_missing
         return row, f"{output}: {width}×{height} from {codes.nbytes} bytes of ids"
 
     rows = run_all(jobs, run, arguments.json)
     if len(rows) > 1 and not arguments.json and not arguments.ids:
         print(f"{len(rows)} images, {seconds_each(rows)}")
+
+
+def is_code(path: Path) -> bool:
+    return path.suffix.lower() == SUFFIX
+
+
+def read_codes(path: Path, codec: Codec) -> tuple[Codes, int]:
+    """Read a .flowmo file. Return its codes and the number of planes that it lacks, after a warning.
+
+    Raises:
+        CodecError: as ``Codec.unpack``, with the name of the file.
+    """
+    missing: list[MissingPlanes] = []
+    with sys.stdin.buffer if path == PIPE else path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)  # refused as damaged if it goes on
+    try:
+        codes = codec.unpack(content, on_missing=missing.append)
+    except CodecError as error:
+        raise CodecError(f"{path}: {error}") from None
+    for warning in missing:
+        print(f"flowmo: {path}: {warning}", file=sys.stderr)
+    return codes, sum(warning.total - warning.planes for warning in missing)
 
 
 def is_image(path: Path) -> bool:

@@ -58,7 +58,11 @@ export function unpack(model, bytes) {
   if (identity !== model.identity) {
     throw new CodecError(`Tokenizer ${identity} wrote this file. This page has ${model.name}, ${model.identity}.`);
   }
-  if (coding) throw new CodecError("The file is entropy-coded. This page reads files of flowmo encode --packed.");
+  if (coding) {
+    throw new CodecError(
+      "The file is entropy-coded, and this page reads packed files only. Make one of it: flowmo encode FILE packed.flowmo --packed.",
+    );
+  }
   if (version !== (model.native ? 3 : 2)) throw damaged("its version is not this tokenizer's");
   const reader = { bytes, position: 8 };
   const height = readVarint(reader) + 1;
