@@ -4,7 +4,7 @@ Reproduces the paper's claim that many passes of a flow decoder beat one, and fi
 dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured over its rate,
 its training and the passes of its decoder; one is repeated at nearly four times the parameters.
 
-Cost: smoke half a minute. cpu three hours on one core: six trainings and their measurements. gpu 25 minutes on one
+Cost: smoke half a minute. cpu six hours on one core: eight trainings and their measurements. gpu 25 minutes on one
 H100, by arithmetic at a fifth of its peak. paper a day per model on 8 H100, by arithmetic at 40 % of their peak.
 Expect: (written before the first run) a sample of p(image | code) has twice the squared error of the mean, so many
 passes cost PSNR at every rate, 3 dB at most. They win the Fréchet distance where the code leaves much open: below 0.05
@@ -52,12 +52,17 @@ METRICS = tuple(column for column in page.METRICS if column.key not in ("ssim", 
 
 
 class Arm(NamedTuple):
-    """A recipe: its name, its label, and the settings that it changes. Stage 1B starts from the arm ``start``."""
+    """A recipe: its name, its label, and the settings that it changes.
+
+    Attributes:
+        start: the arm whose weights it starts from, after ``start_share`` of their training; empty is a fresh model.
+    """
 
     name: str
     label: str
     settings: tuple[str, ...]
     start: str = ""
+    start_share: float = 1.0
 
 
 def arms_of(base: Config) -> Iterator[Arm]:
@@ -69,6 +74,9 @@ def arms_of(base: Config) -> Iterator[Arm]:
     yield Arm("large", "flow, twice as wide", (*FLOW, *double))
     yield Arm("velocity", "flow, the network predicts velocities", (*FLOW, "model.prediction=velocity"))
     yield Arm("mixed", "a fifth at t = 1", ("opt.anchor=0.2",))
+    yield Arm("falling", "half of the training three quarters at t = 1, then flow", FLOW, "anchored", 0.5)
+    guided = ("model.enable_cfg=true", "eval.sampling.guidance=2", "eval.sampling.guidance_high=1")
+    yield Arm("guided", "flow, guidance 2: two passes a step", (*FLOW, *guided))
 
 
 def rows(study: Study, metadata: Row) -> Rows:
@@ -92,13 +100,24 @@ def checkpoints_of(arm: Arm, seed: int, study: Study) -> list[Path]:
     scale, run = SCALES[study.scale], f"{arm.name}-seed{seed}"
     config = scale.base.override(*arm.settings, f"trainer.seed={seed}")
     if arm.start:
-        start = listing(study.folder(f"{arm.start}-seed{seed}") / CHECKPOINTS)[-1]
-        length = f"trainer.duration={read_metadata(start)['images'] + scale.seek} images"
-        return [study.train(config.override(length), run, start=start).checkpoint]
-    duration = config.trainer.duration.images(config.data.global_batch_size, 0)
-    study.train(config.override(f"trainer.keep_every={round(min(scale.shares) * duration)} images"), run)
-    kept = {read_metadata(path)["images"]: path for path in listing(study.folder(run) / CHECKPOINTS)}
-    return [kept[min(kept, key=lambda images: abs(images - share * duration))] for share in scale.shares]
+        start = kept(f"{arm.start}-seed{seed}", arm.start_share, study)
+        if config.stage == "posttrain":
+            config = config.override(f"trainer.duration={read_metadata(start)['images'] + scale.seek} images")
+        return [study.train(config, run, start=start).checkpoint]
+    study.train(config.override(f"trainer.keep_every={round(min(scale.shares) * duration(study))} images"), run)
+    return [kept(run, share, study) for share in scale.shares]
+
+
+def duration(study: Study) -> int:
+    """Images of a whole training."""
+    base = SCALES[study.scale].base
+    return base.trainer.duration.images(base.data.global_batch_size, 0)
+
+
+def kept(run: str, share: float, study: Study) -> Path:
+    """The checkpoint of a run after about this share of its training."""
+    checkpoints = listing(study.folder(run) / CHECKPOINTS)
+    return min(checkpoints, key=lambda path: abs(read_metadata(path)["images"] - share * duration(study)))
 
 
 def measured(arm: Arm, seed: int, checkpoint: Path, ids: Sequence[int], passes: Sequence[int], study: Study) -> Rows:

@@ -311,12 +311,12 @@ def test_continuous_smoke(evaluators, tmp_path, monkeypatch):
 def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     study = study_of("passes", tmp_path, evaluators)
     rows, text = run_study(study, monkeypatch)
-    recipes = ["flow", "anchored", "no-lpips", "seek", "large", "velocity", "mixed"]
+    recipes = ["flow", "anchored", "no-lpips", "seek", "large", "velocity", "mixed", "falling", "guided"]
     settings = [(rate * 4 * 3 / 32**2, count) for rate in (1, 2) for count in (1, 2)]
     assert [(row["recipe"], row["rate"], row["passes"]) for row in rows] == [(r, *s) for r in recipes for s in settings]
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
     assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
-    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8]
+    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 8]
     assert text.count("\n| flow |") == 2 * 1 + 1, "PSNR at two rates, and where the passes cross"
     assert (study.folder("ids2.png")).stat().st_size > 3000
 
