@@ -17,7 +17,7 @@ from flowmo.config import ConfigError
 from flowmo.data import DataError, ImageDataset, batches, epoch_order, open_source
 from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.losses.noise import TrainingNoise
-from flowmo.losses.stages import pretrain_loss
+from flowmo.losses.stages import posttrain_loss, pretrain_loss
 from flowmo.train.ema import EMA
 from flowmo.train.optimizer import NormControl, build_optimizers
 from flowmo.train.schedule import Schedule
@@ -109,8 +109,10 @@ def test_bfloat16_is_used_only_where_the_device_multiplies_it(can, dtype, tiny_c
         assert (square @ square).dtype == torch.float32
 
 
-def test_the_perceptual_loss_sees_both_pictures_cut_alike(tiny_config, images):
-    config = tiny_config.override("opt.lpips_jitter=5")
+@pytest.mark.parametrize(("loss", "stage"), [(pretrain_loss, "false"), (posttrain_loss, "true")])
+def test_the_perceptual_loss_sees_both_pictures_cut_alike(loss, stage, tiny_config, images):
+    stage = (f"model.posttrain_sample={stage}", "model.posttrain_sample_k=1")
+    config = tiny_config.override("opt.lpips_jitter=5", *stage)
     tokenizer, seen = FlowMo(config), []
 
     def distance(x, y):
@@ -119,19 +121,14 @@ def test_the_perceptual_loss_sees_both_pictures_cut_alike(tiny_config, images):
 
     draws = TrainingNoise.of(config, images, range(5))
     for start, chunk in ((0, images[:2]), (2, images[2:])):
-        pretrain_loss(
-            tokenizer,
-            chunk,
-            TrainingNoise.of(config, chunk, range(start, start + len(chunk))),
-            tokenizer.config.opt,
-            distance,
-        )
+        noise = TrainingNoise.of(config, chunk, range(start, start + len(chunk)))
+        loss(tokenizer, chunk, noise, tokenizer.config.opt, distance)
     assert len(set(draws.crop_corners)) > 1
     cut = torch.cat([x for x, _ in seen])
     assert cut.shape == torch.cat([y for _, y in seen]).shape == (5, 3, 27, 27)
     for image, part, (row, column) in zip(images, cut, draws.crop_corners, strict=True):
         assert torch.equal(image[:, row : row + 27, column : column + 27], part)
-    plain = TrainingNoise.of(tiny_config, images, range(5))
+    plain = TrainingNoise.of(tiny_config.override(*stage), images, range(5))
     assert plain.crop_corners is None
     assert torch.equal(plain.noise, draws.noise)
     assert torch.equal(plain.t, draws.t)

@@ -76,10 +76,7 @@ def pretrain_loss(
     estimate = flow.denoise(x_t, velocity, noise.t)
     distances = {}
     if perceptual is not None:
-        x, y = images, estimate
-        if noise.crop_corners is not None:
-            x, y = (crop_images(image, noise.crop_corners, *crop_size(opt, images)) for image in (x, y))
-        distances["lpips"] = perceptual(x, y).float().mean()
+        distances["lpips"] = perceptual(*random_crops(images, estimate, noise, opt)).float().mean()
     loss = _sum({"flow": flow_loss, **({} if freeze_encoder else quantized.losses)}, distances, opt, quantized)
     return loss._replace(images=estimate)
 
@@ -99,7 +96,7 @@ def posttrain_loss(
         if noise.chain is None:
             raise ValueError("Stage 1B needs noise.chain, and this noise was drawn for another stage.")
         sample = sample_chain(tokenizer, code, noise.chain)
-        distances["sample_distance"] = perceptual(images, sample).float().mean()
+        distances["sample_distance"] = perceptual(*random_crops(images, sample, noise, opt)).float().mean()
     # after the chain, so that backward frees these activations before it recomputes the chain's
     flow_loss = one_step(tokenizer, code, images, noise, opt)[0]
     return _sum({"flow": flow_loss}, distances, opt, quantized)
@@ -202,6 +199,14 @@ def teacher_path(teacher: Tokenizer, code: Tensor, noise: Tensor, steps: int = 0
     for pair in itertools.pairwise(times):
         states.append(euler(velocity, states[-1], pair))
     return Path(to_device(torch.tensor(times), noise.device), torch.stack(states))
+
+
+def random_crops(x: Tensor, y: Tensor, noise: TrainingNoise, opt: OptConfig) -> tuple[Tensor, Tensor]:
+    """The part of both batches of images that the perceptual loss sees, see ``opt.lpips_jitter`` and ``lpips_crop``."""
+    if noise.crop_corners is None:
+        return x, y
+    size = crop_size(opt, x)
+    return crop_images(x, noise.crop_corners, *size), crop_images(y, noise.crop_corners, *size)
 
 
 def crop_images(images: Tensor, corners: Sequence[tuple[int, int]], h: int, w: int) -> Tensor:
