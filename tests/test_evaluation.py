@@ -574,3 +574,4 @@ def test_the_heat_maps_colours():
     assert (colours.sum(dim=0).diff() > 0).all()
     assert colours[:, 0, 0].max() < -0.9
     assert torch.isfinite(heat_map(torch.zeros(2, 2))).all()
+    assert heat_map(torch.zeros(2, 2, device="meta")).device.type == "meta", "another device than the CPU's"

@@ -76,7 +76,7 @@ HEAT = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.56, 0
 
 def heat_map(values: Tensor) -> Tensor:
     """Colour values h × w as an image 3 × h × w in [−1, 1], from black at 0 over red to light yellow at the maximum."""
-    colours = torch.tensor(HEAT, dtype=torch.float32)
+    colours = torch.tensor(HEAT, dtype=torch.float32, device=values.device)
     position = values.float() / values.max().clamp(min=1e-9) * (len(HEAT) - 1)
     below = position.floor().long().clamp(max=len(HEAT) - 2)
     mixed = torch.lerp(colours[below], colours[below + 1], (position - below)[..., None])
