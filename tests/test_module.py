@@ -124,6 +124,25 @@ def test_half_precision(pictures, dtype):
     assert all(p.grad.dtype == dtype for p in half.decoder.parameters() if p.grad is not None)
 
 
+def test_double_precision_is_refused(tiny, images):
+    tiny.double()
+    for call in (lambda: tiny.encode(images), lambda: tiny(images), lambda: tiny.decode(torch.zeros(1, 6, 2).long())):
+        with pytest.raises(TypeError, match=r"weights are float64\. Call \.float"):
+            call()
+
+
+def test_a_decoder_trained_in_python_keeps_the_identity(tiny, images, tmp_path):
+    """As the guide says."""
+    first = tiny.identity()
+    tiny.config = tiny.config.override(f"model.base={tiny.as_base()}")
+    tiny.decoder.requires_grad_(True)
+    tiny(images).loss.backward()
+    torch.optim.SGD(tiny.decoder.parameters(), 0.1).step()
+    flowmo.save(tiny, tmp_path / "mine.safetensors")
+    mine = flowmo.load(tmp_path / "mine.safetensors")
+    assert mine.identity() == first != mine.weights_identity()
+
+
 @both
 def test_copies_decode_alike(pictures):
     tokenizer, x = pictures
@@ -213,6 +232,11 @@ def test_sequences_for_language_models(tiny, native, images):
     assert tiny.from_sequence(distinct, offset=100, distinct=True) == codes
     coarse = native.encode(torch.zeros(1, 3, 32, 48), bits_per_pixel=0.08)
     assert native.from_sequence(coarse.to_sequence(), size=(32, 48)) == coarse
+    odd = native.encode_image(flowmo.images.to_pil(torch.zeros(3, 30, 40)))
+    restored = native.from_sequence(odd.to_sequence(), size=(30, 40))
+    assert restored == odd
+    assert native.decode_image(restored).size == (40, 30)
+    assert Codes.cat([coarse, native.from_sequence(coarse.to_sequence(), size=(32, 48))]).output_size == (32, 48)
     for wrong, message in ((flat[0], "shape"), (flat[:, :-1], "shape"), (flat + 16, "run from")):
         with pytest.raises(ValueError, match=message):
             tiny.from_sequence(wrong)
@@ -277,6 +301,8 @@ def test_seeds_of_every_kind_and_codes_that_decode_refuses(tiny, native, images)
     for tokenizer in (tiny, native):
         with pytest.raises(TypeError, match="Use decode for ids"):
             tokenizer.decode_image(codes.ids)
+    with pytest.raises(ValueError, match=r"2 codes for one image; decode takes batches\."):
+        tiny.decode_image(codes)
     with pytest.raises(ValueError, match=r"33×48 pixels do not divide into patches of 8×8\. Use 32×48\."):
         tiny.decode(codes.ids, size=(33, 48))
     with pytest.raises(ValueError, match=r"Use 32×32, or encode_image, which takes any size\."):

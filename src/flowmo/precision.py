@@ -36,7 +36,12 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
     """Context of inference in a resolved precision. ``float32`` leaves an outer autocast as it is.
 
     ``bfloat16`` and ``float16`` are autocast; on a GPU the remaining float32 products use TF32.
+
+    Raises:
+        TypeError: weights of another type, after ``.double()``.
     """
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise TypeError(f"The weights are {precision}. Call .float(), .bfloat16() or .half() on the model.")
     if precision == "float32":
         yield
         return

@@ -112,7 +112,7 @@ class Codes:
         pairs = [(self.ids, other.ids), (self.code, other.code)]
         if any((a is None) != (b is None) for a, b in pairs):
             return False
-        metadata = [(x.size, x.id_count, x.tiling, x.image_size) for x in (self, other)]
+        metadata = [(x.size, x.id_count, x.tiling, x.output_size) for x in (self, other)]
         same = (torch.equal(a.cpu(), b.cpu()) for a, b in pairs if a is not None and b is not None)
         return metadata[0] == metadata[1] and all(same)
 
@@ -142,7 +142,7 @@ class Codes:
         """
         codes = list(codes)
         kinds = {
-            (c.size, c.id_count, c.image_size, c.code is None, c.ids is None, c._values.shape[1:], c._values.device)
+            (c.size, c.id_count, c.output_size, c.code is None, c.ids is None, c._values.shape[1:], c._values.device)
             for c in codes
         }
         if len(kinds) != 1:
@@ -200,7 +200,7 @@ class Codes:
     @property
     def bits_per_pixel(self) -> float:
         height, width = self.output_size
-        return self.bits / (height * width * (1 if self.tiling else len(self)))
+        return self.bits / (height * width * (1 if self.tiling else max(len(self), 1)))
 
     def coarser(self, sub_tokens: int) -> Codes:
         """Keep only the first ``sub_tokens`` sub-tokens of every token.
@@ -430,19 +430,22 @@ class FlowMo(Packable):
     def from_sequence(
         self, sequence: Tensor, size: tuple[int, int] | None = None, offset: int = 0, distinct: bool = False
     ) -> Codes:
-        """Restore codes from the flat ids of ``Codes.to_sequence``.
+        """Restore codes from the flat ids of ``Codes.to_sequence``. Tiles of a larger image become images of their own.
 
         Args:
             sequence: int64 b × (tokens · sub-tokens).
-            size: height and width of the images; by default the trained size.
+            size: height and width of the images, any for a tokenizer of native size; by default the trained size.
             offset, distinct: as given to ``to_sequence``.
 
         Raises:
             TypeError, ValueError: ids of the wrong kind, number or range.
         """
-        size = size or (self.config.data.image_size,) * 2
-        self._check_size(*size)
-        tokens = self.tokens(*size)
+        height, width = image_size = size or (self.config.data.image_size,) * 2
+        if self.native_size:
+            cell = self.config.model.patch_size
+            height, width = height + -height % cell, width + -width % cell
+        self._check_size(height, width)
+        tokens = self.tokens(height, width)
         if not isinstance(sequence, Tensor):
             raise TypeError(f"sequence must be an integer tensor, not a {type(sequence).__name__}.")
         if sequence.ndim != 2 or sequence.shape[1] % tokens or not sequence.shape[1]:
@@ -451,7 +454,7 @@ class FlowMo(Packable):
         ids = sequence.unflatten(1, (tokens, -1)) - first
         if distinct:
             ids = ids - torch.arange(ids.shape[2], device=ids.device) * (self.vocab_size or 0)
-        return Codes(self._check_ids(ids, tokens), size, self.vocab_size)
+        return Codes(self._check_ids(ids, tokens), (height, width), self.vocab_size, image_size=image_size)
 
     def _check_ids(self, ids: Tensor | None, tokens: int | None) -> Tensor:
         """Return ids as int64, of ``tokens`` tokens or any number, or raise what ``embed`` lists."""
@@ -725,8 +728,9 @@ class FlowMo(Packable):
             true_height, true_width = codes.output_size
             return image[:, :true_height, :true_width]
         tiling = codes.tiling or Tiling(*codes.size, self.config.data.image_size)
-        if len(code) != len(tiling.corners):
-            raise ValueError(f"{len(code)} codes for an image of {len(tiling.corners)} tiles.")
+        if len(code) != tiling.count:
+            tiles = f"an image of {tiling.count} tiles" if codes.tiling else "one image; decode takes batches"
+            raise ValueError(f"{len(code)} codes for {tiles}.")
         noise = tiling.crop(sampler.seeded_noise([seed], *tiling.canvas, channels=channels)[0])
         return tiling.merge(self.sample(noise, code, sampling, progress))
 
