@@ -171,6 +171,18 @@ def test_a_run_without_settings_reads_and_writes_images_as_its_model_does(tmp_pa
     assert (config.data.bit_depth, config.data.value_range, config.opt.perceptual_channels) == (16, "0,4095", "2,1,0")
 
 
+def test_weights_that_are_not_finite_are_named(base, train):
+    tokenizer = flowmo.load(base)
+    with torch.no_grad():
+        tokenizer.decoder.code_in.weight[0, 0] = torch.nan
+    flowmo.save(tokenizer, base)
+    status, printed = train("run", "--resume-from-ckpt", base)
+    assert (status, printed) == (
+        2,
+        f"flowmo: {base}: decoder.code_in.weight holds NaN or infinite values. Start from other weights.\n",
+    )
+
+
 @pytest.mark.parametrize("trained", ["encoder", "decoder"])
 def test_only_what_is_trained_changes(trained, base, train, tmp_path):
     assert train("run", "--resume-from-ckpt", base, settings=(f"model.train={trained}",))[0] == 0

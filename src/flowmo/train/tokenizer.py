@@ -266,5 +266,8 @@ class TokenizerTask(Task):
             config, weights = read(path, settings, ema)
             misfits = find_misfits(weights, self.model.state_dict())
             check_same_settings(config.architecture(), self.config.architecture(), path, "model", misfits)
+            bad = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+            if bad:
+                raise TrainingError(f"{path}: {bad} holds NaN or infinite values. Start from other weights.")
             self.config = self.config.override(f"model.base={config.model.base}")
             yield part, weights
