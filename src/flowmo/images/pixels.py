@@ -151,7 +151,7 @@ class PixelFormat:
         try:
             import tifffile
         except ImportError:
-            raise ImageError(f"{path}: has bands that only tifffile reads. Run pip install tifffile.") from None
+            raise ImageError(f"{path}: has bands that only tifffile reads. Run pip install 'flowmo[tiff]'.") from None
         with tifffile.TiffFile(file) as tiff:
             self._check_shape(tiff.series[0].shape, path, max_pixels)
             return self._channels_last(tiff.series[0].asarray())
