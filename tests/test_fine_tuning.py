@@ -169,6 +169,9 @@ def test_a_run_without_settings_reads_and_writes_images_as_its_model_does(tmp_pa
     assert status == 0, printed
     config = flowmo.load(tmp_path / "results" / "run").config
     assert (config.data.bit_depth, config.data.value_range, config.opt.perceptual_channels) == (16, "0,4095", "2,1,0")
+    assert "the model's own" not in printed
+    _, printed = train("b", "--resume-from-ckpt", tmp_path / "deep.safetensors", settings=("data.value_range=0,1023",))
+    assert "settings that differ from the model's own: data.value_range 0,4095 -> 0,1023\n" in printed
 
 
 def test_weights_that_are_not_finite_are_named(base, train):

@@ -42,6 +42,7 @@ __all__ = [
     "FINE_TUNING",
     "GENERATOR_PRESETS",
     "MASK_SCHEDULES",
+    "OWN",
     "PRESETS",
     "SOLVERS",
     "UNMASKING_ORDERS",

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flowmo.config import Config
+from flowmo.config import Config, flatten
 from flowmo.data.loader import IndexedDataset
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
@@ -135,6 +135,13 @@ def check_same_settings(
         more = f" and {len(misfits) - MISFITS} more" if len(misfits) > MISFITS else ""
         tensors = f" These tensors do not fit: {', '.join(misfits[:MISFITS])}{more}." if misfits else ""
         raise TrainingError(f"{path} is of a model{settings}.{tensors} {advice}")
+
+
+def changed_settings(before: Config, now: Config, prefixes: tuple[str, ...] = ("",)) -> str:
+    """List the settings of these prefixes that differ, with both values."""
+    old, new = flatten(before), flatten(now)
+    names = [name for name in new if name.startswith(prefixes) and old[name] != new[name]]
+    return ", ".join(f"{name} {old[name]} -> {new[name]}" for name in names)
 
 
 def find_misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowmo.checkpoint.files import read
-from flowmo.config import Config
+from flowmo.config import OWN, Config
 from flowmo.data import ImageDataset, Source, evenly_spread, open_source
 from flowmo.distributed import World
 from flowmo.evaluate.metrics import build_features
@@ -31,10 +31,19 @@ from flowmo.train.cost import Memory, training_flops, training_memory
 from flowmo.train.finite import restored_unless
 from flowmo.train.optimizer import scale_initial_weights
 from flowmo.train.schedule import BatchPlan, Schedule
-from flowmo.train.task import Task, TrainingError, autocast, check_same_settings, find_misfits
+from flowmo.train.task import (
+    Task,
+    TrainingError,
+    autocast,
+    changed_settings,
+    check_same_settings,
+    find_misfits,
+)
 
 GRID_IMAGES = 8
 MIN_IMAGES_FOR_RFID = 4
+IMAGES_AND_LOSS = tuple(name for name in OWN if name != "model.")
+"""Settings of a model that a run may change, prefixes as in ``OWN``."""
 
 
 class TokenizerTask(Task):
@@ -269,5 +278,8 @@ class TokenizerTask(Task):
             bad = next((name for name, value in weights.items() if not value.isfinite().all()), None)
             if bad:
                 raise TrainingError(f"{path}: {bad} holds NaN or infinite values. Start from other weights.")
+            changed = changed_settings(config, self.config, IMAGES_AND_LOSS)
+            if changed and part == "model":
+                self.report(f"settings that differ from the model's own: {changed}")
             self.config = self.config.override(f"model.base={config.model.base}")
             yield part, weights

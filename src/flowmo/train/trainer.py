@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.files import find, write_content
 from flowmo.checkpoint.run_folder import BEST, CHECKPOINTS, ENDED, SETTINGS, listing
-from flowmo.config import Config, ConfigError, flatten
+from flowmo.config import Config, ConfigError
 from flowmo.data import batches
 from flowmo.distributed import World
 from flowmo.evaluate.speed import peak_flops
@@ -36,7 +36,7 @@ from flowmo.train.optimizer import NormControl, build_optimizers, clip_gradients
 from flowmo.train.parallel import accumulating, prepare, wrap_ddp
 from flowmo.train.plots import draw
 from flowmo.train.schedule import PAPER_BATCH, BatchPlan, Position, Schedule
-from flowmo.train.task import Task, TrainingError, in_bfloat16, multiplies_bfloat16
+from flowmo.train.task import Task, TrainingError, changed_settings, in_bfloat16, multiplies_bfloat16
 from flowmo.train.tokenizer import TokenizerTask
 
 __all__ = ["Trainer", "TrainingError"]
@@ -447,7 +447,6 @@ class Trainer:
         self.skipped = StepCounts(self.world, metadata["skipped"])
         self.early_stopping.load_state_dict(metadata)
         self.logger.report(f"resumed from {path}")
-        old, now = flatten(before), flatten(self.config)
-        changed = [f"{name} {old[name]} -> {now[name]}" for name in now if old[name] != now[name]]
+        changed = changed_settings(before, self.config)
         if changed:
-            self.logger.report(f"settings that differ from the checkpoint's: {', '.join(changed)}")
+            self.logger.report(f"settings that differ from the checkpoint's: {changed}")
