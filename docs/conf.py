@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
@@ -52,5 +53,11 @@ def commands(parser):
                 yield from inner or [(sub.prog, sub)]
 
 
+def links_from_here(app, path, page, content):
+    """Make the links of an included file, which is the README, relative to this folder."""
+    content[0] = re.sub(r"\]\((?!https:|#)", f"]({path.parent}/", content[0])
+
+
 def setup(app):
     app.add_directive("command-line", CommandLine)
+    app.connect("include-read", links_from_here)

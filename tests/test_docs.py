@@ -5,6 +5,7 @@ import argparse
 import gc
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from PIL import ImageFont
 
 import flowmo
 from flowmo.cli import SETTING, build_parser, main
@@ -64,6 +66,20 @@ def write_generator(path):
     save_generator(Generator(config, Vocabulary(**shape, **metadata)), path)
 
 
+def write_fonts(folder):
+    """Pillow's own font by the names that examples/letters.py looks for."""
+    folder.mkdir()
+    for name in ("DejaVuSans", "FreeSans"):
+        (folder / f"{name}.ttf").write_bytes(ImageFont.load_default(12).font_bytes)
+    return str(folder)
+
+
+def run_script(monkeypatch, script, *words):
+    """A script of this project, as ``python script words``."""
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
 def with_snippets(language):
     found = [page for page in PAGES if page not in GUIDES and blocks(page, language)]
     return pytest.mark.parametrize("page", found, ids=names(found))
@@ -88,7 +104,17 @@ def test_commands(page, checkout, capsys):
 @pytest.mark.parametrize("page", GUIDES, ids=names(GUIDES))
 @pytest.mark.filterwarnings("ignore:unclosed file .*tar:ResourceWarning")  # webdataset
 def test_a_guide_from_top_to_bottom(page, checkout, capsys, monkeypatch):
-    """Its commands and snippets run in order in one folder, and the snippets share their names."""
+    """Its commands and snippets run in order in one folder, the long ones shortened; the snippets share their names."""
+    fonts = write_fonts(checkout / "fonts")
+    shorter = {
+        "python examples/letters.py": ("--fonts", fonts, "--train", "8", "--held-out", "2"),
+        "flowmo train --resume-from-ckpt": (
+            "trainer.duration=8 images",
+            "data.batch_size=8",
+            "data.num_workers=0",
+            "opt.lpips_weight=0",
+        ),
+    }
     shared, text = {}, page.read_text().replace("\\\n", " ")
     for package in re.findall(r"^import (\w+)", text, re.MULTILINE):
         pytest.importorskip(package)
@@ -101,7 +127,12 @@ def test_a_guide_from_top_to_bottom(page, checkout, capsys, monkeypatch):
             printed = capsys.readouterr().out.strip()
             assert not printed or f"# {printed}" in block, "the page says what the snippet prints"
         for command in block.splitlines() if language == "sh" else ():
-            assert main(shlex.split(command, comments=True)[1:]) == 0, capsys.readouterr().err
+            less = [word for start, words in shorter.items() if command.startswith(start) for word in words]
+            program, *words = [*shlex.split(command, comments=True), *less]
+            if program == "python":
+                run_script(monkeypatch, *words)
+            else:
+                assert main(words) == 0, capsys.readouterr().err
     gc.collect()  # files that webdataset has not closed
 
 

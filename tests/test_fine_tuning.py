@@ -1,16 +1,13 @@
 """New runs from trained weights: every source, what is kept and refused, and ids that outlive a new decoder."""
 
 import json
-import runpy
 import shlex
-import sys
 
 import pytest
 import torch
 from conftest import ROOT, TINY, open_gates, run_command
-from PIL import ImageFont
 from test_checkpoint import release_file
-from test_docs import commands
+from test_docs import commands, run_script, write_fonts
 
 import flowmo
 from flowmo import Config, FlowMo
@@ -266,10 +263,7 @@ def test_a_training_checkpoint_goes_on(base, train, tmp_path):
 
 def test_the_guide_as_printed(tiny_model, tmp_path, monkeypatch, capsys):
     """With a tiny model for nano, small images in Pillow's own font, and two steps."""
-    fonts = tmp_path / "fonts"
-    fonts.mkdir()
-    for name in ("DejaVuSans", "FreeSans"):
-        (fonts / f"{name}.ttf").write_bytes(ImageFont.load_default(12).font_bytes)
+    fonts = write_fonts(tmp_path / "fonts")
     monkeypatch.chdir(tmp_path)
     less = {
         "python": ("--fonts", fonts, "--side", "32", "--train", "4", "--held-out", "2"),
@@ -287,10 +281,9 @@ def test_the_guide_as_printed(tiny_model, tmp_path, monkeypatch, capsys):
         words = [str(tiny_model) if word == "nano" else word for word in words]
         if start == "flowmo evaluate" and "--model" not in words:
             words += ["--model", str(tiny_model)]
-        words += map(str, less.get(start, ()))
+        words += less.get(start, ())
         if start == "python":
-            monkeypatch.setattr(sys, "argv", words[1:])
-            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+            run_script(monkeypatch, *words[1:])
         else:
             status, _, err = run_command(capsys, *words[1:])
             assert status == 0, err
