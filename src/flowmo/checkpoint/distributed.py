@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.pth import CountingUnpickler
+from flowmo.checkpoint.run_folder import TABLE
 from flowmo.errors import one_line
 
-TABLE = ".metadata"
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": (
         "BytesStorageMetadata",
@@ -76,10 +76,6 @@ class _Reader(FileSystemReader):
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
-
-
-def is_sharded(path: Path) -> bool:
-    return (path / TABLE).is_file()
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:

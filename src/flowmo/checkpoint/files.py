@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from flowmo.checkpoint import CheckpointError, eight_bit, hub, run_folder
-from flowmo.checkpoint import distributed as sharded
 from flowmo.checkpoint.authors import convert_release, is_release, release_config
 from flowmo.checkpoint.pth import read_pth
 from flowmo.config import PRESETS, Config, ConfigError
@@ -50,9 +49,9 @@ def find(source: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(source)
-    if path.is_dir() and not sharded.is_sharded(path):
+    if path.is_dir() and not run_folder.is_sharded(path):
         path = run_folder.best_checkpoint(path) or path / hub.MODEL_FILE
-    if path.is_file() or sharded.is_sharded(path):
+    if path.is_file() or run_folder.is_sharded(path):
         return path
     name = str(source)
     if name in PRESETS:
@@ -118,6 +117,8 @@ def is_training_checkpoint(path: Path) -> bool:
 
 def read_shards(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read metadata and weights of a sharded training checkpoint."""
+    from flowmo.checkpoint import distributed as sharded  # takes as long to import as half of PyTorch
+
     try:
         metadata = json.loads((path / "run.json").read_text(encoding="utf-8"))
         Config.from_dict(metadata["config"])

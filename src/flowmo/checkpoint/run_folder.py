@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flowmo.checkpoint.distributed import is_sharded
-
 CHECKPOINTS = "checkpoints"
 SETTINGS = "config.json"
 ENDED = "ended"
 """File that exists once a run has reached its end, until it is resumed."""
 BEST = "best"
 """File with the step of the best checkpoint by ``trainer.best_metric``."""
+TABLE = ".metadata"
+"""File that only a sharded checkpoint has."""
+
+
+def is_sharded(path: Path) -> bool:
+    return (path / TABLE).is_file()
 
 
 def listing(folder: Path) -> list[Path]:

@@ -15,8 +15,8 @@ import torch
 
 import flowmo
 from flowmo.checkpoint import files as checkpoint
-from flowmo.checkpoint.distributed import is_sharded
 from flowmo.checkpoint.pth import read_pth
+from flowmo.checkpoint.run_folder import is_sharded
 from flowmo.cli.options import load, prepare
 from flowmo.cli.output import Progress, UsageError, check_outputs, require
 from flowmo.codec.file import Codec, find_context

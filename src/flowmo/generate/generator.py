@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.checkpoint import CheckpointError
-from flowmo.checkpoint.distributed import is_sharded
 from flowmo.checkpoint.eight_bit import expand, stored
 from flowmo.checkpoint.files import GENERATOR as STAGE
 from flowmo.checkpoint.files import fill, read_shards, write_whole
 from flowmo.checkpoint.pth import read_pth
+from flowmo.checkpoint.run_folder import is_sharded
 from flowmo.config import Config, ConfigError, GeneratorConfig
 from flowmo.data.tokens import Vocabulary
 from flowmo.errors import one_line
