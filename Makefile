@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
+# Python compiles what it imports, once. pip would compile every file of every package.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test stress coverage lint format docs lock audit clean
@@ -15,12 +18,12 @@ help:  ## this list
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "FlowMo needs Python 3.11 or newer, not " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . $(TORCH)
+	$(PIP_INSTALL) $(TORCH)
+	$(PIP_INSTALL) --editable . $(TORCH)
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $(TORCH)
+	$(PIP_INSTALL) --editable '.[dev]' $(TORCH)
 	touch $@
 
 demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and back
@@ -28,7 +31,7 @@ demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and 
 
 # A process a core with a thread each: the tests' own processes and networks are small.
 test: $(VENV)/dev lint  ## style, types and the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore=tests/stress
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --ignore=tests/stress
 
 stress: $(VENV)/dev  ## kills, load and fuzzing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/stress
@@ -49,14 +52,14 @@ format: $(VENV)/dev  ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 lock: $(VENV)/dev  ## exact versions with hashes, see docs/licences.md
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(PIP_INSTALL) uv
 	(sed -n '/^#/p' requirements-dev.txt; echo "$(TORCH)" | $(BIN)/uv pip compile pyproject.toml --extra dev \
 		--constraint - --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28) > requirements-dev.new
 	mv requirements-dev.new requirements-dev.txt
 
 audit: $(VENV)/base  ## known vulnerabilities of what is locked, where they can be looked up
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	-$(PIP_INSTALL) pip-audit
 	$(BIN)/python tests/audit.py
 
 docs: $(VENV)/dev  ## the site, in docs/_build
