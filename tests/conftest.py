@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,11 @@ from PIL import Image
 from flowmo import Config, FlowMo, save
 from flowmo.cli import main
 from flowmo.model.torchvision_import import before_importing
+from flowmo.train.cost import Memory
+from flowmo.train.generator import GeneratorTask
+from flowmo.train.tokenizer import TokenizerTask
+from flowmo.train.trainer import Trainer
+from flowmo.web.export import export
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -90,6 +98,14 @@ def write_language_model(path: Path, **shape: int) -> None:
     transformers.Qwen2ForCausalLM(config).save_pretrained(path)
 
 
+LONGEST = ("test_docs.py", "test_distributed.py", "test_page.py", "test_export.py", "test_runs.py", "test_reproduce.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start files with long tests first, or one worker would end with them alone."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture
 def plots() -> None:
     """Let training draw its curves; a test asks for this where it looks at them."""
@@ -100,6 +116,46 @@ def no_plots(request, monkeypatch) -> None:
     """Training draws nothing otherwise, because Matplotlib takes longer than a tiny run."""
     if "plots" not in request.fixturenames:
         monkeypatch.setattr("flowmo.train.trainer.draw", lambda folder, best: None)
+
+
+STAND_INS = {
+    (Trainer, "_utilisation"): lambda run, rate: 0.0,
+    (TokenizerTask, "memory"): lambda task: Memory(0, 1.0),
+    (GeneratorTask, "memory"): lambda task: Memory(0, 1.0),
+}
+FORECASTS = {(owner, name): getattr(owner, name) for owner, name in STAND_INS}
+
+
+def forecast_nothing() -> None:
+    """Let runs take every batch to fit, and leave out how busy they keep the device."""
+    for (owner, name), stand_in in STAND_INS.items():
+        setattr(owner, name, stand_in)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_forecasts() -> None:
+    """Runs do not forecast their cost, because that takes longer than training a tiny model."""
+    forecast_nothing()
+
+
+@pytest.fixture
+def forecasts(monkeypatch) -> None:
+    """Let runs forecast their cost; a test asks for this where it looks at the forecast."""
+    for (owner, name), forecast in FORECASTS.items():
+        monkeypatch.setattr(owner, name, forecast)
+
+
+@pytest.fixture
+def compile_by(monkeypatch) -> Iterator[Callable[[Any], None]]:
+    """Set the backend of ``Module.compile``, which is otherwise Inductor and takes a minute of g++."""
+    compile_module = torch.nn.Module.compile
+
+    def use(backend):
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
+
+    yield use
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -118,6 +174,26 @@ def native() -> FlowMo:
     """A tokenizer of native size and variable rate: four planes of 9 bits."""
     torch.manual_seed(0)
     return FlowMo(Config.from_dict(TINY_NATIVE)).eval().requires_grad_(False)
+
+
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the first of several workers makes, and that no test may change."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / name).exists():
+            make(root / f"{name}.partial")
+            (root / f"{name}.partial").rename(root / name)
+    return root / name
+
+
+@pytest.fixture
+def exported(native, tmp_path_factory) -> tuple[FlowMo, Path]:
+    """The tokenizer of native size with all its parts at work, and the folder of its ONNX files of 16 bits."""
+    pytest.importorskip("onnxscript")
+    open_gates(native).half().float()
+    return native, make_once(tmp_path_factory, "exported", lambda folder: export(native, folder))
 
 
 @pytest.fixture

@@ -1,16 +1,24 @@
-"""Started by ``torchrun`` in the tests: trains one run after another, as a JSON list of (name, settings) says."""
+"""Trains one run after another, in every rank, as a JSON list of (name, settings) says. A script for ``torchrun``."""
 
 import json
 import sys
 from pathlib import Path
 
+from conftest import forecast_nothing
+
 from flowmo import Config
 from flowmo.distributed import join
 from flowmo.train import trainer
 
-base, runs, results = (Path(word) for word in sys.argv[1:])
-trainer.draw = lambda folder, best: None  # longer than a tiny run
-with join("cpu", group=True) as world:
-    for name, settings in json.loads(runs.read_text()):
-        config = Config.from_yaml(base).override(*settings)
-        trainer.Trainer(config, results / name, world, report=lambda line: None).train()
+
+def train_all(base: Path, runs: Path, results: Path) -> None:
+    trainer.draw = lambda folder, best: None  # longer than a tiny run
+    with join("cpu", group=True) as world:
+        for name, settings in json.loads(runs.read_text()):
+            config = Config.from_yaml(base).override(*settings)
+            trainer.Trainer(config, results / name, world, report=lambda line: None).train()
+
+
+if __name__ == "__main__":
+    forecast_nothing()
+    train_all(*(Path(word) for word in sys.argv[1:]))

@@ -131,7 +131,7 @@ def test_convert(capsys, tmp_path, weights, tiny):
     assert flowmo.load(target).config == tiny.config
 
 
-def test_train_then_evaluate(capsys, tmp_path, picture_files, tiny_config):
+def test_train_then_evaluate(capsys, tmp_path, picture_files, tiny_config, forecasts):
     settings = tmp_path / "tiny.yaml"
     settings.write_text(tiny_config.to_json())  # JSON is YAML
     folder = picture_files[0].parent
@@ -144,6 +144,8 @@ def test_train_then_evaluate(capsys, tmp_path, picture_files, tiny_config):
     assert (status, err) == (0, "")
     assert "step 2  4 images (100.0%)" in out
     assert "images/s" in out
+    lines = (tmp_path / "results" / "t" / "metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(lines[0])["flop_utilisation"] < 1
     trained = tmp_path / "results" / "t" / "checkpoints" / "00000002.pth"
     assert f"Model:       {trained}\nSee it:      flowmo reconstruct PICTURE --model {trained}\n" in out
     status, out, _ = run(

@@ -135,9 +135,10 @@ def test_on_a_terminal(tmp_path, weights, photo, term, counts):
     assert (b"a.flowmo 3/6" in said or b"a.flowmo 6/6" in said) == counts
     assert (b"\033" in said) == counts
     assert re.search(rb"\033\[[\d;]*m", said) is None
-    status, said = shown("--steps", "1", "-o", "-")
-    assert status == 2
-    assert b"is a terminal" in said
+    if not counts:
+        status, said = shown("--steps", "1", "-o", "-")
+        assert status == 2
+        assert b"is a terminal" in said
 
 
 def test_a_reader_that_goes_away(weights, photo):

@@ -6,11 +6,11 @@ What is put right in them: two line continuations that are missing, and "..." fo
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import SHARED, TINY, write_language_model
+from ranks import command as flowmo_command
+from ranks import run_ranks
 from test_checkpoint import release_file
 
 from flowmo import Config, load
@@ -108,6 +108,7 @@ def make_tiny(steps, batch=2):
         "data.imagenet_train_tar=ILSVRC2012_img_train.tar",
         "data.imagenet_train_index=imagenet_train_index_overall.json",
         *("trainer.tensorboard=false", "trainer.sample_every=0", f"data.global_batch_size={batch}"),
+        "eval.sampling.sample_steps=2",
         f"trainer.max_steps={steps}",
         *([] if WEIGHTS.is_dir() else ["opt.lpips_weight=0"]),
     ]
@@ -115,7 +116,7 @@ def make_tiny(steps, batch=2):
 
 @pytest.fixture
 def run(workspace, monkeypatch, capsys):
-    """Function that runs a command as a shell would read it, in this process, or with torchrun in two."""
+    """Function that runs a command as a shell would read it, in this process or as two ranks."""
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("FLOWMO_WEIGHTS", str(WEIGHTS))
 
@@ -129,10 +130,8 @@ def run(workspace, monkeypatch, capsys):
         if not two_processes:
             assert main([words[module + 1].removeprefix("flowmo."), *rest]) == 0, capsys.readouterr().err
             return capsys.readouterr().out
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        done = subprocess.run([*torchrun, "-m", words[module + 1], *rest], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, [line for line in done.stderr.splitlines() if "flowmo" in line or "rror" in line]
-        return done.stdout
+        run_ranks(flowmo_command, [words[module + 1].removeprefix("flowmo."), *rest], workspace / "printed")
+        return (workspace / "printed").read_text()
 
     return run
 

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -13,10 +10,12 @@ import pytest
 import torch
 from conftest import PICTURES, run_command
 from PIL import Image
+from ranks import run_ranks
 
 from flowmo import save
 from flowmo.codec.file import Codec
 from flowmo.data import open_source
+from flowmo.distributed import join
 from flowmo.evaluate import measurement, reconstruction
 from flowmo.evaluate.codecs import CodecReconstructor
 from flowmo.evaluate.measurement import COLUMNS, Measurement
@@ -243,24 +242,18 @@ def test_a_kill_between_writing_the_whole_and_removing_its_parts(source, tmp_pat
     same(whole, measure(Blur(), source, 64, evaluators, folder=tmp_path))
 
 
+def measure_as_rank(folder):
+    with join() as world:
+        evaluators = Evaluators(features=Colours())
+        measured = measure(Blur(), open_source(PICTURES), 64, evaluators, batch_size=2, world=world)
+        torch.save(measured.state(), folder / str(world.rank))
+
+
 def test_two_processes_give_what_one_gives(source, tmp_path):
-    program = tmp_path / "run.py"
-    program.write_text(
-        "import sys, torch\n"
-        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        "from test_evaluation import Blur, Colours, Evaluators, PICTURES, measure, open_source\n"
-        "from flowmo.distributed import join\n"
-        "with join() as world:\n"
-        "    evaluators = Evaluators(features=Colours())\n"
-        "    m = measure(Blur(), open_source(PICTURES), 64, evaluators, batch_size=2, world=world)\n"
-        "    torch.save(m.state(), sys.argv[1] + str(world.rank))\n"
-    )
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*words, program, tmp_path / "m"], check=True, env=environment, capture_output=True)
+    run_ranks(measure_as_rank, tmp_path)
     whole = measure(Blur(), source, 64, Evaluators(features=Colours()))
     for rank in "01":
-        same(whole, Measurement.from_state(torch.load(tmp_path / f"m{rank}", weights_only=True)))
+        same(whole, Measurement.from_state(torch.load(tmp_path / rank, weights_only=True)))
 
 
 def test_remembered_features_are_the_same(source):

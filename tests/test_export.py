@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import open_gates, run_command
+from conftest import run_command
 
 from flowmo import FlowMo
-from flowmo.web.export import NOT_SENT, ExportError, export, graphs
+from flowmo.web.export import NOT_SENT, ExportError, graphs
 
 
 def session(path):
@@ -55,14 +55,10 @@ def same(tokenizer, folder, images, ids_sent=None):
     assert np.abs(decoded - expected.numpy()).max() < 1e-3
 
 
-def test_onnx_of_any_size(native, tmp_path):
+def test_onnx_of_any_size(exported):
     """Sizes below, at and beyond a window of 4 cells, and prefixes of the sub-tokens; weights of 16 bits."""
-    pytest.importorskip("onnxscript")
-    open_gates(native)
-    native.half().float()
-    export(native, tmp_path)
     for rows, columns, batch, sent in ((1, 1, 1, None), (4, 8, 2, 1), (5, 3, 1, 2), (9, 6, 1, None)):
-        same(native, tmp_path, torch.rand(batch, 3, 16 * rows, 16 * columns) * 2 - 1, sent)
+        same(*exported, torch.rand(batch, 3, 16 * rows, 16 * columns) * 2 - 1, sent)
 
 
 def test_what_cannot_be_exported(tiny_config, tiny, tmp_path, capsys):

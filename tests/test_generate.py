@@ -4,17 +4,17 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, ROOT, open_gates, run_command
+from conftest import CLASSES, open_gates, run_command
 from PIL import Image
+from ranks import command as flowmo_command
+from ranks import run_ranks
+from several_runs import train_all
 from test_train import HostReads
 
 from flowmo import Config, FlowMo, load, save
@@ -638,18 +638,14 @@ def test_passes_give_the_same_losses(config, tmp_path):
 
 
 def test_two_processes_give_the_same_losses(config, tmp_path):
-    """Under torchrun, by DDP and by FSDP, and their checkpoints open."""
+    """By DDP and by FSDP, and their checkpoints open."""
     config = config.override("generator.dropout=0")
     one = Trainer(config, tmp_path / "one", report=quiet)
     one.train()
     (tmp_path / "base.yaml").write_text(config.to_json())
     parallels = ("ddp", "fsdp")
     (tmp_path / "runs.json").write_text(json.dumps([(name, [f"trainer.parallel={name}"]) for name in parallels]))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += [ROOT / "tests" / "several_runs.py", tmp_path / "base.yaml", tmp_path / "runs.json", tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_ranks(train_all, tmp_path / "base.yaml", tmp_path / "runs.json", tmp_path)
     ids = torch.zeros(1, 6, 2, dtype=torch.int64)
     expected = load_generator(one.checkpoints()[-1]).log_prob(ids)
     for name in parallels:
@@ -673,7 +669,7 @@ def test_resumed_run_ends_like_an_unbroken_one(config, tmp_path, change):
     assert all(torch.equal(value, expected[name]) for name, value in final_weights(rest).items())
 
 
-def test_held_out_tokens_judge_and_samples_are_shown(config, tokens, tokenizer, tmp_path):
+def test_held_out_tokens_judge_and_samples_are_shown(config, tokens, tokenizer, tmp_path, forecasts):
     save(tokenizer, tmp_path / "tiny.safetensors")
     lines = []
     named = [
@@ -832,9 +828,8 @@ def test_the_commands(class_folder, tokenizer, trained, tmp_path, capsys):
     ):
         assert command(*base, "--out", out, *words, "--force") == 2
         assert message in capsys.readouterr().err
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words += ["-m", "flowmo.generate", *base[1:], "--count", 5, "--out", tmp_path / "by_two.npz"]
-    subprocess.run([str(word) for word in words], check=True, capture_output=True, timeout=300)
+    words = [*base, "--count", 5, "--out", tmp_path / "by_two.npz"]
+    run_ranks(flowmo_command, [str(word) for word in words], tmp_path / "printed")
     assert (np.load(tmp_path / "by_two.npz")["arr_0"] == pictures).all(), "the same pictures from two processes"
     assert command("generate", generator, "--model", "nano") == 2
     assert "Name the right one with --model" in capsys.readouterr().err

@@ -171,12 +171,11 @@ def test_push_and_load(fake_hub, tiny, tiny_model, tmp_path):
     words += [f"data.train={PICTURES}", "data.num_workers=0", "data.batch_size=1", "data.max_microbatch=1"]
     words += ["trainer.duration=1 step", "opt.lpips_weight=0", "model.train=decoder"]
     code = "import flowmo; from flowmo.cli import main; print(flowmo.load('someone/flowmo').identity()); "
-    done = python(f"{code} main({words})", tmp_path / "other", **there)
+    done = python(f"{code} main({words}); flowmo.load('someone/unknown')", tmp_path / "other", **there)
     assert done.stdout.splitlines()[0] == tiny.identity(), done.stderr
     assert "starts a new run from the weights of" in done.stdout, done.stderr
     assert flowmo.load(tmp_path / "my_experiment").identity() == tiny.identity()
-    code = "import flowmo; flowmo.load('someone/unknown')"
-    last = python(code, tmp_path / "other", **there).stderr.strip().splitlines()[-1]
+    last = done.stderr.strip().splitlines()[-1]
     assert "CheckpointError: someone/unknown is not a folder, and the Hub did not deliver it" in last
     handler.refuse = True
     code = f"import sys; from flowmo.cli import main; sys.exit(main(['push', {str(tiny_model)!r}, 'someone/flowmo']))"

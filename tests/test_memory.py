@@ -34,7 +34,7 @@ def test_freed_memory_is_kept():
         words = [sys.executable, "-c", FAULTS, word]
         return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
-    assert min(faults("keep") for _ in range(3)) < 100, "a busy system may take them back once"
+    assert any(faults("keep") < 100 for _ in range(3)), "a busy system may take them back once"
     assert faults("give back") > 100
 
 
@@ -75,6 +75,7 @@ def test_the_limit_of_a_container_is_the_machines_memory(groups, files, expected
     assert machine_memory(tmp_path) == expected
 
 
+@pytest.mark.usefixtures("forecasts")
 def test_a_run_plans_with_the_limit(monkeypatch, tiny_config, tmp_path, class_folder):
     """The micro-batch of a run without one shrinks with the memory of the container."""
     settings = (f"data.train={class_folder}", "data.batch_size=64", "opt.lpips_weight=0", "data.num_workers=0")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import open_gates
 from conftest import run_command as run
 from PIL import Image
 from torch import nn
@@ -89,19 +87,6 @@ def test_packed_commands(capsys, tiny_model, photo, tmp_path):
     code, _, error = run(capsys, "bench", "--model", tiny_model, "--pack", "--bfloat16")
     assert code == 2
     assert error == "flowmo: Packed weights are float32. Leave out --pack or --precision bfloat16.\n"
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled(tiny_config, images):
-    """Without guidance, which would compile the decoder for another batch."""
-    torch.manual_seed(0)
-    tokenizer = open_gates(FlowMo(tiny_config.override("model.enc_depth=1", "model.dec_depth=1"))).eval()
-    torch.manual_seed(1)
-    code, pictures = results(tokenizer, images, guidance=1.0)
-    torch.manual_seed(1)
-    compiled_code, compiled_pictures = results(tokenizer.pack().compile(), images, guidance=1.0)
-    torch.testing.assert_close(compiled_code, code, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(compiled_pictures, pictures, rtol=0, atol=TOLERANCE)
 
 
 def test_compiling_needs_a_compiler(tokenizer, monkeypatch):

@@ -244,19 +244,6 @@ def test_checkpointing_of_blocks_in_a_chain(tiny_config):
         config.override(on, "trainer.checkpoint_keeps=products")
 
 
-@pytest.fixture
-def compile_by(monkeypatch):
-    """Set the backend of ``Module.compile``, which is otherwise Inductor and takes a minute of g++."""
-    compile_module = torch.nn.Module.compile
-
-    def use(backend):
-        torch._dynamo.reset()
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=backend))
-
-    yield use
-    torch._dynamo.reset()
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("keeps", KEPT)
 def test_blocks_compile_whatever_checkpointing_keeps(tiny_config, images, compile_by, keeps):
@@ -275,45 +262,6 @@ def test_blocks_compile_whatever_checkpointing_keeps(tiny_config, images, compil
     prepare(Stage(tokenizer, config.opt), World(), config.trainer)
     torch.testing.assert_close(code_and_gradient(), expected, rtol=1e-5, atol=1e-5)
     assert counters["stats"]["unique_graphs"] > 0
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.parametrize(("network", "checkpointing"), [("double_stream", True), ("windowed", False)])
-def test_compiled_blocks_never_fall_back_to_eager(tiny_config, compile_by, network, checkpointing):
-    """Over a change of stages, image sizes and a short last batch; and once all is compiled, nothing is again."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compile_by(backend)
-    config = tiny_config if network == "double_stream" else Config.from_dict(TINY_NATIVE)
-    on = "trainer.compile=true", f"trainer.activation_checkpointing={str(checkpointing).lower()}"
-    config = config.override(
-        *on, "opt.lpips_weight=1", "model.posttrain_sample_k=2", "model.enc_depth=1", "model.dec_depth=2"
-    )
-    tokenizer = FlowMo(config)
-    stages = [
-        prepare(Stage(tokenizer, config.opt, distance), World(), config.trainer),
-        Stage(FlowMo(config.override("model.posttrain_sample=true")), config.opt, distance),
-    ]
-    stages[1].tokenizer.load_state_dict(tokenizer.state_dict())
-    prepare(stages[1], World(), config.trainer)
-
-    def sequence() -> None:
-        for stage, frozen in ((stages[0], False), (stages[0], True), (stages[1], True)):
-            stage.tokenizer.encoder.requires_grad_(not frozen)
-            for batch, height, width in ((4, 64, 64), (3, 64, 64), (4, 32, 64)):
-                images = torch.rand(batch, 3, height, width) * 2 - 1
-                draws = TrainingNoise.of(stage.tokenizer.config, images, range(batch))
-                stage(images, draws, freeze_encoder=frozen).total.backward()
-
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        sequence()
-        compiled = len(graphs)
-        sequence()
-    assert 0 < compiled == len(graphs) <= 30
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])

@@ -1,4 +1,7 @@
-"""Training through Inductor, which compiles some dozens of C++ files. Other tests of compiled blocks stop before it."""
+"""Compiled networks: through Inductor, which compiles dozens of C++ files, and traced at many sizes.
+
+Each takes 15 seconds to minutes. ``tests/test_train_plan.py`` compiles blocks without Inductor.
+"""
 
 import json
 import os
@@ -7,9 +10,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PICTURES
+import torch
+from conftest import PICTURES, TINY_NATIVE, open_gates
+from test_packed import TOLERANCE, results
+from test_train_plan import distance
 
-from flowmo import Config
+from flowmo import Config, FlowMo
+from flowmo.distributed import World
+from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.stages import Stage
+from flowmo.train.parallel import prepare
 from flowmo.train.trainer import Trainer
 
 
@@ -33,3 +43,55 @@ def test_compiled_blocks_train_alike(tiny_config: Config, tmp_path):
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("eager", "compiled")]
     eager, compiled = ([json.loads(line)["loss"] for line in each] for each in lines)
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_packed_and_compiled(tiny_config, images):
+    """Without guidance, which would compile the decoder for another batch."""
+    torch.manual_seed(0)
+    tokenizer = open_gates(FlowMo(tiny_config.override("model.enc_depth=1", "model.dec_depth=1"))).eval()
+    torch.manual_seed(1)
+    code, pictures = results(tokenizer, images, guidance=1.0)
+    torch.manual_seed(1)
+    compiled_code, compiled_pictures = results(tokenizer.pack().compile(), images, guidance=1.0)
+    torch.testing.assert_close(compiled_code, code, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(compiled_pictures, pictures, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize(("network", "checkpointing"), [("double_stream", True), ("windowed", False)])
+def test_compiled_blocks_never_fall_back_to_eager(tiny_config, compile_by, network, checkpointing):
+    """Over a change of stages, image sizes and a short last batch; and once all is compiled, nothing is again."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_by(backend)
+    config = tiny_config if network == "double_stream" else Config.from_dict(TINY_NATIVE)
+    on = "trainer.compile=true", f"trainer.activation_checkpointing={str(checkpointing).lower()}"
+    config = config.override(
+        *on, "opt.lpips_weight=1", "model.posttrain_sample_k=2", "model.enc_depth=1", "model.dec_depth=2"
+    )
+    tokenizer = FlowMo(config)
+    stages = [
+        prepare(Stage(tokenizer, config.opt, distance), World(), config.trainer),
+        Stage(FlowMo(config.override("model.posttrain_sample=true")), config.opt, distance),
+    ]
+    stages[1].tokenizer.load_state_dict(tokenizer.state_dict())
+    prepare(stages[1], World(), config.trainer)
+
+    def sequence() -> None:
+        for stage, frozen in ((stages[0], False), (stages[0], True), (stages[1], True)):
+            stage.tokenizer.encoder.requires_grad_(not frozen)
+            for batch, height, width in ((4, 64, 64), (3, 64, 64), (4, 32, 64)):
+                images = torch.rand(batch, 3, height, width) * 2 - 1
+                draws = TrainingNoise.of(stage.tokenizer.config, images, range(batch))
+                stage(images, draws, freeze_encoder=frozen).total.backward()
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        sequence()
+        compiled = len(graphs)
+        sequence()
+    assert 0 < compiled == len(graphs) <= 30
