@@ -121,8 +121,9 @@ def test_info_of_training(capsys):
         found["training_images"] * found[f"tflop_per_image{part}"] / 1e6 for part in ("", "_encoder_frozen")
     )
     assert 0.95 * frozen < found["exaflop_of_the_run"] < whole
-    assert found["gib_with_activation_checkpointing"] < found["gib_of_activations_per_image"]
-    assert found["gib_of_state"] == pytest.approx(5 * 4 * 17.79e6 / 2**30, abs=0.01)
+    assert found["gib_with_activation_checkpointing"] < found["gib_of_activations_per_image"] / 3
+    parameters = sum(p.numel() for p in flowmo.load("nano").parameters())
+    assert found["gib_of_state"] == round(5 * 4 * parameters / 2**30, 2)
 
 
 def test_convert(capsys, tmp_path, weights, tiny):

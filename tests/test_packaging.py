@@ -42,6 +42,7 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
         "assert Path(flowmo.__file__).is_relative_to(sys.argv[1]), flowmo.__file__\n"
         "assert main(['encode', sys.argv[2], 'cat.flowmo', '--fit', 'crop']) == 0\n"
         "assert main(['decode', 'cat.flowmo', 'cat.png']) == 0\n"
+        "assert not {'torch._dynamo', 'torch.distributed.checkpoint'} & {*sys.modules}, 'they import slowly'\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(wheel)}
     words = [sys.executable, "-c", code, str(wheel), str(PICTURES / "cat.jpg")]

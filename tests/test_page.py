@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import open_gates
 from PIL import Image
 
 from flowmo import FlowMo, preset
@@ -309,10 +310,13 @@ def test_static_page_of_native_size(page, exported, runtime, tmp_path, photo, mo
     assert "70 × 50" in page.open(photo)[0]
 
 
-def test_static_page_in_tiles(page, tiny, runtime, tmp_path, photo):
+def test_static_page_in_tiles(page, tiny_config, runtime, tmp_path, photo):
     """A guided tokenizer of fixed size with several steps: tiles, the central square, samples and edited ids."""
     pytest.importorskip("onnxscript")
-    tiny.config.eval.sampling.__dict__.update(sample_steps=2, guidance_high=1.0)
+    torch.manual_seed(0)
+    shallow = ("model.enc_depth=1", "model.dec_depth=1")
+    sampling = ("eval.sampling.sample_steps=2", "eval.sampling.guidance_high=1")
+    tiny = open_gates(FlowMo(tiny_config.override(*shallow, *sampling))).eval().requires_grad_(False)
     export(tiny, tmp_path / "site", "page", "tiny", "float32", runtime)
     with static(tmp_path / "site") as address:
         page.visit(address)

@@ -293,7 +293,7 @@ class Encoder(nn.Module):
         self.code_length = code_length
         self.picture_in = nn.Linear(shape.values, shape.width)
         # The paper feeds zeros through a linear layer; only its bias can act.
-        self.code_embedding = nn.Parameter(torch.empty(shape.width).uniform_(-1, 1) / math.sqrt(channels))
+        self.code_embedding = nn.Parameter(torch.empty(shape.width).uniform_(-1, 1).div_(math.sqrt(channels)))
         self.blocks = nn.ModuleList(
             DoubleStreamBlock(shape, modulated=False, image_read=i < shape.depth - 1) for i in range(shape.depth)
         )
