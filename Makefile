@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stress coverage lint format docs lock audit clean
+.PHONY: help demo test stress coverage lint format docs lock audit release clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -64,6 +64,10 @@ audit: $(VENV)/base  ## known vulnerabilities of what is locked, where they can 
 
 docs: $(VENV)/dev  ## the site, in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
+
+PYTHONS ?= python3.11 python3.12 python3.13
+release:  ## wheel and source archive in dist/, tried in clean environments of PYTHONS
+	$(PYTHON) tests/release.py $(TORCH) $(PYTHONS)
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) demo docs/_build build dist src/*.egg-info

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from flowmo.images.pixels import read_tensor
     from flowmo.tokenizer import Codes, FlowMo, load, save
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CheckpointError",
     "Codes",
