@@ -296,7 +296,29 @@ def test_what_is_written_is_read(pixels, tmp_path):
             assert np.allclose(np.squeeze(np.load(path)), np.squeeze(values.transpose(1, 2, 0)), atol=1e-5)
 
 
+def test_formats_that_would_cut_values(tmp_path, capsys, picture):
+    """Pillow clips 16-bit and floating-point grey to 8 bits where a format has no more."""
+    files = {8: (".jpg", ".webp", ".png", ".ppm"), 16: (".png", ".ppm"), 32: ()}
+    picture.convert("L").resize((40, 32)).save(tmp_path / "grey.png")
+    for bits, holding in files.items():
+        save(tokenizer(1, **{"data.bit_depth": bits}), tmp_path / "model.safetensors")
+        model = ("--model", tmp_path / "model.safetensors", "--force")
+        assert run_command(capsys, "encode", tmp_path / "grey.png", tmp_path / "a.flowmo", *model)[0] == 0
+        assert run_command(capsys, "decode", tmp_path / "a.flowmo", tmp_path / "a.tif", *model)[0] == 0
+        for suffix in (".jpg", ".webp", ".png", ".ppm"):
+            file = tmp_path / f"a{suffix}"
+            status, _, err = run_command(capsys, "decode", tmp_path / "a.flowmo", file, *model)
+            if suffix in holding:
+                limit = 0.1 if suffix == ".jpg" else 1 / 255
+                written, expected = (flowmo.read_tensor(path, 1) for path in (file, tmp_path / "a.tif"))
+                assert (written - expected).abs().mean() < limit, (bits, suffix)
+            else:
+                assert (status, "1 × " in err) == (2, True), err
+
+
 def test_settings_of_files():
+    with pytest.raises(ValueError, match="first value must be the smaller one"):
+        PixelFormat(1, 8, (3, 3))
     config = Config().override("data.channels=2", "data.bit_depth=16", "data.value_range=0,4095")
     assert PixelFormat.of(config) == PixelFormat(2, 16, (0, 4095), (0, 0, 0))
     assert PixelFormat.of(Config()).is_rgb

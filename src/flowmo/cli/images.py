@@ -113,6 +113,11 @@ def decode(arguments: argparse.Namespace) -> None:
     if tokenizer.pixels.suffix != ".png" and not arguments.ids:
         jobs = [(path, with_suffix_of(tokenizer.pixels, output)) for path, output in jobs]
         check_outputs([output for _, output in jobs], arguments.force)
+    pixels, written = tokenizer.pixels, [output for _, output in jobs if output not in (PIPE, Path())]
+    cut = next((output for output in written if not pixels.fits(output.suffix.lower())), None)
+    if cut:
+        depth = f"{pixels.channels} × {pixels.bits} bits a pixel"
+        raise UsageError(f"{cut}: a file of this kind does not hold {depth}. Write .tif or .npy.")
     codec = Codec(tokenizer, find_context_model(arguments, tokenizer))
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:

@@ -66,12 +66,19 @@ class PixelFormat:
         value_range: file values that become −1 and 1. ``None`` is the full range of an 8- or 16-bit type, and 0 to 1
             for floats.
         colours: channels that people and networks see as red, green and blue.
+
+    Raises:
+        ValueError: the first value of the range is not the smaller one.
     """
 
     channels: int = 3
     bits: int = 8
     value_range: tuple[float, float] | None = None
     colours: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        if self.value_range and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range {self.value_range}: the first value must be the smaller one.")
 
     @classmethod
     def of(cls, config: Config) -> PixelFormat:
@@ -87,6 +94,12 @@ class PixelFormat:
     def suffix(self) -> str:
         """Usual suffix of a file: ``.png``, or ``.tif`` where PNG has no such images."""
         return ".png" if self.is_rgb or (self.channels == 1 and self.bits < 32) else ".tif"
+
+    def fits(self, suffix: str) -> bool:
+        """True if files of this suffix hold such images at their full depth."""
+        if self.is_rgb or suffix in RAW_FORMATS:
+            return True
+        return self.channels == 1 and (self.bits == 8 or (self.bits == 16 and suffix in (".png", ".ppm")))
 
     # Read
 
