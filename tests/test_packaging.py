@@ -11,8 +11,11 @@ from importlib import metadata
 
 import pytest
 import torch
+import yaml
 from conftest import PICTURES, ROOT
 from release import TRIAL
+
+import flowmo
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,13 @@ def test_extras_by_their_short_names(wheel):
         assert set(name.split(",")) <= extras, "extras that name each other exist"
     (script,) = distribution.entry_points
     assert (script.name, script.value) == ("flowmo", "flowmo.cli:main")
+
+
+def test_one_version_and_date_in_all_files():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    assert newest == f"{flowmo.__version__}, {cited['date-released']}"
+    assert cited["version"] == flowmo.__version__
 
 
 def test_torch_hub():
