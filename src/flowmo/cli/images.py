@@ -81,7 +81,7 @@ def encode(arguments: argparse.Namespace) -> None:
         if is_code(path):
             codes, _ = read_codes(path, reader)
             if arguments.bpp is not None and codes.ids is not None:
-                most = tokenizer.sub_tokens_at(arguments.bpp, *codes.output_size)
+                most = tokenizer.sub_tokens_at(arguments.bpp, *(codes.image_size or codes.size))
                 codes = codes.coarser(min(most, codes.ids.shape[2]))
         else:
             codes = tokenizer.encode_image(read_input(path, tokenizer.pixels), arguments.fit, arguments.bpp)
