@@ -171,6 +171,17 @@ def test_a_run_without_settings_reads_and_writes_images_as_its_model_does(tmp_pa
     assert "settings that differ from the model's own: data.value_range 0,4095 -> 0,1023\n" in printed
 
 
+def test_a_model_of_any_size_is_fine_tuned_at_another(native, train, tmp_path):
+    """The number of its code tokens follows the image's area, and is no part of the model or of its identity."""
+    flowmo.save(native, tmp_path / "native.safetensors")
+    larger = ("data.image_size=96", "model.code_length=36", "model.train=decoder")
+    status, out = train("larger", "--resume-from-ckpt", tmp_path / "native.safetensors", settings=larger)
+    assert status == 0, out
+    tuned = flowmo.load(tmp_path / "results" / "larger")
+    assert tuned.config.data.image_size == 96
+    assert tuned.identity() == flowmo.load(tmp_path / "native.safetensors").identity()
+
+
 def test_weights_that_are_not_finite_are_named(base, train):
     tokenizer = flowmo.load(base)
     with torch.no_grad():

@@ -91,8 +91,14 @@ class Config(Sections):
         return "posttrain" if self.model.posttrain_sample else "pretrain"
 
     def architecture(self) -> dict[str, Any]:
-        """The tokenizer's settings that define its function. Models of different training can share them."""
-        return _architecture(self.model)
+        """The tokenizer's settings that define its function. Models of different training can share them.
+
+        A windowed network takes images of any size, so the number of its code tokens is none of them.
+        """
+        settings = _architecture(self.model)
+        if self.model.network == "windowed":
+            del settings["code_length"]
+        return settings
 
     def generator_architecture(self) -> dict[str, Any]:
         """The generator's settings that define its function."""
