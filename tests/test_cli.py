@@ -114,7 +114,7 @@ def test_info_allocates_nothing():
 
 def test_info_of_training(capsys):
     """What a run costs, by arithmetic: the paper's batch and length, and what checkpointing saves."""
-    status, out, _ = run(capsys, "info", "nano", "--training", "--json")
+    status, out, _ = run(capsys, "info", "nano", "--training", "--json", "opt.lpips_weight=0")
     assert status == 0
     found = json.loads(out)
     whole, frozen = (
