@@ -189,12 +189,10 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 @pytest.fixture
-def exported(tmp_path_factory) -> tuple[FlowMo, Path]:
-    """A tokenizer of native size whose parts all matter, and the folder of its ONNX files of 16 bits."""
+def exported(native, tmp_path_factory) -> tuple[FlowMo, Path]:
+    """The tokenizer of native size with all its parts at work, and the folder of its ONNX files of 16 bits."""
     pytest.importorskip("onnxscript")
-    torch.manual_seed(0)
-    native = open_gates(FlowMo(Config.from_dict(TINY_NATIVE).override("model.enc_depth=1"))).half().float()
-    native.eval().requires_grad_(False)
+    open_gates(native).half().float()
     return native, make_once(tmp_path_factory, "exported", lambda folder: export(native, folder))
 
 
