@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="size of the study (smoke, about a minute)")
     parser.add_argument("--data", default="", help="training images, as data.train")
     parser.add_argument("--held-out", default="", help="images to evaluate on")
-    parser.add_argument("--out", type=Path, default=Path("docs/studies"), help="folder of pages (docs/studies)")
+    parser.add_argument("--out", type=Path, default=Path("results/studies"), help="folder of pages (results/studies)")
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="folder of runs (results)")
     models = "trained tokenizers for recipes that need some: presets or files (nano)"
     parser.add_argument("--models", nargs="+", default=["nano"], metavar="MODEL", help=models)

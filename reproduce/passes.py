@@ -87,7 +87,7 @@ def rows(study: Study, metadata: Row) -> Rows:
     for seed in range(1, scale.seeds + 1):
         for arm in arms_of(scale.base):
             checkpoints = checkpoints_of(arm, seed, study)
-            for checkpoint in checkpoints:
+            for checkpoint in reversed(checkpoints):
                 last = checkpoint == checkpoints[-1]
                 ids = scale.ids if last else (scale.ids[0], scale.ids[-1])
                 passes = scale.passes if last else (1, scale.passes[-1])

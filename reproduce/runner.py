@@ -234,6 +234,7 @@ def run(recipe: Recipe, study: Study) -> None:
     if study.world.main:
         show_samples(study, rows)
         write_page(recipe, study)
+        study.report(f"Page: {study.out / study.stem}.md")
 
 
 def show_samples(study: Study, rows: Sequence[Mapping[str, Any]]) -> None:
