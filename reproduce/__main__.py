@@ -14,7 +14,7 @@ from flowmo.cli.options import choose_device
 from flowmo.cli.output import UsageError, status_of
 from flowmo.distributed import join
 from flowmo.evaluate.reconstruction import Evaluators
-from reproduce import SCALES, STUDIES, runner
+from reproduce import SCALES, STUDIES, page, runner
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
             return
         if not (arguments.data and arguments.held_out):
             raise UsageError("Name the images: --data IMAGES --held-out OTHER_IMAGES.")
+        page.subplots(1, 1, (1, 1))  # without matplotlib, end before the work
         evaluators, missing = Evaluators.find()
         print("\n".join(missing), file=sys.stderr)
         evaluators.remember = True
