@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -66,11 +67,19 @@ def test_rectangular_pictures(tiny):
     assert torch.equal(out, tiny.decode(codes.ids, steps=2, size=(16, 48)))
 
 
-def test_progress_counts_pictures(tiny, images):
-    seen = []
+def test_progress_counts_images(tiny, native, images):
+    def counted(run):
+        seen = []
+        run(progress=lambda done, total: seen.append((done, total)))
+        return seen
+
     tiny.chunk_size = 2
-    tiny.decode(tiny.encode(images), steps=1, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert counted(partial(tiny.encode, images)) == [(2, 5), (4, 5), (5, 5)]
+    assert counted(partial(tiny.decode, tiny.encode(images), steps=1)) == [(2, 5), (4, 5), (5, 5)]
+    large = torch.zeros(3, 16 * 70, 32)  # two rows of blocks
+    *_, last = rows = counted(partial(native.encode_image, large))
+    assert len(rows) > 1
+    assert last == (70, 70)
 
 
 def test_codes_know_their_rate(tiny, images):

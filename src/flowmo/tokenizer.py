@@ -464,7 +464,14 @@ class FlowMo(Packable):
 
     # Batches of images
 
-    def encode(self, images: Tensor, bits_per_pixel: float | None = None, *, differentiable: bool = False) -> Codes:
+    def encode(
+        self,
+        images: Tensor,
+        bits_per_pixel: float | None = None,
+        *,
+        differentiable: bool = False,
+        progress: Progress | None = None,
+    ) -> Codes:
         """Encode a batch of images.
 
         Args:
@@ -472,6 +479,7 @@ class FlowMo(Packable):
                 length was trained at one size, ``config.data.image_size``; ``encode_image`` brings any image to it.
             bits_per_pixel: upper bound of the rate, for a tokenizer of variable rate; ``None`` is the full rate.
             differentiable: also return ``Codes.code``, with the straight-through gradient to encoder and images.
+            progress: callback with (images done, images in total); for one image of native size, with rows of cells.
 
         Raises:
             TypeError: not a floating-point tensor.
@@ -484,7 +492,8 @@ class FlowMo(Packable):
             for chunk in self._chunks(images.to(self.device, torch.float32)):
                 with computing(self.precision, self.device):
                     if self.native_size:
-                        encoded = blocks.encode(self.encoder, chunk, self.config.model.patch_size)
+                        part = progress if len(images) == 1 else None
+                        encoded = blocks.encode(self.encoder, chunk, self.config.model.patch_size, part)
                     else:
                         encoded = self.encoder(chunk).float()
                 if differentiable and self.vocab_size is not None:
@@ -495,6 +504,8 @@ class FlowMo(Packable):
                     chunk_code, chunk_ids = self.quantizer.quantize(encoded)
                     codes.append(chunk_code)
                     ids.append(chunk_ids)
+                if progress and len(images) > 1:
+                    progress(min(len(codes) * len(chunk), len(images)), len(images))
             code = torch.cat(codes)[: len(images)]
             if kept is not None:
                 code = self.keep_prefix(code, torch.tensor([kept], device=self.device))
@@ -649,7 +660,12 @@ class FlowMo(Packable):
     # Single images of any size
 
     def encode_image(
-        self, image: Image.Image | Tensor, fit: str = "whole", bits_per_pixel: float | None = None
+        self,
+        image: Image.Image | Tensor,
+        fit: str = "whole",
+        bits_per_pixel: float | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> Codes:
         """Encode one image of any size.
 
@@ -659,7 +675,7 @@ class FlowMo(Packable):
             fit: ``whole`` (or ``tile``) keeps the whole image: at its own size if the tokenizer has native size, else
                 as overlapping tiles of the trained size. ``crop`` follows the paper's protocol: resize the short side
                 to the trained size and take the central square.
-            bits_per_pixel: as in ``encode``.
+            bits_per_pixel, progress: as in ``encode``.
 
         Raises:
             TypeError: neither a PIL image nor a tensor.
@@ -679,12 +695,12 @@ class FlowMo(Packable):
         height, width = pixels.shape[1:]
         if not self.native_size:
             tiling = Tiling(height, width, side)
-            return replace(self.encode(tiling.split(pixels), bits_per_pixel), tiling=tiling)
+            return replace(self.encode(tiling.split(pixels), bits_per_pixel, progress=progress), tiling=tiling)
         cell = self.config.model.patch_size
         padded = F.pad(pixels[None], (0, -width % cell, 0, -height % cell), mode="replicate")
         # The rate counts true pixels, not the padding.
         kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, height, width)
-        codes = replace(self.encode(padded), image_size=(height, width))
+        codes = replace(self.encode(padded, progress=progress), image_size=(height, width))
         return codes if kept is None else codes.coarser(kept)
 
     def decode_image(

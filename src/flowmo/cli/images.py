@@ -43,7 +43,8 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:
         image = read_input(path, tokenizer.pixels)
-        codes = tokenizer.encode_image(image, arguments.fit, arguments.bpp)
+        encoding = Progress("encoding") if progress else None  # with a time left of its own
+        codes = tokenizer.encode_image(image, arguments.fit, arguments.bpp, progress=encoding)
         if arguments.fit == "crop":
             image = resize_and_crop(image, tokenizer.config.data.image_size)
         decoded = tokenizer.decode_tensor(codes, **sampling(arguments), progress=progress)
@@ -84,7 +85,8 @@ def encode(arguments: argparse.Namespace) -> None:
                 most = tokenizer.sub_tokens_at(arguments.bpp, *(codes.image_size or codes.size))
                 codes = codes.coarser(min(most, codes.ids.shape[2]))
         else:
-            codes = tokenizer.encode_image(read_input(path, tokenizer.pixels), arguments.fit, arguments.bpp)
+            image = read_input(path, tokenizer.pixels)
+            codes = tokenizer.encode_image(image, arguments.fit, arguments.bpp, progress=progress)
         content = codec.pack(codes)
         write(output, content)
         height, width = codes.output_size

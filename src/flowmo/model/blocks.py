@@ -51,7 +51,12 @@ def ramp(span: Span, cells: int, cell: int) -> Tensor:
     return weight.clamp(0, 1)
 
 
-def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, cell: int) -> Tensor:
+def encode(
+    encoder: Callable[[Tensor], Tensor],
+    images: Tensor,
+    cell: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
     """Encode images b × c × h × w in blocks: float32 b × tokens × channels."""
     rows, columns = images.shape[-2] // cell, images.shape[-1] // cell
     lines = []
@@ -63,6 +68,8 @@ def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, cell: int) -> Te
             top, left = down.first - down.start, across.first - across.start
             line.append(code[:, top : top + down.last - down.first, left : left + across.last - across.first])
         lines.append(torch.cat(line, dim=2))
+        if progress:
+            progress(down.last, rows)
     return torch.cat(lines, dim=1).flatten(1, 2)
 
 
