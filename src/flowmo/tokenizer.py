@@ -555,7 +555,7 @@ class FlowMo(Packable):
         if not 0 <= noise_scale < math.inf:
             raise ValueError(f"noise_scale {noise_scale} must be finite and at least 0.")
         code, height, width = self._code_and_size(codes, size)
-        # arrays and tensors are no Sequence; those of no dimension are one seed
+        # An array or tensor is not a Sequence. Without dimensions it is one seed.
         several = isinstance(seed, Sequence) or getattr(seed, "ndim", False)
         seeds: list[Any] = list(cast(Sequence[int], seed)) if several else [seed] * len(code)
         if len(seeds) != len(code):
