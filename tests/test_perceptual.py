@@ -130,6 +130,14 @@ def test_distances_by_the_name_of_the_setting(trained_weights, resnet):
     assert build_distance("resnet", trained_weights).name == resnet.name
 
 
+def test_mean_of_both_networks(trained_weights, pair):
+    vgg, alex, both = (build_distance(mode, trained_weights, True, (0,)) for mode in ("vgg", "alex", "vgg+alex"))
+    x, y = (image[:, :1] for image in pair)
+    torch.testing.assert_close(both(x, y), (vgg(x, y) + alex(x, y)) / 2)
+    assert both.name == "mean of LPIPS (vgg) and LPIPS (alex)"
+    assert not any(p.requires_grad for p in both.parameters())
+
+
 def test_unknown_network():
     with pytest.raises(ValueError, match="vgg or alex"):
         LPIPS("resnet")

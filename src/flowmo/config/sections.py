@@ -164,7 +164,9 @@ class OptConfig(Section, path="opt"):
     anchor: float = setting(0.0, "share of the training timesteps at exactly t = 1", between(0, 1))
     loss_space: str = setting("velocity", "error that the flow loss squares", one_of(*PREDICTIONS))
     lpips_weight: float = setting(0.1, "weight of the perceptual loss; 0 disables", at_least(0))
-    lpips_mode: str = setting("vgg", "perceptual loss: LPIPS or the logits of resnet", one_of("vgg", "alex", "resnet"))
+    lpips_mode: str = setting(
+        "vgg", "perceptual loss: LPIPS or the logits of resnet", one_of("vgg", "alex", "vgg+alex", "resnet")
+    )
     perceptual_channels: str = setting(
         "", "three channels for LPIPS and rFID, or one for all three; empty is 0,1,2, or 0 below three", CHANNELS
     )

@@ -64,15 +64,17 @@ class WeightsNotFoundError(FlowMoError, FileNotFoundError):
 
 def build_distance(
     mode: str, weights: str | Path | None = None, pretrained: bool = True, channels: Sequence[int] | None = None
-) -> LPIPS | ResNetLogits:
-    """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex`` or ``resnet``.
+) -> LPIPS | MeanLPIPS | ResNetLogits:
+    """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex``, their mean ``vgg+alex``, or ``resnet``.
 
     Args:
         channels: three channels of the images, which the network takes as red, green and blue; ``None`` is all.
     """
-    distance: LPIPS | ResNetLogits
+    distance: LPIPS | MeanLPIPS | ResNetLogits
     if mode == "resnet":
         distance = ResNetLogits(weights, pretrained=pretrained)
+    elif "+" in mode:
+        return MeanLPIPS([LPIPS(net, weights, pretrained=pretrained) for net in mode.split("+")], channels)
     else:
         distance = LPIPS(mode, weights, pretrained=pretrained)
     distance.channels = channels
@@ -201,6 +203,20 @@ class LPIPS(nn.Module):
         for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
             total = total + torch.einsum("bchw,c->bhw", (a - b).square(), head.weight.flatten()).mean((1, 2))
         return total
+
+
+class MeanLPIPS(nn.Module):
+    """Mean of the LPIPS of several networks: a decoder that is trained with one gains little in the other."""
+
+    def __init__(self, distances: Sequence[LPIPS], channels: Sequence[int] | None = None):
+        super().__init__()
+        self.distances = nn.ModuleList(distances)
+        for distance in distances:
+            distance.channels = channels
+        self.name = f"mean of {' and '.join(distance.name for distance in distances)}"
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([distance(x, y) for distance in self.distances]).mean(0)
 
 
 class ResNetLogits(nn.Module):
