@@ -138,6 +138,22 @@ def test_mean_of_both_networks(trained_weights, pair):
     assert not any(p.requires_grad for p in both.parameters())
 
 
+@pytest.mark.parametrize("mode", ["vgg", "alex", "vgg+alex"])
+def test_bfloat16_convolutions_have_nearly_the_same_distance_and_gradient(trained_weights, pair, mode):
+    x, y = pair
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        estimate = y.clone().requires_grad_()
+        distance = build_distance(mode, trained_weights, dtype=dtype)(x, estimate)
+        distance.sum().backward()
+        assert distance.dtype == torch.float32
+        found.append((distance.detach(), estimate.grad.flatten()))
+    (exact, gradient), (close, close_gradient) = found
+    torch.testing.assert_close(close, exact, rtol=0.02, atol=0)
+    assert not torch.equal(close, exact)
+    assert torch.cosine_similarity(gradient, close_gradient, dim=0) > 0.98
+
+
 def test_unknown_network():
     with pytest.raises(ValueError, match="vgg or alex"):
         LPIPS("resnet")

@@ -77,14 +77,15 @@ def digest(tensors):
 class Distance(torch.nn.Module):
     """Stands for the perceptual networks: another function of two images for each mode and folder of weights."""
 
-    def __init__(self, mode, weights=None, pretrained=True, channels=None):
+    def __init__(self, mode, weights=None, pretrained=True, channels=None, dtype=torch.float32):
         super().__init__()
-        self.channels = channels
+        self.channels, self.dtype = channels, dtype
         self.power = {"vgg": 2, "alex": 3, "resnet": 4}[mode]
         self.scale = 1 + len(weights or "")
         self.name = f"{mode} {weights}"
 
     def forward(self, x, y):
+        x, y = x.to(self.dtype).float(), y.to(self.dtype).float()
         return ((x - y)[:, self.channels].abs() ** self.power).mean(dim=(1, 2, 3)) * self.scale
 
 
@@ -330,6 +331,7 @@ CASES = {
     "opt.lpips_mode": ("alex", weights, *LPIPS),
     "opt.lpips_jitter": ("4", weights, *LPIPS),
     "opt.lpips_crop": ("16", weights, *LPIPS),
+    "opt.lpips_bfloat16": ("true", weights, *LPIPS),
     "opt.perceptual_channels": ("2", weights, *LPIPS),
     "opt.perceptual_weights": ("{other}", weights, *LPIPS),
     "opt.n_grad_acc": ("2", plan),

@@ -63,20 +63,26 @@ class WeightsNotFoundError(FlowMoError, FileNotFoundError):
 
 
 def build_distance(
-    mode: str, weights: str | Path | None = None, pretrained: bool = True, channels: Sequence[int] | None = None
+    mode: str,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    channels: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LPIPS | MeanLPIPS | ResNetLogits:
     """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex``, their mean ``vgg+alex``, or ``resnet``.
 
     Args:
         channels: three channels of the images, which the network takes as red, green and blue; ``None`` is all.
+        dtype: of LPIPS' convolutions. In bfloat16 they are three times as fast on a CPU with matrix units.
     """
     distance: LPIPS | MeanLPIPS | ResNetLogits
     if mode == "resnet":
         distance = ResNetLogits(weights, pretrained=pretrained)
     elif "+" in mode:
-        return MeanLPIPS([LPIPS(net, weights, pretrained=pretrained) for net in mode.split("+")], channels)
+        nets = [build_distance(net, weights, pretrained, channels, dtype) for net in mode.split("+")]
+        return MeanLPIPS(nets)
     else:
-        distance = LPIPS(mode, weights, pretrained=pretrained)
+        distance = LPIPS(mode, weights, pretrained=pretrained, dtype=dtype)
     distance.channels = channels
     return distance
 
@@ -137,13 +143,15 @@ def _loading(path: Path) -> Iterator[None]:
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018, version 0.1) of images b × c × h × w in [−1, 1]: float32 b.
 
-    Frozen and always in float32.
+    Frozen, and in float32 inside autocast too.
 
     Args:
         net: ``vgg``, the paper's training loss, or ``alex``, the reported metric, 50 times cheaper.
         weights: folder to search first.
         download: allow downloads of missing files.
         pretrained: load trained weights; False leaves random ones, for measurements of cost.
+        dtype: of the convolutions. bfloat16 is for training: it is off by 1 % for images that differ by noise of
+            deviation 0.05, and by 14 % for 0.01.
 
     Raises:
         WeightsNotFoundError: see ``find_weights``.
@@ -155,14 +163,22 @@ class LPIPS(nn.Module):
     """See ``build_distance``."""
 
     def __init__(
-        self, net: str = "vgg", weights: str | Path | None = None, download: bool = True, pretrained: bool = True
+        self,
+        net: str = "vgg",
+        weights: str | Path | None = None,
+        download: bool = True,
+        pretrained: bool = True,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         if net not in ARCHITECTURES:
             raise ValueError(f"There is no LPIPS network {net!r}. Use vgg or alex.")
         rows, self.pool, self.pooled_rows = ARCHITECTURES[net]
-        self.name = f"LPIPS ({net})"
-        self.rows = nn.ModuleList(nn.ModuleDict({str(i): nn.Conv2d(*conv) for i, *conv in row}) for row in rows)
+        self.dtype = dtype
+        self.name = f"LPIPS ({net})" if dtype == torch.float32 else f"LPIPS ({net}, {str(dtype).split('.')[-1]})"
+        self.rows = nn.ModuleList(
+            nn.ModuleDict({str(i): nn.Conv2d(*conv, dtype=dtype) for i, *conv in row}) for row in rows
+        )
         self.heads = nn.ModuleList(nn.Conv2d(row[-1][2], 1, 1, bias=False) for row in rows)
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
@@ -186,6 +202,7 @@ class LPIPS(nn.Module):
     def features(self, x: Tensor) -> list[Tensor]:
         """Return unit-length float32 feature maps of images b × c × h × w in [−1, 1], one per row of the network."""
         x = ((select_channels(x, self.channels) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.dtype)
         maps = []
         for i, row in enumerate(self.rows):
             if i in self.pooled_rows:
@@ -193,8 +210,9 @@ class LPIPS(nn.Module):
             for conv in row.values():
                 x = F.relu(conv(x))
             # without the floor, all-zero channels would have a NaN gradient
-            length = x.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
-            maps.append(x / (length + 1e-10))
+            values = x.float()
+            length = values.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
+            maps.append(values / (length + 1e-10))
         return maps
 
     @in_float32
@@ -208,11 +226,9 @@ class LPIPS(nn.Module):
 class MeanLPIPS(nn.Module):
     """Mean of the LPIPS of several networks: a decoder that is trained with one gains little in the other."""
 
-    def __init__(self, distances: Sequence[LPIPS], channels: Sequence[int] | None = None):
+    def __init__(self, distances: Sequence[nn.Module]):
         super().__init__()
         self.distances = nn.ModuleList(distances)
-        for distance in distances:
-            distance.channels = channels
         self.name = f"mean of {' and '.join(distance.name for distance in distances)}"
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

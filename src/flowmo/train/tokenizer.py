@@ -65,8 +65,9 @@ class TokenizerTask(Task):
         self.held_out = self._held_out(images) if world.main else None
         self.perceptual = None
         if opt.lpips_weight:
-            named = (opt.lpips_mode, opt.perceptual_weights or None, True, config.perceptual_channels)
-            self.perceptual = build_distance(*named).to(world.device)
+            folder, dtype = opt.perceptual_weights or None, torch.bfloat16 if opt.lpips_bfloat16 else torch.float32
+            distance = build_distance(opt.lpips_mode, folder, True, config.perceptual_channels, dtype)
+            self.perceptual = distance.to(world.device)
             report(f"perceptual loss: {self.perceptual.name}")
         seed_global(config.trainer.seed, Stream.WEIGHTS)
         self.model = FlowMo(config)
