@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import flowmo
-from flowmo.config import CHECKPOINTED, Config
+from flowmo.config import Config
 from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
 from flowmo.evaluate.speed import peak_flops, timed
@@ -35,7 +35,7 @@ from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorNoise, GeneratorStage
 from flowmo.train.memory import machine_memory, used_memory
 from flowmo.train.optimizer import NormControl, build_optimizers, clip_gradients
-from flowmo.train.parallel import prepare
+from flowmo.train.parallel import KEPT, prepare
 from flowmo.train.task import in_bfloat16
 
 PAPER_VOCABULARY = Vocabulary(
@@ -152,7 +152,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     rows = []
     for preset in arguments.presets:
-        for policy in ("all", *reversed(CHECKPOINTED)):
+        for policy in ("all", *reversed(KEPT)):
             checkpointing = ("true", policy) if policy != "all" else ("false", "inputs")
             config = flowmo.preset(preset).override(
                 f"trainer.compile={str(arguments.compile).lower()}",

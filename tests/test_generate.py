@@ -20,7 +20,8 @@ from test_train import HostReads
 from flowmo import Config, FlowMo, load, save
 from flowmo.checkpoint import CheckpointError
 from flowmo.cli import main
-from flowmo.config import MASK_SCHEDULES, ConfigError, preset
+from flowmo.config import ConfigError, preset
+from flowmo.config.sections import MASK_SCHEDULES
 from flowmo.data import DataError, open_source
 from flowmo.data.bits import pack_ids, unpack_ids
 from flowmo.data.tokens import TokenDataset, Vocabulary

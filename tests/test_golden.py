@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from flowmo import Config
 from flowmo.checkpoint.authors import convert_release
-from flowmo.config import ALIASES, FIELDS
+from flowmo.config import FIELDS
+from flowmo.config.overrides import ALIASES
 from flowmo.model import flow
 from flowmo.model.quantizers import KL
 from flowmo.model.sampler import euler, guided_velocity, shifted_times

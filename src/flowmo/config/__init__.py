@@ -3,26 +3,22 @@
 Settings are plain frozen dataclasses. tyro, pydantic and OmegaConf read types and ranges too, but the lines here are
 for the release's spellings, advice in error messages and files from strangers, which none of them has.
 
-A ``Config`` is immutable and always valid. Settings of the authors' release keep its names; ``ALIASES``
+A ``Config`` is immutable and always valid. Settings of the authors' release keep its names; ``overrides.ALIASES``
 translates its other spellings (``model.mup_width``, ``eval.sampling.cfg`` …).
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
-from flowmo.config.fields import ConfigError, Section, Span, shown
-from flowmo.config.overrides import ALIASES, convert, leaves, parse_value, read_yaml, translate
+from flowmo.config.fields import ConfigError, Span, shown
+from flowmo.config.overrides import convert, leaves, read_yaml, translate
 from flowmo.config.rules import broken
 from flowmo.config.sections import (
-    CHECKPOINTED,
     FIELDS,
-    MASK_SCHEDULES,
     SOLVERS,
     UNMASKING_ORDERS,
     DataConfig,
@@ -33,15 +29,13 @@ from flowmo.config.sections import (
     SamplingConfig,
     Sections,
     TrainerConfig,
+    flatten,
 )
 
 __all__ = [
-    "ALIASES",
-    "CHECKPOINTED",
     "FIELDS",
     "FINE_TUNING",
     "GENERATOR_PRESETS",
-    "MASK_SCHEDULES",
     "OWN",
     "PRESETS",
     "SOLVERS",
@@ -120,7 +114,7 @@ class Config(Sections):
         bits = self.bits_per_image
         return None if bits is None else bits / self.data.image_size**2
 
-    def override(self, *assignments: str) -> Config:
+    def override(self, *assignments: str) -> Self:
         """Return a copy with ``section.name=value`` assignments applied, as in ``config.override("opt.lr=3e-4")``."""
         values = {}
         for assignment in assignments:
@@ -128,10 +122,10 @@ class Config(Sections):
             if not equals:
                 advice = "Write it as section.name=value, such as opt.lr=1e-4."
                 raise ConfigError(f"{shown(assignment)} is not a setting. {advice}")
-            values[name] = parse_value(name, value)
+            values[name] = value.strip("'\"")
         return self.updated(values)
 
-    def updated(self, values: Mapping[str, Any]) -> Config:
+    def updated(self, values: Mapping[str, Any]) -> Self:
         """Return a copy with the settings of a flat mapping ``{"section.name": value}`` replaced."""
         flat = flatten(self)
         for name, value in values.items():
@@ -146,14 +140,14 @@ class Config(Sections):
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> Config:
+    def from_dict(cls, tree: Mapping[str, Any]) -> Self:
         """From nested sections, as in a YAML file. Settings that are not named keep their defaults."""
         if not isinstance(tree, Mapping):
             raise ConfigError(f"Settings are sections with names and values, not a {type(tree).__name__}.")
         return cls().updated(dict(leaves(tree)))
 
     @classmethod
-    def from_yaml(cls, path: str | Path, base: Config | None = None) -> Config:
+    def from_yaml(cls, path: str | Path, base: "Config | None" = None) -> "Config":
         """From a YAML file over ``base``. A top-level ``preset: NAME`` starts from that preset instead.
 
         Raises:
@@ -187,12 +181,7 @@ def own_settings(model: Config, base: Config) -> Config:
     return base.updated({**values, "model.posttrain_sample": False, "model.train": "all"})
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Every setting by its full name."""
-    return dict(leaves(dataclasses.asdict(config)))
-
-
-def _architecture(section: Section) -> dict[str, Any]:
+def _architecture(section: Any) -> dict[str, Any]:
     return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if not f.metadata["training"]}
 
 
@@ -200,7 +189,6 @@ def _build(kind: type, flat: Mapping[str, Any], prefix: str = "") -> Any:
     """Build a section and its sub-sections from flat values."""
     values = {}
     for f in dataclasses.fields(kind):
-        name, section = prefix + f.name, f.default_factory
-        is_value = section is dataclasses.MISSING
-        values[f.name] = flat[name] if is_value else _build(cast(type, section), flat, f"{name}.")
+        name = prefix + f.name
+        values[f.name] = flat[name] if name in flat else _build(cast(type, f.default_factory), flat, f"{name}.")
     return kind(**values)

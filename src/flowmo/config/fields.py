@@ -1,13 +1,10 @@
-"""What settings are made of: ranges, lengths of training, and sections that validate themselves."""
+"""What settings are made of: ranges, and lengths of training."""
 
-from __future__ import annotations
-
-import dataclasses
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, Self
 
 from flowmo.errors import FlowMoError
 
@@ -29,7 +26,7 @@ class Span(str):
     amount: float
     unit: str
 
-    def __new__(cls, text: str | int | float) -> Span:
+    def __new__(cls, text: str | int | float) -> Self:
         match = re.fullmatch(r"([\d_.]+(?:e\d+)?) *([kM]?) *(step|image|epoch|)s?", str(text).strip().replace("+", ""))
         if match is None:
             raise ValueError(f"{text!r} is no length of training")
@@ -77,21 +74,17 @@ def one_of(*choices: str) -> Range:
     return Range(choices.__contains__, " or ".join(choices), choices)
 
 
+def matching(pattern: str, words: str) -> Range:
+    return Range(lambda text: re.fullmatch(pattern, text) is not None, words)
+
+
 NUMBER = r"[-+]?\d{1,20}(\.\d{1,20})?(e[-+]?\d{1,2})?"
-VALUES = Range(lambda text: not text or bool(re.fullmatch(f"{NUMBER},{NUMBER}", text)), "two numbers such as 0,4095")
+VALUES = matching(f"({NUMBER},{NUMBER})?", "two numbers such as 0,4095")
 BIT_DEPTHS = Range((8, 16, 32).__contains__, "8, 16 or 32")
 LONGER_THAN_0 = Range(lambda span: span.amount > 0, "longer than 0")
-CHANNELS = Range(
-    lambda text: bool(re.fullmatch(r"(\d{1,4},){2}\d{1,4}|\d{0,4}", text)), "three channels such as '0,1,2', or one"
-)
-SIZES = Range(
-    lambda text: all(re.fullmatch(r"[1-9]\d{0,8}x[1-9]\d{0,8}", size) for size in text.replace(",", " ").split()),
-    "a list of sizes such as '128x128 96x192'",
-)
-
-IDENTITIES = Range(
-    lambda text: re.fullmatch("([0-9a-f]{16}-[0-9a-f]{16})?", text) is not None, "empty or two identities"
-)
+CHANNELS = matching(r"(\d{1,4},){2}\d{1,4}|\d{0,4}", "three channels such as '0,1,2', or one")
+SIZES = matching(r"[\s,]*([1-9]\d{0,8}x[1-9]\d{0,8}([\s,]+|$))*", "a list of sizes such as '128x128 96x192'")
+IDENTITIES = matching("([0-9a-f]{16}-[0-9a-f]{16})?", "empty or two identities")
 
 
 def setting(default: Any, doc: str, allowed: Range | None = None, *, training: bool = False) -> Any:
@@ -104,27 +97,6 @@ def setting(default: Any, doc: str, allowed: Range | None = None, *, training: b
 def training(default: Any, doc: str, allowed: Range | None = None) -> Any:
     """Declare a setting of a model that matters only while it is trained."""
     return setting(default, doc, allowed, training=True)
-
-
-@dataclass(frozen=True)
-class Section:
-    """A group of settings. Construction checks each value against its range.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    path: ClassVar[str]
-
-    def __init_subclass__(cls, path: str):
-        cls.path = path
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, allowed = getattr(self, f.name), f.metadata.get("allowed")
-            if allowed and not allowed.contains(value):
-                default = f" The default is {f.default!s}." if str(f.default) else ""
-                raise ConfigError(f"{self.path}.{f.name}={shown(value)} must be {allowed.words}.{default}")
 
 
 def shown(value: object) -> str:

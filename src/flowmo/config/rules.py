@@ -1,15 +1,22 @@
-"""Rules between settings. Each function yields a sentence per broken rule, which says what to write instead."""
-
-from __future__ import annotations
+"""Ranges of settings and rules between them. Each function yields a sentence per broken rule: what to write instead."""
 
 from collections.abc import Iterator
 
-from flowmo.config.sections import CELL, Sections, rotary_axes
+from flowmo.config.fields import shown
+from flowmo.config.sections import CELL, FIELDS, Sections, flatten, rotary_axes
 
 
 def broken(config: Sections) -> Iterator[str]:
-    for rules in (_images, _channels, _network, _bottleneck, _training, _generator):
+    for rules in (_ranges, _images, _channels, _network, _bottleneck, _training, _generator):
         yield from rules(config)
+
+
+def _ranges(config: Sections) -> Iterator[str]:
+    for name, value in flatten(config).items():
+        allowed, default = FIELDS[name].metadata["allowed"], str(FIELDS[name].default)
+        if allowed and not allowed.contains(value):
+            advice = f" The default is {default}." if default else ""
+            yield f"{name}={shown(value)} must be {allowed.words}.{advice}"
 
 
 def _images(config: Sections) -> Iterator[str]:

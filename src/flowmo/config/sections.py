@@ -1,12 +1,11 @@
 """Every setting: its type, default, meaning and range stand together. Rules between settings are in ``rules.py``."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from operator import attrgetter
+from typing import Any, cast
 
 from flowmo.config.fields import (
     BIT_DEPTHS,
@@ -15,7 +14,6 @@ from flowmo.config.fields import (
     LONGER_THAN_0,
     SIZES,
     VALUES,
-    Section,
     Span,
     above,
     at_least,
@@ -30,7 +28,6 @@ PREDICTIONS = ("velocity", "picture")
 SOLVERS = ("euler", "midpoint", "heun", "multistep")
 MASK_SCHEDULES = ("arccos", "cosine", "linear")
 UNMASKING_ORDERS = ("confidence", "halton", "random")
-CHECKPOINTED = ("inputs", "attention", "products")
 CELL = 16
 """Side of a cell of a windowed network, in pixels."""
 MAX_CHANNELS = 1024
@@ -44,7 +41,7 @@ def rotary_axes(head_dim: int) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Section, path="data"):
+class DataConfig:
     train: str = setting("", "training images: folder, .tar, shards (shard-{000..099}.tar) or hf:OWNER/NAME:SPLIT")
     train_index: str = setting("", "index of the training tar; empty is the file beside it")
     val: str = setting("", "held-out images, likewise")
@@ -77,7 +74,7 @@ class DataConfig(Section, path="data"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section, path="model"):
+class ModelConfig:
     network: str = setting(
         "double_stream", "the paper's, or for any image size, a token per cell", one_of("double_stream", "windowed")
     )
@@ -145,7 +142,7 @@ class ModelConfig(Section, path="model"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptConfig(Section, path="opt"):
+class OptConfig:
     optimizer: str = setting("adam", "muon trains the blocks' matrices, adam the rest", one_of("adam", "muon"))
     lr: float = setting(1e-4, "learning rate", above(0))
     muon_lr: float = setting(0.02, "learning rate of muon's matrices at any width; opt.lr is the rest's", above(0))
@@ -183,7 +180,7 @@ class OptConfig(Section, path="opt"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerConfig(Section, path="trainer"):
+class TrainerConfig:
     duration: Span = setting(Span("166.4M images"), "length of the whole run; the default is stage 1A's", LONGER_THAN_0)
     start_weights: str = setting(
         "model",
@@ -192,7 +189,9 @@ class TrainerConfig(Section, path="trainer"):
     )
     parallel: str = setting("ddp", "how several ranks share the work", one_of("ddp", "fsdp"))
     activation_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, more time")
-    checkpoint_keeps: str = setting("inputs", "what stays in memory, each with those before", one_of(*CHECKPOINTED))
+    checkpoint_keeps: str = setting(
+        "inputs", "what stays in memory, each with those before", one_of("inputs", "attention", "products")
+    )
     enable_bfloat16: bool = setting(True, "matrix products in bfloat16 if the device can; the rest stays float32")
     compile: bool = setting(False, "torch.compile the blocks; pays off on a GPU, and on a CPU with a C++ compiler")
     log_every: Span = setting(Span("12.8k images"), "period of log lines", LONGER_THAN_0)
@@ -213,7 +212,7 @@ class TrainerConfig(Section, path="trainer"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(Section, path="eval.sampling"):
+class SamplingConfig:
     sample_steps: int = setting(25, "steps from noise to image", between(1, MAX_STEPS))
     solver: str = setting("euler", "ODE solver", one_of(*SOLVERS))
     rho: float = setting(4.0, "shift of the sampler, equation 14: t = (i/n)^rho; 1 is linear", above(0))
@@ -223,7 +222,7 @@ class SamplingConfig(Section, path="eval.sampling"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Section, path="eval"):
+class EvalConfig:
     pictures: int = setting(200, "held-out images, evenly spread, on which a checkpoint is evaluated", at_least(1))
     eval_dir: str = setting("", "folder of a training run whose checkpoints are evaluated")
     continuous: bool = setting(False, "evaluate every checkpoint of eval.eval_dir as it comes, not only the newest")
@@ -234,7 +233,7 @@ class EvalConfig(Section, path="eval"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorConfig(Section, path="generator"):
+class GeneratorConfig:
     train: bool = training(False, "stage 2: train a generator, on data.train=TOKENS from flowmo tokenize")
     network: str = setting("maskgit", "ours, or TiTok's UViTBert, the paper's", one_of("maskgit", "uvit"))
     hidden_size: int = setting(1024, "width of the generator", at_least(1))
@@ -266,28 +265,6 @@ class GeneratorConfig(Section, path="generator"):
     order: str = training("confidence", "which ids are unmasked first", one_of(*UNMASKING_ORDERS))
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "opt": OptConfig,
-    "trainer": TrainerConfig,
-    "eval": EvalConfig,
-    "generator": GeneratorConfig,
-}
-
-
-def _fields(section: type[Section]) -> Iterator[tuple[str, dataclasses.Field]]:
-    for f in dataclasses.fields(section):
-        if f.default_factory is dataclasses.MISSING:
-            yield f"{section.path}.{f.name}", f
-        else:
-            yield from _fields(cast(type[Section], f.default_factory))
-
-
-FIELDS: dict[str, dataclasses.Field] = {name: f for section in SECTIONS.values() for name, f in _fields(section)}
-"""Every setting by its full name; ``metadata["doc"]`` is its meaning."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sections:
     """All sections, each by its defaults."""
@@ -305,3 +282,20 @@ class Sections:
         default = "0,1,2" if self.model.channels > 2 else "0"
         channels = [int(channel) for channel in (self.opt.perceptual_channels or default).split(",")]
         return channels * 3 if len(channels) == 1 else channels
+
+
+def _fields(sections: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    for f in dataclasses.fields(sections):
+        if f.default_factory is dataclasses.MISSING:
+            yield prefix + f.name, f
+        else:
+            yield from _fields(cast(type, f.default_factory), f"{prefix}{f.name}.")
+
+
+FIELDS: dict[str, dataclasses.Field] = dict(_fields(Sections))
+"""Every setting by its full name; ``metadata["doc"]`` is its meaning."""
+
+
+def flatten(config: Sections) -> dict[str, Any]:
+    """Every setting by its full name."""
+    return {name: attrgetter(name)(config) for name in FIELDS}

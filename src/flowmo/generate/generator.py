@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ class Generator(Packable):
         """
         settings["sample_steps"] = settings.pop("steps", None)
         try:
-            own = replace(self.config.generator, **{name: v for name, v in settings.items() if v is not None})
+            given = {f"generator.{name}": value for name, value in settings.items() if value is not None}
+            own = self.config.updated(given).generator
         except ConfigError as error:
             raise GenerationError(str(error)) from None
         labels = self._labels(labels)
