@@ -6,7 +6,7 @@
 
 --gpt       file of ``examples/gpt.py``
 --maskgit   checkpoint of ``flowmo train``; its last weights, because the EMA of a short run holds untrained ones
---context   context model of ``flowmo context``
+--context   context model of ``runs/fit_context.py``
 --steps     steps in which the MaskGIT unmasks the ids, 16 in files
 --limit     held-out images whose likelihood is measured
 --files     held-out images that are written as files and read again
@@ -30,9 +30,8 @@ from torch import Tensor
 
 import flowmo
 from flowmo.checkpoint.files import write_content
-from flowmo.codec.context import BitModel, ContextModel, ideal_code_length
+from flowmo.codec.context import BitModel, ContextModel
 from flowmo.codec.file import Codec
-from flowmo.codec.fit import frequencies
 from flowmo.codec.generator import GeneratorModel
 from flowmo.data import TokenDataset, evenly_spread, open_source
 from flowmo.data.bits import token_bits
@@ -40,7 +39,8 @@ from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.generator import Generator, load_generator
 from flowmo.images import to_pil
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path += [str(Path(__file__).parent.parent / folder) for folder in ("examples", "runs")]
+from context_tokens import frequencies, ideal_code_length
 from gpt import GPT, GPTCoder, load_gpt, read_tokens
 
 CHUNK = 16

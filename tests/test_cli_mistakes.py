@@ -62,14 +62,13 @@ def test_an_option_has_one_name_and_one_form_in_all_commands():
         (["reconstruct", "a.jpg", "--out", "d"], "output", Path("d")),
         (["tokenize", "d", "--out", "t"], "output", Path("t")),
         (["generate", "g.pth", "--out", "t.png"], "output", Path("t.png")),
-        (["context", "t", "--out", "c", "--count", "6"], "limit", 6),
         (["push", "nano", "a/b", "--folder", "f"], "output", Path("f")),
         (["info", "--model", "lo"], "model", "lo"),
     ],
 )
 def test_former_names_still_work_but_are_not_shown(words, name, value, capsys):
     assert getattr(parse(words), name) == value
-    former = next(word for word in words if word.startswith("--") and word != "--count")
+    former = next(word for word in words if word.startswith("--"))
     with pytest.raises(SystemExit):
         main([words[0], "--help"])
     assert f"{former} " not in capsys.readouterr().out
@@ -156,7 +155,6 @@ def test_nothing_is_overwritten_unless_forced(capsys, monkeypatch, tmp_path, tin
         ("decode", code, taken / "photo.png"),
         ("reconstruct", photo, "-o", taken),
         ("convert", tiny_model, taken / "a.safetensors"),
-        ("context", "tokens", "-o", taken / "a.safetensors"),
         ("generate", "g.pth", "-o", taken / "photo.png"),
         ("push", tiny_model, "someone/flowmo", "-o", taken),
         ("data", "index", taken / "a.tar"),

@@ -1,21 +1,27 @@
 """Context models of ids: what they promise of themselves, and the range coder on top."""
 
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from flowmo import preset
 from flowmo.cli import main
-from flowmo.codec import fit as fitting
 from flowmo.codec import range_coder
-from flowmo.codec.context import ONE, ContextError, ContextModel, ideal_code_length, logistic_table
+from flowmo.codec.context import ONE, ContextError, ContextModel, logistic_table
 from flowmo.codec.generator import GeneratorModel
 from flowmo.data.bits import token_bits, token_ids
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator
+
+sys.path.insert(0, str(ROOT / "runs"))
+import context_tokens as fitting
+import fit_context
+from context_tokens import ideal_code_length
 
 T, B = 12, 8
 
@@ -189,15 +195,15 @@ def test_the_command(tiny_model, class_folder, tmp_path, capsys):
     tokens = str(tmp_path / "tokens")
     assert main(["tokenize", str(class_folder), "--model", str(tiny_model), "--out", tokens, "--flip"]) == 0
     out = tiny_model.with_name("tiny.context.safetensors")
-    words = ["context", tokens, "--model", str(tiny_model), "--out", str(out), "--held-out", tokens]
-    assert main([*words, "--hidden", "8", "--fit-steps", "60"]) == 0
+    words = [tokens, "--model", str(tiny_model), "--output", str(out), "--held-out", tokens]
+    assert fit_context.main([*words, "--hidden", "8", "--steps", "60"]) == 0
     said = capsys.readouterr().out
     measured = re.search(r"packed ([\d.]+), by frequencies ([\d.]+) .*, by context ([\d.]+)", said)
     packed, frequencies, context = map(float, measured.groups())
     assert packed == 6
     assert frequencies < packed
     assert context < packed
-    assert main([*words, "--frequencies", "--force"]) == 0
+    assert fit_context.main([*words, "--frequencies", "--force"]) == 0
     assert ContextModel.read(out).neighbours == ()
 
 

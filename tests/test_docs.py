@@ -195,17 +195,20 @@ def test_other_data_as_printed(checkout):
     assert flowmo.read_tensor("cat.tif", channels=4).shape == (4, 96, 96)
 
 
-def test_a_context_model_as_printed(checkout, capsys):
+def test_a_context_model_as_printed(checkout, capsys, monkeypatch):
     """The file lies where encode looks for it."""
     pytest.importorskip("constriction")
     page = ROOT / "docs" / "codec.md"
     assert main(["convert", "nano", "model.safetensors"]) == 0
-    for folder in ("PICTURES", "OTHERS"):
+    for folder in ("IMAGES", "OTHERS"):
         (checkout / folder).mkdir()
         shutil.copy(checkout / "examples" / "pictures" / "cat.jpg", checkout / folder)
-    assert main(printed(page, "flowmo tokenize PICTURES")) == 0
+    assert main(printed(page, "flowmo tokenize IMAGES")) == 0
     assert main(printed(page, "flowmo tokenize OTHERS")) == 0
-    assert main([*printed(page, "flowmo context tokens"), "--hidden", "8", "--fit-steps", "60"]) == 0
+    script, *words = printed(page, "python runs/fit_context.py tokens")
+    monkeypatch.syspath_prepend(ROOT / "runs")
+    with pytest.raises(SystemExit, match="0"):
+        run_script(monkeypatch, script, *words, "--hidden", "8", "--steps", "60")
     assert "1 others: packed 288.0" in capsys.readouterr().out
     words = ("examples/pictures/cat.jpg", "a.flowmo", "--fit", "crop", "--model", "model.safetensors")
     assert main(["encode", *words]) == 0

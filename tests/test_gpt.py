@@ -9,12 +9,12 @@ from conftest import ROOT
 
 from flowmo import Codes
 from flowmo.codec import range_coder
-from flowmo.codec.context import ideal_code_length
 from flowmo.data.bits import token_bits
 from flowmo.data.token_files import TokenMetadata, Vocabulary, manifest, pack_shard
 
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path += [str(ROOT / "examples"), str(ROOT / "runs")]
 import gpt
+from context_tokens import ideal_code_length
 
 IDS = 5
 VOCABULARY = Vocabulary(

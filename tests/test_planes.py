@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 import tracemalloc
 import warnings
 from binascii import crc_hqx
@@ -12,18 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_NATIVE, run_command
+from conftest import ROOT, TINY_NATIVE, run_command
 from PIL import Image
 from test_codec import peaked
 
 from flowmo import Config, FlowMo, save
 from flowmo.codec import file as codec
-from flowmo.codec import fit_planes, range_coder
-from flowmo.codec.context import ContextError, ContextModel, ideal_code_length
+from flowmo.codec import range_coder
+from flowmo.codec.context import ContextError, ContextModel
 from flowmo.codec.file import Codec, CodecError, MissingPlanes
 from flowmo.codec.planes import LARGEST_ACTIVATION, PlaneModel, activation, product
 from flowmo.data.bits import token_bits
 from flowmo.tokenizer import Codes
+
+sys.path.insert(0, str(ROOT / "runs"))
+import context_planes as fit_planes
+import fit_context
+from context_tokens import ideal_code_length
 
 S, D, B = 4, 3, 3
 """Planes, digits of an id and bits of a digit of the tokenizer below."""
@@ -536,11 +542,10 @@ def test_bits_have_digits_of_one_bit(native):
 def test_the_command(native, native_file, class_folder, tmp_path, capsys, picture):
     pytest.importorskip("constriction")
     out, photo, file = native_file.with_name("native.context.safetensors"), tmp_path / "a.png", tmp_path / "a.flowmo"
-    words = ["context", class_folder, "--model", native_file, "--out", out, "--held-out", class_folder, "--count", 4]
-    status, said, _ = run_command(capsys, *words, "--hidden", 8, "--fit-steps", 20, "--json")
-    assert status == 0
-    facts = json.loads(said)
-    assert facts["pictures"] == 4
+    words = f"{class_folder} --model {native_file} --output {out} --held-out {class_folder} --limit 4".split()
+    assert fit_context.main([*words, "--hidden", "8", "--steps", "20", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["images"] == 4
     assert facts["context"] < facts["packed"]
     assert len(facts["context_planes"]) == S
     picture.resize((160, 200)).save(photo)
@@ -566,7 +571,6 @@ def test_the_command(native, native_file, class_folder, tmp_path, capsys, pictur
     assert (status, "takes images" in error) == (2, True)
     again = Codec(native, PlaneModel.read(out)).unpack(content)
     assert torch.equal(again.ids, native.encode_image(picture.resize((160, 200))).ids)
-    status, said, _ = run_command(capsys, *words, "--frequencies", "--force")
-    assert status == 0
-    assert re.search(r"packed [\d.]+, by frequencies [\d.]+ ±", said)
+    assert fit_context.main([*words, "--frequencies", "--force"]) == 0
+    assert re.search(r"packed [\d.]+, by frequencies [\d.]+ ±", capsys.readouterr().out)
     assert PlaneModel.read(out).neighbours == ()

@@ -153,23 +153,6 @@ COMMANDS = (
         *(*MODEL, JSON),
     ),
     command(
-        "generation.context",
-        "Fit a context model of a tokenizer's ids, which makes .flowmo files shorter. It says how likely each bit is. "
-        "TOKENS is a folder written by flowmo tokenize. For a tokenizer of native size it is a dataset of images, "
-        "which are encoded first. The file belongs beside the tokenizer's: NAME.context.safetensors beside "
-        "NAME.safetensors.",
-        option("tokens", metavar="TOKENS", help="folder written by flowmo tokenize; native size: a dataset of images"),
-        output("file to write, MODEL.context.safetensors", required=True),
-        option("--model", default="nano", help="tokenizer of the ids"),
-        option("--held-out", metavar="TOKENS", help="other ids, or for native size images, to measure on"),
-        option("--frequencies", action="store_true", help="only count how often each bit is set"),
-        option("--limit", former=("--count",), type=POSITIVE, default=1000, help="native size: use this many images"),
-        option("--hidden", type=POSITIVE, help="hidden units (default: 128; native size: 64)"),
-        option("--fit-steps", type=POSITIVE, help="steps of 512 tokens (default: 4000; native: 2000 of 1024 cells)"),
-        option("--seed", type=SEED, default=0, help="seed of weights and order"),
-        *(FORCE, JSON),
-    ),
-    command(
         "generation.generate",
         "Generate images of classes with a trained generator. Many images go "
         "to a folder, or to the .npz that FID reads, also under torchrun: --count 50000 --output samples.npz. With "

@@ -1,13 +1,11 @@
-"""Commands of stage 2: tokenize a dataset, fit a context model to its ids, generate images."""
+"""Commands of stage 2: tokenize a dataset, export its ids, generate images."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +13,11 @@ import torch
 import flowmo
 from flowmo.cli.options import load, prepare
 from flowmo.cli.output import Progress, UsageError, check_outputs, write
-from flowmo.data import DataError, Source, TokenDataset, evenly_spread, open_source
+from flowmo.data import DataError, Source, TokenDataset, open_source
 from flowmo.data.export import export as write_export
-from flowmo.data.sources.base import read_as
 from flowmo.data.token_files import UNREADABLE, Part, TokenMetadata, missing_shards, read_labels
 from flowmo.evaluate.metrics.pairs import grid
-from flowmo.images import ImageError, to_pil
-from flowmo.tokenizer import FlowMo
+from flowmo.images import to_pil
 
 MAX_GRID_IMAGES = 1000
 GRID_COLUMNS = 8
@@ -79,58 +75,6 @@ def export(arguments: argparse.Namespace) -> tuple[str, dict]:
     files, written = write_export(dataset, out, arguments.to, Progress("exporting"))
     data = {"folder": str(out), "samples": len(dataset), "files": [str(file) for file in files], "written": written}
     return f"{out}: {len(dataset)} samples in {len(files)} files, {written} of them written now", data
-
-
-def context(arguments: argparse.Namespace) -> tuple[str, dict]:
-    from flowmo.codec import fit, fit_planes
-
-    check_outputs([arguments.output], arguments.force)
-    tokenizer, named = flowmo.load(arguments.model), {"hidden": arguments.hidden, "steps": arguments.fit_steps}
-    settings = {"seed": arguments.seed} | {name: value for name, value in named.items() if value is not None}
-    read: Any = partial(TokenDataset, tokenizer=tokenizer.identity())
-    frequencies: Any = fit.frequencies
-    fit_context: Any = partial(fit.fit, layout=tokenizer.config.model.code_layout)
-    if tokenizer.native_size:
-        read = partial(encode_dataset, tokenizer=tokenizer, count=arguments.limit)
-        frequencies, fit_context = (partial(f, tokenizer=tokenizer) for f in (fit_planes.frequencies, fit_planes.fit))
-    ids = read(arguments.tokens)
-    models = {"frequencies": frequencies(ids)}
-    if not arguments.frequencies:
-        models["context"] = fit_context(ids, progress=Progress("fitting"), **settings)
-    chosen = models.get("context", models["frequencies"])
-    content = chosen.save()
-    write(arguments.output, content)
-    data: dict[str, Any] = {"file": str(arguments.output), "bytes": len(content), "identity": chosen.identity.hex()}
-    lines = [f"{arguments.output}: {len(content) / 1024:.0f} KiB, context model {chosen.identity.hex()}"]
-    if arguments.held_out:
-        measure: Any = fit_planes.code_lengths if tokenizer.native_size else fit.code_lengths
-        packed, lengths = measure(models, read(arguments.held_out))
-        data |= {"pictures": len(packed), "packed": float(packed.mean() / 8)}
-        lines.append(f"bytes of ids per image, {len(packed)} others: packed {data['packed']:.1f}")
-        for name, bits in lengths.items():
-            size = bits.sum(axis=1) / 8
-            data |= {name: float(size.mean()), f"{name}_spread": float(size.std())}
-            lines[1] += f", by {name} {size.mean():.1f} ± {size.std():.1f}"
-            if tokenizer.native_size:
-                planes = (bits.sum(axis=0) / packed.sum() * bits.shape[1]).tolist()
-                data[f"{name}_planes"] = planes
-                lines.append(f"share of each plane by {name}: {' '.join(f'{share:.3f}' for share in planes)}")
-    return "\n".join(lines), data
-
-
-def encode_dataset(path: str, tokenizer: FlowMo, count: int) -> list[np.ndarray]:
-    """Encode up to ``count`` images, evenly spread over a dataset. Returns ids rows × columns × planes of each."""
-    from flowmo.codec.fit_planes import ids_on_lattice
-
-    source, images = open_source(path), []
-    chosen, show = evenly_spread(count, len(source)), Progress("encoding")
-    for i, index in enumerate(chosen):
-        try:
-            images.append(ids_on_lattice(tokenizer.encode_image(read_as(source, index, tokenizer.pixels)), tokenizer))
-        except ImageError as error:
-            print(f"flowmo: left out: {error}", file=sys.stderr)
-        show(i + 1, len(chosen))
-    return images
 
 
 def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:

@@ -97,20 +97,6 @@ class BitModel(Predictor, Protocol):
     def identity(self) -> bytes: ...
 
 
-def ideal_code_length(model: Predictor, bits: Bits) -> np.ndarray:
-    """Ideal code length of each image in bits: float64 n."""
-    total = np.zeros(len(bits))
-
-    def add(token: Any, bit: int, p: np.ndarray) -> Bits:
-        chosen = bits[:, token, bit]
-        lengths = -np.log2(np.where(chosen == 1, p, ONE - p) / ONE)
-        np.add(total, lengths.reshape(len(bits), -1).sum(axis=1), out=total)
-        return chosen
-
-    model.run(len(bits), add)
-    return total
-
-
 @dataclass(frozen=True, eq=False)
 class IntegerModel:
     """Base of the integer context models. All fields after the first two are arrays of 16-bit integers.

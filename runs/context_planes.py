@@ -1,4 +1,4 @@
-"""Fit a ``PlaneModel`` to the ids of many images: in floating point, then rounded to integers.
+"""Fits a ``PlaneModel`` to the ids of many images: in floating point, then rounded to integers.
 
 ``flowmo.codec.planes`` defines planes, cells and digits. There are S planes, D digits per id and K neighbours.
 """
@@ -12,10 +12,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from context_tokens import FloatModel, ideal_code_length, minimise
 from torch import Tensor
 
-from flowmo.codec.context import FRACTION, ContextError, ideal_code_length, neighbour_indices
-from flowmo.codec.fit import FloatModel, minimise
+from flowmo.codec.context import FRACTION, ContextError, neighbour_indices
 from flowmo.codec.planes import WEIGHT_FRACTION, PlaneModel, cell_steps, digit_field, split_digits, weight_shapes
 from flowmo.data.bits import token_bits
 from flowmo.streams import Stream, stream

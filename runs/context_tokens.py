@@ -1,9 +1,9 @@
-"""Fit a ``ContextModel`` to the ids of many images: in floating point, then rounded to integers."""
+"""Fits a ``ContextModel`` to the ids of many images: in floating point, then rounded to integers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from flowmo.codec.context import (
     FRACTION,
     NEIGHBOURS,
+    ONE,
     ContextModel,
+    Predictor,
     context_shapes,
-    ideal_code_length,
     neighbour_indices,
 )
 from flowmo.data.bits import Bits, token_bits
@@ -80,6 +81,20 @@ def code_lengths(models: Mapping[str, ContextModel], tokens: TokenDataset) -> tu
     """Measure models on other tokens. Returns each image's bits packed, n, and coded by each model, n × 1."""
     bits = image_bits(tokens, range(len(tokens)))
     return np.full(len(bits), bits[0].size), {name: ideal_code_length(m, bits)[:, None] for name, m in models.items()}
+
+
+def ideal_code_length(model: Predictor, bits: Bits) -> np.ndarray:
+    """Ideal code length of each image in bits: float64 n."""
+    total = np.zeros(len(bits))
+
+    def add(token: Any, bit: int, p: np.ndarray) -> Bits:
+        chosen = bits[:, token, bit]
+        lengths = -np.log2(np.where(chosen == 1, p, ONE - p) / ONE)
+        np.add(total, lengths.reshape(len(bits), -1).sum(axis=1), out=total)
+        return chosen
+
+    model.run(len(bits), add)
+    return total
 
 
 def _shape(tokens: TokenDataset) -> tuple[int, int]:
