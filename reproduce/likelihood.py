@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from flowmo.model import flow
-from flowmo.model.likelihood import bits_per_dimension, log_likelihood
 from flowmo.model.sampler import image_seed, seeded_noise
 from flowmo.model.transformer import MIN_PREDICTION_TIME
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
 from reproduce import page
 from reproduce.page import Column
+from reproduce.reverse_ode import bits_per_dimension, log_likelihood
 from reproduce.runner import Results, Row, Rows, Scale, Study
 
 TAKES_MODELS = True

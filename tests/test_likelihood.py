@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from flowmo.model.likelihood import bits_per_dimension, log_likelihood, log_normal
 from flowmo.model.sampler import euler, guided_velocity
+from reproduce.reverse_ode import bits_per_dimension, log_likelihood, log_normal
 
 MEAN, DEVIATION = 0.3, torch.tensor([0.2, 0.5, 1.5])
 
