@@ -17,11 +17,13 @@ from flowmo.model.sampler import seeded_noise, shifted_times
 from flowmo.model.transformer import (
     MIN_PREDICTION_TIME,
     NORM_EPS,
+    Decoder,
     DoubleStreamBlock,
+    Encoder,
     RMSNorm,
-    Shape,
     Stream,
     patchify,
+    rotary_angles,
     rotary_table,
     timestep_embedding,
     unpatchify,
@@ -83,19 +85,18 @@ def block(layer: DoubleStreamBlock, code: Tensor, picture: Tensor, table: Tensor
     return results
 
 
-def fresh_table(shape: Shape, code_length: int, height: int, width: int, device: torch.device) -> Tensor:
-    return rotary_table.__wrapped__(
-        code_length, height // shape.patch, width // shape.patch, shape.head_dim, shape.code_layout, device
-    )
+def fresh_table(net: Encoder | Decoder, height: int, width: int, device: torch.device) -> Tensor:
+    rotary_angles.cache_clear()
+    return rotary_table(net.config, net.width // net.heads, height, width, device)
 
 
 @torch.no_grad()
 def encode(tokenizer: FlowMo, images: Tensor) -> Tensor:
     """The code before quantization."""
     net = tokenizer.encoder
-    table = fresh_table(net.shape, net.code_length, *images.shape[-2:], images.device)
-    picture = net.picture_in(patchify(images, net.shape.patch))
-    code = net.code_embedding.expand(len(images), net.code_length, -1)
+    table = fresh_table(net, *images.shape[-2:], images.device)
+    picture = net.picture_in(patchify(images, net.config.patch_size))
+    code = net.code_embedding.expand(len(images), net.config.code_length, -1)
     for layer in net.blocks:
         code, picture = block(layer, code, picture, table, None)
     return net.code_out(norm(code))
@@ -108,13 +109,13 @@ def velocity(tokenizer: FlowMo, x: Tensor, code: Tensor, t: float) -> Tensor:
     h, w = x.shape[-2:]
     times = torch.full((len(x),), t, device=x.device)
     time = net.time_out(F.silu(net.time_in(timestep_embedding(times))))
-    table = fresh_table(net.shape, code.shape[1], h, w, x.device)
-    code, picture = net.code_in(code), net.picture_in(patchify(x, net.shape.patch))
+    table = fresh_table(net, h, w, x.device)
+    code, picture = net.code_in(code), net.picture_in(patchify(x, net.config.patch_size))
     for layer in net.blocks:
         code, picture = block(layer, code, picture, table, time)
     shift, scale = net.out_modulation(F.silu(time))[:, None].chunk(2, dim=-1)
-    out = unpatchify(net.picture_out(norm((1 + scale) * norm(picture) + shift)), net.shape.patch, h, w)
-    return out if net.shape.prediction == "velocity" else (x - out) / max(t, MIN_PREDICTION_TIME)
+    out = unpatchify(net.picture_out(norm((1 + scale) * norm(picture) + shift)), net.config.patch_size, h)
+    return out if net.config.prediction == "velocity" else (x - out) / max(t, MIN_PREDICTION_TIME)
 
 
 def inputs(tokenizer: FlowMo) -> tuple[Tensor, Tensor, Tensor]:

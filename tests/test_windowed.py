@@ -12,10 +12,12 @@ from conftest import TINY_NATIVE, run_command
 from PIL import Image
 
 from flowmo import Config, ConfigError, FlowMo, load, save
+from flowmo.config import ModelConfig
 from flowmo.losses.noise import Chain, TrainingNoise, kept_sub_tokens
 from flowmo.losses.stages import one_step, posttrain_loss, pretrain_loss, sample_chain
 from flowmo.model import blocks
-from flowmo.model.windowed import Convolution, WindowedBlock, WindowedShape, depth_to_space, space_to_depth
+from flowmo.model.transformer import depth_to_space, space_to_depth
+from flowmo.model.windowed import Convolution, WindowedBlock
 from flowmo.tokenizer import Codes
 
 
@@ -66,8 +68,7 @@ def test_depth_and_space():
 def test_attention_stays_in_windows_of_the_image(shifted, size):
     """Against one softmax per cell over the cells that share its window."""
     torch.manual_seed(0)
-    shape = WindowedShape(16, 2, 1, window=4)
-    block = WindowedBlock(shape, shifted, modulated=False).requires_grad_(False)
+    block = WindowedBlock(ModelConfig(window=4), 16, 2, shifted, modulated=False).requires_grad_(False)
     block.position_bias.normal_()
     rows, columns = size
     x = torch.randn(1, rows, columns, 16)

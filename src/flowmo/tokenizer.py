@@ -32,8 +32,8 @@ from flowmo.losses.stages import Distance, pretrain_loss
 from flowmo.model import blocks, sampler
 from flowmo.model.cpu_prepack import Packable
 from flowmo.model.quantizers import build_quantizer, check_ids
-from flowmo.model.transformer import Decoder, Encoder, Shape
-from flowmo.model.windowed import WindowedDecoder, WindowedEncoder, WindowedShape
+from flowmo.model.transformer import Decoder, Encoder
+from flowmo.model.windowed import WindowedDecoder, WindowedEncoder
 from flowmo.precision import computing
 
 RANGE_TOLERANCE = 1e-4
@@ -239,14 +239,9 @@ class FlowMo(Packable):
         self.config = config or Config()
         model = self.config.model
         self.quantizer = build_quantizer(model)
-        self.encoder: Encoder | WindowedEncoder
-        self.decoder: Decoder | WindowedDecoder
-        if model.network == "windowed":
-            self.encoder = WindowedEncoder(WindowedShape.encoder(model), self.quantizer.encoder_channels)
-            self.decoder = WindowedDecoder(WindowedShape.decoder(model), model.context_dim)
-        else:
-            self.encoder = Encoder(Shape.encoder(model), model.code_length, self.quantizer.encoder_channels)
-            self.decoder = Decoder(Shape.decoder(model), model.context_dim)
+        encoder, decoder = (WindowedEncoder, WindowedDecoder) if self.native_size else (Encoder, Decoder)
+        self.encoder = encoder(model, self.quantizer.encoder_channels)
+        self.decoder = decoder(model, model.context_dim)
         self.chunk_size: int | None = None
 
     @classmethod

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from flowmo.checkpoint import CheckpointError
-from flowmo.config import Config, ConfigError
-from flowmo.model.transformer import TIMESTEP_SINUSOIDS, Shape
+from flowmo.config import Config, ConfigError, ModelConfig
+from flowmo.model.transformer import TIMESTEP_SINUSOIDS
 
 HEADS = 12  # in every model of the release
 GROUPS = {18: 9, 56: 14}  # entropy group of the published models by bits per token; weights do not show it
@@ -70,8 +70,8 @@ def entries(config: Config) -> Iterator[Entry]:
     """Yield every tensor of the authors' model with these settings."""
     m = config.model
     code_channels = m.context_dim * (2 if m.quantization_type == "kl" else 1)
-    yield from _network("encoder", Shape.encoder(m), code_channels)
-    yield from _network("decoder", Shape.decoder(m), m.context_dim + 1)
+    yield from _network("encoder", m, m.enc_hidden_size, m.enc_num_heads, m.enc_depth, code_channels)
+    yield from _network("decoder", m, m.hidden_size, m.num_heads, m.dec_depth, m.context_dim + 1)
 
 
 def _linear(key: str, out: int, into: int, ours: str | None = None, rows: slice = slice(None)) -> Iterator[Entry]:
@@ -79,9 +79,9 @@ def _linear(key: str, out: int, into: int, ours: str | None = None, rows: slice 
         yield Entry(f"{key}.{kind}", shape, ours and f"{ours}.{kind}", rows)
 
 
-def _network(network: str, shape: Shape, channels: int) -> Iterator[Entry]:
+def _network(network: str, m: ModelConfig, w: int, heads: int, depth: int, channels: int) -> Iterator[Entry]:
     decoder = network == "decoder"
-    w, pixels = shape.width, 3 * shape.patch**2
+    pixels, hidden = 3 * m.patch_size**2, int(w * m.mlp_ratio)
     yield from _linear(f"{network}.time_in.in_layer", w, TIMESTEP_SINUSOIDS, "decoder.time_in" if decoder else None)
     yield from _linear(f"{network}.time_in.out_layer", w, w, "decoder.time_out" if decoder else None)
     yield from _linear(f"{network}.img_in", w, pixels, f"{network}.picture_in")
@@ -89,10 +89,11 @@ def _network(network: str, shape: Shape, channels: int) -> Iterator[Entry]:
     if not decoder:  # the encoder's code is zeros, so only the bias acts
         code_in = [code_in[0]._replace(ours=None), code_in[1]._replace(ours="encoder.code_embedding")]
     yield from code_in
-    for i in range(shape.depth):
+    for i in range(depth):
         for theirs, ours in (("img", "picture"), ("txt", "code")):
-            unread = i == shape.depth - 1 and theirs == ("txt" if decoder else "img")
-            yield from _stream(f"{network}.double_blocks.{i}.{theirs}", f"{network}.blocks.{i}.{ours}", shape, unread)
+            unread = i == depth - 1 and theirs == ("txt" if decoder else "img")
+            names = f"{network}.double_blocks.{i}.{theirs}", f"{network}.blocks.{i}.{ours}"
+            yield from _stream(*names, w, w // heads, hidden, unread)
     for theirs, out in (("img", pixels), ("txt", channels)):
         read = theirs == ("img" if decoder else "txt")
         head, modulation = ("decoder.picture_out", "decoder.out_modulation") if decoder else ("encoder.code_out", None)
@@ -101,9 +102,8 @@ def _network(network: str, shape: Shape, channels: int) -> Iterator[Entry]:
         yield from _linear(f"{last}.adaLN_modulation.1", 2 * w, w, modulation if read else None)
 
 
-def _stream(theirs: str, ours: str, shape: Shape, unread: bool) -> Iterator[Entry]:
+def _stream(theirs: str, ours: str, w: int, head_dim: int, hidden: int, unread: bool) -> Iterator[Entry]:
     """One stream of a block; only the keys and values of an ``unread`` one act."""
-    w, hidden = shape.width, int(shape.width * shape.mlp_ratio)
 
     def live(name: str) -> str | None:
         return None if unread else f"{ours}.{name}"
@@ -113,8 +113,8 @@ def _stream(theirs: str, ours: str, shape: Shape, unread: bool) -> Iterator[Entr
     qkv = (f"{ours}.kv", slice(w, None)) if unread else (f"{ours}.qkv", slice(None))
     yield from _linear(f"{theirs}_attn.qkv", 3 * w, w, *qkv)
     norm = f"{theirs}_attn.norm"
-    yield Entry(f"{norm}.query_norm.scale", (shape.head_dim,), live("query_norm.scale"), slice(None))
-    yield Entry(f"{norm}.key_norm.scale", (shape.head_dim,), f"{ours}.key_norm.scale", slice(None))
+    yield Entry(f"{norm}.query_norm.scale", (head_dim,), live("query_norm.scale"), slice(None))
+    yield Entry(f"{norm}.key_norm.scale", (head_dim,), f"{ours}.key_norm.scale", slice(None))
     yield from _linear(f"{theirs}_attn.proj", w, w, live("proj"))
     yield from _linear(f"{theirs}_mlp.0", hidden, w, live("mlp_in"))
     yield from _linear(f"{theirs}_mlp.2", w, hidden, live("mlp_out"))

@@ -143,7 +143,7 @@ def count_work(tokenizer: FlowMo, images: int, bfloat16: bool) -> dict[str, tupl
             functions[part]()
         flops[part] = counter.get_total_flops()
         weights = sum(parameter.numel() for parameter in network.parameters()) * (2 if bfloat16 else 4)
-        moved[part] = weights + 2 * 4 * tokens * network.shape.width * len(network.blocks)  # float32 in and out
+        moved[part] = weights + 2 * 4 * tokens * network.width * len(network.blocks)  # float32 in and out
     calls = evaluations(sampling.solver, shifted_times(sampling.sample_steps, sampling.rho))
     passes = network_passes(calls, sampling.guidance, sampling.guidance_low, sampling.guidance_high)
     work = {part: (1, flops[part], moved[part]) for part in flops}

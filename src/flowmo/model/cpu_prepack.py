@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
-from flowmo.model.transformer import Shape
+from flowmo.model.transformer import rotary_table
 from flowmo.precision import resolve
 
 
@@ -153,7 +153,7 @@ class Packable(nn.Module):
         """
         if self.device.type == "cpu" and shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is None:
             raise PackedError("Compiling for a CPU takes a C++ compiler. Install g++, or name another in CXX.")
-        torch.compiler.assume_constant_result(Shape.rotary_table)
+        torch.compiler.assume_constant_result(rotary_table)
         for network in self.networks.values():
             compile_constant(network, **options) if self.packed else network.compile(dynamic=False, **options)
         self.compiled = True

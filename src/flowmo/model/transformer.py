@@ -13,7 +13,6 @@ In annotations of shapes: b batch, c channels of an image, m code tokens, n imag
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,62 +27,6 @@ ROTARY_BASE = 10_000
 TIMESTEP_SINUSOIDS = 256
 MIN_PREDICTION_TIME = 0.05
 """Lower bound of t in the division that turns an image prediction into a velocity."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Size and form of one network.
-
-    Attributes:
-        patch: an image token covers ``patch`` × ``patch`` pixels.
-        code_layout: rotary positions of the code tokens, see ``code_positions``.
-        mup: scale attention logits as µP does, see ``attention_scale``.
-        prediction: output of the decoder's last layer, ``velocity`` or ``picture``, see ``Decoder``.
-        initial_gate: residual gates of a fresh decoder; at 0, as in the release, its blocks start as the identity.
-        mean_velocity: the decoder is conditioned on the end of its step, see ``Decoder``.
-        channels: of the images.
-    """
-
-    width: int
-    heads: int
-    depth: int
-    patch: int
-    mlp_ratio: float = 4.0
-    code_layout: str = "diagonal"
-    mup: bool = True
-    prediction: str = "velocity"
-    initial_gate: float = 0.0
-    mean_velocity: bool = False
-    channels: int = 3
-
-    @classmethod
-    def encoder(cls, m: ModelConfig) -> Shape:
-        size = (m.enc_hidden_size, m.enc_num_heads, m.enc_depth, m.patch_size)
-        return cls(*size, m.mlp_ratio, m.code_layout, m.enable_mup, channels=m.channels)
-
-    @classmethod
-    def decoder(cls, m: ModelConfig) -> Shape:
-        size = (m.hidden_size, m.num_heads, m.dec_depth, m.patch_size)
-        output = (m.prediction, m.initial_gate, m.mean_velocity, m.channels)
-        return cls(*size, m.mlp_ratio, m.code_layout, m.enable_mup, *output)
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def attention_scale(self) -> float:
-        return 8 / self.head_dim if self.mup else self.head_dim**-0.5
-
-    @property
-    def values(self) -> int:
-        """Values of an image token."""
-        return self.channels * self.patch**2
-
-    def rotary_table(self, code_length: int, height: int, width: int, device: torch.device) -> Tensor:
-        """The cached rotary table for images of ``height`` × ``width`` pixels."""
-        rows, columns = height // self.patch, width // self.patch
-        return rotary_table(code_length, rows, columns, self.head_dim, self.code_layout, device)
 
 
 def code_lattice(code_length: int) -> tuple[int, int]:
@@ -107,8 +50,16 @@ def code_positions(code_length: int, rows: int, columns: int, layout: str) -> Te
     return torch.stack((index, row, column), dim=-1)
 
 
+def rotary_table(config: ModelConfig, head_dim: int, height: int, width: int, device: torch.device) -> Tensor:
+    """The cached table of rotary angles for images of ``height`` × ``width`` pixels; see ``rotary_angles``."""
+    rows, columns = height // config.patch_size, width // config.patch_size
+    return rotary_angles(config.code_length, rows, columns, head_dim, config.code_layout, device)
+
+
 @lru_cache(maxsize=64)
-def rotary_table(code_length: int, rows: int, columns: int, head_dim: int, layout: str, device: torch.device) -> Tensor:
+def rotary_angles(
+    code_length: int, rows: int, columns: int, head_dim: int, layout: str, device: torch.device
+) -> Tensor:
     """Cosines and sines for the joint sequence, code tokens first; image tokens sit at (0, row, column).
 
     Returns:
@@ -140,18 +91,29 @@ def timestep_embedding(t: Tensor) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
+def space_to_depth(x: Tensor, factor: int) -> Tensor:
+    """b × r × c × d -> b × r/f × c/f × f·f·d."""
+    b, r, c, d = x.shape
+    x = x.reshape(b, r // factor, factor, c // factor, factor, d)
+    return x.transpose(2, 3).reshape(b, r // factor, c // factor, factor * factor * d)
+
+
+def depth_to_space(x: Tensor, factor: int) -> Tensor:
+    """The inverse of ``space_to_depth``."""
+    b, r, c, d = x.shape
+    x = x.reshape(b, r, c, factor, factor, d // factor**2).transpose(2, 3)
+    return x.reshape(b, r * factor, c * factor, d // factor**2)
+
+
 def patchify(images: Tensor, patch: int) -> Tensor:
     """b × c × h × w -> b × (h/p · w/p) × (p · p · c), rows first, channels innermost."""
-    b, c, h, w = images.shape
-    x = images.reshape(b, c, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+    return space_to_depth(images.permute(0, 2, 3, 1), patch).flatten(1, 2)
 
 
-def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """The inverse of ``patchify`` for images of ``height`` × ``width`` pixels."""
-    b = patches.shape[0]
-    x = patches.reshape(b, height // patch, width // patch, patch, patch, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, height, width)
+def unpatchify(patches: Tensor, patch: int, height: int) -> Tensor:
+    """The inverse of ``patchify`` for images of ``height`` pixels."""
+    rows = patches.unflatten(1, (height // patch, -1))
+    return depth_to_space(rows, patch).permute(0, 3, 1, 2).contiguous()
 
 
 class RMSNorm(nn.Module):
@@ -195,18 +157,18 @@ class Stream(nn.Module):
     With ``keys_only`` it has just the keys and values that the other stream attends to.
     """
 
-    def __init__(self, shape: Shape, modulated: bool, keys_only: bool = False):
+    def __init__(self, config: ModelConfig, width: int, heads: int, modulated: bool, keys_only: bool = False):
         super().__init__()
-        width, hidden = shape.width, int(shape.mlp_ratio * shape.width)
-        self.heads = shape.heads
+        hidden = int(config.mlp_ratio * width)
+        self.heads = heads
         self.keys_only = keys_only
-        self.key_norm = RMSNorm(shape.head_dim)
+        self.key_norm = RMSNorm(width // heads)
         self.modulation = nn.Linear(width, (2 if keys_only else 6) * width) if modulated else None
         if keys_only:
             self.kv = nn.Linear(width, 2 * width)
             return
         self.qkv = nn.Linear(width, 3 * width)
-        self.query_norm = RMSNorm(shape.head_dim)
+        self.query_norm = RMSNorm(width // heads)
         self.proj = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, hidden)
         self.gelu = nn.GELU(approximate="tanh")
@@ -215,7 +177,7 @@ class Stream(nn.Module):
             weight, bias = (p.detach().unflatten(0, (6, width)) for p in self.modulation.parameters())
             for gate in (2, 5):
                 nn.init.zeros_(weight[gate])
-                nn.init.constant_(bias[gate], shape.initial_gate)
+                nn.init.constant_(bias[gate], config.initial_gate)
 
     def modulate(self, activated: Tensor) -> Modulations:
         """SiLU(time embedding), b × width, to the modulations of the attention and the MLP."""
@@ -244,11 +206,20 @@ class Stream(nn.Module):
 class DoubleStreamBlock(nn.Module):
     """Joint attention of the code and the image stream, then an MLP for each stream that is read afterwards."""
 
-    def __init__(self, shape: Shape, modulated: bool, code_read: bool = True, image_read: bool = True):
+    def __init__(
+        self,
+        config: ModelConfig,
+        width: int,
+        heads: int,
+        modulated: bool,
+        code_read: bool = True,
+        image_read: bool = True,
+    ):
         super().__init__()
-        self.attention_scale = shape.attention_scale
-        self.code = Stream(shape, modulated, keys_only=not code_read)
-        self.picture = Stream(shape, modulated, keys_only=not image_read)
+        head_dim = width // heads
+        self.attention_scale = 8 / head_dim if config.enable_mup else head_dim**-0.5
+        self.code = Stream(config, width, heads, modulated, keys_only=not code_read)
+        self.picture = Stream(config, width, heads, modulated, keys_only=not image_read)
 
     @property
     def used_outside(self) -> list[nn.Module]:
@@ -287,26 +258,26 @@ class DoubleStreamBlock(nn.Module):
 class Encoder(nn.Module):
     """Equation 1: image tokens and blank code tokens in, code before quantization out."""
 
-    def __init__(self, shape: Shape, code_length: int, channels: int):
+    def __init__(self, config: ModelConfig, channels: int):
         super().__init__()
-        self.shape = shape
-        self.code_length = code_length
-        self.picture_in = nn.Linear(shape.values, shape.width)
+        self.config, self.width, self.heads = config, config.enc_hidden_size, config.enc_num_heads
+        self.picture_in = nn.Linear(config.channels * config.patch_size**2, self.width)
         # The paper feeds zeros through a linear layer; only its bias can act.
-        self.code_embedding = nn.Parameter(torch.empty(shape.width).uniform_(-1, 1).div_(math.sqrt(channels)))
+        self.code_embedding = nn.Parameter(torch.empty(self.width).uniform_(-1, 1).div_(math.sqrt(channels)))
         self.blocks = nn.ModuleList(
-            DoubleStreamBlock(shape, modulated=False, image_read=i < shape.depth - 1) for i in range(shape.depth)
+            DoubleStreamBlock(config, self.width, self.heads, modulated=False, image_read=i < config.enc_depth - 1)
+            for i in range(config.enc_depth)
         )
-        self.code_out = nn.Linear(shape.width, channels)
+        self.code_out = nn.Linear(self.width, channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: b × c × h × w in [−1, 1], h and w multiples of the patch -> code: b × code_length × channels."""
         b, _, h, w = images.shape
-        table = self.shape.rotary_table(self.code_length, h, w, images.device)
+        table = rotary_table(self.config, self.width // self.heads, h, w, images.device)
         # The residual stream stays float32 under autocast: bfloat16 would lose its sum over the blocks.
-        image = self.picture_in(patchify(images, self.shape.patch)).float()
+        image = self.picture_in(patchify(images, self.config.patch_size)).float()
         # Contiguous as in later blocks, or torch.compile specialises the first block.
-        code = self.code_embedding.float().expand(b, self.code_length, -1).contiguous()
+        code = self.code_embedding.float().expand(b, self.config.code_length, -1).contiguous()
         for block in self.blocks:
             code, image = block(code, image, table)
         return self.code_out(modulated_norm(code))
@@ -323,28 +294,30 @@ class Conditioning(NamedTuple):
 class Decoder(nn.Module):
     """Equation 3: the velocity of the noised image x_t given the code and the timestep.
 
-    With ``shape.prediction`` "picture" the last layer estimates the image x̂, and the velocity is (x_t − x̂) / t. Loss
+    With ``config.prediction`` "picture" the last layer estimates the image x̂, and the velocity is (x_t − x̂) / t. Loss
     and sampler are the same, but a narrow network need not carry the noise through to its output.
 
-    With ``shape.mean_velocity`` the output is the mean velocity over a step, (x_t − x_end) / (t − t_end), which stage
+    With ``config.mean_velocity`` the output is the mean velocity over a step, (x_t − x_end) / (t − t_end), which stage
     1C teaches. A fresh decoder ignores the end, and so starts as its teacher.
     """
 
-    def __init__(self, shape: Shape, channels: int):
+    def __init__(self, config: ModelConfig, channels: int):
         super().__init__()
-        self.shape = shape
-        self.time_in = nn.Linear(TIMESTEP_SINUSOIDS, shape.width)
-        self.time_out = nn.Linear(shape.width, shape.width)
-        self.picture_in = nn.Linear(shape.values, shape.width)
-        self.code_in = nn.Linear(channels + 1, shape.width)
+        self.config, self.width, self.heads = config, config.hidden_size, config.num_heads
+        width, values = self.width, config.channels * config.patch_size**2
+        self.time_in = nn.Linear(TIMESTEP_SINUSOIDS, width)
+        self.time_out = nn.Linear(width, width)
+        self.picture_in = nn.Linear(values, width)
+        self.code_in = nn.Linear(channels + 1, width)
         self.blocks = nn.ModuleList(
-            DoubleStreamBlock(shape, modulated=True, code_read=i < shape.depth - 1) for i in range(shape.depth)
+            DoubleStreamBlock(config, width, self.heads, modulated=True, code_read=i < config.dec_depth - 1)
+            for i in range(config.dec_depth)
         )
-        self.out_modulation = nn.Linear(shape.width, 2 * shape.width)
-        self.picture_out = nn.Linear(shape.width, shape.values)
-        if shape.mean_velocity:
-            self.span_in = nn.Linear(TIMESTEP_SINUSOIDS, shape.width)
-            self.span_out = nn.Linear(shape.width, shape.width)
+        self.out_modulation = nn.Linear(width, 2 * width)
+        self.picture_out = nn.Linear(width, values)
+        if config.mean_velocity:
+            self.span_in = nn.Linear(TIMESTEP_SINUSOIDS, width)
+            self.span_out = nn.Linear(width, width)
             nn.init.zeros_(self.span_out.weight)
             nn.init.zeros_(self.span_out.bias)
 
@@ -355,7 +328,7 @@ class Decoder(nn.Module):
             end: ends of the steps, b, end ≤ t, for a decoder of mean velocities; ``None`` asks for the velocity at t.
         """
         embedded = self.time_out(F.silu(self.time_in(timestep_embedding(t))))
-        if self.shape.mean_velocity:
+        if self.config.mean_velocity:
             span = torch.zeros_like(t) if end is None else t - end
             embedded = embedded + self.span_out(F.silu(self.span_in(timestep_embedding(span))))
         activated = F.silu(embedded)
@@ -378,14 +351,14 @@ class Decoder(nn.Module):
     def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
         """x_t: b × c × h × w, code: embedded, b × m × width, at_t: from ``modulate`` -> float32 velocity like x_t."""
         h, w = x_t.shape[-2:]
-        table = self.shape.rotary_table(code.shape[1], h, w, x_t.device)
-        image = self.picture_in(patchify(x_t, self.shape.patch)).float()
+        table = rotary_table(self.config, self.width // self.heads, h, w, x_t.device)
+        image = self.picture_in(patchify(x_t, self.config.patch_size)).float()
         for block, modulations in zip(self.blocks, at_t.blocks, strict=True):
             code, image = block(code, image, table, modulations)
         # The authors' checkpoints were trained with a second norm after the modulation.
         image = modulated_norm(modulated_norm(image, at_t.out))
-        out = unpatchify(self.picture_out(image), self.shape.patch, h, w).float()
-        return velocity_from(out, x_t, at_t.t, self.shape.prediction)
+        out = unpatchify(self.picture_out(image), self.config.patch_size, h).float()
+        return velocity_from(out, x_t, at_t.t, self.config.prediction)
 
 
 def velocity_from(out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:

@@ -15,8 +15,6 @@ In annotations of shapes: b batch, r rows and c columns of the feature map, d ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,63 +26,13 @@ from flowmo.model.transformer import (
     Conditioning,
     Modulation,
     Modulations,
+    depth_to_space,
     gated_residual,
     modulated_norm,
+    space_to_depth,
     timestep_embedding,
     velocity_from,
 )
-
-
-@dataclass(frozen=True)
-class WindowedShape:
-    """Size of one network.
-
-    Attributes:
-        width: channels at the resolution of cells; half as many at 1/8 of the image's resolution, a quarter at 1/4.
-        depth: windowed attention blocks.
-        conv_depth: residual convolution blocks at each of the two higher resolutions.
-        window: side of an attention window, in cells.
-        prediction: output of the decoder's last layer, ``velocity`` or ``picture``.
-        initial_gate: residual gates of a fresh decoder.
-        channels: of the images.
-    """
-
-    width: int
-    heads: int
-    depth: int
-    conv_depth: int = 2
-    window: int = 8
-    mlp_ratio: float = 4.0
-    prediction: str = "picture"
-    initial_gate: float = 1.0
-    channels: int = 3
-
-    @classmethod
-    def encoder(cls, m: ModelConfig) -> WindowedShape:
-        return cls._of(m, m.enc_hidden_size, m.enc_num_heads, m.enc_depth)
-
-    @classmethod
-    def decoder(cls, m: ModelConfig) -> WindowedShape:
-        return cls._of(m, m.hidden_size, m.num_heads, m.dec_depth)
-
-    @classmethod
-    def _of(cls, m: ModelConfig, width: int, heads: int, depth: int) -> WindowedShape:
-        shape = (width, heads, depth, m.conv_depth, m.window)
-        return cls(*shape, m.mlp_ratio, m.prediction, channels=m.channels)
-
-
-def space_to_depth(x: Tensor, factor: int) -> Tensor:
-    """b × r × c × d -> b × r/f × c/f × f·f·d."""
-    b, r, c, d = x.shape
-    x = x.reshape(b, r // factor, factor, c // factor, factor, d)
-    return x.transpose(2, 3).reshape(b, r // factor, c // factor, factor * factor * d)
-
-
-def depth_to_space(x: Tensor, factor: int) -> Tensor:
-    """The inverse of ``space_to_depth``."""
-    b, r, c, d = x.shape
-    x = x.reshape(b, r, c, factor, factor, d // factor**2).transpose(2, 3)
-    return x.reshape(b, r * factor, c * factor, d // factor**2)
 
 
 def relative_index(window: int, device: torch.device) -> Tensor:
@@ -119,27 +67,21 @@ class ConvolutionBlock(nn.Module):
 
 
 class WindowedBlock(nn.Module):
-    """Attention within windows of cells, then an MLP; both residual.
+    """Attention within windows of cells, then an MLP; both residual."""
 
-    Attributes:
-        skips_masks: build no mask where no cell is padding. An export turns it off: its sizes are unknown.
-    """
-
-    skips_masks = True
-
-    def __init__(self, shape: WindowedShape, shifted: bool, modulated: bool):
+    def __init__(self, config: ModelConfig, width: int, heads: int, shifted: bool, modulated: bool):
         super().__init__()
-        self.heads, self.window = shape.heads, shape.window
-        self.offset = shape.window // 2 if shifted else 0
-        width, hidden = shape.width, int(shape.mlp_ratio * shape.width)
+        self.heads, self.window = heads, config.window
+        self.offset = config.window // 2 if shifted else 0
+        hidden = int(config.mlp_ratio * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, hidden)
         self.gelu = nn.GELU(approximate="tanh")
         self.mlp_out = nn.Linear(hidden, width)
-        self.position_bias = nn.Parameter(torch.zeros(shape.heads, (2 * shape.window - 1) ** 2))
+        self.position_bias = nn.Parameter(torch.zeros(heads, (2 * config.window - 1) ** 2))
         # One layer makes the modulations of all blocks (Chen et al. 2023); each block adds its own.
-        gates = torch.tensor([0.0, 0.0, shape.initial_gate]).repeat(2)
+        gates = torch.tensor([0.0, 0.0, 1.0]).repeat(2)
         self.modulation = nn.Parameter(gates[:, None].repeat(1, width)) if modulated else None
 
     def modulate(self, common: Tensor) -> Modulations:
@@ -147,12 +89,11 @@ class WindowedBlock(nn.Module):
         parts = [part[:, None, None] for part in (common + self.modulation).unbind(1)]  # b 1 1 width
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
-    def attention(self, x: Tensor, outside: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, outside: Tensor) -> Tensor:
         """x: b × windows × cells × 3d; outside: windows × cells, True for padding."""
         q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # b windows heads cells d
         bias = self.position_bias[:, relative_index(self.window, x.device)]  # heads cells cells
-        if outside is not None:
-            bias = bias + outside[:, None, None] * -1e4  # windows heads cells cells
+        bias = bias + outside[:, None, None] * -1e4  # windows heads cells cells
         logits = (modulated_norm(q) * (8 / q.shape[-1] ** 0.5)) @ modulated_norm(k).transpose(-2, -1)
         attended = (logits + bias.to(q.dtype)).softmax(-1).to(v.dtype) @ v
         return attended.transpose(2, 3).flatten(3)
@@ -165,57 +106,48 @@ class WindowedBlock(nn.Module):
         x = gated_residual(x, self.proj(attended), attention)
         return gated_residual(x, self.mlp_out(self.gelu(self.mlp_in(modulated_norm(x, mlp)))), mlp)
 
-    def padding(self, rows: int, columns: int) -> tuple[int, int, int, int]:
-        """Cells to add left, right, above and below for whole windows."""
-        down, across = self.window_counts(rows, columns)
-        right, below = across * self.window - columns - self.offset, down * self.window - rows - self.offset
-        return self.offset, right, self.offset, below
-
     def window_counts(self, rows: int, columns: int) -> tuple[int, int]:
         """Windows along each axis. In this form ``torch.export`` can follow the sizes of padded maps."""
         before = self.offset + self.window - 1
         return (rows + before) // self.window, (columns + before) // self.window
 
-    def partition(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """b × r × c × d -> b × windows × cells × d, and a mask windows × cells, True for padding, or ``None``."""
+    def partition(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """b × r × c × d -> b × windows × cells × d, padded to whole windows; and windows × cells, True for padding."""
         rows, columns = x.shape[1:3]
-        padding = self.padding(rows, columns)
-        if self.skips_masks and not any(padding):
-            return self.windows(x), None
-        inside = F.pad(torch.ones((1, rows, columns, 1), dtype=torch.bool, device=x.device), (0, 0, *padding))
-        return self.windows(F.pad(x, (0, 0, *padding))), ~self.windows(inside)[0, :, :, 0]
+        down, across = (count * self.window for count in self.window_counts(rows, columns))
+        padding = (0, 0, self.offset, across - columns - self.offset, self.offset, down - rows - self.offset)
+        inside = torch.ones((1, rows, columns, 1), dtype=torch.bool, device=x.device)
+        return self.windows(F.pad(x, padding)), ~self.windows(F.pad(inside, padding))[0, :, :, 0]
 
     def windows(self, x: Tensor) -> Tensor:
-        b, r, c, d = x.shape
-        w = self.window
-        return x.reshape(b, r // w, w, c // w, w, d).transpose(2, 3).reshape(b, -1, w * w, d)
+        return space_to_depth(x, self.window).unflatten(-1, (self.window**2, -1)).flatten(1, 2)
 
     def merge(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """The inverse of ``partition``."""
-        down, across = self.window_counts(rows, columns)
-        b = x.shape[0]  # len(x) would fix it in an export
-        x = x.reshape(b, down, across, self.window, self.window, -1).transpose(2, 3)
-        x = x.reshape(b, down * self.window, across * self.window, -1)
+        cells = x.flatten(2).unflatten(1, self.window_counts(rows, columns))
+        x = depth_to_space(cells, self.window)
         return x[:, self.offset : self.offset + rows, self.offset : self.offset + columns]
 
 
 class WindowedEncoder(nn.Module):
     """Equation 1: images b × c × h × w of whole cells to one code token per cell, b × (h/16 · w/16) × channels."""
 
-    def __init__(self, shape: WindowedShape, channels: int):
+    def __init__(self, config: ModelConfig, channels: int):
         super().__init__()
-        self.shape = shape
-        w = shape.width
-        self.picture_in = Convolution(shape.channels * 4**2, w // 4)
+        self.config, self.width = config, config.enc_hidden_size
+        w = self.width
+        self.picture_in = Convolution(config.channels * 4**2, w // 4)
         self.down8 = nn.Linear(4 * (w // 4), w // 2)
         self.down16 = nn.Linear(4 * (w // 2), w)
-        convolutions = [ConvolutionBlock(n) for n in (w // 4, w // 2) for _ in range(shape.conv_depth)]
-        attention = [WindowedBlock(shape, i % 2 == 1, modulated=False) for i in range(shape.depth)]
+        convolutions = [ConvolutionBlock(n) for n in (w // 4, w // 2) for _ in range(config.conv_depth)]
+        attention = [
+            WindowedBlock(config, w, config.enc_num_heads, i % 2 == 1, modulated=False) for i in range(config.enc_depth)
+        ]
         self.blocks = nn.ModuleList([*convolutions, *attention])
         self.code_out = nn.Linear(w, channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        n = self.shape.conv_depth
+        n = self.config.conv_depth
         x = self.picture_in(space_to_depth(images.permute(0, 2, 3, 1), 4))
         for block in self.blocks[:n]:
             x = block(x)
@@ -231,31 +163,33 @@ class WindowedEncoder(nn.Module):
 class WindowedDecoder(nn.Module):
     """Equation 3: the velocity of the noised image x_t given the code and the timestep."""
 
-    def __init__(self, shape: WindowedShape, channels: int):
+    def __init__(self, config: ModelConfig, channels: int):
         super().__init__()
-        self.shape = shape
-        w = shape.width
+        self.config, self.width = config, config.hidden_size
+        w = self.width
         self.time_in = nn.Linear(TIMESTEP_SINUSOIDS, w)
         self.time_out = nn.Linear(w, w)
         self.modulation = nn.Linear(w, 8 * w)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         self.code_in = nn.Linear(2 * channels + 1, w)
-        self.picture_in16 = nn.Linear(shape.channels * 16**2, w)
-        self.picture_in8 = nn.Linear(shape.channels * 8**2, w // 2)
-        self.picture_in4 = nn.Linear(shape.channels * 4**2, w // 4)
+        self.picture_in16 = nn.Linear(config.channels * 16**2, w)
+        self.picture_in8 = nn.Linear(config.channels * 8**2, w // 2)
+        self.picture_in4 = nn.Linear(config.channels * 4**2, w // 4)
         self.up8 = nn.Linear(w, 4 * (w // 2))
         self.up4 = nn.Linear(w // 2, 4 * (w // 4))
-        attention = [WindowedBlock(shape, i % 2 == 1, modulated=True) for i in range(shape.depth)]
-        convolutions = [ConvolutionBlock(n) for n in (w // 2, w // 4) for _ in range(shape.conv_depth)]
+        attention = [
+            WindowedBlock(config, w, config.num_heads, i % 2 == 1, modulated=True) for i in range(config.dec_depth)
+        ]
+        convolutions = [ConvolutionBlock(n) for n in (w // 2, w // 4) for _ in range(config.conv_depth)]
         self.blocks = nn.ModuleList([*attention, *convolutions])
-        self.picture_out = Convolution(w // 4, shape.channels * 4**2)
+        self.picture_out = Convolution(w // 4, config.channels * 4**2)
 
     def modulate(self, t: Tensor, end: Tensor | None = None) -> Conditioning:
         """Compute all modulations for timesteps t (b in [0, 1]); ``end`` is unused."""
         embedded = F.silu(self.time_out(F.silu(self.time_in(timestep_embedding(t)))))
         common = self.modulation(embedded).float().unflatten(-1, (8, -1))
-        blocks = tuple(block.modulate(common[:, :6]) for block in self.blocks[: self.shape.depth])
+        blocks = tuple(block.modulate(common[:, :6]) for block in self.blocks[: self.config.dec_depth])
         return Conditioning(t, blocks, Modulation(*(part[:, None, None] for part in common[:, 6:].unbind(1))))
 
     def embed_code(self, code: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -267,7 +201,7 @@ class WindowedDecoder(nn.Module):
 
     def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
         """x_t: b × c × h × w, code: embedded, b × m × width, at_t: from ``modulate`` -> float32 velocity like x_t."""
-        depth, n = self.shape.depth, self.shape.conv_depth
+        depth, n = self.config.dec_depth, self.config.conv_depth
         patches = space_to_depth(x_t.permute(0, 2, 3, 1), 4)
         rows, columns = x_t.shape[-2] // CELL, x_t.shape[-1] // CELL
         x = code.unflatten(1, (rows, columns)) + self.picture_in16(space_to_depth(patches, 4))
@@ -280,4 +214,4 @@ class WindowedDecoder(nn.Module):
         for block in self.blocks[depth + n :]:
             x = block(x)
         out = depth_to_space(self.picture_out(modulated_norm(x)), 4).permute(0, 3, 1, 2).float()
-        return velocity_from(out, x_t, at_t.t, self.shape.prediction)
+        return velocity_from(out, x_t, at_t.t, self.config.prediction)

@@ -140,7 +140,7 @@ def _fake_tensors() -> Iterator[None]:
         try:
             yield
         finally:
-            transformer.rotary_table.cache_clear()  # drop tables without contents
+            transformer.rotary_angles.cache_clear()  # drop tables without contents
 
 
 def _chain_steps(config: Config) -> tuple[int, int]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from flowmo.checkpoint.eight_bit import SMALLEST
 from flowmo.codec.file import Codec
 from flowmo.errors import FlowMoError
-from flowmo.model.windowed import WindowedBlock
 from flowmo.tokenizer import FlowMo
 
 OPSET = 18
@@ -85,11 +84,7 @@ class Graph:
     @torch.no_grad()
     def export(self) -> torch.export.ExportedProgram:
         self.module(*self.examples)  # fills caches with real tensors
-        try:
-            WindowedBlock.skips_masks = False
-            return torch.export.export(self.module, self.examples, dynamic_shapes=self.dynamic)
-        finally:
-            WindowedBlock.skips_masks = True
+        return torch.export.export(self.module, self.examples, dynamic_shapes=self.dynamic)
 
 
 def graphs(tokenizer: FlowMo) -> dict[str, Graph]:
