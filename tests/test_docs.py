@@ -267,7 +267,7 @@ def find(name):
 
 def test_the_map_of_the_paper_is_whole_and_leads_somewhere():
     text = TOLD[0].read_text()
-    named = set(re.findall(r"`(flowmo(?:\.\w+)+)`", text))
+    named = set(re.findall(r"`((?:flowmo|reproduce)(?:\.\w+)+)`", text))
     assert len(named) > 40
     for name in named:
         assert find(name) is not None, name
