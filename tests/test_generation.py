@@ -24,7 +24,7 @@ from flowmo.model.torchvision_import import import_torchvision
 class Colours(torch.nn.Module):
     """A feature network of all three kinds that needs no weights."""
 
-    name, channels, classes, spatial_channels, is_fid = "colours", 6, 3, 12, False
+    name, is_fid = "colours", False
 
     def forward(self, images):
         mean, small = images.mean((2, 3)), torch.nn.functional.adaptive_avg_pool2d(images, 2)
@@ -76,14 +76,15 @@ def test_reference_statistics_instead_of_pictures(tmp_path):
     write_npz(tmp_path / "b.npz", [theirs], 25)
     whole = summary(tmp_path / "a.npz", tmp_path / "b.npz")
     seen = extract_features(open_image_set(tmp_path / "b.npz"), Colours())
-    (mean, covariance, _), (mean_s, covariance_s, _) = seen.gaussians["pooled"], seen.gaussians["spatial"]
+    gaussians = {kind: Gaussian.of(getattr(seen.features, kind)) for kind in ("pooled", "spatial")}
+    (mean, covariance, _), (mean_s, covariance_s, _) = gaussians.values()
     np.savez(tmp_path / "ref.npz", mu=mean, sigma=covariance, mu_s=mean_s, sigma_s=covariance_s)  # as ADM's are
     part = summary(tmp_path / "a.npz", tmp_path / "ref.npz")
     assert part.frechet_distance == pytest.approx(whole.frechet_distance)
     assert part.spatial_frechet_distance == pytest.approx(whole.spatial_frechet_distance)
     assert part.precision is None
     assert "precision" in part.missing[0]
-    write_npz(tmp_path / "both.npz", [theirs], 25, seen.gaussians)
+    write_npz(tmp_path / "both.npz", [theirs], 25, gaussians)
     read = NpzFile(tmp_path / "both.npz").statistics("spatial")
     assert torch.equal(read[1], covariance_s)
 
@@ -130,8 +131,8 @@ def test_distances_to_statistics_of_more_images_than_the_file_holds():
     generator = torch.Generator().manual_seed(0)
     ours, some, whole = (torch.randn(n, 40, generator=generator) for n in (200, 10, 300))
     (mean, covariance), (mean_2, covariance_2) = ((x.double().mean(0), x.double().T.cov()) for x in (ours, whole))
-    seen = SetFeatures(200, {"pooled": Gaussian(mean, covariance, 200)}, ours, torch.empty(200, 0))
-    reference = SetFeatures(10, {"pooled": Gaussian(mean_2, covariance_2)}, some, torch.empty(10, 0))
+    seen = SetFeatures(Features(ours))
+    reference = SetFeatures(Features(some), {"pooled": Gaussian(mean_2, covariance_2)})
     root = linalg.sqrtm((covariance @ covariance_2).numpy()).real
     expected = float((mean - mean_2).square().sum() + covariance.trace() + covariance_2.trace()) - 2 * np.trace(root)
     assert GenerationSummary.of(seen, reference, Colours()).frechet_distance == pytest.approx(expected, rel=1e-6)
@@ -232,8 +233,6 @@ def test_equals_torch_fidelity():
     a, b = (torch.randn(120, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     b = b * 1.3 + 0.2
     statistics = [{"mu": x.double().mean(0).numpy(), "sigma": np.cov(x.double().numpy(), rowvar=False)} for x in (a, b)]
-    network = Colours()
-    network.channels = 16
 
     class Rows:
         name = "rows"
@@ -252,14 +251,12 @@ def test_equals_torch_fidelity():
         place = iter(rows.split(8))
 
         class Given(Colours):
-            channels = 16
-
             def forward(self, images, place=place):
                 part = next(place)
                 return Features(part, torch.zeros(8, 3), torch.zeros(8, 12))
 
         seen.append(extract_features(Rows(rows), Given(), batch_size=8))
-    ours = GenerationSummary.of(*seen, network)
+    ours = GenerationSummary.of(*seen, Colours())
     fid = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert ours.frechet_distance == pytest.approx(fid, rel=1e-4)
     x, y = a.double().numpy(), b.double().numpy()

@@ -27,9 +27,8 @@ from flowmo.data.npz import NpzError, NpzFile
 from flowmo.data.sources.tar import read_index
 from flowmo.data.sources.webdataset import expand
 from flowmo.data.tokens import TokenDataset
-from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.measurement import MeasurementFolder
+from flowmo.evaluate.measurement import MeasurementParts
 from flowmo.evaluate.peers.base import read_weights
 from flowmo.generate.generator import load_generator
 from flowmo.images import ImageError, read_image
@@ -69,7 +68,7 @@ PLACES = {
     "planes.safetensors": PlaneModel.read,
     "tokenizer.safetensors": lambda file: flowmo.load(file),
     "peer.pt": read_weights,
-    "whole.pt": lambda file: MeasurementFolder(file.parent, "x", World()).resume(),
+    "whole.pt": lambda file: MeasurementParts(file.parent, "x"),
     BACKBONES["alex"][0][0]: lambda file: LPIPS("alex", file.parent, download=False),
     HEADS["alex"][0][0]: lambda file: LPIPS("alex", beside_a_backbone(file), download=False),
     RESNET[0][0]: lambda file: ResNetLogits(file.parent, download=False),

@@ -51,7 +51,7 @@ def test_features(folder):
     network = FIDInception(folder, download=False)
     images = torch.rand(3, 3, 40, 50, generator=torch.Generator().manual_seed(0)) * 2 - 1
     features = network(images)
-    assert features.pooled.shape == (3, network.channels)
+    assert features.pooled.shape == (3, 2048)
     assert features.pooled.std() > 0
     assert features.logits is None, "these weights come without a classifier"
     assert features.spatial.shape == (3, 2023)
@@ -69,7 +69,7 @@ def images():
 def test_the_default_protocol_equals_torch_fidelitys_own_forward(folder, images):
     network = FIDInception(folder, download=False)
     pooled, logits = network.network(to_bytes(images))
-    network.classes = 1008
+    network.has_classifier = True
     found = network(images)
     assert torch.equal(found.pooled, pooled)
     torch.testing.assert_close(found.logits, logits)

@@ -21,7 +21,7 @@ from flowmo.data.token_files import Vocabulary, read_metadata
 from flowmo.evaluate.codecs import QUALITIES, CodecReconstructor
 from flowmo.evaluate.generation import extract_features
 from flowmo.evaluate.metrics.features import Features, in_fixed_batches
-from flowmo.evaluate.metrics.fid import Moments, frechet_distance
+from flowmo.evaluate.metrics.fid import Gaussian, frechet_distance
 from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.evaluate.metrics.sets import kernel_distance, precision_and_recall
 from flowmo.evaluate.reconstruction import Evaluators, Reconstruction, measure
@@ -187,15 +187,12 @@ def test_frechet_distance_of_few_images_has_no_imaginary_part(count):
     """The trace of (C₁C₂)^½ is the sum of the singular values of the product of both centred data matrices."""
     rng = np.random.default_rng(count)
     x, y = rng.random((count, 64)), rng.random((count + 3, 64)) * 1.1
-    moments = []
-    for rows in (x, y):
-        moments.append(Moments.empty(64))
-        moments[-1].add(torch.from_numpy(rows))
+    gaussians = [Gaussian.of(torch.from_numpy(rows)) for rows in (x, y)]
     cx, cy = ((rows - rows.mean(0)) / np.sqrt(len(rows) - 1) for rows in (x, y))
     root = np.linalg.svd(cx @ cy.T, compute_uv=False).sum()
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + (cx**2).sum() + (cy**2).sum() - 2 * root
-    assert frechet_distance(*(m.gaussian() for m in moments)) == pytest.approx(expected, rel=1e-3)
-    assert frechet_distance(moments[0].gaussian(), moments[0].gaussian()) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-3)
+    assert frechet_distance(gaussians[0], gaussians[0]) == pytest.approx(0, abs=1e-4)
 
 
 def test_kernel_distance_is_the_unbiased_one_and_may_be_negative():
@@ -217,7 +214,7 @@ def test_kernel_distance_is_the_unbiased_one_and_may_be_negative():
 class Means(nn.Module):
     """A feature network: mean colours."""
 
-    name, channels, classes, spatial_channels, is_fid = "means", 3, 0, 0, False
+    name, is_fid = "means", False
 
     def forward(self, images):
         return Features(images.mean((2, 3)))
@@ -237,7 +234,7 @@ def test_the_last_partial_batch_counts():
     seen = extract_features(Pictures(images), Means(), batch_size=3)
     rows = np.stack([image.numpy().astype(float).mean((1, 2)) / 127.5 - 1 for image in images])
     assert seen.count == 7
-    mean, covariance, _ = seen.gaussians["pooled"]
+    mean, covariance, _ = Gaussian.of(seen.features.pooled)
     np.testing.assert_allclose(mean, rows.mean(0), atol=1e-5)
     np.testing.assert_allclose(covariance, np.cov(rows.T), atol=1e-5)
 
@@ -288,8 +285,6 @@ def test_psnr_is_of_each_image():
 
 class Precision(nn.Module):
     """A feature network that notes how a GPU would compute its convolutions and products."""
-
-    channels, classes, spatial_channels = 1, 0, 0
 
     def forward(self, images):
         self.tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32

@@ -76,6 +76,14 @@ class World:
         dist.broadcast_object_list(values)
         return values[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value on every rank, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         self.any(False)  # through gloo on the CPU, also beside nccl
 

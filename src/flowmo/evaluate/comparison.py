@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flowmo.data import Source, evenly_spread
+from flowmo.data import Source
 from flowmo.distributed import World
 from flowmo.evaluate.codecs import FORMATS, CodecReconstructor
 from flowmo.evaluate.measurement import EvaluationError
 from flowmo.evaluate.peers import CONTINUOUS, DISCRETE, SIDE, build_peer
-from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, Reconstructor, Throughput, measure
+from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, Reconstructor, measure
 from flowmo.evaluate.report import Entry, weights_hash, write_report
 from flowmo.evaluate.summary import Summary
 from flowmo.images import Tiling
@@ -60,7 +60,6 @@ class Comparison:
         bits = tokenizer.config.bits_per_image or 32 * model.code_length * model.context_dim
         self.budget = math.ceil(self.tiles * bits / 8)  # bytes of the ids of a square crop
         self.evaluators.remember = bool(self.peers) or len(self.rates) > 1
-        self.chosen = evenly_spread(self.limit or len(self.source), len(self.source))
         if self.peers and not tokenizer.pixels.is_rgb:
             raise EvaluationError("Codecs and other tokenizers take 8-bit RGB, unlike this model. Leave out --peers.")
         for peer in self.peers:
@@ -77,14 +76,9 @@ class Comparison:
                 "Codecs beside whole images need a model that writes files. This one has a continuous code."
             )
 
-    def measured_indices(self, entry: Entry) -> list[int]:
-        """Return the dataset indices of the images that could be read, in order."""
-        return [index for index, done in zip(self.chosen, entry.measurement.done.tolist(), strict=True) if done]
-
     def measure(self) -> Iterator[Entry]:
         """Measure one candidate after another."""
         for candidate, metadata in self._candidates():
-            throughput = Throughput()
             measured = measure(
                 candidate,
                 self.source,
@@ -97,12 +91,11 @@ class Comparison:
                 enlarge=self.enlarge,
                 folder=self.out / "measured" / candidate.name if self.out else None,
                 metadata=metadata,
-                throughput=throughput,
                 progress=self.progress(candidate.name),
                 pixels=self.model.tokenizer.pixels,
             )
             summary = Summary.of(candidate.name, measured, self.evaluators.features)
-            self.entries.append(Entry(candidate, measured, summary, throughput))
+            self.entries.append(Entry(candidate, measured, summary))
             yield self.entries[-1]
 
     def _candidates(self) -> Iterator[tuple[Reconstructor, dict[str, Any]]]:
@@ -116,9 +109,8 @@ class Comparison:
             yield replace(model, name=model.name + suffix, bits_per_pixel=rate), sampling
             if self.side or not self.peers:
                 continue
-            ours = self.entries[-1]
-            file_bytes = ours.measurement.column("file_bits").div(8).int().tolist()
-            budgets = dict(zip(self.measured_indices(ours), file_bytes, strict=True))
+            ours = self.entries[-1].measurement.rows
+            budgets = dict(zip(ours["index"].tolist(), ours["file_bits"].div(8).int().tolist(), strict=True))
             for codec in self.peers:
                 peer = CodecReconstructor(codec, budgets, at_least=True)
                 peer.name += suffix
@@ -133,7 +125,7 @@ class Comparison:
     def report(self, source: str, model: str) -> None:
         """Write the report to ``out``. ``source`` and ``model`` are names for its header."""
         assert self.out is not None
-        own, side, indices = self.model, self.side, self.measured_indices(self.entries[0])
+        own, side, indices = self.model, self.side, self.entries[0].measurement.rows["index"].tolist()
         networks = {"LPIPS (AlexNet)": self.evaluators.lpips_alex, "LPIPS (VGG)": self.evaluators.lpips_vgg}
         networks["features"] = self.evaluators.features
         square = f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}"

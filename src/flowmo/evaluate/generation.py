@@ -5,21 +5,19 @@ The reference is a set of images, or the statistics of one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from flowmo.data import DataError, Source, evenly_spread, open_source
+from flowmo.data import DataError, Source, open_source
 from flowmo.data.npz import STATISTICS, NpzFile
 from flowmo.distributed import World
-from flowmo.evaluate.measurement import KERNEL_IMAGES
-from flowmo.evaluate.metrics.features import FeatureNetwork, in_fixed_batches
-from flowmo.evaluate.metrics.fid import Gaussian, Moments, StatisticsError, finite_sample_bias, frechet_distance
+from flowmo.evaluate.metrics.features import FeatureNetwork, Features, in_fixed_batches
+from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError, distance_and_bias
 from flowmo.evaluate.metrics.sets import NEIGHBOURS, SCORE_SPLIT, inception_score, kernel_distance, precision_and_recall
 from flowmo.evaluate.reconstruction import print_unreadable
 from flowmo.evaluate.summary import table_lines
@@ -78,33 +76,20 @@ class SetFeatures:
     """A network's features of N images.
 
     Attributes:
-        count: N; 0 if only statistics are known.
-        gaussians: by kind, ``pooled`` and ``spatial``. A Gaussian of infinite size comes from a file. It may describe
-            more than the N images.
-        pooled: float32 N × channels.
-        logits: float32 N × classes.
+        features: float32, N rows in the order of the images; ``None`` if only statistics are known.
+        statistics: Gaussians of ``pooled`` and ``spatial`` features from a file. They may describe more images.
     """
 
-    count: int
-    gaussians: dict[str, Gaussian]
-    pooled: Tensor
-    logits: Tensor
+    features: Features | None
+    statistics: Mapping[str, Gaussian] = field(default_factory=dict)
 
     @property
-    def has_reference_statistics(self) -> bool:
-        """Whether the Gaussian of pooled features comes from a file."""
-        return math.isinf(self.gaussians["pooled"].size)
+    def count(self) -> int:
+        return 0 if self.features is None else len(self.features.pooled)
 
-    def half(self, offset: int) -> Gaussian:
-        """Gaussian of every second image's pooled features; one from a file stays as it is."""
-        if self.has_reference_statistics:
-            return self.gaussians["pooled"]
-        moments = Moments.empty(self.pooled.shape[1])
-        moments.add(self.pooled[offset::2])
-        return moments.gaussian()
-
-    def kernel_sample(self) -> Tensor:
-        return self.pooled[evenly_spread(KERNEL_IMAGES, len(self.pooled))]
+    def distribution(self, kind: str) -> Tensor | Gaussian | None:
+        """``pooled`` or ``spatial`` statistics of the file, else features; ``None`` without either."""
+        return self.statistics.get(kind, getattr(self.features, kind, None))
 
 
 def extract_features(
@@ -125,35 +110,27 @@ def extract_features(
         StatisticsError: there is only one readable image.
         DataError: image sizes differ, or there are neither images nor statistics.
     """
-    count, name = len(images), images.name
-    found = {kind: images.statistics(kind) for kind in STATISTICS} if isinstance(images, NpzFile) else {}
-    given = {kind: Gaussian(*values) for kind, values in found.items() if values is not None}
-    if not count and given:
-        return SetFeatures(0, given, torch.empty(0, network.channels), torch.empty(0, network.classes))
+    count, statistics = len(images), {}
+    if isinstance(images, NpzFile):
+        found = {kind: images.statistics(kind) for kind in STATISTICS}
+        statistics = {kind: Gaussian(*values) for kind, values in found.items() if values is not None}
+    if not count and not statistics:
+        raise DataError(f"{images.name} holds neither images nor statistics.")
     if not count:
-        raise DataError(f"{name} holds neither images nor statistics.")
-    rows = {"pooled": torch.zeros(count, network.channels), "logits": torch.zeros(count, network.classes)}
-    moments = {"pooled": Moments.empty(network.channels)}
-    if network.spatial_channels:
-        moments["spatial"] = Moments.empty(network.spatial_channels)
+        return SetFeatures(None, statistics)
     done = 0
+    mine: dict[int, Features] = {}
     for number, batch in enumerate(images.batches(batch_size)):
-        positions = slice(done, done + len(batch))
         done += len(batch)
         if number % world.size == world.rank:
             features = in_fixed_batches(network, batch.to(device).float() / 127.5 - 1)
-            for kind, moment in moments.items():
-                moment.add(getattr(features, kind))
-            for kind, row in rows.items():
-                if row.shape[1]:
-                    row[positions] = getattr(features, kind).float().cpu()
+            mine[number] = Features(*(None if column is None else column.float().cpu() for column in features))
         if progress:
             progress(done, count)
     if done < 2:
-        raise StatisticsError(f"{name}: {done} of {count} images can be read. A covariance needs two or more.")
-    gaussians = {kind: moment.gather(world).gaussian() for kind, moment in moments.items()}
-    pooled, logits = (world.sum(rows[kind])[:done] for kind in ("pooled", "logits"))
-    return SetFeatures(done, gaussians | given, pooled, logits)
+        raise StatisticsError(f"{images.name}: {done} of {count} images can be read. A covariance needs two or more.")
+    batches = {number: features for part in world.gather(mine) for number, features in part.items()}
+    return SetFeatures(Features.cat(batches[number] for number in sorted(batches)), statistics)
 
 
 @dataclass(frozen=True)
@@ -162,7 +139,7 @@ class GenerationSummary:
 
     Attributes:
         frechet_distance: of pooled features; the FID if ``is_fid``.
-        frechet_bias: estimated excess due to few images; see ``finite_sample_bias``.
+        frechet_bias: estimated excess due to few images; see ``distance_and_bias``.
         spatial_frechet_distance: the sFID if ``is_fid``.
         kernel_distance: unbiased; the KID if ``is_fid``.
         precision: share of generated images in the reference's manifold; ``recall`` the reverse.
@@ -191,40 +168,34 @@ class GenerationSummary:
         cls, generated: SetFeatures, reference: SetFeatures, network: FeatureNetwork, names: tuple[str, str] = ("", "")
     ) -> GenerationSummary:
         """Compare two sets. Raises ``StatisticsError`` if one has no statistics of pooled features."""
-        sets = generated, reference
-        if not all("pooled" in features.gaussians for features in sets):
-            raise StatisticsError(f"{names} have no statistics of pooled features.")
         metrics: dict[str, Any] = {}
         missing = []
-        distance = frechet_distance(*(features.gaussians["pooled"] for features in sets))
-        counts = [features.count for features in sets if not features.has_reference_statistics]
-        if min(counts, default=0) >= 4:  # two images a half
-            halves = ((generated.half(offset), reference.half(offset)) for offset in range(2))
-            metrics["frechet_bias"] = finite_sample_bias(distance, halves)
-        if all("spatial" in features.gaussians for features in sets):
-            spatial = (features.gaussians["spatial"] for features in sets)
-            metrics["spatial_frechet_distance"] = frechet_distance(*spatial)
-        else:
+        pooled, spatial = ([one.distribution(kind) for one in (generated, reference)] for kind in STATISTICS)
+        if any(features is None for features in pooled):
+            raise StatisticsError(f"{names} have no statistics of pooled features.")
+        metrics["frechet_distance"], metrics["frechet_bias"] = distance_and_bias(*pooled)
+        if any(features is None for features in spatial):
             missing.append("no sFID: it needs a network with spatial features, and those of both sets")
-        if generated.count and reference.count:
-            metrics["kernel_distance"] = kernel_distance(generated.kernel_sample(), reference.kernel_sample())
-            metrics["precision"], metrics["recall"] = precision_and_recall(reference.pooled, generated.pooled)
         else:
+            metrics["spatial_frechet_distance"] = distance_and_bias(*spatial)[0]
+        ours, theirs = generated.features, reference.features
+        if ours is None or theirs is None:
             missing.append("no kernel distance, precision and recall: the reference has statistics only, no images")
-        if generated.logits.shape[1]:
-            score = inception_score(generated.logits)
-            metrics["inception_score"], metrics["inception_score_spread"] = score
         else:
+            metrics["kernel_distance"] = kernel_distance(ours.pooled, theirs.pooled)
+            metrics["precision"], metrics["recall"] = precision_and_recall(theirs.pooled, ours.pooled)
+        if ours is None or ours.logits is None:
             missing.append("no Inception Score: these weights have no classifier")
+        else:
+            metrics["inception_score"], metrics["inception_score_spread"] = inception_score(ours.logits)
         return cls(
             *names,
             generated.count,
             reference.count,
             network.name,
             network.is_fid,
-            distance,
             missing=tuple(missing),
-            reference_statistics=reference.has_reference_statistics,
+            reference_statistics="pooled" in reference.statistics,
             **metrics,
         )
 

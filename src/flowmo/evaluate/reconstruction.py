@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +19,7 @@ from flowmo.data import Source, evenly_spread
 from flowmo.data.sources.base import read_as
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.measurement import COLUMNS, EvaluationError, Measurement, MeasurementFolder
+from flowmo.evaluate.measurement import EvaluationError, Measurement, MeasurementParts
 from flowmo.evaluate.metrics import build_features
 from flowmo.evaluate.metrics.features import BATCH, FeatureNetwork, in_fixed_batches
 from flowmo.evaluate.metrics.pairs import per_channel, squared_error, ssim
@@ -160,24 +159,22 @@ class Evaluators:
         return {key: network.name for key, network in self.networks().items()}
 
     @torch.no_grad()
-    def evaluate(
+    def compare(
         self,
-        measurement: Measurement,
-        positions: Tensor,
         x: Tensor,
         result: Reconstruction,
         batch_size: int = BATCH,
         pixels: PixelFormat = PixelFormat(),
-    ) -> None:
-        """Add images x, b × c × h × w, and their reconstructions to a measurement.
+    ) -> dict[str, Tensor]:
+        """Compare images x, b × c × h × w, with their reconstructions. Returns columns of a ``Measurement``.
 
         Args:
             batch_size: of the networks.
-            pixels: which channels the networks see.
+            pixels: which channels the networks see. If there are 2 or more than 3, metrics are also taken of each.
         """
         y = result.images.to(x.device)
         ours, theirs = to_bytes(x), to_bytes(y)
-        values = {
+        rows = {
             "bits": result.bits,
             "pixels": torch.full((len(x),), float(x.shape[-2] * x.shape[-1])),
             "squared_error": squared_error(ours, theirs),
@@ -186,19 +183,19 @@ class Evaluators:
             "truncated_ssim": ssim(truncated(x), truncated(y)),
         }
         if result.file_bits is not None:
-            values["file_bits"] = result.file_bits
-        if measurement.channel_count:
-            metrics = [per_channel(metric, ours, theirs) for metric in (squared_error, ssim)]
-            measurement.add_channels(positions, torch.cat(metrics))
+            rows["file_bits"] = result.file_bits
+        if pixels.channels not in (1, 3):
+            rows["channel_squared_error"] = per_channel(squared_error, ours, theirs)
+            rows["channel_ssim"] = per_channel(ssim, ours, theirs)
         x, y = pixels.visible(x), pixels.visible(y)
         for name, network in self.networks().items():
             if name != "features":
-                values[name] = in_fixed_batches(network, x, y, batch_size=batch_size)
+                rows[name] = in_fixed_batches(network, x, y, batch_size=batch_size)
+        rows = {name: column.double().cpu() for name, column in rows.items()}
         if self.features is not None:
-            originals = self._features_of_originals(self.features, x, batch_size)
-            results = in_fixed_batches(self.features, y, batch_size=batch_size).pooled
-            measurement.add_features(positions, originals, results)
-        measurement.add(positions, values, result.ids)
+            rows["originals"] = self._features_of_originals(self.features, x, batch_size).float().cpu()
+            rows["results"] = in_fixed_batches(self.features, y, batch_size=batch_size).pooled.float().cpu()
+        return rows
 
     def _features_of_originals(self, network: FeatureNetwork, x: Tensor, batch_size: int) -> Tensor:
         if not self.remember:
@@ -213,26 +210,6 @@ class Evaluators:
 def truncated(images: Tensor) -> Tensor:
     """Convert to 8 bits as the release does for PSNR and SSIM: 255·(x / 2 + 1/2), truncated instead of rounded."""
     return ((images.clamp(-1, 1) + 1) / 2 * 255.0).to(torch.uint8)
-
-
-@dataclass
-class Throughput:
-    """Seconds of this process per part of an evaluation: ``reading``, ``reconstructing`` and ``judging``."""
-
-    images: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, float]:
-        """Images per second of each part."""
-        return {f"{part}_per_second": self.images / seconds for part, seconds in self.seconds.items() if seconds}
-
-    def timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        start = time.perf_counter()
-        result = function(*arguments)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-        return result
 
 
 def print_unreadable(message: str) -> None:
@@ -253,7 +230,6 @@ def measure(
     enlarge: bool = False,
     folder: Path | None = None,
     metadata: Mapping[str, Any] | None = None,
-    throughput: Throughput | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_unreadable: Callable[[str], None] = print_unreadable,
     pixels: PixelFormat = PixelFormat(),
@@ -272,51 +248,47 @@ def measure(
         metadata: what else the result depends on, such as steps and seed. A folder with other metadata is refused.
         progress: callback with (images done, images in total) of this rank.
         on_unreadable: callback with the error message of each unreadable or too small image of this rank. Such an image
-            is not ``done`` in the result and is in no metric.
+            has no row in the result.
         pixels: channels and values of the images.
 
     Raises:
         EvaluationError: no image can be used, one has a reconstruction that is not finite, or the folder holds another
             evaluation.
     """
-    throughput = throughput or Throughput()
-    chosen = torch.tensor(evenly_spread(limit or len(source), len(source)))
-    identity = {"columns": COLUMNS, "candidate": candidate.name, "pictures": len(chosen), "of": len(source)}
+    chosen = evenly_spread(limit or len(source), len(source))
+    identity = {"version": 2, "candidate": candidate.name, "pictures": len(chosen), "of": len(source)}
     identity |= {"side": side, **evaluators.describe(), **(metadata or {})}
     identity |= {} if pixels.is_rgb else {"pixels": str(pixels)}
-    files = MeasurementFolder(folder, json.dumps(identity, sort_keys=True), world)
-    widths = getattr(evaluators.features, "channels", None), 0 if pixels.channels in (1, 3) else pixels.channels
-    empty = partial(Measurement.empty, len(chosen), candidate.id_count, *widths)
-    earlier, mine = files.resume() or empty(), empty()
-    reason = ""
-    remaining = (~earlier.done).nonzero().flatten()[world.rank :: world.size]
-    done = 0
+    parts = MeasurementParts(folder, json.dumps(identity, sort_keys=True))
+    world.barrier()  # no rank writes a file that another still reads
+    done = {index for part in parts.earlier for index in part.rows["index"].tolist()}
+    remaining = [index for index in chosen if index not in done][world.rank :: world.size]
     batch_size, network_batch = (batch_size, BATCH) if side else (1, 1)
-    for positions in remaining.split(batch_size) if len(remaining) else ():
-        indices = chosen[positions].tolist()
-        x, unreadable = throughput.timed("reading", readable_crops, source, indices, side, enlarge, pixels)
-        done += len(positions)
+    reason = ""
+    for start in range(0, len(remaining), batch_size):
+        indices = remaining[start : start + batch_size]
+        x, unreadable = readable_crops(source, indices, side, enlarge, pixels)
         for reason in unreadable.values():
             on_unreadable(reason)
-        readable = [i for i, index in enumerate(indices) if index not in unreadable]
-        if not readable:
-            continue
-        positions, indices = positions[readable], [indices[i] for i in readable]
-        result = throughput.timed("reconstructing", candidate.reconstruct, x, indices)
-        finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
-        if not all(finite):
-            name = source.name(indices[finite.index(False)])
-            raise EvaluationError(f"{candidate.name} reconstructs {name} with values that are not finite.")
-        throughput.timed("judging", evaluators.evaluate, mine, positions, x.to(device), result, network_batch, pixels)
-        throughput.images += len(positions)
-        files.save_periodically(mine)
+        indices = [index for index in indices if index not in unreadable]
+        if indices:
+            result = candidate.reconstruct(x, indices)
+            finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
+            if not all(finite):
+                name = source.name(indices[finite.index(False)])
+                raise EvaluationError(f"{candidate.name} reconstructs {name} with values that are not finite.")
+            rows = {"index": torch.tensor(indices), **evaluators.compare(x.to(device), result, network_batch, pixels)}
+            ids = torch.empty(0, dtype=torch.int64) if result.ids is None else result.ids.flatten().cpu()
+            parts.add(Measurement(rows, torch.bincount(ids, minlength=candidate.id_count or 0)))
         if progress:
-            progress(done, len(remaining))
-    merged = earlier.merge(mine.gather(world))
-    files.finish(merged)
-    if not merged.done.any():
+            progress(min(start + batch_size, len(remaining)), len(remaining))
+    parts.save()
+    every = parts.earlier + [part for mine in world.gather(parts.mine) for part in mine]
+    if not every:
         raise EvaluationError(f"None of {len(chosen)} images can be used. The last: {reason}")
-    return merged
+    measured = Measurement.join(every)
+    measured.unreadable = len(chosen) - len(measured.rows["index"])
+    return measured
 
 
 def read_crops(

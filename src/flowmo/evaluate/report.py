@@ -24,7 +24,7 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate.measurement import Measurement
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.published import TABLE_1, TABLE_3
-from flowmo.evaluate.reconstruction import Reconstructor, Throughput, read_crops
+from flowmo.evaluate.reconstruction import Reconstructor, read_crops
 from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
 from flowmo.images.pixels import PixelFormat
@@ -79,7 +79,6 @@ class Entry:
     candidate: Reconstructor
     measurement: Measurement
     summary: Summary
-    throughput: Throughput
 
 
 def write_report(
@@ -103,11 +102,11 @@ def write_report(
         ReportError: matplotlib is missing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    header = {**metadata, "versions": versions()} | images_per_second(entries)
+    header = {**metadata, "versions": versions()}
     rows = [entry.summary for entry in entries]
     content = {
         "header": header,
-        "rows": [{**entry.summary.as_dict(), "pace": entry.throughput.as_dict()} for entry in entries],
+        "rows": [row.as_dict() for row in rows],
         "published": [row._asdict() | {"bits_per_pixel": row.bits_per_pixel} for row in TABLE_1 + TABLE_3],
     }
     figures = draw_plots(out, rows) + draw_images(out, entries, source, indices, side, pixels)
@@ -118,18 +117,6 @@ def write_report(
         ("index.html", web_page(out, rows, header, figures)),
     ):
         write_content(out / name, text)
-
-
-def images_per_second(entries: Sequence[Entry]) -> dict[str, str]:
-    """Return the throughput for the header; empty if all results come from an earlier run."""
-    first = entries[0].throughput.as_dict()
-    if not first:
-        return {}
-    parts = [f"reading {first['reading_per_second']:.0f}", f"computing metrics {first['judging_per_second']:.1f}"]
-    for entry in entries:
-        speed = entry.throughput.as_dict().get("reconstructing_per_second")
-        parts += [f"{entry.summary.name} {speed:.1f}"] if speed else []
-    return {"pictures a second": ", ".join(parts)}
 
 
 def versions() -> dict[str, str]:
@@ -309,7 +296,7 @@ def draw_images(
     first = entries[0]
     has_lpips = first.summary.lpips_alex is not None
     column, metric = ("lpips_alex", "LPIPS") if has_lpips else ("squared_error", "squared error")
-    order = first.measurement.column(column).argsort(descending=True).tolist()
+    order = first.measurement.rows[column].argsort(descending=True).tolist()
     count = min(GRID_IMAGES, len(order))
     middle = (len(order) - count) // 2
     chosen = {"worst": order[:count], "median": order[middle : middle + count], "best": order[len(order) - count :]}

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowmo.evaluate.measurement import Measurement
 from flowmo.evaluate.metrics.features import FeatureNetwork
-from flowmo.evaluate.metrics.fid import StatisticsError
+from flowmo.evaluate.metrics.fid import StatisticsError, distance_and_bias
 from flowmo.evaluate.metrics.pairs import decibels
+from flowmo.evaluate.metrics.sets import kernel_distance
 
 LEGACY_GROUP = 5
 """The release takes the PSNR of this many images at once."""
@@ -69,45 +71,43 @@ class Summary:
 
     @classmethod
     def of(cls, name: str, measurement: Measurement, network: FeatureNetwork | None = None) -> Summary:
-        """Summarize a measurement. Raises ``StatisticsError`` if it is empty."""
-        if not measurement.done.any():
-            raise StatisticsError("No image was measured.")
-        bits, pixels = measurement.column("bits"), measurement.column("pixels")
-        decibel = decibels(measurement.column("squared_error"))
+        """Summarize a measurement, whose features come from ``network``."""
+        rows = measurement.rows
+        errors = decibels(rows["squared_error"])
         metrics: dict[str, Any] = {}
-        metrics["psnr"], metrics["psnr_spread"] = mean_and_spread(decibel[decibel.isfinite()])
-        if (pixels == pixels[0]).all():
-            legacy = measurement.column("truncated_squared_error")
-            groups = decibels(legacy.new_tensor([group.mean() for group in legacy.split(LEGACY_GROUP)]))
-            metrics["psnr_legacy"] = mean_and_spread(groups[groups.isfinite()])[0]
-        metrics["ssim_legacy"] = mean_and_spread(measurement.column("truncated_ssim"))[0]
-        metrics["file_bytes"] = mean_and_spread(measurement.column("file_bits") / 8)[0]
-        if measurement.channel_count:
-            errors, ssims = measurement.channel_metrics()
-            finite = (row[row.isfinite()] for row in decibels(errors))
-            metrics["psnr_of_channels"] = tuple(mean_and_spread(row)[0] for row in finite)
-            metrics["ssim_of_channels"] = tuple(mean_and_spread(row)[0] for row in ssims)
-        for column in ("ssim", "lpips_alex", "lpips_vgg"):
-            metrics[column], metrics[f"{column}_spread"] = mean_and_spread(measurement.column(column))
+        for key, column in {"psnr": errors, **rows}.items():
+            if key in ("psnr", "ssim", "lpips_alex", "lpips_vgg"):
+                metrics[key], metrics[f"{key}_spread"] = mean_and_spread(column)
+        if (rows["pixels"] == rows["pixels"][0]).all():
+            groups = rows["truncated_squared_error"].split(LEGACY_GROUP)
+            metrics["psnr_legacy"] = mean_and_spread(decibels(torch.stack([group.mean() for group in groups])))[0]
+        if "file_bits" in rows:
+            metrics["file_bytes"] = float(rows["file_bits"].mean()) / 8
+        if "channel_ssim" in rows:
+            columns = {"psnr": decibels(rows["channel_squared_error"]), "ssim": rows["channel_ssim"]}
+            for key, column in columns.items():
+                metrics[f"{key}_of_channels"] = tuple(mean_and_spread(channel)[0] for channel in column.T)
         if network is not None:
             metrics |= {"feature_network": network.name, "is_fid": network.is_fid}
+            originals, results = rows["originals"], rows["results"]
             try:
-                metrics["frechet_distance"], metrics["frechet_bias"] = measurement.frechet_distance()
-                metrics["kernel_distance"] = measurement.kernel_distance()
+                metrics["frechet_distance"], metrics["frechet_bias"] = distance_and_bias(originals, results)
+                metrics["kernel_distance"] = kernel_distance(originals, results, paired=True)
             except StatisticsError as error:
                 metrics["missing"] = f"no distances of features: {error}"
         if len(measurement.usage):
             shares = measurement.usage.double() / measurement.usage.sum()
             metrics["id_count"] = len(shares)
             metrics["ids_used"] = float((shares > 0).double().mean())
-            metrics["id_entropy"] = -float((shares * shares.clamp(min=1e-300).log2()).sum())
+            metrics["id_entropy"] = float(torch.special.entr(shares).sum() / math.log(2))
         return cls(
             name,
-            pictures=len(bits),
-            bits_per_pixel=float((bits / pixels).mean()),
-            bytes_per_picture=float(bits.mean()) / 8,
-            equal_pictures=int(decibel.isinf().sum()),
-            unreadable=int((~measurement.done).sum()),
+            pictures=len(rows["bits"]),
+            bits_per_pixel=float((rows["bits"] / rows["pixels"]).mean()),
+            bytes_per_picture=float(rows["bits"].mean()) / 8,
+            equal_pictures=int(errors.isinf().sum()),
+            ssim_legacy=float(rows["truncated_ssim"].mean()),
+            unreadable=measurement.unreadable,
             **metrics,
         )
 
@@ -129,7 +129,7 @@ class Summary:
         channels = [("PSNR of channels", self.psnr_of_channels, 2), ("SSIM of channels", self.ssim_of_channels, 4)]
         equal = f", {self.equal_pictures} equal their originals" if self.equal_pictures else ""
         distance, kernel = ("rFID", "rKID") if self.is_fid else ("Fréchet distance", "kernel distance")
-        bias = f"of which about {self.frechet_bias or 0:.2f} for so few images; {self.feature_network}"
+        bias = "" if self.frechet_bias is None else f"of which about {self.frechet_bias:.2f} for so few images; "
         ids = f"% of {self.id_count} used, {self.id_entropy or 0:.2f} bits an id"
         rows = (
             ("bits per pixel", self.bits_per_pixel, 4, f"{self.bytes_per_picture:.1f} bytes an image"),
@@ -138,7 +138,7 @@ class Summary:
             ("SSIM", self.ssim, 4, spread(self.ssim_spread) + legacy(self.ssim_legacy, 4)),
             ("LPIPS (AlexNet)", self.lpips_alex, 4, spread(self.lpips_alex_spread)),
             ("LPIPS (VGG)", self.lpips_vgg, 4, spread(self.lpips_vgg_spread)),
-            (distance, self.frechet_distance, 2, bias),
+            (distance, self.frechet_distance, 2, f"{bias}{self.feature_network}"),
             (kernel, self.kernel_distance, 5, "unbiased"),
             ("ids", None if self.ids_used is None else 100 * self.ids_used, 1, ids),
         )
@@ -159,8 +159,6 @@ def table_lines(rows: Sequence[tuple[str, float | None, int, str]], width: int) 
 
 
 def mean_and_spread(values: Tensor) -> tuple[float | None, float | None]:
-    """Mean and standard deviation; ``None`` without values."""
-    if not len(values):
-        return None, None
-    mean = math.fsum(values.tolist()) / len(values)
-    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values.tolist()) / len(values))
+    """Mean and standard deviation of all values but infinite ones; ``None`` if there are no others."""
+    values = values[~values.isinf()]
+    return (float(values.mean()), float(values.std(correction=0))) if len(values) else (None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,12 @@ class Features(NamedTuple):
     logits: Tensor | None = None
     spatial: Tensor | None = None
 
+    @classmethod
+    def cat(cls, parts: Iterable[Features]) -> Features:
+        """Concatenate the features of several batches."""
+        columns = zip(*parts, strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+
 
 class FeatureNetwork(nn.Module):
     """A frozen network: images b × 3 × h × w in [−1, 1] -> ``Features``.
@@ -35,14 +41,10 @@ class FeatureNetwork(nn.Module):
     Attributes:
         name: printed with every result.
         is_fid: the Fréchet distance of these features may be called FID.
-        channels, classes, spatial_channels: widths of the outputs; 0 if an output is missing.
     """
 
     name: str
     is_fid = False
-    channels: int
-    classes = 0
-    spatial_channels = 0
 
 
 class ResNetFeatures(FeatureNetwork):
@@ -51,8 +53,6 @@ class ResNetFeatures(FeatureNetwork):
     Raises:
         WeightsNotFoundError: see ``flowmo.losses.perceptual.find_weights``.
     """
-
-    channels, classes = 2048, 1000
 
     def __init__(self, weights: str | Path | None = None, download: bool = True):
         super().__init__()
@@ -91,11 +91,11 @@ def in_fixed_batches(network: Callable[..., Any], *images: Tensor, batch_size: i
     Returns:
         ``Features`` or a tensor, as the network returns.
     """
+    count = len(images[0])
     outputs = []
     for chunk in zip(*(x.split(batch_size) for x in images), strict=True):
         padding = batch_size - len(chunk[0])
         outputs.append(network(*(F.pad(x, (0, 0, 0, 0, 0, 0, 0, padding)) for x in chunk)))
     if isinstance(outputs[0], Tensor):
-        return torch.cat(outputs)[: len(images[0])]
-    columns = zip(*outputs, strict=True)
-    return Features(*(None if parts[0] is None else torch.cat(parts)[: len(images[0])] for parts in columns))
+        return torch.cat(outputs)[:count]
+    return Features(*(None if column is None else column[:count] for column in Features.cat(outputs)))

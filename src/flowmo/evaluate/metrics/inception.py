@@ -46,7 +46,6 @@ class FIDInception(FeatureNetwork):
         WeightsNotFoundError: no weights were found.
     """
 
-    channels, spatial_channels = 2048, 2023
     is_fid = True
 
     def __init__(self, weights: str | Path | None = None, download: bool = True, protocol: str = "default"):
@@ -67,7 +66,7 @@ class FIDInception(FeatureNetwork):
         except (CheckpointError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
             reason = one_line(error)
             raise FeatureNetworkError(f"{path} does not hold the weights of FID's Inception ({reason}).") from None
-        self.classes = 1008 if self.network.fc.weight.any() else 0  # some copies of the weights lack the classifier
+        self.has_classifier = bool(self.network.fc.weight.any())  # some copies of the weights lack the classifier
         self._resize_as_tensorflow = interpolate_bilinear_2d_like_tensorflow1x
         self._spatial: Tensor | None = None
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -89,4 +88,4 @@ class FIDInception(FeatureNetwork):
         for layer in layers:
             pooled = layer(pooled)
         pooled = pooled.flatten(1)
-        return Features(pooled, pooled @ classifier.weight.T if self.classes else None, self._spatial)
+        return Features(pooled, pooled @ classifier.weight.T if self.has_classifier else None, self._spatial)

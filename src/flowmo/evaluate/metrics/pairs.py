@@ -53,9 +53,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def per_channel(metric: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """A metric of each channel of pairs of images b × c × h × w: c × b."""
+    """A metric of each channel of pairs of images b × c × h × w: b × c."""
     ours, theirs = (images.flatten(0, 1)[:, None] for images in (x, y))
-    return metric(ours, theirs).unflatten(0, x.shape[:2]).T
+    return metric(ours, theirs).unflatten(0, x.shape[:2])
 
 
 def grid(rows: Sequence[Tensor | Sequence[Tensor]], gap: int = 2) -> Tensor:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowmo.data import evenly_spread
 from flowmo.evaluate.metrics.fid import StatisticsError
 from flowmo.streams import Stream, stream
 
+KERNEL_IMAGES = 5000
+"""Number of images, evenly spread, that the kernel distance takes of a set."""
 SCORE_SPLIT = 5000
 NEIGHBOURS = 3
 ROWS = 2048
@@ -21,6 +24,8 @@ ROWS = 2048
 def kernel_distance(features: Tensor, features_2: Tensor, paired: bool = False) -> float:
     """Unbiased squared MMD under the kernel (x·y / d + 1)³: the KID (Bińkowski et al. 2018). It can be negative.
 
+    Larger sets are thinned out to ``KERNEL_IMAGES`` rows.
+
     Args:
         features: n × d.
         features_2: m × d.
@@ -29,7 +34,7 @@ def kernel_distance(features: Tensor, features_2: Tensor, paired: bool = False) 
     Raises:
         StatisticsError: a set has fewer than two rows, or pairs have unequal counts.
     """
-    x, y = features.double(), features_2.double()
+    x, y = (rows[evenly_spread(KERNEL_IMAGES, len(rows))].double() for rows in (features, features_2))
     if min(len(x), len(y)) < 2:
         raise StatisticsError(f"A kernel distance needs at least 2 images a set, not {len(x)} and {len(y)}.")
     if paired and len(x) != len(y):
