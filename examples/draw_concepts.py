@@ -11,8 +11,9 @@ import torch
 
 import flowmo
 from flowmo.data.bits import token_bits
-from flowmo.images import Tiling, resize_and_crop, to_pil, to_tensor
+from flowmo.images import resize_and_crop, to_pil, to_tensor
 from flowmo.model.sampler import shifted_times
+from flowmo.model.tiling import Tiling
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -18,7 +18,7 @@ from flowmo.codec.file import Codec, CodecError, find_context
 from flowmo.codec.generator import GeneratorModel
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, load_generator, save_generator
-from flowmo.images import Tiling
+from flowmo.model.tiling import Tiling
 from flowmo.tokenizer import Codes
 
 T, B = 6, 8

@@ -13,7 +13,7 @@ from test_planes import NEIGHBOURS, D, S, random_codes, random_model
 from flowmo import FlowMo
 from flowmo.codec.context import ContextModel
 from flowmo.codec.file import Codec
-from flowmo.images import Tiling
+from flowmo.model.tiling import Tiling
 from flowmo.tokenizer import Codes
 
 MODULUS = 1 << 64

@@ -35,7 +35,11 @@ def test_the_training_pass_is_stage_1a(pictures):
     t = noise.t[:, None, None, None]
     x_t = (1 - t) * x + t * noise.noise
     quantized = tokenizer.quantizer(tokenizer.encoder(x))
-    code = quantized.code if noise.kept is None else tokenizer.keep_prefix(quantized.code, noise.kept[:, None])
+    code = (
+        quantized.code
+        if noise.kept is None
+        else tokenizer.quantizer.keep_prefix(quantized.code, noise.kept[:, None, None])
+    )
     decoder = tokenizer.decoder
     velocity = decoder(x_t, decoder.embed_code(code, noise.keep), decoder.modulate(noise.t))
     expected = (velocity - (noise.noise - x)).square().mean() + sum(quantized.losses.values())

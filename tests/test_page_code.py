@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flowmo.codec.file import Codec, CodecError
-from flowmo.images import Tiling
 from flowmo.model import blocks, sampler
+from flowmo.model.tiling import Tiling
 from flowmo.tokenizer import Codes
 from flowmo.web.export import PAGE, describe
 

@@ -13,8 +13,8 @@ from flowmo.data import evenly_spread
 from flowmo.data.bits import pack_ids, packed_size, unpack_ids
 from flowmo.data.loader import ResumableSampler
 from flowmo.data.sources.base import class_labels
-from flowmo.images import Tiling
 from flowmo.model.blocks import ramp, spans
+from flowmo.model.tiling import Tiling
 
 settings.register_profile("flowmo", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("flowmo")

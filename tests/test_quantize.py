@@ -20,7 +20,6 @@ from flowmo.model.quantizers import (
     LayerNorm,
     Learner,
     build_quantizer,
-    check_ids,
 )
 from flowmo.tokenizer import FlowMo
 from flowmo.train.cost import training_flops
@@ -236,23 +235,23 @@ def test_group_that_does_not_divide():
 @pytest.mark.parametrize(
     ("ids", "error", "sentence"),
     [
-        (torch.zeros(1, 2, 3), TypeError, "float32"),
-        (torch.zeros(1, 2, 3, dtype=torch.bool), TypeError, "bool"),
+        (torch.zeros(1, 6, 2), TypeError, "float32"),
+        (torch.zeros(1, 6, 2, dtype=torch.bool), TypeError, "bool"),
         ([[0]], TypeError, "list"),
-        (torch.zeros(1, 3, 3, dtype=torch.long), ValueError, r"\(batch, 2, 3\)"),
-        (torch.zeros(2, 3, dtype=torch.long), ValueError, r"\(batch, 2, 3\)"),
-        (torch.full((1, 2, 3), 16), ValueError, "from 0 to 15"),
-        (torch.full((1, 2, 3), -1), ValueError, "from 0 to 15"),
+        (torch.zeros(1, 7, 2, dtype=torch.long), ValueError, r"\(batch, 6, 2\)"),
+        (torch.zeros(6, 2, dtype=torch.long), ValueError, r"\(batch, 6, 2\)"),
+        (torch.full((1, 6, 2), 16), ValueError, "from 0 to 15"),
+        (torch.full((1, 6, 2), -1), ValueError, "from 0 to 15"),
     ],
 )
-def test_bad_ids(ids, error, sentence):
+def test_bad_ids(tiny, ids, error, sentence):
     with pytest.raises(error, match=sentence):
-        check_ids(ids, code_length=2, sub_tokens=3, id_count=16)
+        tiny.check_ids(ids, tokens=6)
 
 
-def test_any_integer_type_is_taken():
+def test_any_integer_type_is_taken(tiny):
     for dtype in (torch.uint8, torch.int16, torch.int32):
-        assert check_ids(torch.ones(1, 2, 3, dtype=dtype), 2, 3, 16).dtype == torch.int64
+        assert tiny.check_ids(torch.ones(1, 6, 2, dtype=dtype), 6).dtype == torch.int64
 
 
 def test_noise_synchronization(tiny_config, images):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from flowmo import Codes, FlowMo
 from flowmo.evaluate.metrics.pairs import psnr
-from flowmo.images import Tiling, resize_and_crop, to_pil, to_tensor
+from flowmo.images import resize_and_crop, to_pil, to_tensor
+from flowmo.model.tiling import Tiling
 
 
 def test_ids_decode_to_the_same_bits_as_codes(tiny, images):

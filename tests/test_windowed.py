@@ -168,7 +168,7 @@ def test_what_is_not_sent_is_zero_and_changes_the_image(tokenizer):
     other[:, :, 2:] = 5
     assert torch.equal(tokenizer.decode(other[:, :, :2]), images[1])
     code = tokenizer.quantizer.code_from_ids(ids)
-    kept = tokenizer.keep_prefix(code, torch.tensor([2]))
+    kept = tokenizer.quantizer.keep_prefix(code, 2)
     assert torch.equal(kept[..., :6], code[..., :6])  # three channels of eight levels make an id
     assert kept[..., 6:].abs().max() == 0
 

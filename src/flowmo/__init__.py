@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from flowmo.config import Config, ConfigError, preset
     from flowmo.images import ImageError, PictureError, read_image
     from flowmo.images.pixels import read_tensor
-    from flowmo.tokenizer import Codes, FlowMo, load, save
+    from flowmo.model.codes import Codes
+    from flowmo.tokenizer import FlowMo, load, save
 
 __version__ = "0.2.0"
 __all__ = [
@@ -30,7 +31,8 @@ _MODULES = {
     "config": ("Config", "ConfigError", "preset"),
     "images": ("ImageError", "PictureError", "read_image"),
     "images.pixels": ("read_tensor",),
-    "tokenizer": ("Codes", "FlowMo", "load", "save"),
+    "model.codes": ("Codes",),
+    "tokenizer": ("FlowMo", "load", "save"),
 }
 """Modules, which import torch, and what they hold of the public names."""
 

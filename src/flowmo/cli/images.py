@@ -23,7 +23,8 @@ from flowmo.errors import FlowMoError
 from flowmo.evaluate.metrics.pairs import grid, psnr
 from flowmo.images import EXTENSIONS, resize_and_crop, to_pil, to_tensor
 from flowmo.images.pixels import RAW_FORMATS, PixelFormat
-from flowmo.tokenizer import Codes, FlowMo
+from flowmo.model.codes import Codes
+from flowmo.tokenizer import FlowMo
 
 SUFFIX = ".flowmo"
 Job = tuple[Path, Path]

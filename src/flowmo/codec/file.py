@@ -29,8 +29,10 @@ from flowmo.codec.context import BitModel, ContextError, ContextModel, Predictor
 from flowmo.codec.planes import PlaneModel
 from flowmo.data.bits import pack_ids, packed_size, token_bits, token_ids, unpack_ids
 from flowmo.errors import FlowMoError
-from flowmo.images import MAX_PIXELS, Tiling
-from flowmo.tokenizer import Codes, FlowMo
+from flowmo.images import MAX_PIXELS
+from flowmo.model.codes import Codes
+from flowmo.model.tiling import Tiling
+from flowmo.tokenizer import FlowMo
 
 MAGIC = b"FLM"
 VERSION, PLANES_VERSION = 2, 3

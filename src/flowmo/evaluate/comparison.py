@@ -16,7 +16,7 @@ from flowmo.evaluate.peers import CONTINUOUS, DISCRETE, SIDE, build_peer
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, Reconstructor, measure
 from flowmo.evaluate.report import Entry, weights_hash, write_report
 from flowmo.evaluate.summary import Summary
-from flowmo.images import Tiling
+from flowmo.model.tiling import Tiling
 from flowmo.precision import describe
 
 

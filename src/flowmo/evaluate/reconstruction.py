@@ -23,10 +23,11 @@ from flowmo.evaluate.measurement import EvaluationError, Measurement, Measuremen
 from flowmo.evaluate.metrics import build_features
 from flowmo.evaluate.metrics.features import BATCH, FeatureNetwork, in_fixed_batches
 from flowmo.evaluate.metrics.pairs import per_channel, squared_error, ssim
-from flowmo.images import ImageError, Tiling, resize_and_crop, size_of, to_bytes, to_tensor
+from flowmo.images import ImageError, resize_and_crop, size_of, to_bytes, to_tensor
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.perceptual import LPIPS
 from flowmo.model.sampler import image_seed
+from flowmo.model.tiling import Tiling
 from flowmo.tokenizer import FlowMo
 
 SMALLEST_WHOLE = 32

@@ -32,7 +32,6 @@ class Tokenizer(Protocol):
     decoder: Any
     quantizer: Any
     networks: Any
-    keep_prefix: Any
 
 
 class Loss(NamedTuple):
@@ -140,7 +139,9 @@ def distill_loss(
 
 def kept_code(tokenizer: Tokenizer, quantized: Quantized, noise: TrainingNoise) -> Tensor:
     """The code b × tokens × channels with the sub-tokens that nested dropout keeps, all without it."""
-    return quantized.code if noise.kept is None else tokenizer.keep_prefix(quantized.code, noise.kept[:, None])
+    if noise.kept is None:
+        return quantized.code
+    return tokenizer.quantizer.keep_prefix(quantized.code, noise.kept[:, None, None])
 
 
 def one_step(

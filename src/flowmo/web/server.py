@@ -28,8 +28,10 @@ from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.generate.classes import class_titles
 from flowmo.generate.generator import Generator
 from flowmo.generate.samples import SampleSettings, check_pair, sample_images
-from flowmo.images import Tiling, to_pil, to_tensor
-from flowmo.tokenizer import Codes, FlowMo
+from flowmo.images import to_pil, to_tensor
+from flowmo.model.codes import Codes
+from flowmo.model.tiling import Tiling
+from flowmo.tokenizer import FlowMo
 from flowmo.web.export import PAGE, check_page, describe
 
 MAX_PIXELS = 16_000_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flowmo.config.sections import ModelConfig
-from flowmo.model.quantizers.base import Learner, Quantized, Quantizer, WholeBatch, check_ids, local_statistic
+from flowmo.model.quantizers.base import Learner, Quantized, Quantizer, WholeBatch, local_statistic
 from flowmo.model.quantizers.bsq import BSQ
 from flowmo.model.quantizers.fsq import FSQ
 from flowmo.model.quantizers.identity import Identity
@@ -34,7 +34,6 @@ __all__ = [
     "Quantizer",
     "WholeBatch",
     "build_quantizer",
-    "check_ids",
     "local_statistic",
 ]
 

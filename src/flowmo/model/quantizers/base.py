@@ -76,6 +76,19 @@ class Quantizer(nn.Module):
         """Index of the sub-token that each channel belongs to, for nested dropout."""
         raise TypeError("Nested dropout needs the sub-tokens of fsq or lfq.")
 
+    def keep_prefix(self, code: Tensor, kept: Tensor | int) -> Tensor:
+        """Nested dropout: set the channels of all but the first sub-tokens to 0, which means "not sent".
+
+        Args:
+            code: quantized, b × tokens × channels.
+            kept: sub-tokens to keep, from 1: a number, or int64 that broadcasts to b × tokens × 1.
+
+        Raises:
+            TypeError: a bottleneck without sub-tokens to leave out.
+        """
+        channel = torch.arange(code.shape[-1], device=code.device)
+        return code * (self.sub_token_of(channel) < kept).to(code.dtype)
+
 
 @runtime_checkable
 class Learner(Protocol):
@@ -86,28 +99,3 @@ class Learner(Protocol):
 
     def learn(self, step: int = 0) -> None:
         """Learn from the last training batch, once per step and alike on every rank. ``step`` seeds the noise."""
-
-
-def check_ids(
-    ids: Tensor | None, code_length: int | None, sub_tokens: int, id_count: int, allow_prefix: bool = False
-) -> Tensor:
-    """Return ``ids`` as int64 b × tokens × sub_tokens. With ``allow_prefix`` the last sub-tokens may be missing.
-
-    Args:
-        code_length: number of tokens; ``None`` accepts any.
-
-    Raises:
-        TypeError: not an integer tensor.
-        ValueError: a wrong number of tokens or sub-tokens, or an id outside 0 … id_count − 1.
-    """
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        kind = f"{ids.dtype} tensor" if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"ids must be an integer tensor, not a {kind}.")
-    allowed = range(1 if allow_prefix else sub_tokens, sub_tokens + 1)
-    if ids.ndim != 3 or (code_length is not None and ids.shape[1] != code_length) or ids.shape[2] not in allowed:
-        tokens = "tokens" if code_length is None else code_length
-        needed = f"1 to {sub_tokens}" if allow_prefix else sub_tokens
-        raise ValueError(f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {tokens}, {needed}).")
-    if ids.numel() and (ids.min() < 0 or ids.max() >= id_count):
-        raise ValueError(f"ids run from {ids.min()} to {ids.max()}; this tokenizer's run from 0 to {id_count - 1}.")
-    return ids.long()

@@ -1,4 +1,4 @@
-// How an image of any size becomes inputs of the networks: overlapping tiles (flowmo.images.Tiling), or blocks of a
+// How an image of any size becomes inputs of the networks: overlapping tiles (flowmo.model.tiling.Tiling), or blocks of a
 // large image at native size (flowmo.model.blocks).
 
 const CORE = 32;
