@@ -15,6 +15,8 @@ from PIL import Image
 
 from flowmo import Config, FlowMo, save
 from flowmo.cli import main
+from flowmo.config import ModelConfig
+from flowmo.model.quantizers import Quantizer, build_quantizer
 from flowmo.model.torchvision_import import before_importing
 from flowmo.train.cost import Memory
 from flowmo.train.generator import GeneratorTask
@@ -104,6 +106,30 @@ LONGEST = ("test_docs.py", "test_distributed.py", "test_page.py", "test_export.p
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start files with long tests first, or one worker would end with them alone."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def bottleneck(kind: str, channels: int, **settings: Any) -> Quantizer:
+    return build_quantizer(ModelConfig(quantization_type=kind, context_dim=channels, **settings))
+
+
+def lfq(
+    channels: int, group: int, entropy_weight: float = 0.0025, commitment_weight: float = 0.000625, kind: str = "lfq"
+) -> Quantizer:
+    weights = {"entropy_loss_weight": entropy_weight, "commit_loss_weight": commitment_weight}
+    return bottleneck(kind, channels, codebook_size_for_entropy=group, **weights)
+
+
+def bsq(channels: int, group: int, entropy_weight: float = 0.0025) -> Quantizer:
+    return lfq(channels, group, entropy_weight, kind="bsq")
+
+
+def fsq(channels: int, levels: int, group_bits: int) -> Quantizer:
+    return bottleneck("fsq", channels, fsq_levels=levels, codebook_size_for_entropy=group_bits)
+
+
+def vq(channels: int, entries: int, sub_tokens: int, decay: float = 0.99, commitment_weight: float = 0.25) -> Quantizer:
+    settings = {"vq_entries": entries, "vq_sub_tokens": sub_tokens, "vq_decay": decay}
+    return bottleneck("vq", channels, vq_commit_weight=commitment_weight, **settings)
 
 
 @pytest.fixture

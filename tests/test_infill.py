@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from conftest import write_language_model
+from conftest import bottleneck, write_language_model
 
 from flowmo import FlowMo, load, save
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import pretrain_loss
-from flowmo.model.quantizers.infill import Infill, LanguageModelError
+from flowmo.model.quantizers.infill import LanguageModelError
 
 CHANNELS = 16
 
@@ -23,13 +23,17 @@ def folder(tmp_path_factory):
     return path
 
 
+def infill(model, channels):
+    return bottleneck("qwen2.5-coder-0.5b", channels, language_model=str(model))
+
+
 @pytest.fixture
 def code():
     return torch.randn(2, 10, CHANNELS, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
 def test_a_span_is_replaced_and_the_rest_kept(folder, code):
-    filled = Infill(CHANNELS, str(folder)).fill_in(code, 4, 7)
+    filled = infill(folder, CHANNELS).fill_in(code, 4, 7)
     assert filled.shape == code.shape
     assert torch.equal(filled[:, :4], code[:, :4])
     assert torch.equal(filled[:, 7:], code[:, 7:])
@@ -37,13 +41,13 @@ def test_a_span_is_replaced_and_the_rest_kept(folder, code):
 
 
 def test_the_span_sees_both_sides_and_gradients_flow(folder, code):
-    bottleneck = Infill(CHANNELS, str(folder))
-    filled = bottleneck.fill_in(code, 4, 7)
+    quantizer = infill(folder, CHANNELS)
+    filled = quantizer.fill_in(code, 4, 7)
     gradient = torch.autograd.grad(filled[0, 4].sum(), code)[0]
     reached = gradient[0].abs().sum(dim=1) > 0
     assert reached.tolist() == [True] * 5 + [False] * 2 + [True] * 3  # causal: not the span's later tokens
     assert not gradient[1].any(), "pictures must not mix"
-    assert all(not parameter.requires_grad for parameter in bottleneck.language_model(code.device)[0].parameters())
+    assert all(not parameter.requires_grad for parameter in quantizer.language_model(code.device)[0].parameters())
 
 
 def test_the_order_is_fill_in_the_middle(folder, code):
@@ -55,7 +59,7 @@ def test_the_order_is_fill_in_the_middle(folder, code):
     marks = [mark[:, None] for mark in (prefix, suffix, middle)]
     read = torch.cat((marks[0], code[:, :4], marks[1], code[:, 7:], marks[2], code[:, 4:7]), dim=1)
     expected = model(inputs_embeds=read).last_hidden_state[:, -3:]
-    torch.testing.assert_close(Infill(CHANNELS, str(folder)).fill_in(code, 4, 7)[:, 4:7], expected)
+    torch.testing.assert_close(infill(folder, CHANNELS).fill_in(code, 4, 7)[:, 4:7], expected)
 
 
 def test_training_and_loading(folder, tiny_config, images, tmp_path):
@@ -85,6 +89,6 @@ def test_a_fresh_process_loads_it(folder):
 
 def test_language_models_that_do_not_fit(folder, code, tmp_path):
     with pytest.raises(LanguageModelError, match=r"hidden size 16. Write model\.context_dim=16, not 8"):
-        Infill(8, str(folder))(code[..., :8])
+        infill(folder, 8)(code[..., :8])
     with pytest.raises(LanguageModelError, match="cannot load a language model"):
-        Infill(CHANNELS, str(tmp_path))(code)
+        infill(tmp_path, CHANNELS)(code)

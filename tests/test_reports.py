@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from conftest import PICTURES, TINY
+from conftest import PICTURES, TINY, fsq, lfq, vq
 from PIL import Image, ImageCms, ImageFile
 from scipy import stats
 from scipy.spatial.distance import cdist
@@ -33,7 +33,6 @@ from flowmo.images import ImageError, read_image, resize_and_crop, to_bytes, to_
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS
 from flowmo.losses.stages import Stage
-from flowmo.model.quantizers import FSQ, LFQ, VQ
 from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorNoise, GeneratorStage
 from flowmo.train.schedule import BatchPlan, Position, Schedule
@@ -388,7 +387,7 @@ def test_lfq_follows_the_formulas():
     f, g, w = 6, 3, 0.25
     s = f // g
     code = torch.randn(2, 5, f, generator=torch.Generator().manual_seed(0)) * 0.1
-    made = LFQ(f, g, entropy_weight=w, commitment_weight=0.5)(code)
+    made = lfq(f, g, entropy_weight=w, commitment_weight=0.5)(code)
     x = code.double().numpy().reshape(-1, f)
     codes = np.array(list(itertools.product((-1, 1), repeat=g)))
     probabilities = []
@@ -405,13 +404,13 @@ def test_lfq_follows_the_formulas():
     assert float(made.losses["commitment"]) == pytest.approx(0.5 * ((x - np.sign(x)) ** 2).mean(), rel=1e-5)
     ids = [[sum(int(token[k * s + sub] > 0) << k for k in range(g)) for sub in range(s)] for token in x]
     assert made.ids.reshape(-1, s).tolist() == ids
-    assert torch.equal(LFQ(f, g).code_from_ids(made.ids), torch.sign(code))
+    assert torch.equal(lfq(f, g).code_from_ids(made.ids), torch.sign(code))
 
 
 @pytest.mark.parametrize("levels", [2, 3, 5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_level_of_fsq_is_reached_and_they_are_symmetric(levels, dtype):
-    quantizer = FSQ(3, levels, int(np.ceil(3 * np.log2(levels))))
+    quantizer = fsq(3, levels, int(np.ceil(3 * np.log2(levels))))
     ramp = torch.linspace(-6, 6, 2001, dtype=dtype)[None, :, None].expand(1, -1, 3)
     with torch.autocast("cpu", torch.bfloat16):
         code, ids = quantizer.quantize(ramp)
@@ -428,12 +427,12 @@ def test_every_level_of_fsq_is_reached_and_they_are_symmetric(levels, dtype):
 def test_all_ids_of_fsq_come_from_half_precision():
     generator = torch.Generator().manual_seed(0)
     code = (torch.randn(1, 60_000, 3, generator=generator) * 1.2).bfloat16()
-    assert len(FSQ(3, 8, 9).quantize(code)[1].unique()) == 512
+    assert len(fsq(3, 8, 9).quantize(code)[1].unique()) == 512
 
 
 def test_commitment_pulls_the_encoder_alone():
     torch.manual_seed(0)
-    quantizer = VQ(4, 8, 1, commitment_weight=0.25)
+    quantizer = vq(4, 8, 1, commitment_weight=0.25)
     code = torch.randn(2, 3, 4, requires_grad=True)
     made = quantizer(code)
     entry = quantizer.codebook.numpy()[
@@ -449,7 +448,7 @@ def test_commitment_pulls_the_encoder_alone():
 def test_a_revived_entry_stays_where_it_was_put():
     """Its moving averages move with it, or the next step would bring the dead entry back."""
     torch.manual_seed(0)
-    quantizer = VQ(2, 4, 1, decay=0.9)
+    quantizer = vq(2, 4, 1, decay=0.9)
     codes = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])[None].repeat(1, 20, 1)
     for _ in range(80):
         before = quantizer.codebook.clone()

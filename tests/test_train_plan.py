@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_NATIVE, open_gates
+from conftest import TINY_NATIVE, lfq, open_gates
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +14,6 @@ from flowmo.evaluate.speed import UNCOUNTED, peak_flops
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage, pretrain_loss
-from flowmo.model.quantizers import LFQ
 from flowmo.train.cost import Memory, PeakMemory, training_flops, training_memory
 from flowmo.train.failures import OutOfMemoryError, plain_errors
 from flowmo.train.optimizer import build_optimizers, clip_gradients, scale_initial_weights
@@ -120,7 +119,7 @@ def test_draws_belong_to_places(tiny_config, images):
 
 def test_parts_of_a_batch_add_up_to_its_gradient():
     """LFQ's entropy of the mean distribution is not linear in the batch; ``whole_batch`` makes its gradient so."""
-    quantizer = LFQ(8, 4, entropy_weight=1.0)
+    quantizer = lfq(8, 4, entropy_weight=1.0)
     code = (torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)) * 0.05).requires_grad_()
 
     def loss(part, whole_batch):

@@ -23,7 +23,7 @@ from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS, build_distance
 from flowmo.losses.stages import Loss, Stage, crop_images
-from flowmo.model.quantizers import Learner, WholeBatch, local_statistic
+from flowmo.model.quantizers import WholeBatch, local_statistic
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo, build, load
 from flowmo.train.codebook_usage import CodebookUsage
@@ -212,7 +212,7 @@ class TokenizerTask(Task):
 
     def after_step(self, step: int, finite: Tensor) -> None:
         quantizer = self.model.quantizer
-        if isinstance(quantizer, Learner) and not self.frozen:
+        if not self.frozen:
             with restored_unless(finite, list(quantizer.buffers())):
                 quantizer.learn(step)
 

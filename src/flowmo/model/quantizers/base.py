@@ -1,13 +1,12 @@
 """The interface of every bottleneck: ``quantizer(code) -> Quantized`` in training, ids <-> code in inference."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from flowmo.config.sections import ModelConfig
 
 WholeBatch = Callable[[Tensor], Tensor]
 """Maps a statistic of a micro-batch to its mean over the global batch, without gradient."""
@@ -38,7 +37,7 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-    """Base class of bottlenecks, continuous unless a subclass sets ``sub_tokens`` and ``id_count``.
+    """Base class of bottlenecks. By itself it is none (``noop`` in the release): the code passes unchanged.
 
     The losses are such that the mean over micro-batches of their gradients is the gradient of the global batch's
     loss, if ``whole_batch`` returns the same means to each micro-batch.
@@ -51,14 +50,14 @@ class Quantizer(nn.Module):
         needs_whole_batch: True if a loss depends nonlinearly on a mean over the batch, and so calls ``whole_batch``.
     """
 
-    sub_tokens: int | None = None
-    id_count: int | None = None
     needs_whole_batch = False
 
-    def __init__(self, channels: int, encoder_channels: int | None = None):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.channels = channels
-        self.encoder_channels = encoder_channels or channels
+        self.channels = self.encoder_channels = config.context_dim
+        self.sub_tokens: int | None
+        self.id_count: int | None
+        self.sub_tokens, self.id_count = config.ids_per_token or (None, None)
 
     def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         """Quantize with losses. code: b × tokens × encoder_channels."""
@@ -89,13 +88,8 @@ class Quantizer(nn.Module):
         channel = torch.arange(code.shape[-1], device=code.device)
         return code * (self.sub_token_of(channel) < kept).to(code.dtype)
 
-
-@runtime_checkable
-class Learner(Protocol):
-    """A bottleneck that learns without gradients."""
-
-    def buffers(self) -> Iterator[Tensor]:
-        """Everything that ``learn`` changes."""
-
     def learn(self, step: int = 0) -> None:
-        """Learn from the last training batch, once per step and alike on every rank. ``step`` seeds the noise."""
+        """Change buffers, without gradients, by the last training batch: once per step and alike on every rank.
+
+        ``step`` seeds the noise.
+        """

@@ -5,8 +5,6 @@ entropy is a sum over bits. The loss maximises the sum of the bits' marginal ent
 of the mean distribution.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -3,13 +3,10 @@
 A token of f channels makes f / g ids of g consecutive channels each, L^g of them, lowest channel first.
 """
 
-from __future__ import annotations
-
-import math
-
 import torch
 from torch import Tensor
 
+from flowmo.config.sections import ModelConfig
 from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 
 MARGIN = 1e-3
@@ -19,23 +16,12 @@ MARGIN = 1e-3
 class FSQ(Quantizer):
     """Bottleneck of ``channels`` channels with ``levels`` levels in [−1, 1] each, without a loss.
 
-    Args:
-        group_bits: an id joins as many channels as fit into this many bits.
-
-    Raises:
-        ValueError: fewer than two levels, or ``channels`` is not a multiple of a group.
+    An id joins as many channels as fit into ``model.codebook_size_for_entropy`` bits.
     """
 
-    def __init__(self, channels: int, levels: int, group_bits: int):
-        super().__init__(channels)
-        if levels < 2:
-            raise ValueError(f"FSQ needs at least 2 levels, not {levels}.")
-        self.group = max(int(group_bits / math.log2(levels) + 1e-9), 1)
-        if channels % self.group:
-            raise ValueError(f"{channels} channels of {levels} levels do not split into groups of {self.group}.")
-        self.levels = levels
-        self.sub_tokens = channels // self.group
-        self.id_count = levels**self.group
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.levels, self.group = config.fsq_levels, config.id_channels
 
     def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         bounded = self.bound(code.float())

@@ -5,13 +5,12 @@ The model reads the code in fill-in-the-middle order, <PRE> prefix <SUF> suffix 
 the encoder. Inference passes the code on unchanged and needs no language model.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowmo.config.sections import ModelConfig
 from flowmo.errors import FlowMoError, one_line
 from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 from flowmo.model.torchvision_import import before_importing
@@ -28,17 +27,17 @@ class LanguageModelError(FlowMoError, ValueError):
 class Infill(Quantizer):
     """Continuous code of ``channels`` channels per token. A causal language model predicts one span of it in training.
 
-    Args:
-        channels: hidden size of the language model.
-        name: a key of ``HUB_NAMES``, a model on the Hub, or a folder saved by ``transformers``.
+    ``channels`` is the hidden size of the language model, which ``model.language_model`` names: a model on the Hub or a
+    folder saved by ``transformers``. Without it, ``model.quantization_type`` does.
 
     Raises:
         LanguageModelError: on the first training pass, if the model cannot be loaded or has another hidden size.
     """
 
-    def __init__(self, channels: int, name: str):
-        super().__init__(channels)
-        self.name = name
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        name = config.language_model or config.quantization_type
+        self.name = HUB_NAMES.get(name, name)
         self._loaded: tuple[Any, list[int]] | None = None  # a tuple keeps the frozen model out of the state dict
 
     def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
@@ -60,7 +59,7 @@ class Infill(Quantizer):
     def language_model(self, device: torch.device) -> tuple[Any, list[int]]:
         """The frozen language model on ``device`` and the ids of ``SENTINELS`` in its vocabulary; loaded once."""
         if self._loaded is None:
-            self._loaded = load_language_model(HUB_NAMES.get(self.name, self.name), self.channels)
+            self._loaded = load_language_model(self.name, self.channels)
         if self._loaded[0].device != device:
             self._loaded[0].to(device)
         return self._loaded

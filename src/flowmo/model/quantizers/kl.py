@@ -1,10 +1,9 @@
 """Gaussian bottleneck: the encoder emits mean and log-variance of each latent channel, as in a VAE."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
+from flowmo.config.sections import ModelConfig
 from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -17,8 +16,9 @@ class KL(Quantizer):
     image's latent and averaged over the batch, with weight 1, as in the authors' release.
     """
 
-    def __init__(self, channels: int):
-        super().__init__(channels, encoder_channels=2 * channels)
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.encoder_channels = 2 * self.channels
 
     @staticmethod
     def moments(code: Tensor) -> tuple[Tensor, Tensor]:

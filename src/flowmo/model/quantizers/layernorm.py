@@ -4,8 +4,6 @@ Training mixes the code of some images with noise up to a level τ, as the flow 
 on timesteps from τ on only. A diffusion model over codes then has an easier task.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -8,12 +8,11 @@ independent bits. So the per-sample entropy is a sum of G binary entropies, and 
 product of two tables of 2^(G/2) columns.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowmo.config.sections import ModelConfig
 from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 
 TEMPERATURE = 0.1
@@ -21,23 +20,15 @@ LOG_EPS = 1e-5  # inside the logarithm of the mean distribution, as in the autho
 
 
 class LFQ(Quantizer):
-    """Binary bottleneck of ``channels`` bits per token in groups of ``group`` bits.
-
-    Raises:
-        ValueError: ``channels`` is not a multiple of ``group``.
-    """
+    """Binary bottleneck of ``channels`` bits per token in groups of ``group`` bits."""
 
     needs_whole_batch = True
 
-    def __init__(self, channels: int, group: int, entropy_weight: float = 0.0025, commitment_weight: float = 0.000625):
-        super().__init__(channels)
-        if channels % group:
-            raise ValueError(f"{channels} bits per token do not split into groups of {group}.")
-        self.group = group
-        self.sub_tokens = channels // group
-        self.id_count = 2**group
-        self.entropy_weight = entropy_weight
-        self.commitment_weight = commitment_weight
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.group = config.codebook_size_for_entropy
+        self.entropy_weight = config.entropy_loss_weight
+        self.commitment_weight = config.commit_loss_weight
 
     def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         code = self.normalize(code.float())

@@ -7,12 +7,11 @@ every rank makes the same update. A dead entry restarts beside a popular one and
 usual jump to a random sub-token, this needs no data from other ranks.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowmo.config.sections import ModelConfig
 from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
 from flowmo.streams import Stream, stream
 
@@ -21,18 +20,11 @@ DEAD_SHARE = 0.05
 
 
 class VQ(Quantizer):
-    """Bottleneck of ``channels`` channels per token as ``sub_tokens`` ids below ``entries``.
+    """Bottleneck of ``channels`` channels per token as ``sub_tokens`` ids below ``id_count``.
 
     Checkpoints hold the buffers: ``codebook``, entries × channels per sub-token; the moving averages ``use`` and
     ``members``, whose quotient ``members / use`` is the codebook; and the number of ``steps``. Only ``learn`` changes
     them.
-
-    Args:
-        decay: of the moving averages, per step.
-        commitment_weight: of the distance between the encoder's output and its entry.
-
-    Raises:
-        ValueError: ``channels`` is not a multiple of ``sub_tokens``, or fewer than two entries.
     """
 
     needs_whole_batch = True
@@ -41,18 +33,11 @@ class VQ(Quantizer):
     members: Tensor
     steps: Tensor
 
-    def __init__(
-        self, channels: int, entries: int, sub_tokens: int, decay: float = 0.99, commitment_weight: float = 0.25
-    ):
-        super().__init__(channels)
-        if channels % sub_tokens:
-            raise ValueError(f"{channels} channels do not split into {sub_tokens} sub-tokens.")
-        if entries < 2:
-            raise ValueError(f"VQ needs at least 2 entries, not {entries}.")
-        self.sub_tokens = sub_tokens
-        self.id_count = entries
-        self.decay, self.commitment_weight = decay, commitment_weight
-        codebook = torch.randn(entries, channels // sub_tokens)
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.decay, self.commitment_weight = config.vq_decay, config.vq_commit_weight
+        entries = config.vq_entries
+        codebook = torch.randn(entries, self.channels // config.vq_sub_tokens)
         self.register_buffer("codebook", codebook)
         self.register_buffer("use", torch.full((entries,), 1 / entries))
         self.register_buffer("members", codebook / entries)
