@@ -441,7 +441,7 @@ def test_whole_images_by_the_command(native, rectangles, tmp_path, capsys):
     ("words", "message"),
     [
         (["--fit", "whole", "--size", "64"], "Leave out --size"),
-        (["--fit", "whole", "--peers", "titok-l32=x"], "titok-l32 works at 256 × 256, not at whole images"),
+        (["--fit", "whole", "--peers", "titok-l32=x"], "titok-l32 does not stand beside whole images"),
         (["--fit", "whole", "--bpp", "0.0001"], "below every rate"),
         (["--fit", "whole", "--peers", "heic"], "heic"),
     ],
@@ -452,6 +452,46 @@ def test_whole_images_that_cannot_be(native, rectangles, tmp_path, capsys, words
     status, _, error = run_command(capsys, "evaluate", *words)
     assert status == 2
     assert message in error
+
+
+PEER = """
+from flowmo.evaluate.reconstruction import Reconstruction
+
+class Peer:
+    id_count, side = None, 48
+
+    def reconstruct(self, images, indices):
+        return Reconstruction(images.roll(1, -1), images.new_full((len(images),), 800.0))
+
+def build_peer(name, weights, device):
+    peer = Peer()
+    peer.name = f"{name} of {weights}"
+    return peer
+"""
+
+
+@pytest.mark.parametrize(
+    ("peer", "size", "message"),
+    [
+        ("mine:blurry=a.pt", 48, None),
+        ("mine:blurry", 32, "mine:blurry works at 48 × 48, not at 32 × 32. Add --size 48."),
+        ("nothing:blurry", 48, "nothing:blurry is no codec (jpeg, webp, avif, jxl), and nothing cannot build it"),
+        ("titok", 48, "There is no tokenizer 'titok'. Choose from titok-l32"),
+        ("titok-l32", 48, "titok-l32 needs its weights"),
+    ],
+)
+def test_a_peer_of_the_users_own(peer, size, message, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(PEER)
+    save(tiny, tmp_path / "tiny.safetensors")
+    words = ["evaluate", PICTURES, "--model", "tiny.safetensors", "--no-lpips", "--features", "none", "--limit", 2]
+    status, out, error = run_command(capsys, *words, "--size", size, "--peers", peer, "--json")
+    assert status == (2 if message else 0)
+    if message:
+        assert message in error
+    else:
+        row = json.loads(out)[1]
+        assert (row["name"], row["bytes_per_picture"]) == ("blurry of a.pt", 100)
 
 
 def test_whole_images_of_a_few_pixels_are_refused_by_name(native, tmp_path, capsys):
@@ -509,7 +549,6 @@ def test_the_report(tiny, tmp_path, capsys):
     text = (out / "report.md").read_text()
     assert "| tiny |" in text
     assert "OpenMagViT-V2" in text
-    assert (out / "report.tex").read_text().count(r"\\") == 4
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 5
     assert "http" not in page, "works offline"

@@ -29,12 +29,12 @@ from flowmo.data.sources.webdataset import expand
 from flowmo.data.tokens import TokenDataset
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.measurement import MeasurementParts
-from flowmo.evaluate.peers.base import read_weights
 from flowmo.generate.generator import load_generator
 from flowmo.images import ImageError, read_image
 from flowmo.losses.perceptual import BACKBONES, HEADS, LPIPS, RESNET, ResNetLogits
 from flowmo.model.torchvision_import import before_importing
 from flowmo.train import state
+from reproduce.peers.base import read_weights
 
 
 def one_line(error):

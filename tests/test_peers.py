@@ -8,12 +8,12 @@ import contextlib
 import pytest
 import torch
 
-from flowmo.evaluate.peers import CONTINUOUS, DISCRETE, SIDE, PeerError, build_peer
-from flowmo.evaluate.peers.cosmos import FILES, Cosmos
-from flowmo.evaluate.peers.titok import TiTok
-from flowmo.evaluate.peers.vqgan import bits_to_ids, ids_to_bits
 from flowmo.evaluate.published import TABLE_1
 from flowmo.model.torchvision_import import before_importing
+from reproduce.peers import CONTINUOUS, DISCRETE, SIDE, PeerError, build_peer
+from reproduce.peers.cosmos import FILES, Cosmos
+from reproduce.peers.titok import TiTok
+from reproduce.peers.vqgan import bits_to_ids, ids_to_bits
 
 RATES = {row.name: row for row in TABLE_1}
 RUN = ("titok-s128", "llamagen16", "llamagen32", "maskbit", "openmagvit2")

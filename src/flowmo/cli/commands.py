@@ -42,7 +42,9 @@ CODEC = (
 )
 OUT_DIR = option("--out-dir", dest="output", type=lambda text: os.path.join(text, ""), help=argparse.SUPPRESS)
 """An earlier name of ``--output`` for a folder."""
-PEERS = "also measure codecs at equal bytes (jpeg webp avif jxl) and tokenizers (llamagen16=WEIGHTS)"
+PEERS = (
+    "also measure codecs at equal bytes (jpeg webp avif jxl) and tokenizers (llamagen16=WEIGHTS, MODULE:NAME=WEIGHTS)"
+)
 RESUME = (
     "checkpoint to go on from, or weights to fine-tune: preset, file, folder or Hub id. Without --preset and --config "
     "a run takes the model's own settings"

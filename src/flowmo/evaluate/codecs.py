@@ -8,7 +8,10 @@ some hundred bytes even for tiny images, and a file may exceed the budget. Its t
 from __future__ import annotations
 
 import io
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +75,7 @@ FORMATS = {
 QUALITIES = range(101)
 
 
+@dataclass(frozen=True)
 class CodecReconstructor:
     """A codec as a ``flowmo.evaluate.reconstruction.Reconstructor``.
 
@@ -80,27 +84,35 @@ class CodecReconstructor:
         budget: bytes per image; or {dataset index: bytes}.
         headers: count the full file. Otherwise count only its content; a file cannot go without headers.
         at_least: take the lowest quality that reaches the budget, instead of the highest within it.
+        suffix: of the name in tables.
 
     Raises:
         CodecMissingError: the installed Pillow does not have the codec.
     """
 
+    codec: str
+    budget: int | Mapping[int, int]
+    headers: bool = True
+    at_least: bool = False
+    suffix: str = ""
     id_count = None
 
-    def __init__(self, codec: str, budget: int | Mapping[int, int], headers: bool = True, at_least: bool = False):
-        self.format, self.budget, self.headers, self.at_least = FORMATS[codec], budget, headers, at_least
-        self.name = self.format.name + ("" if headers else ", without headers")
-        if codec == "jxl":
+    def __post_init__(self) -> None:
+        if self.codec == "jxl":
             try:
                 import pillow_jxl  # noqa: F401  # registers the format
             except ImportError:
                 raise CodecMissingError(
                     "JPEG XL needs pillow-jxl-plugin. Install it: pip install 'flowmo[evaluate]'."
                 ) from None
-        elif codec != "jpeg" and not features.check(codec):
+        elif self.codec != "jpeg" and not features.check(self.codec):
             raise CodecMissingError(
                 f"This Pillow was built without {self.name}. Install another build, or leave it out."
             )
+
+    @property
+    def name(self) -> str:
+        return FORMATS[self.codec].name + ("" if self.headers else ", without headers") + self.suffix
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         budgets = [self.budget if isinstance(self.budget, int) else self.budget[index] for index in indices]
@@ -110,32 +122,24 @@ class CodecReconstructor:
         return Reconstruction(torch.stack(decoded), bits, file_bits=file_bits)
 
     def size(self, data: bytes) -> int:
-        return len(data) if self.headers else self.format.payload(data)
+        return len(data) if self.headers else FORMATS[self.codec].payload(data)
 
-    def encode(self, image: Image.Image, budget: int | None = None) -> bytes:
-        """Encode an image within ``budget`` bytes, by default the codec's.
+    def encode(self, image: Image.Image, budget: int) -> bytes:
+        """Encode an image within ``budget`` bytes, or with at least so many.
 
-        If no quality fits, the smallest file is returned; with ``at_least`` the largest.
+        If no quality does, the lowest is taken; with ``at_least`` the highest.
         """
-        if budget is None:
-            assert isinstance(self.budget, int), "the budget depends on the image"
-            budget = self.budget
-        tried: dict[int, bytes] = {}
+        codec = FORMATS[self.codec]
 
+        @cache
         def encoded(quality: int) -> bytes:
-            if quality not in tried:
-                stream = io.BytesIO()
-                image.save(stream, self.format.pillow, quality=quality, **self.format.settings)
-                tried[quality] = stream.getvalue()
-            return tried[quality]
+            stream = io.BytesIO()
+            image.save(stream, codec.pillow, quality=quality, **codec.settings)
+            return stream.getvalue()
 
-        low, high = QUALITIES[0], QUALITIES[-1]
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.size(encoded(middle)) <= budget else (low, middle - 1)
+        def size(quality: int) -> int:
+            return self.size(encoded(quality))
+
         if self.at_least:
-            enough = (quality for quality in QUALITIES[low:] if self.size(encoded(quality)) >= budget)
-            return encoded(next(enough, QUALITIES[-1]))
-        encoded(low)
-        fitting = [quality for quality, data in tried.items() if self.size(data) <= budget]
-        return tried[max(fitting)] if fitting else min(tried.values(), key=self.size)
+            return encoded(min(bisect_left(QUALITIES, budget, key=size), QUALITIES[-1]))
+        return encoded(max(bisect_right(QUALITIES, budget, key=size) - 1, QUALITIES[0]))

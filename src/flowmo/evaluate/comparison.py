@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from flowmo.data import Source
 from flowmo.distributed import World
 from flowmo.evaluate.codecs import FORMATS, CodecReconstructor
 from flowmo.evaluate.measurement import EvaluationError
-from flowmo.evaluate.peers import CONTINUOUS, DISCRETE, SIDE, build_peer
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, Reconstructor, measure
-from flowmo.evaluate.report import Entry, weights_hash, write_report
+from flowmo.evaluate.report import Entry, write_report
 from flowmo.evaluate.summary import Summary
 from flowmo.model.tiling import Tiling
 from flowmo.precision import describe
+
+PEERS = "reproduce.peers"
+"""Module of the published tokenizers, in a checkout of the repository."""
 
 
 @dataclass(kw_only=True)
@@ -28,14 +32,14 @@ class Comparison:
         model: the FlowMo. Its ``steps`` and ``guidance`` are numbers, for the report.
         side: side of the central square crops; ``None`` takes each image at its own size.
         rates: bits per pixel to encode at, by a variable-rate model; none is the full rate.
-        peers: names of ``FORMATS``, or ``NAME=WEIGHTS`` as ``build_peer`` takes them. Codecs get the bytes of the ids;
-            without a ``side``, at least the bytes of the model's file of the same image.
+        peers: names of ``FORMATS``, or tokenizers as ``open_peer`` takes them. Codecs get the bytes of the ids; without
+            a ``side``, at least the bytes of the model's file of the same image.
         limit, enlarge: see ``measure``.
         out: folder of the measurements and the report. The same comparison resumes from it.
         progress: makes a callback from a candidate's name, see ``measure``.
 
     Raises:
-        EvaluationError: a peer cannot work at this size.
+        EvaluationError: a peer is unknown or cannot work at this size.
         CodecMissingError: the installed Pillow lacks a codec.
     """
 
@@ -55,26 +59,31 @@ class Comparison:
     def __post_init__(self) -> None:
         tokenizer, side = self.model.tokenizer, self.side or 1
         model = tokenizer.config.model
+        if self.peers and not tokenizer.pixels.is_rgb:
+            raise EvaluationError("Codecs and other tokenizers take 8-bit RGB, unlike this model. Leave out --peers.")
+        if self.peers and not self.side and self.model.codec is None:
+            raise EvaluationError(
+                "Codecs beside whole images need a model that writes files. This one has a continuous code."
+            )
         self.precision = describe(tokenizer.precision, tokenizer.device)
         self.tiles = len(Tiling(side, side, tokenizer.config.data.image_size).corners)
         bits = tokenizer.config.bits_per_image or 32 * model.code_length * model.context_dim
         self.budget = math.ceil(self.tiles * bits / 8)  # bytes of the ids of a square crop
         self.evaluators.remember = bool(self.peers) or len(self.rates) > 1
-        if self.peers and not tokenizer.pixels.is_rgb:
-            raise EvaluationError("Codecs and other tokenizers take 8-bit RGB, unlike this model. Leave out --peers.")
-        for peer in self.peers:
-            name = peer.partition("=")[0]
-            if name in FORMATS:
-                CodecReconstructor(name, 0)  # report a missing codec before hours of work
-            elif name not in (*DISCRETE, *CONTINUOUS):
-                build_peer(name, None)  # reports the known names
-            elif self.side != SIDE:
-                size = f"{self.side} × {self.side}" if self.side else "whole images"
-                raise EvaluationError(f"{name} works at {SIDE} × {SIDE}, not at {size}. Add --size {SIDE}.")
-        if self.peers and not self.side and self.model.codec is None:
-            raise EvaluationError(
-                "Codecs beside whole images need a model that writes files. This one has a continuous code."
-            )
+        self.others = [other for peer in self.peers for other in self._open(peer)]  # any error before hours of work
+
+    def _open(self, peer: str) -> Iterator[tuple[Reconstructor, dict[str, Any]]]:
+        """Yield the candidates of a peer, with the settings that their metrics depend on."""
+        name, _, weights = peer.partition("=")
+        if name in FORMATS and self.side:
+            for headers in (True, False):
+                yield CodecReconstructor(name, self.budget, headers), {"budget": self.budget}
+        elif name in FORMATS:
+            yield CodecReconstructor(name, {}, at_least=True), {"budget": "the model's files"}
+        elif self.side:
+            yield open_peer(name, weights, self.side, self.world), {"weights": weights or None}
+        else:
+            raise EvaluationError(f"{name} does not stand beside whole images. Choose from {', '.join(FORMATS)}.")
 
     def measure(self) -> Iterator[Entry]:
         """Measure one candidate after another."""
@@ -105,38 +114,30 @@ class Comparison:
         sampling["identity"] = model.tokenizer.weights_identity()
         for rate in self.rates or (None,):
             suffix = "" if rate is None else f" at {rate:g}"
-            sampling = sampling | {"bits_per_pixel": rate}
-            yield replace(model, name=model.name + suffix, bits_per_pixel=rate), sampling
-            if self.side or not self.peers:
-                continue
-            ours = self.entries[-1].measurement.rows
-            budgets = dict(zip(ours["index"].tolist(), ours["file_bits"].div(8).int().tolist(), strict=True))
-            for codec in self.peers:
-                peer = CodecReconstructor(codec, budgets, at_least=True)
-                peer.name += suffix
-                yield peer, {"budget": "the model's files", **sampling}
-        for name, _, weights in (peer.partition("=") for peer in self.peers if self.side):
-            if name in FORMATS:
-                for headers in (True, False):
-                    yield CodecReconstructor(name, self.budget, headers), {"budget": self.budget}
-            else:
-                yield build_peer(name, weights or None, self.world.device), {"weights": weights}
+            settings = sampling | {"bits_per_pixel": rate}
+            yield replace(model, name=model.name + suffix, bits_per_pixel=rate), settings
+            if not self.side and self.others:
+                ours = self.entries[-1].measurement.rows
+                budgets = dict(zip(ours["index"].tolist(), ours["file_bits"].div(8).int().tolist(), strict=True))
+                for codec, metadata in self.others:
+                    assert isinstance(codec, CodecReconstructor)
+                    yield replace(codec, budget=budgets, suffix=suffix), metadata | settings
+        if self.side:
+            yield from self.others
 
     def report(self, source: str, model: str) -> None:
         """Write the report to ``out``. ``source`` and ``model`` are names for its header."""
         assert self.out is not None
-        own, side, indices = self.model, self.side, self.entries[0].measurement.rows["index"].tolist()
-        networks = {"LPIPS (AlexNet)": self.evaluators.lpips_alex, "LPIPS (VGG)": self.evaluators.lpips_vgg}
-        networks["features"] = self.evaluators.features
+        own, side, count = self.model, self.side, self.entries[0].summary.pictures
         square = f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}"
-        header: dict[str, Any] = {
-            "pictures": f"{source}: {len(indices)} of {len(self.source)}, evenly spread",
+        header = {
+            "images": f"{source}: {count} of {len(self.source)}, evenly spread",
             "protocol": square if side else "each image whole, at its own size",
             "model": f"{model}, tokenizer {own.tokenizer.weights_identity()}",
-            **({"tiles a picture": self.tiles} if side else {}),
+            **({"tiles per image": str(self.tiles)} if side else {}),
             "sampling": f"{own.steps} steps, seed {own.seed}, guidance {own.guidance}",
             "precision": self.precision,
-            "judges' weights": {name: weights_hash(network) for name, network in networks.items() if network},
+            "networks of the metrics": ", ".join(self.evaluators.describe().values()),
         }
         if self.peers:
             header["codecs"] = (
@@ -144,4 +145,30 @@ class Comparison:
                 if side
                 else "lowest quality whose whole file has at least the bytes of the model's file of the same image"
             )
-        write_report(self.out, self.entries, self.source, indices, side, header, own.tokenizer.pixels)
+        write_report(self.out, self.entries, self.source, side, header, own.tokenizer.pixels)
+
+
+def open_peer(name: str, weights: str, side: int, world: World) -> Reconstructor:
+    """Build another tokenizer from the name MODULE:NAME, or from the name of a published one.
+
+    ``MODULE.build_peer(name, weights, device)`` builds it. Modules are also found in the current folder.
+
+    Raises:
+        EvaluationError: there is no such module, or the tokenizer takes images of another size.
+    """
+    module, _, short = name.rpartition(":")
+    sys.path.insert(0, "")  # as python -m does
+    try:
+        build = import_module(module or PEERS).build_peer
+    except (ImportError, AttributeError) as error:
+        raise EvaluationError(
+            f"{name} is no codec ({', '.join(FORMATS)}), and {module or PEERS} cannot build it ({error}). "
+            "Run the command in the folder of that module; for published tokenizers, a checkout of the repository."
+        ) from None
+    finally:
+        sys.path.remove("")
+    peer: Reconstructor = build(short, weights or None, world.device)
+    needed = getattr(peer, "side", side)
+    if needed != side:
+        raise EvaluationError(f"{name} works at {needed} × {needed}, not at {side} × {side}. Add --size {needed}.")
+    return peer

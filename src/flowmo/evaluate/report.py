@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import PIL
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 
 import flowmo
 from flowmo.checkpoint.files import write_content
@@ -43,15 +43,10 @@ COLUMNS = (  # attribute of a summary, heading, digits
     ("id_entropy", "bits/id", 3),
 )
 HEADINGS_WITHOUT_INCEPTION = {"rFID ↓": "Fréchet ↓", "rKID ↓": "kernel ↓"}
-LATEX = str.maketrans(
-    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
-    | {"±": r"$\pm$", "–": "--", "é": r"\'e"}
-)
 GRID_IMAGES = 6
 GRID_HEIGHT = 256
 """Height, in pixels, to which native-size images are resized."""
 LABEL_SIZE = 14
-PACKAGES = ("torch", "numpy", "PIL", "torch_fidelity")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
@@ -85,15 +80,13 @@ def write_report(
     out: Path,
     entries: Sequence[Entry],
     source: Source,
-    indices: Sequence[int],
     side: int | None,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, str],
     pixels: PixelFormat = PixelFormat(),
 ) -> None:
-    """Write ``report.md``, ``.json``, ``.tex``, ``index.html``, plots and images.
+    """Write ``report.md``, ``report.json``, ``index.html``, plots and images.
 
     Args:
-        indices: dataset indices of the measured images, in order.
         side: size of the crops; ``None`` for images of any size.
         metadata: protocol, weights, seed and so on, for the header.
         pixels: channels and values of the images.
@@ -102,40 +95,21 @@ def write_report(
         ReportError: matplotlib is missing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    header = {**metadata, "versions": versions()}
+    versions = f"flowmo {flowmo.__version__}, torch {torch.__version__}, Pillow {PIL.__version__}"
+    header = {**metadata, "versions": versions}
     rows = [entry.summary for entry in entries]
     content = {
         "header": header,
         "rows": [row.as_dict() for row in rows],
         "published": [row._asdict() | {"bits_per_pixel": row.bits_per_pixel} for row in TABLE_1 + TABLE_3],
     }
-    figures = draw_plots(out, rows) + draw_images(out, entries, source, indices, side, pixels)
+    figures = draw_plots(out, rows) + draw_images(out, entries, source, side, pixels)
     for name, text in (
         ("report.json", json.dumps(content, indent=1, ensure_ascii=False)),
         ("report.md", markdown(rows, header, figures)),
-        ("report.tex", latex(results_table(rows))),
         ("index.html", web_page(out, rows, header, figures)),
     ):
         write_content(out / name, text)
-
-
-def versions() -> dict[str, str]:
-    found = {"flowmo": flowmo.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = __import__(name).__version__
-        except (ImportError, RuntimeError):  # RuntimeError: a torchvision for another torch
-            continue
-    return found
-
-
-def weights_hash(network: nn.Module) -> str:
-    """Hash a network's weights: 16 hex digits."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # Tables and text
@@ -189,20 +163,13 @@ def notes(rows: Sequence[Summary]) -> list[str]:
     return lines
 
 
-def header_lines(header: Mapping[str, Any]) -> list[tuple[str, str]]:
-    def shown(value: Any) -> str:
-        return ", ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, Mapping) else str(value)
-
-    return [(name.replace("_", " "), shown(value)) for name, value in header.items()]
-
-
 def markdown_table(table: Table) -> str:
     lines = [table[0], ["---"] * len(table[0]), *table[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def markdown(rows: Sequence[Summary], header: Mapping[str, Any], figures: Figures) -> str:
-    about = "\n".join(f"- {name}: {value}" for name, value in header_lines(header))
+def markdown(rows: Sequence[Summary], header: Mapping[str, str], figures: Figures) -> str:
+    about = "\n".join(f"- {name}: {value}" for name, value in header.items())
     note_items = "\n".join(f"- {line}" for line in notes(rows))
     images = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in figures)
     published = "Published, ImageNet-1K validation at 256 × 256 (tables 1 and 3 of the paper), not measured here:"
@@ -210,13 +177,6 @@ def markdown(rows: Sequence[Summary], header: Mapping[str, Any], figures: Figure
         f"# Reconstruction\n\n{about}\n\n{markdown_table(results_table(rows))}\n{note_items}\n\n{images}\n\n"
         f"{published}\n\n{markdown_table(published_table())}\n† as their authors report\n"
     )
-
-
-def latex(table: Table) -> str:
-    """Format a table as a tabular with booktabs' rules."""
-    lines = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in table]
-    begin = r"\begin{tabular}{l" + "r" * (len(table[0]) - 1) + "}"
-    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def html_table(table: Table) -> str:
@@ -227,9 +187,9 @@ def html_table(table: Table) -> str:
     return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
 
 
-def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, Any], figures: Figures) -> str:
+def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, str], figures: Figures) -> str:
     """Return a self-contained HTML page; images are embedded."""
-    about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in header_lines(header))
+    about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in header.items())
     note_items = "".join(f"<li>{escape(line)}</li>" for line in notes(rows))
     images = ""
     for name, caption in figures:
@@ -289,9 +249,7 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> Figures:
     return [("rate_distortion.png", "Rate against distortion, measured here"), ("rfid_bpp.png", caption)]
 
 
-def draw_images(
-    out: Path, entries: Sequence[Entry], source: Source, indices: Sequence[int], side: int | None, pixels: PixelFormat
-) -> Figures:
+def draw_images(out: Path, entries: Sequence[Entry], source: Source, side: int | None, pixels: PixelFormat) -> Figures:
     """Draw originals and reconstructions where the first candidate is worst, median and best."""
     first = entries[0]
     has_lpips = first.summary.lpips_alex is not None
@@ -302,7 +260,7 @@ def draw_images(
     chosen = {"worst": order[:count], "median": order[middle : middle + count], "best": order[len(order) - count :]}
     drawn = []
     for name, positions in chosen.items():
-        these = [indices[position] for position in positions]
+        these = first.measurement.rows["index"][positions].tolist()
         originals = [read_crops(source, [index], side, True, pixels) for index in these]
         columns = [
             [pixels.visible(y) for y in (x, *(e.candidate.reconstruct(x, [index]).images.cpu() for e in entries))]

@@ -125,7 +125,7 @@ class Demo:
                 codec = CodecReconstructor(name, bytes)
             except CodecMissingError:
                 continue
-            data = codec.encode(original)
+            data = codec.encode(original, bytes)
             decoded = Image.open(io.BytesIO(data)).convert("RGB")
             shown = io.BytesIO()
             decoded.save(shown, "PNG")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowmo.evaluate.peers.base import TokenNetwork, load_exactly, read_weights
+from reproduce.peers.base import TokenNetwork, load_exactly, read_weights
 
 WIDTH = 128
 EMA = "model_ema."

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from flowmo.evaluate.peers.base import SIDE, PeerError, TokenNetwork
-from flowmo.evaluate.peers.continuous import HUB, ContinuousPeer
-from flowmo.evaluate.peers.cosmos import Cosmos
-from flowmo.evaluate.peers.titok import TiTok
-from flowmo.evaluate.peers.vqgan import LlamaGen, MaskBit, OpenMagvit2
+from reproduce.peers.base import SIDE, PeerError, TokenNetwork
+from reproduce.peers.continuous import HUB, ContinuousPeer
+from reproduce.peers.cosmos import Cosmos
+from reproduce.peers.titok import TiTok
+from reproduce.peers.vqgan import LlamaGen, MaskBit, OpenMagvit2
 
 __all__ = ["CONTINUOUS", "DISCRETE", "SIDE", "PeerError", "build_peer"]
 

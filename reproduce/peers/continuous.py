@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flowmo.errors import one_line
-from flowmo.evaluate.peers.base import PeerError
 from flowmo.evaluate.reconstruction import Reconstruction
 from flowmo.model.torchvision_import import before_importing
+from reproduce.peers.base import SIDE, PeerError
 
 HUB = {"sdxl": ("stabilityai/sdxl-vae", ""), "flux": ("black-forest-labs/FLUX.1-schnell", "vae")}
 BITS = 16
@@ -29,7 +29,7 @@ class ContinuousPeer:
         PeerError: diffusers or the weights are missing.
     """
 
-    id_count = None
+    id_count, side = None, SIDE
 
     def __init__(self, kind: str, weights: str | Path | None = None, device: torch.device | str = "cpu"):
         before_importing("diffusers")

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowmo.evaluate.peers.base import SIDE, TokenNetwork, load_exactly, read_weights
-from flowmo.evaluate.peers.vqgan import TITOK, Chain, VectorCodebook
+from reproduce.peers.base import SIDE, TokenNetwork, load_exactly, read_weights
+from reproduce.peers.vqgan import TITOK, Chain, VectorCodebook
 
 SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth and heads."""

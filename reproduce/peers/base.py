@@ -28,11 +28,13 @@ class TokenNetwork(nn.Module):
     """A tokenizer with a vocabulary, as a ``flowmo.evaluate.reconstruction.Reconstructor``.
 
     Attributes:
+        side: size of its square images.
         id_count: vocabulary size; ids run from 0 to ``id_count`` − 1.
         low: pixel value of black; white is 1.
     """
 
     name: str = ""
+    side = SIDE
     id_count: int
     low: float = -1.0
     device = torch.device("cpu")

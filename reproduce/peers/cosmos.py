@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowmo.errors import one_line
-from flowmo.evaluate.peers.base import PeerError, TokenNetwork
+from reproduce.peers.base import PeerError, TokenNetwork
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 FILES = ("encoder.jit", "decoder.jit")
