@@ -63,9 +63,6 @@ def visit(address: str, number: int) -> None:
     pixels = Image.new("RGBA", (width, height), (number % 256, 80, 200, 255)).tobytes()
     request = urllib.request.Request(f"{address}/encode?height={height}&width={width}", pixels)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        ids = answer.read()
-    request = urllib.request.Request(f"{address}/pack?height={height}&width={width}&planes=2", ids)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         content = answer.read()
     own = TOKENIZER.encode_image(Image.frombytes("RGBA", (width, height), pixels).convert("RGB"))
     assert content == Codec(TOKENIZER).pack(own), number

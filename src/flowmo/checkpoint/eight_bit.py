@@ -27,10 +27,15 @@ def stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
         if value.ndim != 2 or value.numel() < SMALLEST:
             out[name] = value
             continue
-        scale = (value.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        out[name] = (value / scale[:, None]).round().to(torch.int8)
-        out[name + SCALE] = scale
+        out[name], scale = quantize(value, 1)
+        out[name + SCALE] = scale.flatten()
     return out
+
+
+def quantize(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return a matrix as int8, and its scales along ``dim``, which is kept."""
+    scale = (matrix.abs().amax(dim, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (matrix / scale).round().to(torch.int8), scale
 
 
 def expand(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import tarfile
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowmo.checkpoint.eight_bit import SMALLEST
+from flowmo.checkpoint import eight_bit
 from flowmo.codec.file import Codec
 from flowmo.errors import FlowMoError
 from flowmo.tokenizer import FlowMo
@@ -120,44 +119,23 @@ def graphs(tokenizer: FlowMo) -> dict[str, Graph]:
     }
 
 
-def export_torch(tokenizer: FlowMo, folder: Path) -> list[Path]:
-    """Write ``encoder.pt2`` and ``decoder.pt2``, for ``torch.export.load(path).module(check_guards=False)``.
+def write_graph(graph: Graph, path: Path, dtype: str) -> None:
+    """Write a graph as ``.onnx`` with weights of ``dtype``, or as ``.pt2``.
 
-    PyTorch's guards would refuse some image sizes that the graphs can do.
+    ``torch.export.load(path).module(check_guards=False)`` reads the latter. Guards would refuse some image sizes.
     """
-    files = []
-    for name, graph in graphs(tokenizer).items():
-        files.append(folder / f"{name}.pt2")
-        torch.export.save(graph.export(), files[-1])
-    return files
-
-
-def export_onnx(tokenizer: FlowMo, folder: Path, dtype: str = "float16") -> list[Path]:
-    """Write ``encoder.onnx`` and ``decoder.onnx``, which compute in float32.
-
-    Args:
-        dtype: of the weights in the files. int8 has one scale per output channel.
-
-    Raises:
-        ExportError: onnxscript is not installed, or the tokenizer has no ids.
-    """
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise ExportError("ONNX export needs onnxscript. Install it: pip install 'flowmo[export]'.") from None
-    files = []
-    for name, graph in graphs(tokenizer).items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch's, about itself
-            names: dict[str, Any] = {"input_names": graph.inputs, "output_names": [graph.output]}
-            program = torch.onnx.export(graph.export(), opset_version=OPSET, verbose=False, **names)
-        assert program is not None
-        model = program.model_proto
-        if dtype != "float32":
-            shrink(model, torch.float16 if dtype == "float16" else torch.int8)
-        files.append(folder / f"{name}.onnx")
-        files[-1].write_bytes(model.SerializeToString())
-    return files
+    if path.suffix == ".pt2":
+        torch.export.save(graph.export(), path)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, about itself
+        names: dict[str, Any] = {"input_names": graph.inputs, "output_names": [graph.output]}
+        program = torch.onnx.export(graph.export(), opset_version=OPSET, verbose=False, **names)
+    assert program is not None
+    model = program.model_proto
+    if dtype != "float32":
+        shrink(model, torch.float16 if dtype == "float16" else torch.int8)
+    path.write_bytes(model.SerializeToString())
 
 
 def shrink(model: Any, dtype: torch.dtype) -> None:
@@ -166,20 +144,17 @@ def shrink(model: Any, dtype: torch.dtype) -> None:
 
     widen = []
     for weight in model.graph.initializer:
-        value = (
-            torch.from_numpy(numpy_helper.to_array(weight).copy()) if weight.data_type == TensorProto.FLOAT else None
-        )
-        if value is None or value.ndim != 2 or value.numel() < SMALLEST:
+        array = numpy_helper.to_array(weight)
+        if weight.data_type != TensorProto.FLOAT or array.ndim != 2 or array.size < eight_bit.SMALLEST:
             continue
-        name, narrow = weight.name, f"{weight.name}.narrow"
+        name, narrow, value = weight.name, f"{weight.name}.narrow", torch.from_numpy(array.copy())
         if dtype == torch.float16:
             weight.CopyFrom(numpy_helper.from_array(value.half().numpy(), narrow))
             widen.append(helper.make_node("Cast", [narrow], [name], to=TensorProto.FLOAT))
             continue
         consumer = next(node for node in model.graph.node if name in node.input)
-        scale = value.abs().amax(dim=0 if consumer.op_type == "MatMul" else 1, keepdim=True) / 127
-        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-        weight.CopyFrom(numpy_helper.from_array((value / scale).round().to(dtype).numpy(), narrow))
+        value, scale = eight_bit.quantize(value, 0 if consumer.op_type == "MatMul" else 1)
+        weight.CopyFrom(numpy_helper.from_array(value.numpy(), narrow))
         model.graph.initializer.append(numpy_helper.from_array(scale.numpy(), f"{name}.scale"))
         widen.append(helper.make_node("Cast", [narrow], [f"{name}.wide"], to=TensorProto.FLOAT))
         widen.append(helper.make_node("Mul", [f"{name}.wide", f"{name}.scale"], [name]))
@@ -248,8 +223,10 @@ def export(
         shutil.copytree(PAGE, output, dirs_exist_ok=True)
         (output / "examples").mkdir(exist_ok=True)
         description["examples"] = [Path(shutil.copy(path, output / "examples")).name for path in examples]
-    files = export_torch(tokenizer, output) if kind == "torch" else export_onnx(tokenizer, output, dtype)
-    description["files"] = {file.stem: about(file) for file in files}
+    files = {name: output / f"{name}.{'pt2' if kind == 'torch' else 'onnx'}" for name in ("encoder", "decoder")}
+    for name, graph in graphs(tokenizer).items():
+        write_graph(graph, files[name], dtype)
+    description["files"] = {name: about(file) for name, file in files.items()}
     (output / "model.json").write_text(json.dumps(description, indent=1))
     return sorted(path for path in output.rglob("*") if path.is_file())
 
@@ -262,7 +239,7 @@ def about(file: Path) -> dict[str, Any]:
 
 
 def vendor(folder: Path, package: Path | None) -> None:
-    """Copy the runtime's files and its licence from an unpacked npm package, or from the archive of ``npm pack``.
+    """Copy the runtime's files from an unpacked npm package, or from the archive of ``npm pack``.
 
     Raises:
         ExportError: npm is missing or fails, or the package lacks a file.
@@ -277,8 +254,7 @@ def vendor(folder: Path, package: Path | None) -> None:
                 raise ExportError(
                     f"npm cannot get {RUNTIME}: {''.join(reason)}. Name an unpacked copy with --runtime."
                 ) from None
-            with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
-                archive.extractall(temporary, filter="data")
+            shutil.unpack_archive(next(Path(temporary).glob("*.tgz")), temporary, filter="data")
             package = Path(temporary) / "package"
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,6 +1,6 @@
 """The server of ``flowmo demo``: the page of ``page/`` with a tokenizer in this process behind it.
 
-Requests carry raw bytes: RGBA pixels, int32 ids or a ``.flowmo`` file. Every request is bounded and one runs at a time.
+Requests and answers carry RGBA pixels or a ``.flowmo`` file. Every request is bounded and one runs at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import numpy as np
-import torch
 from PIL import Image
 
 from flowmo.codec.file import Codec, MissingPlanes
@@ -29,8 +27,6 @@ from flowmo.generate.classes import class_titles
 from flowmo.generate.generator import Generator
 from flowmo.generate.samples import SampleSettings, check_pair, sample_images
 from flowmo.images import to_pil, to_tensor
-from flowmo.model.codes import Codes
-from flowmo.model.tiling import Tiling
 from flowmo.tokenizer import FlowMo
 from flowmo.web.export import PAGE, check_page, describe
 
@@ -66,6 +62,7 @@ class Demo:
     ):
         check_page(tokenizer)
         self.tokenizer, self.codec, self.generator, self.name = tokenizer, codec, generator, name
+        self.packed = Codec(tokenizer)
         self.examples = {path.name: path for path in examples}
         if generator is not None:
             check_pair(generator, tokenizer)
@@ -78,42 +75,23 @@ class Demo:
         return description
 
     def encode(self, body: bytes, height: int, width: int) -> bytes:
-        ids = self.tokenizer.encode_image(image_of(body, height, width)).ids
-        assert ids is not None  # a codec's tokenizer has ids
-        return ids.int().cpu().numpy().tobytes()
+        """The packed .flowmo file of RGBA pixels."""
+        return self.packed.pack(self.tokenizer.encode_image(image_of(body, height, width)))
 
-    def codes(self, body: bytes, height: int, width: int, planes: int) -> Codes:
-        """The codes of one image from int32 ids."""
-        check_pixels(height, width)
-        codec = self.codec
-        tiles, tokens = codec.shape(height, width)
-        if planes not in codec.plane_counts or len(body) != 4 * tiles * tokens * planes:
-            raise DemoError(f"These are not the ids of an image of {width} × {height} pixels.")
-        ids = torch.from_numpy(np.frombuffer(body, "<i4").astype(np.int64)).reshape(tiles, tokens, planes)
-        if codec.native:
-            rows, columns = -(-height // codec.cell), -(-width // codec.cell)
-            size = (rows * codec.cell, columns * codec.cell)
-            return Codes(ids, size, codec.id_count, image_size=(height, width))
-        return Codes(ids, (codec.tile, codec.tile), codec.id_count, Tiling(height, width, codec.tile))
-
-    def decode(
-        self, body: bytes, height: int, width: int, planes: int, sent: int, seed: int, steps: int, guidance: float
-    ) -> bytes:
-        codes = self.codes(body, height, width, planes).coarser(sent)
+    def decode(self, body: bytes, seed: int, steps: int, guidance: float) -> bytes:
+        """RGBA pixels of a .flowmo file."""
+        codes = self.codec.unpack(body, MAX_PIXELS)
         return rgba_of(self.tokenizer.decode_image(codes, min(steps, MAX_STEPS), seed, guidance=guidance))
 
-    def pack(self, body: bytes, height: int, width: int, planes: int) -> bytes:
-        return self.codec.pack(self.codes(body, height, width, planes))
+    def pack(self, body: bytes) -> bytes:
+        """The same ids as a file to save, coded if there is a context model."""
+        return self.codec.pack(self.codec.unpack(body, MAX_PIXELS))
 
     def unpack(self, body: bytes) -> tuple[bytes, dict[str, int]]:
-        """Ids of a ``.flowmo`` file, and its size and planes as headers."""
+        """The same ids as a packed file, and the number of planes that are missing as a header."""
         missing: list[MissingPlanes] = []
-        codes = self.codec.unpack(body, MAX_PIXELS, missing.append)
-        assert codes.ids is not None  # a codec's tokenizer has ids
-        height, width = codes.output_size
-        lost = sum(warning.total - warning.planes for warning in missing)
-        headers = {"Height": height, "Width": width, "Planes": codes.ids.shape[2], "Missing": lost}
-        return codes.ids.int().numpy().tobytes(), headers
+        content = self.packed.pack(self.codec.unpack(body, MAX_PIXELS, missing.append))
+        return content, {"Missing": sum(warning.total - warning.planes for warning in missing)}
 
     def codecs(self, body: bytes, height: int, width: int, bytes: int) -> list[dict[str, Any]]:
         """The same image by other codecs, in at most ``bytes`` bytes or their least."""

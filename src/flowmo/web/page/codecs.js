@@ -1,4 +1,4 @@
-// The same picture through other codecs, at most at a number of bytes.
+// The same image by other codecs, in at most a number of bytes.
 
 import { psnr, readPixels } from "./pixels.js";
 

@@ -60,29 +60,26 @@ export class RemoteEngine {
 
   async encode({ pixels, height, width }) {
     const response = await this.post(`encode?height=${height}&width=${width}`, pixels);
-    return { height, width, planes: this.model.subTokens, ids: new Int32Array(await response.arrayBuffer()) };
+    return unpack(this.model, new Uint8Array(await response.arrayBuffer()));
   }
 
   async decode({ codes, planes, seed, steps, guidance }) {
     const { height, width } = codes;
-    const query = new URLSearchParams({ height, width, seed, steps, guidance, planes: codes.planes, sent: planes });
-    const response = await this.post(`decode?${query}`, codes.ids);
+    const query = new URLSearchParams({ seed, steps, guidance });
+    const response = await this.post(`decode?${query}`, pack(this.model, first(codes, planes)));
     return { pixels: new Uint8ClampedArray(await response.arrayBuffer()), height, width };
   }
 
-  async pack({ height, width, planes, ids }) {
-    const query = new URLSearchParams({ height, width, planes });
-    return new Uint8Array(await (await this.post(`pack?${query}`, ids)).arrayBuffer());
+  async pack(codes) {
+    return new Uint8Array(await (await this.post("pack", pack(this.model, codes))).arrayBuffer());
   }
 
   size = async (codes, planes) => (await this.pack(first(codes, planes))).length;
 
   async unpack(bytes) {
     const response = await this.post("unpack", bytes);
-    const [height, width, planes, missing] = ["Height", "Width", "Planes", "Missing"].map((name) =>
-      Number(response.headers.get(`FlowMo-${name}`)),
-    );
-    return { height, width, planes, missing, ids: new Int32Array(await response.arrayBuffer()) };
+    const missing = Number(response.headers.get("FlowMo-Missing"));
+    return { ...unpack(this.model, new Uint8Array(await response.arrayBuffer())), missing };
   }
 
   async codecs({ pixels, height, width }, bytes) {

@@ -1,4 +1,4 @@
-// The page: reads a picture or a .flowmo file, asks the engine, shows the result.
+// The page: reads an image or a .flowmo file, asks the engine, shows the result.
 
 import { compareCodecs } from "./codecs.js";
 import { LocalEngine, RemoteEngine } from "./engine.js";
@@ -70,7 +70,7 @@ async function bitmapOf(file) {
   try {
     return await createImageBitmap(file);
   } catch {
-    throw new Error(`${file.name} is not a picture that this browser reads. Use JPEG, PNG, WebP, AVIF or GIF.`);
+    throw new Error(`${file.name} is not an image that this browser reads. Use JPEG, PNG, WebP, AVIF or GIF.`);
   }
 }
 
@@ -83,7 +83,7 @@ async function start() {
     image = null;
     codes = source.codes;
     if (codes.missing) {
-      say(`The file is cut or damaged. ${codes.planes} of ${codes.planes + codes.missing} planes give a coarser picture.`);
+      say(`The file is cut or damaged. ${codes.planes} of ${codes.planes + codes.missing} planes give a coarser image.`);
     }
   } else {
     image = fitted(source.bitmap, $("fit").value);
@@ -97,7 +97,7 @@ async function start() {
   await show();
 }
 
-// The picture at the chosen size, over white.
+// The image at the chosen size, over white.
 function fitted(bitmap, fit) {
   const [width, height] = [bitmap.width, bitmap.height];
   const canvas = document.createElement("canvas");
@@ -112,7 +112,7 @@ function fitted(bitmap, fit) {
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, Math.round((canvas.width - w) / 2), Math.round((canvas.height - h) / 2), w, h);
   if (fit !== "crop" && scale < 1) {
-    say(`The picture is shrunk from ${size(bitmap)} to ${size(canvas)} pixels. Choose another size under “Encode”.`);
+    say(`The image is shrunk from ${size(bitmap)} to ${size(canvas)} pixels. Choose another size under “Encode”.`);
   }
   return pixelsOf(canvas);
 }
@@ -158,7 +158,7 @@ async function show() {
   drawPixels($("original"), image ?? decoded);
   $("side").textContent = `decoded, ${number(bytes)} bytes`;
   $("viewer").hidden = $("files").hidden = $("more").hidden = false;
-  const facts = { file: `${number(bytes)} bytes`, "bits per pixel": ((8 * bytes) / pixels).toFixed(3), picture: size(codes) };
+  const facts = { file: `${number(bytes)} bytes`, "bits per pixel": ((8 * bytes) / pixels).toFixed(3), image: size(codes) };
   if (source.bytes) facts["your file"] = `${number(source.bytes)} bytes`;
   if (image) facts.PSNR = `${psnr(image, decoded).toFixed(2)} dB`;
   facts.decoded = `in ${decoded.seconds.toFixed(1)} s`;
@@ -183,9 +183,9 @@ function figure(node, caption) {
   return out;
 }
 
-function canvasOf(picture) {
+function canvasOf(pixels) {
   const canvas = document.createElement("canvas");
-  drawPixels(canvas, picture);
+  drawPixels(canvas, pixels);
   return canvas;
 }
 
@@ -197,10 +197,10 @@ function download(content, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-// More about one picture
+// More about one image
 
 async function compare() {
-  if (!image) return say("A .flowmo file has no original to compress. Open a picture.", "error");
+  if (!image) return say("A .flowmo file has no original to compress. Open an image.", "error");
   const bytes = decoded.bytes;
   const others = await task("compressing", () => compareCodecs(image, bytes, engine));
   if (!others) return;
@@ -208,10 +208,10 @@ async function compare() {
   $("codecs").replaceChildren(
     own,
     ...others.map((other) => {
-      const picture = new Image();
-      picture.src = other.url;
+      const shown = new Image();
+      shown.src = other.url;
       const least = other.bytes > bytes ? ", its least" : "";
-      return figure(picture, `${other.name}: ${number(other.bytes)} bytes${least}, ${other.psnr.toFixed(2)} dB`);
+      return figure(shown, `${other.name}: ${number(other.bytes)} bytes${least}, ${other.psnr.toFixed(2)} dB`);
     }),
   );
 }
@@ -263,8 +263,8 @@ async function decodeIds() {
 }
 
 async function generate() {
-  const pictures = await task("generating", () => engine.generate($("class").value, settings().seed));
-  $("generated").replaceChildren(...(pictures ?? []).map((picture) => figure(canvasOf(picture), "")));
+  const images = await task("generating", () => engine.generate($("class").value, settings().seed));
+  $("generated").replaceChildren(...(images ?? []).map((made) => figure(canvasOf(made), "")));
 }
 
 // Setting up
@@ -315,10 +315,10 @@ function connect() {
 }
 
 function describe() {
-  const sizes = [512, 1024, 2048].map((n) => [String(n), `Whole picture, up to ${n} pixels`]);
+  const sizes = [512, 1024, 2048].map((n) => [String(n), `Whole image, up to ${n} pixels`]);
   const crop = model.native ? [] : [["crop", `Central square, ${model.tile} pixels`]];
   const tiles = model.native ? "" : `, in tiles of ${model.tile} pixels`;
-  $("fit").append(...[...sizes, ["own", "Whole picture, its own size"], ...crop].map(([value, text]) => new Option(text, value)));
+  $("fit").append(...[...sizes, ["own", "Whole image, its own size"], ...crop].map(([value, text]) => new Option(text, value)));
   $("about").textContent = `The tokenizer is ${model.name}${tiles}.`;
   $("privacy").textContent = engine.note;
   $("codecs-note").textContent = engine.codecsNote;
@@ -327,9 +327,9 @@ function describe() {
   $("guidance").disabled = model.meanVelocity;
   $("rate").min = model.fewestSubTokens;
   for (const name of model.examples ?? []) {
-    const picture = Object.assign(new Image(), { src: `examples/${name}`, alt: name });
+    const preview = Object.assign(new Image(), { src: `examples/${name}`, alt: name });
     const button = document.createElement("button");
-    button.append(picture);
+    button.append(preview);
     button.addEventListener("click", async () => {
       const content = await (await fetch(`examples/${name}`)).blob();
       open(new File([content], name));

@@ -1,4 +1,4 @@
-// Pictures as {pixels, height, width} with RGBA bytes.
+// Images as {pixels, height, width} with RGBA bytes.
 
 export function pixelsOf(canvas) {
   const { data, height, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -24,14 +24,14 @@ export function psnr(one, other) {
   return 10 * Math.log10((255 ** 2 * 0.75 * one.pixels.length) / squares);
 }
 
-// The standard deviation of each pixel over pictures: as a picture, and its mean and maximum in levels.
-export function deviation(pictures) {
-  const { height, width } = pictures[0];
+// The standard deviation of each pixel over images: as an image, and its mean and maximum in levels.
+export function deviation(images) {
+  const { height, width } = images[0];
   const values = new Float32Array(height * width);
   for (let i = 0; i < values.length; i++) {
     let sum = 0;
     for (let c = 0; c < 3; c++) {
-      const levels = pictures.map(({ pixels }) => pixels[4 * i + c]);
+      const levels = images.map(({ pixels }) => pixels[4 * i + c]);
       const mean = levels.reduce((a, b) => a + b) / levels.length;
       sum += Math.sqrt(levels.reduce((a, b) => a + (b - mean) ** 2, 0) / (levels.length - 1));
     }
