@@ -11,7 +11,7 @@ presets decode once. Before anything is timed, all ways must agree in encoding a
 pass.
 
 - ``loaded``: a tokenizer as ``flowmo.load`` gives it.
-- ``packed``: after ``.pack()``, on CPUs in float32; ``compiled``: after ``.compile()`` besides, with ``--compile``.
+- ``compiled``: after ``.compile()``, with ``--compile``.
 - ``plain``: ``benchmarks/plain.py``.
 - ``authors``: their code run as it is written, with ``--authors FOLDER`` (see ``benchmarks/authors.py``), and
   ``authors compiled``: as they run it, under ``torch.compile``. Of the presets that their model has the form of;
@@ -35,13 +35,12 @@ import torch
 import flowmo
 from flowmo import Config, FlowMo
 from flowmo.evaluate.speed import Timing, measure, parts, precision
-from flowmo.model.cpu_prepack import available
 from reproduce.runner import machine
 
 AGREEMENT = 1e-4
 NARROW = ("mup_width=2", "enc_mup_width=2", "enc_depth=4", "dec_depth=8", "patch_size=8", "code_length=128")
 QUICK = ("nano", "narrow")
-WAYS = ("loaded", "packed", "compiled", "plain", "authors", "authors compiled")
+WAYS = ("loaded", "compiled", "plain", "authors", "authors compiled")
 Parts = dict[str, Callable[[], torch.Tensor]]
 
 
@@ -98,11 +97,7 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
         ways["authors"] = authors_parts(tokenizer, theirs, "force_eager")
         if arguments.compile:
             ways["authors compiled"] = authors_parts(tokenizer, theirs, "default")
-    if device.type == "cpu" and not arguments.bfloat16 and available():
-        ways["packed"] = parts(copy.deepcopy(tokenizer).pack())
-        if arguments.compile:
-            ways["compiled"] = parts(copy.deepcopy(tokenizer).pack().compile())
-    elif arguments.compile:
+    if arguments.compile:
         ways["compiled"] = parts(copy.deepcopy(tokenizer).compile())
     with torch.no_grad():
         ours = parts(tokenizer)

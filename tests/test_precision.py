@@ -12,7 +12,7 @@ from conftest import run_command
 from flowmo import load, precision
 from flowmo.cli import build_parser
 from flowmo.cli.options import choose_device
-from flowmo.model.cpu_prepack import PackedError, available
+from flowmo.model.inference import CompilerError
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_tf32_lasts_as_long_as_the_call(monkeypatch):
     assert torch.get_float32_matmul_precision() == before
 
 
-@pytest.mark.skipif(not available(), reason="no packed layers in this PyTorch")
-def test_packed_weights_are_float32(tiny):
-    with pytest.raises(PackedError, match="--precision bfloat16"):
-        tiny.pack().set_precision("bfloat16")
+def test_compiling_needs_a_compiler(tiny, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(CompilerError, match=r"takes a C\+\+ compiler"):
+        tiny.compile()
 
 
 @pytest.mark.parametrize("asked", ["auto", "bfloat16"])
@@ -105,14 +105,12 @@ def test_every_command_with_a_model_takes_both(tiny_model, photo, tmp_path, caps
     [
         (["decode", "a.flowmo"], True, "cuda"),
         (["decode", "a.flowmo"], False, "cpu"),
-        (["decode", "a.flowmo", "--pack"], True, "cpu"),
         (["decode", "a.flowmo", "--device", "cpu"], True, "cpu"),
         (["bench"], True, "cuda"),
         (["train"], True, "cuda"),
     ],
 )
 def test_the_default_device_is_a_gpu_if_there_is_one(monkeypatch, words, gpu, device):
-    """Packed weights, which only a CPU has, stay on the CPU without being told so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     arguments = build_parser().parse_args(words)
     choose_device(arguments)

@@ -72,8 +72,8 @@ def identity_of(metadata: Mapping[str, Any], weights: Mapping[str, Tensor]) -> s
 class FlowMo(Autoencoder):
     """The tokenizer: encoder, bottleneck and rectified-flow decoder, built from a ``Config``.
 
-    Fresh weights are random; ``flowmo.load`` reads trained ones. The caller chooses device, precision, packing and
-    compilation: ``.to(device)``, ``.set_precision()``, ``.pack()``, ``.compile()``.
+    Fresh weights are random; ``flowmo.load`` reads trained ones. The caller chooses device, precision and
+    compilation: ``.to(device)``, ``.set_precision()``, ``.compile()``.
     """
 
     chunk_size: int | None = None

@@ -89,7 +89,6 @@ def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None)
     """
     config, m, steps = tokenizer.config, tokenizer.config.model, tokenizer.config.eval.sampling.sample_steps
     title = name.partition("@")[0].rpartition("/")[2]
-    buffers = dict(tokenizer.named_buffers())  # packed weights are in the state, but are not parameters
     side, opt = config.data.image_size, config.opt
     ids = "continuous" if m.ids_per_token is None else f"{m.ids_per_token[0]} ids below {m.ids_per_token[1]} each"
     rates = [f"{rate:.4f}" for rate in tokenizer.rates(side, side)]
@@ -109,7 +108,7 @@ def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None)
             channels=m.channels,
             code=f"{'one token per 16 × 16 pixels' if tokenizer.native_size else f'{m.code_length} tokens'}, {ids}",
             rate=f"{', '.join(rates)} bits per pixel before entropy coding" if rates else "continuous",
-            parameters=sum(v.numel() for key, v in tokenizer.state_dict().items() if key not in buffers) / 1e6,
+            parameters=sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6,
             steps=f"{steps} step{'s' * (steps > 1)}",
             identity=tokenizer.identity(),
             training=f"Optimizer {opt.optimizer}, learning rate {opt.lr:g}, perceptual loss {opt.lpips_mode} × "

@@ -14,13 +14,12 @@ DATASET = "folder, .tar, WebDataset shards or hf:NAME:SPLIT"
 JSON = option("--json", action="store_true", help="print JSON and nothing else")
 EXAMPLES = option("--examples", type=Path, nargs="+", default=(), metavar="PICTURE", help="images to try on the page")
 FORCE = option("--force", action="store_true", help="overwrite files that exist")
-DEVICE = option("--device", type=device, help="cpu, cuda, mps … (default: a GPU if there is one; cpu with --pack)")
+DEVICE = option("--device", type=device, help="cpu, cuda, mps … (default: a GPU if there is one)")
 PRECISION = "precision of matrix products; auto is bfloat16 with TF32 on a GPU that has it, else float32"
 MODEL = (
     option("--model", default="nano", help="preset, file, folder or Hub id of the tokenizer's weights"),
     DEVICE,
     option("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help=PRECISION),
-    option("--pack", action="store_true", help="prepack weights for this CPU: faster; only the last bits differ"),
     option("--compile", action="store_true", help="compile first: half a minute, then faster; needs a C++ compiler"),
 )
 SAMPLING = (

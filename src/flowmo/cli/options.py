@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import flowmo
 
 if TYPE_CHECKING:
-    from flowmo.model.cpu_prepack import Packable
+    from flowmo.model.inference import InferenceModel
     from flowmo.tokenizer import FlowMo
 
-Model = TypeVar("Model", bound="Packable")
+Model = TypeVar("Model", bound="InferenceModel")
 Run = Callable[[argparse.Namespace], tuple[str, Any] | None]
 """Runs a command. Returns text for people and data for --json."""
 EPILOG = "Change settings with section.name=value, e.g. eval.sampling.rho=1. flowmo info --settings lists them."
@@ -121,8 +121,7 @@ def choose_device(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "device", "") is None:
         import torch
 
-        packed = getattr(arguments, "pack", False)  # weights are packed for CPUs only
-        arguments.device = "cuda" if torch.cuda.is_available() and not packed else "cpu"
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(arguments: argparse.Namespace, device: str | None = None) -> FlowMo:
@@ -131,9 +130,7 @@ def load(arguments: argparse.Namespace, device: str | None = None) -> FlowMo:
 
 
 def prepare(model: Model, arguments: argparse.Namespace) -> Model:
-    """Pack, compile and set the precision of a tokenizer or generator, as the options ``MODEL`` say."""
-    if arguments.pack:
-        model.pack()
+    """Compile and set the precision of a tokenizer or generator, as the options ``MODEL`` say."""
     if arguments.compile:
         if sys.stderr.isatty():
             print("flowmo: The first image waits half a minute for the compiler.", file=sys.stderr)

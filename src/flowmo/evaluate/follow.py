@@ -34,7 +34,7 @@ class Follower:
         folder: of this evaluation. Its log ``evaluations.jsonl`` is also appended to the run's.
         report: callback with each line for a person.
         found: callback with the metrics of each checkpoint, as logged.
-        ready: packs or compiles each tokenizer.
+        ready: compiles each tokenizer.
 
     Raises:
         EvaluationError: the settings name no run, checkpoint or held-out images, or there is none.

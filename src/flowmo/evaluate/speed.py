@@ -133,7 +133,7 @@ def parts(tokenizer: FlowMo, images: int = 1) -> dict[str, Callable[[], torch.Te
 
 @torch.no_grad()
 def count_work(tokenizer: FlowMo, images: int, bfloat16: bool) -> dict[str, tuple[int, float, float]]:
-    """(passes, FLOPs, bytes moved) of each part; see ``Timing``. The tokenizer is neither packed nor compiled yet."""
+    """(passes, FLOPs, bytes moved) of each part; see ``Timing``. The tokenizer is not compiled yet."""
     config, sampling = tokenizer.config, tokenizer.config.eval.sampling
     tokens = images * ((config.data.image_size // config.model.patch_size) ** 2 + tokenizer.code_length)
     functions, flops, moved = parts(tokenizer, images), {}, {}
@@ -165,7 +165,7 @@ def measure(
     Args:
         repeats: number of repeats, for all parts or by part.
         others: other implementations, name -> part -> function, timed in turns with ours because clock rates drift.
-        ready: packs or compiles the tokenizer after its work is counted.
+        ready: compiles the tokenizer after its work is counted.
         progress: callback with (parts done, parts in total).
     """
     device = tokenizer.device

@@ -27,7 +27,7 @@ from flowmo.errors import one_line
 from flowmo.generate.classes import GenerationError, class_titles, find_class
 from flowmo.generate.network import build_network
 from flowmo.generate.schedules import halton_order, masked_counts
-from flowmo.model.cpu_prepack import Packable
+from flowmo.model.inference import InferenceModel
 from flowmo.precision import computing
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import identity_of
@@ -36,7 +36,7 @@ FORMAT = "flowmo-generator-1"
 MAX_ID_BITS = 32
 
 
-class Generator(Packable):
+class Generator(InferenceModel):
     """Samples the ids of images of a class, in a few parallel steps (Chang et al. 2022).
 
     Its weights are random; ``load_generator`` loads trained ones.

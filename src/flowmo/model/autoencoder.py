@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowmo.config import Config
 from flowmo.errors import FlowMoError
-from flowmo.model.cpu_prepack import Packable
+from flowmo.model.inference import InferenceModel
 from flowmo.model.quantizers import build_quantizer
 from flowmo.model.transformer import Decoder, Encoder
 from flowmo.model.windowed import WindowedDecoder, WindowedEncoder
@@ -20,7 +20,7 @@ class RateError(FlowMoError, ValueError):
     """A rate that a tokenizer does not have; the message lists its rates."""
 
 
-class Autoencoder(Packable):
+class Autoencoder(InferenceModel):
     """Encoder, bottleneck and rectified-flow decoder, built from a ``Config`` with random weights."""
 
     def __init__(self, config: Config | None = None):

@@ -1,0 +1,67 @@
+"""Precision and compilation of models in use."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from flowmo.errors import FlowMoError
+from flowmo.model.transformer import rotary_table
+from flowmo.precision import resolve
+
+
+class CompilerError(FlowMoError, RuntimeError):
+    """A CPU's networks cannot be compiled without a C++ compiler."""
+
+
+class InferenceModel(nn.Module):
+    """Base class of models whose caller chooses device, precision and compilation."""
+
+    compiled = False
+    products = "float32"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def precision(self) -> str:
+        """``float32`` or ``bfloat16`` as set, or the weights' own type after ``.bfloat16()`` or ``.half()``."""
+        stored = str(next(self.parameters()).dtype).removeprefix("torch.")
+        return self.products if stored == "float32" else stored
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks to compile, by name."""
+        raise NotImplementedError
+
+    def set_precision(self, precision: str) -> Self:
+        """Compute in ``float32`` or ``bfloat16``; ``auto`` chooses by the device. A few bits of ids may differ.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        self.products = resolve(precision, self.device)
+        return self
+
+    def compile(self, **options: Any) -> Self:
+        """``torch.compile`` the networks in place. Each of up to eight shapes is compiled on its first use.
+
+        Args:
+            options: of ``torch.compile``.
+
+        Raises:
+            CompilerError: no C++ compiler is found, which CPUs need.
+        """
+        if self.device.type == "cpu" and shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is None:
+            raise CompilerError("Compiling for a CPU takes a C++ compiler. Install g++, or name another in CXX.")
+        torch.compiler.assume_constant_result(rotary_table)
+        for network in self.networks.values():
+            network.compile(dynamic=False, **options)
+        self.compiled = True
+        return self
