@@ -33,7 +33,7 @@ from reproduce.runner import Results, Row, Rows, Scale, Study
 PASSES, SHARES = (1, 2, 4, 8, 25), (0.25, 0.5, 1.0)
 SCALES = {
     "smoke": Scale(base=SMOKE_NESTED, images=4, ids=(1, 2), passes=(1, 2), shares=(1.0,), seek=4),
-    "cpu": Scale(base=NESTED_BASE, images=250, ids=(1, 2, 4, 12), passes=PASSES, shares=SHARES, seek=8_000),
+    "cpu": Scale(base=NESTED_BASE, images=250, ids=(1, 2, 4, 12), passes=PASSES, shares=SHARES, seek=2_048),
     "gpu": Scale(base=GPU_NESTED, images=1000, ids=(1, 2, 4, 8, 12), passes=PASSES, shares=SHARES, seek=32_000),
     "paper": Scale(
         base=PAPER_NESTED, images=50_000, ids=(1, 2, 4, 8, 12), passes=PASSES, shares=SHARES, seek=6_400_000
@@ -42,8 +42,8 @@ SCALES = {
 """Sub-tokens kept per token (``ids``), shares of the training that are measured, images of stage 1B (``seek``)."""
 FLOW = ("opt.anchor=0", "opt.loss_space=velocity", "opt.schedule=fat_lognormal")
 SEEK = (
-    *("model.posttrain_sample=true", "opt.freeze_encoder_after=0", "opt.lpips_weight=0.01", "opt.lr=1e-4"),
-    *("opt.cooldown=0", "trainer.keep_every=0"),
+    *("model.posttrain_sample=true", "opt.freeze_encoder_after=0", "opt.lpips_mode=resnet", "opt.lpips_weight=0.01"),
+    *("opt.lr=1e-4", "opt.cooldown=0", "trainer.keep_every=0"),
 )
 WIDTHS = ("hidden_size", "num_heads", "enc_hidden_size", "enc_num_heads")
 BATCH = 16
