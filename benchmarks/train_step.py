@@ -30,7 +30,7 @@ from flowmo.generate.generator import Generator
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage
-from flowmo.train.cost import Memory, generator_flops, generator_memory, training_flops, training_memory
+from flowmo.train.cost import Memory, training_flops, training_memory
 from flowmo.train.ema import EMA
 from flowmo.train.generator import GeneratorNoise, GeneratorStage
 from flowmo.train.memory import machine_memory, used_memory
@@ -107,9 +107,8 @@ def measure(config: Config, device: torch.device, batch: int, steps: int) -> dic
 
 def forecast(config: Config) -> tuple[float, Memory]:
     """FLOPs and memory by arithmetic, of any stage."""
-    if config.generator.train:
-        return generator_flops(config, PAPER_VOCABULARY), generator_memory(config, PAPER_VOCABULARY)
-    return training_flops(config), training_memory(config)
+    vocabulary = PAPER_VOCABULARY if config.generator.train else None
+    return training_flops(config, vocabulary=vocabulary), training_memory(config, vocabulary=vocabulary)
 
 
 def measure_largest(config: Config, device: torch.device, most: int, steps: int) -> dict[str, float] | None:

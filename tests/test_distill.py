@@ -233,3 +233,16 @@ def test_the_cost_holds_the_teachers_passes(settings):
     a_pass = whole - training_flops(config.override("opt.teacher_steps=9"))
     assert a_jump == pytest.approx(3 * a_pass, rel=0.05)
     assert whole == pytest.approx(4 * a_jump + 12 * a_pass, rel=0.1)
+
+
+def test_a_run_forecasts_its_teachers_own_steps(settings, tiny, tmp_path):
+    """The cost is that of ``opt.teacher_steps`` at the number of steps with which the teacher samples."""
+    own = settings.override("opt.teacher_steps=0")
+    for steps in (2, 3):
+        tiny.config = tiny.config.override(f"eval.sampling.sample_steps={steps}")
+        save(tiny, tmp_path / "teacher.safetensors")
+        run = Trainer(
+            own.override(f"opt.teacher={tmp_path / 'teacher.safetensors'}"), tmp_path / str(steps), report=quiet
+        )
+        expected = training_flops(settings.override(f"opt.teacher_steps={steps}"))
+        assert training_flops(*run.task.forecast_arguments()) == expected

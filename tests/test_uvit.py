@@ -12,7 +12,7 @@ from flowmo import Config, ConfigError, preset
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from flowmo.streams import Stream, stream
-from flowmo.train.cost import generator_memory
+from flowmo.train.cost import training_memory
 from flowmo.train.generator import GeneratorStage
 from flowmo.train.optimizer import build_optimizers
 from flowmo.train.schedule import Schedule
@@ -46,7 +46,7 @@ def test_parameters_are_the_papers():
     block = 2 * 2 * d + 3 * d * d + (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d)
     total = (512 + 1000 + 2) * d + 513 * d + 29 * block + 14 * (2 * d * d + d) + 2 * d + (512 * d + 512)
     assert sum(p.numel() for p in network.parameters()) == total == 397_178_368
-    assert generator_memory(preset("uvit"), PAPERS).state_bytes == 20 * total
+    assert training_memory(preset("uvit"), vocabulary=PAPERS).state_bytes == 20 * total
 
 
 def test_names_and_shapes_are_titoks():

@@ -1,13 +1,11 @@
 """Forecast of a training step's FLOPs and memory per image, on fake tensors without contents."""
 
-from __future__ import annotations
-
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowmo.config import Config, DataConfig, EvalConfig, OptConfig, SamplingConfig, TrainerConfig
+from flowmo.config import Config, EvalConfig, SamplingConfig, TrainerConfig
 from flowmo.data.tokens import Vocabulary
-from flowmo.distributed import World
 from flowmo.evaluate.speed import PEAK_TFLOPS, UNCOUNTED
 from flowmo.generate.network import build_network
 from flowmo.losses.noise import Chain, Jumps, TrainingNoise
@@ -29,7 +26,7 @@ from flowmo.model import transformer
 from flowmo.model.quantizers import local_statistic
 from flowmo.model.quantizers.infill import HUB_NAMES
 from flowmo.tokenizer import FlowMo
-from flowmo.train.parallel import prepare, recompute
+from flowmo.train.parallel import recompute
 from flowmo.train.schedule import PAPER_BATCH, Schedule
 
 IMAGENET_IMAGES = 1_281_167
@@ -37,9 +34,6 @@ KEPT_BYTES, LEARNING_BYTES = 2 * 4, 3 * 4
 """Weight and EMA per parameter; gradient and Adam's two moments per trained parameter; in float32."""
 COUNTED = 2
 """Images of the counted batch. With one, products of tables would look like products of the batch."""
-
-Step = tuple[Callable[[], Tensor], Sequence[nn.Module]]
-"""Function that computes a loss, and the modules whose parameters it uses."""
 
 
 @dataclass(frozen=True)
@@ -87,51 +81,48 @@ def describe_training(config: Config) -> dict[str, Any]:
     }
 
 
-def training_flops(config: Config, freeze_encoder: bool = False) -> float:
-    """Forecast the FLOPs of stage 1A, 1B or 1C per image. This takes seconds and allocates no weights.
+@cache
+def training_flops(config: Config, freeze_encoder: bool = False, vocabulary: Vocabulary | None = None) -> float:
+    """Forecast the FLOPs of a training step per image. This takes seconds and allocates no weights.
 
     Matrix products and convolutions count, forward and backward. Recomputation counts for stage 1B's chain, but not for
     activation checkpointing.
 
     Args:
         freeze_encoder: forecast the steps in which the encoder no longer learns.
+        vocabulary: of the tokens of stage 2.
     """
-    return _training_flops(_relevant(config), freeze_encoder or config.model.train == "decoder")
+    config = replace(config, trainer=TrainerConfig())
+    steps, extra = _chain_steps(config)
+
+    def mean(chain: int) -> float:  # training draws each size with equal probability
+        counts = []
+        for size in _sizes(config):
+            loss, _ = _step(config, freeze_encoder, vocabulary, COUNTED, size, chain)
+            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+                _backward(loss, bfloat16=True)
+            counts.append(counter.get_total_flops() / COUNTED)
+        return sum(counts) / len(counts)
+
+    with _fake_tensors():
+        flops = mean(steps)
+        return flops + extra * (flops - mean(1)) if extra else flops
 
 
-def training_memory(config: Config, freeze_encoder: bool = False) -> Memory:
-    """Forecast the memory of stage 1A, 1B or 1C. Arguments as in ``training_flops``."""
-    return _training_memory(_relevant(config), freeze_encoder or config.model.train == "decoder")
-
-
-def _relevant(config: Config) -> Config:
-    """Keep only what matters for the cost, so that more calls find their result in the cache."""
-    model, opt = config.model, config.opt
-    if model.quantization_type in HUB_NAMES:  # its language model is not counted
-        model = replace(model, quantization_type="noop")
-    return Config(
-        data=DataConfig(image_size=config.data.image_size, crop_sizes=config.data.crop_sizes),
-        model=model,
-        opt=OptConfig(
-            lpips_weight=opt.lpips_weight,
-            lpips_mode=opt.lpips_mode,
-            lpips_crop=opt.lpips_crop,
-            teacher="teacher" if opt.teacher else "",
-            teacher_steps=opt.teacher_steps,
-            jumps=opt.jumps,
-        ),
-        eval=EvalConfig(sampling=SamplingConfig(guidance=1.0)),
-        trainer=_memory_settings(config.trainer),
-    )
-
-
-def _memory_settings(trainer: TrainerConfig, plain: bool = False) -> TrainerConfig:
-    """Keep the settings that change memory; ``plain`` replaces them for FLOP counts."""
-    return TrainerConfig(
-        enable_bfloat16=plain or trainer.enable_bfloat16,
-        activation_checkpointing=trainer.activation_checkpointing and not plain,
-        checkpoint_keeps=trainer.checkpoint_keeps,
-    )
+@cache
+def training_memory(config: Config, freeze_encoder: bool = False, vocabulary: Vocabulary | None = None) -> Memory:
+    """Forecast the memory of a training step. Arguments as in ``training_flops``."""
+    (steps, extra), largest, peaks, state_bytes = _chain_steps(config), max(_sizes(config), key=math.prod), [], 0
+    with _fake_tensors():
+        for images in (COUNTED, 2 * COUNTED):
+            loss, modules = _step(config, freeze_encoder, vocabulary, images, largest, steps)
+            peaks.append(_peak(loss, modules, config.trainer.enable_bfloat16))
+    for name, parameter in modules[0].named_parameters():
+        learns = config.generator.train or config.model.train in ("all", name.partition(".")[0])
+        state_bytes += (KEPT_BYTES + LEARNING_BYTES * learns) * parameter.numel()
+    growth = (peaks[1] - peaks[0]) / COUNTED
+    stored = extra * 4 * config.model.channels * math.prod(largest)
+    return Memory(state_bytes, growth + stored, peaks[0] - COUNTED * growth)
 
 
 @contextmanager
@@ -157,105 +148,53 @@ def _sizes(config: Config) -> Sequence[tuple[int, int]]:
     return config.data.crops or [(config.data.image_size, config.data.image_size)]
 
 
-@cache
-def _training_flops(config: Config, freeze_encoder: bool) -> float:
-    config = replace(config, trainer=_memory_settings(config.trainer, plain=True))
-    steps, extra = _chain_steps(config)
-
-    def mean(chain: int) -> float:  # training draws each size with equal probability
-        counts = [_flops(_tokenizer_step(config, freeze_encoder, COUNTED, size, chain)) for size in _sizes(config)]
-        return sum(counts) / len(counts)
-
-    with _fake_tensors():
-        flops = mean(steps)
-        if extra:
-            flops += extra * (flops - mean(1))
-    return flops / COUNTED
-
-
-@cache
-def _training_memory(config: Config, freeze_encoder: bool) -> Memory:
-    steps, extra = _chain_steps(config)
-    largest = max(_sizes(config), key=math.prod)
-    with _fake_tensors():
-        step = partial(_tokenizer_step, config, freeze_encoder, size=largest, chain=steps)
-        per_image, fixed = _memory(step, config.trainer.enable_bfloat16)
-        state_bytes = 0
-        for name, parameter in FlowMo(config).named_parameters():
-            learns = config.model.train in ("all", name.partition(".")[0])
-            state_bytes += (KEPT_BYTES + LEARNING_BYTES * learns) * parameter.numel()
-    return Memory(state_bytes, per_image + extra * 4 * config.model.channels * math.prod(largest), fixed)
-
-
-@cache
-def generator_flops(config: Config, vocabulary: Vocabulary) -> float:
-    """Forecast the FLOPs of stage 2 per image."""
-    plain = replace(config, trainer=_memory_settings(config.trainer, plain=True))
-    with _fake_tensors():
-        return _flops(_generator_step(plain, vocabulary, COUNTED)) / COUNTED
-
-
-@cache
-def generator_memory(config: Config, vocabulary: Vocabulary) -> Memory:
-    """Forecast the memory of stage 2."""
-    with _fake_tensors():
-        per_image, fixed = _memory(partial(_generator_step, config, vocabulary), config.trainer.enable_bfloat16)
-        _, (network,) = _generator_step(config, vocabulary, COUNTED)
-        state_bytes = (KEPT_BYTES + LEARNING_BYTES) * sum(p.numel() for p in network.parameters())
-        return Memory(state_bytes, per_image, fixed)
-
-
-def _generator_step(config: Config, vocabulary: Vocabulary, count: int) -> Step:
-    ids = torch.empty(count, vocabulary.ids, dtype=torch.int64)
-    network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
-    for block in network.blocks if config.trainer.activation_checkpointing else ():
-        recompute(block, config.trainer.checkpoint_keeps)
-    mask = torch.empty_like(ids, dtype=torch.bool)
-    return lambda: network(ids, mask, ids[:, 0]).float().sum(), [network]
-
-
-def _tokenizer_step(config: Config, freeze_encoder: bool, count: int, size: tuple[int, int], chain: int) -> Step:
-    config = replace(config, model=replace(config.model, posttrain_sample_k=chain))
-    channels = config.perceptual_channels
-    perceptual = build_distance(config.opt.lpips_mode, None, False, channels) if config.opt.lpips_weight else None
+def _step(
+    config: Config, freeze_encoder: bool, vocabulary: Vocabulary | None, count: int, size: tuple[int, int], chain: int
+) -> tuple[Callable[[], Tensor], Sequence[nn.Module]]:
+    """Return a function that computes the loss of ``count`` images, and the modules in use, the trained one first."""
+    if vocabulary is not None:
+        ids = torch.empty(count, vocabulary.ids, dtype=torch.int64)
+        network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
+        _checkpoint_blocks([network], config.trainer)
+        mask = torch.empty_like(ids, dtype=torch.bool)
+        return lambda: network(ids, mask, ids[:, 0]).float().sum(), [network]
+    settings: dict[str, Any] = {"model.posttrain_sample_k": chain}
+    if config.model.quantization_type in HUB_NAMES:  # its language model is not counted
+        settings["model.quantization_type"] = "noop"
+    config = config.updated(settings)
+    frozen, opt = freeze_encoder or config.model.train == "decoder", config.opt
+    perceptual = build_distance(opt.lpips_mode, None, False, config.perceptual_channels) if opt.lpips_weight else None
     tokenizer, teacher = FlowMo(config), None
-    tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not freeze_encoder)
+    tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not frozen)
     tokenizer.decoder.requires_grad_(config.model.train != "encoder")
-    if config.stage == "distill":
+    if opt.teacher:
         # it samples by the paper's settings, unless the number of steps is set
-        sampling = SamplingConfig(sample_steps=config.opt.teacher_steps or SamplingConfig().sample_steps)
+        sampling = SamplingConfig(sample_steps=opt.teacher_steps or SamplingConfig().sample_steps)
         model = replace(config.model, mean_velocity=False)
         teacher_config = Config(data=config.data, model=model, eval=EvalConfig(sampling=sampling))
         teacher = FlowMo(teacher_config).requires_grad_(False)
-    stage = prepare(Stage(tokenizer, config.opt, perceptual, teacher), World(), config.trainer)
+    stage = Stage(tokenizer, opt, perceptual, teacher)
+    _checkpoint_blocks(stage.networks, config.trainer)
     images = torch.empty(count, config.model.channels, *size)
     keep = torch.ones(count, chain, dtype=torch.bool)
     sampled = Chain(images, torch.empty(count, chain + 1), keep)
-    times = torch.empty(count, config.opt.jumps)
-    corners = [(0, 0)] * count if config.opt.lpips_crop else None
+    times = torch.empty(count, opt.jumps)
+    corners = [(0, 0)] * count if opt.lpips_crop else None
     noise = TrainingNoise(torch.empty(count), images, keep[:, 0], sampled, Jumps(images, times, times), corners)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
-    return lambda: stage(images, noise, local_statistic, freeze_encoder).total, modules
+    return lambda: stage(images, noise, local_statistic, frozen).total, modules
+
+
+def _checkpoint_blocks(networks: Iterable[Any], trainer: TrainerConfig) -> None:
+    for network in networks if trainer.activation_checkpointing else ():
+        for block in network.blocks:
+            recompute(block, trainer.checkpoint_keeps)
 
 
 def _backward(loss: Callable[[], Tensor], bfloat16: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         total = loss()
     total.backward()
-
-
-def _flops(step: Step) -> float:
-    """Count the FLOPs of a loss and its gradients."""
-    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
-        _backward(step[0], bfloat16=True)
-    return counter.get_total_flops()
-
-
-def _memory(step: Callable[[int], Step], bfloat16: bool) -> tuple[float, float]:
-    """Return the growth per image and the fixed part of the peak memory beside the state."""
-    few, many = (_peak(*step(images), bfloat16) for images in (COUNTED, 2 * COUNTED))
-    growth = (many - few) / COUNTED
-    return growth, few - COUNTED * growth
 
 
 def _peak(loss: Callable[[], Tensor], modules: Sequence[nn.Module], bfloat16: bool) -> float:

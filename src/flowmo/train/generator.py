@@ -17,7 +17,7 @@ from flowmo.checkpoint.files import GENERATOR
 from flowmo.config import Config
 from flowmo.data import evenly_spread
 from flowmo.data.sources.base import class_difference
-from flowmo.data.tokens import NO_CLASS, TokenDataset
+from flowmo.data.tokens import NO_CLASS, TokenDataset, Vocabulary
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.generator import Generator, build_generator, cross_entropy
@@ -27,7 +27,6 @@ from flowmo.losses.noise import to_device
 from flowmo.losses.stages import Loss
 from flowmo.streams import Stream, seed_global, stream
 from flowmo.tokenizer import FlowMo, load
-from flowmo.train.cost import Memory, generator_flops, generator_memory
 from flowmo.train.task import Task, TrainingError, autocast, check_same_settings
 
 SAMPLES = 16
@@ -133,11 +132,8 @@ class GeneratorTask(Task):
             )
         return tokenizer
 
-    def flops(self) -> float:
-        return generator_flops(self.config, self.vocabulary)
-
-    def memory(self) -> Memory:
-        return generator_memory(self.config, self.vocabulary)
+    def forecast_arguments(self) -> tuple[Config, bool, Vocabulary]:
+        return self.config, False, self.vocabulary
 
     def loss(self, module: nn.Module, microbatch: Tensor, first: int, statistics: None) -> Loss:
         indices = range(first, first + len(microbatch))

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from flowmo.config import Config, flatten
 from flowmo.data.loader import IndexedDataset
+from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.losses.stages import Loss
-from flowmo.train.cost import Memory
 from flowmo.train.schedule import Schedule
 
 MISFITS = 3
@@ -54,13 +54,9 @@ class Task:
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         self.config, self.world, self.report = config, world, report
 
-    def flops(self) -> float:
-        """Forecast the stage's current FLOPs per image."""
-        raise NotImplementedError
-
-    def memory(self) -> Memory:
-        """Forecast the stage's current memory."""
-        raise NotImplementedError
+    def forecast_arguments(self) -> tuple[Config, bool, Vocabulary | None]:
+        """Return the arguments of ``training_flops`` and ``training_memory`` that describe the current step."""
+        return self.config, False, None
 
     # Step
 

@@ -27,7 +27,6 @@ from flowmo.model.quantizers import WholeBatch, local_statistic
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo, build, load
 from flowmo.train.codebook_usage import CodebookUsage
-from flowmo.train.cost import Memory, training_flops, training_memory
 from flowmo.train.finite import restored_unless
 from flowmo.train.optimizer import scale_initial_weights
 from flowmo.train.schedule import BatchPlan, Schedule
@@ -137,18 +136,11 @@ class TokenizerTask(Task):
             )
         return Evaluators(features=build_features("inception")).to(device)
 
-    def flops(self) -> float:
-        return training_flops(self._counted, self.frozen)
-
-    def memory(self) -> Memory:
-        return training_memory(self._counted, self.frozen)
-
-    @property
-    def _counted(self) -> Config:
-        """The settings, with the teacher's number of steps."""
-        if self.teacher is None or self.config.opt.teacher_steps:
-            return self.config
-        return self.config.override(f"opt.teacher_steps={self.teacher.config.eval.sampling.sample_steps}")
+    def forecast_arguments(self) -> tuple[Config, bool, None]:
+        config = self.config
+        if self.teacher is not None and not config.opt.teacher_steps:
+            config = config.updated({"opt.teacher_steps": self.teacher.config.eval.sampling.sample_steps})
+        return config, self.frozen, None
 
     # Step
 

@@ -25,6 +25,7 @@ from flowmo.distributed import World
 from flowmo.evaluate.speed import peak_flops
 from flowmo.tokenizer import FlowMo
 from flowmo.train import start_checks, state
+from flowmo.train.cost import training_flops, training_memory
 from flowmo.train.early_stopping import EarlyStopping
 from flowmo.train.ema import EMA
 from flowmo.train.failures import plain_errors, stop_on_signals
@@ -131,7 +132,7 @@ class Trainer:
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
         shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
-        return self.task.memory().max_images(memory, shards)
+        return training_memory(*self.task.forecast_arguments()).max_images(memory, shards)
 
     # Train
 
@@ -295,7 +296,7 @@ class Trainer:
     def _utilisation(self, rate: float) -> float:
         """Model FLOP utilisation (MFU): FLOP/s of the training step over the devices' peak."""
         peak, _ = peak_flops(self.device, in_bfloat16(self.config, self.device))
-        return self.task.flops() * rate / (peak * self.world.size)
+        return training_flops(*self.task.forecast_arguments()) * rate / (peak * self.world.size)
 
     def _log(self, meter: Meter) -> None:
         meter.skipped = self._check_skipped(meter.skipped)
