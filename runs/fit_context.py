@@ -23,7 +23,6 @@ import numpy as np
 import flowmo
 from flowmo.cli.output import Progress, check_outputs, status_of, write
 from flowmo.data import TokenDataset, evenly_spread, open_source
-from flowmo.data.sources.base import read_as
 from flowmo.images import ImageError
 from flowmo.tokenizer import FlowMo
 
@@ -34,7 +33,7 @@ def encode_dataset(path: str, tokenizer: FlowMo, count: int) -> list[np.ndarray]
     chosen, show = evenly_spread(count, len(source)), Progress("encoding")
     for i, index in enumerate(chosen):
         try:
-            codes = tokenizer.encode_image(read_as(source, index, tokenizer.pixels))
+            codes = tokenizer.encode_image(source.read(index, pixels=tokenizer.pixels))
             ids.append(context_planes.ids_on_lattice(codes, tokenizer))
         except ImageError as error:
             print(f"fit_context: left out: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowmo.data import DataError, epoch_order
 from flowmo.images import read_image
+from flowmo.images.pixels import PixelFormat
 from flowmo.streams import Stream, stream
 
 HELD_OUT_EVERY = 64
@@ -43,7 +44,7 @@ class MemoryImages:
     def label(self, index: int) -> None:
         return None
 
-    def read(self, index: int, side: int | None = None) -> Image.Image:
+    def read(self, index: int, side: int | None = None, pixels: PixelFormat | None = None) -> Image.Image:
         return Image.fromarray(self.images[index])
 
 

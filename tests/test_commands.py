@@ -92,7 +92,7 @@ def workspace(tmp_path, picture_files):
         for file in picture_files[:4]:
             tar.add(file, f"n01440764_{file.name}")
     (tmp_path / "imagenet_train_index_overall.json").write_text(
-        json.dumps(build_index(tmp_path / "ILSVRC2012_img_train.tar"))
+        json.dumps(build_index(tmp_path / "ILSVRC2012_img_train.tar")[0])
     )
     return tmp_path
 
@@ -192,7 +192,7 @@ def held_out(workspace):
     """Overrides that name held-out images: the authors' tar and index of them."""
     val, index = "ILSVRC2012_img_val.tar", "imagenet_val_index_overall.json"
     shutil.copy(workspace / "ILSVRC2012_img_train.tar", workspace / val)
-    (workspace / index).write_text(json.dumps(build_index(workspace / val)))
+    (workspace / index).write_text(json.dumps(build_index(workspace / val)[0]))
     return [f"data.imagenet_val_tar={val}", f"data.imagenet_val_index={index}"]
 
 

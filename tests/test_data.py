@@ -75,14 +75,14 @@ def test_the_same_batches_as_from_a_folder(nested, tmp_path, picture_files):
     folder.mkdir()
     for file in picture_files[:5]:
         shutil.copy(file, folder)
-    default_index(nested).write_text(json.dumps(build_index(nested)))
+    default_index(nested).write_text(json.dumps(build_index(nested)[0]))
     streams = [batches(ImageDataset(open_source(path), 32, True, True), 4, 3, 0, 2) for path in (nested, folder)]
     for _ in range(4):
         assert torch.equal(*(next(stream) for stream in streams))
 
 
 def test_a_source_travels_to_another_process(nested):
-    default_index(nested).write_text(json.dumps(build_index(nested)))
+    default_index(nested).write_text(json.dumps(build_index(nested)[0]))
     source = TarSource([nested])
     first = source.read(0).tobytes()
     assert pickle.loads(pickle.dumps(source)).read(0).tobytes() == first
@@ -90,12 +90,12 @@ def test_a_source_travels_to_another_process(nested):
 
 def test_index_of_the_authors_format_under_another_name(nested, tmp_path):
     index = tmp_path / "imagenet_train_index_overall.json"
-    index.write_text(json.dumps(list(reversed(build_index(nested)))))
+    index.write_text(json.dumps(list(reversed(build_index(nested)[0]))))
     assert len(open_source(nested, index)) == 5
 
 
 def test_a_damaged_image_is_named(nested):
-    entries = build_index(nested)
+    entries = build_index(nested)[0]
     entries[0]["size"] //= 2
     default_index(nested).write_text(json.dumps(entries))
     source = open_source(nested)

@@ -20,7 +20,6 @@ from flowmo import CheckpointError, Config
 from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.run_folder import listing
 from flowmo.distributed import DistributedError, join
-from flowmo.train.state import StateError
 from flowmo.train.trainer import Trainer, TrainingError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -313,7 +312,7 @@ def test_a_folder_of_something_else_is_no_checkpoint(base, two, tmp_path):
     path = tmp_path / "00000003"
     shutil.copytree(listing(two / "fsdp" / "checkpoints")[0], path)
     (path / "run.json").unlink()
-    with pytest.raises(StateError, match="not a training checkpoint"):
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
         Trainer(base, tmp_path / "run", resume_from=path, report=quiet)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from flowmo import Config
+from flowmo import CheckpointError, Config
 from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.run_folder import listing
 from flowmo.data import DataError, FolderSource, ImageDataset, TarSource, batches, build_index
@@ -20,8 +20,7 @@ from flowmo.data.sources.tar import read_index
 from flowmo.images import ImageError
 from flowmo.train.failures import plain_errors
 from flowmo.train.schedule import BatchPlan
-from flowmo.train.state import StateError
-from flowmo.train.trainer import Trainer
+from flowmo.train.trainer import Trainer, TrainingError
 
 HERE = Path(__file__).parent
 
@@ -92,11 +91,11 @@ def test_a_disk_fills_up_is_made_read_only_and_mended(config, mounted, tmp_path)
     size = listing(tmp_path / "whole" / "checkpoints")[-1].stat().st_size
     checkpoints = tmp_path / "run" / "checkpoints"
     mounted(checkpoints, f"size={int(size * 1.5)}")
-    with pytest.raises(StateError, match=r"No space left.*00000002.pth is sound"):
+    with pytest.raises(CheckpointError, match=r"No space left.*00000002.pth is sound"):
         Trainer(config, tmp_path / "run", report=quiet).train()
     assert [path.name for path in checkpoints.iterdir()] == ["00000002.pth"]
     mounted(checkpoints, "ro")
-    with pytest.raises(StateError, match=r"Read-only file system.*00000002.pth is sound"):
+    with pytest.raises(CheckpointError, match=r"Read-only file system.*00000002.pth is sound"):
         Trainer(config, tmp_path / "run", report=quiet).train()
     mounted(checkpoints, f"rw,size={size * 4}")
     Trainer(config, tmp_path / "run", report=quiet).train()
@@ -106,7 +105,7 @@ def test_a_disk_fills_up_is_made_read_only_and_mended(config, mounted, tmp_path)
 def test_a_file_in_the_way_of_the_checkpoints(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").touch()
-    with pytest.raises(StateError, match="There is none yet") as error:
+    with pytest.raises(CheckpointError, match="There is none yet") as error:
         Trainer(config, tmp_path / "run", report=quiet).train()
     assert len(str(error.value).splitlines()) == 1
 
@@ -127,7 +126,7 @@ def test_a_picture_that_disappears_is_named_and_left_out(config, folder, tmp_pat
 def test_a_tar_that_disappears_is_named(picture_files, tmp_path):
     tar = tmp_path / "a.tar"
     subprocess.run(["tar", "cf", tar, "-C", picture_files[0].parent, picture_files[0].name], check=True)
-    source = TarSource([tar], entries=read_index(tar, build_index(tar), tar))
+    source = TarSource([tar], entries=read_index(tar, build_index(tar)[0], tar))
     tar.unlink()
     with pytest.raises(ImageError, match=rf"{tar}:{picture_files[0].name}: cannot be read"):
         source.read(0)
@@ -148,7 +147,7 @@ def test_a_source_that_hangs_is_named(folder):
 
 def test_a_source_that_is_slow_for_ever_ends_in_one_line(folder):
     class Slow(FolderSource):
-        def read(self, index, side=None):
+        def read(self, index, side=None, pixels=None):
             time.sleep(100)
 
     views = ImageDataset(Slow(folder), 32, timeout=0.05)
@@ -191,8 +190,8 @@ def test_a_worker_killed_alone_ends_the_run_in_one_line():
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="another matter"), plain_errors(BatchPlan(1, 1, 1), lambda: 1):
         raise RuntimeError("another matter")
-    with pytest.raises(StateError, match="gloo"), plain_errors(BatchPlan(1, 1, 1), lambda: 1):
-        raise StateError("gloo")
+    with pytest.raises(TrainingError, match="gloo"), plain_errors(BatchPlan(1, 1, 1), lambda: 1):
+        raise TrainingError("gloo")
 
 
 # Clocks

@@ -88,7 +88,7 @@ def test_the_index_of_the_held_out_tar(origin, config, tmp_path, picture_files, 
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         for file in picture_files[:3]:
             tar.add(file, file.name)
-    (tmp_path / "two.json").write_text(json.dumps(build_index(tmp_path / "val.tar")[:2]))
+    (tmp_path / "two.json").write_text(json.dumps(build_index(tmp_path / "val.tar")[0][:2]))
     both = (f"data.val={tmp_path}/val.tar", f"data.val_index={tmp_path}/two.json")
     run = tmp_path / "run"
     Trainer(config.override(*both), run, report=lambda line: None).train()
@@ -109,7 +109,7 @@ def test_the_index_of_the_held_out_tar(origin, config, tmp_path, picture_files, 
     # Another source in the settings does not take over the index of the one it replaces.
     with tarfile.open(tmp_path / "other.tar", "w") as tar:
         tar.add(picture_files[3], "other.jpg")
-    (tmp_path / "other.index.json").write_text(json.dumps(build_index(tmp_path / "other.tar")))
+    (tmp_path / "other.index.json").write_text(json.dumps(build_index(tmp_path / "other.tar")[0]))
     settings = (*settings[:2], f"data.val={tmp_path}/other.tar")
     Follower(settings, tmp_path / "b", Evaluators(), report=str).evaluate()
     assert logged(tmp_path / "b")[0]["pictures"] == 1

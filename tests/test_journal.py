@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from flowmo.config import ConfigError
 from flowmo.distributed import World
 from flowmo.train.codebook_usage import CodebookUsage
-from flowmo.train.logging import MetricLogger, MetricLoggerError
+from flowmo.train.logging import MetricLogger
 
 
 def test_an_interrupted_journal_goes_on_at_the_checkpoint(tmp_path):
@@ -50,7 +51,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
 
 def test_weights_and_biases_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(MetricLoggerError, match="pip install wandb"):
+    with pytest.raises(ConfigError, match="pip install wandb"):
         MetricLogger(tmp_path, True, wandb_project="test")
 
 

@@ -423,7 +423,7 @@ def workspace(tmp_path_factory):
         (folder / "damaged" / f"broken{i}.jpg").write_bytes(b"no picture")
     with tarfile.open(folder / "all.tar", "w") as tar:
         tar.add(folder / "pictures", "pictures")
-    entries = build_index(folder / "all.tar")
+    entries = build_index(folder / "all.tar")[0]
     (folder / "all.index.json").write_text(json.dumps(entries))
     (folder / "two.json").write_text(json.dumps(entries[:2] if isinstance(entries, list) else entries))
     names = {name: folder / name for name in ("pictures", "other", "large", "damaged", "missing", "tokens")}

@@ -206,7 +206,7 @@ def test_numbers_sort_as_numbers_in_every_source(form, tmp_path):
     elif form in ("tar", "index"):
         tar = write_tar(tmp_path / "set.tar", dict.fromkeys(names.values()))
         if form == "index":
-            (tmp_path / "other.json").write_text(json.dumps(build_index(tar)))
+            (tmp_path / "other.json").write_text(json.dumps(build_index(tar)[0]))
         source = open_source(tar, tmp_path / "other.json" if form == "index" else None)
     elif form == "tar of tars":
         inner = {f"{n}.tar": write_tar(tmp_path / "x", {f"{i}.png": None}).read_bytes() for i, n in enumerate(names)}

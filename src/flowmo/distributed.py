@@ -3,8 +3,6 @@
 ``torchrun`` starts the processes; without it there is one. CPUs communicate by gloo, GPUs by nccl.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

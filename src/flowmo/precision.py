@@ -1,7 +1,5 @@
 """Precision of inference: float32, or bfloat16 matrix products, which are several times faster on a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -6,8 +6,6 @@ probability 2⁻³² on a CPU, whose generator reads 32 bits of its seed.
 ``flowmo.model.sampler.seeded_noise`` alone uses a seed directly, so that a seed decodes to the same image for ever.
 """
 
-from __future__ import annotations
-
 import hashlib
 from enum import StrEnum
 

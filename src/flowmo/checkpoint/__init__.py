@@ -6,4 +6,4 @@ from flowmo.errors import FlowMoError
 
 
 class CheckpointError(FlowMoError, ValueError):
-    """A file of weights that is missing, damaged, unsafe or of another architecture."""
+    """A file of weights that is missing, damaged, unsafe or of another architecture, or cannot be written."""

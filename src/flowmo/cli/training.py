@@ -16,8 +16,7 @@ from flowmo.checkpoint.files import find, is_training_checkpoint, read_config, w
 from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS, best_checkpoint, listing
 from flowmo.cli.output import Progress, UsageError, check_outputs
 from flowmo.config import FINE_TUNING, Config, own_settings
-from flowmo.data import default_index, open_source
-from flowmo.data.sources.tar import scan_tar
+from flowmo.data import build_index, default_index, open_source
 from flowmo.train.memory import keep_freed_memory
 
 MAX_LINES = 20
@@ -33,7 +32,7 @@ def index(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
     rows = []
     for tar, output in zip(arguments.tars, outputs, strict=True):
         progress = Progress(f"{tar.name}, MiB")
-        entries, left_out = scan_tar(tar, progress)
+        entries, left_out = build_index(tar, progress)
         progress.clear()
         write_content(output, json.dumps(entries))
         more, others = describe_left_out(left_out)

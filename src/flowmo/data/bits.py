@@ -1,7 +1,5 @@
 """Ids as bits, lowest bit first."""
 
-from __future__ import annotations
-
 from typing import TypeAlias
 
 import numpy as np

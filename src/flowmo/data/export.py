@@ -5,8 +5,6 @@ number of the sample. ``datasets`` writes Parquet files that ``datasets.load_dat
 ``ids`` and ``label``. Without classes there are no labels. Ids are stored as int16 if they fit, else as int32 or int64.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

@@ -3,8 +3,6 @@
 The position of an item in the run is the number of items before it, over all ranks and epochs.
 """
 
-from __future__ import annotations
-
 import itertools
 import signal
 import time

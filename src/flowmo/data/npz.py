@@ -5,11 +5,9 @@ statistics ``mu``, ``sigma`` of the pooled and ``mu_s``, ``sigma_s`` of the spat
 whole arrays, and allocate what a hostile header claims. Here sizes are checked first, and pickles are never read.
 """
 
-from __future__ import annotations
-
 import math
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -29,10 +27,6 @@ MAX_PIXELS = 1 << 24
 """Per image; the evaluator's have 2^16."""
 
 
-class NpzError(DataError):
-    """The file is not an ``.npz`` of the ADM evaluator."""
-
-
 class NpzFile:
     """An ``.npz`` file as an image set; it is open only while it is read.
 
@@ -41,7 +35,7 @@ class NpzFile:
         shape: (N, h, w, 3) of its images; N is 0 if it has none.
 
     Raises:
-        NpzError: the file cannot be read, or its images are not uint8 N × h × w × 3.
+        DataError: the file cannot be read, or its images are not uint8 N × h × w × 3.
     """
 
     def __init__(self, path: str | Path):
@@ -62,15 +56,15 @@ class NpzFile:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def _error(self, reason: str) -> NpzError:
-        return NpzError(f"{self.path}: {reason}.")
+    def _error(self, reason: str) -> DataError:
+        return DataError(f"{self.path}: {reason}.")
 
     @contextmanager
     def _errors(self, reason: str) -> Iterator[None]:
-        """Turn whatever ``zipfile`` and NumPy raise on a damaged file into an ``NpzError``."""
+        """Turn whatever ``zipfile`` and NumPy raise on a damaged file into a ``DataError``."""
         try:
             yield
-        except NpzError:
+        except DataError:
             raise
         except Exception as error:  # NumPy evaluates a header as Python, and raises as Python does
             raise self._error(f"{reason} ({one_line(error, 100)})") from None
@@ -88,7 +82,7 @@ class NpzFile:
             yield data, shape, dtype, fortran
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the images in order, uint8 b × 3 × h × w. Raises ``NpzError`` if there are none or the file ends."""
+        """Yield the images in order, uint8 b × 3 × h × w. Raises ``DataError`` if there are none or the file ends."""
         if not len(self):
             raise self._error(f"it holds no images ({IMAGES})")
         count, *image = self.shape
@@ -106,7 +100,7 @@ class NpzFile:
         """Read mean and covariance, float64, of the ``pooled`` or ``spatial`` features; ``None`` if there are none.
 
         Raises:
-            NpzError: they are damaged, or do not belong together.
+            DataError: they are damaged, or do not belong together.
         """
         if not set(STATISTICS[kind]) <= self.names:
             return None
@@ -123,13 +117,11 @@ class NpzFile:
         return mean, covariance
 
 
-def write_npz(
-    path: str | Path, batches: Iterable[Tensor], count: int, statistics: Mapping[str, tuple[Tensor, ...]] | None = None
-) -> None:
-    """Write ``count`` images, in batches uint8 b × 3 × h × w, and (mean, covariance) per kind of ``STATISTICS``.
+def write_npz(path: str | Path, batches: Iterable[Tensor], count: int) -> None:
+    """Write ``count`` images, in batches uint8 b × 3 × h × w.
 
     Raises:
-        NpzError: the images are not ``count``, or not of one size.
+        DataError: the images are not ``count``, or not of one size.
     """
     shape: tuple[int, ...] | None = None
     written = 0
@@ -142,12 +134,8 @@ def write_npz(
                     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
                     npy.write_array_header_1_0(member, header)
                 if images.shape[1:] != shape or images.dtype != np.uint8:
-                    raise NpzError(f"{path}: an image is {images.dtype} {images.shape[1:]}, the first {shape}.")
+                    raise DataError(f"{path}: an image is {images.dtype} {images.shape[1:]}, the first {shape}.")
                 member.write(images.tobytes())
                 written += len(images)
         if written != count:
-            raise NpzError(f"{path}: {written} images were given, not {count}.")
-        for kind, arrays in (statistics or {}).items():
-            for name, array in zip(STATISTICS[kind], arrays, strict=False):
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    npy.write_array(member, array.double().cpu().numpy(), allow_pickle=False)
+            raise DataError(f"{path}: {written} images were given, not {count}.")

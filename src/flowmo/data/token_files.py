@@ -14,8 +14,6 @@ A folder holds the metadata in ``tokens.json`` and the shards ``tokens-00000.bin
     4         CRC-32 of everything before it
 """
 
-from __future__ import annotations
-
 import json
 import re
 import struct
@@ -131,7 +129,7 @@ class TokenMetadata(Vocabulary):
     def shard_bytes(self, number: int) -> int:
         return self.labels_offset(number) + 4 * len(self.shard(number)[1]) + CRC.size
 
-    def difference(self, other: TokenMetadata) -> str:
+    def difference(self, other: Self) -> str:
         """Describe how ``other`` differs, apart from the precision. Empty if it does not."""
         ours, theirs = asdict(self), asdict(other)
         found = [class_difference(ours.pop("classes"), theirs.pop("classes"))]
@@ -190,7 +188,7 @@ class Part:
     def shards(self, total: int) -> range:
         return range(total * (self.number - 1) // self.count, total * self.number // self.count)
 
-    def owner(self, shard: int, total: int) -> Part:
+    def owner(self, shard: int, total: int) -> "Part":
         """The part, of as many as this, that writes a shard."""
         return Part(-(-(shard + 1) * self.count // total), self.count)
 

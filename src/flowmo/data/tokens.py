@@ -1,7 +1,5 @@
 """Ids of many images as a PyTorch dataset. Stage 2 trains on them."""
 
-from __future__ import annotations
-
 import operator
 import warnings
 from pathlib import Path
@@ -17,7 +15,7 @@ from flowmo.data.bits import unpack_ids
 from flowmo.data.sources.base import DataError
 from flowmo.data.token_files import NO_CLASS, TokenMetadata, Vocabulary, read_metadata, read_shard
 
-__all__ = ["NO_CLASS", "TokenDataset", "TokenMetadata", "Tokens", "Vocabulary"]
+__all__ = ["NO_CLASS", "TokenDataset", "TokenMetadata", "Vocabulary"]
 
 MAX_LISTED = 8
 
@@ -139,6 +137,3 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         """Label (−1 without a class) and ids of a sample in one row: int64 1 + ids. Nothing in it is random."""
         ids, label = self[index]
         return torch.cat((torch.tensor([label]), ids.flatten())), {}
-
-
-Tokens = TokenDataset  # earlier name

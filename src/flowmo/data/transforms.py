@@ -1,7 +1,5 @@
 """Images of a source as the networks see them: cropped to the training size, in [−1, 1]."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowmo.data.sources.base import DataError, Source, read_as
+from flowmo.data.sources.base import DataError, Source
 from flowmo.images import ImageError, crop, resize_and_crop, size_of, to_tensor
 from flowmo.images.pixels import PixelFormat
 from flowmo.streams import Stream, stream, stream_seed
@@ -66,7 +64,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> Tensor:
         index, seed = item
-        image = read_as(self.source, index, self.pixels, self.side if self.draft else None)
+        image = self.source.read(index, self.side if self.draft else None, self.pixels)
         size = size_of(image)
         offset, flip = torch.rand(2, generator=stream(seed, Stream.CROP)).tolist()
         if self.random_crop and size[0] != size[1]:

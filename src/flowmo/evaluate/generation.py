@@ -21,7 +21,7 @@ from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError, distance_and_
 from flowmo.evaluate.metrics.sets import NEIGHBOURS, SCORE_SPLIT, inception_score, kernel_distance, precision_and_recall
 from flowmo.evaluate.reconstruction import print_unreadable
 from flowmo.evaluate.summary import table_lines
-from flowmo.images import ImageError, to_bytes, to_tensor
+from flowmo.images import ImageError, read_image, to_bytes, to_tensor
 
 
 class ImageSet(Protocol):
@@ -51,7 +51,7 @@ class SourceImages:
             batch = []
             for index in range(start, min(start + size, len(self.source))):
                 try:
-                    image = self.source.read(index)
+                    image = read_image(self.source.file(index), self.source.name(index))
                 except ImageError as error:
                     print_unreadable(str(error))
                     continue

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flowmo.codec.file import Codec
 from flowmo.data import Source, evenly_spread
-from flowmo.data.sources.base import read_as
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.measurement import EvaluationError, Measurement, MeasurementParts
@@ -312,7 +311,7 @@ def readable_crops(
     crops, unreadable = [], {}
     for index in indices:
         try:
-            image = read_as(source, index, pixels)
+            image = source.read(index, pixels=pixels)
             width, height = size_of(image)
             size = f"{source.name(index)} is {width}×{height}"
             if side and min(width, height) < side and not enlarge:

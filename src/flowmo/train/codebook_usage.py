@@ -1,7 +1,5 @@
 """Codebook usage: how many ids a bottleneck uses, and how evenly."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Early stopping by a held-out metric (section 3.3). A falling loss alone does not make better images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

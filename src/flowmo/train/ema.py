@@ -1,7 +1,5 @@
 """Exponential moving average (EMA) of the weights."""
 
-from __future__ import annotations
-
 import math
 
 import torch

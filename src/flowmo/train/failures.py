@@ -1,7 +1,5 @@
 """Events from outside that end a run: signals, exhausted memory, and data workers that die or hang."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,13 +11,10 @@ from flowmo.data import DataError
 from flowmo.data.loader import RESUME_ADVICE
 from flowmo.errors import FlowMoError, one_line
 from flowmo.train.schedule import BatchPlan
+from flowmo.train.task import TrainingError
 
 LOADER_FAILED = ("DataLoader worker", "DataLoader timed out")
 CPU_MEMORY = ("DefaultCPUAllocator", "can't allocate memory")
-
-
-class OutOfMemoryError(FlowMoError, RuntimeError):
-    """A training step needs more memory than there is."""
 
 
 @contextmanager
@@ -30,7 +25,7 @@ def plain_errors(plan: BatchPlan, max_microbatch: Callable[[], int]) -> Iterator
         max_microbatch: returns the largest micro-batch that should fit in memory.
 
     Raises:
-        OutOfMemoryError: a step ran out of memory.
+        TrainingError: a step ran out of memory.
         DataError: a data worker was killed or hangs.
     """
     try:
@@ -43,7 +38,7 @@ def plain_errors(plan: BatchPlan, max_microbatch: Callable[[], int]) -> Iterator
         if no_memory or any(mark in text for mark in CPU_MEMORY):
             advice = _less_memory(plan, max_microbatch())
             images = f"{plan.microbatch} image{'s' * (plan.microbatch > 1)}"
-            raise OutOfMemoryError(
+            raise TrainingError(
                 f"A micro-batch of {images} ran out of memory. Write {advice}. ({one_line(error, 120)})"
             ) from None
         if any(mark in text for mark in LOADER_FAILED):

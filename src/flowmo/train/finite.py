@@ -3,8 +3,6 @@
 The flag stays a tensor on the device. The optimizer reads it there; the host reads counters when it logs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 

@@ -1,12 +1,10 @@
 """Training task of stage 2: tokens in, a masked-token generator out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +47,7 @@ class GeneratorNoise(NamedTuple):
         device: torch.device,
         seed: int | None = None,
         purpose: Stream = Stream.MASK,
-    ) -> GeneratorNoise:
+    ) -> Self:
         """Draw the numbers of the images at ``indices``, from the seed (the run's by default) and the index alone."""
         seed, settings = config.trainer.seed if seed is None else seed, config.generator
         mask = torch.stack([random_mask(ids, stream(seed, purpose, index), settings.schedule) for index in indices])

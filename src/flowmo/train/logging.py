@@ -1,7 +1,5 @@
 """Logs of a run: lines, a progress line on a terminal, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -15,16 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from flowmo.checkpoint.files import write_content
+from flowmo.config import ConfigError
 from flowmo.distributed import World
-from flowmo.errors import FlowMoError
 
 METRICS = "metrics.jsonl"
 PROGRESS_INTERVAL = 0.25
 CLEAR_LINE = "\r\033[K"
-
-
-class MetricLoggerError(FlowMoError, RuntimeError):
-    """A logging service is not installed."""
 
 
 class MetricLogger:
@@ -36,7 +30,7 @@ class MetricLogger:
         wandb_project: Weights & Biases project; empty switches it off.
 
     Raises:
-        MetricLoggerError: wandb is asked for and not installed.
+        ConfigError: wandb is asked for and not installed.
     """
 
     def __init__(
@@ -56,7 +50,7 @@ class MetricLogger:
             try:
                 import wandb  # noqa: F401
             except ImportError:
-                raise MetricLoggerError(
+                raise ConfigError(
                     f"trainer.wandb_project={wandb_project} needs Weights & Biases: pip install wandb."
                 ) from None
 

@@ -1,7 +1,5 @@
 """Memory: how much a process may use, how much it has used, and how a CPU process keeps what it frees."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

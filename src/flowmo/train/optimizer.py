@@ -3,8 +3,6 @@
 Everything works on plain tensors and on FSDP2's sharded ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

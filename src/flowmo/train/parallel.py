@@ -3,8 +3,6 @@
 DDP replicates the model and averages gradients; FSDP2 shards weights, gradients and optimizer state.
 """
 
-from __future__ import annotations
-
 import warnings
 from contextlib import nullcontext
 from functools import partial

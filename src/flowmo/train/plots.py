@@ -1,7 +1,5 @@
 """Plots of a run: ``curves.png`` from ``metrics.jsonl``, and ``progress.png`` from the sample grids."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

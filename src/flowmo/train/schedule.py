@@ -3,11 +3,9 @@
 Everything is counted in images, so that neither the number of ranks nor a device's memory changes a recipe.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from flowmo.config import Config, ConfigError, OptConfig, Span
 
@@ -31,7 +29,7 @@ class BatchPlan:
         return self.world_size * self.per_rank
 
     @classmethod
-    def of(cls, config: Config, world_size: int, max_microbatch: int | None = None) -> BatchPlan:
+    def of(cls, config: Config, world_size: int, max_microbatch: int | None = None) -> Self:
         """Choose the fewest accumulation steps that settings and memory allow.
 
         Args:
@@ -83,7 +81,7 @@ class Schedule:
     keep: int
 
     @classmethod
-    def of(cls, config: Config, batch: int, epoch: int, start: Position = Position()) -> Schedule:
+    def of(cls, config: Config, batch: int, epoch: int, start: Position = Position()) -> Self:
         """Convert the settings for a global batch and an epoch of so many images."""
 
         def length(span: Span) -> int:

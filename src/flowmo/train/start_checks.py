@@ -1,7 +1,5 @@
 """Checks a run's settings before training, and describes the run in a log line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from flowmo.config import FIELDS, Config, ConfigError

@@ -4,8 +4,6 @@ Both hold the same named tensors, and either resumes on any number of ranks. The
 because every random number follows from the seed and an image's position in the run.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -25,7 +23,7 @@ from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.pth import read_pth
 from flowmo.checkpoint.run_folder import listing
 from flowmo.distributed import World
-from flowmo.errors import FlowMoError, one_line
+from flowmo.errors import one_line
 from flowmo.train.ema import EMA
 from flowmo.train.optimizer import NormControl
 from flowmo.train.task import TrainingError
@@ -34,10 +32,6 @@ FORMAT = 2
 METADATA = "run.json"
 PARTS = ("model", "ema", "optimizer", "norms")
 REQUIRED = {"config": dict, "stage": str, "step": int, "images": int, "skipped": int}
-
-
-class StateError(FlowMoError, RuntimeError):
-    """A checkpoint cannot be written or read."""
 
 
 class FolderLock:
@@ -92,7 +86,7 @@ def save(folder: Path, step: int, state: State, metadata: Mapping[str, Any], wor
     """Write a checkpoint, on all ranks together, and return its path.
 
     Raises:
-        StateError: it cannot be written. Nothing of it is left, and older checkpoints are intact.
+        CheckpointError: it cannot be written. Nothing of it is left, and older checkpoints are intact.
     """
     tensors, content = state.tensors(), {"flowmo": FORMAT, **metadata}
     try:
@@ -111,7 +105,7 @@ def save(folder: Path, step: int, state: State, metadata: Mapping[str, Any], wor
             tidy(folder)
         good = listing(folder)
         kept = f"{good[-1]} is sound" if good else "There is none yet"
-        raise StateError(
+        raise CheckpointError(
             f"The checkpoint of step {step} could not be written to {folder} ({one_line(error, 200)}). {kept}."
         ) from None
 
@@ -171,21 +165,21 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Return what a checkpoint holds besides tensors: ``config``, ``step``, ``images``, ….
 
     Raises:
-        CheckpointError, StateError: it is damaged, or not a training checkpoint.
+        CheckpointError: it is damaged, or not a training checkpoint.
     """
     if path.is_dir():
         try:
             metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise StateError(f"{path} is damaged or not a training checkpoint ({error}).") from None
+            raise CheckpointError(f"{path} is damaged or not a training checkpoint ({error}).") from None
     else:
         metadata = {name: value for name, value in read_pth(path).items() if name not in PARTS}
     if not isinstance(metadata, dict):
-        raise StateError(f"{path} is damaged or not a training checkpoint (its metadata is not a table).")
+        raise CheckpointError(f"{path} is damaged or not a training checkpoint (its metadata is not a table).")
     for name, kind in REQUIRED.items() if metadata.get("flowmo") == FORMAT else ():
         value = metadata.get(name)
         if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
-            raise StateError(f"{path} is damaged or not a training checkpoint ({name} is missing or invalid).")
+            raise CheckpointError(f"{path} is damaged or not a training checkpoint ({name} is missing or invalid).")
     return metadata
 
 
@@ -193,7 +187,7 @@ def restore(path: Path, state: State, optimizer: bool = True) -> None:
     """Read a checkpoint into a run, on all ranks together; without ``optimizer``, all but the optimizer's state.
 
     Raises:
-        CheckpointError, StateError: it is damaged, or of another model. The run may be half restored.
+        CheckpointError: it is damaged, or of another model. The run may be half restored.
     """
     targets = {name: t for name, t in state.tensors().items() if optimizer or not name.startswith("optimizer.")}
     if path.is_dir():
@@ -203,11 +197,11 @@ def restore(path: Path, state: State, optimizer: bool = True) -> None:
     parts = {part: content.get(part, {}) for part in PARTS}
     damaged = next((part for part, tensors in parts.items() if not isinstance(tensors, dict)), None)
     if damaged:
-        raise StateError(f"{path} is damaged: its {damaged} is not a table.")
+        raise CheckpointError(f"{path} is damaged: its {damaged} is not a table.")
     found = {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
     missing = next((name for name in targets if name not in found), None)
     if missing:
-        raise StateError(f"{path} has no {missing}. It is of another model or version.")
+        raise CheckpointError(f"{path} has no {missing}. It is of another model or version.")
     fill(path, targets, {name: found[name] for name in targets})
 
 
@@ -215,15 +209,15 @@ def fill(path: Path, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]
     """Copy full tensors from file ``path`` into a run's tensors of the same names, sharded or not.
 
     Raises:
-        StateError: a value is no tensor, or the run has none of its name and shape.
+        CheckpointError: a value is no tensor, or the run has none of its name and shape.
     """
     for name, value in values.items():
         target = targets.get(name)
         if not isinstance(value, Tensor):
-            raise StateError(f"{path}: {name} is no tensor.")
+            raise CheckpointError(f"{path}: {name} is no tensor.")
         if target is None or target.shape != value.shape:
             there = "no such tensor" if target is None else f"not {tuple(target.shape)}"
-            raise StateError(f"{path}: {name} is {tuple(value.shape)}, here {there}. It is of another model.")
+            raise CheckpointError(f"{path}: {name} is {tuple(value.shape)}, here {there}. It is of another model.")
         value = value.to(target.device, target.dtype)
         if isinstance(target, DTensor):
             value = distribute_tensor(value, target.device_mesh, target.placements)

@@ -3,8 +3,6 @@
 The ``Trainer`` knows batches, steps, ranks and checkpoints. A ``Task`` knows images or ids, the model and its loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

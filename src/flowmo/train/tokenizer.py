@@ -1,7 +1,5 @@
 """Training task of stages 1A, 1B and 1C: images in, a tokenizer out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

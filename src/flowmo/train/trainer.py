@@ -6,8 +6,6 @@ checkpoint and ends with exactly the weights of an uninterrupted run: data order
 seed and on positions in the run. SIGTERM, Ctrl-C and a file named ``stop`` in the folder save a checkpoint and end it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -63,7 +61,7 @@ class Trainer:
 
     Raises:
         TrainingError: the folder holds a run of another model.
-        CheckpointError, StateError: its last checkpoint is damaged, or there is no such ``resume_from``.
+        CheckpointError: its last checkpoint is damaged, or there is no such ``resume_from``.
         DataError, WeightsNotFoundError: the images or the perceptual network are missing.
         ConfigError: the batch cannot be split over the ranks, or there are no held-out images to evaluate on.
     """
@@ -385,7 +383,7 @@ class Trainer:
         """Restore the newest of the run's own checkpoints."""
         try:
             self._restore(found[-1], state.read_metadata(found[-1]))
-        except (CheckpointError, state.StateError) as error:
+        except CheckpointError as error:
             advice = f"Remove it to go on from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
 

@@ -4,8 +4,6 @@ A registry entry takes (path, index) and returns a source, or ``None`` if the pa
 wins.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

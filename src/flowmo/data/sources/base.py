@@ -1,7 +1,5 @@
 """The interface of an image source, and helpers that all sources share."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -12,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowmo.errors import FlowMoError
-from flowmo.images import read_image
-from flowmo.images.pixels import PixelFormat, is_array
+from flowmo.images.pixels import PixelFormat
 
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 """Folders of copies and thumbnails that macOS, Synology and Windows add."""
@@ -31,15 +28,12 @@ class Source:
     Attributes:
         classes: class names by label; empty if no image has a class.
         labels: class of each image, ``None`` without one.
+        left_out: {file: reason} for files that are not items.
     """
 
     classes: Sequence[str]
     labels: Sequence[int | None]
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """{file: reason} for files that are not items."""
-        return {}
+    left_out: Mapping[str, str] = {}
 
     def name(self, index: int) -> str:
         """Human-readable name of image ``index``, for messages."""
@@ -49,22 +43,15 @@ class Source:
         """Path or content of image ``index``. Raises ``ImageError``."""
         raise NotImplementedError
 
-    def read(self, index: int, side: int | None = None) -> Image.Image:
-        """Image ``index`` as RGB; for ``side`` see ``read_image``. Raises ``ImageError``."""
-        return read_image(self.file(index), self.name(index), side)
+    def read(self, index: int, side: int | None = None, pixels: PixelFormat = PixelFormat()) -> Image.Image | Tensor:
+        """Read image ``index`` as ``pixels.read`` does, by default as RGB. Raises ``ImageError``."""
+        return pixels.read(self.file(index), self.name(index), side)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def label(self, index: int) -> int | None:
         return self.labels[index]
-
-
-def read_as(source: Source, index: int, pixels: PixelFormat, side: int | None = None) -> Image.Image | Tensor:
-    """Read image ``index`` as ``pixels.read`` does. Raises ``ImageError``."""
-    if pixels.is_rgb and not is_array(source.name(index)):
-        return source.read(index, side)
-    return pixels.read(source.file(index), source.name(index), side)
 
 
 def is_hidden(name: str) -> bool:

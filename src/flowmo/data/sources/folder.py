@@ -1,7 +1,5 @@
 """A folder of image files."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,11 +34,7 @@ class FolderSource(Source):
         parts = [path.relative_to(root).parts for path in self.files]
         self.classes, self.labels = class_labels([first if rest else None for first, *rest in parts])
         empty = (str(path) for path in root.iterdir() if path.is_dir() and path.name not in self.classes)
-        self._left_out = dict.fromkeys(empty, "a folder without images is no class") | left_out
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        return self._left_out
+        self.left_out = dict.fromkeys(empty, "a folder without images is no class") | left_out
 
     def name(self, index: int) -> str:
         return str(self.files[index])

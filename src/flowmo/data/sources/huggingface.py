@@ -1,7 +1,5 @@
 """A Hugging Face dataset with a column of images, from the Hub or saved to disk."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

@@ -9,14 +9,13 @@ files of one key are a sample. The image of sample ``000`` is ``000.jpg``; ``000
 The images of a tar are its ``.npy`` files if it holds no others.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
 import re
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -50,20 +49,19 @@ def default_index(tar: str | Path) -> Path:
     return Path(tar).with_suffix(".index.json")
 
 
-def build_index(tar: str | Path) -> list[dict]:
-    """Name, offset and size of every image in ``tar`` and in the tars inside it. Reads only headers and labels.
+def build_index(
+    tar: str | Path, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[dict], dict[str, str]]:
+    """Return the index of ``tar``, and {member: reason} for members that are not items. Read only headers and labels.
+
+    The index has name, offset and size of every image in ``tar`` and in the tars inside it.
+
+    Args:
+        progress: callback with (MiB done, MiB in total).
 
     Raises:
         DataError: the file is missing, compressed, damaged, without images, or a WebDataset in which a sample has
             several images.
-    """
-    return scan_tar(tar)[0]
-
-
-def scan_tar(tar: str | Path, progress: Callable[[int, int], None] | None = None) -> tuple[list[dict], dict[str, str]]:
-    """Return the index of ``tar``, see ``build_index``, and {member: reason} for members that are not items.
-
-    ``progress``: callback with (MiB done, MiB in total).
     """
     left_out: dict[str, str] = {}
     try:
@@ -201,7 +199,7 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
     path = Path(index or default_index(tar))
     if not path.is_file():
         if index is None and tar.stat().st_size <= MAX_UNINDEXED_BYTES:
-            return read_index(tar, build_index(tar), tar)
+            return read_index(tar, build_index(tar)[0], tar)
         raise DataError(f"{path}: no such index of {tar}. Make it with: flowmo data index {tar}")
     try:
         rows = json.loads(path.read_bytes())
@@ -300,14 +298,14 @@ class TarSource(Source):
         names = [path[0] if path[1:] else match and match.group() for path, match in zip(parts, wordnet, strict=True)]
         return class_labels(names)
 
-    @property
-    def left_out(self) -> dict[str, str]:
+    @cached_property
+    def left_out(self) -> Mapping[str, str]:  # type: ignore[override]
         """{member: reason} for members that are not items. Tars that need an index are not scanned for them."""
         known = {(entry.tar, entry.name) for entry in self.entries}
         left_out: dict[str, str] = {}
         for tar in self.tars:
             if tar.stat().st_size <= MAX_UNINDEXED_BYTES:
-                entries, others = scan_tar(tar)
+                entries, others = build_index(tar)
                 others |= {row["name"]: "not in the index" for row in entries if (tar, row["name"]) not in known}
                 left_out |= {f"{tar}:{name}": reason for name, reason in others.items()}
         return left_out

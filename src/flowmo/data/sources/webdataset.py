@@ -4,8 +4,6 @@ Samples and labels are read as ``flowmo.data.sources.tar`` describes. Shuffling 
 not streamed.
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import math
