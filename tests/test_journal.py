@@ -8,8 +8,7 @@ from PIL import Image
 
 from flowmo.config import ConfigError
 from flowmo.distributed import World
-from flowmo.train.codebook_usage import CodebookUsage
-from flowmo.train.logging import MetricLogger
+from flowmo.train.logging import CodebookUsage, MetricLogger
 
 
 def test_an_interrupted_journal_goes_on_at_the_checkpoint(tmp_path):

@@ -28,7 +28,7 @@ def run(tmp_path):
 
 
 def test_curves_are_those_of_the_log(run):
-    curves = read_curves(run / "metrics.jsonl")
+    curves = read_curves(run)
     assert curves["loss"] == [(32 * i, 1 / i) for i in range(1, 11)]
     assert [images for images, _ in curves["flow"]] == [32 * i for i in range(1, 11) if i != 3], "NaN is left out"
     assert curves["eval_psnr"] == [(96, 16), (160, 20), (256, 11)]
@@ -38,7 +38,7 @@ def test_every_metric_has_its_panel(run, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     saved = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **_: saved.append(self))
-    draw_curves(read_curves(run / "metrics.jsonl"), run / CURVES, EarlyStopping("psnr"))
+    draw_curves(read_curves(run), run / CURVES, EarlyStopping("psnr"))
     axes = {axis.get_title(): axis for axis in saved[0].axes}
     assert list(axes) == ["training", "eval_psnr, best 20", "learning rate"]
     assert [line.get_label() for line in axes["training"].lines] == ["loss", "flow"]

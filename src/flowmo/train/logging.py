@@ -1,10 +1,11 @@
 """Logs of a run: lines, a progress line on a terminal, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from flowmo.distributed import World
 METRICS = "metrics.jsonl"
 PROGRESS_INTERVAL = 0.25
 CLEAR_LINE = "\r\033[K"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read a run's ``metrics.jsonl``, all but a last line that a kill cut off."""
+    lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).is_file() else []
+    rows = []
+    for line in lines:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 class MetricLogger:
@@ -60,7 +71,8 @@ class MetricLogger:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / METRICS).exists():
-            self._drop_after(images)
+            kept = [row for row in read_metrics(self.folder) if row["images"] <= images]
+            write_content(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         if self._tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -74,16 +86,6 @@ class MetricLogger:
             name = self.folder.name
             options = {"id": name, "dir": str(self.folder), "resume": "allow", "config": dict(settings)}
             self._wandb = wandb.init(project=self._project, name=name, **options)
-
-    def _drop_after(self, images: int) -> None:
-        kept = []
-        for line in (self.folder / METRICS).read_text().splitlines():
-            try:
-                if json.loads(line)["images"] <= images:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):  # cut off by a kill
-                continue
-        write_content(self.folder / METRICS, "".join(kept))
 
     def report(self, line: str, everywhere: bool = False) -> None:
         """Print a line; with ``everywhere``, on an inactive rank too."""
@@ -176,3 +178,41 @@ class Meter:
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
+
+
+class CodebookUsage:
+    """Counts ids over batches and ranks: how many a bottleneck uses, and how evenly.
+
+    ``id_count`` is ``None`` for a continuous bottleneck, which has no ids.
+    """
+
+    def __init__(self, id_count: int | None, world: World):
+        self.id_count, self.world = id_count or 0, world
+        self.counts: Tensor | None = None
+
+    def add(self, ids: Tensor | None) -> None:
+        """Count ids, int64 b × tokens × sub-tokens."""
+        if ids is not None:
+            if self.counts is None:
+                self.counts = torch.zeros(self.id_count, dtype=torch.int64, device=ids.device)
+            self.counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))  # bincount would sync the host
+
+    def take(self) -> dict[str, float]:
+        """Return the metrics since the last call, on all ranks together, and start anew.
+
+        ``ids_used`` is the share of ids that occurred. ``id_entropy`` is the entropy of an id over its bits, 1 where
+        all ids are equally frequent. ``bit_entropy`` is the mean entropy of a single bit, at most 1.
+        """
+        if self.counts is None:
+            return {}
+        counts = self.world.sum(self.counts).double()
+        self.counts = None
+        share = counts / counts.sum()
+        bits = (len(counts) - 1).bit_length()
+        is_set = (torch.arange(len(counts), device=share.device)[:, None] >> torch.arange(bits).to(share.device)) & 1
+        p = (share[:, None] * is_set).sum(dim=0)
+        return {
+            "ids_used": float((counts > 0).double().mean()),
+            "id_entropy": float(torch.special.entr(share).sum()) / math.log(2) / bits,
+            "bit_entropy": float(torch.special.entr(torch.stack((p, 1 - p))).sum(dim=0).mean()) / math.log(2),
+        }

@@ -1,9 +1,12 @@
-"""Optimizers under µP, gradient clipping and norm control.
+"""Optimizers under µP, gradient clipping, norm control, and steps that are skipped because they are not finite.
+
+Whether a step is finite stays a tensor on the device, which the optimizer reads. The host reads counters when it logs.
 
 Everything works on plain tensors and on FSDP2's sharded ones.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from flowmo.config import Config, ConfigError
+from flowmo.distributed import World
 from flowmo.tokenizer import FlowMo
 from flowmo.train.parallel import local
 
@@ -147,12 +151,55 @@ class NormControl:
         self.state = {name: norm.clone() for name, norm in zip(self.weights, norms, strict=True)}
 
     @torch.no_grad()
-    def apply(self, finite: Tensor | None = None) -> None:
+    def apply(self, finite: Tensor) -> None:
         """Reset the norms of the weights that have gradients, unless ``finite``, a scalar on the device, is 0."""
         weights = {name: weight for name, weight in self.weights.items() if weight.grad is not None}
         if weights:
             targets = torch.stack([self.state[name] for name in weights])
-            factors = targets / squared_norms(weights.values()).sqrt()
-            if finite is not None:
-                factors = torch.where(finite > 0, factors, 1.0)
+            factors = torch.where(finite > 0, targets / squared_norms(weights.values()).sqrt(), 1.0)
             torch._foreach_mul_([local(weight) for weight in weights.values()], list(factors.unbind()))
+
+
+class StepCounts:
+    """Counters of skipped steps, on the device. ``total`` continues a resumed run's count."""
+
+    def __init__(self, world: World, total: int = 0):
+        self.world = world
+        self.counts = torch.tensor([total, 0, 0], device=world.device)  # total, current row, longest row
+
+    def add(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Count a step. Return 1.0 if its loss and gradient norm are finite on every rank, else 0.0."""
+        skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).to(torch.int64)
+        if self.world.size > 1:
+            dist.all_reduce(skipped, op=dist.ReduceOp.MAX)
+        total, row, longest = self.counts.unbind()
+        row = (row + 1) * skipped
+        self.counts = torch.stack((total + skipped, row, torch.maximum(longest, row)))
+        return (1 - skipped).float()
+
+    def read(self) -> tuple[int, int]:
+        """Return the number of skipped steps and the longest row of them. Waits for the device."""
+        total, _, longest = self.counts.tolist()
+        return total, longest
+
+
+@torch.no_grad()
+def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Step the optimizer if ``finite`` is 1; otherwise leave parameters and state unchanged."""
+    if isinstance(optimizer, torch.optim.AdamW):  # fused Adam takes the flag itself
+        optimizer.grad_scale, optimizer.found_inf = None, 1 - finite
+        optimizer.step()
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    state = [value for p in parameters for value in optimizer.state[p].values() if isinstance(value, Tensor)]
+    with restored_unless(finite, [*parameters, *state]):
+        optimizer.step()
+
+
+@contextmanager
+def restored_unless(finite: Tensor, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Restore the tensors at the end of the context if ``finite`` is 0."""
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, value in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(finite > 0, tensor, value))

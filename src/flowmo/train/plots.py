@@ -1,6 +1,5 @@
 """Plots of a run: ``curves.png`` from ``metrics.jsonl``, and ``progress.png`` from the sample grids."""
 
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from flowmo.train.early_stopping import HIGHER_IS_BETTER, EarlyStopping
-from flowmo.train.logging import METRICS
+from flowmo.train.logging import read_metrics
 
 CURVES, PROGRESS = "curves.png", "progress.png"
 MOST_ROWS = 8
@@ -28,19 +27,15 @@ Curve = list[tuple[float, float]]
 def draw(folder: Path, best: EarlyStopping) -> None:
     """Write both plots of a run's folder. Without matplotlib, write ``progress.png`` alone."""
     draw_progress(folder)
-    curves = read_curves(folder / METRICS)
+    curves = read_curves(folder)
     if curves:
         draw_curves(curves, folder / CURVES, best)
 
 
-def read_curves(path: Path) -> dict[str, Curve]:
-    """Read (images, value) of every metric of a ``metrics.jsonl``; an unfinished last line is left out."""
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """Read (images, value) of every metric of a run."""
     curves: dict[str, Curve] = defaultdict(list)
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in read_metrics(folder):
         for name, value in row.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 curves[name].append((row["images"], value))

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,28 +110,12 @@ def save(folder: Path, step: int, state: State, metadata: Mapping[str, Any], wor
         ) from None
 
 
-class _Recorder:
-    """File wrapper that keeps the first OSError, which torch replaces by a message about byte counts."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file, self.flush = file, file.flush
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-
 def _write(content: dict, path: str) -> None:
     with open(path, "wb") as file:
-        recorder = _Recorder(file)
         try:
-            torch.save(content, recorder)
-        except RuntimeError as error:
-            raise recorder.error or error from None
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's own follows that of the file, and hides its reason
+            raise error.__context__ or error from None
 
 
 def _save_shards(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any], world: World) -> Path:
@@ -194,18 +178,12 @@ def restore(path: Path, state: State, optimizer: bool = True) -> None:
         sharded.read_into(path, targets)
         return
     content = read_pth(path)
-    parts = {part: content.get(part, {}) for part in PARTS}
-    damaged = next((part for part, tensors in parts.items() if not isinstance(tensors, dict)), None)
-    if damaged:
-        raise CheckpointError(f"{path} is damaged: its {damaged} is not a table.")
+    parts = {part: content[part] for part in PARTS if isinstance(content.get(part), dict)}
     found = {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
-    missing = next((name for name in targets if name not in found), None)
-    if missing:
-        raise CheckpointError(f"{path} has no {missing}. It is of another model or version.")
-    fill(path, targets, {name: found[name] for name in targets})
+    fill(path, targets, {name: found.get(name) for name in targets})
 
 
-def fill(path: Path, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def fill(path: Path, targets: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
     """Copy full tensors from file ``path`` into a run's tensors of the same names, sharded or not.
 
     Raises:
@@ -214,7 +192,7 @@ def fill(path: Path, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]
     for name, value in values.items():
         target = targets.get(name)
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name} is no tensor.")
+            raise CheckpointError(f"{path} has no tensor {name}. It is damaged, or of another model or version.")
         if target is None or target.shape != value.shape:
             there = "no such tensor" if target is None else f"not {tuple(target.shape)}"
             raise CheckpointError(f"{path}: {name} is {tuple(value.shape)}, here {there}. It is of another model.")

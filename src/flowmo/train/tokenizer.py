@@ -24,9 +24,8 @@ from flowmo.losses.stages import Loss, Stage, crop_images
 from flowmo.model.quantizers import WholeBatch, local_statistic
 from flowmo.streams import Stream, seed_global, stream_seed
 from flowmo.tokenizer import FlowMo, build, load
-from flowmo.train.codebook_usage import CodebookUsage
-from flowmo.train.finite import restored_unless
-from flowmo.train.optimizer import scale_initial_weights
+from flowmo.train.logging import CodebookUsage
+from flowmo.train.optimizer import restored_unless, scale_initial_weights
 from flowmo.train.schedule import BatchPlan, Schedule
 from flowmo.train.task import (
     Task,

@@ -27,11 +27,10 @@ from flowmo.train.cost import training_flops, training_memory
 from flowmo.train.early_stopping import EarlyStopping
 from flowmo.train.ema import EMA
 from flowmo.train.failures import plain_errors, stop_on_signals
-from flowmo.train.finite import StepCounts, step_if
 from flowmo.train.generator import GeneratorTask
 from flowmo.train.logging import Meter, MetricLogger
 from flowmo.train.memory import machine_memory, used_memory
-from flowmo.train.optimizer import NormControl, build_optimizers, clip_gradients, set_learning_rate
+from flowmo.train.optimizer import NormControl, StepCounts, build_optimizers, clip_gradients, set_learning_rate, step_if
 from flowmo.train.parallel import accumulating, prepare, wrap_ddp
 from flowmo.train.plots import draw
 from flowmo.train.schedule import PAPER_BATCH, BatchPlan, Position, Schedule
