@@ -97,6 +97,13 @@ def shapes(folder: Path) -> dict[str, torch.Size]:
         return {name: kind.size for name, kind in _Reader(folder).read_metadata().state_dict_metadata.items()}
 
 
+def read(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Read whole tensors, those whose names begin with ``prefix``, under the rest of their names."""
+    tensors = {name: torch.empty(size) for name, size in shapes(folder).items() if name.startswith(prefix)}
+    read_into(folder, tensors)
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
 def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors, sharded over any number of ranks or not, from a folder. All ranks call this together.
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +25,7 @@ from flowmo.config import PRESETS, Config, ConfigError
 from flowmo.errors import one_line
 
 BUNDLED = Path(__file__).parent.parent / "pretrained"
-FORMAT = "flowmo-1"
-GENERATOR = "generator"
-"""Stage in the metadata of a generator's training checkpoint."""
+FORMAT, GENERATOR_FORMAT = FORMATS = ("flowmo-1", "flowmo-generator-1")
 PATH_SETTINGS = (
     "model.language_model",
     "data.train",
@@ -71,7 +68,7 @@ def find(source: str | Path) -> Path:
 
 
 def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple[Config, dict[str, Tensor]]:
-    """Read settings and weights of any accepted file, the weights under our names.
+    """Read settings and weights of a tokenizer from any accepted file, the weights under our names.
 
     Args:
         ema: of a training or authors' checkpoint, the EMA weights rather than the last ones.
@@ -79,21 +76,9 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
     Raises:
         CheckpointError: the file cannot be used.
     """
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as (config, file):
-            tensors = eight_bit.expand({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        return config.override(*overrides), tensors
-    content = {} if path.is_dir() else read_pth(path)
-    if path.is_dir() or "flowmo" in content:
-        metadata, state = read_shards(path, ema) if path.is_dir() else (content, content.get("ema" if ema else "model"))
-        if metadata.get("stage") == GENERATOR:
-            raise CheckpointError(f"{path} holds a generator, not a tokenizer. Use it with flowmo generate.")
-        if not isinstance(metadata.get("config"), dict) or not isinstance(state, dict):
-            raise CheckpointError(f"{path} is a training checkpoint without its settings or weights.")
-        return Config.from_dict(metadata["config"]).override(*overrides), state
-    state = content.get("model_ema_state_dict" if ema else "model_state_dict", content)
-    if not isinstance(state, dict) or not is_release(state):
-        raise CheckpointError(f"{path} is neither a training checkpoint of flowmo nor one of the authors' release.")
+    metadata, state = read_content(path, ema)
+    if metadata:
+        return _tokenizer_config(path, metadata).override(*overrides), state
     try:
         config = release_config(state).override(*overrides)
         return config, convert_release(state, config)
@@ -101,48 +86,81 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read the settings of a file of weights; a ``.safetensors`` file is read without its weights."""
+def read_content(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read metadata and weights of any file: of a tokenizer or a generator, or the authors'.
+
+    The metadata holds ``config``, and of a generator ``vocabulary``. An authors' file has none.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+    """
     if path.suffix == ".safetensors":
-        with open_safetensors(path) as (config, _):
-            pass
-        return config.override(*overrides)
+        return _read_safetensors(path)
+    if path.is_dir():
+        from flowmo.checkpoint import distributed as sharded  # takes as long to import as half of PyTorch
+
+        return read_metadata(path), sharded.read(path, "ema." if ema else "model.")
+    content = read_pth(path)
+    if "flowmo" in content:
+        state = content.get("ema" if ema else "model")
+        if not isinstance(content.get("config"), dict) or not isinstance(state, dict):
+            raise CheckpointError(f"{path} is a training checkpoint without its settings or weights.")
+        return content, state
+    state = content.get("model_ema_state_dict" if ema else "model_state_dict", content)
+    if not isinstance(state, dict) or not is_release(state):
+        raise CheckpointError(f"{path} is neither a training checkpoint of flowmo nor one of the authors' release.")
+    return {}, state
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Read what a file holds beside weights. Only a training checkpoint of ours has ``flowmo``, its format."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, weights=False)[0]
+    if not path.is_dir():
+        return read_pth(path)
+    try:
+        metadata = json.loads((path / run_folder.METADATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged or not a training checkpoint of flowmo ({error}).") from None
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} is damaged or not a training checkpoint of flowmo: its metadata is no table.")
+    return metadata
+
+
+def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a tokenizer's settings. Only the authors' files are read with their weights, whose shapes show them."""
+    metadata = read_metadata(path)
+    if path.suffix == ".safetensors" or "flowmo" in metadata:
+        return _tokenizer_config(path, metadata).override(*overrides)
     return read(path, overrides)[0]
 
 
 def is_training_checkpoint(path: Path) -> bool:
     """True for a checkpoint of our training, which knows its step; False for weights alone and the authors' files."""
-    return path.suffix != ".safetensors" and (path.is_dir() or "flowmo" in read_pth(path))
+    return "flowmo" in read_metadata(path)
 
 
-def read_shards(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read metadata and weights of a sharded training checkpoint."""
-    from flowmo.checkpoint import distributed as sharded  # takes as long to import as half of PyTorch
-
+def _tokenizer_config(path: Path, metadata: Mapping[str, Any]) -> Config:
+    if "vocabulary" in metadata:
+        raise CheckpointError(f"{path} holds a generator, not a tokenizer. Use it with flowmo generate.")
     try:
-        metadata = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        Config.from_dict(metadata["config"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a training checkpoint of flowmo ({error}).") from None
-    prefix = "ema." if ema else "model."
-    tensors = {name: torch.empty(s) for name, s in sharded.shapes(path).items() if name.startswith(prefix)}
-    sharded.read_into(path, tensors)
-    return metadata, {name.removeprefix(prefix): value for name, value in tensors.items()}
+        return Config.from_dict(metadata["config"])
+    except (ConfigError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds settings that do not work: {error}") from None
 
 
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[tuple[Config, Any]]:
+def _read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if metadata.get("format") not in FORMATS:
                 raise CheckpointError(f"{path} was not written by flowmo: its metadata has no format {FORMAT!r}.")
-            yield Config.from_dict(json.loads(metadata["config"])), file
+            tensors = {key: file.get_tensor(key) for key in file.keys()} if weights else {}  # noqa: SIM118
+        parsed = {key: json.loads(metadata[key]) for key in ("config", "vocabulary") if key in metadata}
+        return parsed, eight_bit.expand(tensors)
     except CheckpointError:
         raise
-    except ConfigError as error:
-        raise CheckpointError(f"{path} holds settings that do not work: {error}") from None
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({one_line(error, 200)}).") from None
 
 
@@ -183,14 +201,14 @@ def fill(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor],
 
 
 def write_safetensors(
-    path: str | Path, config: Config, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    path: str | Path, config: Config, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, **metadata: str
 ) -> None:
-    """Write weights and settings as one ``.safetensors`` file; see ``flowmo.save``."""
+    """Write weights, settings and other metadata as one ``.safetensors`` file; see ``flowmo.save``."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: Weights are saved as .safetensors. Write {path.with_suffix('.safetensors')}.")
     config = config.override(*(f"{name}=" for name in PATH_SETTINGS))
-    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
+    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict()), **metadata}
     tensors = eight_bit.stored(state, dtype)
     write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = "config.json"
+METADATA = "run.json"
+"""File of a sharded checkpoint's metadata."""
 ENDED = "ended"
 """File that exists once a run has reached its end, until it is resumed."""
 BEST = "best"

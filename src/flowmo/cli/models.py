@@ -15,7 +15,6 @@ import torch
 
 import flowmo
 from flowmo.checkpoint import files as checkpoint
-from flowmo.checkpoint.pth import read_pth
 from flowmo.checkpoint.run_folder import is_sharded
 from flowmo.cli.options import load, prepare
 from flowmo.cli.output import Progress, UsageError, check_outputs, require
@@ -135,10 +134,8 @@ def convert(arguments: argparse.Namespace) -> tuple[str, dict]:
 
 
 def is_generator(path: Path) -> bool:
-    """Return whether a file or folder is a training checkpoint of stage 2."""
-    if is_sharded(path):
-        return checkpoint.read_shards(path)[0].get("stage") == checkpoint.GENERATOR
-    return path.suffix == ".pth" and path.is_file() and read_pth(path).get("stage") == checkpoint.GENERATOR
+    """Return whether a file or folder of weights is a generator's."""
+    return (path.is_file() or is_sharded(path)) and "vocabulary" in checkpoint.read_metadata(path)
 
 
 def push(arguments: argparse.Namespace) -> tuple[str, dict]:

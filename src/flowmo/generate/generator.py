@@ -9,17 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowmo.checkpoint import CheckpointError
-from flowmo.checkpoint.eight_bit import expand, stored
-from flowmo.checkpoint.files import GENERATOR as STAGE
-from flowmo.checkpoint.files import fill, read_shards, write_whole
-from flowmo.checkpoint.pth import read_pth
+from flowmo.checkpoint import CheckpointError, files
 from flowmo.checkpoint.run_folder import is_sharded
 from flowmo.config import Config, ConfigError, GeneratorConfig
 from flowmo.data.tokens import Vocabulary
@@ -32,7 +26,6 @@ from flowmo.precision import computing
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import identity_of
 
-FORMAT = "flowmo-generator-1"
 MAX_ID_BITS = 32
 
 
@@ -304,16 +297,10 @@ def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 def save_generator(generator: Generator, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write weights, settings and vocabulary as one ``.safetensors`` file."""
-    if Path(path).suffix != ".safetensors":
-        raise CheckpointError(f"{path}: Generators are saved as .safetensors.")
-    state = stored(generator.state_dict(), dtype)
-    config = generator.config.override("data.train=", "data.val=", "generator.tokenizer=")  # private paths
-    metadata = {
-        "format": FORMAT,
-        "config": json.dumps(config.to_dict()),
-        "vocabulary": json.dumps(asdict(generator.vocabulary)),
-    }
-    write_whole(path, lambda temporary: safetensors.torch.save_file(state, temporary, metadata))
+    vocabulary = json.dumps(asdict(generator.vocabulary))
+    files.write_safetensors(
+        path, generator.config, generator.state_dict(), dtype, format=files.GENERATOR_FORMAT, vocabulary=vocabulary
+    )
 
 
 def load_generator(
@@ -333,35 +320,14 @@ def load_generator(
     path = Path(path)
     if not path.is_file() and not is_sharded(path):
         raise CheckpointError(f"{path}: There is no such generator.")
-    training = path.suffix == ".pth" or path.is_dir()
+    metadata, state = files.read_content(path, ema)
+    if "vocabulary" not in metadata:
+        raise CheckpointError(f"{path}: The file holds no generator.")
     try:
-        metadata, state = _read_training(path, ema) if training else _read_safetensors(path)
         config, vocabulary = _parse(metadata)
-    except CheckpointError:
-        raise
-    except (safetensors.SafetensorError, OSError, TypeError, ValueError, KeyError, RecursionError) as error:
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: The file is damaged or no generator ({one_line(error)}).") from None
     return build_generator(config.override(*overrides), vocabulary, state, path).to(device)
-
-
-def _read_training(path: Path, ema: bool) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    metadata, state = read_shards(path, ema) if path.is_dir() else (read_pth(path), None)
-    if metadata.get("stage") != STAGE:
-        raise CheckpointError(f"{path}: The checkpoint holds no generator.")
-    if state is None:
-        state = metadata.get("ema" if ema else "model")
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: The checkpoint holds no weights.")
-    return metadata, state
-
-
-def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: The file holds no generator.")
-        state = expand({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-    return {key: json.loads(metadata[key]) for key in ("config", "vocabulary")}, state
 
 
 def _parse(metadata: Mapping[str, Any]) -> tuple[Config, Vocabulary]:
@@ -379,4 +345,4 @@ def build_generator(
     config: Config, vocabulary: Vocabulary, state: Mapping[str, Tensor], name: str | Path = "checkpoint"
 ) -> Generator:
     """Build a generator with the weights ``state``, in float32 and evaluation mode. Raises ``CheckpointError``."""
-    return fill(lambda: Generator(config, vocabulary), config.generator.depth, state, name)
+    return files.fill(lambda: Generator(config, vocabulary), config.generator.depth, state, name)

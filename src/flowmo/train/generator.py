@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from flowmo.checkpoint.files import GENERATOR
 from flowmo.config import Config
 from flowmo.data import evenly_spread
 from flowmo.data.sources.base import class_difference
@@ -97,7 +96,7 @@ class GeneratorTask(Task):
         TrainingError: ``generator.tokenizer`` did not make the tokens, or the held-out tokens have other classes.
     """
 
-    stage = GENERATOR
+    stage = "generator"
 
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         super().__init__(config, world, report)

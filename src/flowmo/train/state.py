@@ -21,7 +21,7 @@ from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint import distributed as sharded
 from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.pth import read_pth
-from flowmo.checkpoint.run_folder import listing
+from flowmo.checkpoint.run_folder import METADATA, listing
 from flowmo.distributed import World
 from flowmo.errors import one_line
 from flowmo.train.ema import EMA
@@ -29,7 +29,6 @@ from flowmo.train.optimizer import NormControl
 from flowmo.train.task import TrainingError
 
 FORMAT = 2
-METADATA = "run.json"
 PARTS = ("model", "ema", "optimizer", "norms")
 REQUIRED = {"config": dict, "stage": str, "step": int, "images": int, "skipped": int}
 
@@ -151,15 +150,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged, or not a training checkpoint.
     """
-    if path.is_dir():
-        try:
-            metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged or not a training checkpoint ({error}).") from None
-    else:
-        metadata = {name: value for name, value in read_pth(path).items() if name not in PARTS}
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} is damaged or not a training checkpoint (its metadata is not a table).")
+    metadata = {name: value for name, value in checkpoint.read_metadata(path).items() if name not in PARTS}
     for name, kind in REQUIRED.items() if metadata.get("flowmo") == FORMAT else ():
         value = metadata.get(name)
         if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
