@@ -238,7 +238,6 @@ def test_errors_are_one_line_that_names_the_file(tmp_path):
         with pytest.raises(flowmo.ImageError, match=f"^{path}: ") as error:
             flowmo.read_image(path)
         assert "\n" not in str(error.value)
-    assert flowmo.PictureError is flowmo.ImageError
 
 
 def test_more_pixels_than_asked_for_are_refused_before_they_are_decoded():

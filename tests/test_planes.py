@@ -87,7 +87,8 @@ def ends_of_planes(ours: Codec, content: bytes) -> list[int]:
     for _ in range(planes):
         length = 17  # 15 cells of 9 bits
         if coded:
-            length, place = codec.read_varint(content, place)
+            reader = codec.Reader(content, place)
+            length, place = reader.varint(), reader.position
         place += length + 2
         ends.append(place)
     assert ends[-1] == len(content)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowmo.checkpoint import CheckpointError
     from flowmo.config import Config, ConfigError, preset
-    from flowmo.images import ImageError, PictureError, read_image
+    from flowmo.images import ImageError, read_image
     from flowmo.images.pixels import read_tensor
     from flowmo.model.codes import Codes
     from flowmo.tokenizer import FlowMo, load, save
@@ -19,7 +19,6 @@ __all__ = [
     "ConfigError",
     "FlowMo",
     "ImageError",
-    "PictureError",
     "load",
     "preset",
     "read_image",
@@ -29,7 +28,7 @@ __all__ = [
 _MODULES = {
     "checkpoint": ("CheckpointError",),
     "config": ("Config", "ConfigError", "preset"),
-    "images": ("ImageError", "PictureError", "read_image"),
+    "images": ("ImageError", "read_image"),
     "images.pixels": ("read_tensor",),
     "model.codes": ("Codes",),
     "tokenizer": ("FlowMo", "load", "save"),

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +34,6 @@ from flowmo.model.tiling import Tiling
 from flowmo.precision import computing
 
 Progress = Callable[[int, int], None]
-
-
-class SamplingArguments(TypedDict, total=False):
-    """Keyword arguments of ``FlowMo.decode_tensor``; see ``FlowMo.decode``."""
-
-    guidance: float | None
-    rho: float | None
-    solver: str | None
 
 
 class Output(NamedTuple):
@@ -422,8 +414,10 @@ class FlowMo(Autoencoder):
         steps: int | None = None,
         seed: int = 0,
         *,
+        guidance: float | None = None,
+        rho: float | None = None,
+        solver: str | None = None,
         progress: Progress | None = None,
-        **settings: Unpack[SamplingArguments],
     ) -> Tensor:
         """Decode the codes of ``encode_image`` to one image, float32 c × h × w; arguments as in ``decode``.
 
@@ -433,7 +427,7 @@ class FlowMo(Autoencoder):
             raise TypeError(
                 f"A single image is decoded from Codes, not from a {type(codes).__name__}. Use decode for ids."
             )
-        sampling = self.sampling(steps, **settings)
+        sampling = self.sampling(steps, guidance, rho, solver)
         code, height, width = self._code_and_size(codes, None)
         channels = self.config.model.channels
         if self.native_size:

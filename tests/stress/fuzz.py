@@ -47,7 +47,7 @@ with watching:
     from flowmo.checkpoint import distributed as sharded
     from flowmo.codec import range_coder
     from flowmo.codec.context import ContextModel
-    from flowmo.codec.file import CONTEXT_BYTES, CRC, PLANE_CRC, Codec, CodecError, read_varint
+    from flowmo.codec.file import CONTEXT_BYTES, CRC, PLANE_CRC, Codec, CodecError, Reader
     from flowmo.codec.planes import PlaneModel, weight_shapes
     from flowmo.data import DataError, TarSource, build_index, default_index
     from flowmo.data.npz import NpzFile
@@ -176,8 +176,10 @@ class PlanesTarget(Target):
         choice, content = data[0] if data else 0, data[1:]
         if choice & 128:
             with contextlib.suppress(CodecError):
-                place = read_varint(content, read_varint(content, 8)[1])[1] + 1
-                place += CONTEXT_BYTES * (content[3] >> 4 == 1)
+                reader = Reader(content, 8)
+                for _ in ("height", "width"):
+                    reader.varint()
+                place = reader.position + 1 + CONTEXT_BYTES * (content[3] >> 4 == 1)
                 head = content[:place]
                 content = head + PLANE_CRC.pack(crc_hqx(head, 0)) + content[place + PLANE_CRC.size :]
         codec = self.codecs[choice % len(self.codecs)]

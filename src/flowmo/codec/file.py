@@ -125,24 +125,19 @@ class Codec:
             raise CodecError(f"Ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer.")
         if self._too_large(*size, MAX_PIXELS):
             raise CodecError(f"An image of {size[0]}×{size[1]} pixels has too many tiles or cells for a file.")
-        if not self.native:
-            return self._pack_tiles(size, ids)
-        models = [None, *([] if self.context is None else [self.context])]  # packed wins a tie
-        return min((self._pack_planes(size, ids, model) for model in models), key=len)
+        write = self._pack_planes if self.native else self._pack_tiles
+        models = [None] if self.context is None else [None, self.context]  # packed wins a tie
+        return min((write(size, ids, model) for model in models), key=len)
 
     def _header(self, context: BitModel | PlaneModel | None, size: tuple[int, int], rest: bytes) -> bytes:
         coding, name = (PACKED, b"") if context is None else (CONTEXT, context.identity[:CONTEXT_BYTES])
         start = MAGIC + bytes([self.version | coding << 4]) + self.identity
         return start + varint(size[0] - 1) + varint(size[1] - 1) + rest + name
 
-    def _pack_tiles(self, size: tuple[int, int], ids: np.ndarray) -> bytes:
-        context, packed = None, pack_ids(ids, self.bits)
-        content = packed
-        if self.context is not None:
-            coded = self._encode(self.context, ids, len(ids))  # a byte a tile: no short file can cause much work
-            if len(coded) + CONTEXT_BYTES < len(packed):
-                context, content = self.context, coded
-        header = self._header(context, size, varint(self.tile - 1))
+    def _pack_tiles(self, size: tuple[int, int], ids: np.ndarray, context: BitModel | None) -> bytes:
+        header, packed = self._header(context, size, varint(self.tile - 1)), pack_ids(ids, self.bits)
+        # a byte a tile: no short file can cause much work
+        content = packed if context is None else self._encode(context, ids, len(ids))
         return header + content + CRC.pack(zlib.crc32(header + packed))
 
     def _pack_planes(self, size: tuple[int, int], ids: np.ndarray, context: PlaneModel | None) -> bytes:
@@ -197,7 +192,7 @@ class Codec:
         """
         if content[:3] != MAGIC or len(content) < MIN_BYTES:
             raise CodecError("This is not a .flowmo file.")
-        reader, version, coding = _Reader(content, len(MAGIC) + 1), content[3] & 15, content[3] >> 4
+        reader, version, coding = Reader(content, len(MAGIC) + 1), content[3] & 15, content[3] >> 4
         if version not in (VERSION, PLANES_VERSION) or coding not in (PACKED, CONTEXT):
             raise CodecError(
                 f"The file has version {version}, coding {coding}. This flowmo reads versions {VERSION} and "
@@ -226,7 +221,7 @@ class Codec:
             return self._unpack_planes(reader, name, (height, width), planes, on_missing)
         return self._unpack_tiles(reader, name, (height, width))
 
-    def _unpack_tiles(self, reader: _Reader, name: bytes | None, size: tuple[int, int]) -> Codes:
+    def _unpack_tiles(self, reader: Reader, name: bytes | None, size: tuple[int, int]) -> Codes:
         context, header = self._context(name), reader.content[: reader.position]
         content = reader.take(len(reader.content) - reader.position - CRC.size)
         shape = (*self.shape(*size), self.sub_tokens)
@@ -238,7 +233,7 @@ class Codec:
 
     def _unpack_planes(
         self,
-        reader: _Reader,
+        reader: Reader,
         name: bytes | None,
         size: tuple[int, int],
         planes: int,
@@ -263,7 +258,7 @@ class Codec:
         flat = torch.from_numpy(ids.reshape(1, rows * columns, -1))
         return Codes(flat, (rows * self.cell, columns * self.cell), self.id_count, image_size=size)
 
-    def _read_plane(self, reader: _Reader, cells: int, crc: int, model: Predictor | None) -> tuple[np.ndarray, int]:
+    def _read_plane(self, reader: Reader, cells: int, crc: int, model: Predictor | None) -> tuple[np.ndarray, int]:
         """Return a plane's ids and its checksum. ``crc``: the checksum before it."""
         size = packed_size(cells, self.bits)
         length = size if model is None else reader.varint()
@@ -334,7 +329,7 @@ def read_context(path: Path, tokenizer: FlowMo) -> ContextModel | PlaneModel:
     return PlaneModel.read(path) if tokenizer.native_size else ContextModel.read(path)
 
 
-class _Reader:
+class Reader:
     """A position in the bytes of a file. Reading past the end raises ``CodecError``."""
 
     def __init__(self, content: bytes, position: int):
@@ -347,8 +342,16 @@ class _Reader:
         return self.content[self.position - count : self.position]
 
     def varint(self) -> int:
-        value, self.position = read_varint(self.content, self.position)
-        return value
+        """Read a number. One that is longer than necessary counts as damaged."""
+        value = 0
+        for i in range(VARINT_BYTES):
+            byte = self.take(1)[0]
+            value |= (byte & 127) << 7 * i
+            if byte < 128 and (byte or not i):
+                return value
+            if byte < 128:
+                break
+        raise _damaged("a number in it does not end")
 
 
 def varint(value: int) -> bytes:
@@ -358,19 +361,3 @@ def varint(value: int) -> bytes:
         out.append(value & 127 | 128)
         value >>= 7
     return bytes([*out, value])
-
-
-def read_varint(content: bytes, position: int) -> tuple[int, int]:
-    """Decode the number at ``position``. Returns it and the position after it.
-
-    Raises:
-        CodecError: the number does not end, or is longer than necessary.
-    """
-    value = 0
-    for i, byte in enumerate(content[position : position + VARINT_BYTES]):
-        value |= (byte & 127) << 7 * i
-        if byte < 128:
-            if byte == 0 and i:
-                break
-            return value, position + i + 1
-    raise _damaged("a number in it does not end")

@@ -58,9 +58,6 @@ class ImageError(FlowMoError, ValueError):
     """An image file that cannot be read. The message is one line that names the file."""
 
 
-PictureError = ImageError  # earlier name
-
-
 def read_image(
     file: str | Path | BinaryIO, name: str | None = None, side: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
