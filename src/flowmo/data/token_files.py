@@ -39,7 +39,13 @@ IDENTITY_BYTES = 8
 MAX_SHARD_BYTES = 1 << 30
 MAX_SHARDS = 1 << 20
 MAX_CLASSES = 1_000_000
+MAX_ID_BITS = 32
 NO_CLASS, UNREADABLE = -1, -2
+
+
+def check_sizes(*sizes: int) -> None:
+    if not all(isinstance(size, int) and 0 < size < 1 << 32 for size in sizes):
+        raise ValueError("a size is out of range")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ class Vocabulary:
         id_count: ids run from 0 to ``id_count`` − 1; ``None`` means all values of ``id_bits`` bits.
 
     Raises:
-        TypeError: ``id_count`` ids do not take ``id_bits`` bits.
+        ValueError: a size is out of range, ``id_count`` ids do not take ``id_bits`` bits, or a name is no text.
     """
 
     tokenizer: str
@@ -67,9 +73,14 @@ class Vocabulary:
     id_count: int | None = None
 
     def __post_init__(self) -> None:
-        count = self.id_count
+        check_sizes(self.image_size, self.tokens, self.sub_tokens, self.id_bits)
+        count, names = self.id_count, (self.tokenizer, self.model, *self.classes)
         if count is not None and (type(count) is not int or count < 1 or (count - 1).bit_length() != self.id_bits):
-            raise TypeError(f"{count} ids do not take {self.id_bits} bits")
+            raise ValueError(f"{count} ids do not take {self.id_bits} bits")
+        if self.id_bits > MAX_ID_BITS or len(self.classes) > MAX_CLASSES:
+            raise ValueError(f"more than {MAX_ID_BITS} bits per id, or more than {MAX_CLASSES} classes")
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a name is no text")
 
     @property
     def vocab_size(self) -> int:
@@ -89,6 +100,9 @@ class TokenMetadata(Vocabulary):
         count: samples: images × crops, × 2 with ``flip``.
         precision: in which the ids were computed, such as ``float32 (cpu)``. Several are joined by " and ". Empty in
             folders of older versions.
+
+    Raises:
+        ValueError: as ``Vocabulary``; or there are too many shards, or too large ones.
     """
 
     source: str
@@ -98,6 +112,16 @@ class TokenMetadata(Vocabulary):
     flip: bool = False
     seed: int = 0
     precision: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self.count, self.shard_size)
+        if self.shard_bytes(0) > MAX_SHARD_BYTES:
+            raise ValueError(f"shards of more than {MAX_SHARD_BYTES} bytes")
+        if self.shards > MAX_SHARDS:
+            raise ValueError(f"more than {MAX_SHARDS} shards")
+        if len(bytes.fromhex(self.tokenizer)) != IDENTITY_BYTES or not isinstance(self.precision, str):
+            raise ValueError("tokenizer is not an identity, or precision is not text")
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -136,22 +160,6 @@ class TokenMetadata(Vocabulary):
         names = [name for name in ours if name != "precision" and ours[name] != theirs[name]]
         found += [f"{name} {ours[name]!r}, not {theirs[name]!r}" for name in names]
         return ", ".join(filter(None, found))[:200]
-
-    def check(self) -> None:
-        """Raise ``ValueError`` or ``TypeError`` if values are out of range."""
-        sizes = (self.image_size, self.tokens, self.sub_tokens, self.count, self.shard_size, self.id_bits)
-        if not all(isinstance(n, int) and 0 < n < 1 << 32 for n in sizes) or self.id_bits > 32:
-            raise ValueError("a size is out of range")
-        if self.shard_bytes(0) > MAX_SHARD_BYTES:
-            raise ValueError(f"shards of more than {MAX_SHARD_BYTES} bytes")
-        if self.shards > MAX_SHARDS:
-            raise ValueError(f"more than {MAX_SHARDS} shards")
-        if len(bytes.fromhex(self.tokenizer)) != IDENTITY_BYTES:
-            raise ValueError("tokenizer is not an identity")
-        if not all(isinstance(name, str) for name in self.classes) or len(self.classes) > MAX_CLASSES:
-            raise ValueError(f"classes is not a list of at most {MAX_CLASSES} names")
-        if not isinstance(self.precision, str):
-            raise TypeError("precision is not text")
 
 
 @dataclass(frozen=True, order=True)
@@ -275,7 +283,6 @@ def read_metadata(folder: str | Path, name: str = MANIFEST) -> TokenMetadata:
             raise ValueError("classes is not a list")
         known = {name: tree[name] for name in TokenMetadata.__dataclass_fields__ if name in tree}
         metadata = TokenMetadata(**{**known, "classes": tuple(tree["classes"])})
-        metadata.check()
     except FileNotFoundError:
         advice = f"Make tokens with `flowmo tokenize DATA --output {folder}`."
         raise DataError(f"{folder}: contains no {name}. {advice}") from None

@@ -26,8 +26,6 @@ from flowmo.precision import computing
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import identity_of
 
-MAX_ID_BITS = 32
-
 
 class Generator(InferenceModel):
     """Samples the ids of images of a class, in a few parallel steps (Chang et al. 2022).
@@ -324,21 +322,12 @@ def load_generator(
     if "vocabulary" not in metadata:
         raise CheckpointError(f"{path}: The file holds no generator.")
     try:
-        config, vocabulary = _parse(metadata)
+        given = metadata["vocabulary"]
+        vocabulary = Vocabulary(**{**given, "classes": tuple(given["classes"])})
+        config = Config.from_dict(metadata["config"])
     except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: The file is damaged or no generator ({one_line(error)}).") from None
     return build_generator(config.override(*overrides), vocabulary, state, path).to(device)
-
-
-def _parse(metadata: Mapping[str, Any]) -> tuple[Config, Vocabulary]:
-    given = metadata["vocabulary"]
-    vocabulary = Vocabulary(**{**given, "classes": tuple(given["classes"])})
-    sizes = (vocabulary.image_size, vocabulary.tokens, vocabulary.sub_tokens, vocabulary.id_bits)
-    if not all(isinstance(n, int) and n > 0 for n in sizes) or vocabulary.id_bits > MAX_ID_BITS:
-        raise TypeError("its vocabulary has impossible sizes")
-    if not all(isinstance(text, str) for text in (vocabulary.tokenizer, vocabulary.model, *vocabulary.classes)):
-        raise TypeError("its vocabulary has names that are no text")
-    return Config.from_dict(metadata["config"]), vocabulary
 
 
 def build_generator(

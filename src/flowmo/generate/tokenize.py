@@ -96,10 +96,6 @@ def tokenize(
     metadata = _metadata(
         tokenizer, source, labels, source=name, model=model, crops=crops, flip=flip, seed=seed, shard_size=shard_size
     )
-    try:
-        metadata.check()
-    except ValueError as error:
-        raise DataError(f"These tokens would be {error}. Choose another shard size.") from None
     if world.main:
         _claim(out, metadata, part)
     world.barrier()
@@ -138,18 +134,21 @@ def _metadata(tokenizer: FlowMo, images: Source, labels: bool, **options: Any) -
     if labels:
         require_labels(images)
     precision = getattr(tokenizer, "precision", "")
-    return TokenMetadata(
-        tokenizer=tokenizer.identity(),
-        image_size=tokenizer.config.data.image_size,
-        tokens=tokenizer.code_length,
-        sub_tokens=sub_tokens,
-        id_bits=(id_count - 1).bit_length(),
-        id_count=None if id_count.bit_count() == 1 else id_count,  # absent in older folders
-        count=len(images) * options["crops"] * (2 if options["flip"] else 1),
-        classes=tuple(images.classes) if labels else (),
-        precision=precision and describe(precision, tokenizer.device),
-        **options,
-    )
+    try:
+        return TokenMetadata(
+            tokenizer=tokenizer.identity(),
+            image_size=tokenizer.config.data.image_size,
+            tokens=tokenizer.code_length,
+            sub_tokens=sub_tokens,
+            id_bits=(id_count - 1).bit_length(),
+            id_count=None if id_count.bit_count() == 1 else id_count,  # absent in older folders
+            count=len(images) * options["crops"] * (2 if options["flip"] else 1),
+            classes=tuple(images.classes) if labels else (),
+            precision=precision and describe(precision, tokenizer.device),
+            **options,
+        )
+    except ValueError as error:
+        raise DataError(f"These tokens would be {error}. Choose another shard size.") from None
 
 
 def _claim(out: Path, metadata: TokenMetadata, part: Part) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
+from flowmo.errors import one_line
 from flowmo.images import EXTENSIONS, ImageError
 from flowmo.images.pixels import ARRAY
 
@@ -80,7 +81,7 @@ def build_index(
     except DataError as error:
         raise DataError(f"{tar}: {error}") from None
     except (tarfile.TarError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        raise DataError(f"{tar}: not an uncompressed tar, or a damaged one ({_short(error)}).") from None
+        raise DataError(f"{tar}: not an uncompressed tar, or a damaged one ({one_line(error)}).") from None
     if not entries:
         raise DataError(f"{tar}: contains no images ({', '.join((*EXTENSIONS, ARRAY))}).")
     return entries, left_out
@@ -164,12 +165,12 @@ def extra_files(names: Sequence[str], other_keys: Collection[str] | None = None)
         chosen = plain[key] or ([] if needs_plain else group)
         if len(chosen) > 1 and webdataset:
             raise DataError(
-                f"{_short(chosen[0])} and {_short(chosen[1])} are of one sample, {_short(key)!r}: {KEY_RULE}. "
+                f"{one_line(chosen[0])} and {one_line(chosen[1])} are of one sample, {one_line(key)!r}: {KEY_RULE}. "
                 "Give each sample a key without dots, one image KEY.jpg and one label KEY.cls."
             )
         if len(plain[key]) > 1:
             continue
-        reason = f"beside {_short(chosen[0])}, the one of its sample" if chosen else f"its sample has no {key}.jpg"
+        reason = f"beside {one_line(chosen[0])}, the one of its sample" if chosen else f"its sample has no {key}.jpg"
         left_out |= dict.fromkeys([name for name in group if name not in chosen], reason)
     return left_out
 
@@ -189,11 +190,6 @@ def _as_label(value: Any) -> int | str:
     return int(value)
 
 
-def _short(value: object) -> str:
-    line = " ".join(str(value).split())
-    return line if len(line) <= 100 else f"{line[:99]}…"
-
-
 def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
     """Read the index file of ``tar``, by default the one beside it. Without one, scan the tar."""
     path = Path(index or default_index(tar))
@@ -209,7 +205,7 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
 
 
 def _not_an_index(name: str | Path, error: Exception) -> str:
-    return f"{name}: not an index, a list of name, offset and size ({_short(repr(error))})."
+    return f"{name}: not an index, a list of name, offset and size ({one_line(repr(error))})."
 
 
 def read_index(tar: Path, rows: Any, name: str | Path) -> list[Entry]:
@@ -237,11 +233,11 @@ def read_index(tar: Path, rows: Any, name: str | Path) -> list[Entry]:
         elif isinstance(e.label, int) and not 0 <= e.label < MAX_LABELS:
             problem = f"has a label that is not from 0 to {MAX_LABELS - 1}"
         if problem:
-            raise DataError(f"{name}: {_short(e.name)} {problem}.")
+            raise DataError(f"{name}: {one_line(e.name)} {problem}.")
     for a, b in pairwise(sorted(entries, key=lambda e: (e.offset, e.size))):
         # The same image twice is allowed: it is drawn more often.
         if b.offset < a.offset + a.size and (a.offset, a.size) != (b.offset, b.size):
-            raise DataError(f"{name}: {_short(a.name)} and {_short(b.name)} overlap. The index is damaged.")
+            raise DataError(f"{name}: {one_line(a.name)} and {one_line(b.name)} overlap. The index is damaged.")
     # An index may be older than these rules, or not ours.
     entries = [entry for entry in entries if not is_hidden(entry.name)]
     try:
