@@ -72,9 +72,9 @@ def describe_tokens(out: Path, written: TokenMetadata, part: Part, source: Sourc
 
 def export(arguments: argparse.Namespace) -> tuple[str, dict]:
     dataset, out = TokenDataset(arguments.tokens), arguments.output
-    files, written = write_export(dataset, out, arguments.to, Progress("exporting"))
-    data = {"folder": str(out), "samples": len(dataset), "files": [str(file) for file in files], "written": written}
-    return f"{out}: {len(dataset)} samples in {len(files)} files, {written} of them written now", data
+    files = write_export(dataset, out, arguments.to, Progress("exporting"))
+    data = {"folder": str(out), "samples": len(dataset), "files": [str(file) for file in files]}
+    return f"{out}: {len(dataset)} samples in {len(files)} files", data
 
 
 def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:

@@ -1,4 +1,4 @@
-"""Export a folder of tokens to formats that other tools read, one file per shard. An interrupted call resumes.
+"""Export a folder of tokens to formats that other tools read, one file per shard.
 
 ``webdataset`` writes tars: ``KEY.npy``, the ids tokens × sub-tokens, and ``KEY.cls``, the label as digits. KEY is the
 number of the sample. ``datasets`` writes Parquet files that ``datasets.load_dataset(folder)`` opens, with the columns
@@ -6,67 +6,42 @@ number of the sample. ``datasets`` writes Parquet files that ``datasets.load_dat
 """
 
 import io
-import json
 import tarfile
-import zlib
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowmo.checkpoint.files import write_content, write_whole
+from flowmo.checkpoint.files import write_whole
 from flowmo.data.sources.base import DataError
-from flowmo.data.token_files import CRC, claim
 from flowmo.data.tokens import TokenDataset
-
-MANIFEST = "export.json"
 
 
 def export(
     dataset: TokenDataset, out: Path, kind: str, progress: Callable[[int, int], None] | None = None
-) -> tuple[list[Path], int]:
-    """Write all readable samples to a folder, as far as they are missing.
+) -> list[Path]:
+    """Write all readable samples to an empty folder, and return its files.
 
     Args:
         kind: a key of ``WRITERS``.
         progress: called with (shards done, shards in total).
 
-    Returns:
-        The files, and how many of them this call wrote.
-
     Raises:
-        DataError: the folder holds something else, or ``datasets`` is not installed.
+        DataError: the folder is not empty, or ``datasets`` is not installed.
     """
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty. Name an empty folder.")
     name, write = WRITERS[kind]
     shards, size = dataset.metadata.shards, dataset.metadata.shard_size
-    content = json.dumps({"to": kind, "checksum": _checksum(dataset), **asdict(dataset.metadata)}, indent=1)
-    if claim(out, MANIFEST):
-        if (out / MANIFEST).read_text(encoding="utf-8") != content:
-            raise DataError(f"{out} holds another export. Name an empty folder.")
-    else:
-        write_content(out / MANIFEST, content)
-    files, written = [out / name.format(number, shards) for number in range(shards)], 0
+    files = [out / name.format(number, shards) for number in range(shards)]
     for number, file in enumerate(files):
-        if not file.is_file():
-            first, last = (int(np.searchsorted(dataset.samples, n * size)) for n in (number, number + 1))
-            write_whole(file, partial(write, dataset=dataset, items=range(first, last)))
-            written += 1
+        first, last = (int(np.searchsorted(dataset.samples, n * size)) for n in (number, number + 1))
+        write_whole(file, partial(write, dataset=dataset, items=range(first, last)))
         if progress:
             progress(number + 1, shards)
-    return files, written
-
-
-def _checksum(dataset: TokenDataset) -> int:
-    """CRC-32 of the checksums of all shards."""
-    total = 0
-    for number in range(dataset.metadata.shards):
-        with dataset.shard_path(number).open("rb") as file:
-            file.seek(-CRC.size, io.SEEK_END)
-            total = zlib.crc32(file.read(), total)
-    return total
+    return files
 
 
 def _dtype(dataset: TokenDataset) -> str:
