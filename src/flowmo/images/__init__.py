@@ -77,18 +77,22 @@ def read_image(
         ImageError: the file is missing, truncated, too large, without pixels, or in none of ``PILLOW_FORMATS``; or its
             format needs another package.
     """
-    path = name or str(file)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(plain_errors(path, max_pixels))
-        content = stack.enter_context(open(file, "rb")) if isinstance(file, str | Path) else file
-        return to_rgb(_reinterpret(stack.enter_context(open_image(content, path, side, max_pixels))))
+    with open_file(file, name, max_pixels) as (content, path), open_image(content, path, side, max_pixels) as image:
+        return to_rgb(_reinterpret(image))
 
 
 @contextlib.contextmanager
-def plain_errors(path: str, max_pixels: int = MAX_PIXELS) -> Iterator[None]:
-    """Raise every error of reading a file as an ``ImageError`` of one line that names the file."""
+def open_file(
+    file: str | Path | BinaryIO, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[BinaryIO, str]]:
+    """Open a path; an open file stays as it is. Yields the file and its name for messages.
+
+    Every error inside the block becomes an ``ImageError`` of one line that names the file.
+    """
+    path = name or str(file)
     try:
-        yield
+        with open(file, "rb") if isinstance(file, str | Path) else contextlib.nullcontext(file) as content:
+            yield content, path
         return
     except ImageError:
         raise

@@ -12,14 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import (
-    BITSPERSAMPLE,
-    PHOTOMETRIC_INTERPRETATION,
-    PLANAR_CONFIGURATION,
-    SAMPLESPERPIXEL,
-    TiffImageFile,
-)
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from flowmo.config import Config
@@ -28,8 +21,8 @@ from flowmo.images import (
     ImageError,
     check_pixels,
     check_size,
+    open_file,
     open_image,
-    plain_errors,
     read_image,
     select_channels,
     to_pil,
@@ -121,14 +114,10 @@ class PixelFormat:
         Raises:
             ImageError: as ``read_image``; the file has another number of channels; or its values have no known range.
         """
-        path = name or str(file)
-        if self.is_rgb and not is_array(path):
+        if self.is_rgb and not is_array(name or str(file)):
             return read_image(file, name, side, max_pixels)
-        with plain_errors(path, max_pixels):
-            if not isinstance(file, str | Path):
-                return self._read(file, path, side, max_pixels)
-            with open(file, "rb") as content:
-                return self._read(content, path, side, max_pixels)
+        with open_file(file, name, max_pixels) as (content, path):
+            return self._read(content, path, side, max_pixels)
 
     def _read(self, file: BinaryIO, path: str, side: int | None, max_pixels: int) -> Tensor:
         start = file.read(len(NPY_MAGIC))
@@ -154,10 +143,11 @@ class PixelFormat:
 
     def _loses_bands(self, image: Image.Image) -> bool:
         """True for a TIFF whose bands Pillow would drop, mix up, or divide by one another."""
-        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-        deep = max(tags.get(BITSPERSAMPLE, (8,))) > 8
-        if tags.get(PLANAR_CONFIGURATION) == 2 and tags.get(SAMPLESPERPIXEL, 1) > 1:  # one band after another
-            return deep or tags.get(PHOTOMETRIC_INTERPRETATION) != 2
+        plugin = TiffImagePlugin
+        tags = image.tag_v2 if isinstance(image, plugin.TiffImageFile) else {}
+        deep = max(tags.get(plugin.BITSPERSAMPLE, (8,))) > 8
+        if tags.get(plugin.PLANAR_CONFIGURATION) == 2 and tags.get(plugin.SAMPLESPERPIXEL, 1) > 1:
+            return deep or tags.get(plugin.PHOTOMETRIC_INTERPRETATION) != 2  # one band after another
         return re.match("RGB(A?X|a)", raw_mode(image)) is not None and (deep or self.channels not in (1, 3))
 
     def _read_bands(self, file: BinaryIO, path: str, max_pixels: int) -> np.ndarray:
