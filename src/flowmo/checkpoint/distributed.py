@@ -84,11 +84,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: a rank cannot write its part; every rank raises.
     """
-    with _without_warning():
-        try:
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder))
-        except CheckpointException as error:
-            raise CheckpointError(reason(error)) from None
+    with _one_error():
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder))
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
@@ -115,30 +112,24 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         if found.get(name) != tensor.shape:
             stored = f"{tuple(found[name])}" if name in found else "missing"
             raise CheckpointError(f"{folder}: {name} is {stored}, not {tuple(tensor.shape)}.")
-    with _one_error(folder), _without_warning():
+    with _one_error(folder):
         dcp.load(dict(tensors), storage_reader=_Reader(folder))
 
 
 @contextmanager
-def _without_warning() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _one_error(damaged: Path | None = None) -> Iterator[None]:
+    """Turn any error into a ``CheckpointError``, and silence a warning about a single process.
 
-
-@contextmanager
-def _one_error(folder: Path) -> Iterator[None]:
-    """Turn any error of reading a damaged folder into a ``CheckpointError``."""
+    Args:
+        damaged: folder to name. The error is otherwise that of one rank, without the wrapper of torch's checkpoints.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{folder} is damaged or unsafe ({reason(error)}).") from None
-
-
-def reason(error: BaseException) -> str:
-    """An error in one line, without the wrapper of ``torch.distributed.checkpoint``."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return one_line(error)
+        inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = one_line(inner)
+        raise CheckpointError(f"{damaged} is damaged or unsafe ({reason})." if damaged else reason) from None

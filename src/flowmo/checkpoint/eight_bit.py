@@ -23,12 +23,10 @@ def stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
         return {name: value.to(dtype) for name, value in plain.items()}
     out: dict[str, Tensor] = {}
     for name, value in plain.items():
-        value = value.float()
-        if value.ndim != 2 or value.numel() < SMALLEST:
-            out[name] = value
-            continue
-        out[name], scale = quantize(value, 1)
-        out[name + SCALE] = scale.flatten()
+        out[name] = value.float()
+        if value.ndim == 2 and value.numel() >= SMALLEST:
+            out[name], scale = quantize(out[name], 1)
+            out[name + SCALE] = scale.flatten()
     return out
 
 
