@@ -180,7 +180,7 @@ def settings(tiny_config, tiny_model, tmp_path, picture_files):
 def test_a_student_learns_and_resumes_exactly(settings, tiny, tmp_path):
     """The loss falls, the encoder stays its teacher's, an interrupted run ends bit for bit as a whole one."""
     whole = Trainer(settings, tmp_path / "whole", report=quiet)
-    assert whole.task.stage == "distill"
+    assert whole.config.stage == "distill"
     whole.train()
     records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     flow = [record["flow"] for record in records]

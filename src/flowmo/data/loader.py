@@ -29,9 +29,6 @@ class IndexedDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def name(self, index: int) -> str:
-        """Human-readable name of item ``index``, for messages."""
-
     def load(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
         """Load item ``index`` with augmentation seed ``seed``. If it cannot be read, load a substitute.
 

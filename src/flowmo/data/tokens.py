@@ -116,13 +116,6 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # each DataLoader worker opens its own maps
 
-    def name(self, index: int) -> str:
-        return f"{self.path}, sample {self.samples[index]}"
-
-    def label(self, index: int) -> int | None:
-        label = int(self.labels[index])
-        return None if label == NO_CLASS else label
-
     def ids(self, index: int) -> Tensor:
         """int64 tokens × sub-tokens."""
         metadata = self.metadata

@@ -74,9 +74,6 @@ class ImageDataset(Dataset):
         tensor = to_tensor(resize_and_crop(image, self.side))
         return tensor.flip(-1) if self.random_flip and flip < 0.5 else tensor
 
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
     def load(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:
         """Load item (index, seed). If its image cannot be read, load one that the seed alone chooses.
 

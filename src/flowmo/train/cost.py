@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowmo.config import Config, EvalConfig, SamplingConfig, TrainerConfig
+from flowmo.config import Config, TrainerConfig
 from flowmo.data.tokens import Vocabulary
 from flowmo.evaluate.speed import PEAK_TFLOPS, UNCOUNTED
 from flowmo.generate.network import build_network
@@ -167,11 +167,11 @@ def _step(
     tokenizer, teacher = FlowMo(config), None
     tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not frozen)
     tokenizer.decoder.requires_grad_(config.model.train != "encoder")
-    if opt.teacher:
-        # it samples by the paper's settings, unless the number of steps is set
-        sampling = SamplingConfig(sample_steps=opt.teacher_steps or SamplingConfig().sample_steps)
-        model = replace(config.model, mean_velocity=False)
-        teacher_config = Config(data=config.data, model=model, eval=EvalConfig(sampling=sampling))
+    if opt.teacher:  # it samples by the paper's settings, unless the number of steps is set
+        paper = Config().eval.sampling
+        sampling = {"guidance": paper.guidance, "sample_steps": opt.teacher_steps or paper.sample_steps}
+        settings = {f"eval.sampling.{name}": value for name, value in sampling.items()}
+        teacher_config = config.updated({**settings, "opt.teacher": "", "model.mean_velocity": False})
         teacher = FlowMo(teacher_config).requires_grad_(False)
     stage = Stage(tokenizer, opt, perceptual, teacher)
     _checkpoint_blocks(stage.networks, config.trainer)

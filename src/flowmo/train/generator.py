@@ -96,8 +96,6 @@ class GeneratorTask(Task):
         TrainingError: ``generator.tokenizer`` did not make the tokens, or the held-out tokens have other classes.
     """
 
-    stage = "generator"
-
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         super().__init__(config, world, report)
         self.source = TokenDataset(config.data.train)
@@ -184,7 +182,7 @@ class GeneratorTask(Task):
         return {"vocabulary": {**asdict(self.vocabulary), "classes": list(self.vocabulary.classes)}}
 
     def check(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        if metadata["stage"] != self.stage:
+        if metadata["stage"] != self.config.stage:
             raise TrainingError(f"{path} holds a tokenizer, not a generator.")
         tokenizer, classes = metadata["vocabulary"]["tokenizer"], metadata["vocabulary"]["classes"]
         if tokenizer != self.vocabulary.tokenizer:

@@ -47,13 +47,9 @@ def machine_memory(root: Path = Path("/")) -> int:
 
 def _cgroup_limits(root: Path) -> Iterator[int]:
     """Yield the memory limits of this process's cgroups (versions 1 and 2) and of their parents."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux, or no /proc
-        return
-    mounts = root / "sys/fs/cgroup"
-    for line in lines:  # "0::/path" in version 2, "7:memory:/path" in version 1
-        _, controllers, path = line.split(":", 2)
+    groups, mounts = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)  # "0::/path" in version 2, "7:memory:/path" in version 1
         if not controllers:
             bases, name = (mounts, mounts / "unified"), "memory.max"
         elif "memory" in controllers.split(","):
@@ -62,10 +58,7 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
             continue
         group = Path(path.lstrip("/"))
         # in a container the path may be the host's; the parents then end at the container's own root
-        for folder in (base / part for base in bases for part in (group, *group.parents)):
-            try:
-                limit = (folder / name).read_text().strip()
-            except OSError:
-                continue
-            if limit.isdecimal():  # not "max"
+        for file in (base / part / name for base in bases for part in (group, *group.parents)):
+            limit = file.read_text().strip() if file.is_file() else "max"
+            if limit.isdecimal():
                 yield int(limit)

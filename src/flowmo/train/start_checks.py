@@ -1,7 +1,5 @@
 """Checks a run's settings before training, and describes the run in a log line."""
 
-from pathlib import Path
-
 from flowmo.config import FIELDS, Config, ConfigError
 from flowmo.train.ema import RELEASE_EMA_STEPS, decay_per_step
 from flowmo.train.optimizer import width_multipliers
@@ -43,20 +41,6 @@ def check_start(config: Config, has_weights: bool) -> None:
         raise ConfigError(
             f"trainer.duration={config.trainer.duration} is the length of stage 1A. Set it to the total length, "
             f"including the checkpoint's steps: trainer.duration='STEPS steps', STEPS = those + {POSTTRAIN_STEPS}."
-        )
-
-
-def check_length(config: Config, source: str | Path, start: Position, schedule: Schedule) -> None:
-    """Refuse a new run whose starting checkpoint has already reached ``trainer.duration``.
-
-    Raises:
-        ConfigError: the run has no step to take.
-    """
-    if start.images >= schedule.duration:
-        raise ConfigError(
-            f"{source} is at step {start.step} ({start.images} images), which has reached trainer.duration="
-            f"{config.trainer.duration}. For {POSTTRAIN_STEPS} steps more write "
-            f"trainer.duration='{start.step + POSTTRAIN_STEPS} steps'."
         )
 
 

@@ -35,7 +35,6 @@ class Task:
     """One stage of training. A subclass sets the attributes and at least the methods without a default.
 
     Attributes:
-        stage: its name in checkpoints; only the same stage resumes an optimizer's state.
         source: the training set, as ``flowmo.data.batches`` takes it.
         model: the module to train, average and save. It has a ``config``.
         module: computes the loss of a micro-batch. Its ``networks`` have ``blocks``, which are compiled, checkpointed
@@ -43,7 +42,6 @@ class Task:
         norm_controlled: networks, by name, whose blocks keep their initial weight norms.
     """
 
-    stage: str
     source: IndexedDataset
     model: nn.Module
     module: nn.Module

@@ -52,7 +52,6 @@ class TokenizerTask(Task):
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         super().__init__(config, world, report)
         data, opt = config.data, config.opt
-        self.stage = config.stage
         self.unreadable: set[str] = set()
         images = self.open_source("train")
         self.pixels = PixelFormat.of(config)
@@ -142,7 +141,7 @@ class TokenizerTask(Task):
     # Step
 
     def advance(self, images: int, schedule: Schedule) -> bool:
-        learns = self.stage == "pretrain" and images < schedule.freeze_encoder_after
+        learns = self.config.stage == "pretrain" and images < schedule.freeze_encoder_after
         if self.frozen or learns or self.config.model.train == "encoder":
             return False
         self.freeze_encoder()

@@ -43,11 +43,6 @@ STOP = "stop"
 START_WEIGHTS = {"model": "the trained weights, as the release", "ema": "the EMA of the weights"}
 
 
-def build_task(config: Config, world: World, report: Callable[[str], None]) -> Task:
-    """Build the task that the settings name, with initial weights, on the rank's device."""
-    return (GeneratorTask if config.generator.train else TokenizerTask)(config, world, report)
-
-
 class Trainer:
     """One training run: task, optimizers, EMA, folder and position.
 
@@ -56,7 +51,7 @@ class Trainer:
         world: this rank, see ``flowmo.distributed.join``.
         resume_from: what to start from while the folder has no checkpoint; any source that ``flowmo.load`` takes.
         report: prints each line of the log.
-        build: builds the task.
+        build: builds the task, with initial weights on the rank's device; by default the one that the settings name.
 
     Raises:
         TrainingError: the folder holds a run of another model.
@@ -72,20 +67,23 @@ class Trainer:
         world: World = World(),
         resume_from: str | Path | None = None,
         report: Callable[[str], None] = print,
-        build: Callable[[Config, World, Callable[[str], None]], Task] = build_task,
+        build: Callable[[Config, World, Callable[[str], None]], Task] | None = None,
     ):
         self.config, self.folder, self.world, self.device = config, folder, world, world.device
+        self.checkpoint_folder = folder / CHECKPOINTS
         trainer = config.trainer
         if trainer.best_metric and not config.data.val:  # a settings file may leave it open, a run may not
             raise ConfigError("trainer.best_metric needs held-out images. Write data.val=IMAGES.")
         self._lock = state.FolderLock(folder) if world.main else None
         self.logger = MetricLogger(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
+        build = build or (GeneratorTask if config.generator.train else TokenizerTask)
         self.task = build(config, world, self.logger.report)
         self.plan = BatchPlan.of(config, world.size, None if config.data.max_microbatch else self._max_microbatch())
         self.module = prepare(self.task.module, world, trainer)
         self.optimizers = build_optimizers(self.task.model)
         self.norm_control = NormControl(self.task.norm_controlled)
         self.ema = EMA(self.task.model, self.plan.total)
+        self.state = state.State(self.task.model, self.ema, self.optimizers, self.norm_control)
         self.early_stopping = EarlyStopping(trainer.best_metric, trainer.patience)
         self.step = self.images = 0
         self.skipped = StepCounts(world)
@@ -105,8 +103,12 @@ class Trainer:
         elif resume_from:
             self._start_from(resume_from)
         self.schedule = self._schedule(self.position)
-        if resume_from and not found:
-            start_checks.check_length(self.config, resume_from, self.position, self.schedule)
+        if resume_from and not found and self.images >= self.schedule.duration:
+            raise ConfigError(
+                f"{resume_from} is at step {self.step} ({self.images} images), which has reached trainer.duration="
+                f"{self.config.trainer.duration}. For {start_checks.POSTTRAIN_STEPS} steps more write "
+                f"trainer.duration='{self.step + start_checks.POSTTRAIN_STEPS} steps'."
+            )
 
     def _schedule(self, start: Position) -> Schedule:
         return Schedule.of(self.config, self.plan.total, len(self.task.source), start)
@@ -114,10 +116,6 @@ class Trainer:
     @property
     def position(self) -> Position:
         return Position(self.step, self.images)
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        return self.folder / CHECKPOINTS
 
     def checkpoints(self) -> list[Path]:
         """Return the run's checkpoints, oldest first."""
@@ -345,15 +343,11 @@ class Trainer:
 
     # Save
 
-    @property
-    def state(self) -> state.State:
-        return state.State(self.task.model, self.ema, self.optimizers, self.norm_control)
-
     def save(self) -> Path:
         """Write a checkpoint and delete those that the settings do not keep, on all ranks together."""
         metadata = {
             "config": self.config.to_dict(),
-            "stage": self.task.stage,
+            "stage": self.config.stage,
             "step": self.step,
             "images": self.images,
             "skipped": self.skipped.read()[0],
@@ -396,7 +390,7 @@ class Trainer:
         metadata = {} if path.suffix == ".safetensors" else state.read_metadata(path)
         if metadata.get("flowmo") == state.FORMAT:
             trained = Config.from_dict(metadata["config"]).model.train
-            anew = (metadata["stage"], trained) != (self.task.stage, self.config.model.train)
+            anew = (metadata["stage"], trained) != (self.config.stage, self.config.model.train)
             self._restore(path, metadata, optimizer=not anew)
             self.early_stopping = EarlyStopping(self.early_stopping.metric, self.early_stopping.patience)
         else:
@@ -404,7 +398,7 @@ class Trainer:
                 state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in values.items()})
             self.norm_control.remember()
             self.step, self.images = self._authors_position(path, metadata)
-            anew = not self.step or self.task.stage != "pretrain"  # the authors' files do not say their stage
+            anew = not self.step or self.config.stage != "pretrain"  # the authors' files do not say their stage
             weights = weights if self.step else "ema"  # as flowmo.load
             self.logger.report(
                 f"starting from the weights of {path}"
