@@ -93,7 +93,7 @@ def test_tokens_are_what_the_tokenizer_says(tokenizer, class_folder, tmp_path):
         image = to_tensor(resize_and_crop(source.read(index % 6), 32))[None]
         expected = tokenizer.encode(image if index < 6 else image.flip(-1)).ids[0]
         assert torch.equal(tokens.ids(index), expected)
-        assert tokens.label(index) == source.label(index % 6)
+        assert tokens.labels[index] == source.label(index % 6)
     record = math.ceil(12 * 4 / 8)
     assert (tmp_path / "out" / "tokens-00002.bin").stat().st_size == 34 + 2 * (record + 4) + 4
 
@@ -140,7 +140,7 @@ def test_unreadable_pictures_are_passed_over(tokenizer, class_folder, tmp_path):
     tokenize(tokenizer, open_source(class_folder), tmp_path / "out")
     tokens = TokenDataset(tmp_path / "out")
     assert (tokens.metadata.count, len(tokens)) == (7, 6)
-    assert [tokens.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert tokens.labels.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("damage", ["byte", "truncated", "missing", "other tokenizer", "manifest", "another folder's"])
@@ -574,7 +574,7 @@ def test_a_generator_learns_its_pictures(trained, tokens):
     generator = load_generator(trained)
     data = TokenDataset(tokens)
     known = torch.stack([data.ids(i) for i in range(6)])
-    labels = [data.label(i) for i in range(6)]
+    labels = data.labels.tolist()
     own = generator.log_prob(known, labels)
     assert own.mean() > generator.log_prob(known, [(label + 1) % 3 for label in labels]).mean() + 1
     assert (own > generator.log_prob(torch.randint(16, known.shape), labels) + 20).all()

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -277,37 +276,34 @@ def test_sizes_that_could_not_be_read_again_are_refused(tiny, source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_precision_is_recorded(tiny, source, tmp_path):
-    out, mixed = tmp_path / "out", []
+def test_ids_of_another_precision_are_refused(tiny, source, tmp_path):
+    def write(folder, number, precision):
+        tokenize(tiny.set_precision(precision), source, tmp_path / folder, shard_size=1, part=Part(number, 2))
 
-    def write(number, precision):
-        tokenize(tiny.set_precision(precision), source, out, shard_size=1, part=Part(number, 3), on_mixed=mixed.append)
-        return read_metadata(out).precision
-
-    assert write(1, "float32") == write(2, "float32") == "float32 (cpu)"
-    assert write(1, "bfloat16") == "float32 (cpu)", "nothing was left to compute"
-    assert not mixed
-    assert write(3, "bfloat16") == "bfloat16 autocast (cpu) and float32 (cpu)"
-    assert mixed == [f"{out}: its ids were computed in bfloat16 autocast (cpu) and float32 (cpu). A few bits differ."]
-    with pytest.warns(UserWarning, match=r"computed in bfloat16 autocast \(cpu\) and float32 \(cpu\)"):
-        TokenDataset(out)
-    (out / "tokens.json").write_text(manifest(replace(read_metadata(out), precision="float32 (cpu)"), complete=False))
-    with pytest.warns(UserWarning, match="bfloat16"):  # as after copying the files of several jobs into one folder
-        TokenDataset(out)
+    write("a", 1, "float32")
+    assert read_metadata(tmp_path / "a").precision == "float32 (cpu)"
+    with pytest.raises(
+        DataError, match=r"other tokens \(precision 'float32 \(cpu\)', not 'bfloat16 autocast \(cpu\)'\)"
+    ):
+        write("a", 2, "bfloat16")
+    write("b", 2, "bfloat16")
+    for file in (tmp_path / "b").glob("*0000[2-5]*"):
+        shutil.copy(file, tmp_path / "a")
+    with pytest.raises(DataError, match=r"part-00002-of-00002\.json is of other tokens .*precision 'bfloat16"):
+        TokenDataset(tmp_path / "a")
 
 
-def test_folders_of_older_versions_load_and_resume(tiny, source, tmp_path):
+@pytest.mark.parametrize("precision", ["float32 (cuda)", "", "bfloat16 autocast (cpu) and float32 (cpu)", None])
+def test_folders_of_other_devices_and_older_versions_load_and_resume(tiny, source, tmp_path, precision):
     out = tmp_path / "out"
     tokenize(tiny, source, out, shard_size=2)
     tree = json.loads((out / "tokens.json").read_text())
     assert tree.pop("precision") == "float32 (cpu)"
-    (out / "tokens.json").write_text(json.dumps(tree))
+    (out / "tokens.json").write_text(json.dumps(tree if precision is None else {**tree, "precision": precision}))
     (out / "tokens-00001.bin").unlink()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokenize(tiny.set_precision("bfloat16"), source, out, shard_size=2)
-        assert len(TokenDataset(out)) == 6
-    assert read_metadata(out).precision == "", "of the old shards it is unknown"
+    tokenize(tiny, source, out, shard_size=2)
+    assert len(TokenDataset(out)) == 6
+    assert read_metadata(out).precision == (precision or "")
 
 
 # Commands, exports, examples
@@ -330,10 +326,9 @@ def test_the_command_writes_a_part(class_folder, tiny_model, tmp_path, capsys):
     assert (status, err) == (2, "flowmo: There is no part 0/2. The parts of 2 run from 1 to 2.\n")
     (tmp_path / "out" / "tokens-00003.bin").unlink()
     status, out, err = run_command(capsys, *words, "--precision", "bfloat16")
-    mixed = f"flowmo: {tmp_path}/out: its ids were computed in bfloat16 autocast (cpu) and float32 (cpu)."
-    assert err.count("computed in") == err.count(mixed) == 1
-    status, out, err = run_command(capsys, *words, "--precision", "bfloat16")
-    assert (status, err.count("computed in")) == (0, 0), "nothing was left to compute"
+    assert status == 2
+    assert "holds other tokens (precision 'float32 (cpu)', not 'bfloat16 autocast (cpu)')" in err
+    assert run_command(capsys, *words)[0] == 0
     for image in class_folder.rglob("*.jpg"):
         image.write_bytes(b"no image")
     status, _, err = run_command(capsys, "tokenize", class_folder, "--out", tmp_path / "none", "--model", tiny_model)

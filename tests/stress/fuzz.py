@@ -220,9 +220,9 @@ class TokensTarget(Target):
         self.file("tokens-00000.bin", body)
         tokens = TokenDataset(self.folder)
         for i in range(min(len(tokens), 3)):
-            ids, label = tokens.ids(i), tokens.label(i)
+            ids, label = tokens.ids(i), tokens.labels[i]
             assert ids.min() >= 0
-            assert label is None or 0 <= label < len(tokens.classes)
+            assert -1 <= label < len(tokens.classes)
 
 
 class TarTarget(Target):
