@@ -24,7 +24,9 @@ import argparse
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -34,10 +36,12 @@ import torch
 
 import flowmo
 from flowmo import Config, FlowMo
-from flowmo.evaluate.speed import Timing, measure, parts, precision
+from flowmo.evaluate.speed import Timing, count_work, matrix_rate, parts, timed
+from flowmo.precision import computing
 from reproduce.runner import machine
 
 AGREEMENT = 1e-4
+COPIED = 256 * 2**20
 NARROW = ("mup_width=2", "enc_mup_width=2", "enc_depth=4", "dec_depth=8", "patch_size=8", "code_length=128")
 QUICK = ("nano", "narrow")
 WAYS = ("loaded", "compiled", "plain", "authors", "authors compiled")
@@ -110,22 +114,67 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
             if "compiled" in way:  # pictures with and without the null code are two shapes
                 with precision(device, arguments.bfloat16):
                     ways[way]["decode"]()
-    fewer = {"encode": 3, "decoder pass": 3, "decode": 1}
-    count = arguments.repeats if name in QUICK else fewer
     rows = []
-    for timing in measure(tokenizer, 1, arguments.bfloat16, count, ways):
-        facts = dataclasses.asdict(timing)
-        seconds = {"loaded": facts.pop("seconds"), **facts.pop("other_seconds")}
-        rows.append({"preset": name, "floor": timing.floor, **facts, "seconds": seconds})
-        print(line(name, timing, seconds), flush=True)
+    moved, copied = bytes_moved(tokenizer, arguments.bfloat16), copy_rate(device)
+    for timing, seconds in measure_in_turns(name, tokenizer, ways, arguments):
+        least = moved[timing.part] * timing.passes
+        floor = max(timing.flops / timing.matrix_rate, least / copied)
+        limits = {"preset": name, "floor": floor, "moved": least, "copy_rate": copied}
+        rows.append({**limits, **dataclasses.asdict(timing), "seconds": seconds})
+        print(line(rows[-1]), flush=True)
     return rows
 
 
-def line(name: str, timing: Timing, seconds: dict[str, float]) -> str:
-    share = timing.flops / timing.matrix_rate
+def bytes_moved(tokenizer: FlowMo, bfloat16: bool) -> dict[str, float]:
+    """Bytes that one pass of each part reads and writes at least: weights, residual streams in and out of blocks."""
+    config = tokenizer.config
+    tokens = (config.data.image_size // config.model.patch_size) ** 2 + tokenizer.code_length
+    moved = {}
+    for part, network in (("encode", tokenizer.encoder), ("decoder pass", tokenizer.decoder)):
+        weights = sum(parameter.numel() for parameter in network.parameters()) * (2 if bfloat16 else 4)
+        moved[part] = weights + 2 * 4 * tokens * network.shape.width * len(network.blocks)  # float32 in and out
+    return moved | {"decode": moved["decoder pass"]}
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that copying reads and writes."""
+    a = torch.empty(COPIED // 4, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(timed(lambda: b.copy_(a), device) for _ in range(5))
+
+
+@torch.no_grad()
+def measure_in_turns(
+    name: str, tokenizer: FlowMo, ways: dict[str, Parts], arguments: argparse.Namespace
+) -> Iterator[tuple[Timing, dict[str, float]]]:
+    """Time each part in all ways in turns, because clock rates drift. Yields medians by way."""
+    device, bfloat16 = tokenizer.device, arguments.bfloat16
+    work = count_work(tokenizer, 1, bfloat16)
+    for part in work:
+        functions = {
+            "loaded": parts(tokenizer)[part],
+            **{way: each[part] for way, each in ways.items() if part in each},
+        }
+        repeats = arguments.repeats if name in QUICK else 1 if part == "decode" else 3
+        rates, seconds = [], []
+        for _ in range(1 + repeats):  # the first warms up
+            rates.append(matrix_rate(device, bfloat16))
+            with precision(device, bfloat16):
+                seconds.append([timed(call, device) for call in functions.values()])
+        medians = dict(zip(functions, map(statistics.median, zip(*seconds[1:], strict=True)), strict=True))
+        timing = Timing(part, 1, *work[part], medians["loaded"], statistics.median(rates[1:]))
+        yield timing, medians
+
+
+def precision(device: torch.device, bfloat16: bool) -> AbstractContextManager:
+    return computing("bfloat16" if bfloat16 else "float32", device)
+
+
+def line(row: dict) -> str:
+    share, seconds = row["flops"] / row["matrix_rate"], row["seconds"]
     cells = (f"{1e3 * seconds[way]:.1f} ({share / seconds[way]:.0%})" if way in seconds else "–" for way in WAYS)
-    facts = f"{timing.flops / 1e9:.1f} | {timing.moved / 1e6:.0f} | {1e3 * timing.floor:.1f}"
-    return f"| {name} | {timing.part} | {facts} | " + " | ".join(cells) + " |"
+    facts = f"{row['flops'] / 1e9:.1f} | {row['moved'] / 1e6:.0f} | {1e3 * row['floor']:.1f}"
+    return f"| {row['preset']} | {row['part']} | {facts} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:

@@ -244,8 +244,8 @@ def measurements(job: Job, measure_largest: Any) -> Iterator[tuple[str, Any]]:
         config = flowmo.preset(preset).override(*(LITTLE if little else ()))
         with device:
             tokenizer = flowmo.FlowMo(config).eval().requires_grad_(False)
-        ready = flowmo.FlowMo.compile if compiled else None
-        timings = bench.measure(tokenizer, 2 if little else 16, device.type == "cuda", 2, ready=ready)
+        ready = {"ready": flowmo.FlowMo.compile} if compiled else {}
+        timings = bench.measure(tokenizer, 2 if little else 16, device.type == "cuda", 2, **ready)
         return [
             {"part": t.part, "images_per_second": t.pictures / t.seconds, "matrix_share": t.matrix_share}
             for t in timings

@@ -93,7 +93,7 @@ def test_info(capsys, weights):
     assert "0.0703" in out
     assert "31" in out
     summary = json.loads(run(capsys, "info", weights, "--json", "eval.sampling.sample_steps=4")[1])
-    assert summary["bytes_per_picture"] == 6
+    assert summary["bytes_per_image"] == 6
     assert summary["sampling_steps"] == 4
     assert "opt.lr=" in run(capsys, "info", "nano", "--settings")[1]
 
@@ -308,11 +308,10 @@ def test_base_install_needs_no_torchvision():
 
 
 def test_bench(capsys, weights):
-    """Times that are times; the floor is not above them by more than their noise."""
     code, out, _ = run(capsys, "bench", "--model", weights, "--repeats", 1, "--json")
     rows = json.loads(out)
     assert code == 0
     assert [row["part"] for row in rows] == ["encode", "decoder pass", "decode"]
-    assert all(row["seconds"] > 0 and row["flops"] > 0 and row["moved"] > 0 for row in rows)
+    assert all(row["seconds"] > 0 and row["flops"] > 0 for row in rows)
     assert rows[2]["flops"] == pytest.approx(rows[2]["passes"] * rows[1]["flops"], rel=0.05)
     assert "of the matrix rate" in run(capsys, "bench", "--model", weights, "--repeats", 1)[1]

@@ -65,15 +65,15 @@ def describe_tokenizer(config: Config) -> dict[str, Any]:
         "parameters": parameters(tokenizer),
         "encoder_parameters": parameters(tokenizer.encoder),
         "decoder_parameters": parameters(tokenizer.decoder),
-        "picture_size": f"{config.data.image_size}×{config.data.image_size}",
+        "image_size": f"{config.data.image_size}×{config.data.image_size}",
         "code_tokens": config.model.code_length,
         "channels_per_token": config.model.context_dim,
         "ids_per_token": tokenizer.quantizer.sub_tokens,
         "id_count": tokenizer.quantizer.id_count,
-        "bytes_per_picture": None if bits is None else math.ceil(bits / 8),
+        "bytes_per_image": None if bits is None else math.ceil(bits / 8),
         "bits_per_pixel": None if rate is None else round(rate, 4),
         "sampling_steps": s.sample_steps,
-        "passes_per_picture": sampler.network_passes(times, s.guidance, s.guidance_low, s.guidance_high),
+        "passes_per_image": sampler.network_passes(times, s.guidance, s.guidance_low, s.guidance_high),
     }
 
 
@@ -110,8 +110,8 @@ def bench(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
     ready = partial(prepare, arguments=arguments)
     in_bfloat16, progress = tokenizer.precision == "bfloat16", Progress("measuring")
     timings = measure(tokenizer, arguments.batch, in_bfloat16, arguments.repeats, ready=ready, progress=progress)
-    rates = f"matrix rate {timings[0].matrix_rate / 1e12:.2f} TFLOP/s, copy rate {timings[0].copy_rate / 1e9:.0f} GB/s"
-    return "\n".join([*(timing.line() for timing in timings), rates]), [asdict(timing) for timing in timings]
+    rate = f"matrix rate {timings[0].matrix_rate / 1e12:.2f} TFLOP/s"
+    return "\n".join([*(timing.line() for timing in timings), rate]), [asdict(timing) for timing in timings]
 
 
 def convert(arguments: argparse.Namespace) -> tuple[str, dict]:

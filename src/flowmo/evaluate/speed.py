@@ -1,23 +1,21 @@
-"""The speed of a tokenizer on this machine, and its roofline: the least time that the machine allows."""
+"""The speed of a tokenizer on this machine, beside the machine's rate of matrix products."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flowmo.model.sampler import evaluations, network_passes, seeded_noise, shifted_times
+from flowmo.precision import computing
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
 
-COPIED = 256 * 2**20
 UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -41,27 +39,16 @@ class Timing:
         part: ``encode``, ``decoder pass`` or ``decode``.
         passes: decoder passes per image.
         flops: of matrix products, counted.
-        moved: bytes read and written at least: weights once per pass, residual streams in and out of every block.
         seconds: median over repeats.
         matrix_rate: FLOP/s of matrix products, the median of measurements before every repeat.
-        copy_rate: bytes/s.
-        other_seconds: of other implementations, by name, timed in turns with ours.
     """
 
     part: str
     pictures: int
     passes: int
     flops: float
-    moved: float
     seconds: float
     matrix_rate: float
-    copy_rate: float
-    other_seconds: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def floor(self) -> float:
-        """The roofline: the least seconds that this machine allows."""
-        return max(self.flops / self.matrix_rate, self.moved / self.copy_rate)
 
     @property
     def matrix_share(self) -> float:
@@ -71,12 +58,7 @@ class Timing:
     def line(self) -> str:
         """For a terminal."""
         speed = f"{self.part:13} {self.pictures / self.seconds:10.2f} images/s {1e3 * self.seconds:10.1f} ms"
-        floor = f"floor {1e3 * self.floor:.1f} ms, {self.matrix_share:.0%} of the matrix rate"
-        return f"{speed} {self.flops / 1e9:9.1f} GFLOP  {floor}"
-
-
-def precision(device: torch.device, bfloat16: bool) -> AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+        return f"{speed} {self.flops / 1e9:9.1f} GFLOP  {self.matrix_share:.0%} of the matrix rate"
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
@@ -107,13 +89,6 @@ def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
     return matrix_rate(device, bfloat16), "measured"
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second that copying reads and writes."""
-    a = torch.empty(COPIED // 4, device=device)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / min(timed(lambda: b.copy_(a), device) for _ in range(5))
-
-
 @torch.no_grad()
 def parts(tokenizer: FlowMo, images: int = 1) -> dict[str, Callable[[], torch.Tensor]]:
     """The parts of the work as functions, on random images and codes."""
@@ -132,22 +107,17 @@ def parts(tokenizer: FlowMo, images: int = 1) -> dict[str, Callable[[], torch.Te
 
 
 @torch.no_grad()
-def count_work(tokenizer: FlowMo, images: int, bfloat16: bool) -> dict[str, tuple[int, float, float]]:
-    """(passes, FLOPs, bytes moved) of each part; see ``Timing``. The tokenizer is not compiled yet."""
-    config, sampling = tokenizer.config, tokenizer.config.eval.sampling
-    tokens = images * ((config.data.image_size // config.model.patch_size) ** 2 + tokenizer.code_length)
-    functions, flops, moved = parts(tokenizer, images), {}, {}
-    for part, network in (("encode", tokenizer.encoder), ("decoder pass", tokenizer.decoder)):
+def count_work(tokenizer: FlowMo, images: int, bfloat16: bool) -> dict[str, tuple[int, float]]:
+    """Count (passes, FLOPs) of each part; see ``Timing``. The tokenizer is not compiled yet."""
+    sampling, functions, flops = tokenizer.config.eval.sampling, parts(tokenizer, images), {}
+    for part in ("encode", "decoder pass"):
         counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
-        with precision(tokenizer.device, bfloat16), counter:
+        with computing("bfloat16" if bfloat16 else "float32", tokenizer.device), counter:
             functions[part]()
         flops[part] = counter.get_total_flops()
-        weights = sum(parameter.numel() for parameter in network.parameters()) * (2 if bfloat16 else 4)
-        moved[part] = weights + 2 * 4 * tokens * network.width * len(network.blocks)  # float32 in and out
     calls = evaluations(sampling.solver, shifted_times(sampling.sample_steps, sampling.rho))
     passes = network_passes(calls, sampling.guidance, sampling.guidance_low, sampling.guidance_high)
-    work = {part: (1, flops[part], moved[part]) for part in flops}
-    return work | {"decode": (passes, passes * flops["decoder pass"], passes * moved["decoder pass"])}
+    return {part: (1, flops[part]) for part in flops} | {"decode": (passes, passes * flops["decoder pass"])}
 
 
 @torch.no_grad()
@@ -155,40 +125,28 @@ def measure(
     tokenizer: FlowMo,
     images: int = 1,
     bfloat16: bool = False,
-    repeats: Mapping[str, int] | int = 5,
-    others: Mapping[str, Mapping[str, Callable[[], object]]] | None = None,
-    ready: Callable[[FlowMo], object] | None = None,
+    repeats: int = 5,
+    ready: Callable[[FlowMo], object] = lambda tokenizer: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Timing]:
     """Time encoding, one decoder pass and decoding of a batch, each after a warm-up.
 
     Args:
-        repeats: number of repeats, for all parts or by part.
-        others: other implementations, name -> part -> function, timed in turns with ours because clock rates drift.
         ready: compiles the tokenizer after its work is counted.
         progress: callback with (parts done, parts in total).
     """
     device = tokenizer.device
     tokenizer.chunk_size = images
-    work, copied, timings = count_work(tokenizer, images, bfloat16), copy_rate(device), []
-    if ready:
-        ready(tokenizer)
+    work, timings = count_work(tokenizer, images, bfloat16), []
+    ready(tokenizer)
     for part, function in parts(tokenizer, images).items():
-        functions: dict[str, Any] = {name: other[part] for name, other in (others or {}).items() if part in other}
-        functions = {"": function, **functions}
-        if part != "decode" or ready:  # the decoder pass has warmed it up, unless guidance is compiled apart
-            with precision(device, bfloat16):
-                for call in functions.values():
-                    call()
         rates, seconds = [], []
-        for _ in range(repeats if isinstance(repeats, int) else repeats[part]):
+        for _ in range(1 + repeats):
             rates.append(matrix_rate(device, bfloat16))
-            with precision(device, bfloat16):
-                seconds.append([timed(call, device) for call in functions.values()])
-        medians = dict(zip(functions, map(statistics.median, zip(*seconds, strict=True)), strict=True))
-        ours = medians.pop("")
-        passes, flops, moved = work[part]
-        rate = statistics.median(rates)
-        timings.append(Timing(part, images, passes, flops, moved, ours, rate, copied, medians))
+            with computing("bfloat16" if bfloat16 else "float32", device):
+                seconds.append(timed(function, device))
+        own, rate = (statistics.median(values[1:]) for values in (seconds, rates))  # without the warm-up
+        passes, flops = work[part]
+        timings.append(Timing(part, images, passes, flops, own, rate))
         progress(len(timings), len(work))
     return timings
