@@ -202,7 +202,7 @@ def test_evaluate_leaves_broken_and_small_images_out_and_says_so(capsys, tmp_pat
     words = ("evaluate", folder, "--model", tiny_model, "--no-lpips", "--features", "none", "--steps", "1")
     status, out, error = run(capsys, *words)
     assert status == 0
-    assert "2 images," in out
+    assert "2 images; " in out
     assert "2 images left out: unreadable or too small" in out
     assert f"left out: {folder}/empty.JPG: the file is empty." in error.replace("empty.JPG", f"{folder}/empty.JPG", 0)
     assert "40×31, smaller than the crop of 32×32" in error
@@ -271,7 +271,7 @@ def test_progress_tells_the_time_left(capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     progress = output.Progress("a\nb")
     progress(3, 4)
-    assert capsys.readouterr().err == "\ra b 3/4, 0:00:07 left\033[K"
+    assert capsys.readouterr().err == "\ra b 3 of 4, 0:00:07 left\033[K"
     progress(4, 4)
     assert capsys.readouterr().err.endswith("\r\033[K")
 

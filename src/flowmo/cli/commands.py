@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flowmo.cli.options import FINITE, POSITIVE, SEED, Option, command, device, number, option
+from flowmo.cli.options import FINITE, POSITIVE, SEED, Command, Option, device, number, option
 from flowmo.config import GENERATOR_PRESETS, PRESETS, UNMASKING_ORDERS
 
 DATASET = "folder, .tar, WebDataset shards or hf:NAME:SPLIT"
@@ -48,6 +48,11 @@ RESUME = (
     "checkpoint to go on from, or weights to fine-tune: preset, file, folder or Hub id. Without --preset and --config "
     "a run takes the model's own settings"
 )
+GRAPHS = {
+    "onnx": "write ONNX files (the default)",
+    "torch": "write torch.export files",
+    "page": "a page that runs them; uses npm",
+}
 WRITERS = ("webdataset", "datasets")
 KINDS = ("auto", "inception", "inception-legacy", "resnet", "none")
 FEATURES = (
@@ -75,7 +80,7 @@ def run_folder(name: str) -> tuple[Option, Option]:
 
 
 COMMANDS = (
-    command(
+    Command(
         "images.reconstruct",
         "Write images beside their reconstructions. Print the size of each code, its bits per pixel and PSNR.",
         IMAGES,
@@ -83,7 +88,7 @@ COMMANDS = (
         option("--grid", type=Path, metavar="FILE", help="with --fit crop: also write all of them as one image"),
         *(*MODEL, *SAMPLING, *FIT, FORCE, JSON),
     ),
-    command(
+    Command(
         "images.encode",
         "Write images as .flowmo files. The ids are entropy-coded if the tokenizer has a context model. A .flowmo file "
         "as input is written anew, packed, coded or at a lower rate. The output can follow a single input: encode "
@@ -94,7 +99,7 @@ COMMANDS = (
         option("--packed", action="store_true", help="pack the ids without entropy coding"),
         *(*MODEL, *FIT, FORCE, JSON),
     ),
-    command(
+    Command(
         "images.decode",
         "Decode .flowmo files to images. The output can follow a single file: decode photo.flowmo photo.png. - is "
         "standard input or output, as PNG: decode - -.",
@@ -104,7 +109,7 @@ COMMANDS = (
         option("--ids", action="store_true", help="print the ids as JSON and decode no image"),
         *(*MODEL, *SAMPLING, FORCE, JSON),
     ),
-    command(
+    Command(
         "evaluation.evaluate",
         "Measure reconstructions (PSNR, SSIM, LPIPS, rFID) or generated images (FID). With PICTURES: PSNR, SSIM, "
         "LPIPS, rFID and bits per pixel of a model, with --peers also of codecs, with --report as a page. With "
@@ -125,7 +130,7 @@ COMMANDS = (
         option("--enlarge", action="store_true", help="enlarge images smaller than the crop instead of refusing them"),
         *(*run_folder("my_evaluation"), *MODEL, *SAMPLING, JSON),
     ),
-    command(
+    Command(
         "training.train",
         "Train a tokenizer or a generator. On images: stage 1A; with model.posttrain_sample=true stage 1B; with "
         "opt.teacher=MODEL stage 1C, distillation. On tokens, with a generator's preset: stage 2. The same command "
@@ -136,7 +141,7 @@ COMMANDS = (
         option("--resume-from-ckpt", metavar="MODEL", help=RESUME),
         DEVICE,
     ),
-    command(
+    Command(
         "generation.tokenize",
         "Write a dataset's ids, which train a generator. They are bit-packed in shards. Under torchrun "
         "the processes share the work. Run an interrupted command again to complete it.",
@@ -153,7 +158,7 @@ COMMANDS = (
         option("--part", default="1/1", metavar="K/N", help="write only the K-th of N parts, as one of N jobs"),
         *(*MODEL, JSON),
     ),
-    command(
+    Command(
         "generation.generate",
         "Generate images of classes with a trained generator. Many images go "
         "to a folder, or to the .npz that FID reads, also under torchrun: --count 50000 --output samples.npz. With "
@@ -176,7 +181,7 @@ COMMANDS = (
         option("--decode-guidance", type=FINITE, help="guidance of the tokenizer (default: its own)"),
         *(*MODEL, FORCE, JSON),
     ),
-    command(
+    Command(
         "models.info",
         "Print parameters, bits per pixel and network passes of a preset, checkpoint or settings file. No weights are "
         "allocated.",
@@ -186,16 +191,15 @@ COMMANDS = (
         option("--training", action="store_true", help="also compute the cost of training"),
         option("--settings", dest="list_settings", action="store_true", help="also list every setting"),
     ),
-    command(
+    Command(
         "models.bench",
-        "Measure how fast a model is on this machine. The floor is the least time that the machine allows.",
+        "Measure how fast a model is on this machine, beside the machine's own rate of matrix products.",
         option("--batch", type=POSITIVE, default=1, help="images per batch"),
         option("--repeats", type=POSITIVE, default=5, help="runs to take the median of"),
         *MODEL,
-        option("--bfloat16", dest="precision", action="store_const", const="bfloat16", help="--precision bfloat16"),
         JSON,
     ),
-    command(
+    Command(
         "models.convert",
         "Convert any checkpoint to .safetensors. The file of a tokenizer or generator has its settings inside.",
         option("source", help="authors' or training checkpoint (.pth), or any other weights"),
@@ -204,27 +208,21 @@ COMMANDS = (
         option("--last-weights", action="store_true", help="take the last weights, not their moving average"),
         *(FORCE, JSON),
     ),
-    command(
+    Command(
         "models.export",
         "Export encoder and decoder as graphs that run without this package, or as a web page that needs no server "
         "program. model.json describes them.",
         option("source", help="preset, file or folder of the weights"),
         option("output", type=Path, help="folder to write"),
-        option(
-            "--onnx",
-            dest="kind",
-            action="store_const",
-            const="onnx",
-            default="onnx",
-            help="write ONNX files (the default)",
+        *(
+            option(f"--{kind}", dest="kind", action="store_const", const=kind, default="onnx", help=text)
+            for kind, text in GRAPHS.items()
         ),
-        option("--torch", dest="kind", action="store_const", const="torch", help="write torch.export files"),
-        option("--page", dest="kind", action="store_const", const="page", help="a page that runs them; uses npm"),
         option("--dtype", choices=("float32", "float16", "int8"), default="float16", help="dtype of ONNX weights"),
         option("--runtime", type=Path, help="with --page: unpacked npm package onnxruntime-web, instead of npm"),
         *(EXAMPLES, FORCE, JSON),
     ),
-    command(
+    Command(
         "models.push",
         "Upload a tokenizer to the Hugging Face Hub. Its context model and a model card go with it. With "
         "--output, only write the same files to a folder.",
@@ -235,7 +233,7 @@ COMMANDS = (
         output("only write the files to this folder", "--folder"),
         *(FORCE, JSON),
     ),
-    command(
+    Command(
         "models.demo",
         "Serve a web page to try a model. Upload an image, see the size of its code and its reconstruction.",
         option("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in"),
@@ -243,7 +241,7 @@ COMMANDS = (
         option("--generator", type=Path, metavar="FILE", help="generator of the tokenizer's ids, to generate images"),
         *(EXAMPLES, *MODEL),
     ),
-    command(
+    Command(
         "models.completion",
         "Print a script that completes commands, options and file names in a shell. It starts no Python.",
         option("shell", choices=("bash", "zsh", "tcsh"), help="shell to write the script for"),
@@ -251,14 +249,14 @@ COMMANDS = (
 )
 
 DATA_COMMANDS = (
-    command(
+    Command(
         "training.index",
         "Index tars of images. Training then reads their images without unpacking them.",
         option("tars", nargs="+", type=Path, metavar="TAR", help="uncompressed tar of images, or of tars of images"),
         output("file to write (default: TAR with .index.json)"),
         *(FORCE, JSON),
     ),
-    command(
+    Command(
         "training.show",
         "Show the training data in a source. Print its images, their classes, and the files that are left out, with "
         "reasons.",
@@ -266,7 +264,7 @@ DATA_COMMANDS = (
         option("--index", type=Path, help="index of a single tar, as data.train_index (default: TAR.index.json)"),
         JSON,
     ),
-    command(
+    Command(
         "generation.export",
         "Convert tokens to WebDataset tars or a Hugging Face dataset. Each shard becomes a file with ids and labels.",
         option("tokens", metavar="TOKENS", help="folder written by flowmo tokenize"),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from flowmo.cli.options import load, sampling
-from flowmo.cli.output import IMAGE_FORMATS, PIPE, Progress, UsageError, can_write, check_outputs, message_of, write
+from flowmo.cli.output import IMAGE_FORMATS, PIPE, Progress, UsageError, check_outputs, image_suffixes, warn, write
 from flowmo.codec.context import BitModel
 from flowmo.codec.file import MAX_BYTES, Codec, CodecError, MissingPlanes, find_context, read_context
 from flowmo.codec.planes import PlaneModel
@@ -38,7 +38,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     if grids and arguments.fit != "crop":
         raise UsageError("--grid needs images of one size. Add --fit crop.")
     outputs = [arguments.output / f"{path.stem if path != PIPE else 'stdin'}.png" for path in arguments.images]
-    check_outputs([*outputs, *grids], arguments.force, [*filter(can_write, IMAGE_FORMATS)], arguments.images)
+    check_outputs([*outputs, *grids], arguments.force, image_suffixes(), arguments.images)
     tokenizer = load(arguments)
     pairs: list[torch.Tensor] = []
 
@@ -110,7 +110,7 @@ def decode(arguments: argparse.Namespace) -> None:
     if arguments.ids:
         jobs = [(path, Path()) for path, _ in jobs]  # nothing is written to standard output but the ids
     else:
-        suffixes = [*filter(can_write, IMAGE_FORMATS), *RAW_FORMATS]
+        suffixes = [*image_suffixes(), *RAW_FORMATS]
         check_outputs([output for _, output in jobs], arguments.force, suffixes)
     tokenizer = load(arguments)
     if tokenizer.pixels.suffix != ".png" and not arguments.ids:
@@ -160,7 +160,7 @@ def read_codes(path: Path, codec: Codec) -> tuple[Codes, int]:
     except CodecError as error:
         raise CodecError(f"{path}: {error}") from None
     for warning in missing:
-        print(f"flowmo: {path}: {warning}", file=sys.stderr)
+        warn(f"{path}: {warning}")
     return codes, sum(warning.total - warning.planes for warning in missing)
 
 
@@ -206,8 +206,7 @@ def run_all(jobs: Sequence[Job], run: RunJob, as_json: bool) -> list[dict]:
             if single or isinstance(error, BrokenPipeError):
                 raise
             failed.append(str(source))
-            progress.clear()
-            print(f"flowmo: {message_of(error)}", file=sys.stderr)
+            warn(error)
             continue
         seconds = round(time.perf_counter() - start, 4)
         rows.append({"input": str(source), "output": str(output), **row, "seconds": seconds})

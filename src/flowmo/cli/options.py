@@ -51,13 +51,12 @@ def option(*flags: str, former: tuple[str, ...] = (), **settings: Any) -> Option
     return Option(flags, settings, former)
 
 
-class Command(NamedTuple):
-    """A command. The function of its name in ``flowmo.cli.MODULE`` runs it."""
+class Command:
+    """A command. ``flowmo.cli.MODULE.NAME`` runs it. The list of commands has the first sentence of its description."""
 
-    module: str
-    name: str
-    description: str
-    options: tuple[Option, ...]
+    def __init__(self, path: str, description: str, *options: Option):
+        self.module, self.name = path.split(".")
+        self.description, self.options = description, options
 
     def add_to(self, commands: Any) -> None:
         """Add a parser to the result of ``ArgumentParser.add_subparsers``."""
@@ -71,12 +70,6 @@ class Command(NamedTuple):
     def function(self) -> Run:
         """Import the function of the command, and torch with it."""
         return getattr(import_module(f"flowmo.cli.{self.module}"), self.name)
-
-
-def command(path: str, description: str, *options: Option) -> Command:
-    """Make the command of the function ``path``, such as images.encode. The list of commands has its first sentence."""
-    module, name = path.split(".")
-    return Command(module, name, description, options)
 
 
 # Types of arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 import time
@@ -31,6 +32,8 @@ IMAGE_FORMATS: dict[str, dict[str, Any]] = {
 LOG_SECONDS = 30
 """Seconds between lines of progress where standard error is no terminal."""
 REDRAW_SECONDS = 0.1
+ERASE = "\r\033[K"
+"""Removes the line of a terminal that a ``Progress`` has drawn."""
 
 
 class UsageError(FlowMoError):
@@ -48,25 +51,28 @@ def status_of(program: str, run: Callable[[], object]) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt:
-        clear_progress()
-        print(f"{program}: interrupted", file=sys.stderr)
+        warn("interrupted", program)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (FlowMoError, OSError) as error:
-        clear_progress()
-        print(f"{program}: {message_of(error)}", file=sys.stderr)
+        warn(error, program)
         return 2
     return 0
 
 
-def message_of(error: Exception) -> str:
-    """Write an error as one line, without the number that Python puts before an operating system's error."""
-    text = str(error)
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{error.filename}: {error.strerror.lower()}"
-    return " ".join(text.split())
+def is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def warn(message: str | Exception, program: str = "flowmo") -> None:
+    """Print one line on standard error, in place of a progress line. A system error goes without Python's number."""
+    text = str(message)
+    if isinstance(message, OSError) and message.filename and message.strerror:
+        text = f"{message.filename}: {message.strerror.lower()}"
+    erase = ERASE if is_terminal() else ""
+    print(f"{erase}{program}: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def require(package: str, purpose: str, install: str) -> None:
@@ -85,54 +91,37 @@ class Progress:
     A terminal has one line, which is rewritten. A log gets a line every ``LOG_SECONDS``.
     """
 
-    latest: Progress | None = None
-    """Has to be cleared before an error is printed."""
-
     def __init__(self, name: str):
         self.name = " ".join(name.split())[:40]
-        self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self.start = self.shown = time.monotonic()
-        self.drawn = False
-        Progress.latest = self
+        self.terminal = is_terminal()
+        self.start = time.monotonic()
+        self.shown = -math.inf if self.terminal else self.start
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if self.terminal and (done >= total or not self.drawn or now - self.shown >= REDRAW_SECONDS):
-            self._draw(f"{self.name} {done}/{total}{self._left(now, done, total)}")
-            if done >= total:
-                self.clear()
-        elif not self.terminal and done < total and now - self.shown >= LOG_SECONDS:
-            print(f"flowmo: {self.name} {done} of {total}{self._left(now, done, total)}", file=sys.stderr, flush=True)
-        else:
-            return
-        self.shown = now
-
-    def _left(self, now: float, done: int, total: int) -> str:
-        seconds = round((now - self.start) * (total - done) / max(done, 1))
-        return f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left" if done and seconds else ""
-
-    def _draw(self, text: str) -> None:
-        sys.stderr.write(f"\r{text}\033[K")
-        sys.stderr.flush()
-        self.drawn = True
+        if done >= total:
+            self.clear()
+        elif now - self.shown >= (REDRAW_SECONDS if self.terminal else LOG_SECONDS):
+            seconds = round((now - self.start) * (total - done) / max(done, 1))
+            left = f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left" if done and seconds else ""
+            text = f"{self.name} {done} of {total}{left}"
+            if self.terminal:
+                print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+            else:
+                warn(text)
+            self.shown = now
 
     def clear(self) -> None:
         """Remove the line from a terminal, so that something else can be printed."""
-        if self.drawn:
-            self._draw("")
-            self.drawn = False
+        if self.terminal:
+            print(ERASE, end="", file=sys.stderr, flush=True)
 
 
-def clear_progress() -> None:
-    if Progress.latest:
-        Progress.latest.clear()
-
-
-def can_write(suffix: str) -> bool:
-    """Return whether the installed Pillow writes images of this suffix."""
+def image_suffixes() -> list[str]:
+    """Suffixes of the images that the installed Pillow writes."""
     from PIL import features
 
-    return suffix in IMAGE_FORMATS and (suffix != ".avif" or features.check("avif"))
+    return [suffix for suffix in IMAGE_FORMATS if suffix != ".avif" or features.check("avif")]
 
 
 def check_outputs(

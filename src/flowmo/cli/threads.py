@@ -7,10 +7,11 @@ then all do: a network becomes several times slower on all cores than on the fre
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from flowmo.cli.output import warn
 
 STAT = Path("/proc/stat")
 QUOTAS = (("/sys/fs/cgroup/cpu.max",), ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
@@ -18,7 +19,7 @@ QUOTAS = (("/sys/fs/cgroup/cpu.max",), ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "
 NAMED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 ADAPT = ("reconstruct", "encode", "decode", "generate")
 """Short commands. They take the cores that are free when they start."""
-ADVISE = ("train", "evaluate", "tokenize", "context", "bench", "demo")
+ADVISE = ("train", "evaluate", "tokenize", "bench", "demo")
 """Long commands. Load at the start says little, and the number of threads may change the last bits of a resumed run."""
 SHORTEST = 0.3
 """Seconds over which load can be measured."""
@@ -90,6 +91,6 @@ def choose(command: str, before: Load | None) -> None:
             allowed = min(allowed, free)
         elif free < allowed:
             advice = f"Other processes keep {cores - free} of {cores} cores busy. {NAMED[0]}={free} may be faster."
-            print(f"flowmo: {advice}", file=sys.stderr)
+            warn(advice)
     if allowed < cores:
         torch.set_num_threads(allowed)
