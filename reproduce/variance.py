@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmo.evaluate.metrics.pairs import grid, heat_map, psnr
+from flowmo.evaluate.metrics.pairs import grid, psnr
 from flowmo.images import to_pil
 from flowmo.model.sampler import image_seed
 from flowmo.tokenizer import FlowMo
@@ -120,3 +120,16 @@ pixel over samples. Correlations over the pixels of an image, then averaged: of 
 near the pixel, and with the first sample's error. The images are beside the runs, as `figure8.png`.
 
 {page.table(groups, columns, first={"model": "label"})}"""
+
+
+HEAT = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.56, 0.04), (0.99, 1.0, 0.64))
+"""Colours of ``heat_map`` from 0 to the maximum."""
+
+
+def heat_map(values: Tensor) -> Tensor:
+    """Colour values h × w as an image 3 × h × w in [−1, 1], from black at 0 over red to light yellow at the maximum."""
+    colours = torch.tensor(HEAT, dtype=torch.float32, device=values.device)
+    position = values.float() / values.max().clamp(min=1e-9) * (len(HEAT) - 1)
+    below = position.floor().long().clamp(max=len(HEAT) - 2)
+    mixed = torch.lerp(colours[below], colours[below + 1], (position - below)[..., None])
+    return mixed.movedim(-1, 0) * 2 - 1

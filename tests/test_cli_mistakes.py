@@ -118,7 +118,7 @@ def code(tiny_model, photo):
 def test_the_second_name_after_a_code_is_its_image(capsys, tiny_model, code):
     """In any format, also one that cannot be written."""
     model = ("--model", tiny_model, "--steps", "1")
-    if output.can_write(".avif"):
+    if ".avif" in output.image_suffixes():
         assert run(capsys, "decode", code, code.with_suffix(".AVIF"), *model)[0] == 0
         with Image.open(code.with_suffix(".AVIF")) as image:
             assert (image.format, image.size) == ("AVIF", (70, 50))

@@ -202,7 +202,7 @@ def test_evaluation_of_a_run(workspace, run, held_out):
     pretrain = LO_PRETRAIN.replace("flowmo_lo_pretrain", "flowmo_lo_prettrain")
     run(pretrain, *tiny, "trainer.checkpoint_every=1")
     out = run(EVALUATE_AS_IT_GROWS, *tiny)
-    assert "bits per pixel" in out
+    assert "bits/pixel" in out
     rows = evaluations(workspace, "flowmo_lo_prettrain_eval")
     assert [row["checkpoint"] for row in rows] == ["00000001.pth", "00000002.pth"]
     assert rows == evaluations(workspace, "flowmo_lo_prettrain")

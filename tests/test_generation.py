@@ -162,7 +162,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert status == 0
     assert out.startswith("30 images against 25\n")
     expected = summary(ours, theirs)
-    for name, value in (("Fréchet distance", expected.frechet_distance), ("recall", expected.recall)):
+    for name, value in (("Fréchet distance ↓", expected.frechet_distance), ("recall ↑", expected.recall)):
         line = next(line for line in out.splitlines() if line.startswith(name))
         assert float(line.removeprefix(name).split()[0]) == pytest.approx(value, abs=0.01)
     status, out, _ = run_command(capsys, "evaluate", ours, "--reference", theirs, "--json")

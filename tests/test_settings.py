@@ -27,7 +27,7 @@ from flowmo.config import FIELDS
 from flowmo.data import build_index, open_source
 from flowmo.data.tokens import Vocabulary
 from flowmo.errors import FlowMoError
-from flowmo.evaluate import follow
+from flowmo.evaluate import comparison
 from flowmo.evaluate.follow import LOG, Follower
 from flowmo.evaluate.reconstruction import Evaluators, measure
 from flowmo.evaluate.speed import UNCOUNTED
@@ -237,7 +237,7 @@ def followed(config, workspace):
         asked.append(named["batch_size"])
         return measure(*arguments, **named)
 
-    with mock.patch.object(follow, "measure", spy):
+    with mock.patch.object(comparison, "measure", spy):
         Follower(
             [s for s in settings if not s.endswith("=")], folder, Evaluators(), report=lambda line: None
         ).evaluate()

@@ -11,7 +11,7 @@ from test_evaluation import Blur, Colours
 from flowmo.data import open_source
 from flowmo.evaluate.generation import GenerationSummary, extract_features, open_image_set
 from flowmo.evaluate.reconstruction import EvaluationError, Evaluators, measure
-from flowmo.evaluate.summary import Summary
+from flowmo.evaluate.summary import Summary, notes
 from flowmo.train.trainer import Trainer
 
 BAD = {
@@ -63,7 +63,7 @@ def test_every_metric_is_that_of_the_other_images(kind, batch_size, place, folde
             del theirs[key]
     for key, value in theirs.items():
         assert ours[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
-    assert "1 images left out: unreadable or too small" in Summary.of("blur", found).lines()
+    assert "1 images left out: unreadable or too small" in notes([Summary.of("blur", found)])[-1]
 
 
 def test_what_becomes_readable_is_measured_when_the_evaluation_goes_on(folders, tmp_path):

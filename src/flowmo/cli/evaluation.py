@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from flowmo.cli.options import load, prepare
 from flowmo.cli.output import Progress, UsageError, require
@@ -16,6 +15,7 @@ from flowmo.codec.file import Codec, find_context
 from flowmo.data import Source, open_source
 from flowmo.distributed import World, join
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor
+from flowmo.evaluate.summary import notes
 
 Log = Callable[..., None]
 """Prints a line on the main rank, to standard output or ``file``."""
@@ -107,18 +107,16 @@ def compare(arguments: argparse.Namespace, source: Source, evaluators: Evaluator
         world=world,
         progress=Progress,
     )
-    square = f"short side resized to {comparison.side}, central square"
-    protocol = square if comparison.side else "each whole, at its own size"
-    rows: list[dict[str, Any]] = []
-    for summary in (entry.summary for entry in comparison.measure()):
-        rows.append({**summary.as_dict(), "steps": model.steps, "seed": model.seed, "precision": comparison.precision})
+    for entry in comparison.measure():
         if not arguments.json:
-            log(f"{summary.name}: {summary.pictures} images, {protocol}")
-            log("\n".join(summary.lines()) + "\n")
+            log("\n".join((entry.summary.name, *entry.summary.lines(), "")))
+    summaries = [entry.summary for entry in comparison.entries]
     if arguments.json:
+        settings = {"steps": model.steps, "seed": model.seed, "precision": comparison.precision}
+        rows = [summary.as_dict() | settings for summary in summaries]
         log(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
-    elif not arguments.report:
-        log(f"precision of {name}: {comparison.precision}")
+    else:
+        log("\n".join((comparison.protocol, *notes(summaries), f"Precision of {name}: {comparison.precision}.")))
     if arguments.report and world.main:
         comparison.report(without_folder(arguments.images), without_folder(arguments.model))
         log(f"report in {arguments.report}/index.html", file=sys.stderr if arguments.json else None)

@@ -69,6 +69,8 @@ class Comparison:
         self.tiles = len(Tiling(side, side, tokenizer.config.data.image_size).corners)
         bits = tokenizer.config.bits_per_image or 32 * model.code_length * model.context_dim
         self.budget = math.ceil(self.tiles * bits / 8)  # bytes of the ids of a square crop
+        square = f"Short side resized to {side} (bilinear, antialiased), central square of {side} × {side}."
+        self.protocol = square if self.side else "Each image whole, at its own size."
         self.evaluators.remember = bool(self.peers) or len(self.rates) > 1
         self.others = [other for peer in self.peers for other in self._open(peer)]  # any error before hours of work
 
@@ -109,9 +111,9 @@ class Comparison:
 
     def _candidates(self) -> Iterator[tuple[Reconstructor, dict[str, Any]]]:
         """Yield each candidate with the settings that its metrics depend on."""
-        model = self.model
+        model, tokenizer = self.model, self.model.tokenizer
         sampling = {"steps": model.steps, "seed": model.seed, "guidance": model.guidance, "precision": self.precision}
-        sampling["identity"] = model.tokenizer.weights_identity()
+        sampling |= {"identity": tokenizer.weights_identity(), "settings": str(tokenizer.config.eval.sampling)}
         for rate in self.rates or (None,):
             suffix = "" if rate is None else f" at {rate:g}"
             settings = sampling | {"bits_per_pixel": rate}
@@ -129,10 +131,9 @@ class Comparison:
         """Write the report to ``out``. ``source`` and ``model`` are names for its header."""
         assert self.out is not None
         own, side, count = self.model, self.side, self.entries[0].summary.pictures
-        square = f"short side resized to {side} (bilinear, antialiased), central square of {side} × {side}"
         header = {
             "images": f"{source}: {count} of {len(self.source)}, evenly spread",
-            "protocol": square if side else "each image whole, at its own size",
+            "protocol": self.protocol,
             "model": f"{model}, tokenizer {own.tokenizer.weights_identity()}",
             **({"tiles per image": str(self.tiles)} if side else {}),
             "sampling": f"{own.steps} steps, seed {own.seed}, guidance {own.guidance}",

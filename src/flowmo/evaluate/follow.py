@@ -15,10 +15,10 @@ from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS, has_ended, listi
 from flowmo.config import Config, DataConfig
 from flowmo.data import open_source
 from flowmo.distributed import World
+from flowmo.evaluate.comparison import Comparison
 from flowmo.evaluate.measurement import EvaluationError
-from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
-from flowmo.evaluate.summary import Summary
-from flowmo.precision import describe
+from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor
+from flowmo.evaluate.summary import notes
 from flowmo.tokenizer import FlowMo
 
 LOG = "evaluations.jsonl"
@@ -68,24 +68,21 @@ class Follower:
             return
         run, waiting = Path(settings.eval_dir), False
         while True:
-            ended = self.world.broadcast(has_ended(run))  # before the listing, so that no checkpoint is missed
-            checkpoints = self.world.broadcast([str(path) for path in listing(run / CHECKPOINTS)])
-            if not settings.continuous:
-                if not checkpoints:
-                    raise EvaluationError(f"{run} has no checkpoint yet. eval.continuous=true waits for one.")
-                self._try(Path(checkpoints[-1]))
-                return
-            remaining = [Path(path) for path in checkpoints if Path(path).name not in self._evaluated()]
-            if remaining:
-                self._try(remaining[0])
+            # the end is asked first, so that no checkpoint is missed
+            ended, checkpoints = self.world.broadcast((has_ended(run), listing(run / CHECKPOINTS)))
+            if not settings.continuous and not checkpoints:
+                raise EvaluationError(f"{run} has no checkpoint yet. eval.continuous=true waits for one.")
+            remaining = [path for path in checkpoints if path.name not in self._evaluated()]
+            if remaining or not settings.continuous:
+                self._try(remaining[0] if settings.continuous else checkpoints[-1])
                 waiting = False
-            elif ended:
-                return
-            else:
+            elif not ended:
                 if not waiting:
                     self.report(f"waiting for the next checkpoint of {run}")
                 waiting = True
                 time.sleep(POLL_SECONDS)
+            if not settings.continuous or (ended and not remaining):
+                return
 
     def _try(self, path: Path) -> None:
         """Evaluate a checkpoint, unless the run removes it meanwhile."""
@@ -106,29 +103,20 @@ class Follower:
         tokenizer = flowmo.load(path, *self.settings, device=str(self.world.device))
         if self.ready:
             self.ready(tokenizer)
-        config, precision = tokenizer.config, describe(tokenizer.precision, tokenizer.device)
-        val, index = self._held_out(config.data)
+        val, index = self._held_out(tokenizer.config.data)
         source = open_source(val, index or None)
-        measured = measure(
-            FlowMoReconstructor(tokenizer, name=path.name),
-            source,
-            config.data.image_size,
-            self.evaluators,
+        comparison = Comparison(
+            model=FlowMoReconstructor(tokenizer, name=path.name),
+            source=source,
+            evaluators=self.evaluators,
+            side=tokenizer.config.data.image_size,
             limit=max(len(source) // self.config.eval.subsample_rate, 1),
-            batch_size=self.config.eval.batch_size,
-            device=self.world.device,
+            out=self.folder,
             world=self.world,
-            folder=self.folder / "measured" / path.stem,
-            metadata={
-                "identity": tokenizer.weights_identity(),
-                "sampling": str(config.eval.sampling),
-                "precision": precision,
-            },
-            pixels=tokenizer.pixels,
         )
-        summary = Summary.of(path.name, measured, self.evaluators.features)
-        self.report("\n".join((f"{path}: {summary.pictures} images of {val}", *summary.lines())))
-        row = {"checkpoint": path.name, **summary.as_dict(), "precision": precision}
+        (summary,) = (entry.summary for entry in comparison.measure())
+        self.report("\n".join((f"{path}, images of {val}", *summary.lines(), *notes([summary]))))
+        row = {"checkpoint": path.name, **summary.as_dict(), "precision": comparison.precision}
         if self.found:
             self.found(row)
         if path.name not in self._evaluated():
@@ -139,21 +127,11 @@ class Follower:
 
         An index belongs to the source beside it. One in the settings without a source applies to the others.
         """
-        ours, run = self.config.data, self._run_data()
-        for val, index in (
-            (ours.val, ours.val_index),
-            (trained.val, ours.val_index or trained.val_index),
-            (run.get("val"), ours.val_index or run.get("val_index", "")),
-        ):
-            if val:
-                return val, index
+        ours, run = self.config.data, self.run / SETTINGS if self.run else None
+        for data in (ours, trained, Config.from_yaml(run).data if run and run.exists() else ours):
+            if data.val:
+                return data.val, ours.val_index or ("" if data is ours else data.val_index)
         raise EvaluationError("There are no held-out images. Name them with data.val=IMAGES.")
-
-    def _run_data(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.run / SETTINGS).read_text())["data"]) if self.run else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
 
     def _record(self, line: dict[str, Any]) -> None:
         if not self.world.main:

@@ -18,10 +18,20 @@ from flowmo.data.npz import STATISTICS, NpzFile
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.features import FeatureNetwork, Features, in_fixed_batches
 from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError, distance_and_bias
-from flowmo.evaluate.metrics.sets import NEIGHBOURS, SCORE_SPLIT, inception_score, kernel_distance, precision_and_recall
+from flowmo.evaluate.metrics.sets import inception_score, kernel_distance, precision_and_recall
 from flowmo.evaluate.reconstruction import print_unreadable
-from flowmo.evaluate.summary import table_lines
+from flowmo.evaluate.summary import cells_of, lines_of
 from flowmo.images import ImageError, read_image, to_bytes, to_tensor
+
+COLUMNS = (
+    ("frechet_distance", "FID ↓", 2),
+    ("frechet_bias", "bias of few images", 2),
+    ("spatial_frechet_distance", "sFID ↓", 2),
+    ("kernel_distance", "KID ↓", 5),
+    ("inception_score", "Inception Score ↑", 2),
+    ("precision", "precision ↑", 4),
+    ("recall", "recall ↑", 4),
+)
 
 
 class ImageSet(Protocol):
@@ -204,20 +214,8 @@ class GenerationSummary:
 
     def lines(self) -> list[str]:
         """For a terminal, one metric per line."""
-        fid, sfid, kid = (
-            ("FID", "sFID", "KID") if self.is_fid else ("Fréchet distance", "spatial Fréchet", "kernel distance")
-        )
-        bias = "" if self.frechet_bias is None else f"of which about {self.frechet_bias:.2f} for so few images; "
-        spread = f"± {self.inception_score_spread or 0:.3g} over splits of {SCORE_SPLIT}"
-        rows = (
-            (fid, self.frechet_distance, 2, bias + self.feature_network),
-            (sfid, self.spatial_frechet_distance, 2, ""),
-            (kid, self.kernel_distance, 5, "unbiased"),
-            ("Inception Score", self.inception_score, 2, spread),
-            ("precision", self.precision, 4, f"{NEIGHBOURS} neighbours"),
-            ("recall", self.recall, 4, f"{NEIGHBOURS} neighbours"),
-        )
         reference = str(self.reference_pictures or "statistics")
         if self.reference_pictures and self.reference_statistics:
             reference += "; the distances are to the statistics in the reference's file"
-        return [f"{self.pictures} images against {reference}", *table_lines(rows, 18), *self.missing]
+        cells = cells_of(self, COLUMNS)
+        return [f"{self.pictures} images against {reference}", *lines_of(cells), self.feature_network, *self.missing]

@@ -25,24 +25,10 @@ from flowmo.evaluate.measurement import Measurement
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.published import TABLE_1, TABLE_3
 from flowmo.evaluate.reconstruction import Reconstructor, read_crops
-from flowmo.evaluate.summary import Summary
+from flowmo.evaluate.summary import Summary, notes
 from flowmo.images import to_pil
 from flowmo.images.pixels import PixelFormat
 
-COLUMNS = (  # attribute of a summary, heading, digits
-    ("bits_per_pixel", "bits/pixel", 4),
-    ("bytes_per_picture", "bytes", 1),
-    ("file_bytes", "bytes, file", 1),
-    ("frechet_distance", "rFID ↓", 2),
-    ("kernel_distance", "rKID ↓", 5),
-    ("psnr", "PSNR ↑", 2),
-    ("ssim", "SSIM ↑", 4),
-    ("lpips_alex", "LPIPS Alex ↓", 4),
-    ("lpips_vgg", "LPIPS VGG ↓", 4),
-    ("ids_used", "ids used", 3),
-    ("id_entropy", "bits/id", 3),
-)
-HEADINGS_WITHOUT_INCEPTION = {"rFID ↓": "Fréchet ↓", "rKID ↓": "kernel ↓"}
 GRID_IMAGES = 6
 GRID_HEIGHT = 256
 """Height, in pixels, to which native-size images are resized."""
@@ -116,18 +102,13 @@ def write_report(
 
 
 def results_table(rows: Sequence[Summary]) -> Table:
-    """Tabulate summaries, without columns that have no value. Distances are called FID only if all of them are."""
-    values = [row.as_dict() for row in rows]
-    columns = [column for column in COLUMNS if any(row[column[0]] is not None for row in values)]
-    names = {} if all(row.is_fid for row in rows) else HEADINGS_WITHOUT_INCEPTION
-
-    def cell(row: Mapping[str, Any], key: str, digits: int) -> str:
-        value, spread = row[key], row.get(f"{key}_spread")
-        text = "–" if value is None else f"{value:.{digits}f}"
-        return text if value is None or spread is None else f"{text} ± {spread:.{min(digits, 3)}f}"
-
-    heading = ["", *(names.get(name, name) for _, name, _ in columns)]
-    return [heading, *([row["name"], *(cell(row, key, digits) for key, _, digits in columns)] for row in values)]
+    """Tabulate summaries, without columns that have no value."""
+    cells = [row.cells() for row in rows]
+    headings = dict.fromkeys(heading for row in cells for heading in row)
+    lines = [
+        [row.name, *(found.get(heading, "–") for heading in headings)] for row, found in zip(rows, cells, strict=True)
+    ]
+    return [["", *headings], *lines]
 
 
 def published_table() -> Table:
@@ -137,30 +118,6 @@ def published_table() -> Table:
         values = ["–" if value is None else f"{value:g}" for value in (row.rfid, row.psnr, row.ssim, row.lpips)]
         table.append([row.name + " †" * row.own, rate, *values])
     return table
-
-
-def notes(rows: Sequence[Summary]) -> list[str]:
-    """Return notes on how to compare the rows."""
-
-    def listed(key: str, digits: int) -> str:
-        values = ((row.name, getattr(row, key)) for row in rows)
-        return ", ".join(f"{name} {value:.{digits}f}" for name, value in values if value is not None)
-
-    first = rows[0]
-    lines = [
-        f"{first.pictures} images; ± is the standard deviation over images, not an error of the mean.",
-        "PSNR is the mean over images of 8-bit pixels. The release takes five images at once and truncates pixels to "
-        f"8 bits; that gives {listed('psnr_legacy', 2)}. SSIM of truncated images: {listed('ssim_legacy', 4)}.",
-    ]
-    if first.frechet_distance is not None:
-        lines.append(
-            f"Distances of features: {first.feature_network}. A Fréchet distance of few images is biased upwards. "
-            f"Estimated from half-sets, the bias is about: {listed('frechet_bias', 2)}. The kernel distance is "
-            "unbiased. Compare at equal counts only."
-        )
-    lines += [f"{row.name}: {row.missing}" for row in rows if row.missing]
-    lines += [f"{row.name}: {row.equal_pictures} images equal their originals." for row in rows if row.equal_pictures]
-    return lines
 
 
 def markdown_table(table: Table) -> str:

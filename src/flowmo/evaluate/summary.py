@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,30 @@ from flowmo.evaluate.metrics.fid import StatisticsError, distance_and_bias
 from flowmo.evaluate.metrics.pairs import decibels
 from flowmo.evaluate.metrics.sets import kernel_distance
 
+Columns = Sequence[tuple[str, str, int]]
+"""Attribute of a summary, heading, and digits."""
+COLUMNS: Columns = (
+    ("bits_per_pixel", "bits/pixel", 4),
+    ("bytes_per_picture", "bytes", 1),
+    ("file_bytes", "bytes, file", 1),
+    ("frechet_distance", "rFID ↓", 2),
+    ("frechet_bias", "bias of few images", 2),
+    ("kernel_distance", "rKID ↓", 5),
+    ("psnr", "PSNR ↑", 2),
+    ("psnr_of_channels", "PSNR of channels ↑", 2),
+    ("ssim", "SSIM ↑", 4),
+    ("ssim_of_channels", "SSIM of channels ↑", 4),
+    ("lpips_alex", "LPIPS Alex ↓", 4),
+    ("lpips_vgg", "LPIPS VGG ↓", 4),
+    ("ids_used", "ids used", 3),
+    ("id_entropy", "bits/id", 3),
+)
+WITHOUT_INCEPTION = {
+    **dict.fromkeys(("rFID ↓", "FID ↓"), "Fréchet distance ↓"),
+    **dict.fromkeys(("rKID ↓", "KID ↓"), "kernel distance ↓"),
+    "sFID ↓": "spatial Fréchet ↓",
+}
+"""Headings of the distances of another network's features."""
 LEGACY_GROUP = 5
 """The release takes the PSNR of this many images at once."""
 
@@ -114,48 +138,55 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def cells(self) -> dict[str, str]:
+        """Heading and text of each metric."""
+        return cells_of(self, COLUMNS)
+
     def lines(self) -> list[str]:
         """For a terminal, one metric per line."""
-
-        def spread(value: float | None) -> str:
-            return "" if value is None else f"± {value:.3g} over images"
-
-        def legacy(value: float | None, digits: int) -> str:
-            return "" if value is None else f"; as the release: {value:.{digits}f}"
-
-        def each(values: Sequence[float | None], digits: int) -> str:
-            return "".join(f" {value:.{digits}f}" if value is not None else " equal" for value in values)
-
-        channels = [("PSNR of channels", self.psnr_of_channels, 2), ("SSIM of channels", self.ssim_of_channels, 4)]
-        equal = f", {self.equal_pictures} equal their originals" if self.equal_pictures else ""
-        distance, kernel = ("rFID", "rKID") if self.is_fid else ("Fréchet distance", "kernel distance")
-        bias = "" if self.frechet_bias is None else f"of which about {self.frechet_bias:.2f} for so few images; "
-        ids = f"% of {self.id_count} used, {self.id_entropy or 0:.2f} bits an id"
-        rows = (
-            ("bits per pixel", self.bits_per_pixel, 4, f"{self.bytes_per_picture:.1f} bytes an image"),
-            ("bytes a file", self.file_bytes, 1, "header included"),
-            ("PSNR", self.psnr, 2, f"dB {spread(self.psnr_spread)}{equal}{legacy(self.psnr_legacy, 2)}"),
-            ("SSIM", self.ssim, 4, spread(self.ssim_spread) + legacy(self.ssim_legacy, 4)),
-            ("LPIPS (AlexNet)", self.lpips_alex, 4, spread(self.lpips_alex_spread)),
-            ("LPIPS (VGG)", self.lpips_vgg, 4, spread(self.lpips_vgg_spread)),
-            (distance, self.frechet_distance, 2, f"{bias}{self.feature_network}"),
-            (kernel, self.kernel_distance, 5, "unbiased"),
-            ("ids", None if self.ids_used is None else 100 * self.ids_used, 1, ids),
-        )
-        notes = [f"{name:16}{each(values, digits)}" for name, values, digits in channels if values]
-        notes += [self.missing] if self.missing else []
-        if self.unreadable:
-            notes.append(f"{self.unreadable} images left out: unreadable or too small")
-        return [*table_lines(rows, 16), *notes]
+        return lines_of(self.cells())
 
 
-def table_lines(rows: Sequence[tuple[str, float | None, int, str]], width: int) -> list[str]:
-    """Format rows (name, value, digits, note) for a terminal; rows without a value are left out."""
-    return [
-        f"{name:{width}} {value:.{digits}f}".ljust(width + 12) + note
-        for name, value, digits, note in rows
-        if value is not None
+def cells_of(summary: Any, columns: Columns) -> dict[str, str]:
+    """Heading and text of each measured metric, with ± its spread. Only FID's network gives distances called FID."""
+    cells = {}
+    for key, heading, digits in columns:
+        value, spread = getattr(summary, key), getattr(summary, f"{key}_spread", None)
+        values = value if isinstance(value, tuple) else (value,)
+        text = " ".join("equal" if each is None else f"{each:.{digits}f}" for each in values)
+        heading = heading if summary.is_fid else WITHOUT_INCEPTION.get(heading, heading)
+        if value is not None and value != ():
+            cells[heading] = text if spread is None else f"{text} ± {spread:.{min(digits, 3)}f}"
+    return cells
+
+
+def lines_of(cells: Mapping[str, str]) -> list[str]:
+    return [f"{heading:20} {text}" for heading, text in cells.items()]
+
+
+def notes(rows: Sequence[Summary]) -> list[str]:
+    """Return notes on how to compare the rows."""
+
+    def listed(key: str, digits: int) -> str:
+        values = ((row.name, getattr(row, key)) for row in rows)
+        return ", ".join(f"{name} {value:.{digits}f}" for name, value in values if value is not None)
+
+    first = rows[0]
+    lines = [
+        f"{first.pictures} images; ± is the standard deviation over images, not an error of the mean.",
+        "PSNR is the mean over images of 8-bit pixels. The release takes five images at once and truncates pixels to "
+        f"8 bits; that gives {listed('psnr_legacy', 2)}. SSIM of truncated images: {listed('ssim_legacy', 4)}.",
     ]
+    if first.frechet_distance is not None:
+        lines.append(
+            f"Distances of features: {first.feature_network}. A Fréchet distance of few images is biased upwards, by "
+            "an estimate from half-sets. The kernel distance is unbiased. Compare at equal counts only."
+        )
+    for row in rows:
+        lines += [f"{row.name}: {row.missing}"] if row.missing else []
+        lines += [f"{row.name}: {row.equal_pictures} images equal their originals."] if row.equal_pictures else []
+        lines += [f"{row.name}: {row.unreadable} images left out: unreadable or too small."] if row.unreadable else []
+    return lines
 
 
 def mean_and_spread(values: Tensor) -> tuple[float | None, float | None]:

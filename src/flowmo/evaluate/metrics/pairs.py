@@ -1,4 +1,4 @@
-"""PSNR and SSIM of image pairs, image grids and heat maps. LPIPS is in ``flowmo.losses.perceptual``."""
+"""PSNR and SSIM of image pairs, and image grids. LPIPS is in ``flowmo.losses.perceptual``."""
 
 from __future__ import annotations
 
@@ -68,16 +68,3 @@ def grid(rows: Sequence[Tensor | Sequence[Tensor]], gap: int = 2) -> Tensor:
         padded = [F.pad(image.clamp(-1, 1), (0, gap, 0, gap), value=1.0) for image in row]
         lines.append(torch.cat(padded, dim=-1))
     return torch.cat(lines, dim=-2)[:, :-gap, :-gap]
-
-
-HEAT = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.56, 0.04), (0.99, 1.0, 0.64))
-"""Colours of ``heat_map`` from 0 to the maximum."""
-
-
-def heat_map(values: Tensor) -> Tensor:
-    """Colour values h × w as an image 3 × h × w in [−1, 1], from black at 0 over red to light yellow at the maximum."""
-    colours = torch.tensor(HEAT, dtype=torch.float32, device=values.device)
-    position = values.float() / values.max().clamp(min=1e-9) * (len(HEAT) - 1)
-    below = position.floor().long().clamp(max=len(HEAT) - 2)
-    mixed = torch.lerp(colours[below], colours[below + 1], (position - below)[..., None])
-    return mixed.movedim(-1, 0) * 2 - 1
