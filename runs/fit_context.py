@@ -21,6 +21,7 @@ import context_tokens
 import numpy as np
 
 import flowmo
+from flowmo.cli.options import POSITIVE, SEED
 from flowmo.cli.output import Progress, check_outputs, status_of, write
 from flowmo.data import TokenDataset, evenly_spread, open_source
 from flowmo.images import ImageError
@@ -98,10 +99,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--model", default="nano", help="tokenizer of the ids (nano)")
     parser.add_argument("--held-out", help="other ids, or for native size images, to measure on")
     parser.add_argument("--frequencies", action="store_true", help="only count how often each bit is set")
-    parser.add_argument("--limit", type=int, default=1000, help="native size: use this many images (1000)")
-    parser.add_argument("--hidden", type=int, help="hidden units (128; native size: 64)")
-    parser.add_argument("--steps", type=int, help="steps of 512 tokens (4000; native size: 2000 of 1024 cells)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (0)")
+    parser.add_argument("--limit", type=POSITIVE, default=1000, help="native size: use this many images (1000)")
+    parser.add_argument("--hidden", type=POSITIVE, help="hidden units (128; native size: 64)")
+    parser.add_argument("--steps", type=POSITIVE, help="steps of 512 tokens (4000; native size: 2000 of 1024 cells)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of weights and order (0)")
     parser.add_argument("--force", action="store_true", help="overwrite a file that exists")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     arguments = parser.parse_args(words)
