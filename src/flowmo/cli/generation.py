@@ -12,7 +12,7 @@ import torch
 
 import flowmo
 from flowmo.cli.options import load, prepare
-from flowmo.cli.output import Progress, UsageError, check_outputs, warn, write
+from flowmo.cli.output import Progress, UsageError, check_outputs, write
 from flowmo.data import DataError, Source, TokenDataset, open_source
 from flowmo.data.export import export as write_export
 from flowmo.data.token_files import UNREADABLE, Part, TokenMetadata, missing_shards, read_labels
@@ -42,7 +42,6 @@ def tokenize(arguments: argparse.Namespace) -> tuple[str, dict] | None:
             part=part,
             world=world,
             progress=Progress("tokenizing"),
-            on_mixed=warn,
             **{name: getattr(arguments, name) for name in ("crops", "flip", "seed", "shard_size", "workers")},
         )
         return describe_tokens(arguments.output, written, part, source) if world.main else None

@@ -94,12 +94,12 @@ class Vocabulary:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMetadata(Vocabulary):
-    """Content of ``tokens.json``. Tokenization resumes only if all but the precision is equal.
+    """Content of ``tokens.json``. Tokenization resumes only if all is equal but the device.
 
     Attributes:
         count: samples: images × crops, × 2 with ``flip``.
-        precision: in which the ids were computed, such as ``float32 (cpu)``. Several are joined by " and ". Empty in
-            folders of older versions.
+        precision: in which the ids were computed, such as ``float32 (cpu)``. Older folders can have none, or several
+            joined by " and ".
 
     Raises:
         ValueError: as ``Vocabulary``; or there are too many shards, or too large ones.
@@ -153,11 +153,18 @@ class TokenMetadata(Vocabulary):
     def shard_bytes(self, number: int) -> int:
         return self.labels_offset(number) + 4 * len(self.shard(number)[1]) + CRC.size
 
+    @property
+    def arithmetic(self) -> str:
+        """``float32`` or ``bfloat16``. Empty if ``precision`` names none or several."""
+        return "" if " and " in self.precision else self.precision.partition(" ")[0]
+
     def difference(self, other: Self) -> str:
-        """Describe how ``other`` differs, apart from the precision. Empty if it does not."""
+        """Describe how ``other`` differs. Empty if it does not, or only in the device."""
         ours, theirs = asdict(self), asdict(other)
         found = [class_difference(ours.pop("classes"), theirs.pop("classes"))]
-        names = [name for name in ours if name != "precision" and ours[name] != theirs[name]]
+        if {self.arithmetic, other.arithmetic} != {"float32", "bfloat16"}:  # between those, a few bits differ
+            del ours["precision"]
+        names = [name for name in ours if ours[name] != theirs[name]]
         found += [f"{name} {ours[name]!r}, not {theirs[name]!r}" for name in names]
         return ", ".join(filter(None, found))[:200]
 
@@ -297,12 +304,3 @@ def find_parts(folder: Path) -> list[Part]:
     """The parts whose jobs have begun, in order."""
     names = [re.fullmatch(r"part-(\d{5,9})-of-(\d{5,9})\.json", path.name) for path in folder.iterdir()]
     return sorted(Part(int(name[1]), int(name[2])) for name in names if name)
-
-
-def join_precisions(*precisions: str) -> str:
-    return " and ".join(sorted({one for joined in precisions for one in joined.split(" and ") if one}))
-
-
-def describe_mixed(folder: Path, precision: str) -> str:
-    """Warn of ids of several precisions. Empty if there is one."""
-    return f"{folder}: its ids were computed in {precision}. A few bits differ." if " and " in precision else ""

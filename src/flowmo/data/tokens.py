@@ -1,7 +1,6 @@
 """Ids of many images as a PyTorch dataset. Stage 2 trains on them."""
 
 import operator
-import warnings
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -39,9 +38,6 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
 
     Raises:
         DataError: the folder is missing, incomplete or of another tokenizer, or a shard is missing or damaged.
-
-    Warns:
-        UserWarning: parts of it were computed in different precisions.
     """
 
     def __init__(self, path: str | Path, tokenizer: str | None = None, verify: bool = True):
@@ -67,13 +63,11 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         self._maps: dict[int, np.ndarray] = {}
 
     def _check_parts(self) -> None:
-        parts, precisions = files.find_parts(self.path), [self.metadata.precision]
+        parts = files.find_parts(self.path)
         for part in parts:
-            metadata = read_metadata(self.path, part.manifest)
-            different = metadata.difference(self.metadata)
+            different = read_metadata(self.path, part.manifest).difference(self.metadata)
             if different:
                 raise DataError(f"{self.path}: {part.manifest} is of other tokens than {files.MANIFEST} ({different}).")
-            precisions.append(metadata.precision)
         missing = files.missing_shards(self.path, self.metadata)
         if missing:
             absent = [self.metadata.shard(number)[0] for number in missing]
@@ -85,9 +79,6 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
                 f"{self.path}: not finished, {len(missing)} of {self.metadata.shards} shards are missing: "
                 f"{', '.join(absent[:MAX_LISTED])}{more}. Run the same `flowmo tokenize` command again to complete it."
             )
-        mixed = files.describe_mixed(self.path, files.join_precisions(*precisions))
-        if mixed:
-            warnings.warn(mixed, stacklevel=3)
 
     def shard_path(self, number: int) -> Path:
         return self.path / self.metadata.shard(number)[0]

@@ -6,9 +6,7 @@ not at all, so interruptions neither lose nor repeat a sample.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +71,6 @@ def tokenize(
     part: Part = WHOLE,
     world: World = World(),
     progress: Callable[[int, int], None] | None = None,
-    on_mixed: Callable[[str], object] = warnings.warn,
 ) -> TokenMetadata:
     """Write the ids of every image of a source to a folder, as far as they are missing.
 
@@ -87,7 +84,6 @@ def tokenize(
         labels: store the source's classes. Then all images must have one, or none.
         part: write only this job's shards. The ids do not depend on the number of jobs.
         progress: called with (samples done, total samples) of this rank.
-        on_mixed: called with a message if other ids of the folder were computed in another precision.
 
     Raises:
         DataError: the folder holds something else, the tokenizer has no ids, or only some images have a label.
@@ -101,8 +97,6 @@ def tokenize(
     world.barrier()
     shards = part.shards(metadata.shards) if world.main else ()
     missing = world.broadcast([shard for shard in shards if not _is_intact(out, metadata, shard)])
-    if world.main and missing:
-        _record_precision(out, metadata, part, on_mixed)
     mine = missing[world.rank :: world.size]
     samples, done = Samples(source, metadata, PixelFormat.of(tokenizer.config)), 0
     total = sum(len(metadata.shard(shard)[1]) for shard in mine)
@@ -161,20 +155,6 @@ def _claim(out: Path, metadata: TokenMetadata, part: Part) -> None:
                 raise DataError(f"{out} holds other tokens ({different}). Name an empty folder.")
         else:
             write_content(out / name, files.manifest(metadata, complete=False))
-
-
-def _record_precision(out: Path, metadata: TokenMetadata, part: Part, on_mixed: Callable[[str], object]) -> None:
-    """Add this job's precision to the files of the folder and of the part."""
-    missing = {*files.missing_shards(out, metadata)}
-    for name, shards in {files.MANIFEST: range(metadata.shards), part.manifest: part.shards(metadata.shards)}.items():
-        precision = metadata.precision
-        if not missing.issuperset(shards):  # some ids are of an earlier job, whose precision old folders do not tell
-            before = files.read_metadata(out, name).precision
-            precision = before and files.join_precisions(before, precision)
-        write_content(out / name, files.manifest(replace(metadata, precision=precision), complete=False))
-        mixed = files.describe_mixed(out, precision)
-        if mixed and name == files.MANIFEST:
-            on_mixed(mixed)
 
 
 def _is_intact(out: Path, metadata: TokenMetadata, shard: int) -> bool:
