@@ -8,30 +8,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowmo.config import Config, OptConfig
+from flowmo.config import OptConfig
 from flowmo.losses.noise import Chain, TrainingNoise, crop_size, to_device
 from flowmo.model import flow
+from flowmo.model.autoencoder import Autoencoder
 from flowmo.model.quantizers import Quantized, WholeBatch, local_statistic
 from flowmo.model.sampler import euler, guided_velocity, shifted_times
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Perceptual distance of two batches of images b × c × h × w in [−1, 1]: b."""
-
-
-class Tokenizer(Protocol):
-    """The parts of ``FlowMo`` that losses use."""
-
-    config: Config
-    encoder: Any
-    decoder: Any
-    quantizer: Any
-    networks: Any
 
 
 class Loss(NamedTuple):
@@ -51,7 +42,7 @@ class Loss(NamedTuple):
 
 
 def pretrain_loss(
-    tokenizer: Tokenizer,
+    tokenizer: Autoencoder,
     images: Tensor,
     noise: TrainingNoise,
     opt: OptConfig,
@@ -81,7 +72,7 @@ def pretrain_loss(
 
 
 def posttrain_loss(
-    tokenizer: Tokenizer, images: Tensor, noise: TrainingNoise, opt: OptConfig, perceptual: Distance | None
+    tokenizer: Autoencoder, images: Tensor, noise: TrainingNoise, opt: OptConfig, perceptual: Distance | None
 ) -> Loss:
     """Stage 1B, equation 12: flow loss, and perceptual distance between images and samples through the whole chain.
 
@@ -102,13 +93,13 @@ def posttrain_loss(
 
 
 def distill_loss(
-    tokenizer: Tokenizer,
+    tokenizer: Autoencoder,
     images: Tensor,
     noise: TrainingNoise,
     opt: OptConfig,
     perceptual: Distance | None,
     *,
-    teacher: Tokenizer,
+    teacher: Autoencoder,
 ) -> Loss:
     """Stage 1C: regress the mean velocity between two points of the teacher's sampling path, one pass per jump.
 
@@ -137,7 +128,7 @@ def distill_loss(
     return _sum({"flow": flow_loss}, distances, opt, quantized)
 
 
-def kept_code(tokenizer: Tokenizer, quantized: Quantized, noise: TrainingNoise) -> Tensor:
+def kept_code(tokenizer: Autoencoder, quantized: Quantized, noise: TrainingNoise) -> Tensor:
     """The code b × tokens × channels with the sub-tokens that nested dropout keeps, all without it."""
     if noise.kept is None:
         return quantized.code
@@ -145,7 +136,7 @@ def kept_code(tokenizer: Tokenizer, quantized: Quantized, noise: TrainingNoise) 
 
 
 def one_step(
-    tokenizer: Tokenizer, code: Tensor, x: Tensor, noise: TrainingNoise, opt: OptConfig
+    tokenizer: Autoencoder, code: Tensor, x: Tensor, noise: TrainingNoise, opt: OptConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the flow loss (equation 5) of images x b × c × h × w, and the noised images and velocity behind it."""
     decoder, t = tokenizer.decoder, noise.t
@@ -154,12 +145,13 @@ def one_step(
     return flow.flow_loss(velocity, noise.noise - x, _weighting(opt, t)), x_t, velocity
 
 
-def sample_chain(tokenizer: Tokenizer, code: Tensor, chain: Chain, recompute: bool = True) -> Tensor:
+def sample_chain(tokenizer: Autoencoder, code: Tensor, chain: Chain) -> Tensor:
     """Sample images b × c × h × w differentiably from pure noise, one Euler step per pair of times (equation 10).
+
+    Only the state before each step is kept. The backward pass recomputes the step.
 
     Args:
         code: quantized, b × tokens × channels.
-        recompute: keep only the state before each step and recompute the step in the backward pass.
     """
     decoder = tokenizer.decoder
 
@@ -170,7 +162,7 @@ def sample_chain(tokenizer: Tokenizer, code: Tensor, chain: Chain, recompute: bo
     z = chain.noise
     for i in range(chain.times.shape[1] - 1):
         arguments = (z, code, chain.times[:, i], chain.times[:, i + 1], chain.keep[:, i])
-        z = checkpoint(step, *arguments, use_reentrant=False) if recompute else step(*arguments)
+        z = checkpoint(step, *arguments, use_reentrant=False)
     return z
 
 
@@ -190,7 +182,7 @@ class Path(NamedTuple):
 
 
 @torch.no_grad()
-def teacher_path(teacher: Tokenizer, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
+def teacher_path(teacher: Autoencoder, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
     """Sample from noise b × c × h × w with the teacher's settings, or in ``steps`` Euler steps; keep every state."""
     sampling = teacher.config.eval.sampling
     times = shifted_times(steps or sampling.sample_steps, sampling.rho)
@@ -240,7 +232,11 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, opt: OptConfig, perceptual: Distance | None = None, teacher: Tokenizer | None = None
+        self,
+        tokenizer: Autoencoder,
+        opt: OptConfig,
+        perceptual: Distance | None = None,
+        teacher: Autoencoder | None = None,
     ):
         super().__init__()
         self.tokenizer, self.opt = tokenizer, opt
