@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowmo.config import Config
-from flowmo.model.sampler import evaluations, network_passes, shifted_times
+from flowmo.model.sampler import network_passes
 from flowmo.tokenizer import FlowMo
 from reproduce import page
 from reproduce.runner import Results, Row, Rows, Scale, Study
@@ -45,16 +45,17 @@ class Setting(NamedTuple):
 
     def passes(self, config: Config) -> int:
         """Decoder passes per image, including those for guidance."""
-        own = config.eval.sampling
-        times = evaluations(self.solver, shifted_times(self.steps, self.rho))
-        return network_passes(times, self.guidance, own.guidance_low, own.guidance_high)
+        return network_passes(self.changed(config).eval.sampling)
 
     def apply(self, tokenizer: FlowMo) -> FlowMo:
         """Return a tokenizer with the same weights that samples in this way."""
-        values = {"sample_steps": self.steps, "rho": self.rho, "guidance": self.guidance, "solver": self.solver}
         other = copy.copy(tokenizer)
-        other.config = tokenizer.config.override(*(f"eval.sampling.{name}={value}" for name, value in values.items()))
+        other.config = self.changed(tokenizer.config)
         return other
+
+    def changed(self, config: Config) -> Config:
+        values = {"sample_steps": self.steps, "rho": self.rho, "guidance": self.guidance, "solver": self.solver}
+        return config.updated({f"eval.sampling.{name}": value for name, value in values.items()})
 
 
 def settings_of(scale: Scale, config: Config) -> Iterator[Setting]:

@@ -191,7 +191,7 @@ def test_a_student_learns_and_resumes_exactly(settings, tiny, tmp_path):
     assert student.decode(codes).shape == (1, 3, 32, 32)
     assert not torch.equal(student.decode(codes), student.decode(codes, steps=4))
     for refused in ({"guidance": 1.5}, {"solver": "heun"}):
-        with pytest.raises(ValueError, match="has guidance built in and makes Euler steps"):
+        with pytest.raises(ValueError, match="has guidance folded in and makes Euler steps"):
             student.decode(codes, **refused)
     Trainer(settings.override("trainer.max_steps=20"), tmp_path / "broken", report=quiet).train()
     broken = Trainer(settings, tmp_path / "broken", report=quiet)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flowmo.config import SOLVERS as SOLVER_NAMES
+from flowmo.config import SamplingConfig
 from flowmo.model import flow
 from flowmo.model.sampler import (
     SOLVERS,
@@ -85,15 +86,11 @@ def test_times():
     assert (times[0], times[-1], len(times)) == (1.0, 0.0, 26)
     assert times[5] == (20 / 25) ** 4
     assert shifted_times(4, 1) == [1.0, 0.75, 0.5, 0.25, 0.0]
-    for bad in ((0, 4), (5, 0)):
-        with pytest.raises(ValueError, match="at least 1 step"):
-            shifted_times(*bad)
 
 
 def test_the_papers_sampler_takes_31_passes():
-    low, high = 0.17 / 1.17, 1.02 / 2.02
-    assert network_passes(evaluations("euler", shifted_times(25, 4)), 1.5, low, high) == 31
-    assert network_passes(evaluations("euler", shifted_times(25, 4)), 1.0, low, high) == 25
+    assert network_passes(SamplingConfig()) == 31
+    assert network_passes(SamplingConfig(guidance=1.0)) == 25
 
 
 def test_euler_is_exact_on_a_straight_path_and_first_order_on_a_curved_one():
@@ -133,8 +130,6 @@ def test_what_the_solvers_ask_for():
         asked = []
         solve(lambda x, t, asked=asked: asked.append(t) or x, torch.zeros(()), shifted_times(5, 4))
         assert asked == evaluations(name, shifted_times(5, 4)), name
-    with pytest.raises(ValueError, match="midpoint"):
-        evaluations("rk45", times)
 
 
 @pytest.mark.parametrize("solver", SOLVER_NAMES)

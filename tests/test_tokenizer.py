@@ -145,7 +145,7 @@ def test_bad_ids_and_seeds(tiny):
         tiny.decode(good.float(), steps=1)
     with pytest.raises(ValueError, match="3 seeds for 2"):
         tiny.decode(good, steps=1, seed=[1, 2, 3])
-    with pytest.raises(ValueError, match="at least 1 step"):
+    with pytest.raises(ValueError, match="sample_steps=0 must be"):
         tiny.decode(good, steps=0)
     with pytest.raises(ValueError, match="patches"):
         tiny.decode(good, steps=1, size=(30, 32))
@@ -253,8 +253,9 @@ def test_psnr():
         ({"seed": -1}, ValueError, "seed -1"),
         ({"seed": [0, 2**63]}, ValueError, "seed 9223372036854775808"),
         ({"seed": [1]}, ValueError, "1 seeds for 2"),
-        ({"guidance": float("nan")}, ValueError, "guidance nan"),
-        ({"steps": 0}, ValueError, "at least 1 step"),
+        ({"guidance": float("nan")}, ValueError, "guidance=nan"),
+        ({"steps": 0}, ValueError, "sample_steps=0 must be"),
+        ({"solver": "rk45"}, ValueError, "must be euler or midpoint"),
         ({"steps": 2, "rho": float("inf")}, ValueError, "rho"),
     ],
 )

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowmo.checkpoint import files, hub
-from flowmo.config import Config
+from flowmo.config import Config, SamplingConfig
 from flowmo.images import resize_and_crop, to_tensor
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
@@ -290,28 +290,23 @@ class FlowMo(Autoencoder):
         guidance: float | None = None,
         rho: float | None = None,
         solver: str | None = None,
-    ) -> sampler.Sampling:
-        """The model's own sampling settings, except for those that are given."""
-        own = self.config.eval.sampling
-        times = sampler.shifted_times(own.sample_steps if steps is None else steps, own.rho if rho is None else rho)
-        solver = own.solver if solver is None else solver
-        guidance = own.guidance if guidance is None else guidance
-        if solver not in sampler.SOLVERS:
-            raise ValueError(f"Unknown solver {solver!r}. Use {', '.join(sampler.SOLVERS)}.")
-        if self.config.model.mean_velocity and (solver != "euler" or guidance != 1):
-            raise ValueError("A distilled tokenizer has guidance built in and makes Euler steps. Leave both unset.")
-        return sampler.Sampling(times, solver, guidance, own.guidance_low, own.guidance_high)
+    ) -> SamplingConfig:
+        """The model's own sampling settings, except for those that are given. Raises ``ConfigError``."""
+        given = {"sample_steps": steps, "guidance": guidance, "rho": rho, "solver": solver}
+        changed = {f"eval.sampling.{name}": value for name, value in given.items() if value is not None}
+        return self.config.updated(changed).eval.sampling
 
     def sample(
         self,
         noise: Tensor,
         code: Tensor,
-        sampling: sampler.Sampling | None = None,
+        sampling: SamplingConfig | None = None,
         progress: Progress | None = None,
         differentiable: bool = False,
     ) -> Tensor:
         """Solve the flow from noise b × c × h × w at t = 1, given quantized code b × tokens × channels."""
-        times, solver, guidance, low, high = sampling or self.sampling()
+        s = sampling or self.config.eval.sampling
+        times = sampler.shifted_times(s.sample_steps, s.rho)
         out: list[Tensor] = []
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             for z, c in zip(self._chunks(noise.to(self.device)), self._chunks(code), strict=True):
@@ -319,8 +314,9 @@ class FlowMo(Autoencoder):
                     if self.config.model.mean_velocity:
                         x = sampler.follow_mean_velocity(self.decoder, c, z, times)
                     else:
-                        velocity = sampler.guided_velocity(self.decoder, c, guidance, low, high)
-                        x = sampler.SOLVERS[solver](velocity, z, times)
+                        guidance = s.guidance, s.guidance_low, s.guidance_high
+                        velocity = sampler.guided_velocity(self.decoder, c, *guidance)
+                        x = sampler.SOLVERS[s.solver](velocity, z, times)
                 out.append(x.float().clamp(-1, 1))
                 if progress:
                     progress(min(len(out) * len(z), len(noise)), len(noise))
@@ -328,8 +324,8 @@ class FlowMo(Autoencoder):
             return noise.to(self.device)
         images = torch.cat(out)[: len(noise)]
         if not torch.isfinite(images).all():
-            advice = "The weights may be damaged." if guidance == 1 else "A guidance nearer to 1 may help."
-            raise sampler.NotFiniteError(f"The sample is not finite with guidance {guidance:g}. {advice}")
+            advice = "The weights may be damaged." if s.guidance == 1 else "A guidance nearer to 1 may help."
+            raise sampler.NotFiniteError(f"The sample is not finite with guidance {s.guidance:g}. {advice}")
         return images
 
     def _code_and_size(self, codes: Codes | Tensor, size: tuple[int, int] | None) -> tuple[Tensor, int, int]:

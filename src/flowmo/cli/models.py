@@ -20,7 +20,7 @@ from flowmo.cli.options import load, prepare
 from flowmo.cli.output import Progress, UsageError, check_outputs, require
 from flowmo.codec.file import Codec, find_context
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config, flatten
-from flowmo.model import sampler
+from flowmo.model.sampler import network_passes
 from flowmo.tokenizer import FlowMo
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -60,7 +60,6 @@ def describe_tokenizer(config: Config) -> dict[str, Any]:
     with torch.device("meta"):
         tokenizer = FlowMo(config)
     s, bits, rate = config.eval.sampling, config.bits_per_image, config.bits_per_pixel
-    times = sampler.evaluations(s.solver, sampler.shifted_times(s.sample_steps, s.rho))
     return {
         "parameters": parameters(tokenizer),
         "encoder_parameters": parameters(tokenizer.encoder),
@@ -73,7 +72,7 @@ def describe_tokenizer(config: Config) -> dict[str, Any]:
         "bytes_per_image": None if bits is None else math.ceil(bits / 8),
         "bits_per_pixel": None if rate is None else round(rate, 4),
         "sampling_steps": s.sample_steps,
-        "passes_per_image": sampler.network_passes(times, s.guidance, s.guidance_low, s.guidance_high),
+        "passes_per_image": network_passes(s),
     }
 
 

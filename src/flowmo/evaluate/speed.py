@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from flowmo.model.sampler import evaluations, network_passes, seeded_noise, shifted_times
+from flowmo.model.sampler import network_passes, seeded_noise
 from flowmo.precision import computing
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
@@ -109,14 +109,13 @@ def parts(tokenizer: FlowMo, images: int = 1) -> dict[str, Callable[[], torch.Te
 @torch.no_grad()
 def count_work(tokenizer: FlowMo, images: int, bfloat16: bool) -> dict[str, tuple[int, float]]:
     """Count (passes, FLOPs) of each part; see ``Timing``. The tokenizer is not compiled yet."""
-    sampling, functions, flops = tokenizer.config.eval.sampling, parts(tokenizer, images), {}
+    functions, flops = parts(tokenizer, images), {}
     for part in ("encode", "decoder pass"):
         counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
         with computing("bfloat16" if bfloat16 else "float32", tokenizer.device), counter:
             functions[part]()
         flops[part] = counter.get_total_flops()
-    calls = evaluations(sampling.solver, shifted_times(sampling.sample_steps, sampling.rho))
-    passes = network_passes(calls, sampling.guidance, sampling.guidance_low, sampling.guidance_high)
+    passes = network_passes(tokenizer.config.eval.sampling)
     return {part: (1, flops[part]) for part in flops} | {"decode": (passes, passes * flops["decoder pass"])}
 
 
