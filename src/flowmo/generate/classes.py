@@ -1,7 +1,5 @@
 """Classes by name. A WordNet id also has ImageNet's names."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """A trained MaskGIT: samples a tokenizer's ids given a class (stage 2), and computes the likelihood of ids."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

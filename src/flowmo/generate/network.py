@@ -6,8 +6,6 @@ at width 1024, depth 28, 512 ids of 9 bits and 1000 classes.
 Shapes: b batch, n ids per image, d width, v vocabulary size.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -123,7 +121,7 @@ class UViT(nn.Module):
         initialise(self)  # TiTok also truncates at ±2, which is 100 standard deviations and changes nothing
 
     @property
-    def blocks(self) -> list[UViTBlock]:
+    def blocks(self) -> list[nn.Module]:
         """All blocks in execution order."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 

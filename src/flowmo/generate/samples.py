@@ -1,7 +1,5 @@
 """Generate images of classes, and write many of them with any number of processes. An interrupted call resumes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence

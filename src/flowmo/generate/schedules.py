@@ -1,7 +1,5 @@
 """Mask schedules of MaskGIT (Chang et al. 2022): how many ids are masked at each step, and the unmasking order."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ Every sample has a number: image i with crop c, plain or mirrored. A shard holds
 not at all, so interruptions neither lose nor repeat a sample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

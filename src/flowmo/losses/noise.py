@@ -1,9 +1,7 @@
 """Random numbers of a training step, drawn before the loss so that the losses are deterministic functions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -58,7 +56,7 @@ class TrainingNoise(NamedTuple):
     kept: Tensor | None = None
 
     @classmethod
-    def of(cls, config: Config, images: Tensor, indices: Sequence[int], seed: int | None = None) -> TrainingNoise:
+    def of(cls, config: Config, images: Tensor, indices: Sequence[int], seed: int | None = None) -> Self:
         """Draw the numbers of ``images`` b × c × h × w, whose positions in the run are ``indices``.
 
         They depend on the seed and the index alone, so they survive interruption and any split of a batch.

@@ -4,8 +4,6 @@ LPIPS is stage 1A's distance and the reported metric; the logits of a ResNet-50 
 defined here because the ``lpips`` package needs torchvision, which the base install does without.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,31 +58,6 @@ ARCHITECTURES = {"vgg": (VGG_ROWS, 2, (1, 2, 3, 4)), "alex": (ALEX_ROWS, 3, (1, 
 
 class WeightsNotFoundError(FlowMoError, FileNotFoundError):
     """Trained weights were found nowhere."""
-
-
-def build_distance(
-    mode: str,
-    weights: str | Path | None = None,
-    pretrained: bool = True,
-    channels: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> LPIPS | MeanLPIPS | ResNetLogits:
-    """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex``, their mean ``vgg+alex``, or ``resnet``.
-
-    Args:
-        channels: three channels of the images, which the network takes as red, green and blue; ``None`` is all.
-        dtype: of LPIPS' convolutions. In bfloat16 they are three times as fast on a CPU with matrix units.
-    """
-    distance: LPIPS | MeanLPIPS | ResNetLogits
-    if mode == "resnet":
-        distance = ResNetLogits(weights, pretrained=pretrained)
-    elif "+" in mode:
-        nets = [build_distance(net, weights, pretrained, channels, dtype) for net in mode.split("+")]
-        return MeanLPIPS(nets)
-    else:
-        distance = LPIPS(mode, weights, pretrained=pretrained, dtype=dtype)
-    distance.channels = channels
-    return distance
 
 
 def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = None, download: bool = True) -> Path:
@@ -282,3 +255,28 @@ class ResNetLogits(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return (self.logits(x) - self.logits(y)).square().mean(dim=1)
+
+
+def build_distance(
+    mode: str,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    channels: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LPIPS | MeanLPIPS | ResNetLogits:
+    """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex``, their mean ``vgg+alex``, or ``resnet``.
+
+    Args:
+        channels: three channels of the images, which the network takes as red, green and blue; ``None`` is all.
+        dtype: of LPIPS' convolutions. In bfloat16 they are three times as fast on a CPU with matrix units.
+    """
+    distance: LPIPS | MeanLPIPS | ResNetLogits
+    if mode == "resnet":
+        distance = ResNetLogits(weights, pretrained=pretrained)
+    elif "+" in mode:
+        nets = [build_distance(net, weights, pretrained, channels, dtype) for net in mode.split("+")]
+        return MeanLPIPS(nets)
+    else:
+        distance = LPIPS(mode, weights, pretrained=pretrained, dtype=dtype)
+    distance.channels = channels
+    return distance

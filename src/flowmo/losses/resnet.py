@@ -1,7 +1,5 @@
 """ResNet-50 (He et al. 2016) with torchvision's parameter names; the base install does without torchvision."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ Stage 1A (mode matching) and stage 1B (mode seeking) are the paper's sections 3.
 paper: it distils a tokenizer into a student whose decoder samples in one or a few steps.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -5,8 +5,6 @@ blocks of ``CORE`` cells with a halo on each side. Blocks start on window border
 windows as the whole image. Only dependencies beyond the halo differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

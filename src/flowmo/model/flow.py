@@ -5,8 +5,6 @@ z ← z − dt·v from t = 1 to t = 0. Equations 5 and 6 of the paper print the 
 checkpoints have this one.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Precision and compilation of models in use."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -5,8 +5,6 @@ noise at t = 1 to an image at t = 0. Each image has its own seed and its noise i
 on its code and its seed alone, not on its batch, its index there, or the device.
 """
 
-from __future__ import annotations
-
 import itertools
 import operator
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ Package indices ship a torchvision built for CUDA. Next to a CPU build of torch 
 names is enough; nothing here calls them.
 """
 
-from __future__ import annotations
-
 import importlib
 from importlib.util import find_spec
 from types import ModuleType

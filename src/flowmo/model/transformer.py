@@ -10,8 +10,6 @@ Notable:
 In annotations of shapes: b batch, c channels of an image, m code tokens, n image tokens, d width or channels.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -186,18 +184,21 @@ class Stream(nn.Module):
         parts = self.modulation(activated).float()[:, None].split(activated.shape[-1], dim=-1)
         return (Modulation(*parts), None) if self.keys_only else (Modulation(*parts[:3]), Modulation(*parts[3:]))
 
-    def project(self, x: Tensor, modulation: Modulation | None, table: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Queries (``None`` with ``keys_only``), keys and values, each b × n × heads × d."""
+    def project(self, x: Tensor, modulation: Modulation | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each b × n × heads × d. With ``keys_only`` there are no queries: their n is 0."""
         x = modulated_norm(x, modulation)
         if self.keys_only:
-            query, (key, value) = None, self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            key, value = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            query = value[:, :0].detach()
         else:
             query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
             query = rotate(self.query_norm(query), table).to(value.dtype)
         return query, rotate(self.key_norm(key), table).to(value.dtype), value
 
     def finish(self, x: Tensor, attended: Tensor, modulations: Modulations) -> Tensor:
-        """Residual updates by the attention's output (b × n × d) and by the MLP."""
+        """Residual updates by the attention's output (b × n × d) and by the MLP. With ``keys_only`` there are none."""
+        if self.keys_only:
+            return x
         attention, mlp = modulations
         x = gated_residual(x, self.proj(attended), attention)
         return gated_residual(x, self.mlp_out(self.gelu(self.mlp_in(modulated_norm(x, mlp)))), mlp)
@@ -237,22 +238,15 @@ class DoubleStreamBlock(nn.Module):
         modulations: tuple[Modulations, Modulations] = (IDENTITY, IDENTITY),
     ) -> tuple[Tensor, Tensor]:
         """code: b × m × d, image: b × n × d, table: of m + n tokens. A stream that is not read is unchanged."""
-        m = code.shape[1]
         for_code, for_image = modulations
-        code_q, code_k, code_v = self.code.project(code, for_code[0], table[:, :m])
-        image_q, image_k, image_v = self.picture.project(image, for_image[0], table[:, m:])
-        query = torch.cat([q for q in (code_q, image_q) if q is not None], dim=1)
-        key, value = torch.cat((code_k, image_k), dim=1), torch.cat((code_v, image_v), dim=1)
-        attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=self.attention_scale
-        )
+        of_code = self.code.project(code, for_code[0], table[:, : code.shape[1]])
+        of_image = self.picture.project(image, for_image[0], table[:, code.shape[1] :])
+        query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(of_code, of_image, strict=True))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=self.attention_scale)
         attended = attended.transpose(1, 2).flatten(2)  # b m+n d
-        if code_q is not None:
-            code = self.code.finish(code, attended[:, :m], for_code)
-            attended = attended[:, m:]
-        if image_q is not None:
-            image = self.picture.finish(image, attended, for_image)
-        return code, image
+        queries = of_code[0].shape[1]
+        code = self.code.finish(code, attended[:, :queries], for_code)
+        return code, self.picture.finish(image, attended[:, queries:], for_image)
 
 
 class Encoder(nn.Module):

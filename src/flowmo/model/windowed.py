@@ -13,8 +13,6 @@ Notable:
 In annotations of shapes: b batch, r rows and c columns of the feature map, d channels.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
