@@ -22,7 +22,6 @@ from typing import Any
 from flowmo.config import preset
 from flowmo.data.tokens import TokenDataset
 from flowmo.generate.generator import Generator
-from flowmo.generate.samples import SampleSettings
 from flowmo.tokenizer import FlowMo
 from reproduce import generation, page
 from reproduce.bases import CPU_GENERATOR, GPU_GENERATOR, SMOKE_GENERATOR
@@ -74,8 +73,8 @@ def tokenizer_rows(
 
     def drawn(trained: tuple[Generator, float], kind: str, label: str, **settings: Any) -> Row:
         generator, nats = trained
-        sampling, labels = SampleSettings(steps=scale.steps, **settings), evaluator.balanced_labels()
-        make = partial(generation.generated, generator, tokenizer, labels, sampling, study)
+        labels = evaluator.balanced_labels()
+        make = partial(generation.generated, generator, tokenizer, labels, study, steps=scale.steps, **settings)
         return row(kind, label, make, cross_entropy=nats, **settings)
 
     table, swept = generation.train_generator(scale.generator, f"{name}-table", tokens), []

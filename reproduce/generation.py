@@ -21,7 +21,7 @@ from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.reconstruction import print_unreadable, readable_crops
 from flowmo.generate.classes import class_titles
 from flowmo.generate.generator import Generator, load_generator
-from flowmo.generate.samples import SampleSettings, image_seeds
+from flowmo.generate.samples import image_seeds
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import to_bytes, to_pil
 from flowmo.streams import Stream, stream
@@ -227,16 +227,19 @@ def independent_ids(tokenizer: Tokenizer, tokens: TokenDataset, labels: Tensor) 
 
 
 def generated(
-    generator: Generator, tokenizer: Tokenizer, labels: Tensor, settings: SampleSettings, study: Study
+    generator: Generator, tokenizer: Tokenizer, labels: Tensor, study: Study, seed: int = 0, **sampling: Any
 ) -> LabelledImages:
-    """Images that a generator draws. Ranks share the work; the result does not depend on their number."""
+    """Images that a generator draws, by keyword arguments of ``Generator.sample``.
+
+    Ranks share the work. The result does not depend on their number.
+    """
     side, device = tokenizer.config.data.image_size, study.world.device
     images = torch.zeros(len(labels), 3, side, side, dtype=torch.int32)
     for start in range(0, len(labels), BATCH)[study.world.rank :: study.world.size]:
         numbers = range(start, min(start + BATCH, len(labels)))
-        seeds = image_seeds(settings.seed, numbers)
+        seeds = image_seeds(seed, numbers)
         with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
-            ids = generator.sample(labels[numbers.start : numbers.stop], seeds, **settings.sampling())
+            ids = generator.sample(labels[numbers.start : numbers.stop], seeds, **sampling)
             made = tokenizer.decode(ids, seed=seeds)
         images[numbers.start : numbers.stop] = to_bytes(made.float()).cpu().int()
     return LabelledImages(study.world.sum(images).to(torch.uint8), labels)

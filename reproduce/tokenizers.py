@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 from flowmo.config import preset
-from flowmo.generate.samples import SampleSettings
 from flowmo.train.state import read_metadata
 from reproduce import generation, page
 from reproduce.adversarial import train_peer
@@ -77,8 +76,7 @@ def rows(study: Study, metadata: Row) -> Rows:
         for seed in range(1, scale.seeds + 1):
             run, config = f"{kind}-generator-seed{seed}", scale.generator.override(f"trainer.seed={seed}")
             generator, nats = generation.train_generator(config, run, tokens)
-            settings = SampleSettings(seed=seed, steps=scale.steps)
-            make = partial(generation.generated, generator, tokenizer, labels, settings, study)
+            make = partial(generation.generated, generator, tokenizer, labels, study, seed, steps=scale.steps)
             yield evaluator.once(run, label, make, kind="generated", seed=seed, cross_entropy=nats, **about)
 
 

@@ -76,11 +76,6 @@ def test_anchored_share_lies_at_one():
     assert cdf_distance(t[~at_one], CDFS["uniform"]) < 1.95 / math.sqrt(80_000)
 
 
-def test_unknown_distribution():
-    with pytest.raises(ValueError, match="fat_lognormal"):
-        flow.sample_timesteps(1, "cosine")
-
-
 def test_times():
     times = shifted_times(25, 4)
     assert (times[0], times[-1], len(times)) == (1.0, 0.0, 26)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,11 @@ from flowmo.images import to_pil
 
 MAX_GRID_IMAGES = 1000
 GRID_COLUMNS = 8
+SAMPLING = (
+    *("seed", "steps", "guidance", "temperature", "last_temperature", "choice_temperature", "order"),
+    *("decode_steps", "decode_guidance"),
+)
+"""Options of ``generate`` that ``sample_images`` takes."""
 
 
 def tokenize(arguments: argparse.Namespace) -> tuple[str, dict] | None:
@@ -79,7 +83,7 @@ def export(arguments: argparse.Namespace) -> tuple[str, dict]:
 def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
     from flowmo.distributed import join
     from flowmo.generate.generator import load_generator
-    from flowmo.generate.samples import SampleSettings, check_pair, parse_positions, sample_images, write_samples
+    from flowmo.generate.samples import check_pair, parse_positions, sample_images, write_samples
 
     out, as_grid = arguments.output, arguments.output.suffix == ".png"
     if arguments.edit and not as_grid:
@@ -97,7 +101,7 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         count, show = arguments.count or len(classes) * arguments.per_class, Progress("generating")
         class_rows = as_grid and not arguments.count  # one class below another
         labels = [classes[i // arguments.per_class if class_rows else i % len(classes)] for i in range(count)]
-        settings = SampleSettings(**{field.name: getattr(arguments, field.name) for field in fields(SampleSettings)})
+        settings = {name: getattr(arguments, name) for name in SAMPLING}
         data = {"file": str(out), "pictures": count, "classes": class_names, "indices": classes}
         data["guidance"] = guidance = generator.guidance_in_words(arguments.guidance)
         if not as_grid:
@@ -108,13 +112,13 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
             raise UsageError(f"Several processes cannot write {out}. Name a folder or an .npz with --output.")
         if count > MAX_GRID_IMAGES:
             raise UsageError(f"{count} images are too many for one .png. Name a folder or an .npz with --output.")
-        ids = keep = None
         if arguments.edit:
             codes = tokenizer.encode_image(tokenizer.pixels.read(arguments.edit), "crop")
             assert codes.ids is not None  # a generator's tokenizer has ids
             ids = codes.ids.expand(count, -1, -1)
             keep = parse_positions(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])
-        images = sample_images(generator, tokenizer, labels, range(count), settings, ids, keep, show)
+            settings |= {"ids": ids, "keep": keep}
+        images = sample_images(generator, tokenizer, labels, range(count), **settings, progress=show)
         images = tokenizer.pixels.visible(images)
         columns = min(count, arguments.per_class if class_rows and len(classes) > 1 else GRID_COLUMNS)
         blank = torch.ones_like(images[:1]).expand(-count % columns, -1, -1, -1)

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +20,6 @@ from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import FlowMo
 
 SETTINGS_FILE = "samples.json"
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """Settings of sampling and decoding. ``None`` is the default of the generator or the tokenizer."""
-
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    temperature: float | None = None
-    last_temperature: float | None = None
-    choice_temperature: float | None = None
-    order: str | None = None
-    decode_steps: int | None = None
-    decode_guidance: float | None = None
-
-    def sampling(self) -> dict:
-        """Keyword arguments for ``Generator.sample``."""
-        return {name: v for name, v in asdict(self).items() if name != "seed" and not name.startswith("decode")}
 
 
 def image_seeds(seed: int, indices: Iterable[int]) -> list[int]:
@@ -61,20 +42,21 @@ def sample_images(
     tokenizer: FlowMo,
     labels: Sequence[int],
     indices: Sequence[int],
-    settings: SampleSettings,
-    ids: Tensor | None = None,
-    keep: Tensor | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    seed: int = 0,
+    decode_steps: int | None = None,
+    decode_guidance: float | None = None,
+    **sampling: Any,
 ) -> Tensor:
-    """Generate images of classes: b × 3 × h × w in [−1, 1].
+    """Generate images of classes: b × c × h × w in [−1, 1].
 
     Args:
         indices: of the images in a larger set. With the seed they determine all randomness.
-        ids, keep: see ``Generator.sample``.
+        decode_steps, decode_guidance: of ``FlowMo.decode``; ``None`` is the tokenizer's own.
+        sampling: keyword arguments of ``Generator.sample``.
     """
-    seeds = image_seeds(settings.seed, indices)
-    sampled = generator.sample(labels, seeds, **settings.sampling(), ids=ids, keep=keep, progress=progress)
-    return tokenizer.decode(sampled, settings.decode_steps, seeds, guidance=settings.decode_guidance)
+    seeds = image_seeds(seed, indices)
+    ids = generator.sample(labels, seeds, **sampling)
+    return tokenizer.decode(ids, decode_steps, seeds, guidance=decode_guidance)
 
 
 def write_samples(
@@ -82,7 +64,7 @@ def write_samples(
     tokenizer: FlowMo,
     labels: Sequence[int],
     out: Path,
-    settings: SampleSettings,
+    settings: Mapping[str, Any],
     *,
     batch_size: int = 16,
     world: World = World(),
@@ -92,6 +74,9 @@ def write_samples(
 
     All ranks call this together and share the images, which do not depend on the world size. The images of an ``.npz``
     stay in a folder beside it until all exist.
+
+    Args:
+        settings: keyword arguments of ``sample_images``.
 
     Raises:
         GenerationError: the generator and the tokenizer do not match, or the folder holds something else.
@@ -109,7 +94,7 @@ def write_samples(
     mine = missing[world.rank :: world.size]
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
-        images = sample_images(generator, tokenizer, [labels[index] for index in batch], batch, settings)
+        images = sample_images(generator, tokenizer, [labels[index] for index in batch], batch, **settings)
         for index, image in zip(batch, images, strict=True):
             write_content(paths[index], pixels.to_file(image, paths[index].suffix))
         if progress:
@@ -121,9 +106,9 @@ def write_samples(
     world.barrier()
 
 
-def _claim(folder: Path, generator: Generator, labels: Sequence[int], settings: SampleSettings) -> None:
+def _claim(folder: Path, generator: Generator, labels: Sequence[int], settings: Mapping[str, Any]) -> None:
     """Record the samples' settings in the folder, or refuse a folder with other content."""
-    content = json.dumps({**asdict(settings), "generator": generator.identity(), "labels": [*labels]})
+    content = json.dumps({**settings, "generator": generator.identity(), "labels": [*labels]})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_FILE
     if path.is_file() and path.read_text() == content:

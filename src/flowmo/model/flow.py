@@ -53,12 +53,7 @@ def sample_timesteps(
             uniform. Without the tail, t = 1 is rare and images discolour (table 4, figure 7). ``lognormal`` and
             ``uniform`` are its two parts. The names are the authors'.
         anchor: share of timesteps at exactly t = 1, where a sample starts and only the code helps; for short runs.
-
-    Raises:
-        ValueError: an unknown distribution.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"Unknown timestep distribution {distribution!r}. Use {', '.join(DISTRIBUTIONS)}.")
     uniform = torch.rand(count, generator=generator)
     logit_normal = torch.randn(count, generator=generator).sigmoid()
     t = torch.where(torch.rand(count, generator=generator) < DISTRIBUTIONS[distribution], uniform, logit_normal)

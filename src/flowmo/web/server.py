@@ -25,7 +25,7 @@ from flowmo.evaluate.codecs import FORMATS, CodecMissingError, CodecReconstructo
 from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.generate.classes import class_titles
 from flowmo.generate.generator import Generator
-from flowmo.generate.samples import SampleSettings, check_pair, sample_images
+from flowmo.generate.samples import check_pair, sample_images
 from flowmo.images import to_pil, to_tensor
 from flowmo.tokenizer import FlowMo
 from flowmo.web.export import PAGE, check_page, describe
@@ -118,7 +118,7 @@ class Demo:
             raise DemoError("There is no generator. Start flowmo demo with --generator.")
         named = self.generator.vocabulary.classes
         labels = [self.generator.label(label if named else -1)] * GENERATED
-        images = sample_images(self.generator, self.tokenizer, labels, range(GENERATED), SampleSettings(seed=seed))
+        images = sample_images(self.generator, self.tokenizer, labels, range(GENERATED), seed)
         return b"".join(rgba_of(to_pil(image)) for image in images)
 
 

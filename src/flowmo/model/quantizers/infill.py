@@ -75,23 +75,20 @@ def load_language_model(name: str, channels: int) -> tuple[Any, list[int]]:
     """
     before_importing("transformers")
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise LanguageModelError(f"{name}: language models need transformers. Run: pip install transformers") from None
     try:
-        config = AutoConfig.from_pretrained(name)
-        if config.hidden_size != channels:
-            advice = f"Write model.context_dim={config.hidden_size}, not {channels}."
-            raise LanguageModelError(f"{name} has hidden size {config.hidden_size}. {advice}")
         model = AutoModelForCausalLM.from_pretrained(name).base_model
-    except LanguageModelError:
-        raise
     except (OSError, ValueError) as error:
         raise LanguageModelError(f"{name}: cannot load a language model ({one_line(error)})") from None
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    if width != channels:
+        raise LanguageModelError(f"{name} has hidden size {width}. Write model.context_dim={width}, not {channels}.")
     try:
         sentinel_ids = AutoTokenizer.from_pretrained(name).convert_tokens_to_ids(list(SENTINELS))
     except (OSError, ValueError, KeyError, TypeError):
         sentinel_ids = []
     if None in sentinel_ids or len(set(sentinel_ids)) < len(SENTINELS):  # unknown tokens share one id
-        sentinel_ids = list(range(config.vocab_size - len(SENTINELS), config.vocab_size))
+        sentinel_ids = list(range(vocabulary - len(SENTINELS), vocabulary))
     return model.eval().requires_grad_(False), sentinel_ids
