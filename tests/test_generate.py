@@ -287,19 +287,21 @@ def test_guidance_of_one_is_none(generator):
 @pytest.mark.parametrize("order", ["confidence", "halton", "random"])
 @pytest.mark.parametrize("steps", [1, 3, 12, 30])
 def test_every_place_is_filled_once(generator, order, steps, monkeypatch):
-    filled = torch.zeros(4, 12, dtype=torch.int64)
-    step = Generator._step
+    seen = []
+    guided_logits = Generator.guided_logits
 
     def watched(self, ids, mask, *rest):
-        new_ids, new_hidden = step(self, ids, mask, *rest)
-        assert not (new_hidden & ~mask).any(), "nothing is mask again"
-        assert torch.equal(new_ids[~mask], ids[~mask]), "nothing unmasked is changed"
-        filled.add_((mask & ~new_hidden).long())
-        return new_ids, new_hidden
+        seen.append((ids, mask))
+        return guided_logits(self, ids, mask, *rest)
 
-    monkeypatch.setattr(Generator, "_step", watched)
+    monkeypatch.setattr(Generator, "guided_logits", watched)
     ids = generator.sample([0, 1, 2, -1], steps=steps, order=order)
-    assert (filled == 1).all()
+    assert len(seen) == steps
+    assert seen[0][1].all()
+    seen.append((ids.flatten(1), torch.zeros(4, 12, dtype=torch.bool)))
+    for (before, masked), (after, still_masked) in itertools.pairwise(seen):
+        assert not (still_masked & ~masked).any(), "nothing is masked again"
+        assert torch.equal(after[~masked], before[~masked]), "nothing unmasked is changed"
     assert ids.shape == (4, 6, 2)
     assert ids.min() >= 0
     assert ids.max() < 16

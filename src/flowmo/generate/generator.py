@@ -118,50 +118,38 @@ class Generator(InferenceModel):
         for i, chunk in enumerate(chunks):
             generators = [stream(numbers[k], Stream.IDS) for k in chunk]
             x, mask = start[chunk].to(self.device), masks[chunk].to(self.device)
-            counts = [masked_counts(max(int(n), 1), own.sample_steps, own.schedule) for n in masks[chunk].sum(dim=1)]
-            ranks = None if own.order == "confidence" else self._ranks(own.order, generators)
-            for step, left in enumerate(zip(*counts, strict=True)):
-                x, mask = self._step(x, mask, labels[chunk], generators, own, step, left, ranks)
+            for step, after in enumerate(self._steps(x, mask, labels[chunk], generators, own)):
+                x = after
                 if progress:
                     progress(i * own.sample_steps + step + 1, len(chunks) * own.sample_steps)
             rows.append(x.cpu())
         return torch.cat(rows)[: len(labels)].unflatten(1, (self.vocabulary.tokens, self.vocabulary.sub_tokens))
 
-    def _step(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        labels: Tensor,
-        generators: Sequence[torch.Generator],
-        own: GeneratorConfig,
-        step: int,
-        left: Sequence[int],
-        ranks: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Sample every masked id and unmask the best; ``left[i]`` ids of image i stay masked. Returns ids and mask."""
-        # TiTok's first step is already one step along from the first temperature to the last
-        share = (step + 1) / own.sample_steps if own.drawing == "gumbel" else step / max(own.sample_steps - 1, 1)
-        temperature = own.temperature + (own.last_temperature - own.temperature) * share
-        noise = own.choice_temperature * (1 - share)
+    def _steps(
+        self, ids: Tensor, mask: Tensor, labels: Tensor, generators: Sequence[torch.Generator], own: GeneratorConfig
+    ) -> Iterator[Tensor]:
+        """Sample every masked id and unmask the best, step by step. Yields the ids after each step, b × n."""
+        counts = [masked_counts(max(int(n), 1), own.sample_steps, own.schedule) for n in mask.sum(dim=1)]
+        ranks = None if own.order == "confidence" else self._ranks(own.order, generators).to(self.device, torch.float32)
         scale = own.guidance + (own.guided_from == "class")  # class + g (class - null) = null + (g + 1) (class - null)
-        logits = self.guided_logits(ids, mask, labels, scale) / temperature
-        uniform = torch.stack([torch.rand(2, ids.shape[1], generator=g) for g in generators]).to(self.device)
-        if own.drawing == "gumbel":
-            more = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators]).to(self.device)
-            sampled = (logits + noise * gumbel(more)).argmax(dim=-1)
-            confidence = logits.gather(-1, sampled[..., None])[..., 0]
-        else:
-            p = logits.softmax(dim=-1)
-            sums = p.cumsum(dim=-1)
-            # the last sum may differ from 1 by rounding
-            sampled = torch.searchsorted(sums, (uniform[:, 0] * sums[..., -1])[..., None], right=True)[..., 0]
-            sampled = sampled.clamp(max=logits.shape[-1] - 1)
-            confidence = p.gather(-1, sampled[..., None])[..., 0].clamp(min=1e-20).log()
-        score = confidence + noise * gumbel(uniform[:, 1]) if ranks is None else -ranks.to(self.device, torch.float32)
-        rank = score.masked_fill(~mask, torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        unmasked = ids.shape[1] - torch.tensor(left, device=self.device)[:, None]
-        unmask = mask & (rank < unmasked)
-        return torch.where(unmask, sampled, ids), mask & ~unmask
+        for step, left in enumerate(zip(*counts, strict=True)):
+            # TiTok's first step is already one step along from the first temperature to the last
+            share = (step + 1) / own.sample_steps if own.drawing == "gumbel" else step / max(own.sample_steps - 1, 1)
+            temperature = own.temperature + (own.last_temperature - own.temperature) * share
+            noise = own.choice_temperature * (1 - share)
+            logits = self.guided_logits(ids, mask, labels, scale) / temperature
+            uniform = torch.stack([torch.rand(2, ids.shape[1], generator=g) for g in generators]).to(self.device)
+            if own.drawing == "gumbel":
+                more = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators]).to(self.device)
+                sampled = (logits + noise * gumbel(more)).argmax(dim=-1)
+                confidence = logits.gather(-1, sampled[..., None])[..., 0]
+            else:
+                sampled, confidence = draw(logits.softmax(dim=-1), uniform[:, 0])
+            score = confidence + noise * gumbel(uniform[:, 1]) if ranks is None else -ranks
+            rank = score.masked_fill(~mask, torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            unmask = mask & (rank < ids.shape[1] - torch.tensor(left, device=self.device)[:, None])
+            ids, mask = torch.where(unmask, sampled, ids), mask & ~unmask
+            yield ids
 
     def guided_logits(self, ids: Tensor, mask: Tensor, labels: Tensor, guidance: float = 1.0) -> Tensor:
         """Logits b × n × v in float32: null + guidance · (class − null). Guidance 1 needs no null pass.
@@ -276,6 +264,14 @@ class Generator(InferenceModel):
         size = self.chunk_size or (4 if self.device.type == "cpu" else 64)
         for start in range(0, count, size):
             yield [min(i, count - 1) for i in range(start, start + size)]
+
+
+def draw(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw ids from probabilities p, b × n × v, by uniform numbers b × n. Returns ids and their log-probabilities."""
+    sums = p.cumsum(dim=-1)
+    # the last sum may differ from 1 by rounding
+    ids = torch.searchsorted(sums, (uniform * sums[..., -1])[..., None], right=True).clamp(max=p.shape[-1] - 1)
+    return ids[..., 0], p.gather(-1, ids)[..., 0].clamp(min=1e-20).log()
 
 
 def gumbel(uniform: Tensor) -> Tensor:
