@@ -89,7 +89,8 @@ def test_training_draws_are_independent(stage, tiny_config):
     decoded = torch.stack([seeded_noise([i], 4, 4)[0].flatten() for i in range(COUNT)])
     columns = {"t": draws.t, "noise": draws.noise[:, 0, 0, 0], "keep": draws.keep, "decoded": decoded[:, 0]}
     columns |= {"size of noise": draws.noise[:, 0, 0, 0].abs(), "size of decoded": decoded[:, 0].abs()}
-    columns |= {"row": torch.tensor(draws.crop_corners)[:, 0], "column": torch.tensor(draws.crop_corners)[:, 1]}
+    corners = torch.tensor([[rows.start, columns.start] for rows, columns in draws.crops])
+    columns |= {"row": corners[:, 0], "column": corners[:, 1]}
     if stage == "posttrain":
         chain = draws.chain
         columns |= {"chain noise": chain.noise[:, 0, 0, 0].abs(), "time": chain.times[:, 1]}

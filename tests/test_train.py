@@ -123,13 +123,14 @@ def test_the_perceptual_loss_sees_both_pictures_cut_alike(loss, stage, tiny_conf
     for start, chunk in ((0, images[:2]), (2, images[2:])):
         noise = TrainingNoise.of(config, chunk, range(start, start + len(chunk)))
         loss(tokenizer, chunk, noise, tokenizer.config.opt, distance)
-    assert len(set(draws.crop_corners)) > 1
+    corners = [(rows.start, columns.start) for rows, columns in draws.crops]
+    assert len(set(corners)) > 1
     cut = torch.cat([x for x, _ in seen])
     assert cut.shape == torch.cat([y for _, y in seen]).shape == (5, 3, 27, 27)
-    for image, part, (row, column) in zip(images, cut, draws.crop_corners, strict=True):
+    for image, part, (row, column) in zip(images, cut, corners, strict=True):
         assert torch.equal(image[:, row : row + 27, column : column + 27], part)
     plain = TrainingNoise.of(tiny_config.override(*stage), images, range(5))
-    assert plain.crop_corners is None
+    assert plain.crops is None
     assert torch.equal(plain.noise, draws.noise)
     assert torch.equal(plain.t, draws.t)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from flowmo import Config, ConfigError, FlowMo, load, save
 from flowmo.config import ModelConfig
-from flowmo.losses.noise import Chain, TrainingNoise, kept_sub_tokens
+from flowmo.losses.noise import Chain, TrainingNoise
 from flowmo.losses.stages import one_step, posttrain_loss, pretrain_loss, sample_chain
 from flowmo.model import blocks
 from flowmo.model.transformer import depth_to_space, space_to_depth
@@ -198,11 +198,12 @@ def test_stage_1b_samples_from_the_prefixes_that_images_keep(config):
 
 
 def test_kept_prefixes_are_uniform_and_of_their_own_stream(config):
-    kept = kept_sub_tokens(config.model, config.trainer.seed, range(4000))
+    images = torch.zeros(1, 3, 1, 1).expand(4000, -1, -1, -1)
+    kept = TrainingNoise.of(config, images, range(4000)).kept
     counts = torch.bincount(kept, minlength=5)[1:]
     assert counts.sum() == 4000
     assert (counts - 1000).abs().max() < 120  # over four standard deviations
-    assert torch.equal(kept[100:200], kept_sub_tokens(config.model, config.trainer.seed, range(100, 200)))
+    assert torch.equal(kept[100:200], TrainingNoise.of(config, images[:100], range(100, 200)).kept)
 
 
 def test_blocks_cover_every_cell_once_and_blend_to_one():

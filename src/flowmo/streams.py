@@ -48,7 +48,6 @@ class Stream(StrEnum):
     CROP = "crop"
     CODEBOOK = "codebook"  # the step is the seed
     CONTEXT_MODEL = "context model"
-    UNMASKING_ORDER = "reveal order"
     SCORE_ORDER = "score order"
     BASIS = "basis"
     PROBES = "probes"

@@ -50,7 +50,7 @@ class GeneratorModel:
         v = self.generator.vocabulary
         ids = torch.zeros(images, v.ids, dtype=torch.int64)
         null_class = torch.full((1,), self.generator.null_class)
-        for mask, unmasked in self.generator.unmasking_plan(self.steps, "halton"):
+        for mask, unmasked in self.generator.unmasking_plan(self.steps):
             # one image a pass: a batch of another size would round differently
             logits = torch.cat([self.network(row[None], mask[None], null_class)[:, unmasked] for row in ids])
             for i, position in enumerate(unmasked.tolist()):

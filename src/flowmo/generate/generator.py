@@ -174,22 +174,19 @@ class Generator(InferenceModel):
     # Likelihood
 
     @torch.no_grad()
-    def log_prob(
-        self, ids: Tensor, labels: Sequence[int] | Tensor | None = None, steps: int | None = None, order: str = "halton"
-    ) -> Tensor:
+    def log_prob(self, ids: Tensor, labels: Sequence[int] | Tensor | None = None, steps: int | None = None) -> Tensor:
         """Natural logarithm of the probability of each image's ids: float64 b.
 
-        A masked model has no unique likelihood. This one unmasks the ids in a fixed order in ``steps`` steps. The ids
-        of a step are independent, as in a codec. The probabilities of all possible ids add up to 1.
+        A masked model has no unique likelihood. This one unmasks the ids in the Halton order in ``steps`` steps. The
+        ids of a step are independent, as in a codec. The probabilities of all possible ids add up to 1.
 
         Args:
             ids: int64 b × tokens × sub-tokens.
             labels: class indices; no class by default.
             steps: more are slower and predict better; the generator's own by default.
-            order: ``halton`` or ``random``, the same for all images.
 
         Raises:
-            GenerationError: ids or labels out of range, or another order.
+            GenerationError: ids or labels out of range.
         """
         classes = self._labels(labels if labels is not None else [-1] * len(ids))
         flat = self._flat(ids)
@@ -198,7 +195,7 @@ class Generator(InferenceModel):
         totals = []
         for chunk in self._chunks(len(classes)):
             x, total = flat[chunk].to(self.device), torch.zeros(len(chunk), dtype=torch.float64)
-            for masked, unmasked in self.unmasking_plan(steps, order):
+            for masked, unmasked in self.unmasking_plan(steps):
                 mask = masked.to(self.device).expand(len(chunk), -1)
                 logits = self.guided_logits(x.masked_fill(mask, 0), mask, classes[chunk])
                 log_p = logits[:, unmasked].log_softmax(dim=-1).gather(-1, x[:, unmasked, None])[..., 0]
@@ -206,12 +203,10 @@ class Generator(InferenceModel):
             totals.append(total)
         return torch.cat(totals)[: len(classes)]
 
-    def unmasking_plan(self, steps: int | None = None, order: str = "halton") -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each step of a fixed order the mask before it, bool n, and the positions that it unmasks."""
-        if order not in ("halton", "random"):
-            raise GenerationError(f"The order {order!r} is not fixed. Use halton or random.")
+    def unmasking_plan(self, steps: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each step of the Halton order the mask before it, bool n, and the positions that it unmasks."""
         own, n = self.config.generator, self.vocabulary.ids
-        positions = self._ranks(order, [stream(0, Stream.UNMASKING_ORDER)])[0].argsort()
+        positions = halton_order(self.vocabulary.tokens, self.vocabulary.sub_tokens)
         counts = [n, *masked_counts(n, own.sample_steps if steps is None else steps, own.schedule)]
         for before, after in itertools.pairwise(counts):
             if before > after:

@@ -1,7 +1,7 @@
 """Random numbers of a training step, drawn before the loss so that the losses are deterministic functions."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ NULL_CODE_SHARE = 0.1
 
 MAX_STUDENT_STEPS = 25
 """Largest number of sampling steps that a student of stage 1C learns."""
+
+
+Crop = tuple[slice, slice]
+"""Rows and columns of a part of an image."""
 
 
 class Jumps(NamedTuple):
@@ -43,7 +47,7 @@ class TrainingNoise(NamedTuple):
         keep: bool b, False where the null code replaces the code.
         chain: stage 1B only.
         jumps: stage 1C only.
-        crop_corners: (top, left) of each crop that the perceptual loss sees, with ``opt.lpips_jitter``, ``lpips_crop``.
+        crops: part of each image that the perceptual loss sees, with ``opt.lpips_jitter`` or ``opt.lpips_crop``.
         kept: int64 b, sub-tokens that each image keeps, with ``model.nested_dropout``.
     """
 
@@ -52,7 +56,7 @@ class TrainingNoise(NamedTuple):
     keep: Tensor
     chain: Chain | None = None
     jumps: Jumps | None = None
-    crop_corners: Sequence[tuple[int, int]] | None = None
+    crops: Sequence[Crop] | None = None
     kept: Tensor | None = None
 
     @classmethod
@@ -67,18 +71,21 @@ class TrainingNoise(NamedTuple):
         model, opt, device = config.model, config.opt, images.device
         seed = config.trainer.seed if seed is None else seed
 
+        def per_image(purpose: Stream, draw: Callable[[torch.Generator], Any]) -> list[Any]:
+            return [draw(stream(seed, purpose, i)) for i in indices]
+
         def normal(purpose: Stream) -> Tensor:
             generators = (stream(seed, purpose, i, device=device) for i in indices)
             return torch.stack([torch.randn(images.shape[1:], generator=g, device=device) for g in generators])
 
         def uniform(purpose: Stream, *shape: int) -> Tensor:
-            return torch.stack([torch.rand(shape, generator=stream(seed, purpose, i)) for i in indices])
+            return torch.stack(per_image(purpose, lambda g: torch.rand(shape, generator=g)))
 
         def keep(purpose: Stream, guided: bool, *shape: int) -> Tensor:
             return to_device(uniform(purpose, *shape) >= (NULL_CODE_SHARE if guided else 0.0), device)
 
-        t = [flow.sample_timesteps(1, opt.schedule, stream(seed, Stream.TIMESTEP, i), opt.anchor) for i in indices]
-        chain = jumps = corners = kept = None
+        t = per_image(Stream.TIMESTEP, lambda g: flow.sample_timesteps(1, opt.schedule, g, opt.anchor))
+        chain = jumps = crops = kept = None
         if config.stage == "posttrain":
             steps = model.posttrain_sample_k
             times = flow.random_steps(uniform(Stream.CHAIN_TIMES, steps))
@@ -86,16 +93,15 @@ class TrainingNoise(NamedTuple):
             chain = Chain(normal(Stream.CHAIN_NOISE), to_device(times, device), keeps)
         if config.stage == "distill":
             rho = config.eval.sampling.rho
-            drawn = [random_jumps(opt.jumps, rho, stream(seed, Stream.JUMPS, i)) for i in indices]
+            drawn = per_image(Stream.JUMPS, lambda g: random_jumps(opt.jumps, rho, g))
             starts, ends = (to_device(torch.stack(times), device) for times in zip(*drawn, strict=True))
             jumps = Jumps(normal(Stream.CHAIN_NOISE), starts, ends)
         if opt.lpips_jitter or opt.lpips_crop:
-            margins = [max(size - crop, 0) for size, crop in zip(images.shape[2:], crop_size(opt, images), strict=True)]
-            corners = [random_corner(margins, stream(seed, Stream.LPIPS_CROP, i)) for i in indices]
+            crops = per_image(Stream.LPIPS_CROP, lambda g: random_crop(opt, images, g))
         if model.nested_dropout:
-            kept = to_device(kept_sub_tokens(model, seed, indices), device)
+            kept = to_device(torch.tensor(per_image(Stream.PREFIX, lambda g: kept_sub_tokens(model, g))), device)
         code_keep = keep(Stream.CODE_DROP, model.enable_cfg)
-        return cls(to_device(torch.cat(t), device), normal(Stream.NOISE), code_keep, chain, jumps, corners, kept)
+        return cls(to_device(torch.cat(t), device), normal(Stream.NOISE), code_keep, chain, jumps, crops, kept)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -105,28 +111,23 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def crop_size(opt: OptConfig, images: Tensor) -> tuple[int, int]:
-    """Return height and width of the crop of ``images`` b × c × h × w that the perceptual loss sees."""
-    if opt.lpips_crop:
-        return opt.lpips_crop, opt.lpips_crop
-    return images.shape[2] - opt.lpips_jitter, images.shape[3] - opt.lpips_jitter
+def random_crop(opt: OptConfig, images: Tensor, generator: torch.Generator) -> Crop:
+    """Draw rows and columns of the crop of an image of b × c × h × w that the perceptual loss sees."""
+    crop = []
+    for size in images.shape[2:]:
+        length = opt.lpips_crop or size - opt.lpips_jitter
+        start = int(torch.randint(0, max(size - length, 0) + 1, (), generator=generator))
+        crop.append(slice(start, start + length))
+    return crop[0], crop[1]
 
 
-def random_corner(margins: Sequence[int], generator: torch.Generator) -> tuple[int, int]:
-    top, left = (int(torch.randint(0, margin + 1, (), generator=generator)) for margin in margins)
-    return top, left
-
-
-def kept_sub_tokens(model: ModelConfig, seed: int, indices: Sequence[int]) -> Tensor:
-    """Draw the length of the sub-token prefix that each image keeps, int64 b: all, or uniform over all lengths."""
-    if model.ids_per_token is None:
-        raise ValueError("Nested dropout needs the sub-tokens of fsq or lfq.")
-    count, kept = model.ids_per_token[0], []
-    for index in indices:
-        generator = stream(seed, Stream.PREFIX, index)
-        drop = float(torch.rand((), generator=generator)) < model.nested_dropout
-        kept.append(int(torch.randint(1, count + 1, (), generator=generator)) if drop else count)
-    return torch.tensor(kept)
+def kept_sub_tokens(model: ModelConfig, generator: torch.Generator) -> int:
+    """Draw the length of the sub-token prefix that an image keeps: all, or uniform over all lengths."""
+    assert model.ids_per_token  # nested dropout needs ids
+    count = model.ids_per_token[0]
+    if float(torch.rand((), generator=generator)) >= model.nested_dropout:
+        return count
+    return int(torch.randint(1, count + 1, (), generator=generator))
 
 
 def random_jumps(count: int, rho: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

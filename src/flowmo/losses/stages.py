@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowmo.config import OptConfig
-from flowmo.losses.noise import Chain, TrainingNoise, crop_size, to_device
+from flowmo.losses.noise import Chain, Crop, TrainingNoise, to_device
 from flowmo.model import flow
 from flowmo.model.autoencoder import Autoencoder
 from flowmo.model.quantizers import Quantized, WholeBatch, local_statistic
@@ -64,7 +64,8 @@ def pretrain_loss(
     estimate = flow.denoise(x_t, velocity, noise.t)
     distances = {}
     if perceptual is not None:
-        distances["lpips"] = perceptual(*random_crops(images, estimate, noise, opt)).float().mean()
+        seen = (crop_images(pictures, noise.crops) for pictures in (images, estimate))
+        distances["lpips"] = perceptual(*seen).float().mean()
     loss = _sum({"flow": flow_loss, **({} if freeze_encoder else quantized.losses)}, distances, opt, quantized)
     return loss._replace(images=estimate)
 
@@ -84,7 +85,8 @@ def posttrain_loss(
         if noise.chain is None:
             raise ValueError("Stage 1B needs noise.chain, and this noise was drawn for another stage.")
         sample = sample_chain(tokenizer, code, noise.chain)
-        distances["sample_distance"] = perceptual(*random_crops(images, sample, noise, opt)).float().mean()
+        seen = (crop_images(pictures, noise.crops) for pictures in (images, sample))
+        distances["sample_distance"] = perceptual(*seen).float().mean()
     # after the chain, so that backward frees these activations before it recomputes the chain's
     flow_loss = one_step(tokenizer, code, images, noise, opt)[0]
     return _sum({"flow": flow_loss}, distances, opt, quantized)
@@ -192,22 +194,15 @@ def teacher_path(teacher: Autoencoder, code: Tensor, noise: Tensor, steps: int =
     return Path(to_device(torch.tensor(times), noise.device), torch.stack(states))
 
 
-def random_crops(x: Tensor, y: Tensor, noise: TrainingNoise, opt: OptConfig) -> tuple[Tensor, Tensor]:
-    """The part of both batches of images that the perceptual loss sees, see ``opt.lpips_jitter`` and ``lpips_crop``."""
-    if noise.crop_corners is None:
-        return x, y
-    size = crop_size(opt, x)
-    return crop_images(x, noise.crop_corners, *size), crop_images(y, noise.crop_corners, *size)
-
-
-def crop_images(images: Tensor, corners: Sequence[tuple[int, int]], h: int, w: int) -> Tensor:
-    """Crop each image of b c H W to h × w pixels at its (row, column).
+def crop_images(images: Tensor, crops: Sequence[Crop] | None) -> Tensor:
+    """Cut one part of the same size from each of b × c × h × w images. ``None`` keeps them whole.
 
     Random crops shift the perceptual network's strides over the image, so the decoder cannot learn textures that
     please one alignment only (after E-LPIPS, Kettunen et al. 2019).
     """
-    pairs = zip(images, corners, strict=True)
-    return torch.stack([image[:, top : top + h, left : left + w] for image, (top, left) in pairs])
+    if crops is None:
+        return images
+    return torch.stack([image[:, rows, columns] for image, (rows, columns) in zip(images, crops, strict=True)])
 
 
 def _weighting(opt: OptConfig, t: Tensor) -> Tensor | None:

@@ -179,8 +179,8 @@ def _step(
     keep = torch.ones(count, chain, dtype=torch.bool)
     sampled = Chain(images, torch.empty(count, chain + 1), keep)
     times = torch.empty(count, opt.jumps)
-    corners = [(0, 0)] * count if opt.lpips_crop else None
-    noise = TrainingNoise(torch.empty(count), images, keep[:, 0], sampled, Jumps(images, times, times), corners)
+    crops = [(slice(opt.lpips_crop), slice(opt.lpips_crop))] * count if opt.lpips_crop else None
+    noise = TrainingNoise(torch.empty(count), images, keep[:, 0], sampled, Jumps(images, times, times), crops)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
     return lambda: stage(images, noise, local_statistic, frozen).total, modules
 

@@ -191,12 +191,12 @@ class TokenizerTask(Task):
         if not sizes:
             return microbatch
         height, width = sizes[stream_seed(seed, Stream.CROP_SIZE, first // self.batch) % len(sizes)]
-        rows, columns = microbatch.shape[2] - height + 1, microbatch.shape[3] - width + 1
-        corners = [
-            (stream_seed(seed, Stream.CROP_TOP, i) % rows, stream_seed(seed, Stream.CROP_LEFT, i) % columns)
-            for i in range(first, first + len(microbatch))
-        ]
-        return crop_images(microbatch, corners, height, width)
+        crops = []
+        for i in range(first, first + len(microbatch)):
+            top = stream_seed(seed, Stream.CROP_TOP, i) % (microbatch.shape[2] - height + 1)
+            left = stream_seed(seed, Stream.CROP_LEFT, i) % (microbatch.shape[3] - width + 1)
+            crops.append((slice(top, top + height), slice(left, left + width)))
+        return crop_images(microbatch, crops)
 
     def after_step(self, step: int, finite: Tensor) -> None:
         quantizer = self.model.quantizer
