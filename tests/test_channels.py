@@ -23,6 +23,7 @@ from flowmo.generate.tokenize import tokenize
 from flowmo.images import to_tensor
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.perceptual import LPIPS, build_distance
+from flowmo.losses.stages import perceptual_loss
 
 
 def tokenizer(channels, native=False, **settings):
@@ -83,15 +84,14 @@ def test_perceptual_channels():
 
 
 @pytest.mark.parametrize("mode", ["alex", "resnet"])
-def test_a_perceptual_network_sees_the_named_channels(mode):
+def test_a_perceptual_network_sees_the_named_channels(tiny_config, mode):
     torch.manual_seed(0)
-    plain = build_distance(mode, pretrained=False)
-    state = plain.state_dict()
+    distance = build_distance(mode, pretrained=False)
     x, y = noise_images(5, 64), noise_images(5, 64).flip(0)
-    for channels in ([4, 2, 1], [3, 3, 3]):
-        distance = build_distance(mode, None, False, channels)
-        distance.load_state_dict(state)
-        assert torch.equal(distance(x, y), plain(x[:, channels], y[:, channels]))
+    for named, channels in (("4,2,1", [4, 2, 1]), ("3", [3, 3, 3])):
+        config = tiny_config.override("model.channels=5", f"opt.perceptual_channels={named}")
+        loss = perceptual_loss(distance, FlowMo(config), x, y)
+        assert torch.equal(loss, distance(x[:, channels], y[:, channels]).mean())
     assert isinstance(build_distance("vgg", None, False), LPIPS)
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.pth import read_pth
 from flowmo.errors import FlowMoError, one_line
-from flowmo.images import select_channels
 from flowmo.losses.resnet import ResNet50
 
 Result = TypeVar("Result")
@@ -132,9 +131,6 @@ class LPIPS(nn.Module):
         ValueError: ``net`` is unknown.
     """
 
-    channels: Sequence[int] | None = None
-    """See ``build_distance``."""
-
     def __init__(
         self,
         net: str = "vgg",
@@ -174,7 +170,7 @@ class LPIPS(nn.Module):
     @in_float32
     def features(self, x: Tensor) -> list[Tensor]:
         """Return unit-length float32 feature maps of images b × c × h × w in [−1, 1], one per row of the network."""
-        x = ((select_channels(x, self.channels) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         x = x.to(self.dtype)
         maps = []
         for i, row in enumerate(self.rows):
@@ -215,8 +211,6 @@ class ResNetLogits(nn.Module):
     """
 
     SIDE = 224
-    channels: Sequence[int] | None = None
-    """See ``build_distance``."""
 
     def __init__(self, weights: str | Path | None = None, download: bool = True, pretrained: bool = True):
         super().__init__()
@@ -242,7 +236,6 @@ class ResNetLogits(nn.Module):
     @in_float32
     def features(self, x: Tensor) -> Tensor:
         """Return the pooled features b × 2048 of images b × c × h × w in [−1, 1]."""
-        x = select_channels(x, self.channels)
         x = F.interpolate(x / 2 + 0.5, (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
         x = (x - self.mean) / self.std
         x = x.flip(1) if self.caffe else x  # Caffe's channels are B, G, R
@@ -258,25 +251,14 @@ class ResNetLogits(nn.Module):
 
 
 def build_distance(
-    mode: str,
-    weights: str | Path | None = None,
-    pretrained: bool = True,
-    channels: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.float32,
+    mode: str, weights: str | Path | None = None, pretrained: bool = True, dtype: torch.dtype = torch.float32
 ) -> LPIPS | MeanLPIPS | ResNetLogits:
     """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex``, their mean ``vgg+alex``, or ``resnet``.
 
     Args:
-        channels: three channels of the images, which the network takes as red, green and blue; ``None`` is all.
         dtype: of LPIPS' convolutions. In bfloat16 they are three times as fast on a CPU with matrix units.
     """
-    distance: LPIPS | MeanLPIPS | ResNetLogits
     if mode == "resnet":
-        distance = ResNetLogits(weights, pretrained=pretrained)
-    elif "+" in mode:
-        nets = [build_distance(net, weights, pretrained, channels, dtype) for net in mode.split("+")]
-        return MeanLPIPS(nets)
-    else:
-        distance = LPIPS(mode, weights, pretrained=pretrained, dtype=dtype)
-    distance.channels = channels
-    return distance
+        return ResNetLogits(weights, pretrained=pretrained)
+    networks = [LPIPS(net, weights, pretrained=pretrained, dtype=dtype) for net in mode.split("+")]
+    return networks[0] if len(networks) == 1 else MeanLPIPS(networks)

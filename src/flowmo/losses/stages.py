@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowmo.config import OptConfig
+from flowmo.images import select_channels
 from flowmo.losses.noise import Chain, Crop, TrainingNoise, to_device
 from flowmo.model import flow
 from flowmo.model.autoencoder import Autoencoder
@@ -64,8 +65,7 @@ def pretrain_loss(
     estimate = flow.denoise(x_t, velocity, noise.t)
     distances = {}
     if perceptual is not None:
-        seen = (crop_images(pictures, noise.crops) for pictures in (images, estimate))
-        distances["lpips"] = perceptual(*seen).float().mean()
+        distances["lpips"] = perceptual_loss(perceptual, tokenizer, images, estimate, noise.crops)
     loss = _sum({"flow": flow_loss, **({} if freeze_encoder else quantized.losses)}, distances, opt, quantized)
     return loss._replace(images=estimate)
 
@@ -85,8 +85,7 @@ def posttrain_loss(
         if noise.chain is None:
             raise ValueError("Stage 1B needs noise.chain, and this noise was drawn for another stage.")
         sample = sample_chain(tokenizer, code, noise.chain)
-        seen = (crop_images(pictures, noise.crops) for pictures in (images, sample))
-        distances["sample_distance"] = perceptual(*seen).float().mean()
+        distances["sample_distance"] = perceptual_loss(perceptual, tokenizer, images, sample, noise.crops)
     # after the chain, so that backward frees these activations before it recomputes the chain's
     flow_loss = one_step(tokenizer, code, images, noise, opt)[0]
     return _sum({"flow": flow_loss}, distances, opt, quantized)
@@ -124,7 +123,7 @@ def distill_loss(
     if perceptual is not None:
         final = (x_start - span * velocity).unflatten(0, (b, jumps))[:, :2].flatten(0, 1)
         target = images if opt.distill_towards == "picture" else path.states[-1]
-        distances["jump_distance"] = perceptual(target.repeat_interleave(2, dim=0), final).float().mean()
+        distances["jump_distance"] = perceptual_loss(perceptual, tokenizer, target.repeat_interleave(2, dim=0), final)
     return _sum({"flow": flow_loss}, distances, opt, quantized)
 
 
@@ -192,6 +191,15 @@ def teacher_path(teacher: Autoencoder, code: Tensor, noise: Tensor, steps: int =
     for pair in itertools.pairwise(times):
         states.append(euler(velocity, states[-1], pair))
     return Path(to_device(torch.tensor(times), noise.device), torch.stack(states))
+
+
+def perceptual_loss(
+    perceptual: Distance, tokenizer: Autoencoder, x: Tensor, y: Tensor, crops: Sequence[Crop] | None = None
+) -> Tensor:
+    """Mean distance of two batches of images, of the channels and the crops that the perceptual network sees."""
+    channels = tokenizer.config.perceptual_channels
+    seen = (select_channels(crop_images(images, crops), channels) for images in (x, y))
+    return perceptual(*seen).float().mean()
 
 
 def crop_images(images: Tensor, crops: Sequence[Crop] | None) -> Tensor:

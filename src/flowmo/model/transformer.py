@@ -136,6 +136,7 @@ class Modulation(NamedTuple):
 Modulations = tuple[Modulation | None, Modulation | None]
 """Of a stream's attention and MLP; ``None`` is the identity, as in the encoder."""
 IDENTITY: Modulations = (None, None)
+UNMODULATED = (IDENTITY, IDENTITY)
 
 
 def modulated_norm(x: Tensor, modulation: Modulation | None = None) -> Tensor:
@@ -205,22 +206,19 @@ class Stream(nn.Module):
 
 
 class DoubleStreamBlock(nn.Module):
-    """Joint attention of the code and the image stream, then an MLP for each stream that is read afterwards."""
+    """Joint attention of the code and the image stream, then an MLP for each stream that is read afterwards.
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        width: int,
-        heads: int,
-        modulated: bool,
-        code_read: bool = True,
-        image_read: bool = True,
-    ):
+    Args:
+        modulated: by the timestep, as in the decoder.
+        last: the encoder reads only the code from it, the decoder only the image.
+    """
+
+    def __init__(self, config: ModelConfig, width: int, heads: int, modulated: bool, last: bool):
         super().__init__()
         head_dim = width // heads
         self.attention_scale = 8 / head_dim if config.enable_mup else head_dim**-0.5
-        self.code = Stream(config, width, heads, modulated, keys_only=not code_read)
-        self.picture = Stream(config, width, heads, modulated, keys_only=not image_read)
+        self.code = Stream(config, width, heads, modulated, keys_only=last and modulated)
+        self.picture = Stream(config, width, heads, modulated, keys_only=last and not modulated)
 
     @property
     def used_outside(self) -> list[nn.Module]:
@@ -231,11 +229,7 @@ class DoubleStreamBlock(nn.Module):
         return self.code.modulate(activated), self.picture.modulate(activated)
 
     def forward(
-        self,
-        code: Tensor,
-        image: Tensor,
-        table: Tensor,
-        modulations: tuple[Modulations, Modulations] = (IDENTITY, IDENTITY),
+        self, code: Tensor, image: Tensor, table: Tensor, modulations: tuple[Modulations, Modulations] = UNMODULATED
     ) -> tuple[Tensor, Tensor]:
         """code: b × m × d, image: b × n × d, table: of m + n tokens. A stream that is not read is unchanged."""
         for_code, for_image = modulations
@@ -259,7 +253,7 @@ class Encoder(nn.Module):
         # The paper feeds zeros through a linear layer; only its bias can act.
         self.code_embedding = nn.Parameter(torch.empty(self.width).uniform_(-1, 1).div_(math.sqrt(channels)))
         self.blocks = nn.ModuleList(
-            DoubleStreamBlock(config, self.width, self.heads, modulated=False, image_read=i < config.enc_depth - 1)
+            DoubleStreamBlock(config, self.width, self.heads, modulated=False, last=i == config.enc_depth - 1)
             for i in range(config.enc_depth)
         )
         self.code_out = nn.Linear(self.width, channels)
@@ -304,7 +298,7 @@ class Decoder(nn.Module):
         self.picture_in = nn.Linear(values, width)
         self.code_in = nn.Linear(channels + 1, width)
         self.blocks = nn.ModuleList(
-            DoubleStreamBlock(config, width, self.heads, modulated=True, code_read=i < config.dec_depth - 1)
+            DoubleStreamBlock(config, width, self.heads, modulated=True, last=i == config.dec_depth - 1)
             for i in range(config.dec_depth)
         )
         self.out_modulation = nn.Linear(width, 2 * width)

@@ -61,7 +61,7 @@ class TokenizerTask(Task):
         self.perceptual = None
         if opt.lpips_weight:
             folder, dtype = opt.perceptual_weights or None, torch.bfloat16 if opt.lpips_bfloat16 else torch.float32
-            distance = build_distance(opt.lpips_mode, folder, True, config.perceptual_channels, dtype)
+            distance = build_distance(opt.lpips_mode, folder, dtype=dtype)
             self.perceptual = distance.to(world.device)
             report(f"perceptual loss: {self.perceptual.name}")
         seed_global(config.trainer.seed, Stream.WEIGHTS)
@@ -243,7 +243,7 @@ class TokenizerTask(Task):
             y = model.decode(model.encode(x))
         metrics = {"held_out_psnr": float(psnr(x, y).mean())}
         if self.perceptual is not None:
-            metrics["held_out_distance"] = float(self.perceptual(x, y).mean())
+            metrics["held_out_distance"] = float(self.perceptual(self.pixels.visible(x), self.pixels.visible(y)).mean())
         return to_pil(grid([self.pixels.visible(images) for images in (x, y)])), metrics
 
     # Checkpoints
