@@ -39,7 +39,7 @@ class MaskGIT(nn.Module):
         self.blocks = nn.ModuleList(Block(*shape) for _ in range(settings.depth))
         self.norm_out = nn.LayerNorm(width)
         self.logits_out = nn.Linear(width, 2**id_bits)
-        initialise(self, {"proj.weight": 2 * settings.depth, "mlp_out.weight": 2 * settings.depth})
+        initialise(self, residual_branches=2 * settings.depth)
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Args: ids int64 b × n, any value where masked; mask bool b × n, True for ids to predict; labels int64 b."""
@@ -56,17 +56,16 @@ class MaskGIT(nn.Module):
         return self.bits_in(2 * bits.to(self.place.dtype) - 1)
 
 
-def initialise(network: nn.Module, residual: dict[str, int] | None = None) -> None:
+def initialise(network: nn.Module, residual_branches: int = 1) -> None:
     """Draw normal weights of standard deviation 0.02, as in BERT. Norms keep scale 1; biases are 0.
 
-    Args:
-        residual: suffix of parameter names -> number n of residual branches. Their standard deviation is 0.02 / √n.
+    The last layers of the n residual branches have standard deviation 0.02 / √n.
     """
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif "norm" not in name:
-            branches = next((n for ending, n in (residual or {}).items() if name.endswith(ending)), 1)
+            branches = residual_branches if name.endswith(("proj.weight", "mlp_out.weight")) else 1
             nn.init.normal_(parameter, std=0.02 / branches**0.5)
 
 

@@ -21,11 +21,7 @@ class TorchvisionError(FlowMoError, ImportError):
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision.
-
-    Raises:
-        TorchvisionError: it is not installed, or its import fails for a reason other than the CUDA build.
-    """
+    """Import torchvision. Raises ``TorchvisionError`` if it is not installed or fails for a reason of its own."""
     try:
         return importlib.import_module("torchvision")
     except ImportError:
