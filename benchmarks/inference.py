@@ -132,7 +132,7 @@ def bytes_moved(tokenizer: FlowMo, bfloat16: bool) -> dict[str, float]:
     moved = {}
     for part, network in (("encode", tokenizer.encoder), ("decoder pass", tokenizer.decoder)):
         weights = sum(parameter.numel() for parameter in network.parameters()) * (2 if bfloat16 else 4)
-        moved[part] = weights + 2 * 4 * tokens * network.shape.width * len(network.blocks)  # float32 in and out
+        moved[part] = weights + 2 * 4 * tokens * network.width * len(network.blocks)  # float32 in and out
     return moved | {"decode": moved["decoder pass"]}
 
 
