@@ -51,7 +51,6 @@ with watching:
     from flowmo.codec.planes import PlaneModel, weight_shapes
     from flowmo.data import DataError, TarSource, build_index, default_index
     from flowmo.data.npz import NpzFile
-    from flowmo.data.sources.tar import read_index
     from flowmo.data.token_files import TokenMetadata, manifest, pack_shard, read_metadata
     from flowmo.data.tokens import TokenDataset
     from flowmo.errors import FlowMoError
@@ -247,7 +246,7 @@ class TarTarget(Target):
             source = TarSource([tar])
         else:
             tar = self.file("bad.tar", data[1:])
-            source = TarSource([tar], entries=read_index(tar, build_index(tar)[0], tar))
+            source = TarSource([tar])
         for i in range(min(len(source), 3)):
             source.name(i), source.label(i)
             with contextlib.suppress(ImageError):

@@ -191,38 +191,35 @@ def _as_label(value: Any) -> int | str:
 
 
 def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
-    """Read the index file of ``tar``, by default the one beside it. Without one, scan the tar."""
-    path = Path(index or default_index(tar))
-    if not path.is_file():
-        if index is None and tar.stat().st_size <= MAX_UNINDEXED_BYTES:
-            return read_index(tar, build_index(tar)[0], tar)
-        raise DataError(f"{path}: no such index of {tar}. Make it with: flowmo data index {tar}")
-    try:
-        rows = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
-        raise DataError(_not_an_index(path, error)) from None
-    return read_index(tar, rows, path)
-
-
-def _not_an_index(name: str | Path, error: Exception) -> str:
-    return f"{name}: not an index, a list of name, offset and size ({one_line(repr(error))})."
-
-
-def read_index(tar: Path, rows: Any, name: str | Path) -> list[Entry]:
-    """Validate the rows of an index of ``tar``; ``name`` is the index in messages.
+    """Read and check the index file of ``tar``, by default the one beside it. Without one, scan the tar.
 
     Raises:
-        DataError: the rows are not an index, or belong to another tar.
+        DataError: the file is not an index, or belongs to another tar; or the tar is large and has none.
     """
+    path, entries = Path(index or default_index(tar)), []
+    if not path.is_file() and (index is not None or tar.stat().st_size > MAX_UNINDEXED_BYTES):
+        raise DataError(f"{path}: no such index of {tar}. Make it with: flowmo data index {tar}")
+    name, rows = (path, None) if path.is_file() else (tar, build_index(tar)[0])
     try:
-        entries = []
-        for row in rows:
+        for row in json.loads(path.read_bytes()) if rows is None else rows:
             label = None if row.get("label") is None else _as_label(row["label"])
             entries.append(Entry(tar, str(row["name"]), int(row["offset"]), int(row["size"]), label))
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise DataError(_not_an_index(name, error)) from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError) as error:
+        message = f"{name}: not an index, a list of name, offset and size ({one_line(repr(error))})."
+        raise DataError(message) from None
     if not entries:
         raise DataError(f"{name}: the index contains no images.")
+    _check_offsets(entries, tar, name)
+    # An index may be older than these rules, or not ours.
+    entries = [entry for entry in entries if not is_hidden(entry.name)]
+    try:
+        not_items = extra_files([e.name for e in entries], {_key(e.name) for e in entries if e.label is not None})
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    return [entry for entry in entries if entry.name not in not_items]
+
+
+def _check_offsets(entries: Sequence[Entry], tar: Path, name: Path) -> None:
     total = tar.stat().st_size
     for e in entries:
         problem = ""
@@ -238,13 +235,6 @@ def read_index(tar: Path, rows: Any, name: str | Path) -> list[Entry]:
         # The same image twice is allowed: it is drawn more often.
         if b.offset < a.offset + a.size and (a.offset, a.size) != (b.offset, b.size):
             raise DataError(f"{name}: {one_line(a.name)} and {one_line(b.name)} overlap. The index is damaged.")
-    # An index may be older than these rules, or not ours.
-    entries = [entry for entry in entries if not is_hidden(entry.name)]
-    try:
-        not_items = extra_files([e.name for e in entries], {_key(e.name) for e in entries if e.label is not None})
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from None
-    return [entry for entry in entries if entry.name not in not_items]
 
 
 class TarSource(Source):
@@ -255,21 +245,17 @@ class TarSource(Source):
 
     Args:
         tars: files. Each is indexed by ``index`` or by the file beside it; a tar without an index is scanned.
-        entries: the images, if they are already known.
 
     Raises:
         DataError: a tar is missing, its index is damaged or belongs to another tar, or labels mix numbers and names.
     """
 
-    def __init__(
-        self, tars: Sequence[str | Path], index: str | Path | None = None, entries: Sequence[Entry] | None = None
-    ):
+    def __init__(self, tars: Sequence[str | Path], index: str | Path | None = None):
         self.tars = [Path(tar) for tar in tars]
         missing = next((tar for tar in self.tars if not tar.is_file()), None)
         if missing is not None:
             raise DataError(f"{missing}: no such file.")
-        if entries is None:
-            entries = [entry for tar in self.tars for entry in load_index(tar, index)]
+        entries = [entry for tar in self.tars for entry in load_index(tar, index)]
         self.entries = sorted(entries, key=lambda e: (e.name.rpartition("/")[2], str(e.tar), e.name))
         self.classes, self.labels = self._classes()
         self._descriptors: dict[Path, int] = {}
