@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
 
 
 class ConfigError(FlowMoError, ValueError):
@@ -102,7 +102,6 @@ def training(default: Any, doc: str, allowed: Range | None = None) -> Any:
 def shown(value: object) -> str:
     """A value in a message, on one line of at most 200 characters."""
     try:
-        line = " ".join(repr(str(value) if isinstance(value, Span) else value).split())
+        return one_line(repr(str(value) if isinstance(value, Span) else value), 200)
     except (ValueError, RecursionError):  # Python prints at most 4300 digits
         return f"a {type(value).__name__}"
-    return line if len(line) <= 200 else f"{line[:199]}…"

@@ -169,9 +169,7 @@ class StepCounts:
 
     def add(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Count a step. Return 1.0 if its loss and gradient norm are finite on every rank, else 0.0."""
-        skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).to(torch.int64)
-        if self.world.size > 1:
-            dist.all_reduce(skipped, op=dist.ReduceOp.MAX)
+        skipped = self.world.sum((~(torch.isfinite(loss) & torch.isfinite(norm))).to(torch.int64)).clamp(max=1)
         total, row, longest = self.counts.unbind()
         row = (row + 1) * skipped
         self.counts = torch.stack((total + skipped, row, torch.maximum(longest, row)))
