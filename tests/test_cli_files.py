@@ -132,7 +132,7 @@ def test_on_a_terminal(tmp_path, weights, photo, term, counts):
 
     status, said = shown("--steps", "2")
     assert status == 0
-    assert (b"a.flowmo 3/6" in said or b"a.flowmo 6/6" in said) == counts
+    assert (re.search(rb"a\.flowmo \d of 6", said) is not None) == counts
     assert (b"\033" in said) == counts
     assert re.search(rb"\033\[[\d;]*m", said) is None
     if not counts:
