@@ -145,6 +145,9 @@ def test_files_of_something_else(tiny, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata)
     with pytest.raises(CheckpointError, match="settings that do not work"):
         flowmo.load(tmp_path / "odd.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "none.safetensors", {"format": "flowmo-1"})
+    with pytest.raises(CheckpointError, match="holds no settings"):
+        flowmo.load(tmp_path / "none.safetensors")
 
 
 def test_another_architecture_or_nan_weights(tiny, tiny_config, tmp_path):

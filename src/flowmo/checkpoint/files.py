@@ -77,7 +77,7 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
         CheckpointError: the file cannot be used.
     """
     metadata, state = read_content(path, ema)
-    if metadata:
+    if not is_release(state):
         return _tokenizer_config(path, metadata).override(*overrides), state
     try:
         config = release_config(state).override(*overrides)
@@ -143,9 +143,11 @@ def is_training_checkpoint(path: Path) -> bool:
 def _tokenizer_config(path: Path, metadata: Mapping[str, Any]) -> Config:
     if "vocabulary" in metadata:
         raise CheckpointError(f"{path} holds a generator, not a tokenizer. Use it with flowmo generate.")
+    if "config" not in metadata:
+        raise CheckpointError(f"{path} holds no settings. Load another file of this model.")
     try:
         return Config.from_dict(metadata["config"])
-    except (ConfigError, KeyError, RecursionError) as error:
+    except (ConfigError, RecursionError) as error:
         raise CheckpointError(f"{path} holds settings that do not work: {error}") from None
 
 
