@@ -8,10 +8,10 @@
 # HELD_OUT   folder of photographs for the sample grids
 # IMAGES     folder of training images, from runs/native_images.py
 #
-# UPDATE=1   takes the checkout's code anew; checkpoints still load, a changed recipe does not
+# UPDATE=1   takes the checkout's code anew; checkpoints still load, and a changed recipe applies from there on
 #
-# FLOWMO_WEIGHTS must name the folder of LPIPS' weights, unless they can be downloaded. Cost: about 9 images per second
-# on one core with bfloat16 matrix units, 1.6 million images in 50 hours.
+# FLOWMO_WEIGHTS must name the folder of LPIPS' weights, unless they can be downloaded. Cost: about 8 images per second
+# on one core with bfloat16 matrix units, 1.4 million images in 50 hours.
 set -euo pipefail
 out=$1 held_out=$2 images=$3
 here=$(cd "$(dirname "$0")/.." && pwd)

@@ -30,6 +30,7 @@ SMALL = (
     *("model.hidden_size=256", "model.num_heads=2", "model.dec_depth=3"),
     *("model.enc_hidden_size=256", "model.enc_num_heads=2", "model.enc_depth=1", "model.ema_decay=0.98"),
     *("opt.cooldown=0.5", "opt.warmup=480 images", "trainer.sample_every=0", "trainer.keep_every=0"),
+    *("opt.lpips_mode=vgg", "opt.lpips_weight=0.2", "opt.lpips_bfloat16=false"),
 )
 DECISIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "base": ((), "FSQ, Muon, heads of 128, LPIPS (VGG) of 64-pixel crops"),
@@ -45,6 +46,10 @@ DECISIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "heads of 64": (("model.num_heads=4", "model.enc_num_heads=4"), "equal within the spread, and slower"),
     "whole LPIPS": (("opt.lpips_crop=0",), "a little better per image, at half the images per second"),
     "LPIPS (AlexNet)": (("opt.lpips_mode=alex", "opt.lpips_crop=0"), "better in AlexNet, worse in VGG, and faster"),
+    "both LPIPS": (
+        ("opt.lpips_mode=vgg+alex", "opt.lpips_weight=0.4", "opt.lpips_bfloat16=true"),
+        "nearly as good as each alone in its own metric, and faster by bfloat16",
+    ),
     "always t = 1": (("opt.anchor=1.0",), "better in one pass: no capacity goes to denoising"),
     "one rate": (("model.nested_dropout=0.0",), "better at the highest rate, useless below it"),
 }
