@@ -247,8 +247,7 @@ def measurements(job: Job, measure_largest: Any) -> Iterator[tuple[str, Any]]:
         ready = {"ready": flowmo.FlowMo.compile} if compiled else {}
         timings = bench.measure(tokenizer, 2 if little else 16, device.type == "cuda", 2, **ready)
         return [
-            {"part": t.part, "images_per_second": t.pictures / t.seconds, "matrix_share": t.matrix_share}
-            for t in timings
+            {"part": t.part, "images_per_second": t.images / t.seconds, "matrix_share": t.matrix_share} for t in timings
         ]
 
     def config(preset: str, *more: str) -> Config:
@@ -470,7 +469,7 @@ def finish(job: Job) -> None:
         summary = Summary.of("", measure(candidate, held_out, side, judges, limit=limit, device=device))
         names = ("bits_per_pixel", "psnr", "ssim", "lpips_alex", "lpips_vgg")
         metrics = {name: getattr(summary, name) for name in names}
-        rows.append({"steps": candidate.steps, "images": summary.pictures, **rounded(metrics)})
+        rows.append({"steps": candidate.steps, "images": summary.images, **rounded(metrics)})
         shown.append(candidate.reconstruct(shown[0], chosen).images.cpu())
         to_pil(grid(shown)).save(job.out / "samples.png")
         job.record(rows=rows, missing=missing)

@@ -164,7 +164,7 @@ def test_train_then_evaluate(capsys, tmp_path, picture_files, tiny_config, forec
     )
     assert status == 0
     report = json.loads(out)
-    assert report["pictures"] == 3
+    assert report["images"] == 3
     assert report["bits_per_pixel"] == pytest.approx(48 / 1024)
     assert 0 < report["psnr"] < 40
 

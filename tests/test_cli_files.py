@@ -163,7 +163,7 @@ def test_json_of_what_only_writes(capsys, tmp_path, weights, tiny, class_folder)
     with tarfile.open(tar, "w") as archive:
         archive.add(class_folder, "pictures")
     (row,) = json.loads(run(capsys, "data", "index", tar, "--json")[1])
-    assert (row["pictures"], row["index"]) == (6, str(tmp_path / "a.index.json"))
+    assert (row["images"], row["index"]) == (6, str(tmp_path / "a.index.json"))
 
 
 def test_completion_in_a_real_shell(capsys, tmp_path):

@@ -206,7 +206,7 @@ def test_evaluation_of_a_run(workspace, run, held_out):
     rows = evaluations(workspace, "flowmo_lo_prettrain_eval")
     assert [row["checkpoint"] for row in rows] == ["00000001.pth", "00000002.pth"]
     assert rows == evaluations(workspace, "flowmo_lo_prettrain")
-    assert {row["pictures"] for row in rows} == {4}
+    assert {row["images"] for row in rows} == {4}
 
 
 @pytest.mark.parametrize(("size", "command", "bits"), [("lo", EVALUATE_LO, 18), ("hi", EVALUATE_HI, 56)])
@@ -221,7 +221,7 @@ def test_evaluation_of_a_named_checkpoint(workspace, run, held_out, size, comman
     run(command, *tiny, "eval.subsample_rate=2")
     (row,) = evaluations(workspace, f"flowmo_{size}_posttrain_eval")
     assert row["checkpoint"] == f"flowmo_{size}.pth"
-    assert row["pictures"] == 2
+    assert row["images"] == 2
     assert row["bits_per_pixel"] == pytest.approx(256 * bits / 32**2)
 
 

@@ -190,7 +190,7 @@ def test_batches_and_order_change_nothing(source, evaluators):
     for batch_size in (2, 5):
         same(whole, measure(Blur(), source, 64, evaluators, batch_size=batch_size, limit=6))
     first = Summary.of("blur", whole, evaluators.features)
-    assert first.pictures == 6
+    assert first.images == 6
     assert first.bits_per_pixel == 16 / 64**2
     assert first.lpips_vgg is None
     assert first.frechet_distance > 0
@@ -282,7 +282,7 @@ def test_equal_pictures_have_no_psnr(source):
     summary = Summary.of("lossless", measure(Lossless(), source, 64, Evaluators()))
     assert summary.psnr is None
     assert not any(line.startswith("PSNR") for line in summary.lines())
-    assert summary.equal_pictures == len(source)
+    assert summary.equal_images == len(source)
     assert summary.ssim == pytest.approx(1)
 
 
@@ -491,7 +491,7 @@ def test_a_peer_of_the_users_own(peer, size, message, tiny, tmp_path, capsys, mo
         assert message in error
     else:
         row = json.loads(out)[1]
-        assert (row["name"], row["bytes_per_picture"]) == ("blurry of a.pt", 100)
+        assert (row["name"], row["bytes_per_image"]) == ("blurry of a.pt", 100)
 
 
 def test_whole_images_of_a_few_pixels_are_refused_by_name(native, tmp_path, capsys):

@@ -51,7 +51,7 @@ def test_every_checkpoint_of_a_run_once_until_it_ends(config, tmp_path, monkeypa
     names = [line["checkpoint"] for line in lines]
     assert names == sorted(set(names))
     assert names[-1] == "00000004.pth"
-    assert all(line.get("removed") or line["pictures"] == 2 for line in lines)
+    assert all(line.get("removed") or line["images"] == 2 for line in lines)
     assert logged(run) == lines
     before = len(lines)
     follower.evaluate()
@@ -105,14 +105,14 @@ def test_the_index_of_the_held_out_tar(origin, config, tmp_path, picture_files, 
     if origin != "checkpoint":
         monkeypatch.setattr("flowmo.load", without_paths)
     Follower(settings, tmp_path / "a", Evaluators(), report=lambda line: None).evaluate()
-    assert [line["pictures"] for line in logged(tmp_path / "a")] == [2]
+    assert [line["images"] for line in logged(tmp_path / "a")] == [2]
     # Another source in the settings does not take over the index of the one it replaces.
     with tarfile.open(tmp_path / "other.tar", "w") as tar:
         tar.add(picture_files[3], "other.jpg")
     (tmp_path / "other.index.json").write_text(json.dumps(build_index(tmp_path / "other.tar")[0]))
     settings = (*settings[:2], f"data.val={tmp_path}/other.tar")
     Follower(settings, tmp_path / "b", Evaluators(), report=str).evaluate()
-    assert logged(tmp_path / "b")[0]["pictures"] == 1
+    assert logged(tmp_path / "b")[0]["images"] == 1
 
 
 def test_nothing_to_evaluate(tmp_path):

@@ -62,7 +62,7 @@ def test_folder_and_npz_are_the_same(tmp_path):
     assert one == other
     assert one.frechet_distance > 0
     assert one.spatial_frechet_distance > 0
-    assert (one.pictures, one.reference_pictures) == (30, 25)
+    assert (one.images, one.reference_images) == (30, 25)
     assert one.inception_score > 1
     assert not one.missing
     itself = summary(files[0], files[0])
@@ -111,7 +111,7 @@ def test_statistics_of_a_file_win_over_its_pictures(tmp_path):
     assert found.frechet_distance == pytest.approx(distance(pooled, (mu, sigma)), rel=1e-3)
     assert found.spatial_frechet_distance == pytest.approx(distance(spatial, (mu_s, sigma_s)), rel=1e-3)
     assert found.frechet_distance != pytest.approx(by_images.frechet_distance, rel=0.02)
-    for name in ("precision", "recall", "kernel_distance", "inception_score", "reference_pictures"):
+    for name in ("precision", "recall", "kernel_distance", "inception_score", "reference_images"):
         assert getattr(found, name) == getattr(by_images, name)
     assert "the distances are to the statistics" in found.lines()[0]
     assert not by_images.reference_statistics

@@ -55,7 +55,7 @@ def test_a_folder_in_the_hubs_layout(folder, tiny, tmp_path):
 
 def test_a_card_holds_the_evaluation_as_the_hub_reads_it(tiny, native):
     library = pytest.importorskip("huggingface_hub")
-    metrics = {"psnr": 21.125, "lpips_vgg": 0.377, "ssim": None, "pictures": 1000, "name": "tiny"}
+    metrics = {"psnr": 21.125, "lpips_vgg": 0.377, "ssim": None, "images": 1000, "name": "tiny"}
     content = hub.card(tiny, "someone/tiny", metrics)
     found = {(r.metric_type, r.metric_value) for r in library.ModelCard(content).data.eval_results}
     assert found == {("psnr", 21.125), ("lpips_vgg", 0.377)}

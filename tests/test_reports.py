@@ -265,7 +265,7 @@ class Files:
 def test_reconstructions_are_compared_with_the_same_crop():
     measured = measure(Same(), Files(), 32, Evaluators(features=Means()), batch_size=2)
     summary = Summary.of("same", measured, Means())
-    assert summary.pictures == summary.equal_pictures == 5
+    assert summary.images == summary.equal_images == 5
     assert summary.frechet_distance == pytest.approx(0, abs=1e-6)
     assert resize_and_crop(Files().read(4), 32).size == (32, 32)
 

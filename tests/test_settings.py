@@ -242,7 +242,7 @@ def followed(config, workspace):
             [s for s in settings if not s.endswith("=")], folder, Evaluators(), report=lambda line: None
         ).evaluate()
     rows = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    return [(row["checkpoint"], row["pictures"], row["psnr"]) for row in rows], asked
+    return [(row["checkpoint"], row["images"], row["psnr"]) for row in rows], asked
 
 
 EVALUATION = ("eval_dir", "continuous", "force_ckpt_path", "subsample_rate", "batch_size")

@@ -95,7 +95,7 @@ def test_the_command_names_it_and_reports_all_candidates_alike(folders, tiny_mod
     assert status == 0
     assert f"left out: {bad}: cannot be read" in err
     rows = json.loads(out)
-    assert [(row["pictures"], row["unreadable"]) for row in rows] == [(5, 1)] * 3
+    assert [(row["images"], row["unreadable"]) for row in rows] == [(5, 1)] * 3
     assert (tmp_path / "report" / "worst.png").is_file()
     status, out, _ = run_command(capsys, "evaluate", sound, *options)
     expected = json.loads(out)
@@ -123,7 +123,7 @@ def test_sets_that_are_compared(spoilt_one, folders):
     pair = (spoilt, sound) if spoilt_one == "generated" else (sound, spoilt)
     ours = GenerationSummary.of(*map(seen, pair), network).as_dict()
     theirs = GenerationSummary.of(seen(sound), seen(sound), network).as_dict()
-    assert ours["pictures"] == ours["reference_pictures"] == 5
+    assert ours["images"] == ours["reference_images"] == 5
     assert ours == theirs
 
 

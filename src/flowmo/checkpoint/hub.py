@@ -96,7 +96,7 @@ def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None)
     if evaluation and not values:
         raise CheckpointError("The evaluation holds no metric. Use the output of flowmo evaluate --json.")
     rows = [f"| {METRICS[key]} | {value:.4g} |" for key, value in values.items()]
-    count = evaluation.get("pictures") if evaluation else None
+    count = evaluation.get("images", evaluation.get("pictures")) if evaluation else None  # pictures: a former name
     return (
         (Path(__file__).parent / "card.md")
         .read_text(encoding="utf-8")

@@ -102,7 +102,7 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         class_rows = as_grid and not arguments.count  # one class below another
         labels = [classes[i // arguments.per_class if class_rows else i % len(classes)] for i in range(count)]
         settings = {name: getattr(arguments, name) for name in SAMPLING}
-        data = {"file": str(out), "pictures": count, "classes": class_names, "indices": classes}
+        data = {"file": str(out), "images": count, "classes": class_names, "indices": classes}
         data["guidance"] = guidance = generator.guidance_in_words(arguments.guidance)
         if not as_grid:
             write_samples(generator, tokenizer, labels, out, settings, world=world, progress=show)

@@ -37,7 +37,7 @@ def index(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
         write_content(output, json.dumps(entries))
         more, others = describe_left_out(left_out)
         lines += [f"{output}: {len(entries)} images", *more]
-        rows.append({"tar": str(tar), "index": str(output), "pictures": len(entries), "left_out": others})
+        rows.append({"tar": str(tar), "index": str(output), "images": len(entries), "left_out": others})
     return "\n".join(lines), rows
 
 

@@ -106,6 +106,8 @@ class Comparison:
                 pixels=self.model.tokenizer.pixels,
             )
             summary = Summary.of(candidate.name, measured, self.evaluators.features)
+            for features in ("originals", "results"):
+                measured.rows.pop(features, None)  # gigabytes per candidate that nothing else needs
             self.entries.append(Entry(candidate, measured, summary))
             yield self.entries[-1]
 
@@ -130,7 +132,7 @@ class Comparison:
     def report(self, source: str, model: str) -> None:
         """Write the report to ``out``. ``source`` and ``model`` are names for its header."""
         assert self.out is not None
-        own, side, count = self.model, self.side, self.entries[0].summary.pictures
+        own, side, count = self.model, self.side, self.entries[0].summary.images
         header = {
             "images": f"{source}: {count} of {len(self.source)}, evenly spread",
             "protocol": self.protocol,

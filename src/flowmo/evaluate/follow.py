@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ class Follower:
     evaluators: Evaluators
     world: World = World()
     report: Callable[[str], None] = print
-    found: Callable[[dict[str, Any]], None] | None = None
-    ready: Callable[[FlowMo], object] | None = None
+    found: Callable[[dict[str, Any]], None] = lambda row: None
+    ready: Callable[[FlowMo], object] = lambda tokenizer: None
     config: Config = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,37 +62,41 @@ class Follower:
 
     def evaluate(self) -> None:
         """Evaluate a named checkpoint, or the run's newest, or with ``eval.continuous`` all until the run ends."""
+        for path in self._checkpoints():
+            try:
+                self._evaluate(path)
+            except (CheckpointError, OSError):
+                if path.exists() or self.config.eval.force_ckpt_path:
+                    raise
+                self.report(f"{path.name} was removed before it was evaluated")
+                self._record({"checkpoint": path.name, "removed": True})
+
+    def _checkpoints(self) -> Iterator[Path]:
         settings = self.config.eval
         if settings.force_ckpt_path:
-            self._evaluate(Path(settings.force_ckpt_path))
+            yield Path(settings.force_ckpt_path)
             return
-        run, waiting = Path(settings.eval_dir), False
+        run, done, waiting = Path(settings.eval_dir), self._evaluated(), False
         while True:
             # the end is asked first, so that no checkpoint is missed
             ended, checkpoints = self.world.broadcast((has_ended(run), listing(run / CHECKPOINTS)))
-            if not settings.continuous and not checkpoints:
-                raise EvaluationError(f"{run} has no checkpoint yet. eval.continuous=true waits for one.")
-            remaining = [path for path in checkpoints if path.name not in self._evaluated()]
-            if remaining or not settings.continuous:
-                self._try(remaining[0] if settings.continuous else checkpoints[-1])
+            if not settings.continuous:
+                if not checkpoints:
+                    raise EvaluationError(f"{run} has no checkpoint yet. eval.continuous=true waits for one.")
+                yield checkpoints[-1]
+                return
+            new = [path for path in checkpoints if path.name not in done]
+            if new:
+                done.add(new[0].name)
                 waiting = False
-            elif not ended:
+                yield new[0]
+            elif ended:
+                return
+            else:
                 if not waiting:
                     self.report(f"waiting for the next checkpoint of {run}")
                 waiting = True
                 time.sleep(POLL_SECONDS)
-            if not settings.continuous or (ended and not remaining):
-                return
-
-    def _try(self, path: Path) -> None:
-        """Evaluate a checkpoint, unless the run removes it meanwhile."""
-        try:
-            self._evaluate(path)
-        except (CheckpointError, OSError):
-            if path.exists():
-                raise
-            self.report(f"{path.name} was removed before it was evaluated")
-            self._record({"checkpoint": path.name, "removed": True})
 
     def _evaluated(self) -> set[str]:
         log = self.folder / LOG
@@ -101,8 +105,7 @@ class Follower:
 
     def _evaluate(self, path: Path) -> None:
         tokenizer = flowmo.load(path, *self.settings, device=str(self.world.device))
-        if self.ready:
-            self.ready(tokenizer)
+        self.ready(tokenizer)
         val, index = self._held_out(tokenizer.config.data)
         source = open_source(val, index or None)
         comparison = Comparison(
@@ -117,8 +120,7 @@ class Follower:
         (summary,) = (entry.summary for entry in comparison.measure())
         self.report("\n".join((f"{path}, images of {val}", *summary.lines(), *notes([summary]))))
         row = {"checkpoint": path.name, **summary.as_dict(), "precision": comparison.precision}
-        if self.found:
-            self.found(row)
+        self.found(row)
         if path.name not in self._evaluated():
             self._record(row)
 

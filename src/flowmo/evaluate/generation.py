@@ -158,8 +158,8 @@ class GenerationSummary:
 
     name: str
     reference: str
-    pictures: int
-    reference_pictures: int
+    images: int
+    reference_images: int
     feature_network: str
     is_fid: bool
     frechet_distance: float
@@ -214,8 +214,8 @@ class GenerationSummary:
 
     def lines(self) -> list[str]:
         """For a terminal, one metric per line."""
-        reference = str(self.reference_pictures or "statistics")
-        if self.reference_pictures and self.reference_statistics:
+        reference = str(self.reference_images or "statistics")
+        if self.reference_images and self.reference_statistics:
             reference += "; the distances are to the statistics in the reference's file"
         cells = cells_of(self, COLUMNS)
-        return [f"{self.pictures} images against {reference}", *lines_of(cells), self.feature_network, *self.missing]
+        return [f"{self.images} images against {reference}", *lines_of(cells), self.feature_network, *self.missing]

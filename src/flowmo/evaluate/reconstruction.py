@@ -6,13 +6,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowmo.codec.file import Codec
 from flowmo.data import Source, evenly_spread
@@ -114,19 +114,23 @@ class FlowMoReconstructor:
         return Reconstruction(decoded, bits, ids, torch.tensor(files) if files else None)
 
 
-@dataclass
-class Evaluators:
+class Evaluators(nn.Module):
     """The networks that compare images. Metrics of a missing network are missing too.
 
     Attributes:
         remember: keep the features of originals, to evaluate several candidates on the same images.
     """
 
-    lpips_alex: LPIPS | None = None
-    lpips_vgg: LPIPS | None = None
-    features: FeatureNetwork | None = None
-    remember: bool = False
-    _remembered: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
+    def __init__(
+        self,
+        lpips_alex: LPIPS | None = None,
+        lpips_vgg: LPIPS | None = None,
+        features: FeatureNetwork | None = None,
+        remember: bool = False,
+    ):
+        super().__init__()
+        self.lpips_alex, self.lpips_vgg, self.features, self.remember = lpips_alex, lpips_vgg, features, remember
+        self._remembered: dict[bytes, Tensor] = {}
 
     @classmethod
     def find(cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto") -> tuple[Evaluators, list[str]]:
@@ -146,17 +150,8 @@ class Evaluators:
                 missing.append(f"no {name.replace('_', ' ')}: {error}")
         return cls(**found), missing
 
-    def networks(self) -> dict[str, LPIPS | FeatureNetwork]:
-        named = {"lpips_alex": self.lpips_alex, "lpips_vgg": self.lpips_vgg, "features": self.features}
-        return {key: network for key, network in named.items() if network is not None}
-
-    def to(self, device: torch.device) -> Evaluators:
-        for network in self.networks().values():
-            network.to(device)
-        return self
-
     def describe(self) -> dict[str, str]:
-        return {key: network.name for key, network in self.networks().items()}
+        return {key: network.name for key, network in self.named_children()}
 
     @torch.no_grad()
     def compare(
@@ -188,7 +183,7 @@ class Evaluators:
             rows["channel_squared_error"] = per_channel(squared_error, ours, theirs)
             rows["channel_ssim"] = per_channel(ssim, ours, theirs)
         x, y = pixels.visible(x), pixels.visible(y)
-        for name, network in self.networks().items():
+        for name, network in self.named_children():
             if name != "features":
                 rows[name] = in_fixed_batches(network, x, y, batch_size=batch_size)
         rows = {name: column.double().cpu() for name, column in rows.items()}
@@ -256,7 +251,7 @@ def measure(
             evaluation.
     """
     chosen = evenly_spread(limit or len(source), len(source))
-    identity = {"version": 2, "candidate": candidate.name, "pictures": len(chosen), "of": len(source)}
+    identity = {"version": 2, "candidate": candidate.name, "images": len(chosen), "of": len(source)}
     identity |= {"side": side, **evaluators.describe(), **(metadata or {})}
     identity |= {} if pixels.is_rgb else {"pixels": str(pixels)}
     parts = MeasurementParts(folder, json.dumps(identity, sort_keys=True))

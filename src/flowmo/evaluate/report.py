@@ -201,7 +201,7 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> Figures:
     figure.savefig(out / "rfid_bpp.png", dpi=110)
     caption = (
         "rFID against rate. Published points: the 50 000 validation images of ImageNet at 256 × 256. Measured here: "
-        f"{rows[0].pictures} images of the source above. Compare only equal sets"
+        f"{rows[0].images} images of the source above. Compare only equal sets"
     )
     return [("rate_distortion.png", "Rate against distortion, measured here"), ("rfid_bpp.png", caption)]
 

@@ -44,7 +44,7 @@ class Timing:
     """
 
     part: str
-    pictures: int
+    images: int
     passes: int
     flops: float
     seconds: float
@@ -57,7 +57,7 @@ class Timing:
 
     def line(self) -> str:
         """For a terminal."""
-        speed = f"{self.part:13} {self.pictures / self.seconds:10.2f} images/s {1e3 * self.seconds:10.1f} ms"
+        speed = f"{self.part:13} {self.images / self.seconds:10.2f} images/s {1e3 * self.seconds:10.1f} ms"
         return f"{speed} {self.flops / 1e9:9.1f} GFLOP  {self.matrix_share:.0%} of the matrix rate"
 
 

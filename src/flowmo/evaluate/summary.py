@@ -20,7 +20,7 @@ Columns = Sequence[tuple[str, str, int]]
 """Attribute of a summary, heading, and digits."""
 COLUMNS: Columns = (
     ("bits_per_pixel", "bits/pixel", 4),
-    ("bytes_per_picture", "bytes", 1),
+    ("bytes_per_image", "bytes", 1),
     ("file_bytes", "bytes, file", 1),
     ("frechet_distance", "rFID ↓", 2),
     ("frechet_bias", "bias of few images", 2),
@@ -49,9 +49,9 @@ class Summary:
     """Means over images; a ``…_spread`` is the standard deviation over images. ``None`` if not measured.
 
     Attributes:
-        bytes_per_picture: of packed ids, or of a codec's file.
+        bytes_per_image: of packed ids, or of a codec's file.
         file_bytes: of the full file.
-        psnr: dB, over the images that differ from their originals; ``equal_pictures`` do not.
+        psnr: dB, over the images that differ from their originals; ``equal_images`` do not.
         psnr_legacy: the release's: of five images at once, truncated to 8 bits; ``None`` for mixed sizes.
         ssim_legacy: the release's: of images truncated to 8 bits instead of rounded.
         frechet_distance: of the features of ``feature_network``; the rFID if ``is_fid``.
@@ -65,12 +65,12 @@ class Summary:
     """
 
     name: str
-    pictures: int
+    images: int
     bits_per_pixel: float
-    bytes_per_picture: float
+    bytes_per_image: float
     psnr: float | None
     psnr_spread: float | None
-    equal_pictures: int
+    equal_images: int
     ssim: float
     ssim_spread: float
     psnr_legacy: float | None = None
@@ -126,10 +126,10 @@ class Summary:
             metrics["id_entropy"] = float(torch.special.entr(shares).sum() / math.log(2))
         return cls(
             name,
-            pictures=len(rows["bits"]),
+            images=len(rows["bits"]),
             bits_per_pixel=float((rows["bits"] / rows["pixels"]).mean()),
-            bytes_per_picture=float(rows["bits"].mean()) / 8,
-            equal_pictures=int(errors.isinf().sum()),
+            bytes_per_image=float(rows["bits"].mean()) / 8,
+            equal_images=int(errors.isinf().sum()),
             ssim_legacy=float(rows["truncated_ssim"].mean()),
             unreadable=measurement.unreadable,
             **metrics,
@@ -173,18 +173,18 @@ def notes(rows: Sequence[Summary]) -> list[str]:
 
     first = rows[0]
     lines = [
-        f"{first.pictures} images; ± is the standard deviation over images, not an error of the mean.",
+        f"{first.images} images; ± is the standard deviation over images, not an error of the mean.",
         "PSNR is the mean over images of 8-bit pixels. The release takes five images at once and truncates pixels to "
         f"8 bits; that gives {listed('psnr_legacy', 2)}. SSIM of truncated images: {listed('ssim_legacy', 4)}.",
     ]
     if first.frechet_distance is not None:
         lines.append(
-            f"Distances of features: {first.feature_network}. A Fréchet distance of few images is biased upwards, by "
-            "an estimate from half-sets. The kernel distance is unbiased. Compare at equal counts only."
+            f"Distances of features: {first.feature_network}. A Fréchet distance of few images is biased upwards; "
+            "half-sets give an estimate of the bias. The kernel distance is unbiased. Compare at equal counts only."
         )
     for row in rows:
         lines += [f"{row.name}: {row.missing}"] if row.missing else []
-        lines += [f"{row.name}: {row.equal_pictures} images equal their originals."] if row.equal_pictures else []
+        lines += [f"{row.name}: {row.equal_images} images equal their originals."] if row.equal_images else []
         lines += [f"{row.name}: {row.unreadable} images left out: unreadable or too small."] if row.unreadable else []
     return lines
 

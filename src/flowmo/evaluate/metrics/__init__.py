@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.metrics.features import FeatureNetwork, FeatureNetworkError, ResNetFeatures
 from flowmo.evaluate.metrics.inception import FIDInception
 
-FEATURE_NETWORKS: dict[str, Callable[[str | Path | None, bool], FeatureNetwork]] = {
+FEATURE_NETWORKS: dict[str, Callable[[], FeatureNetwork]] = {
     "inception": FIDInception,
     "inception-legacy": partial(FIDInception, protocol="legacy"),
     "resnet": ResNetFeatures,
@@ -21,13 +20,12 @@ FEATURE_NETWORKS: dict[str, Callable[[str | Path | None, bool], FeatureNetwork]]
 KINDS = ("auto", *FEATURE_NETWORKS, "none")
 
 
-def build_features(kind: str = "auto", weights: str | Path | None = None, download: bool = True) -> FeatureNetwork:
+def build_features(kind: str = "auto") -> FeatureNetwork:
     """Build a feature network.
 
     Args:
         kind: ``inception`` is FID's network, ``inception-legacy`` the same by the release's protocol (see
             ``FIDInception``), ``resnet`` a stand-in. ``auto`` tries ``inception``, then ``resnet``.
-        weights: folder to search first.
 
     Raises:
         FeatureNetworkError: packages or weights are missing.
@@ -35,7 +33,7 @@ def build_features(kind: str = "auto", weights: str | Path | None = None, downlo
     reasons = []
     for name in ("inception", "resnet") if kind == "auto" else (kind,):
         try:
-            return FEATURE_NETWORKS[name](weights, download)
+            return FEATURE_NETWORKS[name]()
         except FlowMoError as error:
             reasons.append(str(error))
     raise FeatureNetworkError(" ".join(reasons))
