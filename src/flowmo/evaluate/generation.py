@@ -17,7 +17,7 @@ from flowmo.data import DataError, Source, open_source
 from flowmo.data.npz import STATISTICS, NpzFile
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.features import FeatureNetwork, Features, in_fixed_batches
-from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError, distance_and_bias
+from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError, distance_and_bias, frechet_distance
 from flowmo.evaluate.metrics.sets import inception_score, kernel_distance, precision_and_recall
 from flowmo.evaluate.reconstruction import print_unreadable
 from flowmo.evaluate.summary import cells_of, lines_of
@@ -187,7 +187,7 @@ class GenerationSummary:
         if any(features is None for features in spatial):
             missing.append("no sFID: it needs a network with spatial features, and those of both sets")
         else:
-            metrics["spatial_frechet_distance"] = distance_and_bias(*spatial)[0]
+            metrics["spatial_frechet_distance"] = frechet_distance(*map(Gaussian.of, spatial))
         ours, theirs = generated.features, reference.features
         if ours is None or theirs is None:
             missing.append("no kernel distance, precision and recall: the reference has statistics only, no images")

@@ -29,12 +29,14 @@ class Gaussian(NamedTuple):
     size: float = math.inf
 
     @classmethod
-    def of(cls, features: Tensor) -> Gaussian:
-        """Mean and unbiased covariance of features n × d.
+    def of(cls, features: Tensor | Gaussian) -> Gaussian:
+        """Mean and unbiased covariance of features n × d. A Gaussian stays as it is.
 
         Raises:
             StatisticsError: there are fewer than two images, or a feature is not finite.
         """
+        if isinstance(features, Gaussian):
+            return features
         if len(features) < 2:
             raise StatisticsError(f"A covariance needs at least 2 images, not {len(features)}.")
         rows = features.double()
@@ -85,13 +87,13 @@ def distance_and_bias(ours: Tensor | Gaussian, theirs: Tensor | Gaussian) -> tup
         The bias is ``None`` without a set of features, or if one has fewer than four images.
     """
 
-    def gaussian(features: Tensor | Gaussian, part: slice = slice(None)) -> Gaussian:
-        return features if isinstance(features, Gaussian) else Gaussian.of(features[part])
-
-    distance = frechet_distance(gaussian(ours), gaussian(theirs))
+    distance = frechet_distance(Gaussian.of(ours), Gaussian.of(theirs))
     counts = [len(features) for features in (ours, theirs) if not isinstance(features, Gaussian)]
     if min(counts, default=0) < 4:
         return distance, None
-    halves = [slice(offset, None, 2) for offset in range(2)]
-    mean = sum(frechet_distance(gaussian(ours, half), gaussian(theirs, half)) for half in halves) / 2
-    return distance, mean - distance
+
+    def half(features: Tensor | Gaussian, offset: int) -> Gaussian:
+        return Gaussian.of(features if isinstance(features, Gaussian) else features[offset::2])
+
+    of_halves = [frechet_distance(half(ours, offset), half(theirs, offset)) for offset in range(2)]
+    return distance, sum(of_halves) / 2 - distance
