@@ -531,7 +531,7 @@ def test_a_vocabulary_knows_its_ids(tmp_path):
     assert build_generator(config, vocabulary(), state).identity() == old.identity()
     assert build_generator(config, vocabulary(id_count=100), state).identity() != old.identity()
     for wrong in (0, 64, 129, True, "100"):
-        with pytest.raises(TypeError, match="bits"):
+        with pytest.raises(ValueError, match="bits"):
             vocabulary(id_count=wrong)
 
 
