@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import PIL
@@ -33,15 +34,7 @@ GRID_IMAGES = 6
 GRID_HEIGHT = 256
 """Height, in pixels, to which native-size images are resized."""
 LABEL_SIZE = 14
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
-td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
-td:first-child, th:first-child { text-align: left }
-table:first-of-type tbody tr:first-child td { font-weight: 600 }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dt { color: #666 } dd { margin: 0 }
-img { max-width: 100%; image-rendering: auto } figure { margin: 2rem 0 } figcaption { color: #666 }
-"""
+PAGE = Path(__file__).with_name("page.html")
 
 Table = list[list[str]]
 """Rows of cells; the first row is the heading."""
@@ -153,15 +146,13 @@ def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, str], figu
         data, text = base64.b64encode((out / name).read_bytes()).decode(), escape(caption)
         image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
         images += f"<figure>{image}<figcaption>{text}</figcaption></figure>"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>FlowMo: reconstruction</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>
-<h1>Reconstruction</h1><dl>{about}</dl>
-{html_table(results_table(rows))}
-<ul>{note_items}</ul>{images}
-<h2>Published, not measured here</h2><p>ImageNet-1K validation at 256 × 256; † as their authors report.</p>
-{html_table(published_table())}</body></html>
-"""
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        about=about,
+        results=html_table(results_table(rows)),
+        notes=note_items,
+        images=images,
+        published=html_table(published_table()),
+    )
 
 
 # Plots and images
