@@ -65,7 +65,7 @@ class PeerTrainer:
             for optimizer in optimizers:
                 set_learning_rate(optimizer, rate)
                 optimizer.step()
-        self.norm_control.apply()
+        self.norm_control.apply(torch.ones((), device=self.device))
         self.ema.update(self.images // len(batch))
         self.images += len(batch)
         return losses[0]
