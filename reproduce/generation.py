@@ -119,6 +119,7 @@ class GenerationEvaluator:
         seen = extract_features(InMemory(name, drawn.images), self.network, world=self.study.world)
         names = (name, "training pictures")
         metrics = GenerationSummary.of(seen, self.reference, self.network, names).as_dict()
+        metrics["pictures"] = metrics.pop("images")  # "images" of a row are those of training
         accuracy = None
         if self.classifier is not None:
             predicted = torch.cat([self.classifier(to_float(chunk)) for chunk in drawn.images.split(BATCH)])

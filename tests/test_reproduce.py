@@ -76,7 +76,7 @@ def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch, capsys):
     assert main([str(word) for word in words]) == 0
     found = json.loads((tmp_path / "out" / "posttrain-smoke.json").read_text())
     assert [row["kind"] for row in found["rows"]] == ["base", "more", "one-step", "sample"]
-    assert all(row["images"] == 8 for row in found["rows"])
+    assert all(row["pictures"] == 8 for row in found["rows"])
     assert all(row["seconds"] > 0 for row in found["rows"])
     assert len({row["psnr"] for row in found["rows"]}) == 4, "every arm is a model of its own"
     text = (tmp_path / "out" / "posttrain-smoke.md").read_text()
