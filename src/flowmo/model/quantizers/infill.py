@@ -5,6 +5,7 @@ The model reads the code in fill-in-the-middle order, <PRE> prefix <SUF> suffix 
 the encoder. Inference passes the code on unchanged and needs no language model.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,7 +39,6 @@ class Infill(Quantizer):
         super().__init__(config)
         name = config.language_model or config.quantization_type
         self.name = HUB_NAMES.get(name, name)
-        self._loaded: tuple[Any, list[int]] | None = None  # a tuple keeps the frozen model out of the state dict
 
     def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         length = code.shape[1]
@@ -57,16 +57,14 @@ class Infill(Quantizer):
         return torch.cat((before, hidden[:, -span.shape[1] :].float(), after), dim=1)
 
     def language_model(self, device: torch.device) -> tuple[Any, list[int]]:
-        """The frozen language model on ``device`` and the ids of ``SENTINELS`` in its vocabulary; loaded once."""
-        if self._loaded is None:
-            self._loaded = load_language_model(self.name, self.channels)
-        if self._loaded[0].device != device:
-            self._loaded[0].to(device)
-        return self._loaded
+        """The frozen language model on ``device`` and the ids of ``SENTINELS`` in its vocabulary."""
+        model, sentinel_ids = load_language_model(self.name, self.channels)
+        return model.to(device), sentinel_ids
 
 
+@cache
 def load_language_model(name: str, channels: int) -> tuple[Any, list[int]]:
-    """Load a frozen causal language model without its head, and the ids of ``SENTINELS`` in its vocabulary.
+    """Load a frozen causal language model without its head, once, and the ids of ``SENTINELS`` in its vocabulary.
 
     If the model has no tokenizer, or its tokenizer lacks them, the vocabulary's last three ids are the sentinel tokens.
 
