@@ -90,7 +90,7 @@ def _one_run(config: Config, width: int, images: Tensor, steps: int, seed: int) 
             states.append(activations)
         set_learning_rate(optimizer, config.opt.lr)
         optimizer.step()
-        norms.apply()
+        norms.apply(torch.ones(()))
     return states
 
 

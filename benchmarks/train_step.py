@@ -91,7 +91,7 @@ def measure(config: Config, device: torch.device, batch: int, steps: int) -> dic
         clip_gradients(model.parameters(), config.opt.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
-        norms.apply()
+        norms.apply(torch.ones((), device=device))
         average.update(number)
 
     times = [timed(partial(step, number), device) for number in range(steps + 2)]
