@@ -157,19 +157,16 @@ class Generator(InferenceModel):
         The network has a logit for every id of ``id_bits`` bits; the logits of ids beyond the vocabulary are −∞.
         """
         labels = labels.to(self.device)
-        if guidance == 1:
-            logits = self._logits(ids, mask, labels)
-        else:
-            null = torch.full_like(labels, self.null_class)
-            both = self._logits(ids.repeat(2, 1), mask.repeat(2, 1), torch.cat((labels, null)))
-            given, free = both.chunk(2)
-            logits = free + guidance * (given - free)
+        with computing(self.precision, self.device):
+            if guidance == 1:
+                logits = self.network(ids, mask, labels).float()
+            else:
+                null = torch.full_like(labels, self.null_class)
+                both = self.network(ids.repeat(2, 1), mask.repeat(2, 1), torch.cat((labels, null))).float()
+                given, free = both.chunk(2)
+                logits = free + guidance * (given - free)
         logits[..., self.vocabulary.vocab_size :] = -torch.inf
         return logits
-
-    def _logits(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        with computing(self.precision, self.device):
-            return self.network(ids, mask, labels).float()
 
     # Likelihood
 
