@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowmo import streams as random_streams
 from flowmo.model.sampler import seeded_noise, shifted_times
 from flowmo.model.transformer import (
     MIN_PREDICTION_TIME,
@@ -120,7 +121,7 @@ def velocity(tokenizer: FlowMo, x: Tensor, code: Tensor, t: float) -> Tensor:
 
 def inputs(tokenizer: FlowMo) -> tuple[Tensor, Tensor, Tensor]:
     """A picture, noise and a code, those of ``flowmo.evaluate.speed.parts``."""
-    side, generator = tokenizer.config.data.image_size, torch.Generator().manual_seed(0)
+    side, generator = tokenizer.config.data.image_size, random_streams.stream(0, random_streams.Stream.BENCHMARK)
     images = torch.rand(1, 3, side, side, generator=generator) * 2 - 1
     code = torch.randn(1, tokenizer.code_length, tokenizer.config.model.context_dim, generator=generator).sign()
     return tuple(x.to(tokenizer.device) for x in (images, seeded_noise([0], side, side), code))

@@ -1,5 +1,6 @@
 """The benchmarks of whole images: seams, screens, legibility and the table of rates, on images with a known answer."""
 
+import copy
 import json
 import sys
 
@@ -9,9 +10,11 @@ from conftest import PICTURES, ROOT
 from PIL import Image
 
 from flowmo import save
+from flowmo.evaluate.speed import parts
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import legibility
+import plain
 import rates
 import seams
 
@@ -71,3 +74,16 @@ def test_rates_of_a_variable_model(native, tmp_path, monkeypatch, trained_weight
     rates.main()
     assert (tmp_path / "out" / "rates.md").read_text() == first
     assert (tmp_path / "out" / "images.jpg").is_file()
+
+
+def test_the_plain_network_is_ours(tiny):
+    """What the benchmark of inference times as the plain way has the same results, from the same inputs."""
+    tokenizer = copy.deepcopy(tiny)
+    with torch.no_grad():
+        for parameter in tokenizer.decoder.parameters():  # open the gates, or the blocks would not show
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        ours = parts(tokenizer)
+        images, noise, code = plain.inputs(tokenizer)
+        torch.testing.assert_close(plain.encode(tokenizer, images), ours["encode"](), rtol=0, atol=1e-4)
+        velocity = plain.velocity(tokenizer, noise, plain.marked(code), 1.0)
+        torch.testing.assert_close(velocity, ours["decoder pass"](), rtol=0, atol=1e-4)
