@@ -490,7 +490,7 @@ def test_metrics_of_each_channel(tmp_path):
     assert np.allclose(summary.ssim_of_channels, np.mean(ssims, axis=0), atol=1e-6)
     assert summary.ssim == pytest.approx(np.mean(ssims), abs=1e-6)
     assert summary.lpips_alex == pytest.approx(np.mean(distances), rel=1e-4)
-    assert any(line.startswith("PSNR of channels ↑ 36.0") for line in summary.lines())
+    assert any(line.startswith("PSNR of channels ↑") and " 36.0" in line for line in summary.lines())
 
 
 RECIPES = ROOT / "configs"

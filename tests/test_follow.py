@@ -102,6 +102,9 @@ def test_the_index_of_the_held_out_tar(origin, config, tmp_path, picture_files, 
     if origin == "settings":
         settings = (*settings, *both)
         (run / "config.json").unlink()
+    if origin == "run":  # of another version, which has one more setting
+        saved = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps({**saved, "model": {**saved["model"], "old_setting": 1}}))
     if origin != "checkpoint":
         monkeypatch.setattr("flowmo.load", without_paths)
     Follower(settings, tmp_path / "a", Evaluators(), report=lambda line: None).evaluate()

@@ -268,7 +268,7 @@ DATA_COMMANDS = (
         "generation.export",
         "Convert tokens to WebDataset tars or a Hugging Face dataset. Each shard becomes a file with ids and labels.",
         option("tokens", metavar="TOKENS", help="folder written by flowmo tokenize"),
-        option("output", metavar="OUT", type=Path, help="folder for the files; an interrupted one is completed"),
+        option("output", metavar="OUT", type=Path, help="empty folder for the files"),
         option("--to", choices=WRITERS, required=True, help="webdataset: .tar files; datasets: .parquet files"),
         JSON,
     ),

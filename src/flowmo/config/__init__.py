@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from flowmo.config.fields import ConfigError, Span, shown
-from flowmo.config.overrides import convert, leaves, read_yaml, translate
+from flowmo.config.overrides import NONE, convert, leaves, read_yaml, translate
 from flowmo.config.rules import broken
 from flowmo.config.sections import (
     FIELDS,
@@ -153,7 +153,7 @@ class Config(Sections):
         """
         tree = read_yaml(path)
         name = tree.pop("preset", None)
-        start = preset(str(name)) if name is not None else base or cls()
+        start = base or cls() if name in NONE else preset(str(name))
         return start.updated(dict(leaves(tree)))
 
 

@@ -28,9 +28,13 @@ def _schedule(value: Any) -> dict[str, Any]:
     return {"eval.sampling.rho": 1.0 if value == "linear" else 1 / float(str(value).removeprefix("pow_"))}
 
 
+NONE = (None, "", "~", "null")
+"""What YAML and the command line write for no value."""
+
+
 def _interval(value: Any) -> dict[str, Any]:
     """Convert the release's EDM noise levels σ, (low, high), to timesteps t = σ / (1 + σ)."""
-    low, high = (0.0, math.inf) if value in (None, "null") else map(float, ast.literal_eval(str(value)))
+    low, high = (0.0, math.inf) if value in NONE else map(float, ast.literal_eval(str(value)))
     return {
         "eval.sampling.guidance_low": low / (1 + low),
         "eval.sampling.guidance_high": 1.0 if math.isinf(high) else high / (1 + high),

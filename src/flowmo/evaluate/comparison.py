@@ -163,7 +163,7 @@ def open_peer(name: str, weights: str, side: int, world: World) -> Reconstructor
     sys.path.insert(0, "")  # as python -m does
     try:
         build = import_module(module or PEERS).build_peer
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise EvaluationError(
             f"{name} is no codec ({', '.join(FORMATS)}), and {module or PEERS} cannot build it ({error}). "
             "Run the command in the folder of that module; for published tokenizers, a checkout of the repository."

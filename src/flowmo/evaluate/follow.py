@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,14 @@ class Follower:
 
         An index belongs to the source beside it. One in the settings without a source applies to the others.
         """
-        ours, run = self.config.data, self.run / SETTINGS if self.run else None
-        for data in (ours, trained, Config.from_yaml(run).data if run and run.exists() else ours):
+        ours = self.config.data
+        for data in (ours, trained):
             if data.val:
                 return data.val, ours.val_index or ("" if data is ours else data.val_index)
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a run may be writing it, or be of another version
+            saved = json.loads((self.run / SETTINGS).read_text())["data"] if self.run else {"val": ""}
+            if saved["val"]:
+                return saved["val"], ours.val_index or saved["val_index"]
         raise EvaluationError("There are no held-out images. Name them with data.val=IMAGES.")
 
     def _record(self, line: dict[str, Any]) -> None:

@@ -56,8 +56,8 @@ class Measurement:
 class MeasurementParts:
     """The parts of a measurement that this process reads and makes.
 
-    With a folder, a file is written every ``SAVE_SECONDS``. Every file holds other images, so a kill at any time counts
-    none twice.
+    With a folder, a file is written every ``SAVE_SECONDS``. Two processes that overlap may measure the same image; a
+    file with an image that an earlier one has is left out.
 
     Args:
         identity: what the measurement depends on. A folder of another identity is refused.
@@ -68,7 +68,12 @@ class MeasurementParts:
 
     def __init__(self, folder: Path | None, identity: str):
         self.folder, self.identity = folder, identity
-        self.earlier = [self._read(path) for path in sorted(folder.glob("*.pt"))] if folder else []
+        self.earlier: list[Measurement] = []
+        seen = torch.empty(0, dtype=torch.int64)
+        for part in map(self._read, sorted(folder.glob("*.pt")) if folder else ()):
+            if not torch.isin(part.rows["index"], seen).any():
+                self.earlier.append(part)
+                seen = torch.cat((seen, part.rows["index"]))
         self.mine: list[Measurement] = []
         self._unsaved: list[Measurement] = []
         self._saved_at = time.monotonic()

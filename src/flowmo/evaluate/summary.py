@@ -174,9 +174,13 @@ def notes(rows: Sequence[Summary]) -> list[str]:
     first = rows[0]
     lines = [
         f"{first.images} images; ± is the standard deviation over images, not an error of the mean.",
-        "PSNR is the mean over images of 8-bit pixels. The release takes five images at once and truncates pixels to "
-        f"8 bits; that gives {listed('psnr_legacy', 2)}. SSIM of truncated images: {listed('ssim_legacy', 4)}.",
+        "PSNR is the mean over images of 8-bit pixels.",
     ]
+    if first.psnr_legacy is not None:
+        lines[-1] += (
+            " The release takes five images at once and truncates pixels to 8 bits; that gives "
+            f"{listed('psnr_legacy', 2)}. SSIM of truncated images: {listed('ssim_legacy', 4)}."
+        )
     if first.frechet_distance is not None:
         lines.append(
             f"Distances of features: {first.feature_network}. A Fréchet distance of few images is biased upwards; "

@@ -114,7 +114,7 @@ def _write(content: dict, path: str) -> None:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch's own follows that of the file, and hides its reason
-            raise error.__context__ or error from None
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _save_shards(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any], world: World) -> Path:
