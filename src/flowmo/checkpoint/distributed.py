@@ -121,7 +121,7 @@ def _one_error(damaged: Path | None = None) -> Iterator[None]:
     """Turn any error into a ``CheckpointError``, and silence a warning about a single process.
 
     Args:
-        damaged: folder to name. The error is otherwise that of one rank, without the wrapper of torch's checkpoints.
+        damaged: folder to name. Otherwise the error of one rank is raised itself, not wrapped.
     """
     try:
         with warnings.catch_warnings():

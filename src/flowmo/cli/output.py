@@ -67,7 +67,7 @@ def is_terminal() -> bool:
 
 
 def warn(message: str | Exception, program: str = "flowmo") -> None:
-    """Print one line on standard error, in place of a progress line. A system error goes without Python's number."""
+    """Print one line on standard error, in place of a progress line. It leaves out the number of a system error."""
     text = str(message)
     if isinstance(message, OSError) and message.filename and message.strerror:
         text = f"{message.filename}: {message.strerror.lower()}"

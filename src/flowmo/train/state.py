@@ -113,7 +113,7 @@ def _write(content: dict, path: str) -> None:
     with open(path, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's own follows that of the file, and hides its reason
+        except RuntimeError as error:  # torch raises its own after the file's, without the reason
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
