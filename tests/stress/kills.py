@@ -23,6 +23,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ WAITED = 600.0
 """Seconds after which a process that should have ended is taken to hang."""
 PATIENCE = 15.0
 """Seconds that a process has to notice that its fellow was killed."""
+ERRORS = Path(tempfile.gettempdir()) / f"flowmo-kills-{os.getpid()}.txt"
+"""What the processes write as errors; shown where one failed by itself."""
 COMMON = (
     "data.num_workers=0",
     "data.global_batch_size=4",
@@ -100,19 +103,25 @@ class SquaredDistance(torch.nn.Module):
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Another process that does some work and ends, with 1 where that raises; its number."""
+    """Another process that does some work and ends, with 1 and a line in ``ERRORS`` where that raises; its number."""
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(ERRORS, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         work()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def last_errors() -> str:
+    """The end of what the processes wrote as errors."""
+    return ERRORS.read_text(errors="replace")[-2000:]
 
 
 def start(config: Config, folder: Path, processes: int) -> list[int]:
@@ -122,7 +131,7 @@ def start(config: Config, folder: Path, processes: int) -> list[int]:
         port = free.getsockname()[1]
 
     def work(rank: int) -> None:
-        tokenizer_task.build_distance = lambda *_: SquaredDistance()
+        tokenizer_task.build_distance = lambda *_, **__: SquaredDistance()
         if processes > 1:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
@@ -195,7 +204,7 @@ def kill_often(config: Config, processes: int, scratch: Path, kills: int, chance
     seen: Counter = Counter()
     began = time.monotonic()
     pids = start(config, scratch / "whole", processes)
-    assert set(ended(pids, WAITED).values()) == {0}, "the unbroken run failed"
+    assert set(ended(pids, WAITED).values()) == {0}, f"the unbroken run failed\n{last_errors()}"
     length = time.monotonic() - began
     number = 0
     while True:
@@ -204,7 +213,7 @@ def kill_often(config: Config, processes: int, scratch: Path, kills: int, chance
         lives = chance.uniform(0, 0.8 * length) if seen["kills"] < kills else WAITED
         statuses = ended(pids, lives)
         if len(statuses) == len(pids):
-            assert set(statuses.values()) == {0}, f"{folder} failed by itself"
+            assert set(statuses.values()) == {0}, f"{folder} failed by itself\n{last_errors()}"
             assert same_end(folder, scratch / "whole"), f"{folder} ended otherwise"
             seen["ends"] += 1
             shutil.rmtree(folder)
@@ -245,7 +254,8 @@ def main() -> None:
     stages = arguments.stage or list(STAGES)
     each = -(-arguments.kills // (len(stages) * len(ways)))
     total: Counter = Counter()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        stack.callback(ERRORS.unlink, missing_ok=True)
         configs = make_configs(Path(scratch), arguments.steps)
         warm = configs["pretrain"].override("trainer.parallel=fsdp", "trainer.duration=2 steps")
         (Path(scratch) / "warm").mkdir()
