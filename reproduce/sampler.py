@@ -5,7 +5,10 @@ decoder's passes.
 
 Cost: smoke half a minute. cpu half an hour per model of 5 M parameters on two cores. gpu 15 minutes per model of 80 M
 parameters on one H100, by arithmetic. paper a day per model of FlowMo-Lo's size on one H100, by arithmetic.
-Expect: unknown, not run yet. The paper shows no curve.
+Expect: (written before the first run) the paper shows no curve. From one to eight steps every metric of distribution
+improves, and PSNR falls. ρ = 4 is ahead of ρ = 1 by 1 dB at eight steps, as in the ablations, and by little at 16.
+Guidance changes PSNR by less than 0.1 dB and is best in the Fréchet distance at 1.5. At equal passes, above four,
+second-order solvers have a lower Fréchet distance and a lower PSNR than Euler's, for they follow the flow more closely.
 """
 
 from __future__ import annotations
