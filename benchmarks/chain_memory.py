@@ -87,7 +87,7 @@ def two_steps(size: str, steps: int, batch: int, device: torch.device) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)

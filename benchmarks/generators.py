@@ -146,7 +146,9 @@ def tables(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("--gpt", "--maskgit", "--tokens", "--held-out", "--images", "--context", "--picture"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--json", type=Path, required=True)

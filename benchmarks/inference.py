@@ -178,7 +178,9 @@ def line(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--presets", nargs="+", default=["nano", "small"])
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")

@@ -188,7 +188,7 @@ def tables(found: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--measure", nargs="*", default=["nano"], help="presets that are run (nano)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="theirs (1 4 16)")

@@ -58,7 +58,7 @@ def final_loss(config: Config) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="examples/pictures", help="folder of pictures (examples/pictures)")
     parser.add_argument("--out", type=Path, default=Path("mup.png"), help="plot to write; its figures go beside it")
     parser.add_argument("--quick", action="store_true", help="fewer widths, rates and steps")

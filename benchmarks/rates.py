@@ -297,7 +297,9 @@ def column_names(names: list[str], width: int) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("images", nargs="?")
     parser.add_argument("--models", nargs="+", default=["nano"])
     parser.add_argument("--limit", type=int)

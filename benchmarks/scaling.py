@@ -46,7 +46,7 @@ def rate(processes: int, batch: int, arguments: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="training pictures")
     parser.add_argument("--config", default="configs/nano.yaml", help="recipe (configs/nano.yaml)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")

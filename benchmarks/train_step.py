@@ -138,7 +138,7 @@ def measure_largest(config: Config, device: torch.device, most: int, steps: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", default=["nano"], help="presets to train (nano)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")

@@ -66,7 +66,9 @@ def check_folder(out: Path, parts: int, identity: str) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", help="name on the Hub, or a folder of images")
     parser.add_argument("out", type=Path)
     parser.add_argument("--split", default="train")

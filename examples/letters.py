@@ -61,7 +61,9 @@ def text_image(draw: random.Random, fonts: list[Path], words: str, side: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"), help="folder of fonts")
     parser.add_argument("--train", type=int, default=3000, help="number of training images")

@@ -19,7 +19,7 @@ from reproduce import SCALES, STUDIES, page, runner
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m reproduce", description="Reproduce a table or figure of the paper."
+        prog="python -m reproduce", description="Reproduce a table or figure of the paper.", allow_abbrev=False
     )
     parser.add_argument("name", choices=STUDIES, help="the recipe: reproduce/NAME.py")
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="size of the study (smoke, about a minute)")

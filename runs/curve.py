@@ -47,7 +47,9 @@ def fit(images: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("logs", nargs="+", type=Path)
     parser.add_argument("--until", type=float, default=2e6)
     parser.add_argument("--skip", type=float, default=4800, help="images at the start to leave out (4800, the warm-up)")

@@ -93,7 +93,7 @@ def describe(found: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("tokens", help="folder written by flowmo tokenize; native size: a dataset of images")
     parser.add_argument("--output", "-o", type=Path, required=True, help="file to write, MODEL.context.safetensors")
     parser.add_argument("--model", default="nano", help="tokenizer of the ids (nano)")

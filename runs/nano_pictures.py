@@ -85,7 +85,7 @@ def write(job: tuple[int, Path, Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("pictures", type=Path, nargs="+", help="folders of photographs")
     parser.add_argument("--without", type=Path, nargs="*", default=[], help="folders of held-out photographs")

@@ -63,7 +63,7 @@ def text_image(seed: int, fonts: list[Path], photographs: list[Path]) -> Image.I
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("photographs", type=Path, nargs="+", help="folders of photographs")
     parser.add_argument("--without", type=Path, nargs="*", default=[], help="folders of held-out photographs")

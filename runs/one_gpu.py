@@ -122,7 +122,7 @@ def ready(job: Job, parts: list[str]) -> Job:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9, help="time for all parts together (9)")
     parser.add_argument("--out", type=Path, help="folder of the files to bring back")
     parser.add_argument(

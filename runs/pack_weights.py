@@ -33,7 +33,7 @@ def pack_weights(out: Path, networks: list[str], weights: Path | None = None) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--weights", type=Path, help="folder to look in first (FLOWMO_WEIGHTS)")
     parser.add_argument("--networks", nargs="+", choices=tuple(BACKBONES), default=["vgg", "alex"], help="(both)")

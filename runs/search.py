@@ -95,7 +95,9 @@ def evaluate(checkpoint: Path, arguments: argparse.Namespace, evaluators: Evalua
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("held_out")
     parser.add_argument("train")

@@ -59,7 +59,8 @@ def test_an_option_has_one_name_and_one_form_in_all_commands():
     ("words", "name", "value"),
     [
         (["encode", "a.jpg", "--out-dir", "d"], "output", "d/"),
-        (["reconstruct", "a.jpg", "--out", "d"], "output", Path("d")),
+        (["decode", "a.flowmo", "--out-dir=d"], "output", "d/"),
+        (["reconstruct", "a.jpg", "--out=d"], "output", Path("d")),
         (["tokenize", "d", "--out", "t"], "output", Path("t")),
         (["generate", "g.pth", "--out", "t.png"], "output", Path("t.png")),
         (["push", "nano", "a/b", "--folder", "f"], "output", Path("f")),
@@ -82,9 +83,11 @@ def test_former_names_still_work_but_are_not_shown(words, name, value, capsys):
         (("data", "shw", "x"), "Did you mean show? See flowmo data --help."),
         (("decode",), "flowmo decode: The following arguments are required: FILE. See flowmo decode --help."),
         (
-            ("decode", "a.flowmo", "--step", "1", "--sed", "2"),
+            ("decode", "a.flowmo", "--steps", "1", "--sed", "2"),
             "no option '--sed' here. Did you mean --seed? See flowmo dec",
         ),
+        (("encode", "a.jpg", "--pack"), "no option '--pack' here. Did you mean --packed? See flowmo encode --help."),
+        (("encode", "a.jpg", "--out-d=b"), "no option '--out-d' here. Did you mean --output?"),
         (("info", "nano", "lo"), "no argument 'lo' here. See flowmo info --help."),
         (("decode", "a.flowmo", "--seed", "x"), "--seed: 'x' is not a whole number from 0 to "),
         (("decode", "a.flowmo", "--seed", "-1"), "'-1' is not a whole number from 0 to "),

@@ -540,6 +540,13 @@ def test_bits_have_digits_of_one_bit(native):
         assert torch.equal(ours.unpack(ours.pack(codes)).ids, codes.ids)
 
 
+@pytest.mark.parametrize("words", [("--limit", "0"), ("--steps", "0"), ("--hidden", "-1"), ("--lim", "4")])
+def test_the_command_refuses_wrong_numbers_and_abbreviations(words, capsys):
+    with pytest.raises(SystemExit):
+        fit_context.main(["images", "--output", "file", *words])
+    assert "usage" in capsys.readouterr().err
+
+
 def test_the_command(native, native_file, class_folder, tmp_path, capsys, picture):
     pytest.importorskip("constriction")
     out, photo, file = native_file.with_name("native.context.safetensors"), tmp_path / "a.png", tmp_path / "a.flowmo"

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import flowmo
 from flowmo.cli import threads
@@ -25,7 +25,10 @@ WRONG_CHOICE = re.compile(r"argument (.+?): invalid choice: (['\"].*['\"]) \(cho
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers wrong arguments with one line."""
+    """A parser that answers wrong arguments with one line, abbreviated options too."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         wrong = WRONG_CHOICE.fullmatch(message)
@@ -66,7 +69,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     arguments.settings = settings
     if rest:
         word = rest[0].partition("=")[0]
-        flags = [flag for each in arguments.command.options for flag in each.flags]
+        options = arguments.command.options
+        flags = [flag for each in options if each.settings["help"] != argparse.SUPPRESS for flag in each.flags]
         kind = "option" if word.startswith("-") else "argument"
         arguments.parser.reject(f"There is no {kind} {word!r} here", word, flags)
     return arguments
