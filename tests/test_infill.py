@@ -1,5 +1,6 @@
 """The infill bottleneck with a small Qwen2 of random weights, saved to disk as any other causal language model."""
 
+import shutil
 import subprocess
 import sys
 
@@ -88,7 +89,9 @@ def test_a_fresh_process_loads_it(folder):
 
 
 def test_language_models_that_do_not_fit(folder, code, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)  # without the weights
     with pytest.raises(LanguageModelError, match=r"hidden size 16. Write model\.context_dim=16, not 8"):
-        infill(folder, 8)(code[..., :8])
+        infill(tmp_path, 8)(code[..., :8])
+    (tmp_path / "config.json").unlink()
     with pytest.raises(LanguageModelError, match="cannot load a language model"):
         infill(tmp_path, CHANNELS)(code)

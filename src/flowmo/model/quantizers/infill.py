@@ -73,20 +73,20 @@ def load_language_model(name: str, channels: int) -> tuple[Any, list[int]]:
     """
     before_importing("transformers")
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise LanguageModelError(f"{name}: language models need transformers. Run: pip install transformers") from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(name).base_model
+        width = AutoConfig.from_pretrained(name).hidden_size
+        model = AutoModelForCausalLM.from_pretrained(name).base_model if width == channels else None
     except (OSError, ValueError) as error:
         raise LanguageModelError(f"{name}: cannot load a language model ({one_line(error)})") from None
-    width, vocabulary = model.config.hidden_size, model.config.vocab_size
-    if width != channels:
+    if model is None:
         raise LanguageModelError(f"{name} has hidden size {width}. Write model.context_dim={width}, not {channels}.")
     try:
         sentinel_ids = AutoTokenizer.from_pretrained(name).convert_tokens_to_ids(list(SENTINELS))
     except (OSError, ValueError, KeyError, TypeError):
         sentinel_ids = []
     if None in sentinel_ids or len(set(sentinel_ids)) < len(SENTINELS):  # unknown tokens share one id
-        sentinel_ids = list(range(vocabulary - len(SENTINELS), vocabulary))
+        sentinel_ids = list(range(model.config.vocab_size))[-len(SENTINELS) :]
     return model.eval().requires_grad_(False), sentinel_ids
