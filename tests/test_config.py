@@ -136,6 +136,19 @@ def test_yaml_refused(tmp_path, text, sentence):
         Config.from_yaml(file)
 
 
+@pytest.mark.parametrize("value", ["null", "~", "", "''"])
+def test_no_value_of_yaml_is_empty_text(tmp_path, value):
+    """In a setting that is empty by default. Others have a word of their own, or must have one."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"data:\n  train: {value}\ntrainer:\n  best_metric: {value}\ngenerator:\n  guided_from: null\n")
+    assert Config.from_yaml(file) == Config()
+    assert Config.from_dict({"data": {"train": None}}).data.train == ""
+    assert Config().override(f"data.train={value}").data.train == ""
+    file.write_text(f"model:\n  network: {value}\n")
+    with pytest.raises(ConfigError, match="must be double_stream or windowed"):
+        Config.from_yaml(file)
+
+
 def test_yaml_missing(tmp_path):
     with pytest.raises(ConfigError, match="Cannot read"):
         Config.from_yaml(tmp_path / "none.yaml")

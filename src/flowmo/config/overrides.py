@@ -154,7 +154,7 @@ TYPES: dict[type, tuple[Callable[[Any], Any], str]] = {
 
 
 def convert(name: str, value: Any) -> Any:
-    """Convert a value or its text to the setting's type without loss.
+    """Convert a value or its text to the setting's type without loss. No value is empty text if the default is.
 
     Raises:
         ConfigError: the value has another type.
@@ -162,7 +162,7 @@ def convert(name: str, value: Any) -> Any:
     default = FIELDS[name].default
     read, words = TYPES[type(default)]
     try:
-        return read(value)
+        return "" if default == "" and value in NONE else read(value)
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         example = repr(str(default)) if isinstance(default, str) else default
         message = f"{name}={shown(value)} does not work. Write {words}, for example {name}={example}."
