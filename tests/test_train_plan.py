@@ -14,6 +14,7 @@ from flowmo.evaluate.speed import UNCOUNTED, peak_flops
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage, pretrain_loss
+from flowmo.train import cost
 from flowmo.train.cost import Memory, PeakMemory, training_flops, training_memory
 from flowmo.train.failures import plain_errors
 from flowmo.train.optimizer import build_optimizers, clip_gradients, scale_initial_weights
@@ -228,6 +229,16 @@ def test_flops_are_fewer_with_a_frozen_encoder_and_more_with_lpips(tiny_config):
     config = tiny_config.override("opt.lpips_weight=0")
     assert training_flops(config, freeze_encoder=True) < training_flops(config)
     assert training_flops(tiny_config.override("opt.lpips_weight=1")) > 2 * training_flops(config)
+
+
+def test_a_forecast_knows_the_precision_of_lpips(tiny_config):
+    config, halved = tiny_config.override("opt.lpips_weight=1", "opt.lpips_mode=alex"), "opt.lpips_bfloat16=true"
+    for settings, dtype in (((), torch.float32), ((halved,), torch.bfloat16)):
+        _, (_, perceptual) = cost._step(config.override(*settings), False, None, 1, (32, 32), 1)
+        assert perceptual.dtype == dtype
+    for forecast in (training_memory, training_flops):
+        with pytest.raises(ConfigError, match=r"Write opt\.lpips_bfloat16=false"):
+            forecast(config.override(halved, "opt.lpips_mode=resnet"))
 
 
 def test_checkpointing_of_blocks_in_a_chain(tiny_config):

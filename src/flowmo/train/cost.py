@@ -163,7 +163,8 @@ def _step(
         settings["model.quantization_type"] = "noop"
     config = config.updated(settings)
     frozen, opt = freeze_encoder or config.model.train == "decoder", config.opt
-    perceptual = build_distance(opt.lpips_mode, pretrained=False) if opt.lpips_weight else None
+    dtype = torch.bfloat16 if opt.lpips_bfloat16 else torch.float32
+    perceptual = build_distance(opt.lpips_mode, pretrained=False, dtype=dtype) if opt.lpips_weight else None
     tokenizer, teacher = FlowMo(config), None
     tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not frozen)
     tokenizer.decoder.requires_grad_(config.model.train != "encoder")
