@@ -31,7 +31,10 @@ STUDENT = (
     *("eval.sampling.solver=euler", "eval.sampling.sample_steps=1"),
     *("trainer.tensorboard=false", "trainer.sample_every=0", "trainer.best_metric=", "opt.cooldown=0.4"),
 )
-SMOKE = ("data.global_batch_size=4", "trainer.duration=8 images", "trainer.log_every=4 images", "opt.warmup=0")
+SMOKE = (
+    *("data.global_batch_size=4", "data.num_workers=0", "trainer.duration=8 images", "trainer.log_every=4 images"),
+    "opt.warmup=0",
+)
 CPU = (
     *("data.global_batch_size=16", "trainer.duration=9600 images", "trainer.log_every=800 images"),
     *("trainer.checkpoint_every=3200 images", "opt.warmup=800 images", "opt.lr=5e-4", "model.ema_decay=0.99"),
