@@ -191,7 +191,8 @@ class Study:
         summary = Summary.of(candidate.name, found, self.evaluators.features)
         self.report("\n".join(summary.lines()))
         row = summary.as_dict()
-        return row | {"pictures": row.pop("images")}  # "images" of a row are those of training
+        row["pictures"] = row.pop("images")  # "images" of a row are those of training
+        return row
 
     def delete_checkpoints(self, run: str) -> None:
         if self.world.main:
