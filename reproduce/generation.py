@@ -116,9 +116,9 @@ class GenerationEvaluator:
         return self.study.once(run, measure)
 
     def measure(self, name: str, drawn: LabelledImages) -> dict[str, Any]:
-        seen = extract_features(InMemory(name, drawn.images), self.network, world=self.study.world)
-        names = (name, "training pictures")
-        metrics = GenerationSummary.of(seen, self.reference, self.network, names).as_dict()
+        world, names = self.study.world, (name, "training pictures")
+        sets = extract_features(InMemory(name, drawn.images), self.network, world=world), self.reference
+        metrics = world.broadcast(GenerationSummary.of(*sets, self.network, names).as_dict() if world.main else {})
         metrics["pictures"] = metrics.pop("images")  # "images" of a row are those of training
         accuracy = None
         if self.classifier is not None:

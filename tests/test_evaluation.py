@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -242,8 +243,24 @@ def measure_as_rank(folder):
 def test_two_processes_give_what_one_gives(source, tmp_path):
     run_ranks(measure_as_rank, tmp_path)
     whole = measure(Blur(), source, 64, Evaluators(features=Colours()))
-    for rank in "01":
-        same(whole, Measurement(*torch.load(tmp_path / rank, weights_only=True)))
+    for rank, expected in (("0", whole), ("1", whole.without_features())):
+        same(expected, Measurement(*torch.load(tmp_path / rank, weights_only=True)))
+
+
+def test_one_histogram_of_ids_is_kept_and_not_one_per_batch():
+    parts = measurement.MeasurementParts(None, "")
+    expected = torch.zeros(1 << 16, dtype=torch.int64)
+    for batch in range(3):
+        usage = torch.bincount(torch.arange(5) * batch, minlength=1 << 16)
+        expected += usage
+        kept = weakref.ref(usage)
+        parts.add(Measurement({"index": torch.tensor([2 - batch])}, usage))
+        del usage
+        assert kept() is None
+    parts.save()
+    (part,) = parts.mine
+    assert torch.equal(part.usage, expected)
+    assert part.rows["index"].tolist() == [0, 1, 2]
 
 
 def test_remembered_features_are_the_same(source):

@@ -75,11 +75,11 @@ class World:
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's value on every rank, in the order of the ranks."""
+        """Return every rank's value on rank 0, in the order of the ranks, and an empty list elsewhere."""
         if self.size == 1:
             return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
+        values = [None] * self.size if self.main else []
+        dist.gather_object(value, values or None)
         return values
 
     def barrier(self) -> None:

@@ -62,8 +62,9 @@ def evaluate_generated(arguments: argparse.Namespace, world: World, log: Log) ->
         extract_features(images, network, device=world.device, world=world, progress=Progress("looking"))
         for images in sets
     )
-    summary = GenerationSummary.of(generated, reference, network, (sets[0].name, sets[1].name))
-    log(json.dumps(summary.as_dict(), indent=1) if arguments.json else "\n".join(summary.lines()))
+    if world.main:
+        summary = GenerationSummary.of(generated, reference, network, (sets[0].name, sets[1].name))
+        log(json.dumps(summary.as_dict(), indent=1) if arguments.json else "\n".join(summary.lines()))
 
 
 def evaluate_run(arguments: argparse.Namespace, evaluators: Evaluators, world: World, log: Log) -> None:

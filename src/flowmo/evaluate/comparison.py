@@ -106,9 +106,7 @@ class Comparison:
                 pixels=self.model.tokenizer.pixels,
             )
             summary = Summary.of(candidate.name, measured, self.evaluators.features)
-            for features in ("originals", "results"):
-                measured.rows.pop(features, None)  # gigabytes per candidate that nothing else needs
-            self.entries.append(Entry(candidate, measured, summary))
+            self.entries.append(Entry(candidate, measured.without_features(), summary))
             yield self.entries[-1]
 
     def _candidates(self) -> Iterator[tuple[Reconstructor, dict[str, Any]]]:

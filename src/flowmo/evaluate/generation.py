@@ -86,7 +86,7 @@ class SetFeatures:
     """A network's features of N images.
 
     Attributes:
-        features: float32, N rows in the order of the images; ``None`` if only statistics are known.
+        features: float32, N rows in the order of the images; ``None`` if only statistics are known, or not on rank 0.
         statistics: Gaussians of ``pooled`` and ``spatial`` features from a file. They may describe more images.
     """
 
@@ -111,7 +111,7 @@ def extract_features(
     world: World = World(),
     progress: Callable[[int, int], None] | None = None,
 ) -> SetFeatures:
-    """Extract the features of an image set. All ranks call this together and share the batches.
+    """Extract the features of an image set. All ranks call this together and share the batches; rank 0 has the result.
 
     Statistics in an ``.npz`` replace those of its images: ADM's reference files hold some images, for precision and
     recall, and the statistics of the full set. They must come from the same network, which a file does not name.
@@ -140,7 +140,7 @@ def extract_features(
     if done < 2:
         raise StatisticsError(f"{images.name}: {done} of {count} images can be read. A covariance needs two or more.")
     batches = {number: features for part in world.gather(mine) for number, features in part.items()}
-    return SetFeatures(Features.cat(batches[number] for number in sorted(batches)), statistics)
+    return SetFeatures(Features.cat(batches[number] for number in sorted(batches)) if batches else None, statistics)
 
 
 @dataclass(frozen=True)

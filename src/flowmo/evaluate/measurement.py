@@ -7,7 +7,7 @@ batches, nor their order, nor ranks, nor an interruption change a metric.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -45,12 +45,15 @@ class Measurement:
     unreadable: int = 0
 
     @classmethod
-    def join(cls, parts: Sequence[Measurement]) -> Measurement:
-        """Join measurements of different images, at least one."""
-        rows = {name: torch.cat([part.rows[name] for part in parts]) for name in parts[0].rows}
-        order = rows["index"].argsort()
-        usage = torch.stack([part.usage for part in parts]).sum(dim=0)
-        return cls({name: column[order] for name, column in rows.items()}, usage)
+    def join(cls, parts: Sequence[Mapping[str, Tensor]], usage: Tensor) -> Measurement:
+        """Join the rows of different images, at least one, with the usage of ids by all of them."""
+        order = torch.cat([part["index"] for part in parts]).argsort()
+        return cls({name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}, usage)
+
+    def without_features(self) -> Measurement:
+        """Leave out ``originals`` and ``results``, gigabytes that only distances of image sets need."""
+        rows = {name: column for name, column in self.rows.items() if name not in ("originals", "results")}
+        return Measurement(rows, self.usage, self.unreadable)
 
 
 class MeasurementParts:
@@ -61,37 +64,40 @@ class MeasurementParts:
 
     Args:
         identity: what the measurement depends on. A folder of another identity is refused.
+        features: keep the features of earlier parts.
 
     Raises:
         EvaluationError: the folder holds something else.
     """
 
-    def __init__(self, folder: Path | None, identity: str):
+    def __init__(self, folder: Path | None, identity: str, features: bool = True):
         self.folder, self.identity = folder, identity
         self.earlier: list[Measurement] = []
         seen = torch.empty(0, dtype=torch.int64)
         for part in map(self._read, sorted(folder.glob("*.pt")) if folder else ()):
             if not torch.isin(part.rows["index"], seen).any():
-                self.earlier.append(part)
+                self.earlier.append(part if features else part.without_features())
                 seen = torch.cat((seen, part.rows["index"]))
         self.mine: list[Measurement] = []
-        self._unsaved: list[Measurement] = []
+        self._unsaved: list[dict[str, Tensor]] = []
+        self._usage = torch.tensor(0)  # one sum, because a large vocabulary's histograms would fill the memory
         self._saved_at = time.monotonic()
 
     def add(self, part: Measurement) -> None:
-        self._unsaved.append(part)
+        self._unsaved.append(part.rows)
+        self._usage = self._usage + part.usage
         if time.monotonic() - self._saved_at > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
         if self._unsaved:
-            part = Measurement.join(self._unsaved)
+            part = Measurement.join(self._unsaved, self._usage)
             if self.folder:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 content = {"identity": self.identity, "rows": part.rows, "usage": part.usage}
                 write_whole(self.folder / f"{uuid4().hex}.pt", lambda temporary: torch.save(content, temporary))
             self.mine.append(part)
-        self._unsaved, self._saved_at = [], time.monotonic()
+        self._unsaved, self._usage, self._saved_at = [], torch.tensor(0), time.monotonic()
 
     def _read(self, path: Path) -> Measurement:
         try:

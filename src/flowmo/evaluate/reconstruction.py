@@ -231,7 +231,7 @@ def measure(
 ) -> Measurement:
     """Reconstruct images and compare them with the originals.
 
-    All ranks call this together and share the images; each returns the complete result.
+    All ranks call this together and share the images. Each returns the complete result, but only rank 0 its features.
 
     Args:
         side: resize the short side to this and cut the central square; ``None`` takes each image at its own size, in a
@@ -254,7 +254,7 @@ def measure(
     identity = {"version": 2, "candidate": candidate.name, "images": len(chosen), "of": len(source)}
     identity |= {"side": side, **evaluators.describe(), **(metadata or {})}
     identity |= {} if pixels.is_rgb else {"pixels": str(pixels)}
-    parts = MeasurementParts(folder, json.dumps(identity, sort_keys=True))
+    parts = MeasurementParts(folder, json.dumps(identity, sort_keys=True), features=world.main)
     world.barrier()  # no rank writes a file that another still reads
     done = {index for part in parts.earlier for index in part.rows["index"].tolist()}
     remaining = [index for index in chosen if index not in done][world.rank :: world.size]
@@ -278,12 +278,14 @@ def measure(
         if progress:
             progress(min(start + batch_size, len(remaining)), len(remaining))
     parts.save()
-    every = parts.earlier + [part for mine in world.gather(parts.mine) for part in mine]
-    if not every:
+    every, measured = parts.earlier + [part for mine in world.gather(parts.mine) for part in mine], None
+    if every and world.main:
+        measured = Measurement.join([part.rows for part in every], torch.stack([part.usage for part in every]).sum(0))
+        measured.unreadable = len(chosen) - len(measured.rows["index"])
+    shared = world.broadcast(measured.without_features() if measured else None)
+    if shared is None:
         raise EvaluationError(f"None of {len(chosen)} images can be used. The last: {reason}")
-    measured = Measurement.join(every)
-    measured.unreadable = len(chosen) - len(measured.rows["index"])
-    return measured
+    return measured or shared
 
 
 def read_crops(

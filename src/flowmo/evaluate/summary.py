@@ -95,7 +95,7 @@ class Summary:
 
     @classmethod
     def of(cls, name: str, measurement: Measurement, network: FeatureNetwork | None = None) -> Summary:
-        """Summarize a measurement, whose features come from ``network``."""
+        """Summarize a measurement, whose features come from ``network``. Without features it has no distances."""
         rows = measurement.rows
         errors = decibels(rows["squared_error"])
         metrics: dict[str, Any] = {}
@@ -111,7 +111,7 @@ class Summary:
             columns = {"psnr": decibels(rows["channel_squared_error"]), "ssim": rows["channel_ssim"]}
             for key, column in columns.items():
                 metrics[f"{key}_of_channels"] = tuple(mean_and_spread(channel)[0] for channel in column.T)
-        if network is not None:
+        if network is not None and "originals" in rows:
             metrics |= {"feature_network": network.name, "is_fid": network.is_fid}
             originals, results = rows["originals"], rows["results"]
             try:
