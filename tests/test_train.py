@@ -202,7 +202,10 @@ def test_what_a_run_leaves(config, tmp_path, plots):
     pytest.importorskip("matplotlib")
     config = config.override("trainer.sample_every=3", "trainer.max_steps=9")
     run = Trainer(config, tmp_path / "run", report=quiet)
-    run.train()
+    (run.folder / "config.json").write_text("{}")
+    with (run.folder / "config.json").open() as earlier:
+        run.train()
+        assert earlier.read() == "{}", "who reads it meanwhile sees a whole file"
     names = sorted(str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file())
     assert [name for name in names if not name.startswith("tensorboard/")] == [
         "checkpoints/00000006.pth",

@@ -136,7 +136,7 @@ class Trainer:
         if self.world.main:
             (self.folder / STOP).unlink(missing_ok=True)
             (self.folder / ENDED).unlink(missing_ok=True)
-            (self.folder / SETTINGS).write_text(self.config.to_json())
+            write_content(self.folder / SETTINGS, self.config.to_json())
         self.world.barrier()
         self.logger.open(self.step, self.images, self.config.to_dict())
         self.logger.report(self._describe())
