@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -273,8 +272,6 @@ class FlowMo(Autoencoder):
                 infinite scale.
             NotFiniteError: guidance or weights so extreme that a sample is not finite.
         """
-        if not 0 <= noise_scale < math.inf:
-            raise ValueError(f"noise_scale {noise_scale} must be finite and at least 0.")
         code, height, width = self._code_and_size(codes, size)
         # An array or tensor is not a Sequence. Without dimensions it is one seed.
         several = isinstance(seed, Sequence) or getattr(seed, "ndim", False)
@@ -413,6 +410,7 @@ class FlowMo(Autoencoder):
         guidance: float | None = None,
         rho: float | None = None,
         solver: str | None = None,
+        noise_scale: float = 1.0,
         progress: Progress | None = None,
     ) -> Tensor:
         """Decode the codes of ``encode_image`` to one image, float32 c × h × w; arguments as in ``decode``.
@@ -425,11 +423,11 @@ class FlowMo(Autoencoder):
             )
         sampling = self.sampling(steps, guidance, rho, solver)
         code, height, width = self._code_and_size(codes, None)
-        channels = self.config.model.channels
+        scale_and_channels = noise_scale, self.config.model.channels
         if self.native_size:
             if len(code) != 1:
                 raise ValueError(f"{len(code)} codes for one image; decode takes batches.")
-            noise = sampler.seeded_noise([seed], height, width, channels=channels)
+            noise = sampler.seeded_noise([seed], height, width, *scale_and_channels)
             cell = self.config.model.patch_size
             image = blocks.decode(lambda z, c: self.sample(z, c, sampling).cpu(), noise, code, cell, progress)
             true_height, true_width = codes.output_size
@@ -438,7 +436,7 @@ class FlowMo(Autoencoder):
         if len(code) != tiling.count:
             tiles = f"an image of {tiling.count} tiles" if codes.tiling else "one image; decode takes batches"
             raise ValueError(f"{len(code)} codes for {tiles}.")
-        noise = tiling.crop(sampler.seeded_noise([seed], *tiling.canvas, channels=channels)[0])
+        noise = tiling.crop(sampler.seeded_noise([seed], *tiling.canvas, *scale_and_channels)[0])
         return tiling.merge(self.sample(noise, code, sampling, progress))
 
 

@@ -94,20 +94,19 @@ class FlowMoReconstructor:
         tokenizer, model = self.tokenizer, self.tokenizer.config
         height, width = images.shape[-2:]
         if tokenizer.native_size:
-            together = height % model.model.patch_size == 0 == width % model.model.patch_size
+            one_batch = height % model.model.patch_size == 0 == width % model.model.patch_size
         else:
-            together = height == width == model.data.image_size
-        if together:
+            one_batch = height == width == model.data.image_size
+        settings: dict[str, Any] = {"guidance": self.guidance, "noise_scale": self.noise_scale}
+        if one_batch:
             batch = tokenizer.encode(images, self.bits_per_pixel)
-            decoded = tokenizer.decode(batch, self.steps, seeds, guidance=self.guidance, noise_scale=self.noise_scale)
+            decoded = tokenizer.decode(batch, self.steps, seeds, **settings)
             tiling = None if tokenizer.native_size else Tiling(height, width, height)
             codes = [replace(batch[[i]], tiling=tiling) for i in range(len(batch))]
         else:
             codes = [tokenizer.encode_image(image, bits_per_pixel=self.bits_per_pixel) for image in images]
-            decode = partial(tokenizer.decode_tensor, guidance=self.guidance)
             pairs = zip(codes, seeds, strict=True)
-            decoded = torch.stack([decode(code, self.steps, seed) for code, seed in pairs])
-            decoded = to_bytes(decoded).float() / 127.5 - 1
+            decoded = torch.stack([tokenizer.decode_tensor(c, self.steps, seed, **settings) for c, seed in pairs])
         ids = torch.cat([code.ids for code in codes]) if self.id_count else None
         bits = torch.tensor([float(code.bits) for code in codes])
         files = [] if self.codec is None else [8.0 * len(self.codec.pack(code)) for code in codes]

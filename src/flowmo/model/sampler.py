@@ -6,6 +6,7 @@ on its code and its seed alone, not on its batch, its index there, or the device
 """
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 
@@ -128,8 +129,10 @@ def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1
     """Standard normal noise, one image per seed: float32 len(seeds) × channels × height × width on the CPU.
 
     Raises:
-        TypeError, ValueError: a seed that is not a whole number from 0 to 2^63 − 1.
+        TypeError, ValueError: a seed that is not a whole number from 0 to 2^63 − 1; a negative or infinite scale.
     """
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"noise_scale {scale} must be finite and at least 0.")
     seeds = [operator.index(seed) for seed in seeds]
     wrong = next((seed for seed in seeds if not 0 <= seed < 2**63), None)
     if wrong is not None:
