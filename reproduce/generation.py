@@ -24,10 +24,10 @@ from flowmo.generate.generator import Generator, load_generator
 from flowmo.generate.samples import image_seeds
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import to_bytes, to_pil
+from flowmo.precision import multiplies_bfloat16
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
 from flowmo.train.state import read_metadata
-from flowmo.train.task import multiplies_bfloat16
 from reproduce import StudyError
 from reproduce.classifier import Classifier
 from reproduce.convolutional import ConvolutionalTokenizer

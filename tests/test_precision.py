@@ -13,6 +13,7 @@ from flowmo import load, precision
 from flowmo.cli import build_parser
 from flowmo.cli.options import choose_device
 from flowmo.model.inference import CompilerError
+from flowmo.train.task import in_bfloat16
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,14 @@ from flowmo.model.inference import CompilerError
 def test_auto_follows_the_device(asked, device, capability, resolved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert precision.resolve(asked, torch.device(device)) == resolved
+
+
+@pytest.mark.parametrize(("capability", "bfloat16"), [((7, 5), False), ((8, 0), True)])
+def test_training_and_inference_agree_on_a_gpu(tiny_config, capability, bfloat16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    device = torch.device("cuda")
+    assert in_bfloat16(tiny_config, device) is bfloat16
+    assert (precision.resolve("auto", device) == "bfloat16") is bfloat16
 
 
 def test_unknown_precision():

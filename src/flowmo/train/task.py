@@ -17,6 +17,7 @@ from flowmo.data.tokens import Vocabulary
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
 from flowmo.losses.stages import Loss
+from flowmo.precision import multiplies_bfloat16
 from flowmo.train.schedule import Schedule
 
 MISFITS = 3
@@ -144,13 +145,6 @@ def find_misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> l
 
     names = [name for name in {**wanted, **found} if shape(found, name) != shape(wanted, name)]
     return [f"{name} ({shape(found, name)} in the file, {shape(wanted, name)} here)" for name in names]
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether the device has bfloat16 matrix products. A CPU that emulates them takes 70 times as long."""
-    if device.type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def in_bfloat16(config: Config, device: torch.device) -> bool:

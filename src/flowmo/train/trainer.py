@@ -21,6 +21,7 @@ from flowmo.config import Config, ConfigError
 from flowmo.data import batches
 from flowmo.distributed import World
 from flowmo.evaluate.speed import peak_flops
+from flowmo.precision import multiplies_bfloat16
 from flowmo.tokenizer import FlowMo
 from flowmo.train import start_checks, state
 from flowmo.train.cost import training_flops, training_memory
@@ -34,7 +35,7 @@ from flowmo.train.optimizer import NormControl, StepCounts, build_optimizers, cl
 from flowmo.train.parallel import accumulating, prepare, wrap_ddp
 from flowmo.train.plots import draw
 from flowmo.train.schedule import PAPER_BATCH, BatchPlan, Position, Schedule
-from flowmo.train.task import Task, TrainingError, changed_settings, in_bfloat16, multiplies_bfloat16
+from flowmo.train.task import Task, TrainingError, changed_settings, in_bfloat16
 from flowmo.train.tokenizer import TokenizerTask
 
 __all__ = ["Trainer", "TrainingError"]
@@ -197,7 +198,7 @@ class Trainer:
         return (
             f"{len(self.task.source)} images, {parameters / 1e6:.1f} M parameters, batch {plan.total} = {split}, "
             f"from step {self.step} ({self.images} images)"
-            + ("" if multiplies_bfloat16(self.device) else ", in float32: this CPU multiplies no bfloat16")
+            + ("" if multiplies_bfloat16(self.device) else ", in float32: this device multiplies no bfloat16")
         )
 
     def _batches(self) -> Generator[Tensor]:
