@@ -17,7 +17,7 @@ from torch import nn
 from flowmo import Config, FlowMo
 from flowmo.checkpoint import CheckpointError
 from flowmo.data.loader import ResumableSampler
-from flowmo.data.token_files import Vocabulary, read_metadata
+from flowmo.data.token_files import Vocabulary, read_token_metadata
 from flowmo.evaluate.codecs import QUALITIES, CodecReconstructor
 from flowmo.evaluate.generation import extract_features
 from flowmo.evaluate.metrics.features import Features, in_fixed_batches
@@ -522,7 +522,7 @@ def test_a_vocabulary_knows_its_ids(tmp_path):
     for kind, count in (("vq", 100), ("lfq", None)):
         config = Config.from_dict(TINY).override(f"model.quantization_type={kind}", "model.vq_entries=100")
         made = tokenize(FlowMo(config).eval(), open_source(folder), tmp_path / kind)
-        facts = read_metadata(tmp_path / kind)
+        facts = read_token_metadata(tmp_path / kind)
         assert facts == made
         assert facts.vocabulary.id_count == count
         assert facts.vocabulary.vocab_size == (count or 16)

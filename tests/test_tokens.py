@@ -21,7 +21,7 @@ from conftest import CLASSES, ROOT, run_command
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from flowmo.data import DataError, TokenDataset, open_source
-from flowmo.data.token_files import Part, TokenMetadata, manifest, pack_shard, read_metadata
+from flowmo.data.token_files import Part, TokenMetadata, manifest, pack_shard, read_token_metadata
 from flowmo.distributed import World
 from flowmo.generate.tokenize import tokenize
 
@@ -155,7 +155,7 @@ def test_parts_are_shares():
     for text, message in (
         ("0/16", "run from 1 to 16"),
         ("17/16", "from 1 to 16"),
-        ("3", "is no part"),
+        ("3", "is not a part"),
         ("a/b", "no pa"),
     ):
         with pytest.raises(DataError, match=message):
@@ -171,7 +171,7 @@ def test_ids_do_not_depend_on_how_the_work_is_split(tiny, source, tmp_path):
         for number in range(count, 0, -1):
             tokenize(tiny, source, out, flip=True, shard_size=2, batch_size=batch_size, part=Part(number, count))
         assert shards(out) == whole
-        assert read_metadata(out) == read_metadata(tmp_path / "whole")
+        assert read_token_metadata(out) == read_token_metadata(tmp_path / "whole")
         assert_same(list(TokenDataset(out)), list(TokenDataset(tmp_path / "whole")))
         assert json.loads((out / "tokens.json").read_text())["complete"]
 
@@ -201,7 +201,7 @@ def test_ranks_share_a_part(tiny, source, tmp_path):
                 )
                 for rank in range(2)
             ]
-        assert all(rank.result() == read_metadata(tmp_path / "whole") for rank in ranks)
+        assert all(rank.result() == read_token_metadata(tmp_path / "whole") for rank in ranks)
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
 
 
@@ -268,8 +268,9 @@ def test_a_missing_shard_is_named(folder, contents):
 
 def test_sizes_that_could_not_be_read_again_are_refused(tiny, source, tmp_path):
     for crops, shard_size, message in (
-        (1 << 20, 1, "more than 1048576 shards"),
-        (1 << 25, 1 << 28, "more than .* byt"),
+        (1 << 20, 1, r"^There are more than 1048576 shards\. Choose another --shard-size\.$"),
+        (1 << 25, 1 << 28, r"^A shard has more than .* bytes\. Choose another --shard-size\.$"),
+        (1, 0, r"^A size of \(.*, 0\) is not a whole number from 1 to 2\^32 − 1\. Choose another --shard-size\.$"),
     ):
         with pytest.raises(DataError, match=message):
             tokenize(tiny, source, tmp_path / "out", crops=crops, shard_size=shard_size)
@@ -281,7 +282,7 @@ def test_ids_of_another_precision_are_refused(tiny, source, tmp_path):
         tokenize(tiny.set_precision(precision), source, tmp_path / folder, shard_size=1, part=Part(number, 2))
 
     write("a", 1, "float32")
-    assert read_metadata(tmp_path / "a").precision == "float32 (cpu)"
+    assert read_token_metadata(tmp_path / "a").precision == "float32 (cpu)"
     with pytest.raises(
         DataError, match=r"other tokens \(precision 'float32 \(cpu\)', not 'bfloat16 autocast \(cpu\)'\)"
     ):
@@ -303,7 +304,7 @@ def test_folders_of_other_devices_and_older_versions_load_and_resume(tiny, sourc
     (out / "tokens-00001.bin").unlink()
     tokenize(tiny, source, out, shard_size=2)
     assert len(TokenDataset(out)) == 6
-    assert read_metadata(out).precision == (precision or "")
+    assert read_token_metadata(out).precision == (precision or "")
 
 
 # Commands, exports, examples

@@ -51,7 +51,7 @@ with watching:
     from flowmo.codec.planes import PlaneModel, weight_shapes
     from flowmo.data import DataError, TarSource, build_index, default_index
     from flowmo.data.npz import NpzFile
-    from flowmo.data.token_files import TokenMetadata, manifest, pack_shard, read_metadata
+    from flowmo.data.token_files import TokenMetadata, manifest, pack_shard, read_token_metadata
     from flowmo.data.tokens import TokenDataset
     from flowmo.errors import FlowMoError
     from flowmo.generate.generator import load_generator
@@ -210,7 +210,7 @@ class TokensTarget(Target):
         content, body = data[2 : 2 + length], data[2 + length :]
         self.file("tokens.json", content)
         with contextlib.suppress(FlowMoError):
-            facts = read_metadata(self.folder)
+            facts = read_token_metadata(self.folder)
             size = facts.shard_bytes(0)
             if size < 1 << 16:
                 head = facts.header(0)

@@ -45,7 +45,7 @@ NO_CLASS, UNREADABLE = -1, -2
 
 def check_sizes(*sizes: int) -> None:
     if not all(isinstance(size, int) and 0 < size < 1 << 32 for size in sizes):
-        raise ValueError("a size is out of range")
+        raise ValueError(f"A size of {sizes} is not a whole number from 1 to 2^32 − 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Vocabulary:
         id_count: ids run from 0 to ``id_count`` − 1; ``None`` means all values of ``id_bits`` bits.
 
     Raises:
-        ValueError: a size is out of range, ``id_count`` ids do not take ``id_bits`` bits, or a name is no text.
+        ValueError: a size is out of range, ``id_count`` ids do not take ``id_bits`` bits, or a name is not text.
     """
 
     tokenizer: str
@@ -76,11 +76,11 @@ class Vocabulary:
         check_sizes(self.image_size, self.tokens, self.sub_tokens, self.id_bits)
         count, names = self.id_count, (self.tokenizer, self.model, *self.classes)
         if count is not None and (type(count) is not int or count < 1 or (count - 1).bit_length() != self.id_bits):
-            raise ValueError(f"{count} ids do not take {self.id_bits} bits")
+            raise ValueError(f"{count} ids do not take {self.id_bits} bits.")
         if self.id_bits > MAX_ID_BITS or len(self.classes) > MAX_CLASSES:
-            raise ValueError(f"more than {MAX_ID_BITS} bits per id, or more than {MAX_CLASSES} classes")
+            raise ValueError(f"An id has more than {MAX_ID_BITS} bits, or there are more than {MAX_CLASSES} classes.")
         if not all(isinstance(name, str) for name in names):
-            raise ValueError("a name is no text")
+            raise ValueError("A name of the tokenizer, its model or a class is not text.")
 
     @property
     def vocab_size(self) -> int:
@@ -94,7 +94,7 @@ class Vocabulary:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMetadata(Vocabulary):
-    """Content of ``tokens.json``. Tokenization resumes only if all is equal but the device.
+    """Content of ``tokens.json``. Resuming requires equal metadata, except the device.
 
     Attributes:
         count: samples: images × crops, × 2 with ``flip``.
@@ -102,7 +102,7 @@ class TokenMetadata(Vocabulary):
             joined by " and ".
 
     Raises:
-        ValueError: as ``Vocabulary``; or there are too many shards, or too large ones.
+        ValueError: as ``Vocabulary``; or there are too many or too large shards.
     """
 
     source: str
@@ -117,11 +117,11 @@ class TokenMetadata(Vocabulary):
         super().__post_init__()
         check_sizes(self.count, self.shard_size)
         if self.shard_bytes(0) > MAX_SHARD_BYTES:
-            raise ValueError(f"shards of more than {MAX_SHARD_BYTES} bytes")
+            raise ValueError(f"A shard has more than {MAX_SHARD_BYTES} bytes.")
         if self.shards > MAX_SHARDS:
-            raise ValueError(f"more than {MAX_SHARDS} shards")
+            raise ValueError(f"There are more than {MAX_SHARDS} shards.")
         if len(bytes.fromhex(self.tokenizer)) != IDENTITY_BYTES or not isinstance(self.precision, str):
-            raise ValueError("tokenizer is not an identity, or precision is not text")
+            raise ValueError("The tokenizer is not an identity of 16 hex digits, or the precision is not text.")
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -154,18 +154,18 @@ class TokenMetadata(Vocabulary):
         return self.labels_offset(number) + 4 * len(self.shard(number)[1]) + CRC.size
 
     @property
-    def arithmetic(self) -> str:
+    def dtype(self) -> str:
         """``float32`` or ``bfloat16``. Empty if ``precision`` names none or several."""
         return "" if " and " in self.precision else self.precision.partition(" ")[0]
 
     def difference(self, other: Self) -> str:
         """Describe how ``other`` differs. Empty if it does not, or only in the device."""
-        ours, theirs = asdict(self), asdict(other)
-        found = [class_difference(ours.pop("classes"), theirs.pop("classes"))]
-        if {self.arithmetic, other.arithmetic} != {"float32", "bfloat16"}:  # between those, a few bits differ
-            del ours["precision"]
-        names = [name for name in ours if ours[name] != theirs[name]]
-        found += [f"{name} {ours[name]!r}, not {theirs[name]!r}" for name in names]
+        mine, expected = asdict(self), asdict(other)
+        found = [class_difference(mine.pop("classes"), expected.pop("classes"))]
+        if {self.dtype, other.dtype} != {"float32", "bfloat16"}:  # their ids differ in a few bits
+            del mine["precision"]
+        names = [name for name in mine if mine[name] != expected[name]]
+        found += [f"{name} {mine[name]!r}, not {expected[name]!r}" for name in names]
         return ", ".join(filter(None, found))[:200]
 
 
@@ -192,7 +192,7 @@ class Part:
         """Read ``3/16``."""
         found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
         if not found:
-            raise DataError(f"{text!r} is no part. Write 3/16 for the third of 16.")
+            raise DataError(f"{text!r} is not a part. Write 3/16 for the third of 16.")
         return cls(int(found[1]), int(found[2]))
 
     @property
@@ -204,7 +204,7 @@ class Part:
         return range(total * (self.number - 1) // self.count, total * self.number // self.count)
 
     def owner(self, shard: int, total: int) -> "Part":
-        """The part, of as many as this, that writes a shard."""
+        """The part that writes a shard, if there are as many as of this one."""
         return Part(-(-(shard + 1) * self.count // total), self.count)
 
 
@@ -239,8 +239,8 @@ def read_shard(path: Path, metadata: TokenMetadata, number: int, verify: bool = 
     header = content[: HEADER.size].tobytes()
     if header != metadata.header(number):
         identity = HEADER.unpack(header)[2].hex()
-        of = f" ({identity}, not {metadata.tokenizer})" if identity != metadata.tokenizer else ""
-        raise DataError(f"{path}: belongs to another tokenizer or folder than {MANIFEST} names{of}.")
+        other = f" ({identity}, not {metadata.tokenizer})" if identity != metadata.tokenizer else ""
+        raise DataError(f"{path}: belongs to another tokenizer or folder than {MANIFEST} names{other}.")
     return content
 
 
@@ -255,7 +255,7 @@ def missing_shards(folder: Path, metadata: TokenMetadata) -> list[int]:
     return [number for number in range(metadata.shards) if metadata.shard(number)[0] not in present]
 
 
-def claim(folder: Path, name: str) -> bool:
+def prepare_output_folder(folder: Path, name: str) -> bool:
     """Make a folder for output. Returns True if it holds the file ``name`` from an earlier call.
 
     Raises:
@@ -275,7 +275,7 @@ def manifest(metadata: TokenMetadata, complete: bool) -> str:
     return json.dumps({"flowmo_tokens": FORMAT, **asdict(metadata), "complete": complete}, indent=1)
 
 
-def read_metadata(folder: str | Path, name: str = MANIFEST) -> TokenMetadata:
+def read_token_metadata(folder: str | Path, name: str = MANIFEST) -> TokenMetadata:
     """Read ``tokens.json``, or a part's file.
 
     Raises:
@@ -287,7 +287,7 @@ def read_metadata(folder: str | Path, name: str = MANIFEST) -> TokenMetadata:
         if tree["flowmo_tokens"] != FORMAT:
             raise DataError(f"{path}: written in another version of the format. This flowmo reads version {FORMAT}.")
         if not isinstance(tree["classes"], list):
-            raise ValueError("classes is not a list")
+            raise ValueError("Its classes are not a list.")
         known = {name: tree[name] for name in TokenMetadata.__dataclass_fields__ if name in tree}
         metadata = TokenMetadata(**{**known, "classes": tuple(tree["classes"])})
     except FileNotFoundError:
@@ -301,6 +301,6 @@ def read_metadata(folder: str | Path, name: str = MANIFEST) -> TokenMetadata:
 
 
 def find_parts(folder: Path) -> list[Part]:
-    """The parts whose jobs have begun, in order."""
+    """Parts whose jobs have started, in order."""
     names = [re.fullmatch(r"part-(\d{5,9})-of-(\d{5,9})\.json", path.name) for path in folder.iterdir()]
     return sorted(Part(int(name[1]), int(name[2])) for name in names if name)

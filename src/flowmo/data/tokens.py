@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from flowmo.data import token_files as files
 from flowmo.data.bits import unpack_ids
 from flowmo.data.sources.base import DataError
-from flowmo.data.token_files import NO_CLASS, TokenMetadata, Vocabulary, read_metadata, read_shard
+from flowmo.data.token_files import NO_CLASS, TokenMetadata, Vocabulary, read_shard, read_token_metadata
 
 __all__ = ["NO_CLASS", "TokenDataset", "TokenMetadata", "Vocabulary"]
 
@@ -42,7 +42,7 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, path: str | Path, tokenizer: str | None = None, verify: bool = True):
         self.path = Path(path)
-        self.metadata = metadata = read_metadata(self.path)
+        self.metadata = metadata = read_token_metadata(self.path)
         self.classes = metadata.classes
         if tokenizer is not None and tokenizer != metadata.tokenizer:
             raise DataError(
@@ -65,7 +65,7 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
     def _check_parts(self) -> None:
         parts = files.find_parts(self.path)
         for part in parts:
-            different = read_metadata(self.path, part.manifest).difference(self.metadata)
+            different = read_token_metadata(self.path, part.manifest).difference(self.metadata)
             if different:
                 raise DataError(f"{self.path}: {part.manifest} is of other tokens than {files.MANIFEST} ({different}).")
         missing = files.missing_shards(self.path, self.metadata)
@@ -91,7 +91,7 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
 
         Raises:
             IndexError: there is no such item.
-            TypeError: the index is no integer. ``torch.utils.data.Subset`` takes several.
+            TypeError: the index is not an integer. ``torch.utils.data.Subset`` takes several.
         """
         try:
             number = operator.index(index)

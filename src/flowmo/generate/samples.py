@@ -88,7 +88,7 @@ def write_samples(
     folder = out.with_name(f"{out.name}.pictures") if out.suffix == ".npz" else out
     paths = [folder / f"{index:06d}{pixels.suffix}" for index in range(len(labels))]
     if world.main:
-        _claim(folder, generator, labels, settings)
+        _record_settings(folder, generator, labels, settings)
     world.barrier()
     missing = world.broadcast([index for index, path in enumerate(paths) if not path.is_file()])
     mine = missing[world.rank :: world.size]
@@ -106,7 +106,7 @@ def write_samples(
     world.barrier()
 
 
-def _claim(folder: Path, generator: Generator, labels: Sequence[int], settings: Mapping[str, Any]) -> None:
+def _record_settings(folder: Path, generator: Generator, labels: Sequence[int], settings: Mapping[str, Any]) -> None:
     """Record the samples' settings in the folder, or refuse a folder with other content."""
     content = json.dumps({**settings, "generator": generator.identity(), "labels": [*labels]})
     folder.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def tokenize(
         tokenizer, source, labels, source=name, model=model, crops=crops, flip=flip, seed=seed, shard_size=shard_size
     )
     if world.main:
-        _claim(out, metadata, part)
+        _record_metadata(out, metadata, part)
     world.barrier()
     shards = part.shards(metadata.shards) if world.main else ()
     missing = world.broadcast([shard for shard in shards if not _is_intact(out, metadata, shard)])
@@ -113,8 +113,8 @@ def tokenize(
     world.barrier()
     if world.main:
         complete = not files.missing_shards(out, metadata)
-        write_content(out / part.manifest, files.manifest(files.read_metadata(out, part.manifest), complete=True))
-        write_content(out / files.MANIFEST, files.manifest(files.read_metadata(out), complete))
+        write_content(out / part.manifest, files.manifest(files.read_token_metadata(out, part.manifest), complete=True))
+        write_content(out / files.MANIFEST, files.manifest(files.read_token_metadata(out), complete))
     world.barrier()
     return metadata
 
@@ -140,15 +140,15 @@ def _metadata(tokenizer: FlowMo, images: Source, labels: bool, **options: Any) -
             **options,
         )
     except ValueError as error:
-        raise DataError(f"These tokens would be {error}. Choose another shard size.") from None
+        raise DataError(f"{error} Choose another --shard-size.") from None
 
 
-def _claim(out: Path, metadata: TokenMetadata, part: Part) -> None:
+def _record_metadata(out: Path, metadata: TokenMetadata, part: Part) -> None:
     """Write the metadata to the folder, or refuse a folder with other content."""
-    begun = files.claim(out, files.MANIFEST)
+    begun = files.prepare_output_folder(out, files.MANIFEST)
     for name in (files.MANIFEST, part.manifest):
         if begun and (out / name).is_file():
-            different = files.read_metadata(out, name).difference(metadata)
+            different = files.read_token_metadata(out, name).difference(metadata)
             if different:
                 raise DataError(f"{out} holds other tokens ({different}). Name an empty folder.")
         else:
