@@ -1,7 +1,8 @@
 """Bottlenecks, one per file, behind one base class.
 
-A new one is a file here, a line in ``QUANTIZERS``, and its name in ``config/sections.py``: among the choices of
-``model.quantization_type`` and, if it has ids, in ``ids_per_token``.
+To add one, write a file here and a line in ``QUANTIZERS``. Add its name in ``config/sections.py`` to the choices of
+``model.quantization_type`` and, if it has ids, to ``ids_per_token``. ``config/rules.py`` checks how its channels split
+into ids, and which bottlenecks allow ``model.nested_dropout``: those with ``sub_token_of``.
 """
 
 from flowmo.config.sections import ModelConfig
