@@ -17,7 +17,7 @@ from PIL import ImageFont
 
 import flowmo
 from flowmo.cli import SETTING, build_parser, main
-from flowmo.config import FIELDS, Config, Span, flatten, preset
+from flowmo.config import FIELDS, Config, Duration, flatten, preset
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from reproduce import STUDIES
@@ -285,7 +285,7 @@ def test_the_map_of_the_paper_is_whole_and_leads_somewhere():
     defaults = flatten(Config())
 
     def shown(value):
-        if isinstance(value, Span):
+        if isinstance(value, Duration):
             return f"{value.amount / 1e6:g}M {value.unit}"
         return f"{value:g}" if isinstance(value, float) else str(value).lower()
 

@@ -13,7 +13,7 @@ from flowmo.data import evenly_spread
 from flowmo.data.bits import pack_ids, packed_size, unpack_ids
 from flowmo.data.loader import ResumableSampler
 from flowmo.data.sources.base import class_labels
-from flowmo.model.blocks import ramp, spans
+from flowmo.model.halo import extents, ramp
 from flowmo.model.tiling import Tiling
 
 settings.register_profile("flowmo", deadline=None, derandomize=True, max_examples=60)
@@ -67,7 +67,7 @@ def test_tiles_cover_the_image(height, width, tile):
 @given(st.integers(1, 400))
 def test_blocks_cover_each_cell_and_blend_to_one(cells):
     """Cores partition the axis, and the weights of neighbours add up to 1 wherever they are blended."""
-    found = spans(cells)
+    found = extents(cells)
     assert [cell for span in found for cell in range(span.first, span.last)] == list(range(cells))
     total = torch.zeros(cells * 4)
     for span in found:

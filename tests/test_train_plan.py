@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.mup_check import coordinate_check
 from flowmo import Config, ConfigError, FlowMo, preset
-from flowmo.config import Span
+from flowmo.config import Duration
 from flowmo.distributed import World
 from flowmo.evaluate.speed import UNCOUNTED, peak_flops
 from flowmo.losses.noise import TrainingNoise
@@ -42,9 +42,9 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_lengths_of_training(text, canonical, images):
-    assert Span(text) == canonical
-    assert Span(Span(text)) == canonical
-    assert Span(text).images(batch=128, epoch=1000) == images
+    assert Duration(text) == canonical
+    assert Duration(Duration(text)) == canonical
+    assert Duration(text).images(batch=128, epoch=1000) == images
 
 
 @pytest.mark.parametrize("text", ["", "many", "-3", "5 pictures", "1e400 steps", "nan", "3 steps images"])

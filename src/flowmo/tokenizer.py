@@ -25,8 +25,8 @@ from flowmo.config import Config, SamplingConfig
 from flowmo.images import resize_and_crop, to_tensor
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
-from flowmo.losses.stages import Distance, pretrain_loss
-from flowmo.model import blocks, sampler
+from flowmo.losses.stages import Distance, Loss, pretrain_loss
+from flowmo.model import halo, sampler
 from flowmo.model.autoencoder import Autoencoder
 from flowmo.model.codes import Codes
 from flowmo.model.tiling import Tiling
@@ -227,7 +227,7 @@ class FlowMo(Autoencoder):
         """Code and ids of a chunk; the code alone of a continuous bottleneck."""
         with computing(self.precision, self.device):
             if self.native_size:
-                encoded = blocks.encode(self.encoder, chunk, self.config.model.patch_size, progress)
+                encoded = halo.encode(self.encoder, chunk, self.config.model.patch_size, progress)
             else:
                 encoded = self.encoder(chunk).float()
         if not differentiable or self.vocab_size is None:
@@ -429,7 +429,7 @@ class FlowMo(Autoencoder):
                 raise ValueError(f"{len(code)} codes for one image; decode takes batches.")
             noise = sampler.seeded_noise([seed], height, width, *scale_and_channels)
             cell = self.config.model.patch_size
-            image = blocks.decode(lambda z, c: self.sample(z, c, sampling).cpu(), noise, code, cell, progress)
+            image = halo.decode(lambda z, c: self.sample(z, c, sampling).cpu(), noise, code, cell, progress)
             true_height, true_width = codes.output_size
             return image[:, :true_height, :true_width]
         tiling = codes.tiling or Tiling(*codes.size, self.config.data.image_size)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
-from flowmo.config.fields import ConfigError, Span, shown
+from flowmo.config.fields import ConfigError, Duration, shown
 from flowmo.config.overrides import NONE, convert, leaves, read_yaml, translate
 from flowmo.config.rules import broken
 from flowmo.config.sections import (
@@ -42,11 +42,11 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "Duration",
     "GeneratorConfig",
     "ModelConfig",
     "OptConfig",
     "SamplingConfig",
-    "Span",
     "TrainerConfig",
     "flatten",
     "own_settings",
@@ -149,7 +149,7 @@ class Config(Sections):
         """From a YAML file over ``base``. A top-level ``preset: NAME`` starts from that preset instead.
 
         Raises:
-            ConfigError: the file cannot be read, is no mapping, or contains a setting that does not work.
+            ConfigError: the file cannot be read, is not a mapping, or contains a setting that does not work.
         """
         tree = read_yaml(path)
         name = tree.pop("preset", None)
@@ -174,8 +174,8 @@ def own_settings(model: Config, base: Config) -> Config:
 
     A model of stage 1A also keeps its perceptual loss.
     """
-    own = OWN if model.model.posttrain_sample else (*OWN, "opt.lpips_")
-    values = {name: value for name, value in flatten(model).items() if name.startswith(own)}
+    prefixes = OWN if model.model.posttrain_sample else (*OWN, "opt.lpips_")
+    values = {name: value for name, value in flatten(model).items() if name.startswith(prefixes)}
     return base.updated({**values, "model.posttrain_sample": False, "model.train": "all"})
 
 

@@ -1,4 +1,4 @@
-"""What settings are made of: ranges, and lengths of training."""
+"""Types of settings: ranges and durations."""
 
 import math
 import re
@@ -13,7 +13,7 @@ class ConfigError(FlowMoError, ValueError):
     """A setting that does not exist, has the wrong type or cannot work. The message says what to write instead."""
 
 
-class Span(str):
+class Duration(str):
     """A length or period of training: ``"25.6M images"``, ``"200k steps"``, ``"40 epochs"``; a bare number is steps.
 
     Training counts in images. Steps are converted with the global batch of the run, epochs with the number of training
@@ -29,15 +29,15 @@ class Span(str):
     def __new__(cls, text: str | int | float) -> Self:
         match = re.fullmatch(r"([\d_.]+(?:e\d+)?) *([kM]?) *(step|image|epoch|)s?", str(text).strip().replace("+", ""))
         if match is None:
-            raise ValueError(f"{text!r} is no length of training")
+            raise ValueError(f"{text!r} is not a length of training")
         number, scale, unit = match.groups()
         amount = float(number) * {"": 1, "k": 1_000, "M": 1_000_000}[scale]
         if not math.isfinite(amount):
-            raise ValueError(f"{text!r} is no finite length")
+            raise ValueError(f"{text!r} is not a finite length")
         amount = int(amount) if amount == int(amount) else amount
-        span = super().__new__(cls, f"{amount} {unit or 'step'}s")
-        span.amount, span.unit = amount, f"{unit or 'step'}s"
-        return span
+        duration = super().__new__(cls, f"{amount} {unit or 'step'}s")
+        duration.amount, duration.unit = amount, f"{unit or 'step'}s"
+        return duration
 
     def images(self, batch: int, epoch: int) -> int:
         """Convert to images, with ``batch`` images per step and ``epoch`` per epoch; at least 1 unless it is 0."""
@@ -81,7 +81,7 @@ def matching(pattern: str, words: str) -> Range:
 NUMBER = r"[-+]?\d{1,20}(\.\d{1,20})?(e[-+]?\d{1,2})?"
 VALUES = matching(f"({NUMBER},{NUMBER})?", "two numbers such as 0,4095")
 BIT_DEPTHS = Range((8, 16, 32).__contains__, "8, 16 or 32")
-LONGER_THAN_0 = Range(lambda span: span.amount > 0, "longer than 0")
+LONGER_THAN_0 = Range(lambda duration: duration.amount > 0, "longer than 0")
 CHANNELS = matching(r"(\d{1,4},){2}\d{1,4}|\d{0,4}", "three channels such as '0,1,2', or one")
 SIZES = matching(r"[\s,]*([1-9]\d{0,8}x[1-9]\d{0,8}([\s,]+|$))*", "a list of sizes such as '128x128 96x192'")
 IDENTITIES = matching("([0-9a-f]{16}-[0-9a-f]{16})?", "empty or two identities")
@@ -102,6 +102,6 @@ def training(default: Any, doc: str, allowed: Range | None = None) -> Any:
 def shown(value: object) -> str:
     """A value in a message, on one line of at most 200 characters."""
     try:
-        return one_line(repr(str(value) if isinstance(value, Span) else value), 200)
+        return one_line(repr(str(value) if isinstance(value, Duration) else value), 200)
     except (ValueError, RecursionError):  # Python prints at most 4300 digits
         return f"a {type(value).__name__}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from flowmo.config.fields import ConfigError, Span, shown
+from flowmo.config.fields import ConfigError, Duration, shown
 from flowmo.config.sections import FIELDS
 from flowmo.errors import one_line
 
@@ -148,7 +148,7 @@ TYPES: dict[type, tuple[Callable[[Any], Any], str]] = {
     int: (_whole_number, "a whole number"),
     float: (_finite_number, "a finite number"),
     str: (_text, "text"),
-    Span: (Span, "a length in images, steps or epochs"),
+    Duration: (Duration, "a length in images, steps or epochs"),
 }
 """How the value of a setting is read, from a value or its text, and the words for it."""
 

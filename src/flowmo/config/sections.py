@@ -14,7 +14,7 @@ from flowmo.config.fields import (
     LONGER_THAN_0,
     SIZES,
     VALUES,
-    Span,
+    Duration,
     above,
     at_least,
     below,
@@ -150,7 +150,7 @@ class OptConfig:
     beta2: float = setting(0.95, "Adam's decay of the mean squared gradient", between(0, 1))
     weight_decay: float = setting(0.0, "decoupled weight decay", at_least(0))
     mup_base_width: int = setting(0, "width from which muP scales opt.lr and initial weights; 0 is none", at_least(0))
-    warmup: Span = setting(Span(0), "length over which the learning rate rises from 0")
+    warmup: Duration = setting(Duration(0), "length over which the learning rate rises from 0")
     cooldown: float = setting(0.0, "last share of the run over which the learning rate falls", between(0, 1))
     cooldown_shape: str = setting("linear", "shape of that fall", one_of("linear", "cosine"))
     final_lr: float = setting(0.0, "learning rate at the end of the cooldown", at_least(0))
@@ -172,7 +172,7 @@ class OptConfig:
     lpips_crop: int = setting(0, "side of the random square that this loss sees, in pixels; 0 is the whole image")
     perceptual_weights: str = setting("", "folder to look for perceptual weights in, before FLOWMO_WEIGHTS")
     n_grad_acc: int = setting(0, "gradient-accumulation steps of a rank; 0 is as few as fit", at_least(0))
-    freeze_encoder_after: Span = setting(Span("25.6M images"), "when the encoder stops learning")
+    freeze_encoder_after: Duration = setting(Duration("25.6M images"), "when the encoder stops learning")
     teacher: str = setting("", "stage 1C: preset or file of the tokenizer whose samples are distilled")
     teacher_steps: int = setting(0, "Euler steps of the teacher's path; 0 is its own number", at_least(0))
     jumps: int = setting(4, "stage 1C: jumps along each path; the first two end in the sample", at_least(2))
@@ -181,7 +181,7 @@ class OptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    duration: Span = setting(Span("166.4M images"), "length of the whole run; the default is stage 1A's", LONGER_THAN_0)
+    duration: Duration = setting(Duration("166.4M images"), "length of a run; the default is stage 1A's", LONGER_THAN_0)
     start_weights: str = setting(
         "model",
         "weights that a new stage takes from --resume-from-ckpt; the release takes model",
@@ -194,11 +194,11 @@ class TrainerConfig:
     )
     enable_bfloat16: bool = setting(True, "matrix products in bfloat16 if the device can; the rest stays float32")
     compile: bool = setting(False, "torch.compile the blocks; pays off on a GPU, and on a CPU with a C++ compiler")
-    log_every: Span = setting(Span("12.8k images"), "period of log lines", LONGER_THAN_0)
-    sample_every: Span = setting(Span("640k images"), "period of sample grids and held-out metrics; 0 makes none")
-    checkpoint_every: Span = setting(Span("640k images"), "period of checkpoints", LONGER_THAN_0)
+    log_every: Duration = setting(Duration("12.8k images"), "period of log lines", LONGER_THAN_0)
+    sample_every: Duration = setting(Duration("640k images"), "period of sample grids and held-out metrics; 0 for none")
+    checkpoint_every: Duration = setting(Duration("640k images"), "period of checkpoints", LONGER_THAN_0)
     keep_last: int = setting(2, "newest checkpoints that are kept", at_least(1))
-    keep_every: Span = setting(Span("25.6M images"), "period of checkpoints that are kept for good; 0 keeps none")
+    keep_every: Duration = setting(Duration("25.6M images"), "period of checkpoints kept for good; 0 keeps none")
     tensorboard: bool = setting(True, "write TensorBoard files beside metrics.jsonl, if it is installed")
     wandb_project: str = setting("", "Weights & Biases project to send the metrics to; empty sends nothing")
     best_metric: str = setting(

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-from flowmo.config import Config, ConfigError, OptConfig, Span
+from flowmo.config import Config, ConfigError, Duration, OptConfig
 
 PAPER_BATCH = 128
 
@@ -84,14 +84,14 @@ class Schedule:
     def of(cls, config: Config, batch: int, epoch: int, start: Position = Position()) -> Self:
         """Convert the settings for a global batch and an epoch of so many images."""
 
-        def length(span: Span) -> int:
-            if span.unit != "steps" or not span.amount:
-                return span.images(batch, epoch)
-            return max(start.images + round((span.amount - start.step) * batch), 0)
+        def length(duration: Duration) -> int:
+            if duration.unit != "steps" or not duration.amount:
+                return duration.images(batch, epoch)
+            return max(start.images + round((duration.amount - start.step) * batch), 0)
 
         opt, trainer = config.opt, config.trainer
         periods = (trainer.log_every, trainer.sample_every, trainer.checkpoint_every, trainer.keep_every)
-        warmup, *rest = (span.images(batch, epoch) for span in (opt.warmup, *periods))
+        warmup, *rest = (period.images(batch, epoch) for period in (opt.warmup, *periods))
         return cls(batch, length(trainer.duration), warmup, length(opt.freeze_encoder_after), *rest)
 
     def is_due(self, period: int, images: int) -> bool:

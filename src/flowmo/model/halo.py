@@ -1,4 +1,4 @@
-"""Encode and decode large images in blocks. Blocks overlap where they are computed; each cell has one code.
+"""Encode and decode large images in blocks with a halo: blocks overlap where they are computed, not in the code.
 
 A windowed network needs memory in proportion to the area. Above ``LARGEST`` cells per side, an image is computed in
 blocks of ``CORE`` cells with a halo on each side. Blocks start on window borders, so a block has the same attention
@@ -18,7 +18,7 @@ RAMP = HALO
 """Width in cells of the blend between neighbouring blocks."""
 
 
-class Span(NamedTuple):
+class Extent(NamedTuple):
     """One block along one axis, in cells: computed from ``start`` to ``stop``, kept from ``first`` to ``last``."""
 
     start: int
@@ -27,25 +27,25 @@ class Span(NamedTuple):
     last: int
 
 
-def spans(cells: int) -> list[Span]:
+def extents(cells: int) -> list[Extent]:
     """Blocks that cover ``cells`` cells of one axis; a single block up to ``LARGEST``."""
     if cells <= LARGEST:
-        return [Span(0, cells, 0, cells)]
+        return [Extent(0, cells, 0, cells)]
     cores = [(first, min(first + CORE, cells)) for first in range(0, cells, CORE)]
-    return [Span(max(first - HALO, 0), min(last + HALO, cells), first, last) for first, last in cores]
+    return [Extent(max(first - HALO, 0), min(last + HALO, cells), first, last) for first, last in cores]
 
 
-def ramp(span: Span, cells: int, cell: int) -> Tensor:
+def ramp(extent: Extent, cells: int, cell: int) -> Tensor:
     """Blending weight of a block's pixels along one axis: falls to 0 towards a neighbour, 1 at the image's edge.
 
     The outer ``HALO`` − ``RAMP`` / 2 cells of a block lack context and have weight 0.
     """
-    position = torch.arange(span.start * cell, span.stop * cell) + 0.5
+    position = torch.arange(extent.start * cell, extent.stop * cell) + 0.5
     weight = torch.ones_like(position)
-    if span.first > 0:
-        weight = weight.minimum((position / cell - span.first) / RAMP + 0.5)
-    if span.last < cells:
-        weight = weight.minimum((span.last - position / cell) / RAMP + 0.5)
+    if extent.first > 0:
+        weight = weight.minimum((position / cell - extent.first) / RAMP + 0.5)
+    if extent.last < cells:
+        weight = weight.minimum((extent.last - position / cell) / RAMP + 0.5)
     return weight.clamp(0, 1)
 
 
@@ -58,9 +58,9 @@ def encode(
     """Encode images b × c × h × w in blocks: float32 b × tokens × channels."""
     rows, columns = images.shape[-2] // cell, images.shape[-1] // cell
     lines = []
-    for down in spans(rows):
+    for down in extents(rows):
         line = []
-        for across in spans(columns):
+        for across in extents(columns):
             block = images[..., down.start * cell : down.stop * cell, across.start * cell : across.stop * cell]
             code = encoder(block).float().unflatten(1, (down.stop - down.start, -1))
             top, left = down.first - down.start, across.first - across.start
@@ -83,7 +83,7 @@ def decode(
     rows, columns = height // cell, width // cell
     code = code.unflatten(1, (rows, columns))
     total, weights = torch.zeros(channels, height, width), torch.zeros(height, width)
-    todo = [(down, across) for down in spans(rows) for across in spans(columns)]
+    todo = [(down, across) for down in extents(rows) for across in extents(columns)]
     for done, (down, across) in enumerate(todo):
         y, x = slice(down.start * cell, down.stop * cell), slice(across.start * cell, across.stop * cell)
         part = code[:, down.start : down.stop, across.start : across.stop].flatten(1, 2)
