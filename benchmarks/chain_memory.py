@@ -82,7 +82,7 @@ def two_steps(size: str, steps: int, batch: int, device: torch.device) -> int:
     side = config.data.image_size
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
     for _ in range(2):
-        stage(images, TrainingNoise.of(config, images, range(batch))).total.backward()
+        stage(images, TrainingNoise.of(config, images, range(batch))).loss.backward()
     return used_memory(device)
 
 

@@ -118,7 +118,7 @@ def train_once(preset: str, policy: str, batch: int, device: torch.device) -> No
     for step in range(2):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = stage(images, TrainingNoise.of(config, images, range(batch)))
-        loss.total.backward()
+        loss.loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # gradients count to the state
         average.update(step)

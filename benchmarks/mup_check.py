@@ -83,7 +83,7 @@ def _one_run(config: Config, width: int, images: Tensor, steps: int, seed: int) 
         activations: dict[str, Tensor] = {}
         hooks = _record(tokenizer, activations)
         optimizer.zero_grad()
-        pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None).total.backward()
+        pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None).loss.backward()
         for hook in hooks:
             hook.remove()
         if step in (0, steps):

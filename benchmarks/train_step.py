@@ -54,7 +54,7 @@ def build(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module, C
         def guess(stage: nn.Module, first: int, batch: int) -> Tensor:
             draws = GeneratorNoise.of(config, PAPER_VOCABULARY.ids, range(first, first + batch), device)
             ids = torch.zeros(batch, PAPER_VOCABULARY.ids, dtype=torch.int64, device=device)
-            return stage(ids, ids[:, 0], draws.mask).total
+            return stage(ids, ids[:, 0], draws.mask).loss
 
         return generator, prepare(GeneratorStage(generator), World(device=device), config.trainer), guess
     with device:  # a large model's weights are drawn for seconds on a CPU
@@ -66,7 +66,7 @@ def build(config: Config, device: torch.device) -> tuple[nn.Module, nn.Module, C
     def reconstruct(stage: nn.Module, first: int, batch: int) -> Tensor:
         images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
         draws = TrainingNoise.of(config, images, range(first, first + batch))
-        return stage(images, draws, freeze_encoder=config.stage != "pretrain").total
+        return stage(images, draws, freeze_encoder=config.stage != "pretrain").loss
 
     return (
         tokenizer,

@@ -146,7 +146,7 @@ class AdversarialModel(nn.Module):
         assert noise is not None, "a FlowMo's step is random"
         loss = pretrain_loss(tokenizer, images, noise, tokenizer.config.opt, self.frozen[0])
         assert loss.images is not None
-        return loss.total, loss.images
+        return loss.loss, loss.images
 
     def _convolutional_loss(self, tokenizer: ConvolutionalTokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
         (perceptual,), weight = self.frozen, tokenizer.config.opt.lpips_weight

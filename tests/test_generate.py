@@ -604,7 +604,7 @@ def test_the_loss_is_that_of_the_masked_ids(config):
         total -= 0.8 * true + 0.2 * log_p[b, i].mean()
         right += int(logits[b, i].argmax()) == int(ids[b, i])
     expected = ids.numel() * MEAN_MASK_RATIO[config.generator.schedule]
-    assert float(loss.total.detach()) == pytest.approx(total / expected, rel=1e-5)
+    assert float(loss.loss.detach()) == pytest.approx(total / expected, rel=1e-5)
     assert float(loss.parts["cross_entropy"]) == pytest.approx(plain / expected, rel=1e-5)
     assert float(loss.parts["accuracy"]) == pytest.approx(right / expected, rel=1e-5)
 

@@ -69,7 +69,7 @@ def test_training_and_loading(folder, tiny_config, images, tmp_path):
     )
     tokenizer = FlowMo(config)
     loss = pretrain_loss(tokenizer, images, TrainingNoise.of(config, images, range(5)), tokenizer.config.opt, None)
-    loss.total.backward()
+    loss.loss.backward()
     assert not [name for name in tokenizer.state_dict() if "embed_tokens" in name]
     save(tokenizer, tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors")

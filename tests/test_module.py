@@ -37,11 +37,11 @@ def test_the_training_pass_is_stage_1a(pictures):
     quantized = tokenizer.quantizer(tokenizer.encoder(x))
     code = (
         quantized.code
-        if noise.kept is None
-        else tokenizer.quantizer.keep_prefix(quantized.code, noise.kept[:, None, None])
+        if noise.num_sub_tokens is None
+        else tokenizer.quantizer.keep_prefix(quantized.code, noise.num_sub_tokens[:, None, None])
     )
     decoder = tokenizer.decoder
-    velocity = decoder(x_t, decoder.embed_code(code, noise.keep), decoder.modulate(noise.t))
+    velocity = decoder(x_t, decoder.embed_code(code, noise.cfg_keep), decoder.modulate(noise.t))
     expected = (velocity - (noise.noise - x)).square().mean() + sum(quantized.losses.values())
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(out.images, x_t - t * velocity)

@@ -56,7 +56,7 @@ def test_recomputed_gradients_equal_kept_ones(posttrained, images, guidance_drop
     config = posttrained.override(f"model.posttrain_sample_enable_cfg={guidance_drop}".lower())
     tokenizer = open_gates(FlowMo(config))
     draws = TrainingNoise.of(config, images, range(5))
-    assert draws.chain.keep.all() or guidance_drop
+    assert draws.chain.cfg_keep.all() or guidance_drop
     code = tokenizer.quantizer.quantize(tokenizer.encoder(images))[0].detach()
     gradients = []
     for recompute in (True, False):
@@ -74,7 +74,7 @@ def test_the_loss_is_its_parts(posttrained, images):
     tokenizer = open_gates(FlowMo(posttrained))
     draws = TrainingNoise.of(posttrained, images, range(5))
     loss = posttrain_loss(tokenizer, images, draws, tokenizer.config.opt, squared_distance)
-    loss.total.backward()
+    loss.loss.backward()
     parts = loss.parts
     assert parts["codebook_entropy"] > 0
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_the_loss_is_its_parts(posttrained, images):
     distance = squared_distance(images, drawn).mean()
     torch.testing.assert_close(parts["sample_distance"], distance)
     expected = parts["flow"] + 0.01 * distance  # the bottleneck's losses train nothing here
-    torch.testing.assert_close(loss.total.detach(), expected)
+    torch.testing.assert_close(loss.loss.detach(), expected)
     assert all(p.grad is None for p in tokenizer.encoder.parameters())
     assert all(p.grad is not None for p in tokenizer.decoder.parameters())
 
@@ -92,7 +92,7 @@ def test_dropped_steps_do_not_see_the_code(posttrained, images):
     tokenizer = open_gates(FlowMo(posttrained))
     chain = TrainingNoise.of(posttrained, images, range(5)).chain
     codes = [torch.ones(5, 6, 8), -torch.ones(5, 6, 8)]
-    blind = chain._replace(keep=torch.zeros_like(chain.keep))
+    blind = chain._replace(cfg_keep=torch.zeros_like(chain.cfg_keep))
     with torch.no_grad():
         assert torch.equal(*(sample_chain(tokenizer, code, blind) for code in codes))
         assert not torch.allclose(*(sample_chain(tokenizer, code, chain) for code in codes), atol=1e-3)

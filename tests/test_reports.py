@@ -568,7 +568,7 @@ def test_micro_batches_log_and_learn_what_the_batch_does(smoothing):
         parts = dict.fromkeys(("loss", "cross_entropy", "accuracy"), 0.0)
         for rows in torch.arange(8).split(8 // passes):
             loss = stage(ids[rows], labels[rows], draws.mask[rows])
-            (loss.total / passes).backward()
+            (loss.loss / passes).backward()
             parts = {name: parts[name] + float(value) / passes for name, value in loss.parts.items()}
         results.append((parts, [p.grad.clone() for p in stage.parameters() if p.grad is not None]))
     expected = 12 * 8 * 2 / np.pi
@@ -602,7 +602,7 @@ def test_a_pass_without_gradients_costs_none_under_autocast(frozen):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             with torch.no_grad():
                 stage(images, None, lambda statistic: statistic)
-            loss = stage(images, TrainingNoise.of(config, images, range(2)), freeze_encoder=frozen).total
+            loss = stage(images, TrainingNoise.of(config, images, range(2)), freeze_encoder=frozen).loss
         loss.float().backward()
         gradients.append({name for name, p in learning.named_parameters() if p.grad is not None and p.grad.any()})
     assert gradients[0] == gradients[1]

@@ -87,14 +87,14 @@ def test_training_draws_are_independent(stage, tiny_config):
     assert config.stage == stage
     draws = TrainingNoise.of(config, torch.zeros(COUNT, 3, 12, 12), range(COUNT))
     decoded = torch.stack([seeded_noise([i], 4, 4)[0].flatten() for i in range(COUNT)])
-    columns = {"t": draws.t, "noise": draws.noise[:, 0, 0, 0], "keep": draws.keep, "decoded": decoded[:, 0]}
+    columns = {"t": draws.t, "noise": draws.noise[:, 0, 0, 0], "keep": draws.cfg_keep, "decoded": decoded[:, 0]}
     columns |= {"size of noise": draws.noise[:, 0, 0, 0].abs(), "size of decoded": decoded[:, 0].abs()}
     corners = torch.tensor([[rows.start, columns.start] for rows, columns in draws.crops])
     columns |= {"row": corners[:, 0], "column": corners[:, 1]}
     if stage == "posttrain":
         chain = draws.chain
         columns |= {"chain noise": chain.noise[:, 0, 0, 0].abs(), "time": chain.times[:, 1]}
-        columns |= {"chain keep": chain.keep[:, 0]}
+        columns |= {"chain keep": chain.cfg_keep[:, 0]}
     if stage == "distill":
         columns |= {"path noise": draws.jumps.noise[:, 0, 0, 0].abs(), "start": draws.jumps.starts[:, 2]}
     largest, *names = largest_correlation(columns)

@@ -60,8 +60,8 @@ def config(tiny_config, folder):
 @pytest.mark.parametrize("kind", ["lfq", "bsq", "fsq", "vq", "kl", "layernorm", "noop"])
 def test_every_row_of_every_parameter_gets_a_gradient(tiny_config, images, kind):
     tokenizer = open_gates(FlowMo(tiny_config.override(f"model.quantization_type={kind}")))
-    draws = TrainingNoise.of(tokenizer.config, images, range(5))._replace(keep=torch.ones(5, dtype=torch.bool))
-    pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None).total.backward()
+    draws = TrainingNoise.of(tokenizer.config, images, range(5))._replace(cfg_keep=torch.ones(5, dtype=torch.bool))
+    pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None).loss.backward()
     for name, parameter in tokenizer.named_parameters():
         assert parameter.grad is not None, name
         rows = parameter.grad.flatten(1) if parameter.ndim > 1 else parameter.grad[:, None]
@@ -338,7 +338,7 @@ def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part, optim
         loss = run.module(*arguments)
         if part == "loss":
             return loss._replace(
-                total=loss.total * torch.nan, parts={**loss.parts, "loss": loss.total.detach() * torch.nan}
+                loss=loss.loss * torch.nan, parts={**loss.parts, "loss": loss.loss.detach() * torch.nan}
             )
         run.task.model.decoder.picture_out.bias.register_hook(lambda g: g * torch.inf)
         return loss

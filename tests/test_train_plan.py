@@ -114,7 +114,7 @@ def test_draws_belong_to_places(tiny_config, images):
     other = TrainingNoise.of(tiny_config.override("trainer.seed=1"), images, range(10, 15))
     assert not torch.equal(whole.noise, other.noise)
     many = TrainingNoise.of(tiny_config, images[:1].expand(4000, 3, 32, 32)[:, :, :1, :1], range(4000))
-    assert abs(float(many.keep.float().mean()) - 0.9) < 0.02
+    assert abs(float(many.cfg_keep.float().mean()) - 0.9) < 0.02
     assert abs(float(many.t.mean()) - 0.5) < 0.02
     assert abs(float(many.noise.std()) - 1) < 0.02
 
@@ -216,7 +216,7 @@ def test_flops_are_those_of_the_real_step(tiny_config, images):
     draws = TrainingNoise.of(config, images, range(5))
     counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
     with counter, torch.autocast("cpu", torch.bfloat16):
-        pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None).total.backward()
+        pretrain_loss(tokenizer, images, draws, tokenizer.config.opt, None).loss.backward()
     assert training_flops(config) == pytest.approx(counter.get_total_flops() / 5, rel=0.02)
 
 
@@ -283,7 +283,7 @@ def test_what_checkpointing_keeps(tiny_config, images, bfloat16):
         stage = prepare(Stage(tokenizer, config.opt), World(), policy.trainer)
         with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                loss = stage(images, TrainingNoise.of(policy, images, range(5))).total
+                loss = stage(images, TrainingNoise.of(policy, images, range(5))).loss
             loss.backward()
         products[name] = counter.get_total_flops()
         gradients[name] = [p.grad.clone() for p in tokenizer.parameters() if p.grad is not None]
@@ -328,7 +328,7 @@ def test_forecast_of_stage_1b_equals_a_step_with_contents(tiny_config, steps):
             parameter.grad = torch.zeros_like(parameter)
         with memory:
             with torch.autocast("cpu", torch.bfloat16):
-                loss = stage(images, draws).total
+                loss = stage(images, draws).loss
             loss.backward()
         peaks.append(memory.peak)
     assert (peaks[1] - peaks[0]) / 4 == pytest.approx(forecast.activation_bytes, rel=0.1)

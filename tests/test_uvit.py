@@ -219,7 +219,7 @@ def test_loss_weighs_visible_ids_by_a_tenth(generator):
     weight = np.where(mask.numpy(), 1, 0.1)
     mean_weight = 2 / math.pi + 0.1 * (1 - 2 / math.pi)  # arccos masks 2 / π of the ids on average
     with torch.no_grad():
-        loss = float(GeneratorStage(generator)(ids, labels, mask).total)
+        loss = float(GeneratorStage(generator)(ids, labels, mask).loss)
     assert loss == pytest.approx(float((weight * each).sum()) / (36 * mean_weight), rel=1e-4)
 
 

@@ -100,7 +100,7 @@ def test_every_parameter_learns(config):
     draws = TrainingNoise.of(config, images, range(3))._replace(t=torch.tensor([0.3, 0.7, 1.0]))
     for _ in range(2):  # the modulation's layer starts at zero, and passes no gradient on before its first step
         model.zero_grad()
-        pretrain_loss(model, images, draws, model.config.opt, None).total.backward()
+        pretrain_loss(model, images, draws, model.config.opt, None).loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.sub_(0.1 * parameter.grad)
@@ -178,7 +178,7 @@ def test_stage_1b_samples_from_the_prefixes_that_images_keep(config):
     """Each image alone, from the ids that it keeps and no more, has the losses that it has in the batch."""
     tokenizer = FlowMo(config.override("model.posttrain_sample=true", "model.posttrain_sample_k=2"))
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 2 - 1
-    noise = TrainingNoise.of(tokenizer.config, images, range(3))._replace(kept=torch.tensor([1, 4, 2]))
+    noise = TrainingNoise.of(tokenizer.config, images, range(3))._replace(num_sub_tokens=torch.tensor([1, 4, 2]))
 
     def distance(x, y):
         return (x - y).abs().mean(dim=(1, 2, 3))
@@ -186,10 +186,10 @@ def test_stage_1b_samples_from_the_prefixes_that_images_keep(config):
     opt = tokenizer.config.override("opt.lpips_weight=1").opt
     parts = posttrain_loss(tokenizer, images, noise, opt, distance).parts
     flows, distances = [], []
-    for i, kept in enumerate(noise.kept.tolist()):
+    for i, kept in enumerate(noise.num_sub_tokens.tolist()):
         code = tokenizer.quantizer.code_from_ids(tokenizer.encode(images[[i]]).ids[:, :, :kept])
         code = F.pad(code, (0, config.model.context_dim - code.shape[-1]))
-        one = noise._replace(t=noise.t[[i]], noise=noise.noise[[i]], keep=noise.keep[[i]])
+        one = noise._replace(t=noise.t[[i]], noise=noise.noise[[i]], cfg_keep=noise.cfg_keep[[i]])
         chain = Chain(*(part[[i]] for part in noise.chain))
         distances.append(distance(images[[i]], sample_chain(tokenizer, code, chain)))
         flows.append(one_step(tokenizer, code, images[[i]], one, opt)[0])
@@ -199,11 +199,11 @@ def test_stage_1b_samples_from_the_prefixes_that_images_keep(config):
 
 def test_kept_prefixes_are_uniform_and_of_their_own_stream(config):
     images = torch.zeros(1, 3, 1, 1).expand(4000, -1, -1, -1)
-    kept = TrainingNoise.of(config, images, range(4000)).kept
+    kept = TrainingNoise.of(config, images, range(4000)).num_sub_tokens
     counts = torch.bincount(kept, minlength=5)[1:]
     assert counts.sum() == 4000
     assert (counts - 1000).abs().max() < 120  # over four standard deviations
-    assert torch.equal(kept[100:200], TrainingNoise.of(config, images[:100], range(100, 200)).kept)
+    assert torch.equal(kept[100:200], TrainingNoise.of(config, images[:100], range(100, 200)).num_sub_tokens)
 
 
 def test_blocks_cover_every_cell_once_and_blend_to_one():

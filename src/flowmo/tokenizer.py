@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,22 +33,6 @@ from flowmo.model.tiling import Tiling
 from flowmo.precision import computing
 
 Progress = Callable[[int, int], None]
-
-
-class Output(NamedTuple):
-    """Output of ``FlowMo.forward``, the training pass.
-
-    Attributes:
-        loss: scalar to minimise, with gradient.
-        images: b × c × h × w, the one-step estimates (equation 6), with gradient.
-        ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
-        parts: the terms of the loss and statistics of the bottleneck, detached scalars for a log.
-    """
-
-    loss: Tensor
-    images: Tensor
-    ids: Tensor | None
-    parts: dict[str, Tensor]
 
 
 def identity_of(metadata: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
@@ -129,7 +113,7 @@ class FlowMo(Autoencoder):
 
     # Training
 
-    def forward(self, images: Tensor, perceptual: Distance | None = None, seed: int | None = None) -> Output:
+    def forward(self, images: Tensor, perceptual: Distance | None = None, seed: int | None = None) -> Loss:
         """Compute the loss of stage 1A (equation 9): flow, perceptual and bottleneck terms, with the settings' weights.
 
         ``flowmo train`` has the other stages, EMA, schedules and exact resume. A ``vq`` bottleneck also needs
@@ -150,9 +134,7 @@ class FlowMo(Autoencoder):
         draw = torch.compiler.disable(TrainingNoise.of)  # torch.compile cannot trace generators
         noise = draw(self.config, images, range(len(images)), seed)
         with computing(self.precision, self.device):
-            loss = pretrain_loss(self, images, noise, self.config.opt, perceptual)
-        assert loss.images is not None
-        return Output(loss.total, loss.images, loss.ids, loss.parts)
+            return pretrain_loss(self, images, noise, self.config.opt, perceptual)
 
     # Ids
 

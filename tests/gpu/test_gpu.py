@@ -163,8 +163,8 @@ def test_a_step_of_each_stage_equals_the_cpus(stage):
         loss = Stage(tokenizer, config.opt, distance, teacher)(
             images.to(device), moved(draws, device), freeze_encoder=stage != "1A"
         )
-        loss.total.backward()
-        result.update(gradients(tokenizer), loss=loss.total.detach().cpu())
+        loss.loss.backward()
+        result.update(gradients(tokenizer), loss=loss.loss.detach().cpu())
     assert_close(found, expected, 2e-3)
 
 
@@ -180,8 +180,8 @@ def test_a_step_of_stage_2_equals_the_cpus():
         torch.manual_seed(0)
         generator = Generator(config, VOCABULARY).to(device)
         loss = GeneratorStage(generator)(ids.to(device), labels.to(device), mask.to(device))
-        loss.total.backward()
-        results.append({**gradients(generator), "loss": loss.total.detach().cpu()})
+        loss.loss.backward()
+        results.append({**gradients(generator), "loss": loss.loss.detach().cpu()})
     assert_close(results[1], results[0], 2e-3)
 
 
@@ -195,7 +195,7 @@ def test_compiled_blocks_have_the_same_gradients(keeps, compiled):
     for config in (eager, eager.override("trainer.compile=true")):
         tokenizer = fresh(config).to(DEVICE)
         stage = prepare(Stage(tokenizer, config.opt), World(device=DEVICE), config.trainer)
-        stage(images, draws).total.backward()
+        stage(images, draws).loss.backward()
         results.append(gradients(tokenizer))
     assert counters["stats"]["unique_graphs"] > 0
     assert_close(results[1], results[0], 2e-3)
@@ -213,7 +213,7 @@ def test_ddp_of_one_rank_has_the_same_gradients(compiled):
             if wrapped:
                 devices = [world.device] if CUDA else None
                 stage = DistributedDataParallel(stage, device_ids=devices, gradient_as_bucket_view=True)
-            stage(images, draws).total.backward()
+            stage(images, draws).loss.backward()
             results.append(gradients(tokenizer))
     assert_close(results[1], results[0], 1e-5)
 

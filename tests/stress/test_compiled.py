@@ -91,7 +91,7 @@ def test_compiled_blocks_never_fall_back_to_eager(tiny_config, compile_by, netwo
             for batch, height, width in ((4, 64, 64), (3, 64, 64), (4, 32, 64)):
                 images = torch.rand(batch, 3, height, width) * 2 - 1
                 draws = TrainingNoise.of(stage.tokenizer.config, images, range(batch))
-                stage(images, draws, freeze_encoder=frozen).total.backward()
+                stage(images, draws, freeze_encoder=frozen).loss.backward()
 
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         sequence()

@@ -31,11 +31,11 @@ class Jumps(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Stage 1B: initial noise b × c × h × w, times b × (steps + 1) from 1 to 0, b × steps, False for a null code."""
+    """Stage 1B: noise b × c × h × w, times b × (steps + 1) from 1 to 0, bool b × steps, False for the null code."""
 
     noise: Tensor
     times: Tensor
-    keep: Tensor
+    cfg_keep: Tensor
 
 
 class TrainingNoise(NamedTuple):
@@ -44,20 +44,20 @@ class TrainingNoise(NamedTuple):
     Attributes:
         t: timesteps, b in [0, 1].
         noise: b × c × h × w.
-        keep: bool b, False where the null code replaces the code.
+        cfg_keep: bool b, False where the null code replaces the code.
         chain: stage 1B only.
         jumps: stage 1C only.
         crops: part of each image that the perceptual loss sees, with ``opt.lpips_jitter`` or ``opt.lpips_crop``.
-        kept: int64 b, sub-tokens that each image keeps, with ``model.nested_dropout``.
+        num_sub_tokens: int64 b, sub-tokens that each image keeps, with ``model.nested_dropout``.
     """
 
     t: Tensor
     noise: Tensor
-    keep: Tensor
+    cfg_keep: Tensor
     chain: Chain | None = None
     jumps: Jumps | None = None
     crops: Sequence[Crop] | None = None
-    kept: Tensor | None = None
+    num_sub_tokens: Tensor | None = None
 
     @classmethod
     def of(cls, config: Config, images: Tensor, indices: Sequence[int], seed: int | None = None) -> Self:
@@ -85,7 +85,7 @@ class TrainingNoise(NamedTuple):
             return to_device(uniform(purpose, *shape) >= (NULL_CODE_SHARE if guided else 0.0), device)
 
         t = per_image(Stream.TIMESTEP, lambda g: flow.sample_timesteps(1, opt.schedule, g, opt.anchor))
-        chain = jumps = crops = kept = None
+        chain = jumps = crops = num_sub_tokens = None
         if config.stage == "posttrain":
             steps = model.posttrain_sample_k
             times = flow.random_steps(uniform(Stream.CHAIN_TIMES, steps))
@@ -99,9 +99,11 @@ class TrainingNoise(NamedTuple):
         if opt.lpips_jitter or opt.lpips_crop:
             crops = per_image(Stream.LPIPS_CROP, lambda g: random_crop(opt, images, g))
         if model.nested_dropout:
-            kept = to_device(torch.tensor(per_image(Stream.PREFIX, lambda g: kept_sub_tokens(model, g))), device)
-        code_keep = keep(Stream.CODE_DROP, model.enable_cfg)
-        return cls(to_device(torch.cat(t), device), normal(Stream.NOISE), code_keep, chain, jumps, crops, kept)
+            prefixes = per_image(Stream.PREFIX, lambda g: prefix_length(model, g))
+            num_sub_tokens = to_device(torch.tensor(prefixes), device)
+        cfg_keep = keep(Stream.CODE_DROP, model.enable_cfg)
+        t, noise = to_device(torch.cat(t), device), normal(Stream.NOISE)
+        return cls(t, noise, cfg_keep, chain, jumps, crops, num_sub_tokens)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -121,7 +123,7 @@ def random_crop(opt: OptConfig, images: Tensor, generator: torch.Generator) -> C
     return crop[0], crop[1]
 
 
-def kept_sub_tokens(model: ModelConfig, generator: torch.Generator) -> int:
+def prefix_length(model: ModelConfig, generator: torch.Generator) -> int:
     """Draw the length of the sub-token prefix that an image keeps: all, or uniform over all lengths."""
     assert model.ids_per_token  # nested dropout needs ids
     count = model.ids_per_token[0]

@@ -28,16 +28,16 @@ class Loss(NamedTuple):
     """Loss of a micro-batch.
 
     Attributes:
-        total: the scalar to minimise.
-        parts: detached float32 scalars for the log.
-        ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
+        loss: scalar to minimise, with gradient.
         images: b × c × h × w with gradient, stage 1A's one-step estimates (equation 6); ``None`` in other stages.
+        ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
+        parts: terms of the loss and statistics of the bottleneck, detached float32 scalars for a log.
     """
 
-    total: Tensor
+    loss: Tensor
+    images: Tensor | None
+    ids: Tensor | None
     parts: dict[str, Tensor]
-    ids: Tensor | None = None
-    images: Tensor | None = None
 
 
 def pretrain_loss(
@@ -53,7 +53,7 @@ def pretrain_loss(
 
     Args:
         perceptual: distance between the images and their one-step estimates (equation 6); ``None`` omits it.
-        whole_batch: see ``flowmo.model.quantizers.Quantizer``.
+        whole_batch: maps a statistic of the micro-batch to its mean over the global batch.
         freeze_encoder: run the encoder without gradient, and omit the bottleneck losses, which train only the encoder.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_encoder):
@@ -108,20 +108,20 @@ def distill_loss(
     if noise.jumps is None:
         raise ValueError("Stage 1C needs noise.jumps, and this noise was drawn for another stage.")
     start_noise, starts, ends = noise.jumps
-    b, jumps = starts.shape
+    b, num_jumps = starts.shape
     with torch.no_grad():
         quantized = tokenizer.quantizer(tokenizer.encoder(images))
         path = teacher_path(teacher, quantized.code, start_noise, opt.teacher_steps)
-        x_start, x_end = (path.at(times).flatten(0, 1) for times in (starts, ends))  # (b jumps) c h w
+        x_start, x_end = (path.at(times).flatten(0, 1) for times in (starts, ends))  # (b num_jumps) c h w
     starts, ends = starts.flatten(), ends.flatten()
     decoder = tokenizer.decoder
-    code = decoder.embed_code(quantized.code).repeat_interleave(jumps, dim=0)
+    code = decoder.embed_code(quantized.code).repeat_interleave(num_jumps, dim=0)
     velocity = decoder(x_start, code, decoder.modulate(starts, ends)).float()
     span = (starts - ends)[:, None, None, None]
     flow_loss = flow.flow_loss(velocity, (x_start - x_end) / span, _weighting(opt, starts))
     distances = {}
     if perceptual is not None:
-        final = (x_start - span * velocity).unflatten(0, (b, jumps))[:, :2].flatten(0, 1)
+        final = (x_start - span * velocity).unflatten(0, (b, num_jumps))[:, :2].flatten(0, 1)
         target = images if opt.distill_towards == "picture" else path.states[-1]
         distances["jump_distance"] = perceptual_loss(perceptual, tokenizer, target.repeat_interleave(2, dim=0), final)
     return _sum({"flow": flow_loss}, distances, opt, quantized)
@@ -129,9 +129,9 @@ def distill_loss(
 
 def kept_code(tokenizer: Autoencoder, quantized: Quantized, noise: TrainingNoise) -> Tensor:
     """The code b × tokens × channels with the sub-tokens that nested dropout keeps, all without it."""
-    if noise.kept is None:
+    if noise.num_sub_tokens is None:
         return quantized.code
-    return tokenizer.quantizer.keep_prefix(quantized.code, noise.kept[:, None, None])
+    return tokenizer.quantizer.keep_prefix(quantized.code, noise.num_sub_tokens[:, None, None])
 
 
 def one_step(
@@ -140,7 +140,7 @@ def one_step(
     """Return the flow loss (equation 5) of images x b × c × h × w, and the noised images and velocity behind it."""
     decoder, t = tokenizer.decoder, noise.t
     x_t = flow.interpolate(x, noise.noise, t)
-    velocity = decoder(x_t, decoder.embed_code(code, noise.keep), decoder.modulate(t)).float()
+    velocity = decoder(x_t, decoder.embed_code(code, noise.cfg_keep), decoder.modulate(t)).float()
     return flow.flow_loss(velocity, noise.noise - x, _weighting(opt, t)), x_t, velocity
 
 
@@ -160,12 +160,12 @@ def sample_chain(tokenizer: Autoencoder, code: Tensor, chain: Chain) -> Tensor:
 
     z = chain.noise
     for i in range(chain.times.shape[1] - 1):
-        arguments = (z, code, chain.times[:, i], chain.times[:, i + 1], chain.keep[:, i])
+        arguments = (z, code, chain.times[:, i], chain.times[:, i + 1], chain.cfg_keep[:, i])
         z = checkpoint(step, *arguments, use_reentrant=False)
     return z
 
 
-class Path(NamedTuple):
+class Trajectory(NamedTuple):
     """Sampling path: n + 1 times from 1 to 0, and the states there, (n + 1) × b × c × h × w."""
 
     times: Tensor
@@ -181,7 +181,7 @@ class Path(NamedTuple):
 
 
 @torch.no_grad()
-def teacher_path(teacher: Autoencoder, code: Tensor, noise: Tensor, steps: int = 0) -> Path:
+def teacher_path(teacher: Autoencoder, code: Tensor, noise: Tensor, steps: int = 0) -> Trajectory:
     """Sample from noise b × c × h × w with the teacher's settings, or in ``steps`` Euler steps; keep every state."""
     sampling = teacher.config.eval.sampling
     times = shifted_times(steps or sampling.sample_steps, sampling.rho)
@@ -190,13 +190,13 @@ def teacher_path(teacher: Autoencoder, code: Tensor, noise: Tensor, steps: int =
     states = [noise]
     for pair in itertools.pairwise(times):
         states.append(euler(velocity, states[-1], pair))
-    return Path(to_device(torch.tensor(times), noise.device), torch.stack(states))
+    return Trajectory(to_device(torch.tensor(times), noise.device), torch.stack(states))
 
 
 def perceptual_loss(
     perceptual: Distance, tokenizer: Autoencoder, x: Tensor, y: Tensor, crops: Sequence[Crop] | None = None
 ) -> Tensor:
-    """Mean distance of two batches of images, of the channels and the crops that the perceptual network sees."""
+    """Mean distance of two batches of images on the selected channels and crops."""
     channels = tokenizer.config.perceptual_channels
     seen = (select_channels(crop_images(images, crops), channels) for images in (x, y))
     return perceptual(*seen).float().mean()
@@ -206,7 +206,7 @@ def crop_images(images: Tensor, crops: Sequence[Crop] | None) -> Tensor:
     """Cut one part of the same size from each of b × c × h × w images. ``None`` keeps them whole.
 
     Random crops shift the perceptual network's strides over the image, so the decoder cannot learn textures that
-    please one alignment only (after E-LPIPS, Kettunen et al. 2019).
+    fit one stride alignment only (after E-LPIPS, Kettunen et al. 2019).
     """
     if crops is None:
         return images
@@ -223,7 +223,7 @@ def _sum(terms: dict[str, Tensor], distances: dict[str, Tensor], opt: OptConfig,
     # a statistic must not replace the weighted term of the same name
     logged |= {f"unweighted_{n}" if n in logged else n: value for n, value in quantized.statistics.items()}
     # float32, because a bfloat16 sum over a hundred steps stops growing
-    return Loss(total, {name: value.detach().float() for name, value in logged.items()}, quantized.ids)
+    return Loss(total, None, quantized.ids, {name: value.detach().float() for name, value in logged.items()})
 
 
 class Stage(nn.Module):
@@ -242,7 +242,7 @@ class Stage(nn.Module):
         super().__init__()
         self.tokenizer, self.opt = tokenizer, opt
         self.networks = tuple(tokenizer.networks.values())
-        self.untrained = (perceptual, teacher)  # a tuple keeps them out of parameters(), sharding and checkpoints
+        self.frozen = (perceptual, teacher)  # a tuple keeps them out of parameters(), sharding and checkpoints
 
     def forward(
         self,
@@ -252,7 +252,7 @@ class Stage(nn.Module):
         freeze_encoder: bool = False,
     ) -> Loss | None:
         """Return the loss. Without ``noise``, only report the bottleneck's statistics to ``whole_batch``."""
-        tokenizer, (perceptual, teacher) = self.tokenizer, self.untrained
+        tokenizer, (perceptual, teacher) = self.tokenizer, self.frozen
         if noise is None:
             tokenizer.quantizer(tokenizer.encoder(images), whole_batch)
             return None

@@ -183,7 +183,7 @@ def _step(
     crops = [(slice(opt.lpips_crop), slice(opt.lpips_crop))] * count if opt.lpips_crop else None
     noise = TrainingNoise(torch.empty(count), images, keep[:, 0], sampled, Jumps(images, times, times), crops)
     modules = [module for module in (tokenizer, perceptual, teacher) if module is not None]
-    return lambda: stage(images, noise, local_statistic, frozen).total, modules
+    return lambda: stage(images, noise, local_statistic, frozen).loss, modules
 
 
 def _checkpoint_blocks(networks: Iterable[Any], trainer: TrainerConfig) -> None:

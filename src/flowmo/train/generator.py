@@ -85,7 +85,7 @@ class GeneratorStage(nn.Module):
         with torch.no_grad():
             nll = F.cross_entropy(logits, targets, reduction="sum") / expected
             accuracy = (logits.argmax(dim=-1) == targets).float().sum() / expected
-        return Loss(loss, {"loss": loss.detach(), "cross_entropy": nll, "accuracy": accuracy})
+        return Loss(loss, None, None, {"loss": loss.detach(), "cross_entropy": nll, "accuracy": accuracy})
 
 
 class GeneratorTask(Task):

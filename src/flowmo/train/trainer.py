@@ -248,9 +248,9 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for i, microbatch in enumerate(microbatches):
             with accumulating(module, last=i == len(microbatches) - 1):
-                loss = self.task.loss(module, microbatch, first + i * plan.microbatch, statistics)
-                (loss.total / plan.accumulation_steps).backward()
-            sums = {name: sums.get(name, 0) + value / plan.accumulation_steps for name, value in loss.parts.items()}
+                result = self.task.loss(module, microbatch, first + i * plan.microbatch, statistics)
+                (result.loss / plan.accumulation_steps).backward()
+            sums = {name: sums.get(name, 0) + value / plan.accumulation_steps for name, value in result.parts.items()}
         norm = clip_gradients(model.parameters(), opt.max_grad_norm)
         step, self.step, self.images = self.step, self.step + 1, self.images + plan.total
         finite = self.skipped.add(sums["loss"], norm)
