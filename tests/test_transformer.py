@@ -214,7 +214,7 @@ def test_picture_prediction_is_a_velocity(tiny_config, images, prediction):
 
 def test_attention_scale():
     def scale(width, heads, mup=True):
-        return DoubleStreamBlock(ModelConfig(enable_mup=mup), width, heads, modulated=False, last=False).attention_scale
+        return DoubleStreamBlock(ModelConfig(enable_mup=mup), width, heads, modulated=False).attention_scale
 
     with torch.device("meta"):
         assert scale(128, 2) == 64**-0.5

@@ -3,8 +3,8 @@
 Notable:
 - Each block has separate weights for the two streams and one joint attention (MMDiT).
 - Attention logits are scaled by 8 / head size (µP), which equals 1 / sqrt(head size) only at head size 64.
-- Only live parameters are built. The encoder has no timestep, so it has no modulation. In the last block, the stream
-  that nobody reads afterwards has only keys and values.
+- Only live parameters are built. The encoder has no timestep, so it has no modulation. In the last block the unused
+  stream has only keys and values.
 - ``Decoder.modulate`` computes everything that depends on the timestep alone.
 
 In annotations of shapes: b batch, c channels of an image, m code tokens, n image tokens, d width or channels.
@@ -150,7 +150,7 @@ def gated_residual(x: Tensor, update: Tensor, modulation: Modulation | None) -> 
     return x + update if modulation is None else x + modulation.gate * update
 
 
-class Stream(nn.Module):
+class StreamLayers(nn.Module):
     """One stream's half of a block: attention projections and MLP.
 
     With ``keys_only`` it has just the keys and values that the other stream attends to.
@@ -206,22 +206,22 @@ class Stream(nn.Module):
 
 
 class DoubleStreamBlock(nn.Module):
-    """Joint attention of the code and the image stream, then an MLP for each stream that is read afterwards.
+    """Joint attention of the code and the image stream, then an MLP for each stream.
 
     Args:
         modulated: by the timestep, as in the decoder.
-        last: the encoder reads only the code from it, the decoder only the image.
+        keys_only: in the last block, the stream that no later layer uses: ``code`` or ``image``.
     """
 
-    def __init__(self, config: ModelConfig, width: int, heads: int, modulated: bool, last: bool):
+    def __init__(self, config: ModelConfig, width: int, heads: int, modulated: bool, keys_only: str = ""):
         super().__init__()
         head_dim = width // heads
         self.attention_scale = 8 / head_dim if config.enable_mup else head_dim**-0.5
-        self.code = Stream(config, width, heads, modulated, keys_only=last and modulated)
-        self.picture = Stream(config, width, heads, modulated, keys_only=last and not modulated)
+        self.code = StreamLayers(config, width, heads, modulated, keys_only == "code")
+        self.picture = StreamLayers(config, width, heads, modulated, keys_only == "image")
 
     @property
-    def used_outside(self) -> list[nn.Module]:
+    def modulation_layers(self) -> list[nn.Module]:
         """Modules that ``Decoder.modulate`` calls outside the block's forward pass."""
         return [stream.modulation for stream in (self.code, self.picture) if stream.modulation is not None]
 
@@ -231,7 +231,7 @@ class DoubleStreamBlock(nn.Module):
     def forward(
         self, code: Tensor, image: Tensor, table: Tensor, modulations: tuple[Modulations, Modulations] = UNMODULATED
     ) -> tuple[Tensor, Tensor]:
-        """code: b × m × d, image: b × n × d, table: of m + n tokens. A stream that is not read is unchanged."""
+        """code: b × m × d, image: b × n × d, table: of m + n tokens. The unused stream is unchanged."""
         for_code, for_image = modulations
         of_code = self.code.project(code, for_code[0], table[:, : code.shape[1]])
         of_image = self.picture.project(image, for_image[0], table[:, code.shape[1] :])
@@ -253,7 +253,7 @@ class Encoder(nn.Module):
         # The paper feeds zeros through a linear layer; only its bias can act.
         self.code_embedding = nn.Parameter(torch.empty(self.width).uniform_(-1, 1).div_(math.sqrt(channels)))
         self.blocks = nn.ModuleList(
-            DoubleStreamBlock(config, self.width, self.heads, modulated=False, last=i == config.enc_depth - 1)
+            DoubleStreamBlock(config, self.width, self.heads, False, "image" if i == config.enc_depth - 1 else "")
             for i in range(config.enc_depth)
         )
         self.code_out = nn.Linear(self.width, channels)
@@ -283,7 +283,7 @@ class Decoder(nn.Module):
     """Equation 3: the velocity of the noised image x_t given the code and the timestep.
 
     With ``config.prediction`` "picture" the last layer estimates the image x̂, and the velocity is (x_t − x̂) / t. Loss
-    and sampler are the same, but a narrow network need not carry the noise through to its output.
+    and sampler are the same, but a narrow network need not reproduce the noise.
 
     With ``config.mean_velocity`` the output is the mean velocity over a step, (x_t − x_end) / (t − t_end), which stage
     1C teaches. A fresh decoder ignores the end, and so starts as its teacher.
@@ -292,17 +292,17 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, channels: int):
         super().__init__()
         self.config, self.width, self.heads = config, config.hidden_size, config.num_heads
-        width, values = self.width, config.channels * config.patch_size**2
+        width, patch_channels = self.width, config.channels * config.patch_size**2
         self.time_in = nn.Linear(TIMESTEP_SINUSOIDS, width)
         self.time_out = nn.Linear(width, width)
-        self.picture_in = nn.Linear(values, width)
+        self.picture_in = nn.Linear(patch_channels, width)
         self.code_in = nn.Linear(channels + 1, width)
         self.blocks = nn.ModuleList(
-            DoubleStreamBlock(config, width, self.heads, modulated=True, last=i == config.dec_depth - 1)
+            DoubleStreamBlock(config, width, self.heads, True, "code" if i == config.dec_depth - 1 else "")
             for i in range(config.dec_depth)
         )
         self.out_modulation = nn.Linear(width, 2 * width)
-        self.picture_out = nn.Linear(width, values)
+        self.picture_out = nn.Linear(width, patch_channels)
         if config.mean_velocity:
             self.span_in = nn.Linear(TIMESTEP_SINUSOIDS, width)
             self.span_out = nn.Linear(width, width)
