@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -50,8 +50,6 @@ class FlowMo(Autoencoder):
     Fresh weights are random; ``flowmo.load`` reads trained ones. The caller chooses device, precision and
     compilation: ``.to(device)``, ``.set_precision()``, ``.compile()``.
     """
-
-    chunk_size: int | None = None
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *overrides: str, device: str | torch.device = "cpu") -> FlowMo:
@@ -193,10 +191,11 @@ class FlowMo(Autoencoder):
         kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, *size)
         parts: list[tuple[Tensor, Tensor]] = []
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            for chunk in self._chunks(images.to(self.device, torch.float32)):
+            for rows in self.chunks(count):
+                chunk = images[rows].to(self.device, torch.float32)
                 parts.append(self._encode(chunk, differentiable, progress if count == 1 else None))
                 if progress and count > 1:
-                    progress(min(len(parts) * len(chunk), count), count)
+                    progress(rows[-1] + 1, count)
             code = torch.cat([part[0] for part in parts])[:count]
             if kept is not None:
                 code = self.quantizer.keep_prefix(code, kept)
@@ -288,7 +287,8 @@ class FlowMo(Autoencoder):
         times = sampler.shifted_times(s.sample_steps, s.rho)
         out: list[Tensor] = []
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            for z, c in zip(self._chunks(noise.to(self.device)), self._chunks(code), strict=True):
+            for rows in self.chunks(len(noise)):
+                z, c = noise[rows].to(self.device), code[rows]
                 with computing(self.precision, self.device):
                     if self.config.model.mean_velocity:
                         x = sampler.follow_mean_velocity(self.decoder, c, z, times)
@@ -298,7 +298,7 @@ class FlowMo(Autoencoder):
                         x = sampler.SOLVERS[s.solver](velocity, z, times)
                 out.append(x.float().clamp(-1, 1))
                 if progress:
-                    progress(min(len(out) * len(z), len(noise)), len(noise))
+                    progress(rows[-1] + 1, len(noise))
         if not out:
             return noise.to(self.device)
         images = torch.cat(out)[: len(noise)]
@@ -322,12 +322,6 @@ class FlowMo(Autoencoder):
                 )
             return codes.code.to(self.device, torch.float32), height, width
         return self.embed(self.check_ids(codes.ids, self.tokens(height, width))), height, width
-
-    def _chunks(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield rows of ``x`` in batches of one size; the last is padded with zeros."""
-        size = self.chunk_size or (1 if self.device.type == "cpu" else 16)
-        for chunk in x.split(size) if len(x) else ():
-            yield F.pad(chunk, (0, 0) * (chunk.ndim - 1) + (0, size - len(chunk)))
 
     # Single images of any size
 

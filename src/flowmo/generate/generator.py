@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.checkpoint import CheckpointError, files
@@ -32,15 +31,16 @@ class Generator(InferenceModel):
 
     Args:
         config: the ``generator`` section is used.
-        vocabulary: of the tokenizer whose ids it samples. Only that tokenizer can decode them.
+        vocabulary: the tokenizer's vocabulary. Only that tokenizer can decode the sampled ids.
     """
+
+    default_chunk_sizes = (4, 64)
 
     def __init__(self, config: Config, vocabulary: Vocabulary):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.null_class = len(vocabulary.classes)
         self.network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, self.null_class)
-        self.chunk_size: int | None = None
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -65,10 +65,10 @@ class Generator(InferenceModel):
 
     def guidance_in_words(self, guidance: float | None = None) -> str:
         """Describe a guidance scale, by default the generator's own, with its convention."""
-        own = self.config.generator
-        start, none = (own.guided_from, 0) if own.guided_from == "class" else (own.guided_from, 1)
-        scale = own.guidance if guidance is None else guidance
-        return f"guidance {scale:g}: {start} + g · (class − null), none at {none}"
+        settings = self.config.generator
+        origin, neutral = settings.guided_from, 0 if settings.guided_from == "class" else 1
+        scale = settings.guidance if guidance is None else guidance
+        return f"guidance {scale:g}: {origin} + g · (class − null), none at {neutral}"
 
     # Sampling
 
@@ -81,7 +81,7 @@ class Generator(InferenceModel):
         ids: Tensor | None = None,
         keep: Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
-        **settings: Any,
+        **overrides: Any,
     ) -> Tensor:
         """Sample the ids of one image per label. An image depends only on its label and its seed.
 
@@ -91,7 +91,7 @@ class Generator(InferenceModel):
             ids: int64 b × tokens × sub-tokens to start from; requires ``keep``.
             keep: bool of the same shape, or tokens × sub-tokens for all images; these ids stay, the others are sampled.
             progress: called with (steps done, total steps).
-            settings: ``steps``, ``guidance`` in the convention of ``generator.guided_from``, ``temperature``,
+            overrides: ``steps``, ``guidance`` in the convention of ``generator.guided_from``, ``temperature``,
                 ``last_temperature``, ``choice_temperature`` and ``order``; see ``flowmo info --settings``. ``None``
                 and absent ones are the generator's own.
 
@@ -101,47 +101,47 @@ class Generator(InferenceModel):
         Raises:
             GenerationError: a label, an id or a setting is out of range.
         """
-        settings["sample_steps"] = settings.pop("steps", None)
+        overrides["sample_steps"] = overrides.pop("steps", None)
         try:
-            given = {f"generator.{name}": value for name, value in settings.items() if value is not None}
-            own = self.config.updated(given).generator
+            given = {f"generator.{name}": value for name, value in overrides.items() if value is not None}
+            settings = self.config.updated(given).generator
         except ConfigError as error:
             raise GenerationError(str(error)) from None
         labels = self._labels(labels)
-        numbers = list(seeds) if not isinstance(seeds, int) else [seeds + i for i in range(len(labels))]
-        if len(numbers) != len(labels):
+        seeds = list(seeds) if not isinstance(seeds, int) else [seeds + i for i in range(len(labels))]
+        if len(seeds) != len(labels):
             raise GenerationError(
-                f"There are {len(numbers)} seeds for {len(labels)} images. Give one each, or the first."
+                f"There are {len(seeds)} seeds for {len(labels)} images. Give one each, or the first."
             )
-        start, masks = self._start(len(labels), ids, keep)
-        rows, chunks = [], list(self._chunks(len(labels)))
+        start, masks = self._initial_ids_and_mask(len(labels), ids, keep)
+        rows, chunks = [], list(self.chunks(len(labels)))
         for i, chunk in enumerate(chunks):
-            generators = [stream(numbers[k], Stream.IDS) for k in chunk]
+            generators = [stream(seeds[k], Stream.IDS) for k in chunk]
             x, mask = start[chunk].to(self.device), masks[chunk].to(self.device)
-            for step, after in enumerate(self._steps(x, mask, labels[chunk], generators, own)):
+            for step, after in enumerate(self._steps(x, mask, labels[chunk], generators, settings)):
                 x = after
                 if progress:
-                    progress(i * own.sample_steps + step + 1, len(chunks) * own.sample_steps)
+                    progress(i * settings.sample_steps + step + 1, len(chunks) * settings.sample_steps)
             rows.append(x.cpu())
         return torch.cat(rows)[: len(labels)].unflatten(1, (self.vocabulary.tokens, self.vocabulary.sub_tokens))
 
     def _steps(
-        self, ids: Tensor, mask: Tensor, labels: Tensor, generators: Sequence[torch.Generator], own: GeneratorConfig
+        self, ids: Tensor, mask: Tensor, labels: Tensor, generators: Sequence[torch.Generator], s: GeneratorConfig
     ) -> Iterator[Tensor]:
         """Sample every masked id and unmask the best, step by step. Yields the ids after each step, b × n."""
-        counts = [masked_counts(max(int(n), 1), own.sample_steps, own.schedule) for n in mask.sum(dim=1)]
-        ranks = None if own.order == "confidence" else self._ranks(own.order, generators).to(self.device, torch.float32)
-        scale = own.guidance + (own.guided_from == "class")  # class + g (class - null) = null + (g + 1) (class - null)
+        counts = [masked_counts(max(int(n), 1), s.sample_steps, s.schedule) for n in mask.sum(dim=1)]
+        ranks = None if s.order == "confidence" else self._ranks(s.order, generators).to(self.device, torch.float32)
+        scale = s.guidance + (s.guided_from == "class")  # class + g (class - null) = null + (g + 1) (class - null)
         for step, left in enumerate(zip(*counts, strict=True)):
-            # TiTok's first step is already one step along from the first temperature to the last
-            share = (step + 1) / own.sample_steps if own.drawing == "gumbel" else step / max(own.sample_steps - 1, 1)
-            temperature = own.temperature + (own.last_temperature - own.temperature) * share
-            noise = own.choice_temperature * (1 - share)
+            # TiTok starts its temperature schedule at 1/n, not 0
+            share = (step + 1) / s.sample_steps if s.drawing == "gumbel" else step / max(s.sample_steps - 1, 1)
+            temperature = s.temperature + (s.last_temperature - s.temperature) * share
+            noise = s.choice_temperature * (1 - share)
             logits = self.guided_logits(ids, mask, labels, scale) / temperature
             uniform = torch.stack([torch.rand(2, ids.shape[1], generator=g) for g in generators]).to(self.device)
-            if own.drawing == "gumbel":
-                more = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators]).to(self.device)
-                sampled = (logits + noise * gumbel(more)).argmax(dim=-1)
+            if s.drawing == "gumbel":
+                per_id = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators]).to(self.device)
+                sampled = (logits + noise * gumbel(per_id)).argmax(dim=-1)
                 confidence = logits.gather(-1, sampled[..., None])[..., 0]
             else:
                 sampled, confidence = draw(logits.softmax(dim=-1), uniform[:, 0])
@@ -163,8 +163,8 @@ class Generator(InferenceModel):
             else:
                 null = torch.full_like(labels, self.null_class)
                 both = self.network(ids.repeat(2, 1), mask.repeat(2, 1), torch.cat((labels, null))).float()
-                given, free = both.chunk(2)
-                logits = free + guidance * (given - free)
+                conditional, unconditional = both.chunk(2)
+                logits = unconditional + guidance * (conditional - unconditional)
         logits[..., self.vocabulary.vocab_size :] = -torch.inf
         return logits
 
@@ -175,7 +175,7 @@ class Generator(InferenceModel):
         """Natural logarithm of the probability of each image's ids: float64 b.
 
         A masked model has no unique likelihood. This one unmasks the ids in the Halton order in ``steps`` steps. The
-        ids of a step are independent, as in a codec. The probabilities of all possible ids add up to 1.
+        ids of a step are independent, as in a codec. It is normalised.
 
         Args:
             ids: int64 b × tokens × sub-tokens.
@@ -190,7 +190,7 @@ class Generator(InferenceModel):
         if len(flat) != len(classes):
             raise GenerationError(f"There are {len(classes)} labels for {len(flat)} images.")
         totals = []
-        for chunk in self._chunks(len(classes)):
+        for chunk in self.chunks(len(classes)):
             x, total = flat[chunk].to(self.device), torch.zeros(len(chunk), dtype=torch.float64)
             for masked, unmasked in self.unmasking_plan(steps):
                 mask = masked.to(self.device).expand(len(chunk), -1)
@@ -202,9 +202,9 @@ class Generator(InferenceModel):
 
     def unmasking_plan(self, steps: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield for each step of the Halton order the mask before it, bool n, and the positions that it unmasks."""
-        own, n = self.config.generator, self.vocabulary.ids
+        settings, n = self.config.generator, self.vocabulary.ids
         positions = halton_order(self.vocabulary.tokens, self.vocabulary.sub_tokens)
-        counts = [n, *masked_counts(n, own.sample_steps if steps is None else steps, own.schedule)]
+        counts = [n, *masked_counts(n, settings.sample_steps if steps is None else steps, settings.schedule)]
         for before, after in itertools.pairwise(counts):
             if before > after:
                 mask = torch.zeros(n, dtype=torch.bool)
@@ -239,8 +239,7 @@ class Generator(InferenceModel):
             raise GenerationError(f"The ids run from {found}, not from 0 to {v.vocab_size - 1}.")
         return ids.flatten(1).long()
 
-    def _start(self, count: int, ids: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Initial ids b × n and their mask, bool b × n."""
+    def _initial_ids_and_mask(self, count: int, ids: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         if ids is None and keep is None:
             shape = (count, self.vocabulary.ids)
             return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
@@ -250,12 +249,6 @@ class Generator(InferenceModel):
         if len(ids) != count or kept.shape != ids.shape or kept.dtype != torch.bool:
             raise GenerationError(f"Give ids of {count} images, and a bool mask keep of the same shape.")
         return self._flat(ids).cpu(), ~kept.flatten(1).cpu()
-
-    def _chunks(self, count: int) -> Iterator[list[int]]:
-        """Split indices into groups of one size. The last repeats its final index, so batches never change results."""
-        size = self.chunk_size or (4 if self.device.type == "cpu" else 64)
-        for start in range(0, count, size):
-            yield [min(i, count - 1) for i in range(start, start + size)]
 
 
 def draw(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,11 +262,6 @@ def draw(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 def gumbel(uniform: Tensor) -> Tensor:
     """Turn uniform numbers in [0, 1) into Gumbel noise."""
     return -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
-
-
-def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy over the masked ids in nats: logits b × n × v, ids b × n, mask bool b × n."""
-    return F.cross_entropy(logits[mask].float(), ids[mask])
 
 
 # Files

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -22,6 +23,8 @@ class InferenceModel(nn.Module):
 
     compiled = False
     products = "float32"
+    chunk_size: int | None = None
+    default_chunk_sizes = (1, 16)  # on a CPU, elsewhere
 
     @property
     def device(self) -> torch.device:
@@ -37,6 +40,12 @@ class InferenceModel(nn.Module):
     def networks(self) -> dict[str, nn.Module]:
         """The networks to compile, by name."""
         raise NotImplementedError
+
+    def chunks(self, count: int) -> Iterator[list[int]]:
+        """Split indices into batches of one size, which repeat the last index: rounding depends on the batch size."""
+        size = self.chunk_size or self.default_chunk_sizes[self.device.type != "cpu"]
+        for start in range(0, count, size):
+            yield [min(i, count - 1) for i in range(start, start + size)]
 
     def set_precision(self, precision: str) -> Self:
         """Compute in ``float32`` or ``bfloat16``; ``auto`` chooses by the device. A few bits of ids may differ.

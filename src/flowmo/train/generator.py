@@ -17,7 +17,7 @@ from flowmo.data.sources.base import class_difference
 from flowmo.data.tokens import NO_CLASS, TokenDataset, Vocabulary
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.pairs import grid
-from flowmo.generate.generator import Generator, build_generator, cross_entropy
+from flowmo.generate.generator import Generator, build_generator
 from flowmo.generate.schedules import MEAN_MASK_RATIO, random_mask
 from flowmo.images import to_pil
 from flowmo.losses.noise import to_device
@@ -159,9 +159,9 @@ class GeneratorTask(Task):
             labels = self._labels(rows[:, 0], torch.ones_like(noise.keep))
             with torch.no_grad(), autocast(self.config, device):
                 logits = model.network(rows[:, 1:], noise.mask, labels)
-            masked = int(noise.mask.sum())
-            total += float(cross_entropy(logits, rows[:, 1:], noise.mask)) * masked
-            count += masked
+            targets = rows[:, 1:][noise.mask]
+            total += float(F.cross_entropy(logits[noise.mask].float(), targets, reduction="sum"))
+            count += len(targets)
         return {"cross_entropy": total / count}
 
     def sample(self, model: Generator) -> tuple[Image.Image | None, dict[str, float]]:
