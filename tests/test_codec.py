@@ -57,12 +57,12 @@ def test_round_trip_keeps_every_id(tiny, codes):
     assert len(content) == 4 + 4 + 3 + codes.nbytes + 4
 
 
-def test_a_picture_of_just_the_most_pixels_is_read(tiny, codes):
+def test_a_picture_of_just_the_max_pixels_is_read(tiny, codes):
     ours = Codec(tiny)
     content = ours.pack(codes)
-    assert torch.equal(ours.unpack(content, most_pixels=60 * 40).ids, codes.ids)
+    assert torch.equal(ours.unpack(content, max_pixels=60 * 40).ids, codes.ids)
     with pytest.raises(CodecError, match="40×60 pixels, more than 2,399"):
-        ours.unpack(content, most_pixels=60 * 40 - 1)
+        ours.unpack(content, max_pixels=60 * 40 - 1)
 
 
 def test_a_context_model_makes_likely_codes_short(tiny, codes, context):

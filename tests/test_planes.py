@@ -209,7 +209,7 @@ def test_a_long_thin_image(native):
 def test_an_image_of_one_pixel(native):
     codes = native.encode_image(Image.new("RGB", (1, 1)))
     content = Codec(native).pack(codes)
-    assert torch.equal(Codec(native).unpack(content, most_pixels=1).ids, codes.ids)
+    assert torch.equal(Codec(native).unpack(content, max_pixels=1).ids, codes.ids)
 
 
 def test_unlikely_codes_are_packed(native):
@@ -261,7 +261,7 @@ def test_claims_of_a_terabyte_cost_nothing(native, coded, monkeypatch):
     tracemalloc.stop()
     assert most < 5e6
     with pytest.raises(CodecError, match="more than 2,799"):
-        ours.unpack(header(ours, 40, 70, 4, name) + bytes(9), most_pixels=2799)
+        ours.unpack(header(ours, 40, 70, 4, name) + bytes(9), max_pixels=2799)
 
 
 def test_a_string_of_other_cells_is_refused(native):

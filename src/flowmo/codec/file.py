@@ -18,7 +18,6 @@ import zlib
 from binascii import crc_hqx
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,10 +45,12 @@ MIN_BYTES = len(MAGIC) + 1 + IDENTITY_BYTES + 3 + CRC.size
 MAX_BYTES = 1 << 28
 MAX_OVERHANG = 4
 """Limit of the pixels of all tiles or cells, as a multiple of the pixel limit. Otherwise a file of kilobytes could
-claim a line of pixels whose square tiles need gigabytes of ids."""
+declare a one-pixel-high image whose square tiles need gigabytes of ids."""
 CELLS_PER_BYTE = 16
 """Upper limit of the cells per byte of a coded plane, so that a short file cannot cause much work."""
 CONTEXT_SUFFIX = ".context.safetensors"
+Context = BitModel | PlaneModel
+"""A ``PlaneModel`` for a tokenizer of native size, else a ``BitModel``."""
 
 
 class CodecError(FlowMoError, ValueError):
@@ -85,7 +86,7 @@ class Codec:
         ContextError: there is a context model, but constriction is not installed.
     """
 
-    def __init__(self, tokenizer: FlowMo, context: BitModel | PlaneModel | None = None):
+    def __init__(self, tokenizer: FlowMo, context: Context | None = None):
         quantizer, identity = tokenizer.quantizer, tokenizer.identity()
         if quantizer.id_count is None or quantizer.sub_tokens is None:
             raise CodecError("This tokenizer is continuous and has no ids to write.")
@@ -97,8 +98,7 @@ class Codec:
         self.version = PLANES_VERSION if self.native else VERSION
         fewest = 1 if self.native and tokenizer.variable_rate else self.sub_tokens
         self.plane_counts = range(fewest, self.sub_tokens + 1)
-        self.context: Any = context
-        """A ``PlaneModel`` for native size, else a ``BitModel``."""
+        self.context = context
         if context is None:
             return
         range_coder.library()
@@ -118,7 +118,8 @@ class Codec:
         if codes.ids is None:
             raise CodecError("A continuous code has no ids to write.")
         ids, size = codes.ids.cpu().numpy(), codes.output_size
-        if len(ids) != 1 if self.native else codes.tiling is None:
+        one_image = len(ids) == 1 if self.native else codes.tiling is not None
+        if not one_image:
             raise CodecError("Only the ids of one image, from encode_image, can be written.")
         fits = ids.shape[:2] == self.shape(*size) and ids.shape[2] in self.plane_counts
         if not fits or codes.id_count != self.id_count:
@@ -129,25 +130,26 @@ class Codec:
         models = [None] if self.context is None else [None, self.context]  # packed wins a tie
         return min((write(size, ids, model) for model in models), key=len)
 
-    def _header(self, context: BitModel | PlaneModel | None, size: tuple[int, int], rest: bytes) -> bytes:
-        coding, name = (PACKED, b"") if context is None else (CONTEXT, context.identity[:CONTEXT_BYTES])
+    def _header(self, context: Context | None, size: tuple[int, int], layout_fields: bytes) -> bytes:
+        coding, context_id = (PACKED, b"") if context is None else (CONTEXT, context.identity[:CONTEXT_BYTES])
         start = MAGIC + bytes([self.version | coding << 4]) + self.identity
-        return start + varint(size[0] - 1) + varint(size[1] - 1) + rest + name
+        return start + varint(size[0] - 1) + varint(size[1] - 1) + layout_fields + context_id
 
-    def _pack_tiles(self, size: tuple[int, int], ids: np.ndarray, context: BitModel | None) -> bytes:
+    def _pack_tiles(self, size: tuple[int, int], ids: np.ndarray, context: Context | None) -> bytes:
+        assert not isinstance(context, PlaneModel)
         header, packed = self._header(context, size, varint(self.tile - 1)), pack_ids(ids, self.bits)
-        # a byte a tile: no short file can cause much work
+        # at least 1 byte per tile bounds the decoding work
         content = packed if context is None else self._encode(context, ids, len(ids))
         return header + content + CRC.pack(zlib.crc32(header + packed))
 
-    def _pack_planes(self, size: tuple[int, int], ids: np.ndarray, context: PlaneModel | None) -> bytes:
+    def _pack_planes(self, size: tuple[int, int], ids: np.ndarray, context: Context | None) -> bytes:
         cells, planes = ids.shape[1:]
         content = self._header(context, size, bytes([planes]))
         crc = crc_hqx(content, 0)
         content += PLANE_CRC.pack(crc)
         for plane in range(planes):
             packed = coded = pack_ids(ids[..., plane], self.bits)
-            if context is not None:
+            if isinstance(context, PlaneModel):
                 model = context.plane(ids[0, :, :plane].reshape(*self._lattice(*size), plane))
                 coded = min(packed, self._encode(model, ids[..., plane : plane + 1], min_bytes(cells)), key=len)
                 content += varint(len(coded))
@@ -155,8 +157,8 @@ class Codec:
             content += coded + PLANE_CRC.pack(crc)
         return content
 
-    def _encode(self, model: Predictor, ids: np.ndarray, least: int) -> bytes:
-        return range_coder.encode(model, token_bits(ids, self.bits)).ljust(least, b"\0")
+    def _encode(self, model: Predictor, ids: np.ndarray, min_length: int) -> bytes:
+        return range_coder.encode(model, token_bits(ids, self.bits)).ljust(min_length, b"\0")
 
     def _lattice(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of cells."""
@@ -177,13 +179,13 @@ class Codec:
     def unpack(
         self,
         content: bytes,
-        most_pixels: int = MAX_PIXELS,
+        max_pixels: int = MAX_PIXELS,
         on_missing: Callable[[MissingPlanes], object] = warnings.warn,
     ) -> Codes:
         """Parse the bytes of a ``.flowmo`` file. Sizes are checked before anything is allocated.
 
         Args:
-            most_pixels: refuse a larger image before its ids are decoded.
+            max_pixels: refuse a larger image before its ids are decoded.
             on_missing: callback if only the first planes of a file are intact. The codes then have fewer sub-tokens.
 
         Raises:
@@ -208,21 +210,22 @@ class Codec:
         height, width = reader.varint() + 1, reader.varint() + 1
         if height * width > MAX_PIXELS:
             raise _damaged(f"{height}×{width} pixels")
-        if height * width > most_pixels:
-            raise CodecError(f"The image has {height}×{width} pixels, more than {most_pixels:,}, the limit here.")
-        if self._too_large(height, width, most_pixels):
+        if height * width > max_pixels:
+            raise CodecError(f"The image has {height}×{width} pixels, more than {max_pixels:,}, the limit here.")
+        if self._too_large(height, width, max_pixels):
             raise _damaged(f"{height}×{width} pixels need too many tiles or cells")
         planes = reader.take(1)[0] if self.native else self.sub_tokens
         tile = self.tile if self.native else reader.varint() + 1
         if planes not in self.plane_counts or tile != self.tile:
             raise _damaged(f"{planes} planes, or tiles of {tile} pixels, are not of this tokenizer")
-        name = reader.take(CONTEXT_BYTES) if coding == CONTEXT else None
+        context_id = reader.take(CONTEXT_BYTES) if coding == CONTEXT else None
         if self.native:
-            return self._unpack_planes(reader, name, (height, width), planes, on_missing)
-        return self._unpack_tiles(reader, name, (height, width))
+            return self._unpack_planes(reader, context_id, (height, width), planes, on_missing)
+        return self._unpack_tiles(reader, context_id, (height, width))
 
-    def _unpack_tiles(self, reader: Reader, name: bytes | None, size: tuple[int, int]) -> Codes:
-        context, header = self._context(name), reader.content[: reader.position]
+    def _unpack_tiles(self, reader: Reader, context_id: bytes | None, size: tuple[int, int]) -> Codes:
+        context, header = self._context(context_id), reader.content[: reader.position]
+        assert not isinstance(context, PlaneModel)
         content = reader.take(len(reader.content) - reader.position - CRC.size)
         shape = (*self.shape(*size), self.sub_tokens)
         packed = self._decode(context, content, math.prod(shape), shape[0], shape[0])
@@ -234,7 +237,7 @@ class Codec:
     def _unpack_planes(
         self,
         reader: Reader,
-        name: bytes | None,
+        context_id: bytes | None,
         size: tuple[int, int],
         planes: int,
         on_missing: Callable[[MissingPlanes], object],
@@ -242,11 +245,12 @@ class Codec:
         crc = crc_hqx(reader.content[: reader.position], 0)
         if reader.take(PLANE_CRC.size) != PLANE_CRC.pack(crc):
             raise _damaged("the checksum of its header does not match")
-        context, (rows, columns) = self._context(name), self._lattice(*size)
+        context, (rows, columns) = self._context(context_id), self._lattice(*size)
         ids: np.ndarray = np.zeros((rows, columns, 0), np.int64)
         try:
             for _ in range(planes):
-                plane, crc = self._read_plane(reader, rows * columns, crc, context and context.plane(ids))
+                model = context.plane(ids) if isinstance(context, PlaneModel) else None
+                plane, crc = self._read_plane(reader, rows * columns, crc, model)
                 ids = np.concatenate((ids, plane.reshape(rows, columns, 1)), axis=2)
         except CodecError as error:
             if ids.shape[2] not in self.plane_counts:
@@ -269,30 +273,33 @@ class Codec:
             raise _damaged("the checksum of a plane does not match")
         return self._unpack_ids(packed, cells), crc
 
-    def _context(self, name: bytes | None) -> Any:
+    def _context(self, context_id: bytes | None) -> Context | None:
         """Return the context model if it has this identity; ``None`` for a packed file."""
-        if name is None:
+        if context_id is None:
             return None
         if self.context is None:
             range_coder.library()
-            raise CodecError(f"The file needs context model {name.hex()}, which is not available.")
-        ours = self.context.identity[:CONTEXT_BYTES]
-        if name != ours:
-            raise CodecError(f"The file needs context model {name.hex()}, not the available one ({ours.hex()}).")
+            raise CodecError(f"The file needs context model {context_id.hex()}, which is not available.")
+        held = self.context.identity[:CONTEXT_BYTES]
+        if context_id != held:
+            raise CodecError(f"The file needs context model {context_id.hex()}, not the available one ({held.hex()}).")
         return self.context
 
-    def _decode(self, model: Predictor | None, content: bytes, count: int, images: int, least: int) -> bytes:
-        """Return the packed form of ``count`` ids of ``images`` images. A coded string has ``least`` bytes or more."""
+    def _decode(self, model: Predictor | None, content: bytes, count: int, streams: int, min_length: int) -> bytes:
+        """Decode ``count`` ids of ``streams`` tiles, or of one plane, to packed ids. Coded content is shorter.
+
+        Args:
+            min_length: zeros pad shorter coded content to this.
+        """
         size = packed_size(count, self.bits)
-        sound = len(content) == size
-        if model is not None:
-            sound = least <= len(content) < size and content == content.rstrip(b"\0").ljust(least, b"\0")
-        if not sound:
+        if not (len(content) == size if model is None else min_length <= len(content) < size):
             raise _damaged("its length does not match its header")
         if model is None:
             return content
+        if content != content.rstrip(b"\0").ljust(min_length, b"\0"):
+            raise _damaged("zeros follow its coded ids")
         try:
-            return pack_ids(token_ids(range_coder.decode(model, content, images), self.bits), self.bits)
+            return pack_ids(token_ids(range_coder.decode(model, content, streams), self.bits), self.bits)
         except ContextError:
             raise _damaged("its context model cannot decode it") from None
 
@@ -351,7 +358,7 @@ class Reader:
                 return value
             if byte < 128:
                 break
-        raise _damaged("a number in it does not end")
+        raise _damaged("a number in it does not end or is longer than necessary")
 
 
 def varint(value: int) -> bytes:

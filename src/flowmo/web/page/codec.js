@@ -134,7 +134,7 @@ function readVarint(reader) {
     if (byte < 128 && (byte || !i)) return value;
     if (byte < 128) break;
   }
-  throw damaged("a number in it does not end");
+  throw damaged("a number in it does not end or is longer than necessary");
 }
 
 function varint(value) {
