@@ -433,7 +433,7 @@ def test_whole_images_and_their_files(native, tmp_path):
     assert decoded.shape == image.shape
     assert torch.equal(decoded, tok.decode_tensor(codes, steps=1))
     assert tok.encode_image(image, fit="crop").output_size == (tok.config.data.image_size,) * 2
-    with pytest.raises(ValueError, match="Images of 4 channels of 16 bits are no PIL images"):
+    with pytest.raises(ValueError, match="Images of 4 channels of 16 bits cannot be PIL images"):
         tok.decode_image(codes, steps=1)
     with pytest.raises(flowmo.ImageError, match="image: has 3 channels, but the model takes 4"):
         tok.encode_image(image[:3])

@@ -51,14 +51,14 @@ def is_array(name: str) -> bool:
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What a model's images are in files.
+    """Channels, bit depth and value range of a model's images.
 
     Attributes:
         channels: values per pixel.
         bits: per value in the files that are written: 8, 16, or 32 for floats. Files of any depth are read.
         value_range: file values that become −1 and 1. ``None`` is the full range of an 8- or 16-bit type, and 0 to 1
             for floats.
-        colours: channels that people and networks see as red, green and blue.
+        colours: the three channels shown as RGB.
 
     Raises:
         ValueError: the first value of the range is not the smaller one.
@@ -147,7 +147,9 @@ class PixelFormat:
         tags = image.tag_v2 if isinstance(image, plugin.TiffImageFile) else {}
         deep = max(tags.get(plugin.BITSPERSAMPLE, (8,))) > 8
         if tags.get(plugin.PLANAR_CONFIGURATION) == 2 and tags.get(plugin.SAMPLESPERPIXEL, 1) > 1:
-            return deep or tags.get(plugin.PHOTOMETRIC_INTERPRETATION) != 2  # one band after another
+            # Pillow mixes up bands stored one after another, unless they are 8-bit RGB
+            return deep or tags.get(plugin.PHOTOMETRIC_INTERPRETATION) != 2
+        # Pillow drops bands X, and divides premultiplied colours ("RGBa") by alpha
         return re.match("RGB(A?X|a)", raw_mode(image)) is not None and (deep or self.channels not in (1, 3))
 
     def _read_bands(self, file: BinaryIO, path: str, max_pixels: int) -> np.ndarray:
@@ -163,8 +165,8 @@ class PixelFormat:
         """Check the shape of an array before it is read."""
         if len(shape) not in (2, 3):
             raise ImageError(f"{path}: is an array of {len(shape)} axes. An image has 2 or 3.")
-        last = len(shape) == 2 or shape[2] == self.channels or shape[0] != self.channels
-        found, (height, width) = (shape[2] if shape[2:] else 1, shape[:2]) if last else (shape[0], shape[1:])
+        channels_first = len(shape) == 3 and shape[0] == self.channels != shape[2]
+        height, width, found = (*shape[1:], shape[0]) if channels_first else (*shape, 1)[:3]
         self._check_channels(found, path)
         check_pixels(width, height, path, max_pixels)
 
@@ -185,7 +187,7 @@ class PixelFormat:
             if len(pages) > 1:
                 return self._stacked(image, pages, path)
             image.seek(next(iter(pages), 0))
-        values = deep_values(image)
+        values = high_bit_depth_values(image)
         if values is None and self.channels in (1, 3):
             values = np.asarray(to_rgb(image))
         elif values is None:
@@ -205,7 +207,7 @@ class PixelFormat:
         pages = []
         for index in indices:
             image.seek(index)
-            values = deep_values(image)
+            values = high_bit_depth_values(image)
             if values is None:
                 values = np.asarray(image.convert("L") if image.mode in ("1", "P") else image)
             pages.append(values)
@@ -248,7 +250,7 @@ class PixelFormat:
         return image
 
     def visible(self, images: Tensor) -> Tensor:
-        """b × c × h × w -> b × 3 × h × w, the channels that ``colours`` names."""
+        """Select the RGB channels: b × c × h × w -> b × 3 × h × w."""
         return select_channels(images, self.colours)
 
     # Write
@@ -264,14 +266,14 @@ class PixelFormat:
         """c × h × w in [−1, 1] -> PIL image: RGB, or a single channel of 8, 16 or 32 bits.
 
         Raises:
-            ImageError: PIL has no images of so many channels.
+            ImageError: PIL does not support this many channels.
         """
         if self.is_rgb:
             return to_pil(image)
         if self.channels != 1:
             raise ImageError(
-                f"Images of {self.channels} channels of {self.bits} bits are no PIL images. Write .tif or .npy files, "
-                "or take the tensors that decode_tensor returns."
+                f"Images of {self.channels} channels of {self.bits} bits cannot be PIL images. Write .tif or .npy "
+                "files, or take the tensors that decode_tensor returns."
             )
         return Image.fromarray(self.stored(image)[..., 0])
 
@@ -308,7 +310,7 @@ def raw_mode(image: Image.Image) -> str:
     return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
 
 
-def deep_values(image: Image.Image) -> np.ndarray | None:
+def high_bit_depth_values(image: Image.Image) -> np.ndarray | None:
     """Values h × w or h × w × c of more than 8 bits, upright; ``None`` for an 8-bit image."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(upright(image))

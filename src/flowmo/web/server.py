@@ -26,7 +26,7 @@ from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.generate.classes import class_titles
 from flowmo.generate.generator import Generator
 from flowmo.generate.samples import check_pair, sample_images
-from flowmo.images import to_pil, to_tensor
+from flowmo.images import check_pixels, to_pil, to_tensor
 from flowmo.tokenizer import FlowMo
 from flowmo.web.export import PAGE, check_page, describe
 
@@ -122,13 +122,8 @@ class Demo:
         return b"".join(rgba_of(to_pil(image)) for image in images)
 
 
-def check_pixels(height: int, width: int) -> None:
-    if height < 1 or width < 1 or height * width > MAX_PIXELS:
-        raise DemoError(f"{width} × {height} is not from 1 to {MAX_PIXELS:,} pixels.")
-
-
 def image_of(body: bytes, height: int, width: int) -> Image.Image:
-    check_pixels(height, width)
+    check_pixels(width, height, "image", MAX_PIXELS)
     if len(body) != 4 * height * width:
         raise DemoError(f"{len(body)} bytes are not {width} × {height} RGBA pixels.")
     return Image.frombytes("RGBA", (width, height), body).convert("RGB")
