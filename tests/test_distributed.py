@@ -302,7 +302,7 @@ def test_an_unreadable_checkpoint_is_named(base, tmp_path):
     older, newest = listing(tmp_path / "run" / "checkpoints")
     whole = newest.read_bytes()
     newest.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TrainingError, match=rf"{newest}.*Remove it to go on from {older}"):
+    with pytest.raises(TrainingError, match=rf"{newest}.*Delete it to resume from {older}"):
         Trainer(base, tmp_path / "run", report=quiet)
     newest.unlink()
     assert Trainer(base, tmp_path / "run", report=quiet).step == 3

@@ -539,7 +539,7 @@ def test_an_unreadable_picture_is_named_and_left_out(config, folder, tmp_path, w
     Trainer(config, tmp_path / "run", report=lines.append).train()
     assert sum("left out" in line and "text.jpg" in line for line in lines) == 1
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert record["bad_pictures"] == 1
+    assert record["unreadable_images"] == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -18,7 +18,7 @@ PANELS = {
     "images per second": ("images_per_second",),
 }
 NOT_LOSSES = {
-    *("step", "images", "flop_utilisation", "memory_gib", "skipped_steps", "bad_pictures"),
+    *("step", "images", "flop_utilisation", "memory_gib", "skipped_steps", "unreadable_images", "bad_pictures"),
     *(name for names in PANELS.values() for name in names),
 }
 Curve = list[tuple[float, float]]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -52,7 +53,8 @@ class TokenizerTask(Task):
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         super().__init__(config, world, report)
         data, opt = config.data, config.opt
-        self.unreadable: set[str] = set()
+        # a cached function reports each image once
+        self.report_unreadable = cache(lambda message: report(f"left out of the held-out images: {message}"))
         images = self.open_source("train")
         self.pixels = PixelFormat.of(config)
         views = (data.random_crop, data.random_flip, data.draft, data.read_timeout, self.pixels)
@@ -103,14 +105,8 @@ class TokenizerTask(Task):
             image, errors = source.load(index, 0)
             images.append(image)
             for message in errors.values() if data.val else ():  # the trainer reports training images
-                self._report_unreadable(message)
+                self.report_unreadable(message)
         return torch.stack(images).to(self.world.device)
-
-    def _report_unreadable(self, message: str) -> None:
-        """Report an unreadable held-out image once per run."""
-        if message not in self.unreadable:
-            self.unreadable.add(message)
-            self.report(f"left out of the held-out images: {message}")
 
     def _build_evaluators(self) -> Evaluators:
         """Build the network that ``trainer.best_metric`` needs.
@@ -223,7 +219,7 @@ class TokenizerTask(Task):
                 limit=self.config.eval.pictures,
                 device=self.world.device,
                 enlarge=True,
-                on_unreadable=self._report_unreadable,
+                on_unreadable=self.report_unreadable,
                 pixels=self.pixels,
             )
         summary = Summary.of(reconstructor.name, measured, self.evaluators.features)

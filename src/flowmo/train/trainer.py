@@ -41,7 +41,7 @@ from flowmo.train.tokenizer import TokenizerTask
 __all__ = ["Trainer", "TrainingError"]
 
 STOP = "stop"
-START_WEIGHTS = {"model": "the trained weights, as the release", "ema": "the EMA of the weights"}
+START_WEIGHTS = {"model": "the raw weights, as the release", "ema": "the EMA of the weights"}
 
 
 class Trainer:
@@ -52,7 +52,6 @@ class Trainer:
         world: this rank, see ``flowmo.distributed.join``.
         resume_from: what to start from while the folder has no checkpoint; any source that ``flowmo.load`` takes.
         report: prints each line of the log.
-        build: builds the task, with initial weights on the rank's device; by default the one that the settings name.
 
     Raises:
         TrainingError: the folder holds a run of another model.
@@ -68,17 +67,16 @@ class Trainer:
         world: World = World(),
         resume_from: str | Path | None = None,
         report: Callable[[str], None] = print,
-        build: Callable[[Config, World, Callable[[str], None]], Task] | None = None,
     ):
         self.config, self.folder, self.world, self.device = config, folder, world, world.device
         self.checkpoint_folder = folder / CHECKPOINTS
         trainer = config.trainer
-        if trainer.best_metric and not config.data.val:  # a settings file may leave it open, a run may not
+        if trainer.best_metric and not config.data.val:  # optional in a settings file, required in a run
             raise ConfigError("trainer.best_metric needs held-out images. Write data.val=IMAGES.")
         self._lock = state.FolderLock(folder) if world.main else None
         self.logger = MetricLogger(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
-        build = build or (GeneratorTask if config.generator.train else TokenizerTask)
-        self.task = build(config, world, self.logger.report)
+        task: type[Task] = GeneratorTask if config.generator.train else TokenizerTask
+        self.task = task(config, world, self.logger.report)
         self.plan = BatchPlan.of(config, world.size, None if config.data.max_microbatch else self._max_microbatch())
         self.module = prepare(self.task.module, world, trainer)
         self.optimizers = build_optimizers(self.task.model)
@@ -89,7 +87,7 @@ class Trainer:
         self.step = self.images = 0
         self.skipped = StepCounts(world)
         self.asked_to_stop = False  # this rank, set by a signal
-        self.stopping = False  # all ranks, agreed after a step
+        self.stopping = False  # all ranks, set by world.any after a step
         self.saved_at = -1
         self.unreadable: set[str] = set()
         self._load(resume_from)
@@ -145,19 +143,19 @@ class Trainer:
         try:
             # close the loader after an error too: its workers ignore signals, and exiting would wait for them
             errors = plain_errors(self.plan, self._max_microbatch)
-            with stop_on_signals(self._ask_to_stop), errors, closing(self._batches()) as stream:
-                self._loop(stream)
+            with stop_on_signals(self._ask_to_stop), errors, closing(self._batches()) as rank_batches:
+                self._loop(rank_batches)
             self._finish()
         finally:
             self.logger.close()
 
-    def _loop(self, stream: Iterator[Tensor]) -> None:
+    def _loop(self, rank_batches: Iterator[Tensor]) -> None:
         module = wrap_ddp(self.module, self.world)
         meter = Meter(self.world, self.plan.total, self.skipped.read()[0])
         while self.images < self.schedule.duration and not self.stopping and not self.early_stopping.exhausted:
             if self.task.advance(self.images, self.schedule):
                 module = wrap_ddp(self.module, self.world)
-            meter.add(self._step(next(stream).to(self.device, non_blocking=True), module))
+            meter.add(self._step(next(rank_batches).to(self.device, non_blocking=True), module))
             schedule = self.schedule
             self.logger.progress(lambda: self._progress(meter.rate()))
             if schedule.is_due(schedule.log, self.images):
@@ -305,7 +303,7 @@ class Trainer:
             "memory_gib": memory,
             "learning_rate": self.schedule.learning_rate(self.config.opt, self.images),
             "skipped_steps": meter.skipped,
-            "bad_pictures": int(unreadable),
+            "unreadable_images": int(unreadable),
             **means,
             **self.task.statistics(),
         }
@@ -378,55 +376,65 @@ class Trainer:
         try:
             self._restore(found[-1], state.read_metadata(found[-1]))
         except CheckpointError as error:
-            advice = f"Remove it to go on from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
+            advice = f"Delete it to resume from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
 
     def _start_from(self, source: str | Path) -> None:
-        """Start at the position of another run's checkpoint, or at step 0 with weights alone.
-
-        A checkpoint of the same stage gives its optimizer and EMA too. The authors' checkpoints hold no optimizer; one
-        that is beyond this run's end counts as weights alone.
-        """
-        path, weights = find(source), self.config.trainer.start_weights
+        """Start at the position of another run's checkpoint, or from weights without an optimizer."""
+        path = find(source)
         metadata = {} if path.suffix == ".safetensors" else state.read_metadata(path)
         if metadata.get("flowmo") == state.FORMAT:
-            trained = Config.from_dict(metadata["config"]).model.train
-            anew = (metadata["stage"], trained) != (self.config.stage, self.config.model.train)
-            self._restore(path, metadata, optimizer=not anew)
-            self.early_stopping = EarlyStopping(self.early_stopping.metric, self.early_stopping.patience)
+            self._start_from_run(path, metadata)
         else:
-            for part, values in self.task.foreign_weights(path):
-                state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in values.items()})
-            self.norm_control.remember()
-            self.step, self.images = self._authors_position(path, metadata)
-            anew = not self.step or self.config.stage != "pretrain"  # the authors' files do not say their stage
-            weights = weights if self.step else "ema"  # as flowmo.load
+            self._start_from_weights(path, metadata)
+
+    def _start_from_run(self, path: Path, metadata: dict) -> None:
+        """Start at another run's checkpoint. One of the same stage gives its optimizer and EMA too."""
+        trained = Config.from_dict(metadata["config"]).model.train
+        new_stage = (metadata["stage"], trained) != (self.config.stage, self.config.model.train)
+        self._restore(path, metadata, optimizer=not new_stage)
+        self.early_stopping = EarlyStopping(self.early_stopping.metric, self.early_stopping.patience)
+        if new_stage:
+            self._restart_ema(path, self.config.trainer.start_weights)
+
+    def _start_from_weights(self, path: Path, metadata: dict) -> None:
+        """Start from an authors' checkpoint at its position, or from bare weights at step 0."""
+        for part, values in self.task.foreign_weights(path):
+            state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in values.items()})
+        self.norm_control.remember()
+        self.step, self.images = self._authors_position(path, metadata)
+        if not self.step:
             self.logger.report(
-                f"starting from the weights of {path}"
-                if self.step
-                else f"starts a new run from the weights of {path}: step 0, a fresh optimizer, an EMA of these weights"
+                f"starts a new run from the weights of {path}: step 0, a fresh optimizer, an EMA of these weights"
             )
-        if anew:
-            self.ema.restart(from_ema=weights == "ema")
-            self.norm_control.remember()
-            model = self._ema_model()
-            self._set_base(self.world.broadcast(model.as_base() if isinstance(model, FlowMo) else ""))
-        if anew and self.step:
+            self._restart_ema(path, "ema")  # as flowmo.load
+            return
+        self.logger.report(f"starting from the weights of {path}")
+        if self.config.stage != "pretrain":  # the authors' files do not say their stage
+            self._restart_ema(path, self.config.trainer.start_weights)
+
+    def _restart_ema(self, path: Path, weights: str) -> None:
+        """Restart the EMA from the ``model`` or ``ema`` weights of a checkpoint, and record its tokenizer as base."""
+        self.ema.restart(from_ema=weights == "ema")
+        self.norm_control.remember()
+        model = self._ema_model()
+        self._set_base(self.world.broadcast(model.as_base() if isinstance(model, FlowMo) else ""))
+        if self.step:
             self.logger.report(
                 f"starts from {START_WEIGHTS[weights]}, of {path}, with a fresh EMA of them "
                 f"(trainer.start_weights={weights})"
             )
 
     def _authors_position(self, path: Path, metadata: dict) -> Position:
-        """Return the position of an authors' checkpoint if this run goes beyond it, else 0; also 0 for bare weights."""
+        """Position of an authors' checkpoint, or 0 if it has none or this run would already be over."""
         steps = metadata.get("total_steps", 0)
         if not isinstance(steps, int) or steps < 0:
-            raise TrainingError(f"{path}: total_steps is no number of steps.")
+            raise TrainingError(f"{path}: total_steps is not a number of steps.")
         position = Position(steps, steps * PAPER_BATCH)
         return position if self._schedule(position).duration > position.images else Position()
 
     def _set_base(self, base: str) -> None:
-        """Set ``model.base``, which follows from the weights."""
+        """Record the base tokenizer in both configs."""
         self.config = self.task.config = self.config.override(f"model.base={base}")
 
     def _restore(self, path: Path, metadata: dict, optimizer: bool = True) -> None:
