@@ -444,7 +444,7 @@ def build(config: Config, state: Mapping[str, Tensor], name: str | Path = "check
     Raises:
         CheckpointError: names or shapes of ``state`` do not fit ``config``.
     """
-    return files.fill(lambda: FlowMo(config), config.model.dec_depth + config.model.enc_depth, state, name)
+    return files.instantiate(lambda: FlowMo(config), config.model.dec_depth + config.model.enc_depth, state, name)
 
 
 def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32) -> None:

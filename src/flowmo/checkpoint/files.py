@@ -87,9 +87,9 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
 
 
 def read_content(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read metadata and weights of any file: of a tokenizer or a generator, or the authors'.
+    """Read metadata and weights of a tokenizer, a generator or an authors' file.
 
-    The metadata holds ``config``, and of a generator ``vocabulary``. An authors' file has none.
+    The metadata holds ``config``, and for a generator ``vocabulary``. An authors' file has none.
 
     Raises:
         CheckpointError: the file cannot be used.
@@ -99,7 +99,7 @@ def read_content(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str
     if path.is_dir():
         from flowmo.checkpoint import distributed as sharded  # takes as long to import as half of PyTorch
 
-        return read_metadata(path), sharded.read(path, "ema." if ema else "model.")
+        return read_raw_metadata(path), sharded.read(path, "ema." if ema else "model.")
     content = read_pth(path)
     if "flowmo" in content:
         state = content.get("ema" if ema else "model")
@@ -112,8 +112,8 @@ def read_content(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str
     return {}, state
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Read what a file holds beside weights. Only a training checkpoint of ours has ``flowmo``, its format."""
+def read_raw_metadata(path: Path) -> dict[str, Any]:
+    """Read a file's metadata. ``flowmo`` (format version) exists only in our training checkpoints."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path, weights=False)[0]
     if not path.is_dir():
@@ -123,21 +123,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or not a training checkpoint of flowmo ({error}).") from None
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} is damaged or not a training checkpoint of flowmo: its metadata is no table.")
+        raise CheckpointError(f"{path} is damaged or not a training checkpoint of flowmo: its metadata is not a table.")
     return metadata
 
 
 def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a tokenizer's settings. Only the authors' files are read with their weights, whose shapes show them."""
-    metadata = read_metadata(path)
+    """Read a tokenizer's settings. The authors' files store none; they are inferred from tensor shapes."""
+    metadata = read_raw_metadata(path)
     if path.suffix == ".safetensors" or "flowmo" in metadata:
         return _tokenizer_config(path, metadata).override(*overrides)
     return read(path, overrides)[0]
-
-
-def is_training_checkpoint(path: Path) -> bool:
-    """True for a checkpoint of our training, which knows its step; False for weights alone and the authors' files."""
-    return "flowmo" in read_metadata(path)
 
 
 def _tokenizer_config(path: Path, metadata: Mapping[str, Any]) -> Config:
@@ -169,8 +164,8 @@ def _read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Any],
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def fill(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor], name: str | Path) -> Network:
-    """Build a network on the meta device and fill it with ``state``, in float32 and evaluation mode.
+def instantiate(build: Callable[[], Network], blocks: int, state: Mapping[str, Tensor], name: str | Path) -> Network:
+    """Build a network on the meta device and load ``state``, in float32 and evaluation mode.
 
     Args:
         blocks: number of blocks that the file's settings ask for.
@@ -224,7 +219,7 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
     try:
         write(temporary)
         os.chmod(temporary, 0o644)
-        with open(temporary, "rb") as file:  # or a power cut could leave the name with an empty file
+        with open(temporary, "rb") as file:  # fsync, else a power cut can leave it empty
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

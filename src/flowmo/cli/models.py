@@ -134,7 +134,7 @@ def convert(arguments: argparse.Namespace) -> tuple[str, dict]:
 
 def is_generator(path: Path) -> bool:
     """Return whether a file or folder of weights is a generator's."""
-    return (path.is_file() or is_sharded(path)) and "vocabulary" in checkpoint.read_metadata(path)
+    return (path.is_file() or is_sharded(path)) and "vocabulary" in checkpoint.read_raw_metadata(path)
 
 
 def push(arguments: argparse.Namespace) -> tuple[str, dict]:

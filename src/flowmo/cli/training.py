@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import flowmo
-from flowmo.checkpoint.files import find, is_training_checkpoint, read_config, write_content
+from flowmo.checkpoint.files import find, read_config, read_raw_metadata, write_content
 from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS, best_checkpoint, listing
 from flowmo.cli.output import Progress, UsageError, check_outputs
 from flowmo.config import FINE_TUNING, Config, own_settings
@@ -118,7 +118,7 @@ def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
     if source:
         path = find(source)
         model = read_config(path)
-        if is_training_checkpoint(path):
+        if "flowmo" in read_raw_metadata(path):  # a training checkpoint
             return model.override(*settings)
         config = own_settings(model, Config()).override(*settings)
         new = config.stage == "pretrain"

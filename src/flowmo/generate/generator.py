@@ -308,4 +308,4 @@ def build_generator(
     config: Config, vocabulary: Vocabulary, state: Mapping[str, Tensor], name: str | Path = "checkpoint"
 ) -> Generator:
     """Build a generator with the weights ``state``, in float32 and evaluation mode. Raises ``CheckpointError``."""
-    return files.fill(lambda: Generator(config, vocabulary), config.generator.depth, state, name)
+    return files.instantiate(lambda: Generator(config, vocabulary), config.generator.depth, state, name)

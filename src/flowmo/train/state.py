@@ -150,7 +150,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged, or not a training checkpoint.
     """
-    metadata = {name: value for name, value in checkpoint.read_metadata(path).items() if name not in PARTS}
+    metadata = {name: value for name, value in checkpoint.read_raw_metadata(path).items() if name not in PARTS}
     for name, kind in REQUIRED.items() if metadata.get("flowmo") == FORMAT else ():
         value = metadata.get(name)
         if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
@@ -178,7 +178,7 @@ def fill(path: Path, targets: Mapping[str, Tensor], values: Mapping[str, Any]) -
     """Copy full tensors from file ``path`` into a run's tensors of the same names, sharded or not.
 
     Raises:
-        CheckpointError: a value is no tensor, or the run has none of its name and shape.
+        CheckpointError: a value is not a tensor, or the run has none of its name and shape.
     """
     for name, value in values.items():
         target = targets.get(name)
