@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         page.subplots(1, 1, (1, 1))  # without matplotlib, end before the work
         evaluators, missing = Evaluators.find()
         print("\n".join(missing), file=sys.stderr)
-        evaluators.remember = True
+        evaluators.cache_originals = True
         runner.run(recipe, replace(study, evaluators=evaluators.to(world.device)))
 
 

@@ -245,7 +245,7 @@ def evaluators(trained_weights, monkeypatch):
     """Only the quickest."""
     monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
     found, _ = Evaluators.find(("alex",), "none")
-    found.remember = True
+    found.cache_originals = True
     return found
 
 

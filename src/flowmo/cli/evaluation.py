@@ -51,8 +51,8 @@ def evaluate_generated(arguments: argparse.Namespace, world: World, log: Log) ->
         raise UsageError("--reference compares generated PICTURES by a feature network. Name both.")
     sets = open_image_set(arguments.images), open_image_set(arguments.reference)
     network = build_features(arguments.features).to(world.device)
-    own = isinstance(network, ResNetFeatures) or arguments.features == "inception-legacy"
-    for images in sets if own else ():
+    not_inception = isinstance(network, ResNetFeatures) or arguments.features == "inception-legacy"
+    for images in sets if not_inception else ():
         if isinstance(images, NpzFile) and images.names & set(sum(STATISTICS.values(), ())):
             raise UsageError(
                 f"{images.name} holds statistics of FID's Inception, not of {network.name}. Add "

@@ -71,7 +71,7 @@ class Comparison:
         self.budget = math.ceil(self.tiles * bits / 8)  # bytes of the ids of a square crop
         square = f"Short side resized to {side} (bilinear, antialiased), central square of {side} × {side}."
         self.protocol = square if self.side else "Each image whole, at its own size."
-        self.evaluators.remember = bool(self.peers) or len(self.rates) > 1
+        self.evaluators.cache_originals = bool(self.peers) or len(self.rates) > 1
         self.others = [other for peer in self.peers for other in self._open(peer)]  # any error before hours of work
 
     def _open(self, peer: str) -> Iterator[tuple[Reconstructor, dict[str, Any]]]:
@@ -119,8 +119,8 @@ class Comparison:
             settings = sampling | {"bits_per_pixel": rate}
             yield replace(model, name=model.name + suffix, bits_per_pixel=rate), settings
             if not self.side and self.others:
-                ours = self.entries[-1].measurement.rows
-                budgets = dict(zip(ours["index"].tolist(), ours["file_bits"].div(8).int().tolist(), strict=True))
+                rows = self.entries[-1].measurement.rows
+                budgets = dict(zip(rows["index"].tolist(), rows["file_bits"].div(8).int().tolist(), strict=True))
                 for codec, metadata in self.others:
                     assert isinstance(codec, CodecReconstructor)
                     yield replace(codec, budget=budgets, suffix=suffix), metadata | settings
@@ -130,13 +130,13 @@ class Comparison:
     def report(self, source: str, model: str) -> None:
         """Write the report to ``out``. ``source`` and ``model`` are names for its header."""
         assert self.out is not None
-        own, side, count = self.model, self.side, self.entries[0].summary.images
+        side, count = self.side, self.entries[0].summary.images
         header = {
             "images": f"{source}: {count} of {len(self.source)}, evenly spread",
             "protocol": self.protocol,
-            "model": f"{model}, tokenizer {own.tokenizer.weights_identity()}",
+            "model": f"{model}, tokenizer {self.model.tokenizer.weights_identity()}",
             **({"tiles per image": str(self.tiles)} if side else {}),
-            "sampling": f"{own.steps} steps, seed {own.seed}, guidance {own.guidance}",
+            "sampling": f"{self.model.steps} steps, seed {self.model.seed}, guidance {self.model.guidance}",
             "precision": self.precision,
             "networks of the metrics": ", ".join(self.evaluators.describe().values()),
         }
@@ -146,7 +146,7 @@ class Comparison:
                 if side
                 else "lowest quality whose whole file has at least the bytes of the model's file of the same image"
             )
-        write_report(self.out, self.entries, self.source, side, header, own.tokenizer.pixels)
+        write_report(self.out, self.entries, self.source, side, header, self.model.tokenizer.pixels)
 
 
 def open_peer(name: str, weights: str, side: int, world: World) -> Reconstructor:
@@ -165,7 +165,7 @@ def open_peer(name: str, weights: str, side: int, world: World) -> Reconstructor
         build = found.build_peer
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise EvaluationError(
-            f"{name} is no codec ({', '.join(FORMATS)}), and {module or PEERS} cannot build it ({error}). "
+            f"{name} is not a codec ({', '.join(FORMATS)}), and {module or PEERS} cannot build it ({error}). "
             "Run the command in the folder of that module; for published tokenizers, a checkout of the repository."
         ) from None
     finally:

@@ -128,16 +128,16 @@ class Follower:
     def _held_out(self, trained: DataConfig) -> tuple[str, str]:
         """Held-out source and its index, from the settings, else the checkpoint, else the run.
 
-        An index belongs to the source beside it. One in the settings without a source applies to the others.
+        An index belongs to the source beside it. An index in the settings without a source applies to any source.
         """
-        ours = self.config.data
-        for data in (ours, trained):
+        settings = self.config.data
+        for data in (settings, trained):
             if data.val:
-                return data.val, ours.val_index or ("" if data is ours else data.val_index)
+                return data.val, settings.val_index or ("" if data is settings else data.val_index)
         with suppress(OSError, ValueError, KeyError, TypeError):  # a run may be writing it, or be of another version
             saved = json.loads((self.run / SETTINGS).read_text())["data"] if self.run else {"val": ""}
             if saved["val"]:
-                return saved["val"], ours.val_index or saved["val_index"]
+                return saved["val"], settings.val_index or saved["val_index"]
         raise EvaluationError("There are no held-out images. Name them with data.val=IMAGES.")
 
     def _record(self, line: dict[str, Any]) -> None:

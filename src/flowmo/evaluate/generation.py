@@ -181,23 +181,23 @@ class GenerationSummary:
         metrics: dict[str, Any] = {}
         missing = []
         pooled, spatial = ([one.distribution(kind) for one in (generated, reference)] for kind in STATISTICS)
-        if any(features is None for features in pooled):
+        if any(distribution is None for distribution in pooled):
             raise StatisticsError(f"{names} have no statistics of pooled features.")
         metrics["frechet_distance"], metrics["frechet_bias"] = distance_and_bias(*pooled)
-        if any(features is None for features in spatial):
-            missing.append("no sFID: it needs a network with spatial features, and those of both sets")
+        if any(distribution is None for distribution in spatial):
+            missing.append("no sFID: it needs a network with spatial features, of both sets")
         else:
             metrics["spatial_frechet_distance"] = frechet_distance(*map(Gaussian.of, spatial))
-        ours, theirs = generated.features, reference.features
-        if ours is None or theirs is None:
+        features, real = generated.features, reference.features
+        if features is None or real is None:
             missing.append("no kernel distance, precision and recall: the reference has statistics only, no images")
         else:
-            metrics["kernel_distance"] = kernel_distance(ours.pooled, theirs.pooled)
-            metrics["precision"], metrics["recall"] = precision_and_recall(theirs.pooled, ours.pooled)
-        if ours is None or ours.logits is None:
+            metrics["kernel_distance"] = kernel_distance(features.pooled, real.pooled)
+            metrics["precision"], metrics["recall"] = precision_and_recall(real.pooled, features.pooled)
+        if features is None or features.logits is None:
             missing.append("no Inception Score: these weights have no classifier")
         else:
-            metrics["inception_score"], metrics["inception_score_spread"] = inception_score(ours.logits)
+            metrics["inception_score"], metrics["inception_score_spread"] = inception_score(features.logits)
         return cls(
             *names,
             generated.count,

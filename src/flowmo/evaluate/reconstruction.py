@@ -114,10 +114,10 @@ class FlowMoReconstructor:
 
 
 class Evaluators(nn.Module):
-    """The networks that compare images. Metrics of a missing network are missing too.
+    """The networks that compare images. A metric without its network is skipped.
 
     Attributes:
-        remember: keep the features of originals, to evaluate several candidates on the same images.
+        cache_originals: keep the features of originals, to evaluate several candidates on the same images.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class Evaluators(nn.Module):
         lpips_alex: LPIPS | None = None,
         lpips_vgg: LPIPS | None = None,
         features: FeatureNetwork | None = None,
-        remember: bool = False,
+        cache_originals: bool = False,
     ):
         super().__init__()
-        self.lpips_alex, self.lpips_vgg, self.features, self.remember = lpips_alex, lpips_vgg, features, remember
-        self._remembered: dict[bytes, Tensor] = {}
+        self.lpips_alex, self.lpips_vgg, self.features = lpips_alex, lpips_vgg, features
+        self.cache_originals, self._cache = cache_originals, dict[bytes, Tensor]()
 
     @classmethod
     def find(cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto") -> tuple[Evaluators, list[str]]:
@@ -167,20 +167,20 @@ class Evaluators(nn.Module):
             pixels: which channels the networks see. If there are 2 or more than 3, metrics are also taken of each.
         """
         y = result.images.to(x.device)
-        ours, theirs = to_bytes(x), to_bytes(y)
+        original8, reconstructed8 = to_bytes(x), to_bytes(y)
         rows = {
             "bits": result.bits,
             "pixels": torch.full((len(x),), float(x.shape[-2] * x.shape[-1])),
-            "squared_error": squared_error(ours, theirs),
+            "squared_error": squared_error(original8, reconstructed8),
             "truncated_squared_error": squared_error(truncated(x), truncated(y)),
-            "ssim": ssim(ours, theirs),
+            "ssim": ssim(original8, reconstructed8),
             "truncated_ssim": ssim(truncated(x), truncated(y)),
         }
         if result.file_bits is not None:
             rows["file_bits"] = result.file_bits
         if pixels.channels not in (1, 3):
-            rows["channel_squared_error"] = per_channel(squared_error, ours, theirs)
-            rows["channel_ssim"] = per_channel(ssim, ours, theirs)
+            rows["channel_squared_error"] = per_channel(squared_error, original8, reconstructed8)
+            rows["channel_ssim"] = per_channel(ssim, original8, reconstructed8)
         x, y = pixels.visible(x), pixels.visible(y)
         for name, network in self.named_children():
             if name != "features":
@@ -192,13 +192,13 @@ class Evaluators(nn.Module):
         return rows
 
     def _features_of_originals(self, network: FeatureNetwork, x: Tensor, batch_size: int) -> Tensor:
-        if not self.remember:
+        if not self.cache_originals:
             return in_fixed_batches(network, x, batch_size=batch_size).pooled
         keys = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in to_bytes(x).cpu()]
-        if not self._remembered.keys() >= set(keys):
+        if not self._cache.keys() >= set(keys):
             pooled = in_fixed_batches(network, x, batch_size=batch_size).pooled.cpu()
-            self._remembered |= dict(zip(keys, pooled, strict=True))
-        return torch.stack([self._remembered[key] for key in keys])
+            self._cache |= dict(zip(keys, pooled, strict=True))
+        return torch.stack([self._cache[key] for key in keys])
 
 
 def truncated(images: Tensor) -> Tensor:
@@ -230,16 +230,16 @@ def measure(
 ) -> Measurement:
     """Reconstruct images and compare them with the originals.
 
-    All ranks call this together and share the images. Each returns the complete result, but only rank 0 its features.
+    All ranks call this together and split the images. Each returns the complete result, but only rank 0 its features.
 
     Args:
         side: resize the short side to this and cut the central square; ``None`` takes each image at its own size, in a
             batch of one.
         limit: use this many images, spread evenly over the source.
-        device: that of the evaluators.
+        device: of the evaluators.
         enlarge: accept images smaller than ``side``.
         folder: keep measurements here. The same call resumes from them, on any number of ranks.
-        metadata: what else the result depends on, such as steps and seed. A folder with other metadata is refused.
+        metadata: other settings of the result, such as steps and seed. A folder with other metadata is refused.
         progress: callback with (images done, images in total) of this rank.
         on_unreadable: callback with the error message of each unreadable or too small image of this rank. Such an image
             has no row in the result.
@@ -257,11 +257,11 @@ def measure(
     world.barrier()  # no rank writes a file that another still reads
     done = {index for part in parts.earlier for index in part.rows["index"].tolist()}
     remaining = [index for index in chosen if index not in done][world.rank :: world.size]
-    batch_size, network_batch = (batch_size, BATCH) if side else (1, 1)
+    batch_size, network_batch = (batch_size, BATCH) if side else (1, 1)  # whole images differ in size
     reason = ""
     for start in range(0, len(remaining), batch_size):
         indices = remaining[start : start + batch_size]
-        x, unreadable = readable_crops(source, indices, side, enlarge, pixels)
+        x, unreadable = read_crops_and_errors(source, indices, side, enlarge, pixels)
         for reason in unreadable.values():
             on_unreadable(reason)
         indices = [index for index in indices if index not in unreadable]
@@ -291,13 +291,13 @@ def read_crops(
     source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False, pixels: PixelFormat = PixelFormat()
 ) -> Tensor:
     """Read central squares b × c × side × side in [−1, 1], or one full image. Raises ``ImageError``."""
-    crops, unreadable = readable_crops(source, indices, side, enlarge, pixels)
+    crops, unreadable = read_crops_and_errors(source, indices, side, enlarge, pixels)
     for message in unreadable.values():
         raise ImageError(message)
     return crops
 
 
-def readable_crops(
+def read_crops_and_errors(
     source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False, pixels: PixelFormat = PixelFormat()
 ) -> tuple[Tensor, dict[int, str]]:
     """Read central squares b × c × side × side in [−1, 1]. Returns also {index: error} of images left out.

@@ -144,8 +144,8 @@ def measure(
             rates.append(matrix_rate(device, bfloat16))
             with computing("bfloat16" if bfloat16 else "float32", device):
                 seconds.append(timed(function, device))
-        own, rate = (statistics.median(values[1:]) for values in (seconds, rates))  # without the warm-up
+        duration, rate = (statistics.median(values[1:]) for values in (seconds, rates))  # without the warm-up
         passes, flops = work[part]
-        timings.append(Timing(part, images, passes, flops, own, rate))
+        timings.append(Timing(part, images, passes, flops, duration, rate))
         progress(len(timings), len(work))
     return timings

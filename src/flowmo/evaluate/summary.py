@@ -51,9 +51,9 @@ class Summary:
     Attributes:
         bytes_per_image: of packed ids, or of a codec's file.
         file_bytes: of the full file.
-        psnr: dB, over the images that differ from their originals; ``equal_images`` do not.
-        psnr_legacy: the release's: of five images at once, truncated to 8 bits; ``None`` for mixed sizes.
-        ssim_legacy: the release's: of images truncated to 8 bits instead of rounded.
+        psnr: dB, over the images that differ from their originals; ``equal_images`` counts the others.
+        psnr_legacy: as the release, of five images at once, truncated to 8 bits; ``None`` for mixed sizes.
+        ssim_legacy: as the release, of images truncated to 8 bits instead of rounded.
         frechet_distance: of the features of ``feature_network``; the rFID if ``is_fid``.
         frechet_bias: estimated excess due to few images.
         kernel_distance: unbiased; the rKID if ``is_fid``.

@@ -45,21 +45,21 @@ class Gaussian(NamedTuple):
         return cls(rows.mean(dim=0), torch.atleast_2d(rows.T.cov()), len(rows))
 
 
-def frechet_distance(ours: Gaussian, theirs: Gaussian) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|μ₁ − μ₂|² + Tr(C₁ + C₂ − 2·(C₁C₂)^½).
 
-    The trace of the root comes from the eigenvalues of C₁^½·C₂·C₁^½, which is symmetric and has those of C₁C₂. That is
-    several times faster than a general matrix root and never complex. A set with fewer images than channels spans a
-    subspace; the root is then taken there, which is faster and rounds less.
+    The trace of the root comes from the eigenvalues of C₁^½·C₂·C₁^½, which is symmetric and shares them with C₁C₂.
+    That is several times faster than a general matrix root and never complex. A set with fewer images than channels
+    spans a subspace; the root is then taken there, which is faster and rounds less.
 
     Raises:
         StatisticsError: the Gaussians have different widths.
     """
-    if ours.mean.shape != theirs.mean.shape:
-        widths = f"{len(ours.mean)} and {len(theirs.mean)}"
+    if a.mean.shape != b.mean.shape:
+        widths = f"{len(a.mean)} and {len(b.mean)}"
         raise StatisticsError(f"Statistics have {widths} channels. Take both from one feature network.")
-    shift = (ours.mean.double() - theirs.mean.double()).square().sum()
-    smaller, larger = (theirs, ours) if theirs.size < ours.size else (ours, theirs)
+    shift = (a.mean.double() - b.mean.double()).square().sum()
+    smaller, larger = (b, a) if b.size < a.size else (a, b)
     first, second = smaller.covariance.double(), larger.covariance.double()
     traces = first.trace() + second.trace()
     if smaller.size < len(first):
@@ -74,26 +74,25 @@ def frechet_distance(ours: Gaussian, theirs: Gaussian) -> float:
     return float(shift + traces - 2 * trace_of_root)
 
 
-def distance_and_bias(ours: Tensor | Gaussian, theirs: Tensor | Gaussian) -> tuple[float, float | None]:
+def distance_and_bias(a: Tensor | Gaussian, b: Tensor | Gaussian) -> tuple[float, float | None]:
     """Fréchet distance of two sets, and an estimate of how much it is too large because the sets are small.
 
     n images add about c / n to the true distance, and n / 2 images twice as much. So the bias is the mean distance of
     the halves of both sets, minus the distance of the full sets.
 
     Args:
-        ours, theirs: features n × d; or a Gaussian, which has no halves and stands for itself.
+        a, b: features n × d; or a Gaussian, which has no halves and stands for itself.
 
     Returns:
         The bias is ``None`` without a set of features, or if one has fewer than four images.
     """
-
-    distance = frechet_distance(Gaussian.of(ours), Gaussian.of(theirs))
-    counts = [len(features) for features in (ours, theirs) if not isinstance(features, Gaussian)]
+    distance = frechet_distance(Gaussian.of(a), Gaussian.of(b))
+    counts = [len(features) for features in (a, b) if not isinstance(features, Gaussian)]
     if min(counts, default=0) < 4:
         return distance, None
 
     def half(features: Tensor | Gaussian, offset: int) -> Gaussian:
         return Gaussian.of(features if isinstance(features, Gaussian) else features[offset::2])
 
-    of_halves = [frechet_distance(half(ours, offset), half(theirs, offset)) for offset in range(2)]
+    of_halves = [frechet_distance(half(a, offset), half(b, offset)) for offset in range(2)]
     return distance, sum(of_halves) / 2 - distance

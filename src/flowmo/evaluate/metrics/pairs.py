@@ -54,14 +54,14 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 def per_channel(metric: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """A metric of each channel of pairs of images b × c × h × w: b × c."""
-    ours, theirs = (images.flatten(0, 1)[:, None] for images in (x, y))
-    return metric(ours, theirs).unflatten(0, x.shape[:2])
+    x_planes, y_planes = (images.flatten(0, 1)[:, None] for images in (x, y))
+    return metric(x_planes, y_planes).unflatten(0, x.shape[:2])
 
 
 def grid(rows: Sequence[Tensor | Sequence[Tensor]], gap: int = 2) -> Tensor:
     """Lay out rows of images c × h × w as one image c × height × width in [−1, 1], with white rules.
 
-    Images of a row share their height, those of a column their width.
+    Images of a row have equal heights, images of a column equal widths.
     """
     lines = []
     for row in rows:
