@@ -95,7 +95,7 @@ REFUSED = {
     "model.mup_width=wide": "model.mup_width='wide'",
     "opt.schedule=cosine": "fat_lognormal",
     "eval.sampling.rho=0": "above 0",
-    "eval.sampling.guidance_low=0.9": "no interval",
+    "eval.sampling.guidance_low=0.9": "not an interval",
     "eval.sampling.cfg_interval=(a": "cfg_interval",
     "trainer.seed=-1": "between 0 and",
 }

@@ -272,7 +272,7 @@ def test_remembered_features_are_the_same(source):
             return super().forward(images)
 
     network = Counts()
-    evaluators = Evaluators(features=network, remember=True)
+    evaluators = Evaluators(features=network, cache_originals=True)
     whole = measure(Blur(), source, 64, Evaluators(features=Colours()))
     same(whole, measure(Blur(), source, 64, evaluators))
     before = network.seen
@@ -497,7 +497,7 @@ def build_peer(name, weights, device):
     [
         ("mine:blurry=a.pt", 48, None),
         ("mine:blurry", 32, "mine:blurry works at 48 × 48, not at 32 × 32. Add --size 48."),
-        ("nothing:blurry", 48, "nothing:blurry is no codec (jpeg, webp, avif, jxl), and nothing cannot build it"),
+        ("nothing:blurry", 48, "nothing:blurry is not a codec (jpeg, webp, avif, jxl), and nothing cannot build it"),
         ("titok", 48, "There is no tokenizer 'titok'. Choose from titok-l32"),
         ("titok-l32", 256, "titok-l32 needs its weights"),
         ("titok-l32=none.bin", 48, "titok-l32 works at 256 × 256, not at 48 × 48. Add --size 256."),

@@ -778,7 +778,7 @@ def test_files_of_generators(generator, tokenizer, tmp_path):
         ("generator.num_heads=3", "not divisible"),
         ("generator.label_drop=1", "below 1"),
         ("generator.temperature=0", "above 0"),
-        ("trainer.best_metric=cross_entropy", "no metric of a tokenizer"),
+        ("trainer.best_metric=cross_entropy", "not a metric of a tokenizer"),
     ],
 )
 def test_settings_that_cannot_work(assignment, message):

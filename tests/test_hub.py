@@ -191,7 +191,7 @@ def test_names_with_path_tricks_are_no_repositories(name, tiny, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail(f"{name} went to the Hub"))
     with pytest.raises(flowmo.CheckpointError):
         flowmo.load(name)
-    with pytest.raises(flowmo.CheckpointError, match="no name of a repository"):
+    with pytest.raises(flowmo.CheckpointError, match="not a name of a repository"):
         hub.push(Path(), name)
 
 

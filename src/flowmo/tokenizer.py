@@ -92,7 +92,7 @@ class FlowMo(Autoencoder):
     def identity(self) -> str:
         """16 hex digits that name the ids. A tokenizer decodes the codes of every other with the same identity.
 
-        It is ``weights_identity``, or that of the tokenizer in ``model.base`` as long as the encoder is still its own.
+        The identity of the base tokenizer (``model.base``) if the encoder is unchanged, else of these weights.
         """
         base, _, encoder = self.config.model.base.partition("-")
         return base if base and encoder == self.weights_identity(ids_only=True) else self.weights_identity()
@@ -101,12 +101,12 @@ class FlowMo(Autoencoder):
         """16 hex digits that name architecture and weights. ``ids_only`` leaves out the decoder's weights."""
         default = Config().architecture()
         # Only departures from the default count, so that a new setting does not change old identities.
-        ours = {name: value for name, value in self.config.architecture().items() if value != default[name]}
+        changed = {name: value for name, value in self.config.architecture().items() if value != default[name]}
         weights = self.state_dict().items()
-        return identity_of(ours, {name: w for name, w in weights if not (ids_only and name.startswith("decoder."))})
+        return identity_of(changed, {name: w for name, w in weights if not (ids_only and name.startswith("decoder."))})
 
     def as_base(self) -> str:
-        """``model.base`` of the tokenizers that are trained from this one."""
+        """Value of ``model.base`` for models that are fine-tuned from this one."""
         return f"{self.identity()}-{self.weights_identity(ids_only=True)}"
 
     # Training
@@ -235,7 +235,7 @@ class FlowMo(Autoencoder):
         Args:
             codes: ``Codes``, or int64 ids b × tokens × sub-tokens. With a tokenizer of variable rate, the first
                 sub-tokens alone make a coarser image.
-            steps: of the solver; ``None`` is the model's own: 1 for nano, 25 for the paper's, which are 31 passes.
+            steps: of the solver; ``None`` is the model's setting (nano 1; the paper's 25, which are 31 network passes).
             seed: one for all images, or one per image. An image is a function of its ids and its seed alone.
             guidance: classifier-free guidance inside the preset's interval; 1 switches it off. Preset: 1.5.
             rho: shift of the sampler, equation 14. Preset: 4.

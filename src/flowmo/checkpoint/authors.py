@@ -54,7 +54,7 @@ def release_config(state: Mapping[str, Tensor]) -> Config:
             "model.quantization_type": "kl" if code_channels == 2 * channels else "lfq",
         }
     except (KeyError, IndexError) as error:
-        raise CheckpointError(f"This is no checkpoint of the authors' release: {error} is missing.") from None
+        raise CheckpointError(f"This is not a checkpoint of the authors' release: {error} is missing.") from None
     group = GROUPS.get(channels) or next(g for g in range(min(14, channels), 0, -1) if channels % g == 0)
     try:
         return Config().updated({**values, "model.codebook_size_for_entropy": group})

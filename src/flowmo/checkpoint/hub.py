@@ -56,7 +56,7 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
         CheckpointError: the Hub refuses, or huggingface_hub is not installed.
     """
     if not is_name(name) or "@" in name:
-        raise CheckpointError(f"{name!r} is no name of a repository. Write owner/name.")
+        raise CheckpointError(f"{name!r} is not a name of a repository. Write owner/name.")
     with _hub(f"Uploading {name} to the Hub", f"The Hub did not accept {name}") as hub:
         api = hub.HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)

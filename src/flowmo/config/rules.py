@@ -29,7 +29,7 @@ def _images(config: Sections) -> Iterator[str]:
     if largest > size:
         yield f"data.crop_sizes={data.crop_sizes!r} must fit into data.image_size={size}."
     if any(side % patch for side in sides):
-        yield f"data.crop_sizes={data.crop_sizes!r} has a side that is no multiple of model.patch_size={patch}."
+        yield f"data.crop_sizes={data.crop_sizes!r} has a side that is not a multiple of model.patch_size={patch}."
     if not 0 <= opt.lpips_jitter <= size // 2:
         yield f"opt.lpips_jitter={opt.lpips_jitter} must be from 0 to half of data.image_size={size}."
     if not 0 <= opt.lpips_crop <= smallest:
@@ -121,7 +121,7 @@ def _training(config: Sections) -> Iterator[str]:
     low, high = sampling.guidance_low, sampling.guidance_high
     if not 0 <= low <= high <= 1:
         yield (
-            f"Guidance from t = {low} to {high} is no interval. "
+            f"Guidance from t = {low} to {high} is not an interval. "
             "Write 0 <= eval.sampling.guidance_low <= eval.sampling.guidance_high <= 1."
         )
 
@@ -130,7 +130,7 @@ def _generator(config: Sections) -> Iterator[str]:
     g, metric = config.generator, config.trainer.best_metric
     if metric and (metric == "cross_entropy") != g.train:
         trained, metrics = ("generator", "cross_entropy") if g.train else ("tokenizer", "psnr, lpips or rfid")
-        yield f"trainer.best_metric={metric!r} is no metric of a {trained}. Write {metrics}."
+        yield f"trainer.best_metric={metric!r} is not a metric of a {trained}. Write {metrics}."
     if g.hidden_size % g.num_heads:
         yield f"generator.hidden_size={g.hidden_size} is not divisible by generator.num_heads={g.num_heads}."
     if g.network == "uvit" and g.depth % 2:

@@ -29,10 +29,10 @@ def image_seeds(seed: int, indices: Iterable[int]) -> list[int]:
 
 def check_pair(generator: Generator, tokenizer: FlowMo) -> None:
     """Raise ``GenerationError`` if the generator was trained on another tokenizer's ids."""
-    ours, theirs = tokenizer.identity(), generator.vocabulary.tokenizer
-    if ours != theirs:
+    given, needed = tokenizer.identity(), generator.vocabulary.tokenizer
+    if given != needed:
         raise GenerationError(
-            f"The generator needs tokenizer {theirs} ({generator.vocabulary.model}), but this one is {ours}. "
+            f"The generator needs tokenizer {needed} ({generator.vocabulary.model}), but this one is {given}. "
             "Name the right one with --model."
         )
 

@@ -66,7 +66,7 @@ def van_der_corput(index: int, base: int) -> float:
 def random_mask(ids: int, generator: torch.Generator, schedule: str) -> Tensor:
     """Draw the mask of a training step: bool, at least one id.
 
-    The mask ratio is that of a uniform progress. Positions are uniform too.
+    Progress along the schedule is uniform, and so are the positions.
     """
     ratio = mask_ratio(torch.rand((), generator=generator), schedule)
     count = max(1, math.ceil(float(ratio) * ids))

@@ -51,9 +51,9 @@ class Codes:
         """True if ids, code and sizes are equal, wherever the tensors are."""
         if not isinstance(other, Codes):
             return NotImplemented
-        ours, theirs = ((x.size, x.id_count, x.tiling, x.output_size) for x in (self, other))
+        sizes, other_sizes = ((x.size, x.id_count, x.tiling, x.output_size) for x in (self, other))
         pairs = ((self.ids, other.ids), (self.code, other.code))
-        return ours == theirs and all(
+        return sizes == other_sizes and all(
             a is b if a is None or b is None else torch.equal(a.cpu(), b.cpu()) for a, b in pairs
         )
 
@@ -104,7 +104,7 @@ class Codes:
             distinct: give each sub-token its own ids, for a vocabulary of sub-tokens · ``id_count`` ids.
 
         Raises:
-            TypeError: a continuous code, or an offset that is no integer.
+            TypeError: a continuous code, or an offset that is not an integer.
             ValueError: a negative offset.
         """
         if self.ids is None or self.id_count is None:

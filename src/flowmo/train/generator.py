@@ -63,7 +63,7 @@ class GeneratorStage(nn.Module):
         self.networks = tuple(generator.networks.values())
 
     def forward(self, ids: Tensor, labels: Tensor, mask: Tensor) -> Loss:
-        """Cross-entropy of masked ids (Chang et al. 2022); ``generator.visible_weight`` weights that of the others.
+        """Cross-entropy of masked ids (Chang et al. 2022); ``generator.visible_weight`` weights the visible ids.
 
         Sums are divided by the expected number of masked ids, not the drawn one, so that the mean over images is the
         same however a batch is split.
