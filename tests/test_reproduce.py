@@ -12,6 +12,7 @@ from conftest import PICTURES, open_gates
 
 from flowmo import FlowMo, save
 from flowmo.evaluate.reconstruction import Evaluators
+from flowmo.losses.perceptual import ResNetLogits
 from flowmo.model.torchvision_import import before_importing
 from flowmo.train.trainer import Trainer
 from reproduce import SCALES, STUDIES, StudyError, distill, noise, passes, peer, posttrain, runner
@@ -41,6 +42,12 @@ def test_means_and_cells():
     assert cell([2.5], 2) == "2.50"
     assert cell([None], 2) == "–"
     assert markdown_table(["a", "b"], [["1", "2"]]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+
+
+@pytest.fixture(autouse=True)
+def small_features(monkeypatch):
+    """ResNet-50 sees images of a twelfth of its pixels, because it takes most of the time of a study this small."""
+    monkeypatch.setattr(ResNetLogits, "SIDE", 64)
 
 
 @pytest.mark.parametrize("name", STUDIES)
