@@ -141,7 +141,8 @@ def test_training_command_as_printed(checkout):
     command = next(command for command in commands(PAGES[0], "sh") if command.startswith("flowmo train"))
     words = shlex.split(command.replace("PICTURES", "examples/pictures").replace("HELD_OUT", "examples/pictures"))[1:]
     settings = ["trainer.max_steps=2", "data.batch_size=2", "opt.lpips_weight=0", "data.num_workers=0"]
-    assert main([*words, *settings]) == 0
+    small = ["model.hidden_size=64", "model.num_heads=2", "model.enc_hidden_size=64", "model.enc_num_heads=2"]
+    assert main([*words, *settings, *small]) == 0
     assert (checkout / "results" / "nano" / "checkpoints" / "00000002.pth").is_file()
 
 

@@ -384,7 +384,8 @@ def stop_by_a_process(command):
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, tmp_path, number):
     """SIGTERM reaches a real process with a loading worker, SIGINT this one."""
     fixed = "data.max_microbatch=4"  # or the process would forecast it
-    config = config.override("data.num_workers=1", "trainer.log_every=1", "trainer.max_steps=100000", fixed)
+    says_step_2 = "trainer.log_every=100000", "trainer.sample_every=2"  # a log line would forecast the FLOPs
+    config = config.override("data.num_workers=1", *says_step_2, "trainer.max_steps=100000", fixed)
     folder = tmp_path / "run" / "checkpoints"
     if number == signal.SIGTERM:
         settings = tmp_path / "settings.yaml"
