@@ -1,4 +1,4 @@
-"""The bundled preset as a user meets it: offline, from bare ids, on photographs it never saw."""
+"""The bundled models as a user meets them: offline, from bare ids, on photographs they never saw."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from PIL import Image
 
 import flowmo
 from flowmo.checkpoint.files import BUNDLED
+from flowmo.codec.file import Codec, CodecError, MissingPlanes, find_context
 from flowmo.data import open_source
 from flowmo.evaluate.metrics.pairs import psnr, ssim
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
@@ -78,3 +79,45 @@ def test_figures_of_the_model_card(nano, trained_weights, monkeypatch):
     assert abs(report.psnr - mean) < 3 * spread / 10, "three standard errors of a hundred pictures"
     mean, spread = (float(word) for word in stated["LPIPS (AlexNet)"].replace("±", " ").split())
     assert abs(report.lpips_alex - mean) < 3 * spread / 10
+
+
+@pytest.fixture(scope="module")
+def native():
+    return flowmo.load("native")
+
+
+def test_native_is_the_preset_and_fits(native):
+    assert native.config.architecture() == flowmo.preset("native").architecture()
+    assert (BUNDLED / "native.safetensors").stat().st_size <= 20 * 2**20
+    assert native.config.data.train == native.config.data.val == "", "no path of whoever trained it"
+
+
+def test_native_at_three_rates(native, picture_files):
+    """Bytes grow with the rate, and so does the quality of an example photograph, whole, from its file."""
+    codec = Codec(native, find_context("native", native))
+    for path in picture_files[2:5]:
+        original = flowmo.read_image(path)
+        sizes, quality, whole = [], [], native.encode_image(original)
+        for sub_tokens in (1, 4, 8):
+            codes = whole.coarser(sub_tokens)
+            content = codec.pack(codes)
+            decoded = native.decode_image(codec.unpack(content))
+            assert decoded.size == original.size
+            assert len(content) < codes.nbytes, "the context model earns its place"
+            sizes.append(8 * len(content) / original.width / original.height)
+            quality.append(float(psnr(to_tensor(original)[None], to_tensor(decoded)[None])))
+        assert sizes == sorted(sizes)
+        assert max(sizes) < 0.27
+        assert quality == sorted(quality), path.name
+        assert quality[-1] > 19
+
+
+def test_half_a_file_of_native_is_a_coarser_image(native, picture):
+    codec = Codec(native, find_context("native", native))
+    content = codec.pack(native.encode_image(picture))
+    with pytest.warns(MissingPlanes, match="coarser"):
+        half = codec.unpack(content[: len(content) // 2])
+    assert 1 <= half.ids.shape[2] < 8
+    assert native.decode_image(half).size == picture.size
+    with pytest.raises(CodecError):
+        codec.unpack(content[:20])

@@ -23,7 +23,11 @@ from flowmo.generate.generator import Generator, save_generator
 from reproduce import STUDIES
 from reproduce.__main__ import build_parser as build_study_parser
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "src" / "flowmo" / "pretrained" / "nano.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "src" / "flowmo" / "pretrained").glob("*.md")),
+]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 README = PAGES[0].read_text()
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))

@@ -235,7 +235,7 @@ class FlowMo(Autoencoder):
         Args:
             codes: ``Codes``, or int64 ids b × tokens × sub-tokens. With a tokenizer of variable rate, the first
                 sub-tokens alone make a coarser image.
-            steps: of the solver; ``None`` is the model's setting (nano 1; the paper's 25, which are 31 network passes).
+            steps: of the solver; ``None`` is the model's setting (bundled ones 1; the paper's 25, which are 31 passes).
             seed: one for all images, or one per image. An image is a function of its ids and its seed alone.
             guidance: classifier-free guidance inside the preset's interval; 1 switches it off. Preset: 1.5.
             rho: shift of the sampler, equation 14. Preset: 4.
@@ -420,10 +420,10 @@ def load(source: str | Path, *overrides: str, device: str | torch.device = "cpu"
     """Load a tokenizer with trained weights, ready for inference.
 
     Args:
-        source: a bundled preset (``nano``), a ``.safetensors`` file, a folder that holds ``model.safetensors``, a
-            training checkpoint (``.pth``, or the folder of a sharded one), a run's folder (``results/NAME``: its best
-            checkpoint, or the newest), an authors' checkpoint (``.pth``), or a Hub id ``owner/name``, or
-            ``owner/name@revision``, of a repository with ``model.safetensors``.
+        source: a bundled preset (``nano`` or ``native``), a ``.safetensors`` file, a folder that holds
+            ``model.safetensors``, a training checkpoint (``.pth``, or the folder of a sharded one), a run's folder
+            (``results/NAME``: its best checkpoint, or the newest), an authors' checkpoint (``.pth``), or a Hub id
+            ``owner/name``, or ``owner/name@revision``, of a repository with ``model.safetensors``.
         overrides: ``section.name=value`` settings to change, for example what an authors' file does not show
             (``model.code_length``) or how to sample (``eval.sampling.sample_steps``).
         device: where the weights go.

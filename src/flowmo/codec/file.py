@@ -203,7 +203,8 @@ class Codec:
         identity = reader.take(IDENTITY_BYTES)
         if identity != self.identity:
             raise CodecError(
-                f"The file is written by tokenizer {identity.hex()}, not by this one ({self.identity.hex()})."
+                f"The file is written by tokenizer {identity.hex()}, not by this one ({self.identity.hex()}). "
+                "Load the model that wrote it (--model)."
             )
         if version != self.version:
             raise _damaged(f"version {version} where this tokenizer writes version {self.version}")
