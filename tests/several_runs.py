@@ -16,7 +16,7 @@ def train_all(base: Path, runs: Path, results: Path) -> None:
     with join("cpu", group=True) as world:
         for name, settings in json.loads(runs.read_text()):
             config = Config.from_yaml(base).override(*settings)
-            trainer.Trainer(config, results / name, world).train()
+            trainer.Trainer(config, results / name, world, report=lambda line: None).train()
 
 
 if __name__ == "__main__":
