@@ -22,7 +22,7 @@ from flowmo.model.transformer import (
     DoubleStreamBlock,
     Encoder,
     RMSNorm,
-    Stream,
+    StreamLayers,
     patchify,
     rotary_angles,
     rotary_table,
@@ -47,7 +47,7 @@ def heads(x: Tensor, weight: Tensor, bias: Tensor, count: int, rms: RMSNorm | No
     return x if rms is None else turn(rms(x), table)
 
 
-def project(stream: Stream, x: Tensor, table: Tensor) -> list[Tensor | None]:
+def project(stream: StreamLayers, x: Tensor, table: Tensor) -> list[Tensor | None]:
     """Queries, keys and values b h n d."""
     layer = stream.kv if stream.keys_only else stream.qkv
     count = 2 if stream.keys_only else 3

@@ -308,16 +308,18 @@ class TimedTrainer(Trainer):
 
     def __init__(self, job: Job, world: World, train: MemoryImages, held_out: MemoryImages):
         config = job.recipe()
-        self.job = job
-        folder = job.state / "train"
-        build = partial(PackTask, train=train, held_out=held_out)
-        super().__init__(config, folder, world, job.start, partial(print, flush=True), build)
+        self.job, self.packs = job, (train, held_out)
+        super().__init__(config, job.state / "train", world, job.start, partial(print, flush=True))
         data = config.data
         self.crops = DeviceCrops(train.images, data.image_size, config.trainer.seed, data.random_flip, world.device)
         self.before = self.task.seconds
         self.begun = time.time()
         self.end = job.until - min(10.0, 0.05 * job.left)
         self.last = dict.fromkeys(PERIODS, self.begun)
+
+    def build_task(self) -> PackTask:
+        train, held_out = self.packs
+        return PackTask(self.config, self.world, self.logger.report, train=train, held_out=held_out)
 
     def _batches(self) -> Generator[Tensor]:
         position = self.images

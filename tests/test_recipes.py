@@ -145,7 +145,7 @@ def test_stage_1b_starts_from_weights_that_are_said(base, train, tmp_path, start
     code, printed = train("lo_posttrain", *words)
     assert code == 0
     assert f"trainer.start_weights={start}" in printed
-    assert ("the trained weights, as the release" if start == "model" else "the EMA of the weights") in printed
+    assert ("the raw weights, as the release" if start == "model" else "the EMA of the weights") in printed
     before = checkpoint.read_pth(base)[start]
     after = checkpoint.read_pth(tmp_path / "results" / "lo_posttrain" / "checkpoints" / "00000006.pth")
     for part in ("model", "ema"):

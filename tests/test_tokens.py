@@ -156,7 +156,7 @@ def test_parts_are_shares():
         ("0/16", "run from 1 to 16"),
         ("17/16", "from 1 to 16"),
         ("3", "is not a part"),
-        ("a/b", "no pa"),
+        ("a/b", "is not a part"),
     ):
         with pytest.raises(DataError, match=message):
             Part.parse(text)

@@ -75,8 +75,7 @@ class Trainer:
             raise ConfigError("trainer.best_metric needs held-out images. Write data.val=IMAGES.")
         self._lock = state.FolderLock(folder) if world.main else None
         self.logger = MetricLogger(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
-        task: type[Task] = GeneratorTask if config.generator.train else TokenizerTask
-        self.task = task(config, world, self.logger.report)
+        self.task = self.build_task()
         self.plan = BatchPlan.of(config, world.size, None if config.data.max_microbatch else self._max_microbatch())
         self.module = prepare(self.task.module, world, trainer)
         self.optimizers = build_optimizers(self.task.model)
@@ -91,6 +90,11 @@ class Trainer:
         self.saved_at = -1
         self.unreadable: set[str] = set()
         self._load(resume_from)
+
+    def build_task(self) -> Task:
+        """Build the task that the settings name, with initial weights on the rank's device."""
+        task: type[Task] = GeneratorTask if self.config.generator.train else TokenizerTask
+        return task(self.config, self.world, self.logger.report)
 
     def _load(self, resume_from: str | Path | None) -> None:
         """Resume from the folder, or else start from ``resume_from``, and build the schedule from there."""
