@@ -207,9 +207,9 @@ def serve(demo: Demo, host: str = "127.0.0.1", port: int = 7860) -> ThreadingHTT
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return type("Server", (ThreadingHTTPServer,), {"address_family": family})(
-            (host, port), partial(Handler, demo=demo)
-        )
+        # with the default queue of 5, a busy machine resets connections
+        settings = {"address_family": family, "request_queue_size": 128}
+        return type("Server", (ThreadingHTTPServer,), settings)((host, port), partial(Handler, demo=demo))
     except OSError as error:
         reason = " ".join((error.strerror or str(error)).split())
         raise DemoError(f"Cannot serve on {host}:{port}: {reason}. Choose another --port or --host.") from None
