@@ -199,9 +199,7 @@ def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float]]:
 
 
 def gain_panel(column: Column, groups: Sequence[Group]) -> page.Panel:
-    panel = page.Panel(
-        f"{column.name}: gain of many passes", "bits a pixel", log=2, levels={"one pass": (0, 0)}
-    )
+    panel = page.Panel(f"{column.name}: gain of many passes", "bits a pixel", log=2, levels={"one pass": (0, 0)})
     panel.curves = {group[0]["label"]: [(*point, 0.0) for point in gains(column, group)] for group in groups}
     return panel
 
