@@ -33,9 +33,9 @@ from flowmo.data.tokens import Vocabulary
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.classes import find_class
 from flowmo.images import to_pil
+from flowmo.precision import multiplies_bfloat16
 from flowmo.streams import Stream, seed_global, stream
 from flowmo.tokenizer import identity_of
-from flowmo.train.task import multiplies_bfloat16
 
 CLASS_DROP, WARMUP, COOLDOWN, SAVE_EVERY = 0.1, 50, 0.4, 50
 RUN = {"depth": 4, "width": 256, "steps": 800, "batch_size": 16, "lr": 4e-3, "muon_lr": 0.02, "seed": 0}

@@ -12,6 +12,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """True if the device has bfloat16 matrix products. A CPU that emulates them takes 70 times as long."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

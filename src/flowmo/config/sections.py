@@ -164,7 +164,7 @@ class OptConfig:
     lpips_mode: str = setting(
         "vgg", "perceptual loss: LPIPS or the logits of resnet", one_of("vgg", "alex", "vgg+alex", "resnet")
     )
-    lpips_bfloat16: bool = setting(False, "convolutions of LPIPS in bfloat16; metrics stay in float32")
+    lpips_bfloat16: bool = setting(False, "convolutions of LPIPS in bfloat16; metrics and resnet stay in float32")
     perceptual_channels: str = setting(
         "", "three channels for LPIPS and rFID, or one for all three; empty is 0,1,2, or 0 below three", CHANNELS
     )

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.pth import read_pth
-from flowmo.config import ConfigError
 from flowmo.errors import FlowMoError, one_line
 from flowmo.losses.resnet import ResNet50
 
@@ -257,14 +256,10 @@ def build_distance(
     """Build the distance that ``opt.lpips_mode`` names: ``vgg``, ``alex``, their mean ``vgg+alex``, or ``resnet``.
 
     Args:
-        dtype: of LPIPS' convolutions. In bfloat16 they are three times as fast on a CPU with matrix units.
-
-    Raises:
-        ConfigError: ``resnet`` in another dtype than float32, which its distances need.
+        dtype: of LPIPS' convolutions. In bfloat16 they are three times as fast on a CPU with matrix units. ``resnet``
+            is always in float32, which its distances need.
     """
     if mode == "resnet":
-        if dtype != torch.float32:
-            raise ConfigError("opt.lpips_mode=resnet works in float32 only. Write opt.lpips_bfloat16=false.")
         return ResNetLogits(weights, pretrained=pretrained)
     networks = [LPIPS(net, weights, pretrained=pretrained, dtype=dtype) for net in mode.split("+")]
     return networks[0] if len(networks) == 1 else MeanLPIPS(networks)

@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from flowmo.config import Config, ConfigError
+from flowmo.config import Config
 from flowmo.distributed import World
 from flowmo.tokenizer import FlowMo
+from flowmo.train.muon import Muon
 from flowmo.train.parallel import local
 
 READOUTS = ("picture_out", "code_out")
@@ -57,9 +58,6 @@ def build_optimizers(model: nn.Module) -> list[Optimizer]:
     a network's width, else 1; for Muon it is ``opt.muon_lr / opt.lr``. Weight decay applies to all weights of a
     tokenizer, as in the release, and to linear layers only in a generator, as in TiTok. Frozen parameters have no
     state. All other state exists at once, so that a checkpoint can be read into it.
-
-    Raises:
-        ConfigError: this PyTorch has no Muon.
     """
     config, opt = model.config, model.config.opt
     multipliers = width_multipliers(config)
@@ -91,13 +89,8 @@ def build_optimizers(model: nn.Module) -> list[Optimizer]:
         }
     if not matrices:
         return [adam]
-    if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f"opt.optimizer=muon needs PyTorch 2.9 or newer, not {torch.__version__}. Write adam.")
     group = {"params": matrices, "scale": opt.muon_lr / opt.lr}
-    muon = torch.optim.Muon([group], lr=opt.muon_lr, weight_decay=opt.weight_decay)
-    for parameter in matrices:
-        muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-    return [adam, muon]
+    return [adam, Muon([group], lr=opt.muon_lr, weight_decay=opt.weight_decay)]
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

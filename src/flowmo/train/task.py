@@ -152,5 +152,10 @@ def in_bfloat16(config: Config, device: torch.device) -> bool:
     return config.trainer.enable_bfloat16 and multiplies_bfloat16(device)
 
 
+def lpips_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Type of LPIPS' convolutions: bfloat16 if ``opt.lpips_bfloat16`` allows it and the device can, else float32."""
+    return torch.bfloat16 if config.opt.lpips_bfloat16 and multiplies_bfloat16(device) else torch.float32
+
+
 def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(config, device))

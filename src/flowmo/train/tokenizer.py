@@ -35,6 +35,7 @@ from flowmo.train.task import (
     changed_settings,
     check_same_settings,
     find_misfits,
+    lpips_dtype,
 )
 
 GRID_IMAGES = 8
@@ -62,8 +63,8 @@ class TokenizerTask(Task):
         self.held_out = self._held_out(images) if world.main else None
         self.perceptual = None
         if opt.lpips_weight:
-            folder, dtype = opt.perceptual_weights or None, torch.bfloat16 if opt.lpips_bfloat16 else torch.float32
-            distance = build_distance(opt.lpips_mode, folder, dtype=dtype)
+            dtype = lpips_dtype(config, world.device)
+            distance = build_distance(opt.lpips_mode, opt.perceptual_weights or None, dtype=dtype)
             self.perceptual = distance.to(world.device)
             report(f"perceptual loss: {self.perceptual.name}")
         seed_global(config.trainer.seed, Stream.WEIGHTS)
