@@ -1,7 +1,7 @@
 """Are letters still letters and faces still the same person after decoding? By networks that nobody here trained.
 
     pip install rapidocr-onnxruntime dlib-bin face_recognition_models
-    python benchmarks/legibility.py --model native.safetensors --font OpenSans-Regular.ttf --faces IMAGES --out OUT
+    python benchmarks/legibility.py --model native --font OpenSans-Regular.ttf --faces IMAGES --out OUT
 
 text    Lines of English words in a font that no training image has, black on white and white on black, by size.
         An OCR model (PP-OCRv4, from rapidocr-onnxruntime) reads the decoded image. Character accuracy is

@@ -1,6 +1,6 @@
 """Quality over rate on whole images: tokenizers at every rate beside JPEG, WebP, AVIF and JPEG XL.
 
-    python benchmarks/rates.py IMAGES --models native.safetensors nano --limit 50 --out docs/rates
+    python benchmarks/rates.py IMAGES --models native nano --limit 50 --out docs/rates
     python benchmarks/rates.py --redraw --out docs/rates      # tables and curves again, from rates.json
 
 IMAGES     folder, tar … of held-out images whose sides are multiples of 16

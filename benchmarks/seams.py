@@ -1,6 +1,6 @@
 """Seams and dot screens: patterns of a decoder's own grid in what it decodes.
 
-    python benchmarks/seams.py IMAGES --model native.safetensors --limit 50 --out seams
+    python benchmarks/seams.py IMAGES --model native --limit 50 --out seams
 
 Two measures, each for the originals and for the decoded images:
 
