@@ -190,7 +190,7 @@ class Study:
         )
         summary = Summary.of(candidate.name, found, self.evaluators.features)
         self.report("\n".join(summary.lines()))
-        row = summary.as_dict()
+        row = world.broadcast(summary.as_dict())  # the other ranks have no distances of features
         row["pictures"] = row.pop("images")  # "images" of a row are those of training
         return row
 

@@ -268,9 +268,9 @@ def test_a_missing_shard_is_named(folder, contents):
 
 def test_sizes_that_could_not_be_read_again_are_refused(tiny, source, tmp_path):
     for crops, shard_size, message in (
-        (1 << 20, 1, r"^There are more than 1048576 shards\. Choose another --shard-size\.$"),
-        (1 << 25, 1 << 28, r"^A shard has more than .* bytes\. Choose another --shard-size\.$"),
-        (1, 0, r"^A size of \(.*, 0\) is not a whole number from 1 to 2\^32 − 1\. Choose another --shard-size\.$"),
+        (1 << 20, 1, r"^There are more than 1048576 shards\. Choose a larger --shard-size\.$"),
+        (1 << 25, 1 << 28, r"^A shard has more than .* bytes\. Choose a smaller --shard-size\.$"),
+        (1, 0, r"^Each of .*, 0 must be a whole number from 1 to 2\^32 − 1\.$"),
     ):
         with pytest.raises(DataError, match=message):
             tokenize(tiny, source, tmp_path / "out", crops=crops, shard_size=shard_size)

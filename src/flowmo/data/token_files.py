@@ -45,7 +45,7 @@ NO_CLASS, UNREADABLE = -1, -2
 
 def check_sizes(*sizes: int) -> None:
     if not all(isinstance(size, int) and 0 < size < 1 << 32 for size in sizes):
-        raise ValueError(f"A size of {sizes} is not a whole number from 1 to 2^32 − 1.")
+        raise ValueError(f"Each of {', '.join(map(str, sizes))} must be a whole number from 1 to 2^32 − 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,9 @@ class TokenMetadata(Vocabulary):
         super().__post_init__()
         check_sizes(self.count, self.shard_size)
         if self.shard_bytes(0) > MAX_SHARD_BYTES:
-            raise ValueError(f"A shard has more than {MAX_SHARD_BYTES} bytes.")
+            raise ValueError(f"A shard has more than {MAX_SHARD_BYTES} bytes. Choose a smaller --shard-size.")
         if self.shards > MAX_SHARDS:
-            raise ValueError(f"There are more than {MAX_SHARDS} shards.")
+            raise ValueError(f"There are more than {MAX_SHARDS} shards. Choose a larger --shard-size.")
         if len(bytes.fromhex(self.tokenizer)) != IDENTITY_BYTES or not isinstance(self.precision, str):
             raise ValueError("The tokenizer is not an identity of 16 hex digits, or the precision is not text.")
 

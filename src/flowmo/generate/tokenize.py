@@ -140,7 +140,7 @@ def _metadata(tokenizer: FlowMo, images: Source, labels: bool, **options: Any) -
             **options,
         )
     except ValueError as error:
-        raise DataError(f"{error} Choose another --shard-size.") from None
+        raise DataError(str(error)) from None
 
 
 def _record_metadata(out: Path, metadata: TokenMetadata, part: Part) -> None:
