@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from conftest import PICTURES, ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flowmo import save
+from flowmo.codec.file import Codec
 from flowmo.evaluate.speed import parts
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -17,6 +18,7 @@ import legibility
 import plain
 import rates
 import seams
+import sizes
 
 
 def test_a_seam_is_found_at_its_period_alone():
@@ -48,6 +50,18 @@ def test_edit_distance():
     assert legibility.edit_distance("kitten", "sitting") == 3
     assert legibility.edit_distance("", "abc") == 3
     assert legibility.edit_distance("same", "same") == 0
+
+
+def test_sizes_of_a_codec_and_a_tokenizer(native, tmp_path):
+    save(native, tmp_path / "native.safetensors")
+    photograph = next(iter(sorted(PICTURES.glob("*.jpg"))))
+    rows = [sizes.measure(photograph, method, 64) for method in ("jpeg", str(tmp_path / "native.safetensors"))]
+    image = ImageOps.fit(Image.open(photograph).convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
+    image.save(tmp_path / "20.jpg", quality=20, optimize=True)
+    assert rows[0]["bytes"] == (tmp_path / "20.jpg").stat().st_size
+    assert rows[1]["bytes"] == len(Codec(native).pack(native.encode_image(image)))
+    assert all(0 < row["decode"] < 60 and row["peak"] > 2**26 for row in rows)
+    assert sizes.table({"rows": rows}).splitlines()[2].startswith("| JPEG | ")
 
 
 def test_rates_of_a_variable_model(native, tmp_path, monkeypatch, trained_weights):
