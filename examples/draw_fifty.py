@@ -1,7 +1,7 @@
 """Draws images beside their decodings at several rates, enlarged, one file per image, to look for artefacts.
 
     python examples/draw_fifty.py IMAGES OUT
-    python examples/draw_fifty.py IMAGES OUT --model native --limit 50 --bpp 0.035 0.141 0.281 --columns 4
+    python examples/draw_fifty.py IMAGES OUT --model native --limit 50 --bpp 0.0352 0.2813 --columns 3
 
 IMAGES is sorted by name, and ``--limit`` images are spread evenly over it. Each file holds the original, then the
 decodings from the lowest rate to the highest, ``--columns`` in a row. Nearest-neighbour enlargement adds nothing of its
