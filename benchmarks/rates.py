@@ -7,6 +7,7 @@ IMAGES     folder, tar … of held-out images whose sides are multiples of 16
 --models   the first is the one that the codecs follow: for each image and rate they take the lowest quality whose file
            has at least the bytes of the model's file, and may shrink the image. The others have their own rates.
 --dists    weights.pt of DISTS_pytorch, for DISTS
+--rates    how many rates of a model of variable rate, evenly spread over the five
 --passes   passes of the decoder, for the first model at its middle rate
 
 Writes rates.json, rates.md, curves.png and, unless --redraw, images.jpg: twelve images, evenly spread over IMAGES, at
@@ -57,6 +58,8 @@ METRICS = {
 DIGITS = {"psnr": 2, "rfid": 1, "rkid": 4}
 SCALES = (1, 2, 4)
 """Factors by which a codec may shrink an image that it cannot code in few bytes otherwise."""
+FIVE = 5
+"""Rates of a model of variable rate, unless fewer are asked for."""
 SHOWN_RATES = 3
 SHOWN_IMAGES = 12
 SHOWN_SIZE = (256, 256)
@@ -155,14 +158,14 @@ def distance(x: Tensor, y: Tensor) -> float:
 
 
 def candidates(
-    models: list[str], passes: list[int], rows: list[dict[str, Any]]
+    models: list[str], passes: list[int], rows: list[dict[str, Any]], count: int = FIVE
 ) -> Iterator[tuple[dict[str, Any], Candidate]]:
     """Each candidate with the identity of its row. Codecs read the sizes that the model's row has by then."""
     for number, path in enumerate(models):
         tokenizer = flowmo.load(path)
         codec = Codec(tokenizer, find_context(path, tokenizer))
         name, weights = ("native" if tokenizer.native_size else Path(path).stem), tokenizer.weights_identity()
-        rates = chosen_rates(tokenizer)
+        rates = chosen_rates(tokenizer, count)
         for rate in rates:
             yield {"weights": weights}, tokenizer_candidate(name, tokenizer, codec, rate)
             sizes = {int(index): size for index, size in rows[-1]["sizes"].items()}
@@ -173,12 +176,14 @@ def candidates(
             yield {"weights": weights}, tokenizer_candidate(f"{name}, {steps} passes", tokenizer, codec, rate, steps)
 
 
-def chosen_rates(tokenizer: flowmo.FlowMo) -> list[float | None]:
-    """Five rates from the lowest to the highest, or the only one."""
+def chosen_rates(tokenizer: flowmo.FlowMo, count: int = FIVE) -> list[float | None]:
+    """``count`` of five rates, the lowest and the highest among them, or the only one."""
     if not tokenizer.variable_rate:
         return [None]
     rates = tokenizer.rates(256, 256)
-    return [rates[i] for i in sorted({0, 1, len(rates) // 2 - 1, len(rates) * 3 // 4 - 1, len(rates) - 1})]
+    five = sorted({0, 1, len(rates) // 2 - 1, len(rates) * 3 // 4 - 1, len(rates) - 1})
+    count = min(count, len(five))
+    return [rates[five[k * (len(five) - 1) // (count - 1)]] for k in range(count)]
 
 
 def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     content: dict[str, Any] = {"images": len(images), "source": Path(arguments.images).name, "rows": []}
     earlier = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     evaluator = Evaluator(arguments.dists)
-    for identity, candidate in candidates(arguments.models, arguments.passes, content["rows"]):
+    for identity, candidate in candidates(arguments.models, arguments.passes, content["rows"], arguments.rates):
         key = identity | {"name": candidate.name, "rate": candidate.rate, "images": len(images)}
         row = next((row for row in earlier["rows"] if key.items() <= row.items()), None)
         if row is None:
@@ -304,6 +309,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["nano"])
     parser.add_argument("--limit", type=int)
     parser.add_argument("--passes", type=int, nargs="*", default=[])
+    parser.add_argument("--rates", type=int, choices=range(2, FIVE + 1), default=FIVE)
     parser.add_argument("--dists", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--redraw", action="store_true")
