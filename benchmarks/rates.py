@@ -7,7 +7,8 @@ IMAGES     folder, tar … of held-out images whose sides are multiples of 16
 --models   the first is the one that the codecs follow: for each image and rate they take the lowest quality whose file
            has at least the bytes of the model's file, and may shrink the image. The others have their own rates.
 --dists    weights.pt of DISTS_pytorch, for DISTS
---rates    how many rates of a model of variable rate, evenly spread over the five
+--rates    how many rates of a model of variable rate, evenly spread over the five; 1 is the middle one
+--codecs   by default all four
 --pairs    metrics of pairs of images only: no rFID and rKID, and no images.jpg
 --passes   passes of the decoder, for the first model at its middle rate
 
@@ -163,7 +164,7 @@ def distance(x: Tensor, y: Tensor) -> float:
 
 
 def candidates(
-    models: list[str], passes: list[int], rows: list[dict[str, Any]], count: int = FIVE
+    models: list[str], passes: list[int], rows: list[dict[str, Any]], count: int = FIVE, codecs: list[str] | None = None
 ) -> Iterator[tuple[dict[str, Any], Candidate]]:
     """Each candidate with the identity of its row. Codecs read the sizes that the model's row has by then."""
     for number, path in enumerate(models):
@@ -174,7 +175,7 @@ def candidates(
         for rate in rates:
             yield {"weights": weights}, tokenizer_candidate(name, tokenizer, codec, rate)
             sizes = {int(index): size for index, size in rows[-1]["sizes"].items()}
-            for kind in FORMATS if number == 0 else ():
+            for kind in (codecs or FORMATS) if number == 0 else ():
                 yield {"weights": weights}, codec_candidate(kind, rate, sizes)
         for steps in passes if number == 0 else ():
             rate = rates[len(rates) // 2]
@@ -182,12 +183,14 @@ def candidates(
 
 
 def chosen_rates(tokenizer: flowmo.FlowMo, count: int = FIVE) -> list[float | None]:
-    """``count`` of five rates, the lowest and the highest among them, or the only one."""
+    """``count`` of five rates, the lowest and the highest among them; the middle one for 1; or the only one."""
     if not tokenizer.variable_rate:
         return [None]
     rates = tokenizer.rates(256, 256)
     five = sorted({0, 1, len(rates) // 2 - 1, len(rates) * 3 // 4 - 1, len(rates) - 1})
     count = min(count, len(five))
+    if count == 1:
+        return [rates[five[len(five) // 2]]]
     return [rates[five[k * (len(five) - 1) // (count - 1)]] for k in range(count)]
 
 
@@ -198,7 +201,9 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     content: dict[str, Any] = {"images": len(images), "source": Path(arguments.images).name, "rows": []}
     earlier = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     evaluator = Evaluator(arguments.dists, sets=not arguments.pairs)
-    for identity, candidate in candidates(arguments.models, arguments.passes, content["rows"], arguments.rates):
+    for identity, candidate in candidates(
+        arguments.models, arguments.passes, content["rows"], arguments.rates, arguments.codecs
+    ):
         key = identity | {"name": candidate.name, "rate": candidate.rate, "images": len(images)}
         row = next((row for row in earlier["rows"] if key.items() <= row.items()), None)
         if row is None:
@@ -317,9 +322,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["nano"])
     parser.add_argument("--limit", type=int)
     parser.add_argument("--passes", type=int, nargs="*", default=[])
-    parser.add_argument("--rates", type=int, choices=range(2, FIVE + 1), default=FIVE)
+    parser.add_argument("--rates", type=int, choices=range(1, FIVE + 1), default=FIVE)
     parser.add_argument("--dists", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--codecs", nargs="+", choices=list(FORMATS))
     parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--redraw", action="store_true")
     arguments = parser.parse_args()
