@@ -7,6 +7,9 @@ IMAGES     folder, tar … of held-out images whose sides are multiples of 16
 --models   the first is the one that the codecs follow: for each image and rate they take the lowest quality whose file
            has at least the bytes of the model's file, and may shrink the image. The others have their own rates.
 --dists    weights.pt of DISTS_pytorch, for DISTS
+--rates    how many rates of a model of variable rate, evenly spread over the five; 1 is the middle one
+--codecs   by default all four
+--pairs    metrics of pairs of images only: no rFID and rKID, and no images.jpg
 --passes   passes of the decoder, for the first model at its middle rate
 
 Writes rates.json, rates.md, curves.png and, unless --redraw, images.jpg: twelve images, evenly spread over IMAGES, at
@@ -57,6 +60,8 @@ METRICS = {
 DIGITS = {"psnr": 2, "rfid": 1, "rkid": 4}
 SCALES = (1, 2, 4)
 """Factors by which a codec may shrink an image that it cannot code in few bytes otherwise."""
+FIVE = 5
+"""Rates of a model of variable rate, unless fewer are asked for."""
 SHOWN_RATES = 3
 SHOWN_IMAGES = 12
 SHOWN_SIZE = (256, 256)
@@ -109,7 +114,7 @@ def codec_candidate(kind: str, rate: float | None, sizes: dict[int, int]) -> Can
 class Evaluator:
     """All metrics of pairs of images, and distances of sets of them."""
 
-    def __init__(self, dists: Path | None):
+    def __init__(self, dists: Path | None, sets: bool = True):
         self.pairs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "lpips_alex": LPIPS("alex"),
             "lpips_vgg": LPIPS("vgg"),
@@ -118,7 +123,7 @@ class Evaluator:
         }
         if dists is not None:
             self.pairs["dists"] = DISTS(dists)
-        self.network: FeatureNetwork = build_features()
+        self.network: FeatureNetwork | None = build_features() if sets else None
         self.originals: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -132,6 +137,8 @@ class Evaluator:
             x, y = image[None], decoded[None]
             for name, metric in self.pairs.items():
                 values[name].append(float(metric(x, y)))
+            if self.network is None:
+                continue
             if index not in self.originals:
                 self.originals[index] = self.network(x).pooled[0].cpu()
             features.append(self.network(y).pooled[0].cpu())
@@ -142,6 +149,8 @@ class Evaluator:
             column = torch.tensor(found, dtype=torch.float64)
             row[name] = float(column.mean())
             row[f"{name}_error"] = float(column.std() / math.sqrt(len(column)))
+        if self.network is None:
+            return row
         x, y = torch.stack([self.originals[index] for index in images]), torch.stack(features)
         row["rfid"], row["rkid"] = distance(x, y), kernel_distance(x, y, paired=True)
         row["features"] = self.network.name
@@ -155,30 +164,34 @@ def distance(x: Tensor, y: Tensor) -> float:
 
 
 def candidates(
-    models: list[str], passes: list[int], rows: list[dict[str, Any]]
+    models: list[str], passes: list[int], rows: list[dict[str, Any]], count: int = FIVE, codecs: list[str] | None = None
 ) -> Iterator[tuple[dict[str, Any], Candidate]]:
     """Each candidate with the identity of its row. Codecs read the sizes that the model's row has by then."""
     for number, path in enumerate(models):
         tokenizer = flowmo.load(path)
         codec = Codec(tokenizer, find_context(path, tokenizer))
         name, weights = ("native" if tokenizer.native_size else Path(path).stem), tokenizer.weights_identity()
-        rates = chosen_rates(tokenizer)
+        rates = chosen_rates(tokenizer, count)
         for rate in rates:
             yield {"weights": weights}, tokenizer_candidate(name, tokenizer, codec, rate)
             sizes = {int(index): size for index, size in rows[-1]["sizes"].items()}
-            for kind in FORMATS if number == 0 else ():
+            for kind in (codecs or FORMATS) if number == 0 else ():
                 yield {"weights": weights}, codec_candidate(kind, rate, sizes)
         for steps in passes if number == 0 else ():
             rate = rates[len(rates) // 2]
             yield {"weights": weights}, tokenizer_candidate(f"{name}, {steps} passes", tokenizer, codec, rate, steps)
 
 
-def chosen_rates(tokenizer: flowmo.FlowMo) -> list[float | None]:
-    """Five rates from the lowest to the highest, or the only one."""
+def chosen_rates(tokenizer: flowmo.FlowMo, count: int = FIVE) -> list[float | None]:
+    """``count`` of five rates, the lowest and the highest among them; the middle one for 1; or the only one."""
     if not tokenizer.variable_rate:
         return [None]
     rates = tokenizer.rates(256, 256)
-    return [rates[i] for i in sorted({0, 1, len(rates) // 2 - 1, len(rates) * 3 // 4 - 1, len(rates) - 1})]
+    five = sorted({0, 1, len(rates) // 2 - 1, len(rates) * 3 // 4 - 1, len(rates) - 1})
+    count = min(count, len(five))
+    if count == 1:
+        return [rates[five[len(five) // 2]]]
+    return [rates[five[k * (len(five) - 1) // (count - 1)]] for k in range(count)]
 
 
 def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -187,8 +200,10 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     images = {index: to_tensor(source.read(index)) for index in indices}
     content: dict[str, Any] = {"images": len(images), "source": Path(arguments.images).name, "rows": []}
     earlier = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    evaluator = Evaluator(arguments.dists)
-    for identity, candidate in candidates(arguments.models, arguments.passes, content["rows"]):
+    evaluator = Evaluator(arguments.dists, sets=not arguments.pairs)
+    for identity, candidate in candidates(
+        arguments.models, arguments.passes, content["rows"], arguments.rates, arguments.codecs
+    ):
         key = identity | {"name": candidate.name, "rate": candidate.rate, "images": len(images)}
         row = next((row for row in earlier["rows"] if key.items() <= row.items()), None)
         if row is None:
@@ -217,12 +232,15 @@ def draw_table(content: dict[str, Any]) -> str:
         f"{content['images']} whole images of `{content['source']}`, entire files. ± is the standard error.",
         "For each image, a codec takes the lowest quality whose file has at least the bytes of the model's file.",
         "Where its smallest file is larger, it codes the image at half or a quarter of its size and enlarges it.",
-        f"The features of rFID and rKID come from {content['rows'][0]['features']}. So few images overstate rFID.",
         "",
         "![Metrics over bits per pixel](curves.png)",
-        "",
-        "![Twelve images, evenly spread over the set, each at three rates](images.jpg)",
     ]
+    if "features" in content["rows"][0]:
+        features = (
+            f"The features of rFID and rKID come from {content['rows'][0]['features']}. So few images overstate rFID."
+        )
+        lines[5:6] = [features, ""]
+        lines += ["", "![Twelve images, evenly spread over the set, each at three rates](images.jpg)"]
     rate: Any = ""
     for row in content["rows"]:
         if row["rate"] != rate:
@@ -304,8 +322,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["nano"])
     parser.add_argument("--limit", type=int)
     parser.add_argument("--passes", type=int, nargs="*", default=[])
+    parser.add_argument("--rates", type=int, choices=range(1, FIVE + 1), default=FIVE)
     parser.add_argument("--dists", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--codecs", nargs="+", choices=list(FORMATS))
+    parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--redraw", action="store_true")
     arguments = parser.parse_args()
     path = arguments.out / "rates.json"
@@ -313,7 +334,8 @@ def main() -> None:
     if arguments.redraw:
         content = json.loads(path.read_text())
     elif arguments.images:
-        draw_images(arguments, arguments.out / "images.jpg")
+        if not arguments.pairs:
+            draw_images(arguments, arguments.out / "images.jpg")
         content = measure(arguments, path)
     else:
         parser.error("name the images, or --redraw")

@@ -1,9 +1,11 @@
 """The benchmarks of whole images: seams, screens, legibility and the table of rates, on images with a known answer."""
 
 import copy
+import gzip
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import PICTURES, ROOT
@@ -14,6 +16,7 @@ from flowmo.codec.file import Codec
 from flowmo.evaluate.speed import parts
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import kinds
 import legibility
 import plain
 import rates
@@ -101,3 +104,40 @@ def test_the_plain_network_is_ours(tiny):
         torch.testing.assert_close(plain.encode(tokenizer, images), ours["encode"](), rtol=0, atol=1e-4)
         velocity = plain.velocity(tokenizer, noise, plain.marked(code), 1.0)
         torch.testing.assert_close(velocity, ours["decoder pass"](), rtol=0, atol=1e-4)
+
+
+def test_kinds_of_images_from_packages(tmp_path, monkeypatch, capsys):
+    """Crops are inside the image and not enlarged, volumes are read, and missing packages are named."""
+    volume = np.arange(20 * 300 * 40, dtype=np.uint8).reshape((20, 300, 40), order="F")
+    header = bytearray(352)
+    header[40:48] = np.array([3, 20, 300, 40], "<i2").tobytes()
+    header[70:72], header[108:112] = np.array([2], "<i2").tobytes(), np.array([352], "<f4").tobytes()
+    (tmp_path / kinds.TEMPLATES).mkdir(parents=True)
+    path = tmp_path / kinds.TEMPLATES / "ch2better.nii.gz"
+    path.write_bytes(gzip.compress(bytes(header) + volume.tobytes(order="F")))
+    assert np.array_equal(np.asarray(kinds.read_volume(path, 0, 50)), volume[10].T[::-1])
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 520, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    assert np.array_equal(np.asarray(kinds.crop(image, 0, 1)), pixels[44:, :256])
+    assert np.array_equal(np.asarray(kinds.crop(image, 1, 0)), pixels[:256, 264:])
+    assert kinds.crop(image.crop((0, 0, 131, 90)), 0.5, 0.5).size == (128, 80)
+    monkeypatch.setattr(kinds, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["kinds.py", str(tmp_path / "out"), "--debian", str(tmp_path), "--python", str(tmp_path)]
+    )
+    kinds.main()
+    assert "wesnoth-1.16-httt" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*/*.png"))) == 4
+    lines = (tmp_path / "out" / "LICENCES.csv").read_text().splitlines()
+    assert lines[1] == "medical,brain-0-50,mricron-data,BSD-3-Clause"
+
+
+def test_the_best_codec_of_a_kind():
+    rows = [
+        {"name": "native", "rate": 0.1, "lpips_vgg": 0.1, "psnr": 50},
+        {"name": "WebP", "rate": 0.1, "lpips_vgg": 0.2, "psnr": 20},
+        {"name": "AVIF", "rate": 0.1, "lpips_vgg": 0.3, "psnr": 30},
+        {"name": "JPEG", "rate": 0.2, "lpips_vgg": 0.0, "psnr": 40},
+    ]
+    assert kinds.best_codec(rows, 0.1, "lpips_vgg")["name"] == "WebP"
+    assert kinds.best_codec(rows, 0.1, "psnr")["name"] == "AVIF"
