@@ -34,6 +34,7 @@ def test_round_trip(tiny, saved, images):
     again = flowmo.load(saved)
     assert again.config == tiny.config
     assert again.identity() == tiny.identity()
+    assert {p.data_ptr() % 64 for p in again.parameters()} == {0}  # or products can differ in the last bit
     assert torch.equal(again.encode(images).ids, tiny.encode(images).ids)
     assert torch.equal(again.decode(again.encode(images), steps=2), tiny.decode(tiny.encode(images), steps=2))
     assert not again.training

@@ -26,6 +26,8 @@ from flowmo.errors import one_line
 
 BUNDLED = Path(__file__).parent.parent / "pretrained"
 FORMAT, GENERATOR_FORMAT = FORMATS = ("flowmo-1", "flowmo-generator-1")
+ALIGNMENT = 64
+"""Bytes of which PyTorch's own tensors begin at a multiple, on a CPU."""
 PATH_SETTINGS = (
     "model.language_model",
     "data.train",
@@ -161,6 +163,15 @@ def _read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Any],
         raise CheckpointError(f"{path} is damaged or not a safetensors file ({one_line(error, 200)}).") from None
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy of it if it does not begin where PyTorch would put it.
+
+    The last bit of a matrix product can depend on the alignment of its operands (seen with AVX2). A mapped file begins
+    its tensors at any multiple of 8 bytes.
+    """
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -186,7 +197,7 @@ def instantiate(build: Callable[[], Network], blocks: int, state: Mapping[str, T
             network = build()
     except (RuntimeError, OverflowError, TypeError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{name} holds settings that do not work: {one_line(error, 200)}") from None
-    weights = {key: value.float() for key, value in state.items()}
+    weights = {key: aligned(value.float()) for key, value in state.items()}
     try:
         network.load_state_dict(weights, assign=True)
     except RuntimeError as error:
