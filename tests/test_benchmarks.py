@@ -16,6 +16,7 @@ from flowmo.codec.file import Codec
 from flowmo.evaluate.speed import parts
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import artefacts
 import kinds
 import legibility
 import plain
@@ -47,6 +48,33 @@ def test_flat_regions():
     image = torch.full((3, 64, 64), 100.0)
     image[:, 32:, 32:] += torch.arange(32.0) * 4
     assert seams.flat_regions(image) == [(0, 0), (0, 32), (32, 0)]
+
+
+def test_artefacts_of_images_with_a_known_answer():
+    noise = torch.rand(2, 3, 128, 96, generator=torch.Generator().manual_seed(0)) * 255
+    same, other = artefacts.compare(noise[0], noise[0]), artefacts.compare(noise[0], noise[1])
+    for band in ("8_16", "4_8", "2_4"):
+        assert same[f"correlation_{band}"] == pytest.approx(1, abs=1e-5)
+        assert other[f"correlation_{band}"] == pytest.approx(0, abs=0.2)
+        assert same[f"axis_share_difference_{band}"] == 0
+    assert other["axis_share_original_2_4"] == pytest.approx(20 / 90, abs=0.03), "noise has no direction"
+    assert other["outer"] == pytest.approx(1, abs=0.1)
+    stripes = (torch.arange(128.0) * 2 * torch.pi / 3).cos()[:, None].expand(3, 128, 96) * 50 + 128
+    striped = artefacts.compare(noise[0], stripes)
+    share = striped["axis_share_original_2_4"] + striped["axis_share_difference_2_4"]
+    assert share == pytest.approx(1, abs=1e-3), "horizontal stripes lie on an axis"
+    tint = torch.tensor([10.0, 10.0, 10.0])[:, None, None]
+    assert artefacts.compare(stripes, stripes + tint)["colour_error"] == pytest.approx(0, abs=1e-3)
+    tint[0] = 20.0
+    red = ((0.701 * 10) ** 2 + 2 * (0.299 * 10) ** 2) ** 0.5
+    assert artefacts.compare(stripes, stripes + tint)["colour_error"] == pytest.approx(red, rel=1e-3)
+
+
+def test_the_border_filter_moves_the_pixels_at_borders_alone():
+    ramp = torch.arange(12.0).div(4, rounding_mode="floor").expand(3, 12, 12) * 8
+    filtered = artefacts.move_together(ramp, 0.25, 4, 4)[0, 0]
+    assert filtered.tolist() == [0, 0, 0, 2, 6, 8, 8, 10, 14, 16, 16, 16]
+    assert torch.equal(artefacts.move_together(ramp, 0.25, 4, 2), ramp), "no difference inside the patches"
 
 
 def test_edit_distance():
