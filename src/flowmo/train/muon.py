@@ -21,7 +21,7 @@ EPSILON = 1e-7
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Bring the singular values of a matrix near 1, by a Newton–Schulz iteration in the dtype of the matrix.
 
-    The iteration's coefficients are those of Jordan 2024, whose singular values end between about 0.5 and 1.5.
+    The coefficients are from Jordan 2024. They bring most singular values between 0.5 and 1.5.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
