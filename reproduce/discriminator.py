@@ -4,8 +4,9 @@ Reproduces table 1's question where both may have what the other has. All four h
 images in the same order, and perceptual loss. A discriminator joins after half of the training. Weights are kept along
 the way, so that trends can be read. FlowMo is measured in one pass, for which its recipe is made.
 
-Cost: smoke half a minute. cpu eight trainings of a quarter of an hour to half an hour on one core. gpu 50 minutes on one H100, by
-arithmetic at a fifth of its peak. paper 2000 hours per training on one H100, by arithmetic at 40 % of its peak.
+Cost: smoke half a minute. cpu eight trainings of a quarter of an hour to half an hour on one core. gpu 50 minutes on
+one H100, by arithmetic at a fifth of its peak. paper 2000 hours per training on one H100, by arithmetic at 40 % of its
+peak.
 Expect: (written before the first run) with convolutions in FlowMo's decoder, and two and a half times the training of
 ``peer``, the convolutional tokenizer is ahead by 0.5 to 1 dB instead of 2.9. The gap shrinks from a quarter of the
 training to its end. Discriminators lower the Fréchet distance of both by a tenth and cost 0.5 dB.
