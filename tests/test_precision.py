@@ -12,6 +12,7 @@ from conftest import run_command
 from flowmo import load, precision
 from flowmo.cli import build_parser
 from flowmo.cli.options import choose_device
+from flowmo.evaluate import speed
 from flowmo.model.inference import CompilerError
 from flowmo.train.task import in_bfloat16
 
@@ -92,7 +93,8 @@ def test_evaluate_tells_the_precision(tiny_model, class_folder, tmp_path, capsys
     assert told in out
 
 
-def test_every_command_with_a_model_takes_both(tiny_model, photo, tmp_path, capsys):
+def test_every_command_with_a_model_takes_both(tiny_model, photo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "matrix_rate", lambda *_: 1e9)  # takes a minute where bfloat16 is emulated
     both = ["--device", "cpu", "--precision", "bfloat16"]
     file, drawn = tmp_path / "x.flowmo", tmp_path / "x.png"
     for command in (

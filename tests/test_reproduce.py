@@ -11,6 +11,7 @@ import torch
 from conftest import PICTURES, open_gates
 
 from flowmo import FlowMo, save
+from flowmo.evaluate.metrics import inception
 from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.losses.perceptual import ResNetLogits
 from flowmo.model.torchvision_import import before_importing
@@ -46,8 +47,9 @@ def test_means_and_cells():
 
 @pytest.fixture(autouse=True)
 def small_features(monkeypatch):
-    """ResNet-50 sees images of a twelfth of its pixels, because it takes most of the time of a study this small."""
+    """ResNet-50 and Inception see a tenth of their pixels, because they take most of the time of a study this small."""
     monkeypatch.setattr(ResNetLogits, "SIDE", 64)
+    monkeypatch.setattr(inception, "SIDE", 96)
 
 
 @pytest.mark.parametrize("name", STUDIES)
