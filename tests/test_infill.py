@@ -11,7 +11,7 @@ from conftest import bottleneck, write_language_model
 from flowmo import FlowMo, load, save
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import pretrain_loss
-from flowmo.model.quantizers.infill import LanguageModelError
+from flowmo.model.quantizers.infill import LanguageModelError, load_language_model
 
 CHANNELS = 16
 
@@ -48,7 +48,7 @@ def test_the_span_sees_both_sides_and_gradients_flow(folder, code):
     reached = gradient[0].abs().sum(dim=1) > 0
     assert reached.tolist() == [True] * 5 + [False] * 2 + [True] * 3  # causal: not the span's later tokens
     assert not gradient[1].any(), "pictures must not mix"
-    assert all(not parameter.requires_grad for parameter in quantizer.language_model(code.device)[0].parameters())
+    assert all(not p.requires_grad for p in load_language_model(str(folder), CHANNELS)[0].parameters())
 
 
 def test_the_order_is_fill_in_the_middle(folder, code):
@@ -89,9 +89,10 @@ def test_a_fresh_process_loads_it(folder):
 
 
 def test_language_models_that_do_not_fit(folder, code, tmp_path):
-    shutil.copy(folder / "config.json", tmp_path)  # without the weights
     with pytest.raises(LanguageModelError, match=r"hidden size 16. Write model\.context_dim=16, not 8"):
-        infill(tmp_path, 8)(code[..., :8])
-    (tmp_path / "config.json").unlink()
+        infill(folder, 8)(code[..., :8])
+    with pytest.raises(LanguageModelError, match="cannot load a language model"):
+        infill(tmp_path, CHANNELS)(code)
+    shutil.copy(folder / "config.json", tmp_path)  # without the weights
     with pytest.raises(LanguageModelError, match="cannot load a language model"):
         infill(tmp_path, CHANNELS)(code)

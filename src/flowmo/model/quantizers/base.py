@@ -25,15 +25,20 @@ class Quantized:
         code: b × tokens × channels, input of the decoder; gradients flow to the encoder.
         ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
         losses: named scalar terms, already weighted.
-        statistics: named scalars for the log, detached and unweighted.
+        statistics: named scalars for the log, unweighted.
         noise_level: b in [0, 1], share of noise in the code; the decoder trains on timesteps from there on.
     """
 
     code: Tensor
-    ids: Tensor | None
+    ids: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     noise_level: Tensor | None = None
+
+
+def straight_through(quantized: Tensor, code: Tensor) -> Tensor:
+    """Return ``quantized`` exactly, with the gradient of ``code``."""
+    return quantized + (code - code.detach())
 
 
 class Quantizer(nn.Module):
@@ -60,11 +65,11 @@ class Quantizer(nn.Module):
         self.sub_tokens, self.id_count = config.ids_per_token or (None, None)
 
     def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
-        """Quantize with losses. code: b × tokens × encoder_channels."""
-        return Quantized(code.float(), None)
+        """Quantize with losses and noise. code: b × tokens × encoder_channels."""
+        return Quantized(*self.quantize(code))
 
     def quantize(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the decoder's code and its ids, without losses or randomness."""
+        """Return the decoder's code, with a gradient to ``code``, and its ids."""
         return code.float(), None
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
@@ -81,9 +86,6 @@ class Quantizer(nn.Module):
         Args:
             code: quantized, b × tokens × channels.
             kept: sub-tokens to keep, from 1: a number, or int64 that broadcasts to b × tokens × 1.
-
-        Raises:
-            TypeError: a bottleneck without sub-tokens to leave out.
         """
         channel = torch.arange(code.shape[-1], device=code.device)
         return code * (self.sub_token_of(channel) < kept).to(code.dtype)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowmo.config.sections import ModelConfig
 from flowmo.model.quantizers.base import WholeBatch, local_statistic
 from flowmo.model.quantizers.lfq import LFQ, binary_entropy, mean_over_batch
 
@@ -19,22 +20,20 @@ EPS = torch.finfo(torch.float32).eps
 class BSQ(LFQ):
     """Binary bottleneck of ``channels`` bits per token; ids have the layout of LFQ's."""
 
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.corner = self.channels**-0.5
+
     def logits(self, on_sphere: Tensor) -> Tensor:
         """Logits of set bits under a softmax of ⟨x, codebook⟩ / temperature. LFQ's softmax has a factor of 2."""
-        return 2 * on_sphere * self.channels**-0.5 / TEMPERATURE
+        return 2 * on_sphere * self.corner / TEMPERATURE
 
     def normalize(self, code: Tensor) -> Tensor:
         return F.normalize(code, dim=-1)
 
-    def nearest_code(self, code: Tensor) -> Tensor:
-        return super().nearest_code(code) * self.channels**-0.5
-
     def commitment(self, code: Tensor, quantized: Tensor) -> Tensor:
         """Equation 8, summed over channels and averaged over tokens: below 2 on the sphere."""
         return (code - quantized).square().sum(dim=-1).mean()
-
-    def code_from_ids(self, ids: Tensor) -> Tensor:
-        return super().code_from_ids(ids) * self.channels**-0.5
 
     def entropies(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> tuple[Tensor, Tensor]:
         """Mean entropy of a token's bits, and entropy of the bits' mean distributions, in nats, summed over bits."""

@@ -29,10 +29,7 @@ class Infill(Quantizer):
     """Continuous code of ``channels`` channels per token. A causal language model predicts one span of it in training.
 
     ``channels`` is the hidden size of the language model, which ``model.language_model`` names: a model on the Hub or a
-    folder saved by ``transformers``. Without it, ``model.quantization_type`` does.
-
-    Raises:
-        LanguageModelError: on the first training pass, if the model cannot be loaded or has another hidden size.
+    folder saved by ``transformers``. Without it, ``model.quantization_type`` does. The first training pass loads it.
     """
 
     def __init__(self, config: ModelConfig):
@@ -44,11 +41,12 @@ class Infill(Quantizer):
         length = code.shape[1]
         span = max(round(SPAN_SHARE * length), 1)
         start = int(torch.randint(length - span + 1, ()))
-        return Quantized(self.fill_in(code.float(), start, start + span), None)
+        return Quantized(self.fill_in(code.float(), start, start + span))
 
     def fill_in(self, code: Tensor, start: int, end: int) -> Tensor:
         """Replace tokens ``start`` to ``end`` of code b × tokens × channels by the language model's hidden states."""
-        model, sentinel_ids = self.language_model(code.device)
+        model, sentinel_ids = load_language_model(self.name, self.channels)
+        model.to(code.device)
         before, span, after = code[:, :start], code[:, start:end], code[:, end:]
         sentinels = model.get_input_embeddings()(torch.tensor(sentinel_ids, device=code.device))
         prefix, suffix, middle = (vector.expand(len(code), 1, -1) for vector in sentinels)
@@ -56,32 +54,23 @@ class Infill(Quantizer):
         hidden = model(inputs_embeds=sequence.to(sentinels.dtype), use_cache=False).last_hidden_state
         return torch.cat((before, hidden[:, -span.shape[1] :].float(), after), dim=1)
 
-    def language_model(self, device: torch.device) -> tuple[Any, list[int]]:
-        """The frozen language model on ``device`` and the ids of ``SENTINELS`` in its vocabulary."""
-        model, sentinel_ids = load_language_model(self.name, self.channels)
-        return model.to(device), sentinel_ids
-
 
 @cache
 def load_language_model(name: str, channels: int) -> tuple[Any, list[int]]:
     """Load a frozen causal language model without its head, once, and the ids of ``SENTINELS`` in its vocabulary.
 
     If the model has no tokenizer, or its tokenizer lacks them, the vocabulary's last three ids are the sentinel tokens.
-
-    Raises:
-        LanguageModelError: ``transformers`` is missing, the model cannot be loaded, or its hidden size differs.
+    Raises ``LanguageModelError`` if ``transformers`` cannot load the model, or its hidden size is not ``channels``.
     """
     before_importing("transformers")
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise LanguageModelError(f"{name}: language models need transformers. Run: pip install transformers") from None
-    try:
-        width = AutoConfig.from_pretrained(name).hidden_size
-        model = AutoModelForCausalLM.from_pretrained(name).base_model if width == channels else None
-    except (OSError, ValueError) as error:
-        raise LanguageModelError(f"{name}: cannot load a language model ({one_line(error)})") from None
-    if model is None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(name).base_model
+    except (ImportError, OSError, ValueError) as error:
+        raise LanguageModelError(f"{name}: cannot load a language model by transformers ({one_line(error)})") from None
+    width = model.config.hidden_size
+    if width != channels:
         raise LanguageModelError(f"{name} has hidden size {width}. Write model.context_dim={width}, not {channels}.")
     try:
         sentinel_ids = AutoTokenizer.from_pretrained(name).convert_tokens_to_ids(list(SENTINELS))

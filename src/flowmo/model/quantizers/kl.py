@@ -30,7 +30,7 @@ class KL(Quantizer):
         mean, log_variance = self.moments(code)
         sample = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(dim=1).mean()
-        return Quantized(sample, None, {"kl": divergence}, {"kl": divergence.detach()})
+        return Quantized(sample, losses={"kl": divergence}, statistics={"kl": divergence})
 
     def quantize(self, code: Tensor) -> tuple[Tensor, None]:
         return self.moments(code)[0], None

@@ -22,7 +22,7 @@ class LayerNorm(Quantizer):
         chance, level = torch.rand(2, len(code), device=code.device)
         level = torch.where(chance < NOISED_SHARE, level, 0.0)
         t = level[:, None, None]
-        return Quantized((1 - t) * normed + t * torch.randn_like(normed), None, noise_level=level)
+        return Quantized((1 - t) * normed + t * torch.randn_like(normed), noise_level=level)
 
     def quantize(self, code: Tensor) -> tuple[Tensor, None]:
         return F.layer_norm(code.float(), code.shape[-1:], eps=NORM_EPS), None

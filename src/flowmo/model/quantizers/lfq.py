@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowmo.config.sections import ModelConfig
-from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic, straight_through
 
 TEMPERATURE = 0.1
 LOG_EPS = 1e-5  # inside the logarithm of the mean distribution, as in the authors' code
@@ -23,6 +23,7 @@ class LFQ(Quantizer):
     """Binary bottleneck of ``channels`` bits per token in groups of ``group`` bits."""
 
     needs_whole_batch = True
+    corner = 1.0  # magnitude of a quantized channel
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -36,28 +37,21 @@ class LFQ(Quantizer):
         with torch.autocast(code.device.type, enabled=False):  # a distribution over 2^G codes needs float32
             sample_entropy, mean_entropy = self.entropies(code, whole_batch)
         commitment = self.commitment(code, quantized)
-        return Quantized(
-            code=quantized + (code - code.detach()),  # straight-through; exactly the quantized code in the forward pass
-            ids=self.ids_from_signs(quantized),
-            losses={
-                "entropy": self.entropy_weight * (sample_entropy - mean_entropy),
-                "commitment": self.commitment_weight * commitment,
-            },
-            statistics={
-                "sample_entropy": sample_entropy.detach(),
-                "codebook_entropy": mean_entropy.detach(),
-                "commitment": commitment.detach(),
-            },
-        )
+        losses = {
+            "entropy": self.entropy_weight * (sample_entropy - mean_entropy),
+            "commitment": self.commitment_weight * commitment,
+        }
+        statistics = {"sample_entropy": sample_entropy, "codebook_entropy": mean_entropy, "commitment": commitment}
+        return Quantized(straight_through(quantized, code), self.ids_from_signs(quantized), losses, statistics)
 
     def quantize(self, code: Tensor) -> tuple[Tensor, Tensor]:
+        code = self.normalize(code.float())
         quantized = self.nearest_code(code)
-        return quantized, self.ids_from_signs(quantized)
+        return straight_through(quantized, code), self.ids_from_signs(quantized)
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
-        power = 2 ** torch.arange(self.group, device=ids.device)
-        bits = ids[..., None, :] // power[:, None] % 2  # b t g s
-        return bits.flatten(-2).float() * 2 - 1
+        bits = ids[..., None, :] // 2 ** torch.arange(self.group, device=ids.device)[:, None] % 2  # b t g s
+        return self.nearest_code(bits.flatten(-2))
 
     def sub_token_of(self, channel: Tensor) -> Tensor:
         return channel % (self.channels // self.group)
@@ -68,7 +62,7 @@ class LFQ(Quantizer):
 
     def nearest_code(self, code: Tensor) -> Tensor:
         """Round to the nearest code that has ids."""
-        return torch.where(code > 0, 1.0, -1.0)
+        return torch.where(code > 0, self.corner, -self.corner)
 
     def commitment(self, code: Tensor, quantized: Tensor) -> Tensor:
         """Equation 8: distance between the encoder's output and its quantized code."""
@@ -77,8 +71,7 @@ class LFQ(Quantizer):
     def ids_from_signs(self, signs: Tensor) -> Tensor:
         """b × t × f -> int64 b × t × f/G."""
         bits = (signs > 0).unflatten(-1, (self.group, -1))  # b t g s
-        weight = 2 ** torch.arange(self.group, device=signs.device)
-        return (bits * weight[:, None]).sum(dim=-2)
+        return (bits * 2 ** torch.arange(self.group, device=signs.device)[:, None]).sum(dim=-2)
 
     def entropies(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> tuple[Tensor, Tensor]:
         """Equation 7: mean entropy of a sub-token over its 2^G codes, and entropy of the mean distribution, in nats."""
@@ -97,7 +90,7 @@ def binary_entropy(logit: Tensor) -> Tensor:
 
 def mean_over_batch(mean: Tensor, whole_batch: WholeBatch) -> Tensor:
     """The global batch's mean with this micro-batch's gradient."""
-    return mean if whole_batch is local_statistic else mean + (whole_batch(mean.detach()) - mean.detach())
+    return mean + (whole_batch(mean.detach()) - mean.detach())
 
 
 def code_probabilities(p: Tensor) -> Tensor:

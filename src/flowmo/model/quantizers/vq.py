@@ -9,10 +9,10 @@ usual jump to a random sub-token, this needs no data from other ranks.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowmo.config.sections import ModelConfig
-from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic
+from flowmo.model.quantizers.base import Quantized, Quantizer, WholeBatch, local_statistic, straight_through
 from flowmo.streams import Stream, stream
 
 DEAD_SHARE = 0.05
@@ -28,54 +28,40 @@ class VQ(Quantizer):
     """
 
     needs_whole_batch = True
-    codebook: Tensor
-    use: Tensor
-    members: Tensor
-    steps: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.decay, self.commitment_weight = config.vq_decay, config.vq_commit_weight
         entries = config.vq_entries
         codebook = torch.randn(entries, self.channels // config.vq_sub_tokens)
-        self.register_buffer("codebook", codebook)
-        self.register_buffer("use", torch.full((entries,), 1 / entries))
-        self.register_buffer("members", codebook / entries)
-        self.register_buffer("steps", torch.zeros(()))
+        self.codebook = nn.Buffer(codebook)
+        self.use = nn.Buffer(torch.full((entries,), 1 / entries))
+        self.members = nn.Buffer(codebook / entries)
+        self.steps = nn.Buffer(torch.zeros(()))
         self._seen: Tensor | None = None
 
     def forward(self, code: Tensor, whole_batch: WholeBatch = local_statistic) -> Quantized:
         code = code.float()
-        entry, ids = self.quantize(code)
+        quantized, ids = self.quantize(code)
         self._seen = whole_batch(self.statistics(code.detach(), ids))
-        commitment = F.mse_loss(code, entry)
-        return Quantized(
-            code=entry + (code - code.detach()),  # straight-through; exactly the entry in the forward pass
-            ids=ids,
-            losses={"commitment": self.commitment_weight * commitment},
-            statistics={
-                "commitment": commitment.detach(),
-                "codebook_entropy": torch.special.entr(self._seen[:, 0]).sum(),
-            },
-        )
+        commitment = F.mse_loss(code, quantized.detach())
+        statistics = {"commitment": commitment, "codebook_entropy": torch.special.entr(self._seen[:, 0]).sum()}
+        return Quantized(quantized, ids, {"commitment": self.commitment_weight * commitment}, statistics)
 
     def quantize(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._split(code.detach().float())
+        code = code.float()
+        x = code.detach().unflatten(-1, (-1, self.codebook.shape[1]))  # b t s f/s
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 could pick a neighbour
             distance = self.codebook.square().sum(dim=1) - 2 * x @ self.codebook.T  # without |x|², equal for all
         ids = distance.argmin(dim=-1)
-        return self.code_from_ids(ids), ids
+        return straight_through(self.code_from_ids(ids), code), ids
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
         return self.codebook[ids].flatten(-2)
 
-    def _split(self, code: Tensor) -> Tensor:
-        """b × t × f -> b × t × s × f/s."""
-        return code.unflatten(-1, (-1, self.codebook.shape[1]))
-
     def statistics(self, code: Tensor, ids: Tensor) -> Tensor:
         """entries × (1 + 2d): each entry's share of the sub-tokens, and the means of their values and squares."""
-        x = self._split(code).flatten(0, -2)  # n d
+        x = code.reshape(-1, self.codebook.shape[1])  # n d
         rows = torch.cat((torch.ones_like(x[:, :1]), x, x.square()), dim=1)
         return torch.zeros(len(self.use), rows.shape[1], device=x.device).index_add_(0, ids.flatten(), rows) / len(x)
 
