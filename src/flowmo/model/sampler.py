@@ -72,26 +72,13 @@ def multistep(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tens
 SOLVERS = {"euler": euler, "midpoint": midpoint, "heun": heun, "multistep": multistep}
 
 
-def evaluations(solver: str, times: Sequence[float]) -> list[float]:
-    """Timesteps at which a solver evaluates the velocity, in order."""
-    steps = list(itertools.pairwise(times))
-    if solver == "midpoint":
-        return [point for t, t_next in steps for point in (t, (t + t_next) / 2)]
-    if solver == "heun":
-        return [point for step in steps for point in step if point != 0]
-    return [t for t, _ in steps]
-
-
 def guided_velocity(
     decoder: Decoder | WindowedDecoder, code: Tensor, guidance: float = 1.0, low: float = 0.0, high: float = 1.0
 ) -> Velocity:
-    """Return the decoder's velocity for ``code``, with classifier-free guidance where low ≤ t ≤ high.
+    """Return the decoder's velocity for ``code``, b × tokens × channels, with guidance where low ≤ t ≤ high.
 
-    Where guidance applies, code and null code go through the decoder as one batch.
-
-    Args:
-        code: b × tokens × channels.
-        guidance: velocity = null + guidance · (conditional − null); 1 needs no null pass.
+    Classifier-free guidance: null + guidance · (conditional − null); 1 needs no null pass. Where it applies, code and
+    null code go through the decoder as one batch.
     """
     embedded = decoder.embed_code(code)
     null = decoder.embed_code(code, keep=torch.zeros(len(code), dtype=torch.bool, device=code.device))
@@ -121,7 +108,13 @@ def is_guided(t: float, guidance: float, low: float, high: float) -> bool:
 
 def network_passes(s: SamplingConfig) -> int:
     """Decoder passes per image: two per velocity where guidance applies, one elsewhere. The paper's setting has 31."""
-    times = evaluations(s.solver, shifted_times(s.sample_steps, s.rho))
+    times: list[float] = []
+
+    def record(x: Tensor, t: float) -> Tensor:
+        times.append(t)
+        return x
+
+    SOLVERS[s.solver](record, torch.zeros(()), shifted_times(s.sample_steps, s.rho))
     return len(times) + sum(is_guided(t, s.guidance, s.guidance_low, s.guidance_high) for t in times)
 
 
@@ -133,14 +126,12 @@ def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1
     """
     if not 0 <= scale < math.inf:
         raise ValueError(f"noise_scale {scale} must be finite and at least 0.")
-    seeds = [operator.index(seed) for seed in seeds]
-    wrong = next((seed for seed in seeds if not 0 <= seed < 2**63), None)
-    if wrong is not None:
-        raise ValueError(f"seed {wrong} is not from 0 to 2^63 − 1.")
     noise = torch.empty(len(seeds), channels, height, width)
-    for image, seed in zip(noise, seeds, strict=True):
+    for image, seed in zip(noise, map(operator.index, seeds), strict=True):
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed} is not from 0 to 2^63 − 1.")
         image.normal_(generator=torch.Generator().manual_seed(seed))
-    return noise * scale if scale != 1.0 else noise
+    return noise * scale
 
 
 def image_seed(seed: int, index: int) -> int:
