@@ -90,7 +90,7 @@ def decoder_velocity(tokenizer: FlowMo, code: Tensor, keep: bool) -> Callable[[T
     """The decoder's velocity field, given codes (b tokens channels) or, unless ``keep``, none."""
     decoder = tokenizer.decoder
     embedded = decoder.embed_code(code, torch.full((len(code),), keep, device=code.device))
-    return lambda x, t: decoder(x, embedded, decoder.modulate(torch.full((1,), t, device=x.device)))
+    return lambda x, t: decoder(x, embedded, torch.full((1,), t, device=x.device))
 
 
 def body(results: Results, plot: Path) -> str:

@@ -46,10 +46,7 @@ def test_a_student_heeds_where_a_step_ends(tiny, images):
     with torch.no_grad():
         student.decoder.span_out.weight.normal_(0, 0.1)
         at, code = torch.tensor([0.8]), student.decoder.embed_code(torch.ones(5, 6, 8))
-        seen = [
-            student.decoder(images, code, student.decoder.modulate(at, end))
-            for end in (None, at, torch.tensor([0.2]), torch.tensor([0.0]))
-        ]
+        seen = [student.decoder(images, code, at, end) for end in (None, at, torch.tensor([0.2]), torch.tensor([0.0]))]
     assert torch.equal(seen[0], seen[1])
     assert not torch.allclose(seen[1], seen[2], atol=1e-3)
     assert not torch.allclose(seen[2], seen[3], atol=1e-3)
@@ -135,8 +132,7 @@ def test_the_loss_is_that_of_every_jump(tiny, images, distilling, space):
             for jump in range(4):
                 t, end = starts[i, jump], ends[i, jump]
                 x_t, x_end = path.at(torch.stack((t, end)).expand(5, 2))[i]
-                at_t = student.decoder.modulate(t[None], end[None])
-                u = student.decoder(x_t[None], student.decoder.embed_code(code[i : i + 1]), at_t)[0]
+                u = student.decoder(x_t[None], student.decoder.embed_code(code[i : i + 1]), t[None], end[None])[0]
                 error = u - (x_t - x_end) / (t - end)
                 flow_errors.append(((t if space == "picture" else 1) * error).square().mean())
                 if jump < 2:

@@ -146,7 +146,7 @@ def test_guidance_acts_only_in_its_interval_and_extrapolates(tiny, images):
     null = tiny.decoder(
         images,
         tiny.decoder.embed_code(code, torch.zeros(5, dtype=torch.bool)),
-        tiny.decoder.modulate(torch.tensor([0.5])),
+        torch.tensor([0.5]),
     )
     expected = null + 2 * (plain(images, 0.5) - null)
     torch.testing.assert_close(guided(images, 0.5), expected, atol=1e-4, rtol=1e-4)

@@ -62,7 +62,7 @@ def decoder_code(tokenizer, tensors):
 def velocity_at(tokenizer, tensors, keep=None):
     x_t = flow.interpolate(tensors["image"], tensors["noise"], tensors["t"])
     embedded = tokenizer.decoder.embed_code(decoder_code(tokenizer, tensors), keep)
-    return tokenizer.decoder(x_t, embedded, tokenizer.decoder.modulate(tensors["t"]))
+    return tokenizer.decoder(x_t, embedded, tensors["t"])
 
 
 def sampled(tokenizer, tensors, steps, rho, guidance):
@@ -78,7 +78,7 @@ def chain(tokenizer, tensors):
     decoder, x = tokenizer.decoder, tensors["noise"]
     embedded = decoder.embed_code(decoder_code(tokenizer, tensors))
     for t, t_next in zip(tensors["chain_t"].T, tensors["chain_t"].T[1:], strict=False):
-        x = x - (t - t_next)[:, None, None, None] * decoder(x, embedded, decoder.modulate(t))
+        x = x - (t - t_next)[:, None, None, None] * decoder(x, embedded, t)
     return x
 
 

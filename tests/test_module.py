@@ -41,7 +41,7 @@ def test_the_training_pass_is_stage_1a(pictures):
         else tokenizer.quantizer.keep_prefix(quantized.code, noise.num_sub_tokens[:, None, None])
     )
     decoder = tokenizer.decoder
-    velocity = decoder(x_t, decoder.embed_code(code, noise.cfg_keep), decoder.modulate(noise.t))
+    velocity = decoder(x_t, decoder.embed_code(code, noise.cfg_keep), noise.t)
     expected = (velocity - (noise.noise - x)).square().mean() + sum(quantized.losses.values())
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(out.images, x_t - t * velocity)

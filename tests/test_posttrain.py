@@ -46,7 +46,7 @@ def test_the_chain_is_the_sampler(tiny, images):
     from flowmo.model.sampler import euler
 
     def velocity(x, t):
-        return tiny.decoder(x, tiny.decoder.embed_code(code), tiny.decoder.modulate(torch.tensor([t])))
+        return tiny.decoder(x, tiny.decoder.embed_code(code), torch.tensor([t]))
 
     torch.testing.assert_close(drawn, euler(velocity, noise, [1, 0.75, 0.5, 0.25, 0]), rtol=1e-4, atol=1e-5)
 

@@ -261,8 +261,8 @@ def test_noise_synchronization(tiny_config, images):
 
     config = tiny_config.override("model.quantization_type=layernorm", "opt.lpips_weight=0")
     tokenizer, seen = FlowMo(config), []
-    modulate = tokenizer.decoder.modulate
-    tokenizer.decoder.modulate = lambda t: seen.append(t) or modulate(t)
+    forward = tokenizer.decoder.forward
+    tokenizer.decoder.forward = lambda x, code, t: seen.append(t) or forward(x, code, t)
     draws = TrainingNoise.of(config, images, range(5))
     for seed in range(20):
         torch.manual_seed(seed)

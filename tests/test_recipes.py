@@ -185,8 +185,10 @@ def test_stage_1b_from_the_authors_checkpoint_starts_with_a_fresh_ema(tmp_path, 
 @pytest.mark.parametrize("gate", [0.0, 0.7])
 def test_the_initial_gate_reaches_the_network(tiny_config, gate):
     decoder = FlowMo(tiny_config.override(f"model.initial_gate={gate}")).decoder
-    t = torch.tensor([0.3])
-    modulations = [m for block in decoder.modulate(t).blocks for stream in block for m in stream]
+    time = torch.randn(1, decoder.width)
+    modulations = [
+        m for block in decoder.blocks for stream in (block.code, block.picture) for m in stream.modulate(time)
+    ]
     gates = [m.gate for m in modulations if m is not None and m.gate is not None]
     assert len(gates) > len(decoder.blocks)
     for found in gates:

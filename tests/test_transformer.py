@@ -172,9 +172,9 @@ def test_a_batch_of_timesteps_equals_one_by_one(tiny, images):
     decoder = tiny.decoder
     t = torch.tensor([0.1, 0.5, 0.9, 0.3, 1.0])
     code = decoder.embed_code(tiny.quantizer.quantize(tiny.encoder(images))[0])
-    together = decoder(images, code, decoder.modulate(t))
+    together = decoder(images, code, t)
     for i in range(5):
-        alone = decoder(images[i : i + 1], code[i : i + 1], decoder.modulate(t[i : i + 1]))
+        alone = decoder(images[i : i + 1], code[i : i + 1], t[i : i + 1])
         torch.testing.assert_close(alone, together[i : i + 1], atol=2e-5, rtol=0)
 
 
@@ -191,10 +191,10 @@ def test_fresh_decoder_blocks_are_the_identity(tiny_config, images):
     decoder = tokenizer.decoder
     code = decoder.embed_code(torch.ones(5, 6, 8))
     picture = decoder.picture_in(patchify(images, 8))
-    at_t = decoder.modulate(torch.full((5,), 0.5))
+    time = torch.randn(5, decoder.width)
     table = rotary_table(decoder.config, decoder.width // decoder.heads, 32, 32, CPU)
-    for block, modulation in zip(decoder.blocks, at_t.blocks, strict=True):
-        _, after = block(code, picture, table, modulation)
+    for block in decoder.blocks:
+        _, after = block(code, picture, table, time)
         assert torch.equal(after, picture)
 
 
@@ -204,10 +204,10 @@ def test_picture_prediction_is_a_velocity(tiny_config, images, prediction):
     torch.manual_seed(0)
     decoder = open_gates(FlowMo(tiny_config.override(f"model.prediction={prediction}"))).decoder
     t = torch.full((5,), 0.4)
-    velocity = decoder(images, decoder.embed_code(torch.ones(5, 6, 8)), decoder.modulate(t))
+    velocity = decoder(images, decoder.embed_code(torch.ones(5, 6, 8)), t)
     torch.manual_seed(0)
     raw_decoder = open_gates(FlowMo(tiny_config)).decoder
-    raw = raw_decoder(images, raw_decoder.embed_code(torch.ones(5, 6, 8)), raw_decoder.modulate(t))
+    raw = raw_decoder(images, raw_decoder.embed_code(torch.ones(5, 6, 8)), t)
     expected = raw if prediction == "velocity" else (images - raw) / 0.4
     torch.testing.assert_close(velocity, expected)
 

@@ -98,10 +98,10 @@ def parts(tokenizer: FlowMo, images: int = 1) -> dict[str, Callable[[], torch.Te
     code = torch.randn(images, tokenizer.code_length, config.model.context_dim, generator=generator).sign().to(device)
     noise = seeded_noise(range(images), side, side, channels=config.model.channels).to(device)
     decoder = tokenizer.decoder
-    embedded, modulation = decoder.embed_code(code), decoder.modulate(torch.ones(1, device=device))
+    embedded, t = decoder.embed_code(code), torch.ones(1, device=device)
     return {
         "encode": lambda: tokenizer.encoder(x),
-        "decoder pass": lambda: decoder(noise, embedded, modulation),
+        "decoder pass": lambda: decoder(noise, embedded, t),
         "decode": lambda: tokenizer.sample(noise, code),
     }
 

@@ -116,7 +116,7 @@ def distill_loss(
     starts, ends = starts.flatten(), ends.flatten()
     decoder = tokenizer.decoder
     code = decoder.embed_code(quantized.code).repeat_interleave(num_jumps, dim=0)
-    velocity = decoder(x_start, code, decoder.modulate(starts, ends)).float()
+    velocity = decoder(x_start, code, starts, ends).float()
     span = (starts - ends)[:, None, None, None]
     flow_loss = flow.flow_loss(velocity, (x_start - x_end) / span, _weighting(opt, starts))
     distances = {}
@@ -140,7 +140,7 @@ def one_step(
     """Return the flow loss (equation 5) of images x b × c × h × w, and the noised images and velocity behind it."""
     decoder, t = tokenizer.decoder, noise.t
     x_t = flow.interpolate(x, noise.noise, t)
-    velocity = decoder(x_t, decoder.embed_code(code, noise.cfg_keep), decoder.modulate(t)).float()
+    velocity = decoder(x_t, decoder.embed_code(code, noise.cfg_keep), t).float()
     return flow.flow_loss(velocity, noise.noise - x, _weighting(opt, t)), x_t, velocity
 
 
@@ -155,7 +155,7 @@ def sample_chain(tokenizer: Autoencoder, code: Tensor, chain: Chain) -> Tensor:
     decoder = tokenizer.decoder
 
     def step(z: Tensor, code: Tensor, t: Tensor, t_next: Tensor, keep: Tensor) -> Tensor:
-        velocity = decoder(z, decoder.embed_code(code, keep), decoder.modulate(t)).float()
+        velocity = decoder(z, decoder.embed_code(code, keep), t).float()
         return z - (t - t_next)[:, None, None, None] * velocity
 
     z = chain.noise

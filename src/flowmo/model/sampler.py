@@ -84,10 +84,10 @@ def guided_velocity(
     null = decoder.embed_code(code, keep=torch.zeros(len(code), dtype=torch.bool, device=code.device))
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        at_t = decoder.modulate(torch.full((1,), t, device=code.device))
+        at = torch.full((1,), t, device=code.device)
         if not is_guided(t, guidance, low, high):
-            return decoder(x, embedded, at_t)
-        conditional, unconditional = decoder(torch.cat((x, x)), torch.cat((embedded, null)), at_t).chunk(2)
+            return decoder(x, embedded, at)
+        conditional, unconditional = decoder(torch.cat((x, x)), torch.cat((embedded, null)), at).chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
     return velocity
@@ -97,8 +97,8 @@ def follow_mean_velocity(decoder: Decoder, code: Tensor, noise: Tensor, times: S
     """Sample from a decoder of mean velocities (stage 1C). An Euler step by the mean velocity has no solver error."""
     embedded, x = decoder.embed_code(code), noise
     for t, end in itertools.pairwise(times):
-        at_t = decoder.modulate(*(torch.full((1,), time, device=code.device) for time in (t, end)))
-        x = x - (t - end) * decoder(x, embedded, at_t)
+        start_and_end = (torch.full((1,), time, device=code.device) for time in (t, end))
+        x = x - (t - end) * decoder(x, embedded, *start_and_end)
     return x
 
 

@@ -5,7 +5,6 @@ Notable:
 - Attention logits are scaled by 8 / head size (µP), which equals 1 / sqrt(head size) only at head size 64.
 - Only live parameters are built. The encoder has no timestep, so it has no modulation. In the last block the unused
   stream has only keys and values.
-- ``Decoder.modulate`` computes everything that depends on the timestep alone.
 
 In annotations of shapes: b batch, c channels of an image, m code tokens, n image tokens, d width or channels.
 """
@@ -49,7 +48,7 @@ def code_positions(code_length: int, rows: int, columns: int, layout: str) -> Te
 
 
 def rotary_table(config: ModelConfig, head_dim: int, height: int, width: int, device: torch.device) -> Tensor:
-    """The cached table of rotary angles for images of ``height`` × ``width`` pixels; see ``rotary_angles``."""
+    """The cached ``rotary_angles`` for images of ``height`` × ``width`` pixels."""
     rows, columns = height // config.patch_size, width // config.patch_size
     return rotary_angles(config.code_length, rows, columns, head_dim, config.code_layout, device)
 
@@ -58,17 +57,14 @@ def rotary_table(config: ModelConfig, head_dim: int, height: int, width: int, de
 def rotary_angles(
     code_length: int, rows: int, columns: int, head_dim: int, layout: str, device: torch.device
 ) -> Tensor:
-    """Cosines and sines for the joint sequence, code tokens first; image tokens sit at (0, row, column).
+    """Cosines and sines for the joint sequence, code tokens first: float32 2 × tokens × head_dim.
 
-    Returns:
-        float32 2 × tokens × head_dim: cosines, then sines, each angle twice for the two channels of a pair.
+    Image tokens sit at (0, row, column). Each angle stands twice, for the two channels of a pair.
     """
     axes = [torch.arange(count, dtype=torch.float64) for count in (1, rows, columns)]
     positions = torch.cat((code_positions(code_length, rows, columns, layout), torch.cartesian_prod(*axes)))  # m+n 3
-    angles = []
-    for axis, channels in enumerate(rotary_axes(head_dim)):
-        frequency = ROTARY_BASE ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-        angles.append(positions[:, axis, None] * frequency)
+    frequencies = [ROTARY_BASE ** -(torch.arange(0, d, 2, dtype=torch.float64) / d) for d in rotary_axes(head_dim)]
+    angles = [position[:, None] * frequency for position, frequency in zip(positions.T, frequencies, strict=True)]
     angle = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)  # m+n d
     return torch.stack((angle.cos(), angle.sin())).to(device, torch.float32)
 
@@ -135,8 +131,6 @@ class Modulation(NamedTuple):
 
 Modulations = tuple[Modulation | None, Modulation | None]
 """Of a stream's attention and MLP; ``None`` is the identity, as in the encoder."""
-IDENTITY: Modulations = (None, None)
-UNMODULATED = (IDENTITY, IDENTITY)
 
 
 def modulated_norm(x: Tensor, modulation: Modulation | None = None) -> Tensor:
@@ -159,8 +153,7 @@ class StreamLayers(nn.Module):
     def __init__(self, config: ModelConfig, width: int, heads: int, modulated: bool, keys_only: bool = False):
         super().__init__()
         hidden = int(config.mlp_ratio * width)
-        self.heads = heads
-        self.keys_only = keys_only
+        self.heads, self.keys_only = heads, keys_only
         self.key_norm = RMSNorm(width // heads)
         self.modulation = nn.Linear(width, (2 if keys_only else 6) * width) if modulated else None
         if keys_only:
@@ -170,19 +163,17 @@ class StreamLayers(nn.Module):
         self.query_norm = RMSNorm(width // heads)
         self.proj = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, hidden)
-        self.gelu = nn.GELU(approximate="tanh")
         self.mlp_out = nn.Linear(hidden, width)
         if self.modulation is not None:
             weight, bias = (p.detach().unflatten(0, (6, width)) for p in self.modulation.parameters())
-            for gate in (2, 5):
-                nn.init.zeros_(weight[gate])
-                nn.init.constant_(bias[gate], config.initial_gate)
+            weight[2::3] = 0  # the gates
+            bias[2::3] = config.initial_gate
 
-    def modulate(self, activated: Tensor) -> Modulations:
+    def modulate(self, time: Tensor | None) -> Modulations:
         """SiLU(time embedding), b × width, to the modulations of the attention and the MLP."""
         if self.modulation is None:
-            return IDENTITY
-        parts = self.modulation(activated).float()[:, None].split(activated.shape[-1], dim=-1)
+            return None, None
+        parts = self.modulation(time).float()[:, None].chunk(2 if self.keys_only else 6, dim=-1)
         return (Modulation(*parts), None) if self.keys_only else (Modulation(*parts[:3]), Modulation(*parts[3:]))
 
     def project(self, x: Tensor, modulation: Modulation | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +193,8 @@ class StreamLayers(nn.Module):
             return x
         attention, mlp = modulations
         x = gated_residual(x, self.proj(attended), attention)
-        return gated_residual(x, self.mlp_out(self.gelu(self.mlp_in(modulated_norm(x, mlp)))), mlp)
+        hidden = F.gelu(self.mlp_in(modulated_norm(x, mlp)), approximate="tanh")
+        return gated_residual(x, self.mlp_out(hidden), mlp)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -220,19 +212,9 @@ class DoubleStreamBlock(nn.Module):
         self.code = StreamLayers(config, width, heads, modulated, keys_only == "code")
         self.picture = StreamLayers(config, width, heads, modulated, keys_only == "image")
 
-    @property
-    def modulation_layers(self) -> list[nn.Module]:
-        """Modules that ``Decoder.modulate`` calls outside the block's forward pass."""
-        return [stream.modulation for stream in (self.code, self.picture) if stream.modulation is not None]
-
-    def modulate(self, activated: Tensor) -> tuple[Modulations, Modulations]:
-        return self.code.modulate(activated), self.picture.modulate(activated)
-
-    def forward(
-        self, code: Tensor, image: Tensor, table: Tensor, modulations: tuple[Modulations, Modulations] = UNMODULATED
-    ) -> tuple[Tensor, Tensor]:
-        """code: b × m × d, image: b × n × d, table: of m + n tokens. The unused stream is unchanged."""
-        for_code, for_image = modulations
+    def forward(self, code: Tensor, image: Tensor, table: Tensor, time: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """code: b × m × d, image: b × n × d, table: of m + n tokens, time: b × d. The unused stream is unchanged."""
+        for_code, for_image = self.code.modulate(time), self.picture.modulate(time)
         of_code = self.code.project(code, for_code[0], table[:, : code.shape[1]])
         of_image = self.picture.project(image, for_image[0], table[:, code.shape[1] :])
         query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(of_code, of_image, strict=True))
@@ -271,14 +253,6 @@ class Encoder(nn.Module):
         return self.code_out(modulated_norm(code))
 
 
-class Conditioning(NamedTuple):
-    """Inputs of a decoder pass that depend on the timesteps t alone; t is b, or 1 if the batch shares one."""
-
-    t: Tensor
-    blocks: tuple[tuple[Modulations, Modulations], ...]
-    out: Modulation
-
-
 class Decoder(nn.Module):
     """Equation 3: the velocity of the noised image x_t given the code and the timestep.
 
@@ -309,44 +283,40 @@ class Decoder(nn.Module):
             nn.init.zeros_(self.span_out.weight)
             nn.init.zeros_(self.span_out.bias)
 
-    def modulate(self, t: Tensor, end: Tensor | None = None) -> Conditioning:
-        """Compute all modulations for timesteps t (b in [0, 1]).
-
-        Args:
-            end: ends of the steps, b, end ≤ t, for a decoder of mean velocities; ``None`` asks for the velocity at t.
-        """
-        embedded = self.time_out(F.silu(self.time_in(timestep_embedding(t))))
-        if self.config.mean_velocity:
-            span = torch.zeros_like(t) if end is None else t - end
-            embedded = embedded + self.span_out(F.silu(self.span_in(timestep_embedding(span))))
-        activated = F.silu(embedded)
-        blocks = tuple(block.modulate(activated) for block in self.blocks)
-        return Conditioning(t, blocks, Modulation(*self.out_modulation(activated).float()[:, None].chunk(2, dim=-1)))
-
     def embed_code(self, code: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Code b × m × channels -> code tokens b × m × width.
+        """Code b × m × channels -> code tokens b × m × width. Where ``keep``, bool b, is False, the code is null.
 
         A channel of ones tells a code from the null code of classifier-free guidance, which is all zeros.
-
-        Args:
-            keep: bool b, False replaces the code by the null code; ``None`` keeps all.
         """
         code = F.pad(code, (0, 1), value=1.0)
         if keep is not None:
             code = code * keep[:, None, None].to(code.dtype)
         return self.code_in(code).float()
 
-    def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
-        """x_t: b × c × h × w, code: embedded, b × m × width, at_t: from ``modulate`` -> float32 velocity like x_t."""
+    def forward(self, x_t: Tensor, code: Tensor, t: Tensor, end: Tensor | None = None) -> Tensor:
+        """Return the velocity, float32 b × c × h × w.
+
+        Args:
+            x_t: b × c × h × w.
+            code: from ``embed_code``, b × m × width.
+            t: timesteps in [0, 1], b, or 1 if the batch shares one.
+            end: ends of the steps, like t, for a decoder of mean velocities; ``None`` asks for the velocity at t.
+        """
+        time = self.time_out(F.silu(self.time_in(timestep_embedding(t))))
+        if self.config.mean_velocity:
+            span = torch.zeros_like(t) if end is None else t - end
+            time = time + self.span_out(F.silu(self.span_in(timestep_embedding(span))))
+        time = F.silu(time)
         h, w = x_t.shape[-2:]
         table = rotary_table(self.config, self.width // self.heads, h, w, x_t.device)
         image = self.picture_in(patchify(x_t, self.config.patch_size)).float()
-        for block, modulations in zip(self.blocks, at_t.blocks, strict=True):
-            code, image = block(code, image, table, modulations)
+        for block in self.blocks:
+            code, image = block(code, image, table, time)
         # The authors' checkpoints were trained with a second norm after the modulation.
-        image = modulated_norm(modulated_norm(image, at_t.out))
+        modulation = Modulation(*self.out_modulation(time).float()[:, None].chunk(2, dim=-1))
+        image = modulated_norm(modulated_norm(image, modulation))
         out = unpatchify(self.picture_out(image), self.config.patch_size, h).float()
-        return velocity_from(out, x_t, at_t.t, self.config.prediction)
+        return velocity_from(out, x_t, t, self.config.prediction)
 
 
 def velocity_from(out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:

@@ -13,17 +13,16 @@ Notable:
 In annotations of shapes: b batch, r rows and c columns of the feature map, d channels.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowmo.config.sections import CELL, ModelConfig
 from flowmo.model.transformer import (
-    IDENTITY,
     TIMESTEP_SINUSOIDS,
-    Conditioning,
     Modulation,
-    Modulations,
     depth_to_space,
     gated_residual,
     modulated_norm,
@@ -75,17 +74,11 @@ class WindowedBlock(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, hidden)
-        self.gelu = nn.GELU(approximate="tanh")
         self.mlp_out = nn.Linear(hidden, width)
         self.position_bias = nn.Parameter(torch.zeros(heads, (2 * config.window - 1) ** 2))
         # One layer makes the modulations of all blocks (Chen et al. 2023); each block adds its own.
         gates = torch.tensor([0.0, 0.0, 1.0]).repeat(2)
         self.modulation = nn.Parameter(gates[:, None].repeat(1, width)) if modulated else None
-
-    def modulate(self, common: Tensor) -> Modulations:
-        """common: b × 6 × width."""
-        parts = [part[:, None, None] for part in (common + self.modulation).unbind(1)]  # b 1 1 width
-        return Modulation(*parts[:3]), Modulation(*parts[3:])
 
     def attention(self, x: Tensor, outside: Tensor) -> Tensor:
         """x: b × windows × cells × 3d; outside: windows × cells, True for padding."""
@@ -96,13 +89,17 @@ class WindowedBlock(nn.Module):
         attended = (logits + bias.to(q.dtype)).softmax(-1).to(v.dtype) @ v
         return attended.transpose(2, 3).flatten(3)
 
-    def forward(self, x: Tensor, modulations: Modulations = IDENTITY) -> Tensor:
-        """x: b × r × c × d, any number of rows and columns."""
-        attention, mlp = modulations
+    def forward(self, x: Tensor, common: Tensor | None = None) -> Tensor:
+        """x: b × r × c × d, any number of rows and columns; common: b × 6 × d, the common part of the modulations."""
+        attention = mlp = None
+        if self.modulation is not None:
+            parts = [part[:, None, None] for part in (common + self.modulation).unbind(1)]  # b 1 1 d
+            attention, mlp = Modulation(*parts[:3]), Modulation(*parts[3:])
         windows, outside = self.partition(self.qkv(modulated_norm(x, attention)))
         attended = self.merge(self.attention(windows, outside), *x.shape[1:3])
         x = gated_residual(x, self.proj(attended), attention)
-        return gated_residual(x, self.mlp_out(self.gelu(self.mlp_in(modulated_norm(x, mlp)))), mlp)
+        hidden = F.gelu(self.mlp_in(modulated_norm(x, mlp)), approximate="tanh")
+        return gated_residual(x, self.mlp_out(hidden), mlp)
 
     def window_counts(self, rows: int, columns: int) -> tuple[int, int]:
         """Windows along each axis. In this form ``torch.export`` can follow the sizes of padded maps."""
@@ -127,6 +124,12 @@ class WindowedBlock(nn.Module):
         return x[:, self.offset : self.offset + rows, self.offset : self.offset + columns]
 
 
+def chain(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
 class WindowedEncoder(nn.Module):
     """Equation 1: images b × c × h × w of whole cells to one code token per cell, b × (h/16 · w/16) × channels."""
 
@@ -147,15 +150,9 @@ class WindowedEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         n = self.config.conv_depth
         x = self.picture_in(space_to_depth(images.permute(0, 2, 3, 1), 4))
-        for block in self.blocks[:n]:
-            x = block(x)
-        x = self.down8(space_to_depth(x, 2))
-        for block in self.blocks[n : 2 * n]:
-            x = block(x)
-        x = self.down16(space_to_depth(x, 2))
-        for block in self.blocks[2 * n :]:
-            x = block(x)
-        return self.code_out(modulated_norm(x)).flatten(1, 2)
+        x = self.down8(space_to_depth(chain(self.blocks[:n], x), 2))
+        x = self.down16(space_to_depth(chain(self.blocks[n : 2 * n], x), 2))
+        return self.code_out(modulated_norm(chain(self.blocks[2 * n :], x))).flatten(1, 2)
 
 
 class WindowedDecoder(nn.Module):
@@ -183,13 +180,6 @@ class WindowedDecoder(nn.Module):
         self.blocks = nn.ModuleList([*attention, *convolutions])
         self.picture_out = Convolution(w // 4, config.channels * 4**2)
 
-    def modulate(self, t: Tensor, end: Tensor | None = None) -> Conditioning:
-        """Compute all modulations for timesteps t (b in [0, 1]); ``end`` is unused."""
-        embedded = F.silu(self.time_out(F.silu(self.time_in(timestep_embedding(t)))))
-        common = self.modulation(embedded).float().unflatten(-1, (8, -1))
-        blocks = tuple(block.modulate(common[:, :6]) for block in self.blocks[: self.config.dec_depth])
-        return Conditioning(t, blocks, Modulation(*(part[:, None, None] for part in common[:, 6:].unbind(1))))
-
     def embed_code(self, code: Tensor, keep: Tensor | None = None) -> Tensor:
         """b × m × channels -> b × m × width. A channel that is exactly 0 was not sent; a mask tells the decoder so."""
         code = F.pad(torch.cat((code, (code != 0).to(code.dtype)), dim=-1), (0, 1), value=1.0)
@@ -197,19 +187,20 @@ class WindowedDecoder(nn.Module):
             code = code * keep[:, None, None].to(code.dtype)
         return self.code_in(code)
 
-    def forward(self, x_t: Tensor, code: Tensor, at_t: Conditioning) -> Tensor:
-        """x_t: b × c × h × w, code: embedded, b × m × width, at_t: from ``modulate`` -> float32 velocity like x_t."""
+    def forward(self, x_t: Tensor, code: Tensor, t: Tensor, end: Tensor | None = None) -> Tensor:
+        """Arguments and result as in ``Decoder.forward``; ``end`` is unused."""
+        time = F.silu(self.time_out(F.silu(self.time_in(timestep_embedding(t)))))
+        common = self.modulation(time).float().unflatten(-1, (8, -1))
         depth, n = self.config.dec_depth, self.config.conv_depth
         patches = space_to_depth(x_t.permute(0, 2, 3, 1), 4)
         rows, columns = x_t.shape[-2] // CELL, x_t.shape[-1] // CELL
         x = code.unflatten(1, (rows, columns)) + self.picture_in16(space_to_depth(patches, 4))
-        for block, modulations in zip(self.blocks[:depth], at_t.blocks, strict=True):
-            x = block(x, modulations)
-        x = depth_to_space(self.up8(modulated_norm(x, at_t.out)), 2) + self.picture_in8(space_to_depth(patches, 2))
-        for block in self.blocks[depth : depth + n]:
-            x = block(x)
+        for block in self.blocks[:depth]:
+            x = block(x, common[:, :6])
+        modulation = Modulation(*(part[:, None, None] for part in common[:, 6:].unbind(1)))
+        x = depth_to_space(self.up8(modulated_norm(x, modulation)), 2) + self.picture_in8(space_to_depth(patches, 2))
+        x = chain(self.blocks[depth : depth + n], x)
         x = depth_to_space(self.up4(modulated_norm(x)), 2) + self.picture_in4(patches)
-        for block in self.blocks[depth + n :]:
-            x = block(x)
+        x = chain(self.blocks[depth + n :], x)
         out = depth_to_space(self.picture_out(modulated_norm(x)), 4).permute(0, 3, 1, 2).float()
-        return velocity_from(out, x_t, at_t.t, self.config.prediction)
+        return velocity_from(out, x_t, t, self.config.prediction)

@@ -78,8 +78,7 @@ def prepare(module: nn.Module, world: World, trainer: TrainerConfig) -> nn.Modul
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(world.device.type, (world.size,))
         for block in blocks:
-            for part in (*getattr(block, "modulation_layers", ()), block):
-                fully_shard(part, mesh=mesh)
+            fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
     return module
 

@@ -65,9 +65,9 @@ class DecoderGraph(nn.Module):
             sub_token = self.quantizer.sub_token_of(torch.arange(code.shape[-1]))
             code = code * (ids >= 0)[..., sub_token].to(code.dtype)
         if self.mean_velocity:
-            return self.decoder(images, self.decoder.embed_code(code), self.decoder.modulate(t, condition))
+            return self.decoder(images, self.decoder.embed_code(code), t, condition)
         keep = condition.expand(images.shape[0])
-        return self.decoder(images, self.decoder.embed_code(code, keep), self.decoder.modulate(t))
+        return self.decoder(images, self.decoder.embed_code(code, keep), t)
 
 
 @dataclass(frozen=True)
