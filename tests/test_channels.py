@@ -437,7 +437,7 @@ def test_whole_images_and_their_files(native, tmp_path):
         tok.decode_image(codes, steps=1)
     with pytest.raises(flowmo.ImageError, match="image: has 3 channels, but the model takes 4"):
         tok.encode_image(image[:3])
-    with pytest.raises(TypeError, match=r"PIL image or a tensor c × h × w, not a tensor of shape \(1, 4, 50, 90\)"):
+    with pytest.raises(TypeError, match=r"PIL image or one tensor c × h × w, not a Tensor"):
         tok.encode_image(image[None])
 
 

@@ -187,7 +187,7 @@ def test_codes_are_values(tiny, images):
     assert repr(codes) == "Codes(5 images of 32 × 32 pixels, 6 tokens × 2 ids below 16 each, cpu)"
     whole = tiny.encode_image(flowmo.images.to_pil(torch.zeros(3, 40, 50)))
     assert repr(whole).startswith("Codes(1 image of 40 × 50 pixels in 4 tiles, 6 tokens")
-    with pytest.raises(ValueError, match="tiles of one image"):
+    with pytest.raises(ValueError, match="not tiles of an image"):
         Codes.cat([whole, whole])
     with pytest.raises(ValueError, match="one size"):
         Codes.cat([codes, tiny.encode(images[:, :, :16])])
@@ -244,9 +244,9 @@ def test_sequences_for_language_models(tiny, native, images):
     for wrong, message in ((flat[0], "shape"), (flat[:, :-1], "shape"), (flat + 16, "run from")):
         with pytest.raises(ValueError, match=message):
             tiny.from_sequence(wrong)
-    for wrong in (flat.float(), flat.tolist()):
-        with pytest.raises(TypeError, match="integer"):
-            tiny.from_sequence(wrong)
+    with pytest.raises(TypeError, match="integer"):
+        tiny.from_sequence(flat.float())
+    assert tiny.from_sequence(flat.tolist()) == codes
     small = (flat + 200).to(torch.uint8)
     assert tiny.from_sequence(small, offset=200) == codes, "a small type does not wrap around"
     with pytest.raises(ValueError, match=r"shape \(5, 0\)"):
@@ -275,10 +275,9 @@ def test_rows_and_joins_of_codes(tiny, images):
     codes = tiny.encode(images)
     for row in (2, np.int64(2), torch.tensor(2)):
         assert codes[row] == codes[[2]]
-    with pytest.raises(TypeError, match="by image"):
-        codes[:, :3]
-    with pytest.raises(TypeError, match="integer"):
-        codes[1.5]
+    for wrong in ((slice(None), 3), 1.5):
+        with pytest.raises(TypeError, match="integer"):
+            codes[wrong]
     assert Codes.cat(iter(codes)) == codes
     with pytest.raises(ValueError, match="one size"):
         Codes.cat([codes, codes.coarser(1)])
@@ -305,9 +304,9 @@ def test_seeds_of_every_kind_and_codes_that_decode_refuses(tiny, native, images)
     for tokenizer in (tiny, native):
         with pytest.raises(TypeError, match="Use decode for ids"):
             tokenizer.decode_image(codes.ids)
-    with pytest.raises(ValueError, match=r"2 codes for one image; decode takes batches\."):
+    with pytest.raises(ValueError, match=r"2 codes for one image, which has 1; decode takes batches\."):
         tiny.decode_image(codes)
-    with pytest.raises(ValueError, match=r"33×48 pixels do not divide into patches of 8×8\. Use 32×48\."):
+    with pytest.raises(ValueError, match=r"33×48 pixels do not divide into patches of 8×8\."):
         tiny.decode(codes.ids, size=(33, 48))
-    with pytest.raises(ValueError, match=r"Use 32×32, or encode_image, which takes any size\."):
+    with pytest.raises(ValueError, match=r"encode_image takes any size\."):
         tiny.encode(images[:, :, :31])

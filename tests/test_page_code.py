@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowmo.codec.file import Codec, CodecError
-from flowmo.model import halo, sampler
+from flowmo.model import sampler, tiling
 from flowmo.model.tiling import Tiling
 from flowmo.tokenizer import Codes
 from flowmo.web.export import PAGE, describe
@@ -82,14 +82,14 @@ def test_parts_are_those_of_tiles_and_blocks(run):
         corners = [(part["down"]["start"], part["across"]["start"]) for part in found["result"]]
         assert corners == Tiling(height, width, 32).corners
     found = run([["parts", native, 16 * 97 - 3, 16 * 48]])[0]["result"]
-    expected = [(down, across) for down in halo.extents(97) for across in halo.extents(48)]
+    expected = [(down, across) for down in tiling.extents(97) for across in tiling.extents(48)]
     for part, spans in zip(found, expected, strict=True):
         for axis, span, cells in zip(("down", "across"), spans, (97, 48), strict=True):
             ours = part[axis]
             assert (ours["start"], ours["stop"]) == (16 * span.start, 16 * span.stop)
             assert (ours["first"], ours["last"]) == (span.first, span.last)
             assert torch.allclose(
-                torch.tensor(ours["weight"], dtype=torch.float32), halo.ramp(span, cells, 16), atol=1e-6
+                torch.tensor(ours["weight"], dtype=torch.float32), tiling.ramp(span, cells, 16), atol=1e-6
             )
 
 

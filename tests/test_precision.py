@@ -12,8 +12,8 @@ from conftest import run_command
 from flowmo import load, precision
 from flowmo.cli import build_parser
 from flowmo.cli.options import choose_device
+from flowmo.errors import FlowMoError
 from flowmo.evaluate import speed
-from flowmo.model.inference import CompilerError
 from flowmo.train.task import in_bfloat16
 
 
@@ -78,7 +78,7 @@ def test_tf32_lasts_as_long_as_the_call(monkeypatch):
 
 def test_compiling_needs_a_compiler(tiny, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(CompilerError, match=r"takes a C\+\+ compiler"):
+    with pytest.raises(FlowMoError, match=r"takes a C\+\+ compiler"):
         tiny.compile()
 
 

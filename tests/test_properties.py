@@ -13,8 +13,7 @@ from flowmo.data import evenly_spread
 from flowmo.data.bits import pack_ids, packed_size, unpack_ids
 from flowmo.data.loader import ResumableSampler
 from flowmo.data.sources.base import class_labels
-from flowmo.model.halo import extents, ramp
-from flowmo.model.tiling import Tiling
+from flowmo.model.tiling import Tiling, extents, ramp
 
 settings.register_profile("flowmo", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("flowmo")

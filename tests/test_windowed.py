@@ -15,7 +15,7 @@ from flowmo import Config, ConfigError, FlowMo, load, save
 from flowmo.config import ModelConfig
 from flowmo.losses.noise import Chain, TrainingNoise
 from flowmo.losses.stages import one_step, posttrain_loss, pretrain_loss, sample_chain
-from flowmo.model import halo
+from flowmo.model import tiling
 from flowmo.model.transformer import depth_to_space, space_to_depth
 from flowmo.model.windowed import Convolution, WindowedBlock
 from flowmo.tokenizer import Codes
@@ -208,13 +208,13 @@ def test_kept_prefixes_are_uniform_and_of_their_own_stream(config):
 
 def test_blocks_cover_every_cell_once_and_blend_to_one():
     for cells in (1, 47, 48, 49, 64, 95, 130):
-        kept = [cell for span in halo.extents(cells) for cell in range(span.first, span.last)]
+        kept = [cell for span in tiling.extents(cells) for cell in range(span.first, span.last)]
         assert kept == list(range(cells))
-        assert all(span.stop - span.start <= halo.LARGEST for span in halo.extents(cells))
-        assert all(span.start % 8 == 0 for span in halo.extents(cells))  # windows of whole blocks are the image's
+        assert all(span.stop - span.start <= tiling.LARGEST for span in tiling.extents(cells))
+        assert all(span.start % 8 == 0 for span in tiling.extents(cells))  # windows of whole blocks are the image's
         weight = torch.zeros(cells * 16)
-        for span in halo.extents(cells):
-            weight[span.start * 16 : span.stop * 16] += halo.ramp(span, cells, 16)
+        for span in tiling.extents(cells):
+            weight[span.start * 16 : span.stop * 16] += tiling.ramp(span, cells, 16)
         assert weight.min() > 0.49
         torch.testing.assert_close(weight, torch.ones_like(weight))
 
@@ -226,7 +226,7 @@ def test_blocks_compute_the_whole_image(tokenizer, monkeypatch):
     ).resize((110 * 16, 32), Image.Resampling.BICUBIC)
     in_blocks = tokenizer.encode_image(image)
     drawn = tokenizer.decode_image(in_blocks)
-    monkeypatch.setattr(halo, "LARGEST", 1000)
+    monkeypatch.setattr(tiling, "LARGEST", 1000)
     whole = tokenizer.encode_image(image)
     assert (in_blocks.ids != whole.ids).float().mean() < 1e-3  # a level at a rounding's edge
     expected = tokenizer.decode_image(in_blocks)

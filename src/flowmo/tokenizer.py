@@ -1,8 +1,7 @@
 """``FlowMo``: images to ``Codes`` and back. What users import.
 
-Notable: inference runs the networks on batches of one fixed size, ``chunk_size`` (1 on a CPU, 16 elsewhere; the last
-batch is padded). The rounding of a matrix product depends on its shape, and flips the bit of a channel close to zero.
-With one shape for every call, an image has the same ids and the same sample alone and in any batch.
+Notable: inference runs the networks on batches of one fixed size, ``chunk_size``, because the rounding of a matrix
+product depends on its shape. So an image has the same ids and the same sample alone and in any batch.
 """
 
 from __future__ import annotations
@@ -10,29 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from flowmo.checkpoint import files, hub
-from flowmo.config import Config, SamplingConfig
+from flowmo.config import Config
 from flowmo.images import resize_and_crop, to_tensor
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import Distance, Loss, pretrain_loss
-from flowmo.model import halo, sampler
+from flowmo.model import sampler
 from flowmo.model.autoencoder import Autoencoder
 from flowmo.model.codes import Codes
-from flowmo.model.tiling import Tiling
+from flowmo.model.tiling import Progress, Tiling, decode_blocks, encode_blocks
 from flowmo.precision import computing
-
-Progress = Callable[[int, int], None]
 
 
 def identity_of(metadata: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
@@ -77,8 +75,7 @@ class FlowMo(Autoencoder):
     def push_to_hub(self, name: str, private: bool = False) -> str:
         """Upload to the Hugging Face Hub as ``owner/name``. Returns the address. ``flowmo push`` adds a context model.
 
-        Raises:
-            CheckpointError: the Hub refuses, or huggingface_hub is not installed.
+        Raises ``CheckpointError`` if the Hub refuses, or huggingface_hub is not installed.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, name)
@@ -118,12 +115,9 @@ class FlowMo(Autoencoder):
         ``tok.quantizer.learn(step)`` after each step.
 
         Args:
-            images: as in ``encode``.
+            images: as in ``encode``, which raises the same errors.
             perceptual: distance of two batches, such as ``flowmo.losses.perceptual.LPIPS("vgg")``; ``None`` omits it.
             seed: of timesteps and noise; ``None`` draws one from PyTorch's global generator.
-
-        Raises:
-            TypeError, ValueError: as in ``encode``.
         """
         self.check_images(images)
         images = images.to(self.device, torch.float32)
@@ -142,7 +136,7 @@ class FlowMo(Autoencoder):
         """Restore codes from the flat ids of ``Codes.to_sequence``. Tiles of a larger image become images of their own.
 
         Args:
-            sequence: int64 b × (tokens · sub-tokens).
+            sequence: whole numbers b × (tokens · sub-tokens).
             size: height and width of the images, any for a tokenizer of native size; by default the trained size.
             offset, distinct: as given to ``to_sequence``.
 
@@ -153,14 +147,11 @@ class FlowMo(Autoencoder):
         height, width = self.padded_size(*image_size) if self.native_size else image_size
         self.check_size(height, width)
         tokens = self.tokens(height, width)
-        if not isinstance(sequence, Tensor):
-            raise TypeError(f"sequence must be an integer tensor, not a {type(sequence).__name__}.")
+        sequence = torch.as_tensor(sequence)
         if sequence.ndim != 2 or sequence.shape[1] % tokens or not sequence.shape[1]:
             raise ValueError(f"sequence has shape {tuple(sequence.shape)}; give (batch, {tokens} tokens · sub-tokens).")
-        first = torch.tensor([offset], device=sequence.device)  # int64: uint8 would wrap around
-        ids = sequence.unflatten(1, (tokens, -1)) - first
-        if distinct:
-            ids = ids - torch.arange(ids.shape[2], device=ids.device) * (self.vocab_size or 0)
+        ids, step = sequence.unflatten(1, (tokens, -1)), (self.vocab_size or 0) if distinct else 0
+        ids = ids - (offset + step * torch.arange(ids.shape[2], device=ids.device))  # int64, where uint8 would wrap
         return Codes(self.check_ids(ids, tokens), (height, width), self.vocab_size, image_size=image_size)
 
     # Batches of images
@@ -180,7 +171,7 @@ class FlowMo(Autoencoder):
                 length was trained at one size, ``config.data.image_size``; ``encode_image`` brings any image to it.
             bits_per_pixel: upper bound of the rate, for a tokenizer of variable rate; ``None`` is the full rate.
             differentiable: also return ``Codes.code``, with the straight-through gradient to encoder and images.
-            progress: callback with (images done, images in total); for one image of native size, with rows of cells.
+            progress: callback with (images done, images in total); for one image of native size, with rows of blocks.
 
         Raises:
             TypeError: not a floating-point tensor.
@@ -189,32 +180,24 @@ class FlowMo(Autoencoder):
         self.check_images(images)
         count, size = len(images), (images.shape[-2], images.shape[-1])
         kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, *size)
-        parts: list[tuple[Tensor, Tensor]] = []
+        by_image, by_block = (None, progress) if count == 1 else (progress, None)
+        parts: list[Any] = []
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            for rows in self.chunks(count):
+            for rows in self.chunks(count, by_image):
                 chunk = images[rows].to(self.device, torch.float32)
-                parts.append(self._encode(chunk, differentiable, progress if count == 1 else None))
-                if progress and count > 1:
-                    progress(rows[-1] + 1, count)
-            code = torch.cat([part[0] for part in parts])[:count]
+                with computing(self.precision, self.device):
+                    if self.native_size:
+                        encoded = encode_blocks(self.encoder, chunk, self.config.model.patch_size, by_block)
+                    else:
+                        encoded = self.encoder(chunk).float()
+                parts.append(self.quantizer.quantize(encoded))
+            code = torch.cat([code for code, _ in parts])[:count]
             if kept is not None:
                 code = self.quantizer.keep_prefix(code, kept)
         if self.vocab_size is None:
             return Codes(None, size, code=code)
-        ids = torch.cat([part[1] for part in parts])[:count, :, :kept]
+        ids = torch.cat([ids for _, ids in parts])[:count, :, :kept]
         return Codes(ids, size, self.vocab_size, code=code if differentiable else None)
-
-    def _encode(self, chunk: Tensor, differentiable: bool, progress: Progress | None) -> tuple[Tensor, Tensor]:
-        """Code and ids of a chunk; the code alone of a continuous bottleneck."""
-        with computing(self.precision, self.device):
-            if self.native_size:
-                encoded = halo.encode(self.encoder, chunk, self.config.model.patch_size, progress)
-            else:
-                encoded = self.encoder(chunk).float()
-        if not differentiable or self.vocab_size is None:
-            return self.quantizer.quantize(encoded)
-        quantized = self.quantizer(encoded)  # straight-through
-        return quantized.code, quantized.ids
 
     def decode(
         self,
@@ -254,74 +237,62 @@ class FlowMo(Autoencoder):
             NotFiniteError: guidance or weights so extreme that a sample is not finite.
         """
         code, height, width = self._code_and_size(codes, size)
-        # An array or tensor is not a Sequence. Without dimensions it is one seed.
-        several = isinstance(seed, Sequence) or getattr(seed, "ndim", False)
-        seeds: list[Any] = list(cast(Sequence[int], seed)) if several else [seed] * len(code)
+        seeds: Any = seed if np.ndim(seed) else [seed] * len(code)
         if len(seeds) != len(code):
             raise ValueError(f"{len(seeds)} seeds for {len(code)} images; give one, or one per image.")
         noise = sampler.seeded_noise(seeds, height, width, noise_scale, self.config.model.channels)
-        return self.sample(noise, code, self.sampling(steps, guidance, rho, solver), progress, differentiable)
-
-    def sampling(
-        self,
-        steps: int | None = None,
-        guidance: float | None = None,
-        rho: float | None = None,
-        solver: str | None = None,
-    ) -> SamplingConfig:
-        """The model's own sampling settings, except for those that are given. Raises ``ConfigError``."""
-        given = {"sample_steps": steps, "guidance": guidance, "rho": rho, "solver": solver}
-        changed = {f"eval.sampling.{name}": value for name, value in given.items() if value is not None}
-        return self.config.updated(changed).eval.sampling
+        settings = {"sample_steps": steps, "guidance": guidance, "rho": rho, "solver": solver}
+        return self.sample(noise, code, progress, differentiable, **settings)
 
     def sample(
         self,
         noise: Tensor,
         code: Tensor,
-        sampling: SamplingConfig | None = None,
         progress: Progress | None = None,
         differentiable: bool = False,
+        **settings: Any,
     ) -> Tensor:
-        """Solve the flow from noise b × c × h × w at t = 1, given quantized code b × tokens × channels."""
-        s = sampling or self.config.eval.sampling
+        """Solve the flow from noise b × c × h × w at t = 1, given quantized code b × tokens × channels.
+
+        ``settings`` replace those of ``eval.sampling``, unless they are ``None``.
+        """
+        changed = {f"eval.sampling.{name}": value for name, value in settings.items() if value is not None}
+        s = self.config.updated(changed).eval.sampling
         times = sampler.shifted_times(s.sample_steps, s.rho)
-        out: list[Tensor] = []
+        out = [noise[:0].to(self.device)]
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            for rows in self.chunks(len(noise)):
+            for rows in self.chunks(len(noise), progress):
                 z, c = noise[rows].to(self.device), code[rows]
                 with computing(self.precision, self.device):
                     if self.config.model.mean_velocity:
                         x = sampler.follow_mean_velocity(self.decoder, c, z, times)
                     else:
-                        guidance = s.guidance, s.guidance_low, s.guidance_high
-                        velocity = sampler.guided_velocity(self.decoder, c, *guidance)
+                        velocity = sampler.guided_velocity(self.decoder, c, s.guidance, s.guidance_low, s.guidance_high)
                         x = sampler.SOLVERS[s.solver](velocity, z, times)
                 out.append(x.float().clamp(-1, 1))
-                if progress:
-                    progress(rows[-1] + 1, len(noise))
-        if not out:
-            return noise.to(self.device)
         images = torch.cat(out)[: len(noise)]
         if not torch.isfinite(images).all():
-            advice = "The weights may be damaged." if s.guidance == 1 else "A guidance nearer to 1 may help."
-            raise sampler.NotFiniteError(f"The sample is not finite with guidance {s.guidance:g}. {advice}")
+            raise sampler.NotFiniteError(
+                f"The sample is not finite with guidance {s.guidance:g}. Take a guidance nearer to 1. If it is 1, the "
+                "weights may be damaged."
+            )
         return images
 
     def _code_and_size(self, codes: Codes | Tensor, size: tuple[int, int] | None) -> tuple[Tensor, int, int]:
         """The decoder's code, and the size of the images to make."""
         if not isinstance(codes, Codes):
-            codes = Codes(codes, size or (self.config.data.image_size,) * 2, self.quantizer.id_count)
+            codes = Codes(codes, size or (self.config.data.image_size,) * 2)
         height, width = size or codes.size
         self.check_size(height, width)
-        if codes.code is not None:
-            expected = (self.tokens(height, width), self.quantizer.channels)
-            if codes.code.shape[1:] != expected or codes.id_count != self.vocab_size:
-                raise ValueError(
-                    f"The code has shape {tuple(codes.code.shape)}; this tokenizer needs (batch, {expected[0]}, "
-                    f"{expected[1]}), from an encoder of its own."
-                )
-            return codes.code.to(self.device, torch.float32), height, width
-        return self.embed(self.check_ids(codes.ids, self.tokens(height, width))), height, width
+        tokens = self.tokens(height, width)
+        if codes.code is None:
+            return self.embed(self.check_ids(codes.ids, tokens)), height, width
+        shape, needed = tuple(codes.code.shape[1:]), (tokens, self.quantizer.channels)
+        if shape != needed or codes.id_count != self.vocab_size:
+            raise ValueError(
+                f"The code is of shape {shape}; this tokenizer needs {needed}, from an encoder of its own."
+            )
+        return codes.code.to(self.device, torch.float32), height, width
 
     # Single images of any size
 
@@ -349,15 +320,11 @@ class FlowMo(Autoencoder):
                 or a rate that the tokenizer does not have.
         """
         if not isinstance(image, Image.Image) and not (isinstance(image, Tensor) and image.ndim == 3):
-            kind = f"tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise TypeError(f"encode_image takes a PIL image or a tensor c × h × w, not a {kind}.")
+            raise TypeError(f"encode_image takes a PIL image or one tensor c × h × w, not a {type(image).__name__}.")
         if fit not in ("whole", "tile", "crop"):
             raise ValueError(f"Unknown fit {fit!r}. Use 'whole' or 'crop'.")
-        side = self.config.data.image_size
-        image = self.pixels.prepare(image)
-        if fit == "crop":
-            image = resize_and_crop(image, side)
-        pixels = to_tensor(image)
+        side, image = self.config.data.image_size, self.pixels.prepare(image)
+        pixels = to_tensor(resize_and_crop(image, side) if fit == "crop" else image)
         height, width = pixels.shape[1:]
         if not self.native_size:
             tiling = Tiling(height, width, side)
@@ -383,37 +350,29 @@ class FlowMo(Autoencoder):
         steps: int | None = None,
         seed: int = 0,
         *,
-        guidance: float | None = None,
-        rho: float | None = None,
-        solver: str | None = None,
         noise_scale: float = 1.0,
         progress: Progress | None = None,
+        **settings: Any,
     ) -> Tensor:
         """Decode the codes of ``encode_image`` to one image, float32 c × h × w; arguments as in ``decode``.
 
         All tiles, or blocks of a large image, are cut from one canvas of noise, so that they agree where they overlap.
         """
         if not isinstance(codes, Codes):
-            raise TypeError(
-                f"A single image is decoded from Codes, not from a {type(codes).__name__}. Use decode for ids."
-            )
-        sampling = self.sampling(steps, guidance, rho, solver)
+            raise TypeError(f"One image is decoded from Codes, not from a {type(codes).__name__}. Use decode for ids.")
         code, height, width = self._code_and_size(codes, None)
-        scale_and_channels = noise_scale, self.config.model.channels
-        if self.native_size:
-            if len(code) != 1:
-                raise ValueError(f"{len(code)} codes for one image; decode takes batches.")
-            noise = sampler.seeded_noise([seed], height, width, *scale_and_channels)
-            cell = self.config.model.patch_size
-            image = halo.decode(lambda z, c: self.sample(z, c, sampling).cpu(), noise, code, cell, progress)
-            true_height, true_width = codes.output_size
-            return image[:, :true_height, :true_width]
-        tiling = codes.tiling or Tiling(*codes.size, self.config.data.image_size)
-        if len(code) != tiling.count:
-            tiles = f"an image of {tiling.count} tiles" if codes.tiling else "one image; decode takes batches"
-            raise ValueError(f"{len(code)} codes for {tiles}.")
-        noise = tiling.crop(sampler.seeded_noise([seed], *tiling.canvas, *scale_and_channels)[0])
-        return tiling.merge(self.sample(noise, code, sampling, progress))
+        tiling = codes.tiling or Tiling(height, width, self.config.data.image_size)
+        tiles, canvas = (1, (height, width)) if self.native_size else (tiling.count, tiling.canvas)
+        if len(code) != tiles:
+            raise ValueError(f"{len(code)} codes for one image, which has {tiles}; decode takes batches.")
+        noise = sampler.seeded_noise([seed], *canvas, noise_scale, self.config.model.channels)
+        settings = {"sample_steps": steps, **settings}
+        if not self.native_size:
+            return tiling.merge(self.sample(tiling.crop(noise[0]), code, progress, **settings))
+        cell = self.config.model.patch_size
+        image = decode_blocks(lambda z, c: self.sample(z, c, **settings).cpu(), noise, code, cell, progress)
+        height, width = codes.output_size
+        return image[:, :height, :width]
 
 
 def load(source: str | Path, *overrides: str, device: str | torch.device = "cpu", ema: bool = True) -> FlowMo:
@@ -441,8 +400,7 @@ def load(source: str | Path, *overrides: str, device: str | torch.device = "cpu"
 def build(config: Config, state: Mapping[str, Tensor], name: str | Path = "checkpoint") -> FlowMo:
     """Build a tokenizer from settings and weights, in float32 and evaluation mode.
 
-    Raises:
-        CheckpointError: names or shapes of ``state`` do not fit ``config``.
+    Raises ``CheckpointError`` if names or shapes of ``state`` do not fit ``config``. ``name`` is for its message.
     """
     return files.instantiate(lambda: FlowMo(config), config.model.dec_depth + config.model.enc_depth, state, name)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowmo.checkpoint import CheckpointError, files
 from flowmo.checkpoint.run_folder import is_sharded
@@ -41,11 +41,6 @@ class Generator(InferenceModel):
         self.config, self.vocabulary = config, vocabulary
         self.null_class = len(vocabulary.classes)
         self.network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, self.null_class)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The networks made of blocks, by name."""
-        return {"network": self.network}
 
     def identity(self) -> str:
         """16 hex digits that identify the weights, the architecture and the tokenizer."""

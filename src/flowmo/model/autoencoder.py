@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowmo.config import Config
 from flowmo.errors import FlowMoError
@@ -31,10 +31,6 @@ class Autoencoder(InferenceModel):
         encoder, decoder = (WindowedEncoder, WindowedDecoder) if self.native_size else (Encoder, Decoder)
         self.encoder = encoder(model, self.quantizer.encoder_channels)
         self.decoder = decoder(model, model.context_dim)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        return {"encoder": self.encoder, "decoder": self.decoder}
 
     @property
     def code_length(self) -> int:
@@ -75,8 +71,8 @@ class Autoencoder(InferenceModel):
         id_count, sub_tokens = self.quantizer.id_count, self.quantizer.sub_tokens
         if id_count is None or sub_tokens is None:
             return ()
-        full = self.tokens(height, width) * sub_tokens * (id_count - 1).bit_length() / (height * width)
-        return tuple(full * k / sub_tokens for k in range(1, sub_tokens + 1)) if self.variable_rate else (full,)
+        bits, fewest = self.tokens(height, width) * (id_count - 1).bit_length(), 1 if self.variable_rate else sub_tokens
+        return tuple(bits * count / (height * width) for count in range(fewest, sub_tokens + 1))
 
     def sub_tokens_at(self, bits_per_pixel: float, height: int, width: int) -> int:
         """The most sub-tokens per token within ``bits_per_pixel`` for an image of this true size.
@@ -113,11 +109,10 @@ class Autoencoder(InferenceModel):
         if sub_tokens is None or id_count is None:
             raise TypeError("This tokenizer is continuous and has no ids. Decode the Codes that encode returned.")
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            kind = f"{ids.dtype} tensor" if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"ids must be an integer tensor, not a {kind}.")
+            raise TypeError(f"ids must be an integer tensor, not {getattr(ids, 'dtype', type(ids).__name__)}.")
         allowed = range(1 if self.variable_rate else sub_tokens, sub_tokens + 1)
         if ids.ndim != 3 or (tokens is not None and ids.shape[1] != tokens) or ids.shape[2] not in allowed:
-            needed = f"{'tokens' if tokens is None else tokens}, {'1 to ' * self.variable_rate}{sub_tokens}"
+            needed = f"{tokens or 'tokens'}, {'1 to ' * self.variable_rate}{sub_tokens}"
             raise ValueError(f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {needed}).")
         if ids.numel() and (ids.min() < 0 or ids.max() >= id_count):
             raise ValueError(f"ids run from {ids.min()} to {ids.max()}; this tokenizer's run from 0 to {id_count - 1}.")
@@ -126,27 +121,23 @@ class Autoencoder(InferenceModel):
     def check_images(self, images: Tensor) -> None:
         """Raise ``TypeError`` or ``ValueError`` unless images are float b × c × h × w in [−1, 1], of whole patches."""
         if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = f"{images.dtype} tensor" if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(
-                f"images must be a floating-point tensor in [−1, 1], not a {kind}. For uint8: x / 127.5 − 1."
-            )
-        channels = self.config.model.channels
-        if images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}; give at least one as (batch, {channels}, height, width)."
-            )
-        self.check_size(images.shape[-2], images.shape[-1], ", or encode_image, which takes any size")
+            kind = getattr(images, "dtype", type(images).__name__)
+            raise TypeError(f"images must be a floating-point tensor in [−1, 1], not {kind}. For uint8: x / 127.5 − 1.")
+        shape, channels = tuple(images.shape), self.config.model.channels
+        if len(shape) != 4 or shape[1] != channels or shape[0] == 0:
+            raise ValueError(f"images have shape {shape}; give at least one as (batch, {channels}, height, width).")
+        self.check_size(shape[2], shape[3])
         low, high = images.aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise ValueError("images hold NaN or infinite values.")
         if low < -1 - RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
             raise ValueError(f"images run from {low:.4g} to {high:.4g}; scale them to [−1, 1].")
 
-    def check_size(self, height: int, width: int, advice: str = "") -> None:
+    def check_size(self, height: int, width: int) -> None:
         """Raise ``ValueError`` unless images of this size divide into patches."""
         patch = self.config.model.patch_size
         if min(height, width) < patch or height % patch or width % patch:
-            near = "×".join(str(max(round(side / patch), 1) * patch) for side in (height, width))
             raise ValueError(
-                f"Images of {height}×{width} pixels do not divide into patches of {patch}×{patch}. Use {near}{advice}."
+                f"Images of {height}×{width} pixels do not divide into patches of {patch}×{patch}. encode_image takes "
+                "any size."
             )

@@ -38,8 +38,6 @@ class Codes:
 
     def __getitem__(self, rows: slice | Tensor | list[int] | int) -> Codes:
         """Select rows as a batch of their own."""
-        if isinstance(rows, tuple):
-            raise TypeError("Codes are selected by image: one index, a slice, or a list or tensor of indices.")
         index = rows if isinstance(rows, slice | list) or getattr(rows, "ndim", False) else [operator.index(rows)]
         return replace(self._map(lambda x: x[index]), tiling=None)
 
@@ -51,22 +49,16 @@ class Codes:
         """True if ids, code and sizes are equal, wherever the tensors are."""
         if not isinstance(other, Codes):
             return NotImplemented
-        sizes, other_sizes = ((x.size, x.id_count, x.tiling, x.output_size) for x in (self, other))
         pairs = ((self.ids, other.ids), (self.code, other.code))
-        return sizes == other_sizes and all(
-            a is b if a is None or b is None else torch.equal(a.cpu(), b.cpu()) for a, b in pairs
+        return (self._kind, self.tiling) == (other._kind, other.tiling) and all(
+            torch.equal(a.cpu(), b.cpu()) for a, b in pairs if a is not None and b is not None
         )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         height, width = self.output_size
-        values, tiles = self._values, f" in {len(self)} tiles" if self.tiling else ""
-        count = 1 if self.tiling else len(self)
+        count, tiles = (1, f" in {len(self)} tiles") if self.tiling else (len(self), "")
         images = f"{count} image{'s' * (count != 1)} of {height} × {width} pixels{tiles}"
-        unit = (
-            "channels" if self.ids is None else "sub-tokens" if self.id_count is None else f"ids below {self.id_count}"
-        )
+        values, unit = self._values, "channels" if self.ids is None else f"ids below {self.id_count}"
         return f"Codes({images}, {values.shape[1]} tokens × {values.shape[2]} {unit} each, {values.device})"
 
     def to(self, device: str | torch.device) -> Codes:
@@ -79,20 +71,12 @@ class Codes:
 
     @classmethod
     def cat(cls, codes: Sequence[Codes]) -> Codes:
-        """Join batches of codes of images of one size.
-
-        Raises:
-            ValueError: nothing to join, tiles of a larger image, or codes of different kinds or sizes.
-        """
+        """Join batches of codes of images of one size. Raises ``ValueError`` for none, or for other sizes or kinds."""
         codes = list(codes)
-        kinds = {
-            (c.size, c.id_count, c.output_size, c.code is None, c.ids is None, c._values.shape[1:], c._values.device)
-            for c in codes
-        }
-        if len(kinds) != 1:
-            raise ValueError("Codes.cat joins one or more batches of one size and one kind of ids.")
-        if any(c.tiling for c in codes):
-            raise ValueError("These codes are the tiles of one image. Codes.cat joins images, not tiles.")
+        if len({c._kind for c in codes}) != 1 or any(c.tiling for c in codes):
+            raise ValueError(
+                "Codes.cat joins one or more batches of one size and one kind of ids, not tiles of an image."
+            )
         ids, code = (None if x[0] is None else torch.cat(x) for x in ([c.ids for c in codes], [c.code for c in codes]))
         return replace(codes[0], ids=ids, code=code)
 
@@ -120,6 +104,11 @@ class Codes:
         if values is None:
             raise TypeError("These codes have neither ids nor a continuous code.")
         return values
+
+    @property
+    def _kind(self) -> tuple:
+        """Equal for codes that can be one batch."""
+        return self.size, self.output_size, self.id_count, self._values.shape[1:], self.ids is None, self.code is None
 
     @property
     def bits(self) -> int:
@@ -152,10 +141,8 @@ class Codes:
             TypeError: a continuous code, or differentiable codes, whose gradient would be lost.
             ValueError: fewer than one, or more than there are.
         """
-        if self.ids is None:
-            raise TypeError("A continuous code has no sub-tokens.")
-        if self.code is not None:
-            raise TypeError("These codes are differentiable. Choose their rate in encode, with bits_per_pixel.")
+        if self.ids is None or self.code is not None:
+            raise TypeError("Continuous or differentiable codes keep all channels. Give encode bits_per_pixel instead.")
         if not 1 <= sub_tokens <= self.ids.shape[2]:
             raise ValueError(f"{sub_tokens} sub-tokens of {self.ids.shape[2]}; keep at least 1, at most all.")
         return replace(self, ids=self.ids[:, :, :sub_tokens])

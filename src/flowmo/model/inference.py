@@ -10,12 +10,9 @@ import torch
 from torch import nn
 
 from flowmo.errors import FlowMoError
+from flowmo.model.tiling import Progress
 from flowmo.model.transformer import rotary_table
 from flowmo.precision import resolve
-
-
-class CompilerError(FlowMoError, RuntimeError):
-    """A CPU's networks cannot be compiled without a C++ compiler."""
 
 
 class InferenceModel(nn.Module):
@@ -38,35 +35,29 @@ class InferenceModel(nn.Module):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The networks to compile, by name."""
-        raise NotImplementedError
+        """The networks made of blocks, by name."""
+        return {name: child for name, child in self.named_children() if hasattr(child, "blocks")}
 
-    def chunks(self, count: int) -> Iterator[list[int]]:
+    def chunks(self, count: int, progress: Progress | None = None) -> Iterator[list[int]]:
         """Split indices into batches of one size, which repeat the last index: rounding depends on the batch size."""
         size = self.chunk_size or self.default_chunk_sizes[self.device.type != "cpu"]
         for start in range(0, count, size):
             yield [min(i, count - 1) for i in range(start, start + size)]
+            if progress:
+                progress(min(start + size, count), count)
 
     def set_precision(self, precision: str) -> Self:
-        """Compute in ``float32`` or ``bfloat16``; ``auto`` chooses by the device. A few bits of ids may differ.
-
-        Raises:
-            ValueError: an unknown name.
-        """
+        """Compute in ``float32`` or ``bfloat16``; ``auto`` chooses by the device. A few bits of ids may differ."""
         self.products = resolve(precision, self.device)
         return self
 
     def compile(self, **options: Any) -> Self:
-        """``torch.compile`` the networks in place. Each of up to eight shapes is compiled on its first use.
+        """Compile the networks in place, with options of ``torch.compile``. Up to eight shapes compile on first use.
 
-        Args:
-            options: of ``torch.compile``.
-
-        Raises:
-            CompilerError: no C++ compiler is found, which CPUs need.
+        Raises ``FlowMoError`` if a CPU finds no C++ compiler.
         """
         if self.device.type == "cpu" and shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is None:
-            raise CompilerError("Compiling for a CPU takes a C++ compiler. Install g++, or name another in CXX.")
+            raise FlowMoError("Compiling for a CPU takes a C++ compiler. Install g++, or name another in CXX.")
         torch.compiler.assume_constant_result(rotary_table)
         for network in self.networks.values():
             network.compile(dynamic=False, **options)

@@ -1,12 +1,28 @@
-"""Tiles of an image of any size, for networks of one size."""
+"""Large images in overlapping parts: tiles for networks of one size, blocks with a halo for windowed networks.
+
+Tiles overlap in the code too. Blocks overlap only where they are computed. A windowed network takes any size, but needs
+memory in proportion to the area, so an image above ``LARGEST`` cells per side is computed in blocks of ``CORE`` cells
+with a halo on each side. Blocks start on window borders, so a block has the same attention windows as the whole image.
+Only dependencies beyond the halo differ.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+CORE = 32
+HALO = 8
+LARGEST = CORE + 2 * HALO
+Progress = Callable[[int, int], None]
+"""Callback with (items done, items in total)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class Tiling:
     @property
     def corners(self) -> list[tuple[int, int]]:
         """Top and left of every tile."""
-        return [(top, left) for top in self.starts(self.height) for left in self.starts(self.width)]
+        return list(itertools.product(self.starts(self.height), self.starts(self.width)))
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -48,9 +64,8 @@ class Tiling:
 
     def split(self, image: Tensor) -> Tensor:
         """c × height × width -> tiles × c × tile × tile."""
-        rows = torch.arange(self.canvas[0], device=image.device).clamp(max=self.height - 1)
-        columns = torch.arange(self.canvas[1], device=image.device).clamp(max=self.width - 1)
-        return self.crop(image[:, rows][:, :, columns])
+        bottom, right = self.canvas[0] - self.height, self.canvas[1] - self.width
+        return self.crop(F.pad(image, (0, right, 0, bottom), mode="replicate"))
 
     def crop(self, canvas: Tensor) -> Tensor:
         """c × canvas -> tiles × c × tile × tile."""
@@ -61,9 +76,82 @@ class Tiling:
         position = torch.arange(1, self.tile + 1, dtype=tiles.dtype, device=tiles.device)
         ramp = torch.minimum(position, position.flip(0)).clamp(max=max(self.tile // 8, 1))
         weight = ramp[:, None] * ramp
-        total = tiles.new_zeros(tiles.shape[1], *self.canvas)
-        weights = tiles.new_zeros(self.canvas)
+        total, weights = tiles.new_zeros(tiles.shape[1], *self.canvas), tiles.new_zeros(self.canvas)
         for (y, x), tile in zip(self.corners, tiles, strict=True):
             total[:, y : y + self.tile, x : x + self.tile] += weight * tile
             weights[y : y + self.tile, x : x + self.tile] += weight
         return (total / weights)[:, : self.height, : self.width]
+
+
+class Extent(NamedTuple):
+    """One block along one axis, in cells: computed from ``start`` to ``stop``, kept from ``first`` to ``last``."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def extents(cells: int) -> list[Extent]:
+    """Blocks that cover ``cells`` cells of one axis; a single block up to ``LARGEST``."""
+    if cells <= LARGEST:
+        return [Extent(0, cells, 0, cells)]
+    cores = [(first, min(first + CORE, cells)) for first in range(0, cells, CORE)]
+    return [Extent(max(first - HALO, 0), min(last + HALO, cells), first, last) for first, last in cores]
+
+
+def ramp(extent: Extent, cells: int, cell: int) -> Tensor:
+    """Blending weight of a block's pixels along one axis: falls to 0 towards a neighbour, 1 at the image's edge.
+
+    The ramp is ``HALO`` cells wide. The outer half of the halo lacks context and has weight 0.
+    """
+    position = (torch.arange(extent.start * cell, extent.stop * cell) + 0.5) / cell
+    weight = torch.ones_like(position)
+    if extent.first > 0:
+        weight = weight.minimum((position - extent.first) / HALO + 0.5)
+    if extent.last < cells:
+        weight = weight.minimum((extent.last - position) / HALO + 0.5)
+    return weight.clamp(0, 1)
+
+
+def encode_blocks(
+    encoder: Callable[[Tensor], Tensor], images: Tensor, cell: int, progress: Progress | None = None
+) -> Tensor:
+    """Encode images b × c × h × w in blocks: float32 b × tokens × channels."""
+    downs, acrosses = (extents(size // cell) for size in images.shape[2:])
+    lines = []
+    for done, down in enumerate(downs, 1):
+        line = []
+        for across in acrosses:
+            block = images[..., down.start * cell : down.stop * cell, across.start * cell : across.stop * cell]
+            code = encoder(block).float().unflatten(1, (down.stop - down.start, -1))
+            code = code[:, down.first - down.start :, across.first - across.start :]
+            line.append(code[:, : down.last - down.first, : across.last - across.first])
+        lines.append(torch.cat(line, dim=2))
+        if progress:
+            progress(done, len(downs))
+    return torch.cat(lines, dim=1).flatten(1, 2)
+
+
+def decode_blocks(
+    decoder: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    code: Tensor,
+    cell: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Decode one image in blocks: noise 1 × c × h × w and code 1 × tokens × channels -> c × h × w, blended."""
+    channels, height, width = noise.shape[1:]
+    rows, columns = height // cell, width // cell
+    code = code.unflatten(1, (rows, columns))
+    total, weights = torch.zeros(channels, height, width), torch.zeros(height, width)
+    todo = list(itertools.product(extents(rows), extents(columns)))
+    for done, (down, across) in enumerate(todo, 1):
+        y, x = slice(down.start * cell, down.stop * cell), slice(across.start * cell, across.stop * cell)
+        part = code[:, down.start : down.stop, across.start : across.stop].flatten(1, 2)
+        weight = ramp(down, rows, cell)[:, None] * ramp(across, columns, cell)
+        total[:, y, x] += weight * decoder(noise[..., y, x], part)[0]
+        weights[y, x] += weight
+        if progress:
+            progress(done, len(todo))
+    return total / weights

@@ -1,5 +1,5 @@
-// How an image of any size becomes inputs of the networks: overlapping tiles (flowmo.model.tiling.Tiling), or blocks of a
-// large image at native size (flowmo.model.halo).
+// How an image of any size becomes inputs of the networks: overlapping tiles, or blocks of a large image at native size
+// (flowmo.model.tiling).
 
 const CORE = 32;
 const HALO = 8;
