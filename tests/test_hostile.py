@@ -82,8 +82,7 @@ PLACES = {
 
 def beside_a_backbone(file):
     blank = LPIPS("alex", pretrained=False)
-    weights = {f"features.{i}.{part}": getattr(conv, part) for row in blank.rows for i, conv in row.items()
-               for part in ("weight", "bias")}  # fmt: skip
+    weights = {f"features.{name}": value for name, value in blank.network.state_dict().items()}
     torch.save(weights, file.parent / BACKBONES["alex"][0][0])
     return file.parent
 

@@ -69,10 +69,9 @@ def test_equals_the_lpips_package(trained_weights, pair, monkeypatch):
         ours = LPIPS(net, trained_weights, download=False)
         theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         state = {}
-        for row, layers in enumerate(ours.rows):
-            for index, conv in layers.items():
-                state[f"net.slice{row + 1}.{index}.weight"] = conv.weight
-                state[f"net.slice{row + 1}.{index}.bias"] = conv.bias
+        for name, value in ours.network.state_dict().items():
+            row = sum(index < int(name.partition(".")[0]) for index in ours.maps)
+            state[f"net.slice{row + 1}.{name}"] = value
         missing = theirs.load_state_dict(state, strict=False)
         assert not missing.unexpected_keys
         expected = theirs(*pair).flatten()

@@ -318,9 +318,7 @@ def test_lpips_takes_images_from_minus_one_to_one():
 
 def test_lpips_refuses_heads_of_other_names(tmp_path):
     network = LPIPS("alex", pretrained=False)
-    rows = {
-        f"features.{i}.{k}": v for row in network.rows for i, conv in row.items() for k, v in conv.state_dict().items()
-    }
+    rows = {f"features.{name}": value for name, value in network.network.state_dict().items()}
     heads = {f"lin{i}.model.1.weight": head.weight for i, head in enumerate(network.heads)}
     torch.save(rows, tmp_path / "alexnet-owt-7be5be79.pth")
     torch.save(heads, tmp_path / "lpips_alex_heads.pth")

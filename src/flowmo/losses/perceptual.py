@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,24 +35,16 @@ HEADS = {net: ((f"lpips_{net}_heads.pth", f"{net}.pth"), f"{LPIPS_HUB}/{net}.pth
 RESNET = (("resnet50-0676ba61.pth", "resnet50_caffe.safetensors"), f"{TORCH_HUB}/resnet50-0676ba61.pth")
 """torchvision's ImageNet V1 weights, as in the paper. The original weights, as Keras ships them, can replace them."""
 
-# Convolutions as (index in torchvision's ``features``, in, out, kernel, stride, padding). LPIPS compares the feature
-# maps after the last convolution of each row.
-VGG_ROWS = (
-    ((0, 3, 64, 3, 1, 1), (2, 64, 64, 3, 1, 1)),
-    ((5, 64, 128, 3, 1, 1), (7, 128, 128, 3, 1, 1)),
-    ((10, 128, 256, 3, 1, 1), (12, 256, 256, 3, 1, 1), (14, 256, 256, 3, 1, 1)),
-    ((17, 256, 512, 3, 1, 1), (19, 512, 512, 3, 1, 1), (21, 512, 512, 3, 1, 1)),
-    ((24, 512, 512, 3, 1, 1), (26, 512, 512, 3, 1, 1), (28, 512, 512, 3, 1, 1)),
-)
-ALEX_ROWS = (
-    ((0, 3, 64, 11, 4, 2),),
-    ((3, 64, 192, 5, 1, 2),),
-    ((6, 192, 384, 3, 1, 1),),
-    ((8, 384, 256, 3, 1, 1),),
-    ((10, 256, 256, 3, 1, 1),),
-)
-# network: (rows, max-pool kernel, rows that start with a max-pool of stride 2)
-ARCHITECTURES = {"vgg": (VGG_ROWS, 2, (1, 2, 3, 4)), "alex": (ALEX_ROWS, 3, (1, 2))}
+# Layers of torchvision's ``features``: a convolution with a ReLU as (channels, kernel, stride, padding), or a max-pool
+# of stride 2 as its kernel. LPIPS compares the maps after the ReLUs at the indices of ``MAPS``.
+LAYERS: dict[str, tuple[Any, ...]] = {
+    "vgg": (
+        *(*[(64, 3, 1, 1)] * 2, 2, *[(128, 3, 1, 1)] * 2, 2, *[(256, 3, 1, 1)] * 3, 2),
+        *(*[(512, 3, 1, 1)] * 3, 2, *[(512, 3, 1, 1)] * 3),
+    ),
+    "alex": ((64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)),
+}
+MAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
 
 
 class WeightsNotFoundError(FlowMoError, FileNotFoundError):
@@ -140,15 +132,20 @@ class LPIPS(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        if net not in ARCHITECTURES:
+        if net not in LAYERS:
             raise ValueError(f"There is no LPIPS network {net!r}. Use vgg or alex.")
-        rows, self.pool, self.pooled_rows = ARCHITECTURES[net]
-        self.dtype = dtype
+        self.dtype, self.maps = dtype, MAPS[net]
         self.name = f"LPIPS ({net})" if dtype == torch.float32 else f"LPIPS ({net}, {str(dtype).split('.')[-1]})"
-        self.rows = nn.ModuleList(
-            nn.ModuleDict({str(i): nn.Conv2d(*conv, dtype=dtype) for i, *conv in row}) for row in rows
-        )
-        self.heads = nn.ModuleList(nn.Conv2d(row[-1][2], 1, 1, bias=False) for row in rows)
+        layers: list[nn.Module] = []
+        channels = 3
+        for layer in LAYERS[net]:
+            if isinstance(layer, int):
+                layers.append(nn.MaxPool2d(layer, 2))
+            else:
+                layers += [nn.Conv2d(channels, *layer, dtype=dtype), nn.ReLU()]
+                channels = layer[0]
+        self.network = nn.Sequential(*layers)
+        self.heads = nn.ModuleList(nn.Conv2d(layers[i - 1].out_channels, 1, 1, bias=False) for i in self.maps)
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
@@ -159,9 +156,8 @@ class LPIPS(nn.Module):
 
     def _load(self, backbone: Path, heads: Path) -> None:
         with _loading(backbone):
-            state = {key.removeprefix("features."): value for key, value in read_pth(backbone).items()}
-            for index, conv in (layer for row in self.rows for layer in row.items()):
-                conv.load_state_dict({part: state[f"{index}.{part}"] for part in ("weight", "bias")})
+            state = {name.removeprefix("features."): value for name, value in read_pth(backbone).items()}
+            self.network.load_state_dict({name: state[name] for name in self.network.state_dict()})
         with _loading(heads):
             state = read_pth(heads)
             for i, head in enumerate(self.heads):
@@ -169,19 +165,17 @@ class LPIPS(nn.Module):
 
     @in_float32
     def features(self, x: Tensor) -> list[Tensor]:
-        """Return unit-length float32 feature maps of images b × c × h × w in [−1, 1], one per row of the network."""
+        """Return unit-length float32 feature maps of images b × c × h × w in [−1, 1], one per index of ``MAPS``."""
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         x = x.to(self.dtype)
         maps = []
-        for i, row in enumerate(self.rows):
-            if i in self.pooled_rows:
-                x = F.max_pool2d(x, self.pool, 2)
-            for conv in row.values():
-                x = F.relu(conv(x))
-            # without the floor, all-zero channels would have a NaN gradient
-            values = x.float()
-            length = values.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
-            maps.append(values / (length + 1e-10))
+        for index, layer in enumerate(self.network):
+            x = layer(x)
+            if index in self.maps:
+                values = x.float()
+                # without the floor, all-zero channels would have a NaN gradient
+                length = values.square().sum(dim=1, keepdim=True).clamp_min(1e-20).sqrt()
+                maps.append(values / (length + 1e-10))
         return maps
 
     @in_float32
