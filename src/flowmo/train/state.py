@@ -8,13 +8,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowmo.checkpoint import CheckpointError
@@ -24,8 +23,6 @@ from flowmo.checkpoint.pth import read_pth
 from flowmo.checkpoint.run_folder import METADATA, listing
 from flowmo.distributed import World
 from flowmo.errors import one_line
-from flowmo.train.ema import EMA
-from flowmo.train.optimizer import NormControl
 from flowmo.train.task import TrainingError
 
 FORMAT = 2
@@ -51,43 +48,19 @@ class FolderLock:
         os.close(self._descriptor)
 
 
-@dataclass(frozen=True)
-class State:
-    """Every tensor of a run, by reference: reading a checkpoint into it changes the run."""
-
-    model: nn.Module
-    ema: EMA
-    optimizers: Sequence[torch.optim.Optimizer]
-    norms: NormControl
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return a flat dict of ``model.…``, ``ema.…``, ``optimizer.….exp_avg`` and ``norms.…``."""
-        states = {p: values for optimizer in self.optimizers for p, values in optimizer.state.items()}
-        return {
-            **{f"model.{name}": value.detach() for name, value in self.model.state_dict().items()},
-            **{f"ema.{name}": value for name, value in self.ema.state.items()},
-            **{
-                f"optimizer.{name}.{key}": value
-                for name, parameter in self.model.named_parameters()
-                for key, value in states.get(parameter, {}).items()
-            },
-            **{f"norms.{name}": value for name, value in self.norms.state.items()},
-        }
-
-
 def tidy(folder: Path) -> None:
     """Remove the incomplete files and folders that a killed run left."""
     for path in folder.glob(".*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def save(folder: Path, step: int, state: State, metadata: Mapping[str, Any], world: World) -> Path:
-    """Write a checkpoint, on all ranks together, and return its path.
+def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: Mapping[str, Any], world: World) -> Path:
+    """Write a run's tensors as a checkpoint, on all ranks together, and return its path.
 
     Raises:
         CheckpointError: it cannot be written. Nothing of it is left, and older checkpoints are intact.
     """
-    tensors, content = state.tensors(), {"flowmo": FORMAT, **metadata}
+    content = {"flowmo": FORMAT, **metadata}
     try:
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
             return _save_shards(folder / f"{step:08d}", tensors, content, world)
@@ -158,13 +131,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def restore(path: Path, state: State, optimizer: bool = True) -> None:
-    """Read a checkpoint into a run, on all ranks together; without ``optimizer``, all but the optimizer's state.
+def restore(path: Path, targets: Mapping[str, Tensor]) -> None:
+    """Read a checkpoint into a run's tensors, on all ranks together.
 
     Raises:
         CheckpointError: it is damaged, or of another model. The run may be half restored.
     """
-    targets = {name: t for name, t in state.tensors().items() if optimizer or not name.startswith("optimizer.")}
     if path.is_dir():
         sharded.read_into(path, targets)
         return

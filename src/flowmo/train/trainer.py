@@ -81,7 +81,6 @@ class Trainer:
         self.optimizers = build_optimizers(self.task.model)
         self.norm_control = NormControl(self.task.norm_controlled)
         self.ema = EMA(self.task.model, self.plan.total)
-        self.state = state.State(self.task.model, self.ema, self.optimizers, self.norm_control)
         self.early_stopping = EarlyStopping(trainer.best_metric, trainer.patience)
         self.step = self.images = 0
         self.skipped = StepCounts(world)
@@ -104,7 +103,7 @@ class Trainer:
         if found:
             self._resume(found)
         elif resume_from:
-            self._start_from(resume_from)
+            self._start_from(find(resume_from))
         self.schedule = self._schedule(self.position)
         if resume_from and not found and self.images >= self.schedule.duration:
             raise ConfigError(
@@ -112,6 +111,24 @@ class Trainer:
                 f"{self.config.trainer.duration}. For {start_checks.POSTTRAIN_STEPS} steps more write "
                 f"trainer.duration='{self.step + start_checks.POSTTRAIN_STEPS} steps'."
             )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``model.…``, ``ema.…``, ``optimizer.….exp_avg`` and ``norms.…``: all tensors of a checkpoint.
+
+        They are references, so reading a checkpoint into them changes the run.
+        """
+        model = self.task.model
+        optimizer = {p: values for one in self.optimizers for p, values in one.state.items()}
+        return {
+            **{f"model.{name}": value.detach() for name, value in model.state_dict().items()},
+            **{f"ema.{name}": value for name, value in self.ema.state.items()},
+            **{
+                f"optimizer.{name}.{key}": value
+                for name, parameter in model.named_parameters()
+                for key, value in optimizer.get(parameter, {}).items()
+            },
+            **{f"norms.{name}": value for name, value in self.norm_control.state.items()},
+        }
 
     def _schedule(self, start: Position) -> Schedule:
         return Schedule.of(self.config, self.plan.total, len(self.task.source), start)
@@ -357,7 +374,7 @@ class Trainer:
             **self.early_stopping.state_dict(),
             **self.task.metadata(),
         }
-        path = state.save(self.checkpoint_folder, self.step, self.state, metadata, self.world)
+        path = state.save(self.checkpoint_folder, self.step, self.tensors(), metadata, self.world)
         self.saved_at = self.step
         if self.world.main:
             if self.early_stopping.step == self.step:
@@ -378,44 +395,39 @@ class Trainer:
     def _resume(self, found: list[Path]) -> None:
         """Restore the newest of the run's own checkpoints."""
         try:
-            self._restore(found[-1], state.read_metadata(found[-1]))
+            metadata = state.read_metadata(found[-1])
+            self._restore(found[-1], metadata)
         except CheckpointError as error:
             advice = f"Delete it to resume from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
+        self.early_stopping.load_state_dict(metadata)
 
-    def _start_from(self, source: str | Path) -> None:
-        """Start at the position of another run's checkpoint, or from weights without an optimizer."""
-        path = find(source)
+    def _start_from(self, path: Path) -> None:
+        """Start at the position of another run's or the authors' checkpoint, or at step 0 from bare weights.
+
+        A checkpoint of the same stage gives its optimizer and EMA too.
+        """
+        config, weights = self.config, self.config.trainer.start_weights
         metadata = {} if path.suffix == ".safetensors" else state.read_metadata(path)
         if metadata.get("flowmo") == state.FORMAT:
-            self._start_from_run(path, metadata)
+            trained = Config.from_dict(metadata["config"]).model.train
+            new_stage = (metadata["stage"], trained) != (config.stage, config.model.train)
+            self._restore(path, metadata, optimizer=not new_stage)
         else:
-            self._start_from_weights(path, metadata)
-
-    def _start_from_run(self, path: Path, metadata: dict) -> None:
-        """Start at another run's checkpoint. One of the same stage gives its optimizer and EMA too."""
-        trained = Config.from_dict(metadata["config"]).model.train
-        new_stage = (metadata["stage"], trained) != (self.config.stage, self.config.model.train)
-        self._restore(path, metadata, optimizer=not new_stage)
-        self.early_stopping = EarlyStopping(self.early_stopping.metric, self.early_stopping.patience)
+            for part, values in self.task.foreign_weights(path):
+                state.fill(path, self.tensors(), {f"{part}.{name}": value for name, value in values.items()})
+            self.norm_control.remember()
+            self.step, self.images = self._authors_position(path, metadata)
+            new_stage = config.stage != "pretrain" or not self.step  # the authors' files do not say their stage
+            if self.step:
+                self.logger.report(f"starting from the weights of {path}")
+            else:
+                weights = "ema"  # as flowmo.load
+                self.logger.report(
+                    f"starts a new run from the weights of {path}: step 0, a fresh optimizer, an EMA of these weights"
+                )
         if new_stage:
-            self._restart_ema(path, self.config.trainer.start_weights)
-
-    def _start_from_weights(self, path: Path, metadata: dict) -> None:
-        """Start from an authors' checkpoint at its position, or from bare weights at step 0."""
-        for part, values in self.task.foreign_weights(path):
-            state.fill(path, self.state.tensors(), {f"{part}.{name}": value for name, value in values.items()})
-        self.norm_control.remember()
-        self.step, self.images = self._authors_position(path, metadata)
-        if not self.step:
-            self.logger.report(
-                f"starts a new run from the weights of {path}: step 0, a fresh optimizer, an EMA of these weights"
-            )
-            self._restart_ema(path, "ema")  # as flowmo.load
-            return
-        self.logger.report(f"starting from the weights of {path}")
-        if self.config.stage != "pretrain":  # the authors' files do not say their stage
-            self._restart_ema(path, self.config.trainer.start_weights)
+            self._restart_ema(path, weights)
 
     def _restart_ema(self, path: Path, weights: str) -> None:
         """Restart the EMA from the ``model`` or ``ema`` weights of a checkpoint, and record its tokenizer as base."""
@@ -446,11 +458,12 @@ class Trainer:
             raise TrainingError(f"{path} is not a training checkpoint of this version of flowmo.")
         self.task.check(path, metadata)
         before = Config.from_dict(metadata["config"])
-        state.restore(path, self.state, optimizer and before.model.train == self.config.model.train)
+        optimizer = optimizer and before.model.train == self.config.model.train
+        targets = {name: t for name, t in self.tensors().items() if optimizer or not name.startswith("optimizer.")}
+        state.restore(path, targets)
         self._set_base(before.model.base)
         self.step, self.images = metadata["step"], metadata["images"]
         self.skipped = StepCounts(self.world, metadata["skipped"])
-        self.early_stopping.load_state_dict(metadata)
         self.logger.report(f"resumed from {path}")
         changed = changed_settings(before, self.config)
         if changed:
