@@ -50,10 +50,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank set the flag."""
-        value = torch.tensor(int(flag))
-        if self.size > 1:
-            dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
+        return bool(self.sum(torch.tensor(int(flag))))
 
     def mean(self, values: Tensor) -> Tensor:
         return self.sum(values) / self.size

@@ -169,11 +169,9 @@ def _step(
     tokenizer.encoder.requires_grad_(config.stage == "pretrain" and not frozen)
     tokenizer.decoder.requires_grad_(config.model.train != "encoder")
     if opt.teacher:  # it samples by the paper's settings, unless the number of steps is set
-        paper = Config().eval.sampling
-        sampling = {"guidance": paper.guidance, "sample_steps": opt.teacher_steps or paper.sample_steps}
-        settings = {f"eval.sampling.{name}": value for name, value in sampling.items()}
-        teacher_config = config.updated({**settings, "opt.teacher": "", "model.mean_velocity": False})
-        teacher = FlowMo(teacher_config).requires_grad_(False)
+        model = replace(config.model, mean_velocity=False)
+        own = replace(config, eval=Config().eval, opt=replace(opt, teacher=""), model=model)
+        teacher = FlowMo(own).requires_grad_(False)
     stage = Stage(tokenizer, opt, perceptual, teacher)
     _checkpoint_blocks(stage.networks, config.trainer)
     images = torch.empty(count, config.model.channels, *size)

@@ -1,6 +1,6 @@
 """Training task of stage 2: tokens in, a masked-token generator out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -146,9 +146,9 @@ class GeneratorTask(Task):
         return build_generator(self.config, self.vocabulary, weights).to(self.world.device)
 
     def evaluate(self, model: Generator) -> dict[str, float]:
-        """Return the cross-entropy of masked held-out ids, with the same mask each time."""
+        """Return the cross-entropy of masked held-out ids, if there are any, with the same mask each time."""
         if self.held_out is None:
-            raise TrainingError("There are no held-out tokens to evaluate on. Write data.val=TOKENS.")
+            return {}
         device, batch_size = self.world.device, self.config.eval.batch_size
         chosen = evenly_spread(self.config.eval.pictures, len(self.held_out))
         total = count = 0.0
@@ -166,7 +166,7 @@ class GeneratorTask(Task):
 
     def sample(self, model: Generator) -> tuple[Image.Image | None, dict[str, float]]:
         """Sample classes spread over all, and decode them if ``generator.tokenizer`` is set."""
-        metrics = self.evaluate(model) if self.held_out is not None else {}
+        metrics = self.evaluate(model)
         if self.tokenizer is None:
             return None, metrics
         classes = len(self.vocabulary.classes)
@@ -194,6 +194,3 @@ class GeneratorTask(Task):
             raise TrainingError(f"{self.config.data.train} has other classes than {path} was trained on: {difference}.")
         before = Config.from_dict(metadata["config"]).generator_architecture()
         check_same_settings(before, self.config.generator_architecture(), path, "generator")
-
-    def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        raise TrainingError(f"{path} is not a training checkpoint of a generator.")

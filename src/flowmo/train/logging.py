@@ -69,10 +69,8 @@ class MetricLogger:
         """Start logging at a position. Metrics that an interrupted run wrote beyond it are dropped."""
         if not self.active:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / METRICS).exists():
-            kept = [row for row in read_metrics(self.folder) if row["images"] <= images]
-            write_content(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_metrics(self.folder) if row["images"] <= images]
+        write_content(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         if self._tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -162,12 +160,10 @@ class Meter:
 
     def take(self) -> tuple[float, dict[str, float]]:
         """Return images per second and the means over steps and ranks, and start anew."""
-        means: dict[str, float] = {}
-        if self.sums:
-            values = self.world.mean(torch.stack([value.float() for value in self.sums.values()]))
-            means = dict(zip(self.sums, values.tolist(), strict=True))
-            finite = means.pop("finite")
-            means = {name: value / finite for name, value in means.items()} if finite else {}
+        values = self.world.mean(torch.stack(list(self.sums.values())))
+        means = dict(zip(self.sums, values.tolist(), strict=True))
+        finite = means.pop("finite")
+        means = {name: value / finite for name, value in means.items()} if finite else {}
         rate = self.rate()
         self._restart()
         return rate, means

@@ -105,12 +105,12 @@ class Task:
         raise NotImplementedError
 
     def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Yield ``model`` and ``ema`` weights of a file in another format.
+        """Yield ``model`` and ``ema`` weights of a file in another format, if the task reads any.
 
         Raises:
             CheckpointError, TrainingError: the file is damaged or does not fit.
         """
-        raise NotImplementedError
+        raise TrainingError(f"{path} is not a training checkpoint.")
 
 
 def check_same_settings(
