@@ -6,7 +6,7 @@ The reference is a set of images, or the statistics of one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,18 +20,8 @@ from flowmo.evaluate.metrics.features import FeatureNetwork, Features, in_fixed_
 from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError, distance_and_bias, frechet_distance
 from flowmo.evaluate.metrics.sets import inception_score, kernel_distance, precision_and_recall
 from flowmo.evaluate.reconstruction import print_unreadable
-from flowmo.evaluate.summary import cells_of, lines_of
+from flowmo.evaluate.summary import Metrics, metric
 from flowmo.images import ImageError, read_image, to_bytes, to_tensor
-
-COLUMNS = (
-    ("frechet_distance", "FID ↓", 2),
-    ("frechet_bias", "bias of few images", 2),
-    ("spatial_frechet_distance", "sFID ↓", 2),
-    ("kernel_distance", "KID ↓", 5),
-    ("inception_score", "Inception Score ↑", 2),
-    ("precision", "precision ↑", 4),
-    ("recall", "recall ↑", 4),
-)
 
 
 class ImageSet(Protocol):
@@ -68,8 +58,7 @@ class SourceImages:
                 first = first or image.size
                 if image.size != first:
                     raise DataError(
-                        f"{self.source.name(index)} is {image.width}×{image.height}, but the first image is "
-                        f"{first[0]}×{first[1]}. Give images of one size."
+                        f"{self.source.name(index)} has another size than the first. Give images of one size."
                     )
                 batch.append(to_tensor(image))
             if batch:
@@ -124,8 +113,8 @@ def extract_features(
     if isinstance(images, NpzFile):
         found = {kind: images.statistics(kind) for kind in STATISTICS}
         statistics = {kind: Gaussian(*values) for kind, values in found.items() if values is not None}
-    if not count and not statistics:
-        raise DataError(f"{images.name} holds neither images nor statistics.")
+    if not count and "pooled" not in statistics:
+        raise DataError(f"{images.name} holds neither images nor statistics of pooled features.")
     if not count:
         return SetFeatures(None, statistics)
     done = 0
@@ -143,33 +132,27 @@ def extract_features(
     return SetFeatures(Features.cat(batches[number] for number in sorted(batches)) if batches else None, statistics)
 
 
-@dataclass(frozen=True)
-class GenerationSummary:
+@dataclass(frozen=True, kw_only=True)
+class GenerationSummary(Metrics):
     """Metrics of generated images. A metric is ``None`` if its data are missing; ``missing`` says which.
 
     Attributes:
-        frechet_distance: of pooled features; the FID if ``is_fid``.
         frechet_bias: estimated excess due to few images; see ``distance_and_bias``.
-        spatial_frechet_distance: the sFID if ``is_fid``.
-        kernel_distance: unbiased; the KID if ``is_fid``.
+        kernel_distance: unbiased.
         precision: share of generated images in the reference's manifold; ``recall`` the reverse.
         reference_statistics: the Fréchet distances are to statistics in the reference's file, not to its images.
     """
 
-    name: str
     reference: str
-    images: int
     reference_images: int
-    feature_network: str
-    is_fid: bool
-    frechet_distance: float
-    frechet_bias: float | None = None
-    spatial_frechet_distance: float | None = None
-    kernel_distance: float | None = None
-    inception_score: float | None = None
+    frechet_distance: float = metric("FID ↓", 2, other="Fréchet distance ↓")
+    frechet_bias: float | None = metric("bias of few images", 2)
+    spatial_frechet_distance: float | None = metric("sFID ↓", 2, other="spatial Fréchet ↓")
+    kernel_distance: float | None = metric("KID ↓", 5, other="kernel distance ↓")
+    inception_score: float | None = metric("Inception Score ↑", 2)
+    precision: float | None = metric("precision ↑", 4)
+    recall: float | None = metric("recall ↑", 4)
     inception_score_spread: float | None = None
-    precision: float | None = None
-    recall: float | None = None
     missing: tuple[str, ...] = ()
     reference_statistics: bool = False
 
@@ -177,12 +160,10 @@ class GenerationSummary:
     def of(
         cls, generated: SetFeatures, reference: SetFeatures, network: FeatureNetwork, names: tuple[str, str] = ("", "")
     ) -> GenerationSummary:
-        """Compare two sets. Raises ``StatisticsError`` if one has no statistics of pooled features."""
+        """Compare two sets."""
         metrics: dict[str, Any] = {}
         missing = []
         pooled, spatial = ([one.distribution(kind) for one in (generated, reference)] for kind in STATISTICS)
-        if any(distribution is None for distribution in pooled):
-            raise StatisticsError(f"{names} have no statistics of pooled features.")
         metrics["frechet_distance"], metrics["frechet_bias"] = distance_and_bias(*pooled)
         if any(distribution is None for distribution in spatial):
             missing.append("no sFID: it needs a network with spatial features, of both sets")
@@ -199,23 +180,19 @@ class GenerationSummary:
         else:
             metrics["inception_score"], metrics["inception_score_spread"] = inception_score(features.logits)
         return cls(
-            *names,
-            generated.count,
-            reference.count,
-            network.name,
-            network.is_fid,
+            name=names[0],
+            reference=names[1],
+            images=generated.count,
+            reference_images=reference.count,
+            feature_network=network.name,
+            is_fid=network.is_fid,
             missing=tuple(missing),
             reference_statistics="pooled" in reference.statistics,
             **metrics,
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def lines(self) -> list[str]:
-        """For a terminal, one metric per line."""
         reference = str(self.reference_images or "statistics")
         if self.reference_images and self.reference_statistics:
             reference += "; the distances are to the statistics in the reference's file"
-        cells = cells_of(self, COLUMNS)
-        return [f"{self.images} images against {reference}", *lines_of(cells), self.feature_network, *self.missing]
+        return [f"{self.images} images against {reference}", *super().lines(), str(self.feature_network), *self.missing]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,82 +16,90 @@ from flowmo.evaluate.metrics.fid import StatisticsError, distance_and_bias
 from flowmo.evaluate.metrics.pairs import decibels
 from flowmo.evaluate.metrics.sets import kernel_distance
 
-Columns = Sequence[tuple[str, str, int]]
-"""Attribute of a summary, heading, and digits."""
-COLUMNS: Columns = (
-    ("bits_per_pixel", "bits/pixel", 4),
-    ("bytes_per_image", "bytes", 1),
-    ("file_bytes", "bytes, file", 1),
-    ("frechet_distance", "rFID ↓", 2),
-    ("frechet_bias", "bias of few images", 2),
-    ("kernel_distance", "rKID ↓", 5),
-    ("psnr", "PSNR ↑", 2),
-    ("psnr_of_channels", "PSNR of channels ↑", 2),
-    ("ssim", "SSIM ↑", 4),
-    ("ssim_of_channels", "SSIM of channels ↑", 4),
-    ("lpips_alex", "LPIPS Alex ↓", 4),
-    ("lpips_vgg", "LPIPS VGG ↓", 4),
-    ("ids_used", "ids used", 3),
-    ("id_entropy", "bits/id", 3),
-)
-WITHOUT_INCEPTION = {
-    **dict.fromkeys(("rFID ↓", "FID ↓"), "Fréchet distance ↓"),
-    **dict.fromkeys(("rKID ↓", "KID ↓"), "kernel distance ↓"),
-    "sFID ↓": "spatial Fréchet ↓",
-}
-"""Headings of the distances of another network's features."""
 LEGACY_GROUP = 5
 """The release takes the PSNR of this many images at once."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Means over images; a ``…_spread`` is the standard deviation over images. ``None`` if not measured.
+def metric(heading: str, digits: int, missing: Any = None, other: str = "") -> Any:
+    """A field that tables show. ``other`` is its heading if the features are not FID's."""
+    return field(default=missing, metadata={"headings": (other or heading, heading), "digits": digits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Metrics of ``images`` images. ``metric`` makes the columns of tables, in their order.
 
     Attributes:
-        bytes_per_image: of packed ids, or of a codec's file.
-        file_bytes: of the full file.
-        psnr: dB, over the images that differ from their originals; ``equal_images`` counts the others.
-        psnr_legacy: as the release, of five images at once, truncated to 8 bits; ``None`` for mixed sizes.
-        ssim_legacy: as the release, of images truncated to 8 bits instead of rounded.
-        frechet_distance: of the features of ``feature_network``; the rFID if ``is_fid``.
-        frechet_bias: estimated excess due to few images.
-        kernel_distance: unbiased; the rKID if ``is_fid``.
-        missing: why distances of features are missing.
-        unreadable: number of images that cannot be read and are in no metric.
-        ids_used: share of the vocabulary that occurs.
-        id_entropy: entropy of the id frequencies, in bits per id.
-        psnr_of_channels, ssim_of_channels: means of each channel, for images of 2 or of more than 3 channels.
+        is_fid: ``feature_network`` is FID's, so its Fréchet distance is an FID.
     """
 
     name: str
     images: int
-    bits_per_pixel: float
-    bytes_per_image: float
-    psnr: float | None
-    psnr_spread: float | None
-    equal_images: int
-    ssim: float
-    ssim_spread: float
-    psnr_legacy: float | None = None
-    lpips_alex: float | None = None
-    lpips_alex_spread: float | None = None
-    lpips_vgg: float | None = None
-    lpips_vgg_spread: float | None = None
-    frechet_distance: float | None = None
-    frechet_bias: float | None = None
-    kernel_distance: float | None = None
     feature_network: str | None = None
     is_fid: bool = False
-    missing: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def cells(self) -> dict[str, str]:
+        """Heading and text of each measured metric, with ± its spread."""
+        cells = {}
+        for column in fields(self):
+            value, spread = getattr(self, column.name), getattr(self, f"{column.name}_spread", None)
+            if column.metadata and value not in (None, ()):
+                heading, digits = column.metadata["headings"][self.is_fid], column.metadata["digits"]
+                values = value if isinstance(value, tuple) else (value,)
+                text = " ".join("equal" if each is None else f"{each:.{digits}f}" for each in values)
+                cells[heading] = text if spread is None else f"{text} ± {spread:.{min(digits, 3)}f}"
+        return cells
+
+    def lines(self) -> list[str]:
+        """For a terminal, one metric per line."""
+        return [f"{heading:20} {text}" for heading, text in self.cells().items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Metrics):
+    """Means over images; a ``…_spread`` is the standard deviation over images.
+
+    Attributes:
+        bytes_per_image: of packed ids, or of a codec's file.
+        frechet_bias: estimated excess due to few images.
+        kernel_distance: unbiased.
+        psnr: dB, over the images that differ from their originals; ``equal_images`` counts the others.
+        psnr_of_channels, ssim_of_channels: means of each channel, for images of 2 or of more than 3 channels.
+        psnr_legacy: as the release, of five images at once, truncated to 8 bits; ``None`` for mixed sizes.
+        ssim_legacy: as the release, of images truncated to 8 bits instead of rounded.
+        ids_used: share of the vocabulary that occurs.
+        id_entropy: of the id frequencies.
+        missing: why distances of features are missing.
+        unreadable: number of images that cannot be read and are in no metric.
+    """
+
+    bits_per_pixel: float = metric("bits/pixel", 4)
+    bytes_per_image: float = metric("bytes", 1)
+    file_bytes: float | None = metric("bytes, file", 1)
+    frechet_distance: float | None = metric("rFID ↓", 2, other="Fréchet distance ↓")
+    frechet_bias: float | None = metric("bias of few images", 2)
+    kernel_distance: float | None = metric("rKID ↓", 5, other="kernel distance ↓")
+    psnr: float | None = metric("PSNR ↑", 2)
+    psnr_of_channels: tuple[float | None, ...] = metric("PSNR of channels ↑", 2, ())
+    ssim: float = metric("SSIM ↑", 4)
+    ssim_of_channels: tuple[float | None, ...] = metric("SSIM of channels ↑", 4, ())
+    lpips_alex: float | None = metric("LPIPS Alex ↓", 4)
+    lpips_vgg: float | None = metric("LPIPS VGG ↓", 4)
+    ids_used: float | None = metric("ids used", 3)
+    id_entropy: float | None = metric("bits/id", 3)
+    psnr_spread: float | None = None
+    ssim_spread: float | None = None
+    lpips_alex_spread: float | None = None
+    lpips_vgg_spread: float | None = None
+    psnr_legacy: float | None = None
+    ssim_legacy: float
+    equal_images: int
     id_count: int | None = None
-    ids_used: float | None = None
-    file_bytes: float | None = None
-    id_entropy: float | None = None
-    ssim_legacy: float | None = None
+    missing: str = ""
     unreadable: int = 0
-    psnr_of_channels: tuple[float | None, ...] = ()
-    ssim_of_channels: tuple[float | None, ...] = ()
 
     @classmethod
     def of(cls, name: str, measurement: Measurement, network: FeatureNetwork | None = None) -> Summary:
@@ -125,7 +133,7 @@ class Summary:
             metrics["ids_used"] = float((shares > 0).double().mean())
             metrics["id_entropy"] = float(torch.special.entr(shares).sum() / math.log(2))
         return cls(
-            name,
+            name=name,
             images=len(rows["bits"]),
             bits_per_pixel=float((rows["bits"] / rows["pixels"]).mean()),
             bytes_per_image=float(rows["bits"].mean()) / 8,
@@ -134,34 +142,6 @@ class Summary:
             unreadable=measurement.unreadable,
             **metrics,
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def cells(self) -> dict[str, str]:
-        """Heading and text of each metric."""
-        return cells_of(self, COLUMNS)
-
-    def lines(self) -> list[str]:
-        """For a terminal, one metric per line."""
-        return lines_of(self.cells())
-
-
-def cells_of(summary: Any, columns: Columns) -> dict[str, str]:
-    """Heading and text of each measured metric, with ± its spread. Only FID's network gives distances called FID."""
-    cells = {}
-    for key, heading, digits in columns:
-        value, spread = getattr(summary, key), getattr(summary, f"{key}_spread", None)
-        values = value if isinstance(value, tuple) else (value,)
-        text = " ".join("equal" if each is None else f"{each:.{digits}f}" for each in values)
-        heading = heading if summary.is_fid else WITHOUT_INCEPTION.get(heading, heading)
-        if value is not None and value != ():
-            cells[heading] = text if spread is None else f"{text} ± {spread:.{min(digits, 3)}f}"
-    return cells
-
-
-def lines_of(cells: Mapping[str, str]) -> list[str]:
-    return [f"{heading:20} {text}" for heading, text in cells.items()]
 
 
 def notes(rows: Sequence[Summary]) -> list[str]:
