@@ -6,11 +6,8 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -21,7 +18,6 @@ from torch import Tensor
 import flowmo
 from flowmo.checkpoint.files import write_content
 from flowmo.data import Source
-from flowmo.errors import FlowMoError
 from flowmo.evaluate.measurement import Measurement
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.published import TABLE_1, TABLE_3
@@ -34,20 +30,16 @@ GRID_IMAGES = 6
 GRID_HEIGHT = 256
 """Height, in pixels, to which native-size images are resized."""
 LABEL_SIZE = 14
-PAGE = Path(__file__).with_name("page.html")
+PAGES = {"index.html": "page.html", "report.md": "page.md"}
+"""Files of a report and their templates."""
 
 Table = list[list[str]]
 """Rows of cells; the first row is the heading."""
-Figures = list[tuple[str, str]]
-"""(file name, caption) of each plot or image."""
+Figures = dict[str, str]
+"""{file name: caption} of plots and images."""
 
 
-class ReportError(FlowMoError, RuntimeError):
-    """A report cannot be drawn."""
-
-
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A candidate and its results."""
 
     candidate: Reconstructor
@@ -61,37 +53,38 @@ def write_report(
     source: Source,
     side: int | None,
     metadata: Mapping[str, str],
-    pixels: PixelFormat = PixelFormat(),
+    pixels: PixelFormat,
 ) -> None:
-    """Write ``report.md``, ``report.json``, ``index.html``, plots and images.
+    """Write ``report.md``, ``report.json``, ``index.html``, plots and images. Needs matplotlib and jinja2.
 
     Args:
         side: size of the crops; ``None`` for images of any size.
         metadata: protocol, weights, seed and so on, for the header.
         pixels: channels and values of the images.
-
-    Raises:
-        ReportError: matplotlib is missing.
     """
+    from jinja2 import Environment, FileSystemLoader, select_autoescape
+
     out.mkdir(parents=True, exist_ok=True)
     versions = f"flowmo {flowmo.__version__}, torch {torch.__version__}, Pillow {PIL.__version__}"
-    header = {**metadata, "versions": versions}
-    rows = [entry.summary for entry in entries]
+    header, rows = {**metadata, "versions": versions}, [entry.summary for entry in entries]
     content = {
         "header": header,
         "rows": [row.as_dict() for row in rows],
         "published": [row._asdict() | {"bits_per_pixel": row.bits_per_pixel} for row in TABLE_1 + TABLE_3],
     }
-    figures = draw_plots(out, rows) + draw_images(out, entries, source, side, pixels)
-    for name, text in (
-        ("report.json", json.dumps(content, indent=1, ensure_ascii=False)),
-        ("report.md", markdown(rows, header, figures)),
-        ("index.html", web_page(out, rows, header, figures)),
-    ):
-        write_content(out / name, text)
-
-
-# Tables and text
+    write_content(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False))
+    page = {
+        "header": header,
+        "results": results_table(rows),
+        "notes": notes(rows),
+        "figures": draw_plots(out, rows) | draw_images(out, entries, source, side, pixels),
+        "published": published_table(),
+        "embed": lambda name: base64.b64encode((out / name).read_bytes()).decode(),
+    }
+    loader = FileSystemLoader(Path(__file__).parent)
+    templates = Environment(loader=loader, autoescape=select_autoescape(), trim_blocks=True, keep_trailing_newline=True)
+    for name, template in PAGES.items():
+        write_content(out / name, templates.get_template(template).render(page))
 
 
 def results_table(rows: Sequence[Summary]) -> Table:
@@ -113,57 +106,9 @@ def published_table() -> Table:
     return table
 
 
-def markdown_table(table: Table) -> str:
-    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def markdown(rows: Sequence[Summary], header: Mapping[str, str], figures: Figures) -> str:
-    about = "\n".join(f"- {name}: {value}" for name, value in header.items())
-    note_items = "\n".join(f"- {line}" for line in notes(rows))
-    images = "\n\n".join(f"{caption}\n\n![{caption}]({name})" for name, caption in figures)
-    published = "Published, ImageNet-1K validation at 256 × 256 (tables 1 and 3 of the paper), not measured here:"
-    return (
-        f"# Reconstruction\n\n{about}\n\n{markdown_table(results_table(rows))}\n{note_items}\n\n{images}\n\n"
-        f"{published}\n\n{markdown_table(published_table())}\n† as their authors report\n"
-    )
-
-
-def html_table(table: Table) -> str:
-    head, *body = (
-        "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
-        for row, tag in zip(table, ["th"] + ["td"] * len(table), strict=False)
-    )
-    return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
-
-
-def web_page(out: Path, rows: Sequence[Summary], header: Mapping[str, str], figures: Figures) -> str:
-    """Return a self-contained HTML page; images are embedded."""
-    about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in header.items())
-    note_items = "".join(f"<li>{escape(line)}</li>" for line in notes(rows))
-    images = ""
-    for name, caption in figures:
-        data, text = base64.b64encode((out / name).read_bytes()).decode(), escape(caption)
-        image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
-        images += f"<figure>{image}<figcaption>{text}</figcaption></figure>"
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(
-        about=about,
-        results=html_table(results_table(rows)),
-        notes=note_items,
-        images=images,
-        published=html_table(published_table()),
-    )
-
-
-# Plots and images
-
-
 def draw_plots(out: Path, rows: Sequence[Summary]) -> Figures:
     """Plot rate against distortion, and rate against rFID with the published points."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ReportError("The report's plots need matplotlib. Install it: pip install 'flowmo[studies]'.") from None
+    from matplotlib.figure import Figure
 
     def plot(axis: Any, key: str, **labels: Any) -> None:
         for i, row in enumerate(rows):
@@ -177,12 +122,12 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> Figures:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plot(left, "psnr", ylabel="PSNR (dB)")
-    perceptual = {"key": "lpips_alex", "ylabel": "LPIPS (AlexNet)"}
-    plot(right, **(perceptual if rows[0].lpips_alex is not None else {"key": "ssim", "ylabel": "SSIM"}))
+    has_lpips = rows[0].lpips_alex is not None
+    plot(right, "lpips_alex" if has_lpips else "ssim", ylabel="LPIPS (AlexNet)" if has_lpips else "SSIM")
     figure.savefig(out / "rate_distortion.png", dpi=110)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    points = [(row.name, row.bits_per_pixel, row.rfid) for row in TABLE_1 if row.bits_per_pixel is not None]
+    points = [(row.name, row.bits_per_pixel, row.rfid) for row in TABLE_1]
     axis.plot([x for _, x, _ in points], [y for _, _, y in points], "x", color="gray", label="published")
     for name, x, y in points:
         axis.annotate(name, (x, y), fontsize=6, color="gray", xytext=(3, 3), textcoords="offset points")
@@ -194,38 +139,35 @@ def draw_plots(out: Path, rows: Sequence[Summary]) -> Figures:
         "rFID against rate. Published points: the 50 000 validation images of ImageNet at 256 × 256. Measured here: "
         f"{rows[0].images} images of the source above. Compare only equal sets"
     )
-    return [("rate_distortion.png", "Rate against distortion, measured here"), ("rfid_bpp.png", caption)]
+    return {"rate_distortion.png": "Rate against distortion, measured here", "rfid_bpp.png": caption}
 
 
 def draw_images(out: Path, entries: Sequence[Entry], source: Source, side: int | None, pixels: PixelFormat) -> Figures:
     """Draw originals and reconstructions where the first candidate is worst, median and best."""
-    first = entries[0]
+    first, drawn = entries[0], {}
     has_lpips = first.summary.lpips_alex is not None
     column, metric = ("lpips_alex", "LPIPS") if has_lpips else ("squared_error", "squared error")
     order = first.measurement.rows[column].argsort(descending=True).tolist()
     count = min(GRID_IMAGES, len(order))
     middle = (len(order) - count) // 2
     chosen = {"worst": order[:count], "median": order[middle : middle + count], "best": order[len(order) - count :]}
-    drawn = []
     for name, positions in chosen.items():
-        these = first.measurement.rows["index"][positions].tolist()
-        originals = [read_crops(source, [index], side, True, pixels) for index in these]
-        columns = [
-            [pixels.visible(y) for y in (x, *(e.candidate.reconstruct(x, [index]).images.cpu() for e in entries))]
-            for x, index in zip(originals, these, strict=True)
-        ]
-        rows = [[at_height(image[0], side or GRID_HEIGHT) for image in row] for row in zip(*columns, strict=True)]
+        these, columns = first.measurement.rows["index"][positions].tolist(), []
+        for index in these:
+            x = read_crops(source, [index], side, True, pixels)
+            images = [x, *(entry.candidate.reconstruct(x, [index]).images.cpu() for entry in entries)]
+            columns.append([at_height(pixels.visible(image), side or GRID_HEIGHT)[0] for image in images])
         labels = ["original", *(entry.summary.name for entry in entries)]
-        label_rows(to_pil(grid(rows)), labels).save(out / f"{name}.png")
+        label_rows(to_pil(grid([*zip(*columns, strict=True)])), labels).save(out / f"{name}.png")
         files = ", ".join(Path(source.name(index)).name for index in these)
-        drawn.append((f"{name}.png", f"{name.capitalize()} of {first.summary.name} by {metric}: {files}"))
+        drawn[f"{name}.png"] = f"{name.capitalize()} of {first.summary.name} by {metric}: {files}"
     return drawn
 
 
-def at_height(image: Tensor, height: int) -> Tensor:
-    """Resize an image 3 × h × w."""
-    width = max(round(image.shape[2] * height / image.shape[1]), 1)
-    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+def at_height(images: Tensor, height: int) -> Tensor:
+    """Resize images b × 3 × h × w."""
+    width = max(round(images.shape[3] * height / images.shape[2]), 1)
+    return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
 
 
 def label_rows(image: Image.Image, names: Sequence[str]) -> Image.Image:
