@@ -500,7 +500,7 @@ def build_peer(name, weights, device):
         ("nothing:blurry", 48, "nothing:blurry is not a codec (jpeg, webp, avif, jxl), and nothing cannot build it"),
         ("titok", 48, "There is no tokenizer 'titok'. Choose from titok-l32"),
         ("titok-l32", 256, "titok-l32 needs its weights"),
-        ("titok-l32=none.bin", 48, "titok-l32 works at 256 × 256, not at 48 × 48. Add --size 256."),
+        ("titok-l32=none.bin", 256, "none.bin cannot be read"),
     ],
 )
 def test_a_peer_of_the_users_own(peer, size, message, tiny, tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from reproduce.peers.cosmos import Cosmos
 from reproduce.peers.titok import TiTok
 from reproduce.peers.vqgan import LlamaGen, MaskBit, OpenMagvit2
 
-__all__ = ["CONTINUOUS", "DISCRETE", "SIDE", "SIDES", "PeerError", "build_peer"]
+__all__ = ["CONTINUOUS", "DISCRETE", "SIDE", "PeerError", "build_peer"]
 
 TITOK_FILE = "model.safetensors of yucornetto/tokenizer_titok_{}_imagenet"
 DISCRETE: dict[str, tuple[str, Callable[[], TokenNetwork], str]] = {
@@ -33,8 +33,6 @@ DISCRETE: dict[str, tuple[str, Callable[[], TokenNetwork], str]] = {
 }
 """Command-line name -> (name in table 1, network, file with its weights)."""
 CONTINUOUS = tuple(HUB)
-SIDES = dict.fromkeys((*DISCRETE, *CONTINUOUS), SIDE)
-"""Image size of each tokenizer, for checks before its weights are read."""
 
 
 def build_peer(

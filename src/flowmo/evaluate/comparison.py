@@ -153,7 +153,7 @@ def open_peer(name: str, weights: str, side: int, world: World) -> Reconstructor
     """Build another tokenizer from the name MODULE:NAME, or from the name of a published one.
 
     ``MODULE.build_peer(name, weights, device)`` builds it. Modules are also found in the current folder. A
-    tokenizer of one image size has it as its ``side``, or by its name in ``MODULE.SIDES``.
+    tokenizer of one image size has it as its ``side``.
 
     Raises:
         EvaluationError: there is no such module, or the tokenizer takes images of another size.
@@ -161,8 +161,7 @@ def open_peer(name: str, weights: str, side: int, world: World) -> Reconstructor
     module, _, short = name.rpartition(":")
     sys.path.insert(0, "")  # as python -m does
     try:
-        found = import_module(module or PEERS)
-        build = found.build_peer
+        build = import_module(module or PEERS).build_peer
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise EvaluationError(
             f"{name} is not a codec ({', '.join(FORMATS)}), and {module or PEERS} cannot build it ({error}). "
@@ -170,12 +169,8 @@ def open_peer(name: str, weights: str, side: int, world: World) -> Reconstructor
         ) from None
     finally:
         sys.path.remove("")
-
-    def check_side(needed: int) -> None:
-        if needed != side:
-            raise EvaluationError(f"{name} works at {needed} × {needed}, not at {side} × {side}. Add --size {needed}.")
-
-    check_side(getattr(found, "SIDES", {}).get(short, side))  # before weights are read
     peer: Reconstructor = build(short, weights or None, world.device)
-    check_side(getattr(peer, "side", side))
+    needed = getattr(peer, "side", side)
+    if needed != side:
+        raise EvaluationError(f"{name} works at {needed} × {needed}, not at {side} × {side}. Add --size {needed}.")
     return peer
