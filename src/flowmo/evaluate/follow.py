@@ -58,8 +58,6 @@ class Follower:
                 "Name images, or a run (eval.eval_dir=results/RUN), or a checkpoint (eval.force_ckpt_path=FILE)."
             )
         self.run = Path(settings.eval_dir) if settings.eval_dir else None
-        if self.run and not self.run.is_dir() and not (settings.continuous or settings.force_ckpt_path):
-            raise EvaluationError(f"There is no run {self.run}.")
 
     def evaluate(self) -> None:
         """Evaluate a named checkpoint, or the run's newest, or with ``eval.continuous`` all until the run ends."""
@@ -86,18 +84,17 @@ class Follower:
                     raise EvaluationError(f"{run} has no checkpoint yet. eval.continuous=true waits for one.")
                 yield checkpoints[-1]
                 return
-            new = [path for path in checkpoints if path.name not in done]
-            if new:
-                done.add(new[0].name)
-                waiting = False
-                yield new[0]
+            new = next((path for path in checkpoints if path.name not in done), None)
+            if new is not None:
+                done.add(new.name)
+                yield new
             elif ended:
                 return
             else:
                 if not waiting:
                     self.report(f"waiting for the next checkpoint of {run}")
-                waiting = True
                 time.sleep(POLL_SECONDS)
+            waiting = new is None
 
     def _evaluated(self) -> set[str]:
         log = self.folder / LOG
@@ -131,13 +128,13 @@ class Follower:
         An index belongs to the source beside it. An index in the settings without a source applies to any source.
         """
         settings = self.config.data
-        for data in (settings, trained):
-            if data.val:
-                return data.val, settings.val_index or ("" if data is settings else data.val_index)
+        saved: dict[str, Any] = {}
         with suppress(OSError, ValueError, KeyError, TypeError):  # a run may be writing it, or be of another version
-            saved = json.loads((self.run / SETTINGS).read_text())["data"] if self.run else {"val": ""}
-            if saved["val"]:
-                return saved["val"], settings.val_index or saved["val_index"]
+            saved = json.loads((self.run / SETTINGS).read_text())["data"] if self.run else {}
+        origins = (settings.val, ""), (trained.val, trained.val_index), (saved.get("val"), saved.get("val_index"))
+        for val, index in origins:
+            if val:
+                return val, settings.val_index or index or ""
         raise EvaluationError("There are no held-out images. Name them with data.val=IMAGES.")
 
     def _record(self, line: dict[str, Any]) -> None:
