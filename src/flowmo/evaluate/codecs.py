@@ -10,12 +10,13 @@ from __future__ import annotations
 import io
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, features
+from PIL import Image
 from torch import Tensor
 
 from flowmo.errors import FlowMoError
@@ -75,7 +76,7 @@ FORMATS = {
 QUALITIES = range(101)
 
 
-@dataclass(frozen=True)
+@dataclass
 class CodecReconstructor:
     """A codec as a ``flowmo.evaluate.reconstruction.Reconstructor``.
 
@@ -95,24 +96,19 @@ class CodecReconstructor:
     headers: bool = True
     at_least: bool = False
     suffix: str = ""
-    id_count = None
+    name: str = field(init=False)
+    id_count: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.codec == "jxl":
-            try:
-                import pillow_jxl  # noqa: F401  # registers the format
-            except ImportError:
-                raise CodecMissingError(
-                    "JPEG XL needs pillow-jxl-plugin. Install it: pip install 'flowmo[evaluate]'."
-                ) from None
-        elif self.codec != "jpeg" and not features.check(self.codec):
+        self.name = FORMATS[self.codec].name + ("" if self.headers else ", without headers") + self.suffix
+        with suppress(ImportError):
+            import pillow_jxl  # noqa: F401  # registers the format
+        Image.init()
+        if FORMATS[self.codec].pillow not in Image.SAVE:
             raise CodecMissingError(
-                f"This Pillow was built without {self.name}. Install another build, or leave it out."
+                f"Pillow cannot write {self.name} here. JPEG XL needs pillow-jxl-plugin (pip install "
+                "'flowmo[evaluate]'), WebP and AVIF another build of Pillow."
             )
-
-    @property
-    def name(self) -> str:
-        return FORMATS[self.codec].name + ("" if self.headers else ", without headers") + self.suffix
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         budgets = [self.budget if isinstance(self.budget, int) else self.budget[index] for index in indices]
