@@ -2,7 +2,6 @@
 
 import difflib
 import re
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from flowmo.errors import FlowMoError
 
 IMAGENET = Path(__file__).parent / "imagenet_classes.tsv"
 """WordNet id and names of the ImageNet-1K classes, in index order (WordNet 3.0, Princeton University)."""
-NEAREST = 3
 
 
 class GenerationError(FlowMoError, ValueError):
@@ -83,21 +81,11 @@ def find_class(wanted: str | int, classes: tuple[str, ...]) -> int:
     found = [name for name in classes if name in owners]
     if not found:
         names = {known.casefold() for name in classes for known in _names(name)}
-        near = difflib.get_close_matches(text.casefold(), sorted(names), NEAREST, cutoff=0.5)
-        hint = (
-            f"The nearest are {', '.join(near)}" if near else f"There are {', '.join(class_titles(classes)[:NEAREST])}"
-        )
-        raise GenerationError(f"There is no class {text!r}. {hint}.")
-    absent = owners.difference(found)
-    if len(found) == 1 and (not absent or _display_name(found[0]).casefold() == text.casefold()):
+        near = difflib.get_close_matches(text.casefold(), sorted(names), cutoff=0)
+        raise GenerationError(f"There is no class {text!r}. The nearest are {', '.join(near)}.")
+    if len(found) == 1 and (len(owners) == 1 or _display_name(found[0]).casefold() == text.casefold()):
         return classes.index(found[0])
-    if len(found) > 1:
-        raise GenerationError(f"{text!r} is a name of several classes: {_listed(found)}. Give the id of one.")
+    several = ", ".join(f"{name} ({_display_name(name)})" for name in sorted(owners))
     raise GenerationError(
-        f"{text!r} may be {_listed(sorted(absent))}, which the generator does not know. It knows {_listed(found)}. "
-        "Give the id."
+        f"{text!r} is a name of several classes: {several}. The generator knows {', '.join(found)}. Give the id of one."
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"{name} ({_display_name(name)})" if name in imagenet_names() else repr(name) for name in names)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowmo.checkpoint import CheckpointError, files
 from flowmo.checkpoint.run_folder import is_sharded
-from flowmo.config import Config, ConfigError, GeneratorConfig
+from flowmo.config import Config, GeneratorConfig
 from flowmo.data.tokens import Vocabulary
 from flowmo.errors import one_line
 from flowmo.generate.classes import GenerationError, class_titles, find_class
@@ -94,14 +94,12 @@ class Generator(InferenceModel):
             int64 b × tokens × sub-tokens, as ``FlowMo.decode`` takes them.
 
         Raises:
-            GenerationError: a label, an id or a setting is out of range.
+            GenerationError: a label or an id is out of range.
+            ConfigError: a setting is.
         """
         overrides["sample_steps"] = overrides.pop("steps", None)
-        try:
-            given = {f"generator.{name}": value for name, value in overrides.items() if value is not None}
-            settings = self.config.updated(given).generator
-        except ConfigError as error:
-            raise GenerationError(str(error)) from None
+        given = {f"generator.{name}": value for name, value in overrides.items() if value is not None}
+        settings = self.config.updated(given).generator
         labels = self._labels(labels)
         seeds = list(seeds) if not isinstance(seeds, int) else [seeds + i for i in range(len(labels))]
         if len(seeds) != len(labels):
@@ -226,24 +224,18 @@ class Generator(InferenceModel):
 
     def _flat(self, ids: Tensor) -> Tensor:
         v = self.vocabulary
-        if ids.ndim != 3 or ids.shape[1:] != (v.tokens, v.sub_tokens) or ids.is_floating_point():
-            form = f"{tuple(ids.shape)}, {ids.dtype}"
-            raise GenerationError(f"The ids have shape {form}; they must be integers b × {v.tokens} × {v.sub_tokens}.")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < v.vocab_size:
-            found = f"{int(ids.min())} to {int(ids.max())}"
-            raise GenerationError(f"The ids run from {found}, not from 0 to {v.vocab_size - 1}.")
+        fits = ids.shape[1:] == (v.tokens, v.sub_tokens) and not ids.is_floating_point()
+        if not fits or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < v.vocab_size):
+            raise GenerationError(f"Give integers b × {v.tokens} × {v.sub_tokens} from 0 to {v.vocab_size - 1} as ids.")
         return ids.flatten(1).long()
 
     def _initial_ids_and_mask(self, count: int, ids: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         if ids is None and keep is None:
             shape = (count, self.vocabulary.ids)
             return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
-        if ids is None or keep is None:
-            raise GenerationError("Give ids and keep together, or neither.")
-        kept = keep.expand(ids.shape) if keep.shape == ids.shape[1:] else keep
-        if len(ids) != count or kept.shape != ids.shape or kept.dtype != torch.bool:
-            raise GenerationError(f"Give ids of {count} images, and a bool mask keep of the same shape.")
-        return self._flat(ids).cpu(), ~kept.flatten(1).cpu()
+        if ids is None or keep is None or len(ids) != count or keep.shape not in (ids.shape, ids.shape[1:]):
+            raise GenerationError(f"Give ids of {count} images together with keep, a bool mask of their shape.")
+        return self._flat(ids).cpu(), ~keep.bool().expand(ids.shape).flatten(1).cpu()
 
 
 def draw(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

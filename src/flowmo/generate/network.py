@@ -74,21 +74,20 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
         self.mlp_in = nn.Linear(width, int(mlp_ratio * width))
-        self.gelu = nn.GELU(approximate="tanh")
         self.mlp_out = nn.Linear(int(mlp_ratio * width), width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = split_heads(self.qkv(self.attention_norm(x)), self.heads)
         q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + F.dropout(self.proj(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
-        mlp = self.mlp_out(self.gelu(self.mlp_in(self.mlp_norm(x))))
-        return x + F.dropout(mlp, self.dropout, self.training)
+        x = x + self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
+        hidden = F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh")
+        return x + self.dropout(self.mlp_out(hidden))
 
 
 def split_heads(qkv: Tensor, heads: int) -> Tensor:
@@ -143,7 +142,7 @@ class UViTBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float, skip: bool = False):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width, bias=False), "proj": nn.Linear(width, width)})
         hidden = int(mlp_ratio * width)
@@ -155,9 +154,8 @@ class UViTBlock(nn.Module):
             x = self.skip_linear(torch.cat((x, earlier), dim=-1))
         q, k, v = split_heads(self.attn["qkv"](self.norm1(x)), self.heads)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + F.dropout(self.attn["proj"](mixed), self.dropout, self.training)
-        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))
-        return x + F.dropout(self.mlp["fc2"](hidden), self.dropout, self.training)
+        x = x + self.dropout(self.attn["proj"](mixed))
+        return x + self.dropout(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
 
 
 def build_network(settings: GeneratorConfig, id_bits: int, ids_per_image: int, classes: int) -> MaskGIT | UViT:

@@ -2,20 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flowmo.checkpoint.files import write_content
 from flowmo.data.npz import write_npz
+from flowmo.data.token_files import prepare_output_folder
 from flowmo.distributed import World
 from flowmo.generate.classes import GenerationError
 from flowmo.generate.generator import Generator
-from flowmo.images import read_image
+from flowmo.images import read_image, to_bytes, to_tensor
 from flowmo.streams import Stream, stream_seed
 from flowmo.tokenizer import FlowMo
 
@@ -101,7 +101,7 @@ def write_samples(
             progress(start + len(batch), len(mine))
     world.barrier()
     if out.suffix == ".npz" and world.main:
-        write_npz(out, _read(paths, batch_size), len(paths))
+        write_npz(out, (to_bytes(to_tensor(read_image(path)))[None] for path in paths), len(paths))
         shutil.rmtree(folder)
     world.barrier()
 
@@ -109,19 +109,11 @@ def write_samples(
 def _record_settings(folder: Path, generator: Generator, labels: Sequence[int], settings: Mapping[str, Any]) -> None:
     """Record the samples' settings in the folder, or refuse a folder with other content."""
     content = json.dumps({**settings, "generator": generator.identity(), "labels": [*labels]})
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_FILE
-    if path.is_file() and path.read_text() == content:
-        return
-    if any(folder.iterdir()):
+    if not prepare_output_folder(folder, SETTINGS_FILE):
+        write_content(path, content)
+    elif path.read_text() != content:
         raise GenerationError(f"{folder} holds other images. Name an empty folder.")
-    write_content(path, content)
-
-
-def _read(paths: Sequence[Path], batch_size: int) -> Iterator[Tensor]:
-    for start in range(0, len(paths), batch_size):
-        rows = [np.asarray(read_image(path)) for path in paths[start : start + batch_size]]
-        yield torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)
 
 
 def parse_positions(text: str, tokens: int) -> Tensor:
