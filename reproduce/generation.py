@@ -18,7 +18,7 @@ from flowmo.data.tokens import TokenDataset
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_features
 from flowmo.evaluate.metrics.pairs import grid
-from flowmo.evaluate.reconstruction import print_unreadable, read_crops_and_errors
+from flowmo.evaluate.reconstruction import print_unreadable, read_crops
 from flowmo.generate.classes import class_titles
 from flowmo.generate.generator import Generator, load_generator
 from flowmo.generate.samples import image_seeds
@@ -166,7 +166,7 @@ def read_images(source: Source, count: int, side: int) -> tuple[LabelledImages, 
     images, kept = [], []
     for start in range(0, len(indices), BATCH):
         chunk = indices[start : start + BATCH]
-        crops, unreadable = read_crops_and_errors(source, chunk, side, enlarge=True)
+        crops = read_crops(source, chunk, side, enlarge=True, unreadable=(unreadable := {}))
         images.append(to_bytes(crops))
         kept += [index for index in chunk if index not in unreadable]
         for message in unreadable.values():

@@ -248,17 +248,17 @@ def test_two_processes_give_what_one_gives(source, tmp_path):
 
 
 def test_one_histogram_of_ids_is_kept_and_not_one_per_batch():
-    parts = measurement.MeasurementParts(None, "")
-    expected = torch.zeros(1 << 16, dtype=torch.int64)
-    for batch in range(3):
-        usage = torch.bincount(torch.arange(5) * batch, minlength=1 << 16)
-        expected += usage
-        kept = weakref.ref(usage)
-        parts.add(Measurement({"index": torch.tensor([2 - batch])}, usage))
-        del usage
-        assert kept() is None
-    parts.save()
-    (part,) = parts.mine
+    expected, kept = torch.zeros(1 << 16, dtype=torch.int64), []
+
+    def batches():
+        for batch in range(3):
+            usage = torch.bincount(torch.arange(5) * batch, minlength=1 << 16)
+            expected.add_(usage)
+            kept.append(weakref.ref(usage))
+            assert not any(earlier() is not None for earlier in kept[:-2])
+            yield Measurement({"index": torch.tensor([2 - batch])}, usage)
+
+    (part,) = measurement.in_parts(batches())
     assert torch.equal(part.usage, expected)
     assert part.rows["index"].tolist() == [0, 1, 2]
 
@@ -305,9 +305,10 @@ def test_equal_pictures_have_no_psnr(source):
     assert summary.ssim == pytest.approx(1)
 
 
-def test_pictures_smaller_than_the_crop(source):
-    with pytest.raises(EvaluationError, match=r"smaller than the crop of 5000×5000"):
+def test_pictures_smaller_than_the_crop(source, capsys):
+    with pytest.raises(EvaluationError, match=r"None of the 1 images can be used"):
         measure(Blur(), source, 5000, Evaluators(), limit=1)
+    assert "smaller than the crop of 5000×5000" in capsys.readouterr().err
 
 
 def test_a_candidate_whose_pictures_are_not_finite(source):

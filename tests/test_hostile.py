@@ -27,7 +27,7 @@ from flowmo.data.npz import NpzFile
 from flowmo.data.sources.webdataset import expand
 from flowmo.data.tokens import TokenDataset
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.measurement import MeasurementParts
+from flowmo.evaluate.measurement import read_parts
 from flowmo.generate.generator import load_generator
 from flowmo.images import ImageError, read_image
 from flowmo.losses.perceptual import BACKBONES, HEADS, LPIPS, RESNET, ResNetLogits
@@ -67,7 +67,7 @@ PLACES = {
     "planes.safetensors": PlaneModel.read,
     "tokenizer.safetensors": lambda file: flowmo.load(file),
     "peer.pt": read_weights,
-    "whole.pt": lambda file: MeasurementParts(file.parent, "x"),
+    "whole.pt": lambda file: [*read_parts(file.parent, "x")],
     BACKBONES["alex"][0][0]: lambda file: LPIPS("alex", file.parent, download=False),
     HEADS["alex"][0][0]: lambda file: LPIPS("alex", beside_a_backbone(file), download=False),
     RESNET[0][0]: lambda file: ResNetLogits(file.parent, download=False),

@@ -82,8 +82,10 @@ def test_what_becomes_readable_is_measured_when_the_evaluation_goes_on(folders, 
 
 def test_where_none_can_be_read_there_are_no_metrics(tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
-    with pytest.raises(EvaluationError, match=r"None of 1 images can be used. The last: .*a\.jpg"):
-        measure(Blur(), open_source(tmp_path), 64, Evaluators(), on_unreadable=lambda message: None)
+    named = []
+    with pytest.raises(EvaluationError, match=r"None of the 1 images can be used"):
+        measure(Blur(), open_source(tmp_path), 64, Evaluators(), on_unreadable=named.append)
+    assert "a.jpg" in named[0]
 
 
 def test_the_command_names_it_and_reports_all_candidates_alike(folders, tiny_model, tmp_path, capsys):

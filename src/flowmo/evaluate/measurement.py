@@ -7,7 +7,7 @@ batches, nor their order, nor ranks, nor an interruption change a metric.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -56,54 +56,44 @@ class Measurement:
         return Measurement(rows, self.usage, self.unreadable)
 
 
-class MeasurementParts:
-    """The parts of a measurement that this process reads and makes.
+def in_parts(batches: Iterable[Measurement]) -> Iterator[Measurement]:
+    """Join the batches of about ``SAVE_SECONDS`` each."""
+    rows: list[dict[str, Tensor]] = []
+    usage, begun = torch.tensor(0), time.monotonic()
+    for batch in batches:
+        rows.append(batch.rows)
+        usage = usage + batch.usage  # one sum, because a large vocabulary's histograms would fill the memory
+        if time.monotonic() - begun > SAVE_SECONDS:
+            yield Measurement.join(rows, usage)
+            rows, usage, begun = [], torch.tensor(0), time.monotonic()
+    if rows:
+        yield Measurement.join(rows, usage)
 
-    With a folder, a file is written every ``SAVE_SECONDS``. Two processes that overlap may measure the same image; a
-    file with an image that an earlier one has is left out.
 
-    Args:
-        identity: what the measurement depends on. A folder of another identity is refused.
-        features: keep the features of earlier parts.
+def write_part(folder: Path, identity: str, part: Measurement) -> None:
+    """Write a part of a measurement. ``identity`` is what the measurement depends on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"identity": identity, "rows": part.rows, "usage": part.usage}
+    write_whole(folder / f"{uuid4().hex}.pt", lambda temporary: torch.save(content, temporary))
+
+
+def read_parts(folder: Path, identity: str) -> Iterator[Measurement]:
+    """Yield the parts in a folder.
+
+    Two processes that overlap may measure the same image. A part with an image that an earlier one has is left out.
 
     Raises:
         EvaluationError: the folder holds something else.
     """
-
-    def __init__(self, folder: Path | None, identity: str, features: bool = True):
-        self.folder, self.identity = folder, identity
-        self.earlier: list[Measurement] = []
-        seen = torch.empty(0, dtype=torch.int64)
-        for part in map(self._read, sorted(folder.glob("*.pt")) if folder else ()):
-            if not torch.isin(part.rows["index"], seen).any():
-                self.earlier.append(part if features else part.without_features())
-                seen = torch.cat((seen, part.rows["index"]))
-        self.mine: list[Measurement] = []
-        self._unsaved: list[dict[str, Tensor]] = []
-        self._usage = torch.tensor(0)  # one sum, because a large vocabulary's histograms would fill the memory
-        self._saved_at = time.monotonic()
-
-    def add(self, part: Measurement) -> None:
-        self._unsaved.append(part.rows)
-        self._usage = self._usage + part.usage
-        if time.monotonic() - self._saved_at > SAVE_SECONDS:
-            self.save()
-
-    def save(self) -> None:
-        if self._unsaved:
-            part = Measurement.join(self._unsaved, self._usage)
-            if self.folder:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                content = {"identity": self.identity, "rows": part.rows, "usage": part.usage}
-                write_whole(self.folder / f"{uuid4().hex}.pt", lambda temporary: torch.save(content, temporary))
-            self.mine.append(part)
-        self._unsaved, self._usage, self._saved_at = [], torch.tensor(0), time.monotonic()
-
-    def _read(self, path: Path) -> Measurement:
+    seen: set[int] = set()
+    for path in sorted(folder.glob("*.pt")):
         try:
             content = read_pth(path)
-            if content["identity"] != self.identity:
-                raise EvaluationError(f"{self.folder} holds another evaluation. Name an empty folder, or remove it.")
-            return Measurement(content["rows"], content["usage"])
+            if content["identity"] != identity:
+                raise EvaluationError(f"{folder} holds another evaluation. Name an empty folder, or remove it.")
+            part = Measurement(content["rows"], content["usage"])
         except (CheckpointError, KeyError) as error:
             raise EvaluationError(f"{path} is not part of an evaluation ({one_line(error, 100)}).") from None
+        if seen.isdisjoint(indices := part.rows["index"].tolist()):
+            seen.update(indices)
+            yield part

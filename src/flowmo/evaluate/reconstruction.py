@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +18,7 @@ from flowmo.codec.file import Codec
 from flowmo.data import Source, evenly_spread
 from flowmo.distributed import World
 from flowmo.errors import FlowMoError
-from flowmo.evaluate.measurement import EvaluationError, Measurement, MeasurementParts
+from flowmo.evaluate.measurement import EvaluationError, Measurement, in_parts, read_parts, write_part
 from flowmo.evaluate.metrics import build_features
 from flowmo.evaluate.metrics.features import BATCH, FeatureNetwork, in_fixed_batches
 from flowmo.evaluate.metrics.pairs import per_channel, squared_error, ssim
@@ -57,11 +57,8 @@ class Reconstructor(Protocol):
         id_count: vocabulary size; ``None`` without ids.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def id_count(self) -> int | None: ...
+    name: str
+    id_count: int | None
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         """Reconstruct images b × c × h × w in [−1, 1] on the CPU. Their dataset ``indices`` seed random draws."""
@@ -69,11 +66,9 @@ class Reconstructor(Protocol):
 
 @dataclass
 class FlowMoReconstructor:
-    """A FlowMo with its sampling settings, as a ``Reconstructor``; images of another size go through ``encode_image``.
+    """A FlowMo with its sampling settings. A ``codec`` also measures the size of files.
 
-    Attributes:
-        codec: measures the size of files too.
-        bits_per_pixel: as in ``FlowMo.encode_image``.
+    Images that are not of the model's size go through ``encode_image``.
     """
 
     tokenizer: FlowMo
@@ -84,19 +79,18 @@ class FlowMoReconstructor:
     codec: Codec | None = None
     noise_scale: float = 1.0
     bits_per_pixel: float | None = None
+    id_count: int | None = field(init=False)
 
-    @property
-    def id_count(self) -> int | None:
-        return self.tokenizer.quantizer.id_count
+    def __post_init__(self) -> None:
+        self.id_count = self.tokenizer.quantizer.id_count
 
     def reconstruct(self, images: Tensor, indices: Sequence[int]) -> Reconstruction:
         seeds = [image_seed(self.seed, index) for index in indices]
-        tokenizer, model = self.tokenizer, self.tokenizer.config
+        tokenizer, config = self.tokenizer, self.tokenizer.config
         height, width = images.shape[-2:]
+        one_batch = height == width == config.data.image_size
         if tokenizer.native_size:
-            one_batch = height % model.model.patch_size == 0 == width % model.model.patch_size
-        else:
-            one_batch = height == width == model.data.image_size
+            one_batch = height % config.model.patch_size == 0 == width % config.model.patch_size
         settings: dict[str, Any] = {"guidance": self.guidance, "noise_scale": self.noise_scale}
         if one_batch:
             batch = tokenizer.encode(images, self.bits_per_pixel)
@@ -187,18 +181,18 @@ class Evaluators(nn.Module):
                 rows[name] = in_fixed_batches(network, x, y, batch_size=batch_size)
         rows = {name: column.double().cpu() for name, column in rows.items()}
         if self.features is not None:
-            rows["originals"] = self._features_of_originals(self.features, x, batch_size).float().cpu()
+            rows["originals"] = self._features_of_originals(self.features, x, batch_size)
             rows["results"] = in_fixed_batches(self.features, y, batch_size=batch_size).pooled.float().cpu()
         return rows
 
     def _features_of_originals(self, network: FeatureNetwork, x: Tensor, batch_size: int) -> Tensor:
-        if not self.cache_originals:
-            return in_fixed_batches(network, x, batch_size=batch_size).pooled
-        keys = [hashlib.blake2b(row.numpy().tobytes()).digest() for row in to_bytes(x).cpu()]
-        if not self._cache.keys() >= set(keys):
-            pooled = in_fixed_batches(network, x, batch_size=batch_size).pooled.cpu()
-            self._cache |= dict(zip(keys, pooled, strict=True))
-        return torch.stack([self._cache[key] for key in keys])
+        key = hashlib.blake2b(x.cpu().numpy().tobytes()).digest()
+        pooled = self._cache.get(key)
+        if pooled is None:
+            pooled = in_fixed_batches(network, x, batch_size=batch_size).pooled.float().cpu()
+        if self.cache_originals:
+            self._cache[key] = pooled
+        return pooled
 
 
 def truncated(images: Tensor) -> Tensor:
@@ -253,58 +247,66 @@ def measure(
     identity = {"version": 2, "candidate": candidate.name, "images": len(chosen), "of": len(source)}
     identity |= {"side": side, **evaluators.describe(), **(metadata or {})}
     identity |= {} if pixels.is_rgb else {"pixels": str(pixels)}
-    parts = MeasurementParts(folder, json.dumps(identity, sort_keys=True), features=world.main)
+    key = json.dumps(identity, sort_keys=True)
+    earlier = [part if world.main else part.without_features() for part in (read_parts(folder, key) if folder else ())]
     world.barrier()  # no rank writes a file that another still reads
-    done = {index for part in parts.earlier for index in part.rows["index"].tolist()}
+    done = {index for part in earlier for index in part.rows["index"].tolist()}
     remaining = [index for index in chosen if index not in done][world.rank :: world.size]
     batch_size, network_batch = (batch_size, BATCH) if side else (1, 1)  # whole images differ in size
-    reason = ""
-    for start in range(0, len(remaining), batch_size):
-        indices = remaining[start : start + batch_size]
-        x, unreadable = read_crops_and_errors(source, indices, side, enlarge, pixels)
-        for reason in unreadable.values():
-            on_unreadable(reason)
-        indices = [index for index in indices if index not in unreadable]
-        if indices:
-            result = candidate.reconstruct(x, indices)
-            finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
-            if not all(finite):
-                name = source.name(indices[finite.index(False)])
-                raise EvaluationError(f"{candidate.name} reconstructs {name} with values that are not finite.")
-            rows = {"index": torch.tensor(indices), **evaluators.compare(x.to(device), result, network_batch, pixels)}
-            ids = torch.empty(0, dtype=torch.int64) if result.ids is None else result.ids.flatten().cpu()
-            parts.add(Measurement(rows, torch.bincount(ids, minlength=candidate.id_count or 0)))
-        if progress:
-            progress(min(start + batch_size, len(remaining)), len(remaining))
-    parts.save()
-    every, measured = parts.earlier + [part for mine in world.gather(parts.mine) for part in mine], None
+
+    def batches() -> Iterator[Measurement]:
+        for start in range(0, len(remaining), batch_size):
+            indices = remaining[start : start + batch_size]
+            unreadable: dict[int, str] = {}
+            x = read_crops(source, indices, side, enlarge, pixels, unreadable)
+            for reason in unreadable.values():
+                on_unreadable(reason)
+            indices = [index for index in indices if index not in unreadable]
+            if indices:
+                result = candidate.reconstruct(x, indices)
+                finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
+                if not all(finite):
+                    name = source.name(indices[finite.index(False)])
+                    raise EvaluationError(f"{candidate.name} reconstructs {name} with values that are not finite.")
+                columns = evaluators.compare(x.to(device), result, network_batch, pixels)
+                ids = torch.empty(0, dtype=torch.int64) if result.ids is None else result.ids.flatten().cpu()
+                usage = torch.bincount(ids, minlength=candidate.id_count or 0)
+                yield Measurement({"index": torch.tensor(indices), **columns}, usage)
+            if progress:
+                progress(min(start + batch_size, len(remaining)), len(remaining))
+
+    mine = []
+    for part in in_parts(batches()):
+        mine.append(part)
+        if folder:
+            write_part(folder, key, part)
+    every, measured = earlier + [part for parts in world.gather(mine) for part in parts], None
     if every and world.main:
         measured = Measurement.join([part.rows for part in every], torch.stack([part.usage for part in every]).sum(0))
         measured.unreadable = len(chosen) - len(measured.rows["index"])
     shared = world.broadcast(measured.without_features() if measured else None)
     if shared is None:
-        raise EvaluationError(f"None of {len(chosen)} images can be used. The last: {reason}")
+        raise EvaluationError(f"None of the {len(chosen)} images can be used.")
     return measured or shared
 
 
 def read_crops(
-    source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False, pixels: PixelFormat = PixelFormat()
+    source: Source,
+    indices: Sequence[int],
+    side: int | None,
+    enlarge: bool = False,
+    pixels: PixelFormat = PixelFormat(),
+    unreadable: dict[int, str] | None = None,
 ) -> Tensor:
-    """Read central squares b × c × side × side in [−1, 1], or one full image. Raises ``ImageError``."""
-    crops, unreadable = read_crops_and_errors(source, indices, side, enlarge, pixels)
-    for message in unreadable.values():
-        raise ImageError(message)
-    return crops
+    """Read central squares b × c × side × side in [−1, 1]. Without a ``side``, read one image that is not cropped.
 
+    Args:
+        unreadable: receives {index: error} of images that cannot be used, which are left out.
 
-def read_crops_and_errors(
-    source: Source, indices: Sequence[int], side: int | None, enlarge: bool = False, pixels: PixelFormat = PixelFormat()
-) -> tuple[Tensor, dict[int, str]]:
-    """Read central squares b × c × side × side in [−1, 1]. Returns also {index: error} of images left out.
-
-    Without a ``side``, the one image of ``indices`` is not cropped.
+    Raises:
+        ImageError: an image cannot be used, and there is no ``unreadable``.
     """
-    crops, unreadable = [], {}
+    crops = []
     for index in indices:
         try:
             image = source.read(index, pixels=pixels)
@@ -315,7 +317,9 @@ def read_crops_and_errors(
             if side is None and min(width, height) < SMALLEST_WHOLE:
                 raise ImageError(f"{size}. Metrics need at least {SMALLEST_WHOLE} pixels a side.")
         except ImageError as error:
+            if unreadable is None:
+                raise
             unreadable[index] = str(error)
-            continue
-        crops.append(to_tensor(resize_and_crop(image, side) if side else image))
-    return torch.stack(crops) if crops else torch.empty(0, pixels.channels, side or 0, side or 0), unreadable
+        else:
+            crops.append(to_tensor(resize_and_crop(image, side) if side else image))
+    return torch.stack(crops) if crops else torch.empty(0, pixels.channels, side or 0, side or 0)
