@@ -272,7 +272,8 @@ def test_remembered_features_are_the_same(source):
             return super().forward(images)
 
     network = Counts()
-    evaluators = Evaluators(features=network, cache_originals=True)
+    evaluators = Evaluators(features=network)
+    evaluators.cache_originals = True
     whole = measure(Blur(), source, 64, Evaluators(features=Colours()))
     same(whole, measure(Blur(), source, 64, evaluators))
     before = network.seen

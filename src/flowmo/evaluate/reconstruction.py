@@ -50,12 +50,7 @@ class Reconstruction(NamedTuple):
 
 
 class Reconstructor(Protocol):
-    """Encodes and decodes images: a FlowMo, another tokenizer or a codec.
-
-    Attributes:
-        name: its name in tables.
-        id_count: vocabulary size; ``None`` without ids.
-    """
+    """Encodes and decodes images: a FlowMo, another tokenizer or a codec. Without ids its ``id_count`` is ``None``."""
 
     name: str
     id_count: int | None
@@ -108,22 +103,17 @@ class FlowMoReconstructor:
 
 
 class Evaluators(nn.Module):
-    """The networks that compare images. A metric without its network is skipped.
+    """The networks that compare images. A metric without its network is skipped."""
 
-    Attributes:
-        cache_originals: keep the features of originals, to evaluate several candidates on the same images.
-    """
+    cache_originals = False
+    """Keep the features of originals, to evaluate several candidates on the same images."""
 
     def __init__(
-        self,
-        lpips_alex: LPIPS | None = None,
-        lpips_vgg: LPIPS | None = None,
-        features: FeatureNetwork | None = None,
-        cache_originals: bool = False,
+        self, lpips_alex: LPIPS | None = None, lpips_vgg: LPIPS | None = None, features: FeatureNetwork | None = None
     ):
         super().__init__()
         self.lpips_alex, self.lpips_vgg, self.features = lpips_alex, lpips_vgg, features
-        self.cache_originals, self._cache = cache_originals, dict[bytes, Tensor]()
+        self._cache: dict[bytes, Tensor] = {}
 
     @classmethod
     def find(cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto") -> tuple[Evaluators, list[str]]:
@@ -148,11 +138,7 @@ class Evaluators(nn.Module):
 
     @torch.no_grad()
     def compare(
-        self,
-        x: Tensor,
-        result: Reconstruction,
-        batch_size: int = BATCH,
-        pixels: PixelFormat = PixelFormat(),
+        self, x: Tensor, result: Reconstruction, batch_size: int = BATCH, pixels: PixelFormat = PixelFormat()
     ) -> dict[str, Tensor]:
         """Compare images x, b × c × h × w, with their reconstructions. Returns columns of a ``Measurement``.
 

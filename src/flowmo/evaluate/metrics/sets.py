@@ -27,8 +27,7 @@ def kernel_distance(features: Tensor, features_2: Tensor, paired: bool = False) 
     Larger sets are thinned out to ``KERNEL_IMAGES`` rows.
 
     Args:
-        features: n × d.
-        features_2: m × d.
+        features, features_2: n × d, and m × d.
         paired: row i of one set reconstructs row i of the other. Such pairs are not independent and are left out.
 
     Raises:
