@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -269,3 +270,24 @@ def tiny_model(tiny_config, tmp_path) -> Path:
     torch.manual_seed(0)
     save(open_gates(FlowMo(tiny_config)).eval(), tmp_path / "tiny.safetensors")
     return tmp_path / "tiny.safetensors"
+
+
+def release_shapes(config) -> dict[str, list[int]]:
+    """Keys and shapes of an authors' model with these settings, from those of their ``flowmo_lo``."""
+    m, shapes = config.model, {}
+    pixels = {48: 3 * m.patch_size**2}
+    sizes = {
+        "encoder": {**{k * 768: k * m.enc_hidden_size for k in range(1, 7)}, **pixels, 18: m.context_dim}
+        | {64: m.enc_hidden_size // m.enc_num_heads},
+        "decoder": {**{k * 1152: k * m.hidden_size for k in range(1, 7)}, **pixels, 19: m.context_dim + 1}
+        | {96: m.hidden_size // m.num_heads},
+    }
+    for key, shape in json.loads((ROOT / "tests" / "golden" / "state_dict_lo.json").read_text()).items():
+        network = key.partition(".")[0]
+        scaled = [sizes[network].get(size, size) for size in shape]
+        if ".double_blocks." not in key:
+            shapes[key] = scaled
+        elif ".double_blocks.0." in key:
+            depth = m.enc_depth if network == "encoder" else m.dec_depth
+            shapes |= {key.replace("blocks.0.", f"blocks.{block}."): scaled for block in range(depth)}
+    return shapes
