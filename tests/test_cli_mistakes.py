@@ -192,7 +192,7 @@ def test_push_without_a_network_is_one_sentence(capsys, monkeypatch, tiny_model)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     status, _, error = run(capsys, "push", tiny_model, "someone/flowmo")
     assert (status, error.count("\n")) == (2, 1)
-    assert error.startswith("flowmo: The Hub cannot be reached (")
+    assert error.startswith("flowmo: The Hub did not accept someone/flowmo (")
 
 
 def test_evaluate_leaves_broken_and_small_images_out_and_says_so(capsys, tmp_path, tiny_model, picture):

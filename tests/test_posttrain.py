@@ -175,7 +175,7 @@ def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
 
 
 def test_starting_from_nothing_is_refused(settings, tmp_path):
-    with pytest.raises(CheckpointError, match=r"none\.pth: There is no such file"):
+    with pytest.raises(CheckpointError, match=r"none\.pth: There are no such weights"):
         Trainer(settings, tmp_path / "run", resume_from=tmp_path / "none.pth", report=quiet)
 
 

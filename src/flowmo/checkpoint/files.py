@@ -47,26 +47,21 @@ def find(source: str | Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(source)
+    name, path = str(source), Path(source)
     if path.is_dir() and not run_folder.is_sharded(path):
         path = run_folder.best_checkpoint(path) or path / hub.MODEL_FILE
+    if not path.is_file() and name in PRESETS:
+        path = BUNDLED / f"{name}.safetensors"
+    elif hub.is_name(name) and not Path(source).exists() and not path.suffix.startswith((".pt", ".safetensors")):
+        path = hub.fetch(name)
     if path.is_file() or run_folder.is_sharded(path):
         return path
-    name = str(source)
-    if name in PRESETS:
-        bundled = BUNDLED / f"{name}.safetensors"
-        if bundled.is_file():
-            return bundled
-        have = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.safetensors"))) or "none"
-        raise CheckpointError(
-            f"Preset {name!r} comes without weights (bundled: {have}). Load a file of its weights, or start from "
-            f"random ones with flowmo.FlowMo(flowmo.preset({name!r}))."
-        )
-    if Path(source).is_dir():
-        raise CheckpointError(f"{source}: The folder holds neither {hub.MODEL_FILE} nor checkpoints of a run.")
-    if hub.is_name(name) and not path.suffix.startswith((".pt", ".safetensors")):
-        return hub.fetch(name)
-    raise CheckpointError(f"{source}: There is no such file, and no preset of that name ({', '.join(PRESETS)}).")
+    bundled = ", ".join(preset for preset in PRESETS if (BUNDLED / f"{preset}.safetensors").is_file())
+    raise CheckpointError(
+        f"{source}: There are no such weights. Name a file of weights, a folder with {hub.MODEL_FILE} or with "
+        f"checkpoints of a run, or a preset that comes with weights ({bundled}). For random weights use "
+        "flowmo.FlowMo(flowmo.preset(NAME))."
+    )
 
 
 def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple[Config, dict[str, Tensor]]:
@@ -122,11 +117,11 @@ def read_raw_metadata(path: Path) -> dict[str, Any]:
         return read_pth(path)
     try:
         metadata = json.loads((path / run_folder.METADATA).read_text(encoding="utf-8"))
+        if isinstance(metadata, dict):
+            return metadata
+        raise ValueError("its metadata is not a table")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or not a training checkpoint of flowmo ({error}).") from None
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} is damaged or not a training checkpoint of flowmo: its metadata is not a table.")
-    return metadata
 
 
 def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from flowmo.checkpoint import CheckpointError
+from flowmo.errors import one_line
 
 MODEL_FILE = "model.safetensors"
 CONTEXT_FILE = "model.context.safetensors"
@@ -35,10 +36,7 @@ def fetch(name: str) -> Path:
         CheckpointError: no such repository, no connection, or huggingface_hub is not installed.
     """
     repository, _, revision = name.partition("@")
-    with _hub(
-        f"{name} is not a folder, and fetching it from the Hub",
-        f"{name} is not a folder, and the Hub did not deliver it",
-    ) as hub:
+    with _hub(f"{name} is not a folder, and the Hub did not deliver it") as hub:
         files = [MODEL_FILE, CONTEXT_FILE]
         folder = Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=files))
     if not (folder / MODEL_FILE).is_file():
@@ -57,7 +55,7 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
     """
     if not is_name(name) or "@" in name:
         raise CheckpointError(f"{name!r} is not a name of a repository. Write owner/name.")
-    with _hub(f"Uploading {name} to the Hub", f"The Hub did not accept {name}") as hub:
+    with _hub(f"The Hub did not accept {name}") as hub:
         api = hub.HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
         files = [MODEL_FILE, CONTEXT_FILE, CARD_FILE]
@@ -87,60 +85,52 @@ def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None)
     Raises:
         CheckpointError: ``evaluation`` has none of ``METRICS``.
     """
-    config, m, steps = tokenizer.config, tokenizer.config.model, tokenizer.config.eval.sampling.sample_steps
+    config, m, opt = tokenizer.config, tokenizer.config.model, tokenizer.config.opt
+    side, steps, native = config.data.image_size, config.eval.sampling.sample_steps, tokenizer.native_size
     title = name.partition("@")[0].rpartition("/")[2]
-    side, opt = config.data.image_size, config.opt
     ids = "continuous" if m.ids_per_token is None else f"{m.ids_per_token[0]} ids below {m.ids_per_token[1]} each"
-    rates = [f"{rate:.4f}" for rate in tokenizer.rates(side, side)]
-    values = {key: evaluation[key] for key in METRICS if evaluation.get(key) is not None} if evaluation else {}
-    if evaluation and not values:
-        raise CheckpointError("The evaluation holds no metric. Use the output of flowmo evaluate --json.")
-    rows = [f"| {METRICS[key]} | {value:.4g} |" for key, value in values.items()]
-    count = evaluation.get("images", evaluation.get("pictures")) if evaluation else None  # pictures: a former name
+    rates = ", ".join(f"{rate:.4f}" for rate in tokenizer.rates(side, side))
+    model_index, results = "", "Not documented yet: results with their spread. `flowmo push --evaluation` adds them."
+    if evaluation:
+        values = {key: evaluation[key] for key in METRICS if evaluation.get(key) is not None}
+        if not values:
+            raise CheckpointError("The evaluation holds no metric. Use the output of flowmo evaluate --json.")
+        count = evaluation.get("images", evaluation.get("pictures"))  # pictures: a former name
+        rows = [f"| {METRICS[key]} | {value:.4g} |" for key, value in values.items()]
+        results = "\n".join([f"{count} images, one sample each.", "", "| metric | mean |", "|---|--:|", *rows])
+        metrics = [{"type": key, "name": METRICS[key], "value": value} for key, value in values.items()]
+        task, dataset = {"type": "image-to-image"}, {"name": "held-out images", "type": "held-out"}
+        result = {"task": task, "dataset": dataset, "metrics": metrics}
+        model_index = yaml.safe_dump({"model-index": [{"name": title, "results": [result]}]}, sort_keys=False)
     return (
         (Path(__file__).parent / "card.md")
         .read_text(encoding="utf-8")
         .format(
             title=title,
             name=name,
-            model_index=_model_index(title, values),
-            images="any height and width" if tokenizer.native_size else f"{side} × {side} pixels; larger ones as tiles",
+            model_index=model_index,
+            images="any height and width" if native else f"{side} × {side} pixels; larger ones as tiles",
             channels=m.channels,
-            code=f"{'one token per 16 × 16 pixels' if tokenizer.native_size else f'{m.code_length} tokens'}, {ids}",
-            rate=f"{', '.join(rates)} bits per pixel before entropy coding" if rates else "continuous",
+            code=f"{'one token per 16 × 16 pixels' if native else f'{m.code_length} tokens'}, {ids}",
+            rate=f"{rates} bits per pixel before entropy coding" if rates else "continuous",
             parameters=sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6,
             steps=f"{steps} step{'s' * (steps > 1)}",
             identity=tokenizer.identity(),
             training=f"Optimizer {opt.optimizer}, learning rate {opt.lr:g}, perceptual loss {opt.lpips_mode} × "
             f"{opt.lpips_weight:g}, bottleneck {m.quantization_type}.",
-            evaluation="\n".join([f"{count} images, one sample each.", "", "| metric | mean |", "|---|--:|", *rows])
-            if rows
-            else "Not documented yet: results with their spread. `flowmo push --evaluation` adds them.",
+            evaluation=results,
         )
     )
 
 
-def _model_index(title: str, values: Mapping[str, float]) -> str:
-    """Metadata from which the Hub draws its table of results."""
-    if not values:
-        return ""
-    metrics = [{"type": key, "name": METRICS[key], "value": value} for key, value in values.items()]
-    task, dataset = {"type": "image-to-image"}, {"name": "held-out images", "type": "held-out"}
-    results = [{"task": task, "dataset": dataset, "metrics": metrics}]
-    return yaml.safe_dump({"model-index": [{"name": title, "results": results}]}, sort_keys=False)
-
-
 @contextmanager
-def _hub(purpose: str, failure: str) -> Iterator[Any]:
+def _hub(failure: str) -> Iterator[Any]:
     """Import huggingface_hub, and turn its many errors into one."""
     try:
         import huggingface_hub
-    except ImportError:
-        raise CheckpointError(f"{purpose} needs huggingface_hub. Run: pip install 'flowmo[hub]'") from None
-    try:
+
         yield huggingface_hub
+    except ImportError:
+        raise CheckpointError(f"{failure}: huggingface_hub is missing. Run: pip install 'flowmo[hub]'") from None
     except Exception as error:  # its own errors, httpx's and the system's have no common base
-        lines = str(error).strip().splitlines()
-        if "Connect" in type(error).__name__:
-            failure = "The Hub cannot be reached"
-        raise CheckpointError(f"{failure} ({lines[0][:300] if lines else type(error).__name__}).") from None
+        raise CheckpointError(f"{failure} ({one_line(error, 300)}).") from None
