@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, cast
 from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
 from flowmo.errors import one_line
 from flowmo.images import EXTENSIONS, ImageError
-from flowmo.images.pixels import ARRAY
+from flowmo.images.pixels import ARRAY, is_array
 
 MAX_NESTING = 3
 MAX_LABEL_BYTES = 200
@@ -32,7 +32,6 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 28
 MAX_UNINDEXED_BYTES = 1 << 34
 """A larger tar needs an index, because scanning it takes too long."""
-KEY_RULE = "in a WebDataset a key ends at the base name's first dot"
 WORDNET = re.compile(r"n\d{8}(?=_)")
 """ImageNet's class in a file name. The authors' index has no other trace of it."""
 
@@ -65,26 +64,40 @@ def build_index(
             several images.
     """
     left_out: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    images: list[dict[str, Any]] = []
+    arrays: list[dict[str, Any]] = []
     try:
         with open(tar, "rb") as file:
-            entries, total = [], os.fstat(file.fileno()).st_size >> 20
-            for entry in _scan(_LimitedReader(file), 0, "", 0, left_out, EXTENSIONS):
-                entries.append(entry)
+            total = os.fstat(file.fileno()).st_size >> 20
+            for row, label, reason in _members(_LimitedReader(file), 0, "", 0):
+                name = row["name"]
+                if label is not None:
+                    labels[name] = label
+                elif not reason and name.lower().endswith((*EXTENSIONS, ARRAY)):
+                    (arrays if is_array(name) else images).append(row)
+                else:
+                    left_out[name] = reason or NO_IMAGE
                 if progress:
-                    progress(entry["offset"] >> 20, total)
-            if not entries:
-                left_out.clear()
-                file.seek(0)
-                entries = list(_scan(_LimitedReader(file), 0, "", 0, left_out, (ARRAY,)))
-    except (OSError, MemoryError) as error:
-        raise DataError(f"{tar}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+                    progress(row["offset"] >> 20, total)
+        if images:
+            left_out |= {row["name"]: NO_IMAGE for row in arrays}
+        images = images or arrays
+        other_keys = {_key(name) for name in labels} | {_key(n) for n, reason in left_out.items() if reason == NO_IMAGE}
+        not_items = extra_files([row["name"] for row in images], other_keys)
+        left_out |= not_items | extra_files(list(labels))
+        label_of = {_key(name): _as_label(text) for name, text in labels.items() if name not in left_out and text}
     except DataError as error:
         raise DataError(f"{tar}: {error}") from None
-    except (tarfile.TarError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        raise DataError(f"{tar}: not an uncompressed tar, or a damaged one ({one_line(error)}).") from None
-    if not entries:
+    except Exception as error:  # a damaged header makes tarfile raise anything
+        raise DataError(f"{tar}: cannot be read as an uncompressed tar ({one_line(error)}).") from None
+    images = [row for row in images if row["name"] not in not_items]
+    if not images:
         raise DataError(f"{tar}: contains no images ({', '.join((*EXTENSIONS, ARRAY))}).")
-    return entries, left_out
+    for row in images:
+        if _key(row["name"]) in label_of:
+            row["label"] = label_of[_key(row["name"])]
+    return images, left_out
 
 
 class _LimitedReader:
@@ -100,46 +113,30 @@ class _LimitedReader:
         return self._file.read(size)
 
 
-def _scan(
-    file: _LimitedReader, start: int, prefix: str, depth: int, left_out: dict[str, str], extensions: tuple[str, ...]
-) -> Iterator[dict]:
-    images: list[dict[str, Any]] = []
-    labels: dict[str, str] = {}
-    other_keys: set[str] = set()
+def _members(
+    file: _LimitedReader, start: int, prefix: str, depth: int
+) -> Iterator[tuple[dict[str, Any], str | None, str]]:
+    """Yield (row of the index, label in the file, reason to leave it out) of all files, also of inner tars."""
     last = -1
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
-
-        def opened(member: tarfile.TarInfo) -> IO[bytes]:
-            return cast(IO[bytes], tar.extractfile(member))  # never None: ``member`` is a regular file
-
         for member in tar:
             if member.size < 0 or member.offset_data <= last:  # tarfile would read it forever
                 raise tarfile.ReadError(f"{member.name} has a negative size")
             last = member.offset_data
-            name, offset = prefix + member.name, start + member.offset_data
+            name, offset, label, reason = prefix + member.name, start + member.offset_data, None, ""
             if member.isdir():
                 continue
             if is_hidden(name):
-                left_out[name] = HIDDEN
+                reason = HIDDEN
             elif not member.isreg() or member.issparse():  # the bytes of a sparse file are not contiguous
-                left_out[name] = "a link or another member without bytes of its own"
-            elif name.lower().endswith(extensions):
-                images.append({"name": name, "offset": offset, "size": member.size})
+                reason = "a link or another member without bytes of its own"
             elif name.endswith(".tar") and depth < MAX_NESTING:
-                inner = _LimitedReader(opened(member))
-                yield from _scan(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1, left_out, extensions)
+                inner = _LimitedReader(cast(IO[bytes], tar.extractfile(member)))
+                yield from _members(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1)
+                continue
             elif name.lower().endswith(".cls") and member.size <= MAX_LABEL_BYTES:
-                labels[name] = opened(member).read().decode("utf-8", "replace").strip()
-            else:
-                left_out[name] = NO_IMAGE
-                other_keys.add(_key(name))
-    not_items = extra_files([image["name"] for image in images], other_keys | {_key(name) for name in labels})
-    left_out |= not_items | extra_files(list(labels))
-    label_of = {_key(name): text for name, text in labels.items() if name not in left_out and text}
-    for image in images:
-        if image["name"] not in not_items:
-            label = label_of.get(_key(image["name"]))
-            yield image if label is None else {**image, "label": _as_label(label)}
+                label = cast(IO[bytes], tar.extractfile(member)).read().decode("utf-8", "replace").strip()
+            yield {"name": name, "offset": offset, "size": member.size}, label, reason
 
 
 def extra_files(names: Sequence[str], other_keys: Collection[str] | None = None) -> dict[str, str]:
@@ -157,19 +154,17 @@ def extra_files(names: Sequence[str], other_keys: Collection[str] | None = None)
     samples: dict[str, list[str]] = {}
     for name in names:
         samples.setdefault(_key(name), []).append(name)
-    webdataset = other_keys is None or not samples.keys().isdisjoint(other_keys)
     plain = {key: [name for name in group if name.count(".", len(key)) == 1] for key, group in samples.items()}
+    webdataset = other_keys is None or not samples.keys().isdisjoint(other_keys)
     needs_plain = webdataset and other_keys is not None and any(plain.values())
     left_out: dict[str, str] = {}
     for key, group in samples.items():
         chosen = plain[key] or ([] if needs_plain else group)
         if len(chosen) > 1 and webdataset:
             raise DataError(
-                f"{one_line(chosen[0])} and {one_line(chosen[1])} are of one sample, {one_line(key)!r}: {KEY_RULE}. "
-                "Give each sample a key without dots, one image KEY.jpg and one label KEY.cls."
+                f"{one_line(chosen[0])} and {one_line(chosen[1])} are of one sample, {one_line(key)!r}: in a "
+                "WebDataset a key ends at the base name's first dot. Give each key one image KEY.jpg and one KEY.cls."
             )
-        if len(plain[key]) > 1:
-            continue
         reason = f"beside {one_line(chosen[0])}, the one of its sample" if chosen else f"its sample has no {key}.jpg"
         left_out |= dict.fromkeys([name for name in group if name not in chosen], reason)
     return left_out
@@ -258,20 +253,20 @@ class TarSource(Source):
         entries = [entry for tar in self.tars for entry in load_index(tar, index)]
         self.entries = sorted(entries, key=lambda e: (e.name.rpartition("/")[2], str(e.tar), e.name))
         self.classes, self.labels = self._classes()
-        self._descriptors: dict[Path, int] = {}
 
     def _classes(self) -> tuple[tuple[str, ...], list[int | None]]:
         labels = [entry.label for entry in self.entries]
-        number, word = (next((i for i, x in enumerate(labels) if isinstance(x, kind)), None) for kind in (int, str))
-        if number is not None and word is not None:
+        example = {type(labels[i]): i for i in reversed(range(len(labels)))}
+        if int in example and str in example:
+            number, word = example[int], example[str]
             raise DataError(
                 f"{self.name(number)} has the label {labels[number]}, {self.name(word)} has {labels[word]!r}. "
                 "Give all images numbers, or all of them names."
             )
-        if number is not None:
+        if int in example:
             numbers = cast(list[int | None], labels)
             return tuple(map(str, range(max(n for n in numbers if n is not None) + 1))), numbers
-        if word is not None:
+        if str in example:
             return class_labels(cast(list[str | None], labels))
         parts = [[part for part in entry.name.split("/") if part != "."] or [""] for entry in self.entries]
         while len({first for first, *_ in parts}) == 1 and all(len(path) > 2 for path in parts):
@@ -298,17 +293,8 @@ class TarSource(Source):
     def file(self, index: int) -> io.BytesIO:
         entry = self.entries[index]
         try:
-            if entry.tar not in self._descriptors:
-                self._descriptors[entry.tar] = os.open(entry.tar, os.O_RDONLY)
-            # pread needs no file position, so forked workers share the descriptor
-            content = os.pread(self._descriptors[entry.tar], entry.size, entry.offset)
+            with open(entry.tar, "rb") as tar:
+                tar.seek(entry.offset)
+                return io.BytesIO(tar.read(entry.size))
         except OSError as error:
             raise ImageError(f"{self.name(index)}: cannot be read ({error.strerror}).") from None
-        return io.BytesIO(content)
-
-    def __getstate__(self) -> Mapping:
-        return {**self.__dict__, "_descriptors": {}}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
