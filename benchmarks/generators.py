@@ -67,7 +67,7 @@ def likelihoods(
     v, none = model.vocabulary, torch.full_like(labels, model.no_class)
     for name, context in contexts.items():
         yield likelihood_row(
-            name, torch.from_numpy(ideal_code_length(context, token_bits(ids.numpy(), v.id_bits))), v.ids
+            name, torch.from_numpy(ideal_code_length(context.run, token_bits(ids.numpy(), v.id_bits))), v.ids
         )
     for known, given in (("class", labels), ("no class", none)):
         for count in steps:

@@ -80,10 +80,11 @@ def image_bits(tokens: TokenDataset, indices: Sequence[int]) -> Bits:
 def code_lengths(models: Mapping[str, ContextModel], tokens: TokenDataset) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Measure models on other tokens. Returns each image's bits packed, n, and coded by each model, n × 1."""
     bits = image_bits(tokens, range(len(tokens)))
-    return np.full(len(bits), bits[0].size), {name: ideal_code_length(m, bits)[:, None] for name, m in models.items()}
+    lengths = {name: ideal_code_length(model.run, bits)[:, None] for name, model in models.items()}
+    return np.full(len(bits), bits[0].size), lengths
 
 
-def ideal_code_length(model: Predictor, bits: Bits) -> np.ndarray:
+def ideal_code_length(predict: Predictor, bits: Bits) -> np.ndarray:
     """Ideal code length of each image in bits: float64 n."""
     total = np.zeros(len(bits))
 
@@ -93,7 +94,7 @@ def ideal_code_length(model: Predictor, bits: Bits) -> np.ndarray:
         np.add(total, lengths.reshape(len(bits), -1).sum(axis=1), out=total)
         return chosen
 
-    model.run(len(bits), add)
+    predict(len(bits), add)
     return total
 
 

@@ -281,7 +281,7 @@ def test_coded_planes(native, seed):
     context = {"neighbours": NEIGHBOURS, **{name: array.tolist() for name, array in model.arrays.items()}}
     ids = np.zeros((5, 6, 0), np.int64)
     for _ in range(S):
-        bits = model.plane(ids).run(1, lambda cells, bit, p: (rng.integers(0, 1 << 16, p.shape) < p).astype(np.int8))
+        bits = model.plane(ids)(1, lambda cells, bit, p: (rng.integers(0, 1 << 16, p.shape) < p).astype(np.int8))
         drawn = (bits[0].astype(np.int64) << np.arange(9)).sum(axis=-1)
         ids = np.concatenate((ids, drawn.reshape(5, 6, 1)), axis=2)
     codes = Codes(torch.from_numpy(ids.reshape(1, 30, S)), (80, 96), 512, image_size=(70, 93))

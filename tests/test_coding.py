@@ -97,7 +97,7 @@ def test_the_logistic_table():
 def test_what_is_fitted_finds_the_structure(sources, models):
     """Against entropies: half of the bits repeat the others, nine tenths of the rest repeat those above."""
     other = Sources(seed=1).bits[:100]
-    frequencies, context = (ideal_code_length(models[name], other).mean() for name in ("frequencies", "context"))
+    frequencies, context = (ideal_code_length(models[name].run, other).mean() for name in ("frequencies", "context"))
 
     def entropy(p):
         return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
@@ -141,26 +141,26 @@ def test_the_coder_gives_back_every_bit(models, sources, name):
     model, rng = models[name], np.random.default_rng(3)
     noise = rng.integers(0, 2, (7, T, B)).astype(np.int8)
     for bits in (sources.bits[:9], sources.bits[:1], noise, np.zeros_like(noise), np.ones_like(noise)):
-        string = range_coder.encode(model, bits)
-        assert np.array_equal(range_coder.decode(model, string, len(bits)), bits)
-        assert len(string) <= ideal_code_length(model, bits).sum() / 8 + 8
+        string = range_coder.encode(model.run, bits)
+        assert np.array_equal(range_coder.decode(model.run, string, len(bits)), bits)
+        assert len(string) <= ideal_code_length(model.run, bits).sum() / 8 + 8
 
 
 def test_a_changed_string_gives_other_bits_or_an_error(models, sources):
     pytest.importorskip("constriction")
     model, bits = models["context"], sources.bits[:3]
-    string = range_coder.encode(model, bits)
+    string = range_coder.encode(model.run, bits)
     refused = 0
     for place in range(len(string)):
         for change in (1, 0x55, 0x80):
             damaged = bytearray(string)
             damaged[place] ^= change
             try:
-                assert not np.array_equal(range_coder.decode(model, bytes(damaged), 3), bits)
+                assert not np.array_equal(range_coder.decode(model.run, bytes(damaged), 3), bits)
             except ContextError:
                 refused += 1
     assert refused
-    assert np.array_equal(range_coder.decode(model, string + bytes(5), 3), bits)
+    assert np.array_equal(range_coder.decode(model.run, string + bytes(5), 3), bits)
 
 
 def test_a_model_is_its_file(models, tmp_path):
@@ -223,11 +223,11 @@ def test_a_generator_in_the_place_of_a_context_model(generator, sources):
     pytest.importorskip("constriction")
     model, bits = GeneratorModel(generator, steps=4), sources.bits[:5]
     likelihood = generator.log_prob(torch.from_numpy(token_ids(bits, 4)), steps=4).numpy()
-    assert ideal_code_length(model, bits) == pytest.approx(-likelihood / np.log(2), rel=0.04)
+    assert ideal_code_length(model.run, bits) == pytest.approx(-likelihood / np.log(2), rel=0.04)
     assert likelihood.std() > 1
-    string = range_coder.encode(model, bits)
-    assert len(string) <= ideal_code_length(model, bits).sum() / 8 + 8
-    assert np.array_equal(range_coder.decode(model, string, 5), bits)
+    string = range_coder.encode(model.run, bits)
+    assert len(string) <= ideal_code_length(model.run, bits).sum() / 8 + 8
+    assert np.array_equal(range_coder.decode(model.run, string, 5), bits)
     assert GeneratorModel(generator, steps=5).identity != model.identity
 
 

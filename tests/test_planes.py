@@ -392,7 +392,7 @@ def probabilities(model: PlaneModel, ids: np.ndarray, plane: int) -> np.ndarray:
         asked[cells, bit] = p
         return bits[:, cells, bit]
 
-    model.plane(ids[..., :plane]).run(1, code)
+    model.plane(ids[..., :plane])(1, code)
     return asked
 
 

@@ -38,6 +38,8 @@ IDENTITY_BYTES = 4
 BitCoder = Callable[[Any, int, np.ndarray], Bits]
 """Codes one bit of one token in every image. Called with the token, the bit's index and P(bit = 1) · ``ONE`` per image;
 returns the bits. The token may be an array of n tokens; probabilities and bits are then images × n."""
+Predictor = Callable[[int, BitCoder], Bits]
+"""Passes every bit of n images through the ``BitCoder`` in coding order, and returns the bits."""
 
 
 class ContextError(FlowMoError, ValueError):
@@ -71,15 +73,8 @@ def neighbour_indices(rows: int, columns: int, offsets: Sequence[tuple[int, int]
     return np.where(inside, row * columns + column, rows * columns)
 
 
-class Predictor(Protocol):
-    """Predicts bits one after another."""
-
-    def run(self, images: int, code: BitCoder) -> Bits:
-        """Pass every bit of ``images`` images through ``code`` in coding order. Return the bits."""
-
-
-class BitModel(Predictor, Protocol):
-    """Predicts the bits of a tokenizer's ids.
+class BitModel(Protocol):
+    """Predicts the bits of a tokenizer's ids. Its ``run`` is a ``Predictor``.
 
     Attributes:
         tokenizer: the tokenizer's identity, 16 hex digits.
@@ -95,6 +90,8 @@ class BitModel(Predictor, Protocol):
 
     @property
     def identity(self) -> bytes: ...
+
+    def run(self, images: int, code: BitCoder) -> Bits: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -139,7 +139,7 @@ class Codec:
         assert not isinstance(context, PlaneModel)
         header, packed = self._header(context, size, varint(self.tile - 1)), pack_ids(ids, self.bits)
         # at least 1 byte per tile bounds the decoding work
-        content = packed if context is None else self._encode(context, ids, len(ids))
+        content = packed if context is None else self._encode(context.run, ids, len(ids))
         return header + content + CRC.pack(zlib.crc32(header + packed))
 
     def _pack_planes(self, size: tuple[int, int], ids: np.ndarray, context: Context | None) -> bytes:
@@ -227,9 +227,10 @@ class Codec:
     def _unpack_tiles(self, reader: Reader, context_id: bytes | None, size: tuple[int, int]) -> Codes:
         context, header = self._context(context_id), reader.content[: reader.position]
         assert not isinstance(context, PlaneModel)
+        predict = None if context is None else context.run
         content = reader.take(len(reader.content) - reader.position - CRC.size)
         shape = (*self.shape(*size), self.sub_tokens)
-        packed = self._decode(context, content, math.prod(shape), shape[0], shape[0])
+        packed = self._decode(predict, content, math.prod(shape), shape[0], shape[0])
         if reader.take(CRC.size) != CRC.pack(zlib.crc32(header + packed)):
             raise _damaged("its checksum does not match")
         ids = torch.from_numpy(self._unpack_ids(packed, math.prod(shape)).reshape(shape))

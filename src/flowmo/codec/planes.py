@@ -15,11 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
-from flowmo.codec.context import FRACTION, BitCoder, ContextError, IntegerModel, neighbour_indices, probability
+from flowmo.codec.context import (
+    FRACTION,
+    BitCoder,
+    ContextError,
+    IntegerModel,
+    Predictor,
+    neighbour_indices,
+    probability,
+)
 from flowmo.data.bits import Bits
 
 WEIGHT_FRACTION = 12
@@ -69,14 +77,42 @@ class PlaneModel(IntegerModel):
         planes, digits, nodes = self.bias.shape
         return planes, digits * nodes.bit_length()
 
-    def plane(self, earlier: np.ndarray) -> Plane:
-        """Return the model of the plane after ``earlier``: ids, rows × columns × planes."""
-        return Plane(self, earlier)
+    def plane(self, earlier: np.ndarray) -> Predictor:
+        """Return the predictor of the plane after ``earlier``, ids of one image, rows × columns × planes.
+
+        Its tokens are the cells; one call codes all cells of a step.
+        """
+        return partial(self._run, earlier)
 
     @cached_property
     def products(self) -> dict[str, np.ndarray]:
         """The weights of products, as float64."""
         return {name: self.arrays[name].astype(np.float64) for name in ("around", "middle", "readout")}
+
+    def _run(self, earlier: np.ndarray, images: int, code: BitCoder) -> Bits:
+        rows, columns, s = earlier.shape
+        around, middle, readout = (self.products[name][s] for name in ("around", "middle", "readout"))
+        digits, bits = self.bias.shape[1], self.bias.shape[2].bit_length()
+        known: Bits = np.zeros((images, rows * columns, digits * bits), np.int8)
+        coded = split_digits(earlier.reshape(rows * columns, s), digits, bits)
+        field = digit_field(coded, self.shape[0] * digits, bits)
+        neighbours = neighbour_indices(rows, columns, self.neighbours)
+        for cells in _groups(cell_steps(rows, columns, self.order)):
+            inputs = field[neighbours[cells]].reshape(len(cells), -1)
+            hidden = self.start[s] + product(inputs, around, WEIGHT_FRACTION - FRACTION)
+            hidden = self.middle_start[s] + product(activation(hidden), middle, WEIGHT_FRACTION)
+            hidden += self.digits[s, np.arange(s * digits), coded[cells]].sum(axis=1)
+            for digit in range(digits):
+                p = probability(self.bias[s, digit] + product(activation(hidden), readout[digit], WEIGHT_FRACTION))
+                node: np.ndarray = np.ones(len(cells), np.int64)
+                for bit in reversed(range(digit * bits, (digit + 1) * bits)):
+                    chosen = code(cells, bit, np.take_along_axis(p, node[:, None] - 1, 1).T)
+                    known[:, cells, bit] = chosen
+                    node = 2 * node + chosen[0]
+                value = node - (1 << bits)
+                hidden += self.digits[s, s * digits + digit, value]
+                field[cells, s * digits + digit] = centre(value, bits)
+        return known
 
 
 def weight_shapes(planes: int, digits: int, bits: int, neighbours: int, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -91,39 +127,6 @@ def weight_shapes(planes: int, digits: int, bits: int, neighbours: int, hidden: 
         "readout": (planes, digits, hidden, nodes),
         "bias": (planes, digits, nodes),
     }
-
-
-@dataclass(frozen=True)
-class Plane:
-    """A ``Predictor`` of one plane of one image. Its tokens are the cells; one call codes all cells of a step."""
-
-    model: PlaneModel
-    earlier: np.ndarray
-
-    def run(self, images: int, code: BitCoder) -> Bits:
-        model, (rows, columns, s) = self.model, self.earlier.shape
-        around, middle, readout = (model.products[name][s] for name in ("around", "middle", "readout"))
-        digits, bits = model.bias.shape[1], model.bias.shape[2].bit_length()
-        known: Bits = np.zeros((images, rows * columns, digits * bits), np.int8)
-        earlier = split_digits(self.earlier.reshape(rows * columns, s), digits, bits)
-        field = digit_field(earlier, model.shape[0] * digits, bits)
-        neighbours = neighbour_indices(rows, columns, model.neighbours)
-        for cells in _groups(cell_steps(rows, columns, model.order)):
-            inputs = field[neighbours[cells]].reshape(len(cells), -1)
-            hidden = model.start[s] + product(inputs, around, WEIGHT_FRACTION - FRACTION)
-            hidden = model.middle_start[s] + product(activation(hidden), middle, WEIGHT_FRACTION)
-            hidden += model.digits[s, np.arange(s * digits), earlier[cells]].sum(axis=1)
-            for digit in range(digits):
-                p = probability(model.bias[s, digit] + product(activation(hidden), readout[digit], WEIGHT_FRACTION))
-                node: np.ndarray = np.ones(len(cells), np.int64)
-                for bit in reversed(range(digit * bits, (digit + 1) * bits)):
-                    chosen = code(cells, bit, np.take_along_axis(p, node[:, None] - 1, 1).T)
-                    known[:, cells, bit] = chosen
-                    node = 2 * node + chosen[0]
-                value = node - (1 << bits)
-                hidden += model.digits[s, s * digits + digit, value]
-                field[cells, s * digits + digit] = centre(value, bits)
-        return known
 
 
 def cell_steps(rows: int, columns: int, order: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ def available() -> bool:
     return find_spec("constriction") is not None
 
 
-def encode(model: Predictor, bits: Bits) -> bytes:
+def encode(predict: Predictor, bits: Bits) -> bytes:
     """Encode the bits of some images, n × tokens × bits per token, as one string."""
     coded: list[tuple[Bits, np.ndarray]] = []
 
@@ -37,7 +37,7 @@ def encode(model: Predictor, bits: Bits) -> bytes:
         coded.append((bits[:, token, bit], p))
         return coded[-1][0]
 
-    model.run(len(bits), look_up)
+    predict(len(bits), look_up)
     return _encode(coded)
 
 
@@ -52,7 +52,7 @@ def _encode(coded: Sequence[tuple[Bits, np.ndarray]]) -> bytes:
     return encoder.get_compressed().astype(">u4").tobytes().rstrip(b"\0")
 
 
-def decode(model: Predictor, content: bytes, images: int) -> Bits:
+def decode(predict: Predictor, content: bytes, images: int) -> Bits:
     """Invert ``encode``. Zeros may follow the string.
 
     Raises:
@@ -68,7 +68,7 @@ def decode(model: Predictor, content: bytes, images: int) -> Bits:
         return coded[-1][0]
 
     try:
-        bits = model.run(images, next_bits)
+        bits = predict(images, next_bits)
     except AssertionError:  # constriction's error for impossible data
         bits = None
     if bits is None or _encode(coded) != content.rstrip(b"\0"):  # each group of bits has one string
