@@ -42,9 +42,6 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
 )
-AVIF_BRANDS = (b"avif", b"avis")
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-"""Names of the formats at byte 8 of a file. The last two may be either."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks with text or a colour profile. Pillow refuses a PNG if one of them inflates to more than a megabyte."""
@@ -100,10 +97,11 @@ def open_file(
         reason = f"more than {max_pixels:,} pixels"
     except FileNotFoundError:
         reason = "no such file"
-    except IsADirectoryError:
-        reason = "is a folder, not an image"
     except Image.UnidentifiedImageError:
-        reason = f"not an image in a supported format ({', '.join(PILLOW_FORMATS)})"
+        reason = (
+            f"not an image in a supported format ({', '.join(PILLOW_FORMATS)}). AVIF needs Pillow 11.3 or newer, "
+            "HEIF pillow-heif (pip install 'flowmo[phone]')"
+        )
     except Exception as error:  # Pillow's readers raise anything on damaged files
         reason = f"cannot be read ({one_line(error)})"
     raise ImageError(f"{path}: {reason}.") from None
@@ -115,30 +113,25 @@ def open_image(file: BinaryIO, path: str, side: int | None, max_pixels: int) -> 
     with _whole_files_only(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata, and about sizes, which are checked below
         content = _without_text(file)
-        with Image.open(content, formats=_formats(content, path)) as image:
-            check_size(image, path, max_pixels)
+        with Image.open(content, formats=_formats(content)) as image:
+            check_pixels(*size_of(image), path, max_pixels)
             if side is not None:
                 image.draft(None, (DRAFT_MARGIN * side, DRAFT_MARGIN * side))
             yield image
 
 
-def _formats(file: BinaryIO, name: str) -> list[str]:
-    """Pillow's readers for a file. Raises ``ImageError`` if the one that it needs is not installed."""
-    start = file.read(12)
-    file.seek(0)
+def _formats(file: BinaryIO) -> list[str]:
+    """Pillow's readers for a file, among those that are installed."""
+    start = file.read(8)
     if not start:
-        raise ImageError(f"{name}: the file is empty.")
-    brand = start[8:] if start[4:8] == b"ftyp" else b""
-    if brand in HEIF_BRANDS:
-        try:
+        raise ValueError("the file is empty")
+    if start[4:] == b"ftyp":  # HEIF or AVIF
+        with contextlib.suppress(ImportError):
             from pillow_heif import register_heif_opener
 
             register_heif_opener()
-        except ImportError:
-            raise ImageError(f"{name}: HEIC needs pillow-heif. Install it: pip install 'flowmo[phone]'.") from None
+    file.seek(0)
     Image.init()
-    if brand in AVIF_BRANDS and "AVIF" not in Image.OPEN:
-        raise ImageError(f"{name}: AVIF needs Pillow 11.3 or newer. Install it: pip install --upgrade pillow.")
     return [reader for reader in PILLOW_FORMATS if reader in Image.OPEN]
 
 
@@ -166,10 +159,7 @@ class _Readers:
 
 @contextlib.contextmanager
 def _whole_files_only() -> Iterator[None]:
-    """Refuse truncated files even if other code has set ``ImageFile.LOAD_TRUNCATED_IMAGES``.
-
-    With that setting Pillow silently fills the missing part of an image with grey or black.
-    """
+    """Refuse truncated files, which Pillow fills with grey or black if other code has asked it to."""
     with _Readers.lock:
         if not _Readers.count:
             _Readers.truncated = ImageFile.LOAD_TRUNCATED_IMAGES
@@ -199,12 +189,8 @@ def _reinterpret(image: Image.Image) -> Image.Image:
     return image
 
 
-def check_size(image: Image.Image | Tensor, name: str | Path = "image", max_pixels: int = MAX_PIXELS) -> None:
+def check_pixels(width: int, height: int, name: str = "image", max_pixels: int = MAX_PIXELS) -> None:
     """Raise ``ImageError`` for an image without pixels or with too many."""
-    check_pixels(*size_of(image), name, max_pixels)
-
-
-def check_pixels(width: int, height: int, name: str | Path, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{name}: {width}×{height} has no pixels.")
     if width * height > max_pixels:

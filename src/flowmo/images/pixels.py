@@ -20,11 +20,11 @@ from flowmo.images import (
     MAX_PIXELS,
     ImageError,
     check_pixels,
-    check_size,
     open_file,
     open_image,
     read_image,
     select_channels,
+    size_of,
     to_pil,
     to_rgb,
     to_tensor,
@@ -35,8 +35,9 @@ ARRAY = ".npy"
 NPY_MAGIC, TIFF_MAGICS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 RAW_FORMATS = (".tif", ".tiff", ARRAY)
 """Suffixes of files that hold any number of channels and any depth."""
-STORED: dict[int, tuple[type, float]] = {8: (np.uint8, 255.0), 16: (np.uint16, 65535.0), 32: (np.float32, 1.0)}
-"""Bits per value -> type of an array, and its value of white."""
+STORED = {8: "uint8", 16: "uint16", 32: "float32"}
+"""Bits per value -> type of an array."""
+WHITE = {"bool": 1.0, "uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 REDUCED = 254
 """TIFF tag; bit 0 marks a smaller copy of another page."""
 
@@ -137,9 +138,9 @@ class PixelFormat:
     def _read_npy(self, file: BinaryIO, path: str, max_pixels: int) -> np.ndarray:
         header = np.lib.format
         read = header.read_array_header_1_0 if header.read_magic(file) == (1, 0) else header.read_array_header_2_0
-        self._check_shape(read(file)[0], path, max_pixels)
+        axis = self._channel_axis(read(file)[0], path, max_pixels)
         file.seek(0)
-        return self._channels_last(np.load(file, allow_pickle=False))
+        return np.moveaxis(np.atleast_3d(np.load(file, allow_pickle=False)), axis, 2)
 
     def _loses_bands(self, image: Image.Image) -> bool:
         """True for a TIFF whose bands Pillow would drop, mix up, or divide by one another."""
@@ -158,22 +159,18 @@ class PixelFormat:
         except ImportError:
             raise ImageError(f"{path}: has bands that only tifffile reads. Run pip install 'flowmo[tiff]'.") from None
         with tifffile.TiffFile(file) as tiff:
-            self._check_shape(tiff.series[0].shape, path, max_pixels)
-            return self._channels_last(tiff.series[0].asarray())
+            axis = self._channel_axis(tiff.series[0].shape, path, max_pixels)
+            return np.moveaxis(np.atleast_3d(tiff.series[0].asarray()), axis, 2)
 
-    def _check_shape(self, shape: Sequence[int], path: str, max_pixels: int) -> None:
-        """Check the shape of an array before it is read."""
+    def _channel_axis(self, shape: Sequence[int], path: str, max_pixels: int) -> int:
+        """Check the shape of an array before it is read, and return the axis of its channels."""
         if len(shape) not in (2, 3):
             raise ImageError(f"{path}: is an array of {len(shape)} axes. An image has 2 or 3.")
         channels_first = len(shape) == 3 and shape[0] == self.channels != shape[2]
         height, width, found = (*shape[1:], shape[0]) if channels_first else (*shape, 1)[:3]
         self._check_channels(found, path)
         check_pixels(width, height, path, max_pixels)
-
-    def _channels_last(self, values: np.ndarray) -> np.ndarray:
-        if values.ndim == 2:
-            return values[..., None]
-        return values if values.shape[2] == self.channels else values.transpose(1, 2, 0)
+        return 0 if channels_first else 2
 
     def _check_channels(self, found: int, path: str) -> None:
         if found != self.channels:
@@ -222,15 +219,14 @@ class PixelFormat:
             ImageError: values without a known range, or floats outside 0 to 1 if no range is set.
         """
         advice = "Set data.value_range=LOW,HIGH, the values of black and white."
-        white = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}.get(values.dtype.name)
-        low, high = self.value_range or (0.0, white or 1.0)
+        low, high = self.value_range or (0.0, WHITE.get(values.dtype.name, 1.0))
         if values.dtype.kind == "f":
             finite = values[np.isfinite(values)]
             if not finite.size:
                 raise ImageError(f"{name}: none of its values is finite.")
             if self.value_range is None and not (finite.min() >= 0 and finite.max() <= 1):
                 raise ImageError(f"{name}: its values run from {finite.min():g} to {finite.max():g}. {advice}")
-        elif values.dtype.kind not in "uib" or (white is None and self.value_range is None):
+        elif values.dtype.kind not in "uib" or (values.dtype.name not in WHITE and self.value_range is None):
             raise ImageError(f"{name}: its values of type {values.dtype.name} have no range. {advice}")
         scaled = (values.astype(np.result_type(values.dtype, np.float32)) - low) / ((high - low) / 2) - 1
         scaled = np.nan_to_num(scaled, nan=-1.0, posinf=1.0, neginf=-1.0).clip(-1, 1).astype(np.float32)
@@ -242,10 +238,9 @@ class PixelFormat:
         Raises:
             ImageError: no pixels, too many, or another number of channels.
         """
+        check_pixels(*size_of(image))
         if isinstance(image, Image.Image):
-            check_size(image)
             return to_rgb(image) if self.is_rgb else self.tensor(self._values(image, "image"), "image")
-        check_size(image)
         self._check_channels(len(image), "image")
         return image
 
@@ -257,8 +252,8 @@ class PixelFormat:
 
     def stored(self, image: Tensor) -> np.ndarray:
         """c × h × w in [−1, 1] -> values h × w × c as files hold them."""
-        kind, white = STORED[self.bits]
-        low, high = self.value_range or (0.0, white)
+        kind = STORED[self.bits]
+        low, high = self.value_range or (0.0, WHITE[kind])
         values = (image.detach().cpu().double().clamp(-1, 1).numpy().transpose(1, 2, 0) + 1) * ((high - low) / 2) + low
         return (values if self.bits == 32 else values.round()).astype(kind)
 

@@ -123,7 +123,7 @@ class Demo:
 
 
 def image_of(body: bytes, height: int, width: int) -> Image.Image:
-    check_pixels(width, height, "image", MAX_PIXELS)
+    check_pixels(width, height, max_pixels=MAX_PIXELS)
     if len(body) != 4 * height * width:
         raise DemoError(f"{len(body)} bytes are not {width} × {height} RGBA pixels.")
     return Image.frombytes("RGBA", (width, height), body).convert("RGB")
