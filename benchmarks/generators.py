@@ -30,8 +30,8 @@ from torch import Tensor
 
 import flowmo
 from flowmo.checkpoint.files import write_content
-from flowmo.codec.context import BitModel, ContextModel
-from flowmo.codec.file import Codec
+from flowmo.codec.context import ContextModel
+from flowmo.codec.file import Codec, Context
 from flowmo.codec.generator import GeneratorModel
 from flowmo.data import TokenDataset, evenly_spread, open_source
 from flowmo.data.bits import token_bits
@@ -76,7 +76,7 @@ def likelihoods(
         yield likelihood_row(f"GPT, {known}", gpt_bits(model, ids, given), v.ids)
 
 
-def file_row(name: str, tokenizer: flowmo.FlowMo, coder: BitModel | None, codes: list[flowmo.Codes]) -> dict[str, Any]:
+def file_row(name: str, tokenizer: flowmo.FlowMo, coder: Context | None, codes: list[flowmo.Codes]) -> dict[str, Any]:
     """Write each image's codes as a file and read it again: mean bytes and mean seconds of CPU time."""
     codec, start = Codec(tokenizer, coder), time.process_time()
     files = [codec.pack(each) for each in codes]

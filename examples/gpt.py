@@ -145,7 +145,7 @@ class GPT(nn.Module):
 
 
 class GPTCoder:
-    """A GPT without a class as the ``BitModel`` of ``.flowmo`` files, in double precision so that both ends agree."""
+    """A GPT without a class as the context model of ``.flowmo`` files, in double precision so that both ends agree."""
 
     def __init__(self, model: GPT):
         self.model, v = copy.deepcopy(model).double().cpu(), model.vocabulary

@@ -203,7 +203,7 @@ def test_claims_of_a_terabyte_cost_nothing(tiny, context, coding, monkeypatch):
     ):
         sizes = b"".join(codec.varint(n - 1) for n in (height, width, tile))
         for body in (b"", bytes(500)):
-            with pytest.raises(CodecError, match="damaged"):
+            with pytest.raises(CodecError, match=r"damaged|the limit here"):
                 ours.unpack(with_checksum(first + sizes + name, body))
     for height, width in ((1, 10**8), (10**8, 1)):
         sizes = b"".join(codec.varint(n - 1) for n in (height, width, 32))
@@ -277,7 +277,7 @@ def test_the_context_model_beside_a_tokenizer_is_found(tiny, tiny_model, context
 def test_only_single_pictures_are_written(tiny, images, codes):
     with pytest.raises(CodecError, match="one image"):
         Codec(tiny).pack(tiny.encode(images))
-    with pytest.raises(CodecError, match="not of this tokenizer"):
+    with pytest.raises(CodecError, match="not of one image of this tokenizer"):
         Codec(tiny).pack(Codes(codes.ids[:, :3], codes.size, codes.id_count, codes.tiling))
 
 

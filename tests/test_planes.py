@@ -178,7 +178,7 @@ def test_a_model_of_one_rate_needs_all_planes(native):
     assert Codec(one_rate).unpack(content).ids.shape == (1, 15, 4)
     with pytest.raises(CodecError, match="ends early"):
         Codec(one_rate).unpack(content[:-1])
-    with pytest.raises(CodecError, match="not of this tokenizer"):
+    with pytest.raises(CodecError, match="not of one image of this tokenizer"):
         Codec(one_rate).pack(random_codes(40, 70, planes=3))
 
 
@@ -255,7 +255,7 @@ def test_claims_of_a_terabyte_cost_nothing(native, coded, monkeypatch):
         (40, 70, 255),
     ):
         for body in (bytes(9), bytes(500), codec.varint(10**9) + bytes(500), codec.varint(24_000) + bytes(24_002)):
-            with pytest.raises(CodecError, match="damaged"):
+            with pytest.raises(CodecError, match=r"damaged|the limit here"):
                 ours.unpack(header(ours, height, width, planes, name) + body)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -16,9 +16,7 @@ from PIL import Image
 
 from flowmo.cli.options import load, sampling
 from flowmo.cli.output import IMAGE_FORMATS, PIPE, Progress, UsageError, check_outputs, image_suffixes, warn, write
-from flowmo.codec.context import BitModel
-from flowmo.codec.file import MAX_BYTES, Codec, CodecError, MissingPlanes, find_context, read_context
-from flowmo.codec.planes import PlaneModel
+from flowmo.codec.file import MAX_BYTES, Codec, CodecError, Context, MissingPlanes, find_context, read_context
 from flowmo.errors import FlowMoError
 from flowmo.evaluate.metrics.pairs import grid, psnr
 from flowmo.images import EXTENSIONS, resize_and_crop, to_pil, to_tensor
@@ -257,7 +255,7 @@ def pair_outputs(
     return [(path, (Path(output) if output else path.parent) / f"{path.stem}{suffix}") for path in inputs]
 
 
-def find_context_model(arguments: argparse.Namespace, tokenizer: FlowMo) -> BitModel | PlaneModel | None:
+def find_context_model(arguments: argparse.Namespace, tokenizer: FlowMo) -> Context | None:
     """Read the named generator or context model, by default the context model beside the tokenizer's file."""
     if arguments.generator:
         from flowmo.codec.generator import GeneratorModel

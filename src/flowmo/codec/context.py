@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -71,27 +71,6 @@ def neighbour_indices(rows: int, columns: int, offsets: Sequence[tuple[int, int]
     row, column = row + down, column + right
     inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
     return np.where(inside, row * columns + column, rows * columns)
-
-
-class BitModel(Protocol):
-    """Predicts the bits of a tokenizer's ids. Its ``run`` is a ``Predictor``.
-
-    Attributes:
-        tokenizer: the tokenizer's identity, 16 hex digits.
-        shape: tokens per image and bits per token.
-        identity: names the model in the files that need it.
-    """
-
-    @property
-    def tokenizer(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def identity(self) -> bytes: ...
-
-    def run(self, images: int, code: BitCoder) -> Bits: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +138,7 @@ class IntegerModel:
 
 @dataclass(frozen=True, eq=False)
 class ContextModel(IntegerModel):
-    """A ``BitModel`` of fixed-size codes: T tokens of B bits, K neighbours, H hidden units.
+    """Predicts the bits of fixed-size codes: T tokens of B bits, K neighbours, H hidden units.
 
     A small autoregressive network (NADE, Uria et al. 2016) sees the bits of some tokens to the left and above on
     ``code_lattice``, and the token's own earlier bits. With K = H = 0 it is a table of bit frequencies.

@@ -18,13 +18,14 @@ import zlib
 from binascii import crc_hqx
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from flowmo.checkpoint import files as checkpoint
 from flowmo.codec import range_coder
-from flowmo.codec.context import BitModel, ContextError, ContextModel, Predictor
+from flowmo.codec.context import ContextError, ContextModel, Predictor
 from flowmo.codec.planes import PlaneModel
 from flowmo.data.bits import pack_ids, packed_size, token_bits, token_ids, unpack_ids
 from flowmo.errors import FlowMoError
@@ -49,8 +50,9 @@ declare a one-pixel-high image whose square tiles need gigabytes of ids."""
 CELLS_PER_BYTE = 16
 """Upper limit of the cells per byte of a coded plane, so that a short file cannot cause much work."""
 CONTEXT_SUFFIX = ".context.safetensors"
-Context = BitModel | PlaneModel
-"""A ``PlaneModel`` for a tokenizer of native size, else a ``BitModel``."""
+Context: TypeAlias = Any
+"""A ``PlaneModel`` for a tokenizer of native size, else a ``ContextModel`` or another class with its ``tokenizer``,
+``shape``, ``identity`` and ``run``."""
 
 
 class CodecError(FlowMoError, ValueError):
@@ -102,9 +104,9 @@ class Codec:
         if context is None:
             return
         range_coder.library()
+        shape = (self.sub_tokens, self.bits) if self.native else (self.tokens, self.sub_tokens * self.bits)
         if isinstance(context, PlaneModel) != self.native:
             raise CodecError("Tokenizers of native size and of fixed size take different kinds of context models.")
-        shape = (self.sub_tokens, self.bits) if self.native else (self.tokens, self.sub_tokens * self.bits)
         if (context.tokenizer, context.shape) != (identity, shape):
             raise CodecError(f"The context model is of tokenizer {context.tokenizer}, not of this one ({identity}).")
 
@@ -118,12 +120,13 @@ class Codec:
         if codes.ids is None:
             raise CodecError("A continuous code has no ids to write.")
         ids, size = codes.ids.cpu().numpy(), codes.output_size
-        one_image = len(ids) == 1 if self.native else codes.tiling is not None
-        if not one_image:
-            raise CodecError("Only the ids of one image, from encode_image, can be written.")
+        one_image = self.native or codes.tiling is not None
         fits = ids.shape[:2] == self.shape(*size) and ids.shape[2] in self.plane_counts
-        if not fits or codes.id_count != self.id_count:
-            raise CodecError(f"Ids of shape {ids.shape} below {codes.id_count} are not of this tokenizer.")
+        if not (one_image and fits and codes.id_count == self.id_count):
+            raise CodecError(
+                f"Ids of shape {ids.shape} below {codes.id_count} are not of one image of this tokenizer. "
+                "Take them from encode_image."
+            )
         if self._too_large(*size, MAX_PIXELS):
             raise CodecError(f"An image of {size[0]}×{size[1]} pixels has too many tiles or cells for a file.")
         write = self._pack_planes if self.native else self._pack_tiles
@@ -136,7 +139,6 @@ class Codec:
         return start + varint(size[0] - 1) + varint(size[1] - 1) + layout_fields + context_id
 
     def _pack_tiles(self, size: tuple[int, int], ids: np.ndarray, context: Context | None) -> bytes:
-        assert not isinstance(context, PlaneModel)
         header, packed = self._header(context, size, varint(self.tile - 1)), pack_ids(ids, self.bits)
         # at least 1 byte per tile bounds the decoding work
         content = packed if context is None else self._encode(context.run, ids, len(ids))
@@ -149,7 +151,7 @@ class Codec:
         content += PLANE_CRC.pack(crc)
         for plane in range(planes):
             packed = coded = pack_ids(ids[..., plane], self.bits)
-            if isinstance(context, PlaneModel):
+            if context is not None:
                 model = context.plane(ids[0, :, :plane].reshape(*self._lattice(*size), plane))
                 coded = min(packed, self._encode(model, ids[..., plane : plane + 1], min_bytes(cells)), key=len)
                 content += varint(len(coded))
@@ -209,8 +211,7 @@ class Codec:
         if version != self.version:
             raise _damaged(f"version {version} where this tokenizer writes version {self.version}")
         height, width = reader.varint() + 1, reader.varint() + 1
-        if height * width > MAX_PIXELS:
-            raise _damaged(f"{height}×{width} pixels")
+        max_pixels = min(max_pixels, MAX_PIXELS)
         if height * width > max_pixels:
             raise CodecError(f"The image has {height}×{width} pixels, more than {max_pixels:,}, the limit here.")
         if self._too_large(height, width, max_pixels):
@@ -226,7 +227,6 @@ class Codec:
 
     def _unpack_tiles(self, reader: Reader, context_id: bytes | None, size: tuple[int, int]) -> Codes:
         context, header = self._context(context_id), reader.content[: reader.position]
-        assert not isinstance(context, PlaneModel)
         predict = None if context is None else context.run
         content = reader.take(len(reader.content) - reader.position - CRC.size)
         shape = (*self.shape(*size), self.sub_tokens)
@@ -251,7 +251,7 @@ class Codec:
         ids: np.ndarray = np.zeros((rows, columns, 0), np.int64)
         try:
             for _ in range(planes):
-                model = context.plane(ids) if isinstance(context, PlaneModel) else None
+                model = None if context is None else context.plane(ids)
                 plane, crc = self._read_plane(reader, rows * columns, crc, model)
                 ids = np.concatenate((ids, plane.reshape(rows, columns, 1)), axis=2)
         except CodecError as error:
@@ -279,20 +279,15 @@ class Codec:
         """Return the context model if it has this identity; ``None`` for a packed file."""
         if context_id is None:
             return None
-        if self.context is None:
-            range_coder.library()
-            raise CodecError(f"The file needs context model {context_id.hex()}, which is not available.")
-        held = self.context.identity[:CONTEXT_BYTES]
+        range_coder.library()
+        held = self.context.identity[:CONTEXT_BYTES] if self.context else b""
         if context_id != held:
-            raise CodecError(f"The file needs context model {context_id.hex()}, not the available one ({held.hex()}).")
+            available = f"not the available one ({held.hex()})" if held else "which is not available"
+            raise CodecError(f"The file needs context model {context_id.hex()}, {available}.")
         return self.context
 
     def _decode(self, model: Predictor | None, content: bytes, count: int, streams: int, min_length: int) -> bytes:
-        """Decode ``count`` ids of ``streams`` tiles, or of one plane, to packed ids. Coded content is shorter.
-
-        Args:
-            min_length: zeros pad shorter coded content to this.
-        """
+        """Decode ``count`` ids of ``streams`` tiles, or of one plane, to packed ids. Zeros pad to ``min_length``."""
         size = packed_size(count, self.bits)
         if not (len(content) == size if model is None else min_length <= len(content) < size):
             raise _damaged("its length does not match its header")
@@ -356,9 +351,9 @@ class Reader:
         for i in range(VARINT_BYTES):
             byte = self.take(1)[0]
             value |= (byte & 127) << 7 * i
-            if byte < 128 and (byte or not i):
-                return value
             if byte < 128:
+                if byte or not i:
+                    return value
                 break
         raise _damaged("a number in it does not end or is longer than necessary")
 

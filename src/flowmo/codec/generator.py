@@ -27,7 +27,7 @@ STEPS = 16
 
 
 class GeneratorModel:
-    """A ``BitModel`` from a generator, without a class condition.
+    """A generator in the place of a ``ContextModel``, without a class condition.
 
     Args:
         steps: number of steps that unmask the ids; more are slower and predict better.
