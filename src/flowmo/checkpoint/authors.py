@@ -2,7 +2,7 @@
 
 Their model carries about 80 M parameters that never act: the encoder's modulation, time MLP and image head, the
 decoder's code head, the last block's unread stream except its keys and values, and the encoder's weights for an
-all-zero code. These are dropped. Any other difference is an error, here or when a network loads the weights.
+all-zero code. These are dropped.
 """
 
 from __future__ import annotations
@@ -14,35 +14,33 @@ from typing import Any
 from torch import Tensor
 
 from flowmo.checkpoint import CheckpointError
-from flowmo.config import Config, ConfigError, ModelConfig
+from flowmo.config import Config, ConfigError
 
 HEADS = 12  # in every model of the release
 GROUPS = {18: 9, 56: 14}  # entropy group of the published models by bits per token; weights do not show it
-BLOCK = re.compile(r"(encoder|decoder)\.double_blocks\.(\d+)\.(img|txt)_(.+)")
 DEAD = re.compile(
     r"encoder\.(time_in\..+|txt_in\.weight|.+_mod\.lin\..+|final_layer_img\..+|final_layer_txt\.adaLN_modulation\..+)"
     r"|decoder\.final_layer_txt\..+"
 )
-STREAMS = {"img": "picture", "txt": "code"}
-LAYERS = {
-    "encoder.img_in": "encoder.picture_in",
-    "encoder.final_layer_txt.linear": "encoder.code_out",
-    "decoder.time_in.in_layer": "decoder.time_in",
-    "decoder.time_in.out_layer": "decoder.time_out",
-    "decoder.img_in": "decoder.picture_in",
-    "decoder.txt_in": "decoder.code_in",
-    "decoder.final_layer_img.linear": "decoder.picture_out",
-    "decoder.final_layer_img.adaLN_modulation.1": "decoder.out_modulation",
+RENAMES = {
+    "encoder.txt_in.bias": "encoder.code_embedding",  # the encoder's code is zeros, so only the bias acts
+    ".time_in.in_layer.": ".time_in.",
+    ".time_in.out_layer.": ".time_out.",
+    ".img_in.": ".picture_in.",
+    ".txt_in.": ".code_in.",
+    ".final_layer_img.linear.": ".picture_out.",
+    ".final_layer_img.adaLN_modulation.1.": ".out_modulation.",
+    ".final_layer_txt.linear.": ".code_out.",
+    ".double_blocks.": ".blocks.",
+    ".img_": ".picture.",
+    ".txt_": ".code.",
+    ".mod.lin.": ".modulation.",
+    ".attn.norm.": ".",
+    ".attn.": ".",
+    ".mlp.0.": ".mlp_in.",
+    ".mlp.2.": ".mlp_out.",
 }
-BLOCK_LAYERS = {
-    "mod.lin": "modulation",
-    "attn.qkv": "qkv",
-    "attn.norm.query_norm": "query_norm",
-    "attn.norm.key_norm": "key_norm",
-    "attn.proj": "proj",
-    "mlp.0": "mlp_in",
-    "mlp.2": "mlp_out",
-}
+"""Parts of the names of their tensors -> of ours, replaced in this order."""
 
 
 def is_release(state: Mapping[str, Any]) -> bool:
@@ -85,42 +83,23 @@ def _depth(state: Mapping[str, Tensor], network: str) -> int:
 def convert_release(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Convert an authors' state dict to weights of ``FlowMo(config)``.
 
-    Raises:
-        CheckpointError: a key is unexpected. A network that loads the result finds missing and misshapen tensors.
+    Other keys are kept: a network that loads the result refuses unexpected, missing and misshapen tensors.
     """
-    converted, unexpected = {}, []
+    m, converted = config.model, {}
+    unread = {
+        f"encoder.blocks.{m.enc_depth - 1}.picture.": m.enc_hidden_size,
+        f"decoder.blocks.{m.dec_depth - 1}.code.": m.hidden_size,
+    }
     for key, value in state.items():
-        try:
-            if found := _ours(key, config.model):
-                converted[found[0]] = value[found[1]]
-        except (KeyError, TypeError, IndexError):
-            unexpected.append(str(key))
-    if unexpected:
-        raise CheckpointError(
-            f"The checkpoint has the unexpected {', '.join(unexpected[:3])} ({len(unexpected)} such)."
-        )
+        if DEAD.fullmatch(key):
+            continue
+        for theirs, ours in RENAMES.items():
+            key = key.replace(theirs, ours)
+        width = next((width for stream, width in unread.items() if key.startswith(stream)), None)
+        if width is None or ".key_norm." in key:
+            converted[key] = value
+        elif ".qkv." in key:  # of an unread stream only keys and values act
+            converted[key.replace(".qkv.", ".kv.")] = value[width:]
+        elif ".modulation." in key:
+            converted[key] = value[: 2 * width]
     return converted
-
-
-def _ours(key: str, m: ModelConfig) -> tuple[str, slice] | None:
-    """Return our name of an authors' tensor and its rows that act, or ``None`` if none do."""
-    everything, (layer, _, kind) = slice(None), key.rpartition(".")
-    if DEAD.fullmatch(key):
-        return None
-    if key == "encoder.txt_in.bias":  # the encoder's code is zeros, so only the bias acts
-        return "encoder.code_embedding", everything
-    block = BLOCK.fullmatch(layer)
-    if not block:
-        return f"{LAYERS[layer]}.{kind}", everything
-    network, number, stream, name = block.groups()
-    ours, rows = BLOCK_LAYERS[name], everything
-    width, depth, unread = (
-        (m.hidden_size, m.dec_depth, "txt") if network == "decoder" else (m.enc_hidden_size, m.enc_depth, "img")
-    )
-    if stream == unread and int(number) == depth - 1:  # only its keys and values act
-        acting = {"modulation": ("modulation", slice(2 * width)), "qkv": ("kv", slice(width, None))}
-        acting["key_norm"] = ("key_norm", everything)
-        if ours not in acting:
-            return None
-        ours, rows = acting[ours]
-    return f"{network}.blocks.{number}.{STREAMS[stream]}.{ours}.{kind}", rows

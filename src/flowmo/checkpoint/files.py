@@ -79,8 +79,8 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
     try:
         config = release_config(state).override(*overrides)
         return config, convert_release(state, config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except (CheckpointError, AttributeError, IndexError, TypeError) as error:  # not tensors, or not of two axes
+        raise CheckpointError(f"{path}: {one_line(error, 500)}") from None
 
 
 def read_content(path: Path, ema: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -181,10 +181,8 @@ def instantiate(build: Callable[[], Network], blocks: int, state: Mapping[str, T
         CheckpointError: the settings do not work or ask for other weights, or a weight is not a finite real number.
     """
     for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{name} holds something other than named tensors among its weights.")
-        if value.is_complex():
-            raise CheckpointError(f"{name}: {key} holds complex numbers.")
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_complex():
+            raise CheckpointError(f"{name} holds something other than named tensors of real numbers: {one_line(key)}.")
     if blocks > len(state):  # a billion blocks would take long to build, even on meta
         raise CheckpointError(f"{name} holds weights of another architecture: {blocks} blocks of {len(state)} tensors.")
     try:
