@@ -118,14 +118,10 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _one_error(damaged: Path | None = None) -> Iterator[None]:
-    """Turn any error into a ``CheckpointError``, and silence a warning about a single process.
-
-    Args:
-        damaged: folder to name. Otherwise the error of one rank is raised itself, not wrapped.
-    """
+    """Turn any error into a ``CheckpointError``, one about the ``damaged`` folder if given."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # with a single process
             yield
     except CheckpointError:
         raise

@@ -35,14 +35,13 @@ class CountingUnpickler(pickle._Unpickler):
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
-        self.leaves: dict[int, int] = {}
-        self.kept: list[tuple] = []  # keeps the keys of ``leaves``, which are object ids, unique
+        self.leaves: dict[int, tuple[int, tuple]] = {}  # by id, which is unique as long as the tuple is kept
 
     def count(self, made: tuple) -> None:
-        self.kept.append(made)
-        self.leaves[id(made)] = total = sum(self.leaves.get(id(part), 1) for part in made)
+        total = sum(self.leaves.get(id(part), (1,))[0] for part in made)
         if total > MAX_LEAVES:
             raise pickle.UnpicklingError("it holds a tuple of millions of values")
+        self.leaves[id(made)] = total, made
 
 
 def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
