@@ -220,7 +220,7 @@ def test_shards_are_one_source(shards, picture_files, spec, indexed):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("train-{000..003}.tar", r"train-003.tar: no such file. .* names 4 shards"),
+        ("train-{000..003}.tar", r"train-003.tar: no such file"),
         ("train-{5..2}.tar", "is not a valid range"),
         ("other-*.tar", "no file matches this pattern"),
         ("train-{0..99999999999}.tar", "is not a valid range"),

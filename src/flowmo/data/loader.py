@@ -62,19 +62,13 @@ class ResumableSampler(Sampler):
 
 
 def _ignore_signals(_: int) -> None:
-    """Workers ignore SIGINT and SIGTERM.
-
-    The scheduler signals the whole process group, and the main process still needs its workers for the last step.
-    """
+    """Ignore SIGINT and SIGTERM, which reach all processes: the main one needs its workers for one more step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class _ErrorsAsValues(Dataset):
-    """Load a batch as (items, {name: error}, failure).
-
-    Return errors instead of raising them, because a DataLoader worker would wrap an exception in its own traceback.
-    """
+    """Load a batch as (items, {name: error}, failure). A DataLoader would wrap an exception in its own traceback."""
 
     def __init__(self, dataset: IndexedDataset):
         self.dataset = dataset

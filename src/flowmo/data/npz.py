@@ -41,8 +41,11 @@ class NpzFile:
     def __init__(self, path: str | Path):
         self.path, self.name = Path(path), str(path)
         self.shape: tuple[int, ...] = (0, 0, 0, 3)
-        with self._errors("it is not an .npz file"), zipfile.ZipFile(self.path) as archive:
-            self.names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                self.names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+        except Exception as error:  # zipfile raises anything on a damaged file
+            raise self._error(f"it is not an .npz file ({one_line(error, 100)})") from None
         if IMAGES in self.names:
             with self._array(IMAGES) as (_, shape, dtype, fortran):
                 if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
@@ -60,26 +63,17 @@ class NpzFile:
         return DataError(f"{self.path}: {reason}.")
 
     @contextmanager
-    def _errors(self, reason: str) -> Iterator[None]:
-        """Turn whatever ``zipfile`` and NumPy raise on a damaged file into a ``DataError``."""
+    def _array(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, bool]]:
+        """Open an array behind its header: the data, shape, dtype and whether it is in Fortran order."""
         try:
-            yield
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as data:
+                read = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
+                shape, fortran, dtype = read(data)
+                yield data, shape, dtype, fortran
         except DataError:
             raise
         except Exception as error:  # NumPy evaluates a header as Python, and raises as Python does
-            raise self._error(f"{reason} ({one_line(error, 100)})") from None
-
-    @contextmanager
-    def _array(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, bool]]:
-        """Open an array behind its header: the data, shape, dtype and whether it is in Fortran order."""
-        with (
-            self._errors(f"{name} is damaged"),
-            zipfile.ZipFile(self.path) as archive,
-            archive.open(f"{name}.npy") as data,
-        ):
-            read = npy.read_array_header_1_0 if npy.read_magic(data) == (1, 0) else npy.read_array_header_2_0
-            shape, fortran, dtype = read(data)
-            yield data, shape, dtype, fortran
+            raise self._error(f"{name} is damaged ({one_line(error, 100)})") from None
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield the images in order, uint8 b × 3 × h × w. Raises ``DataError`` if there are none or the file ends."""
@@ -106,11 +100,12 @@ class NpzFile:
             return None
         arrays = []
         for name, dimensions in zip(STATISTICS[kind], (1, 2), strict=True):
-            with self._array(name) as (_, shape, dtype, _):
+            with self._array(name) as (data, shape, dtype, fortran):
                 if len(shape) != dimensions or not all(1 <= n <= MAX_CHANNELS for n in shape) or dtype.kind != "f":
                     raise self._error(f"{name} is {f'{dtype} {shape}'[:100]}, not a mean or covariance")
-            with self._errors(f"{name} is damaged"), np.load(self.path) as archive:
-                arrays.append(torch.from_numpy(archive[name].astype(np.float64)))
+                content = np.frombuffer(data.read(math.prod(shape) * dtype.itemsize), dtype)
+                values = content.reshape(shape, order="F" if fortran else "C").astype(np.float64)
+                arrays.append(torch.from_numpy(values))
         mean, covariance = arrays
         if covariance.shape != (len(mean), len(mean)) or not (mean.isfinite().all() and covariance.isfinite().all()):
             raise self._error(f"{' and '.join(STATISTICS[kind])} are not a mean and its covariance")

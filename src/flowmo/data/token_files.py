@@ -200,12 +200,12 @@ class Part:
         """Name of the file that holds this job's metadata."""
         return MANIFEST if self.count == 1 else f"part-{self.number:05d}-of-{self.count:05d}.json"
 
-    def shards(self, total: int) -> range:
-        return range(total * (self.number - 1) // self.count, total * self.number // self.count)
-
     def owner(self, shard: int, total: int) -> "Part":
         """The part that writes a shard, if there are as many as of this one."""
         return Part(-(-(shard + 1) * self.count // total), self.count)
+
+    def shards(self, total: int) -> range:
+        return range(total * (self.number - 1) // self.count, total * self.number // self.count)
 
 
 WHOLE = Part()
@@ -218,7 +218,7 @@ def pack_shard(metadata: TokenMetadata, number: int, ids: np.ndarray, labels: Se
     return content + CRC.pack(zlib.crc32(content))
 
 
-def read_shard(path: Path, metadata: TokenMetadata, number: int, verify: bool = True) -> np.ndarray:
+def read_shard(folder: Path, metadata: TokenMetadata, number: int, verify: bool = True) -> np.ndarray:
     """Map a shard into memory and check it. Returns its bytes, uint8.
 
     Args:
@@ -227,11 +227,10 @@ def read_shard(path: Path, metadata: TokenMetadata, number: int, verify: bool = 
     Raises:
         DataError: the shard is missing, truncated, damaged, or belongs to other tokens.
     """
-    expected = metadata.shard_bytes(number)
-    if not path.is_file():
-        raise DataError(f"{path}: missing. Tokenize again to write it.")
-    if path.stat().st_size != expected:
-        raise DataError(f"{path}: has {path.stat().st_size} bytes instead of {expected}. Tokenize again to replace it.")
+    path, expected = folder / metadata.shard(number)[0], metadata.shard_bytes(number)
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        raise DataError(f"{path}: missing, or has {size} bytes instead of {expected}. Tokenize again to write it.")
     # unlike mmap and np.memmap, this keeps no file open
     content = torch.from_file(str(path), shared=False, size=expected, dtype=torch.uint8).numpy()
     if verify and zlib.crc32(content[: -CRC.size]) != CRC.unpack(content[-CRC.size :])[0]:
@@ -246,7 +245,7 @@ def read_shard(path: Path, metadata: TokenMetadata, number: int, verify: bool = 
 
 def read_labels(folder: Path, metadata: TokenMetadata, number: int, verify: bool = False) -> np.ndarray:
     """Labels of a shard, int32. Raises as ``read_shard`` does."""
-    content = read_shard(folder / metadata.shard(number)[0], metadata, number, verify)
+    content = read_shard(folder, metadata, number, verify)
     return content[metadata.labels_offset(number) : -CRC.size].view("<i4").astype(np.int32)
 
 

@@ -68,20 +68,16 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
             different = read_token_metadata(self.path, part.manifest).difference(self.metadata)
             if different:
                 raise DataError(f"{self.path}: {part.manifest} is of other tokens than {files.MANIFEST} ({different}).")
-        missing = files.missing_shards(self.path, self.metadata)
+        missing, total = files.missing_shards(self.path, self.metadata), self.metadata.shards
         if missing:
             absent = [self.metadata.shard(number)[0] for number in missing]
             if parts:
-                total = self.metadata.shards
                 absent = [*dict.fromkeys(f"part {parts[-1].owner(number, total)}" for number in missing)]
             more = ", …" if len(absent) > MAX_LISTED else ""
             raise DataError(
-                f"{self.path}: not finished, {len(missing)} of {self.metadata.shards} shards are missing: "
+                f"{self.path}: not finished, {len(missing)} of {total} shards are missing: "
                 f"{', '.join(absent[:MAX_LISTED])}{more}. Run the same `flowmo tokenize` command again to complete it."
             )
-
-    def shard_path(self, number: int) -> Path:
-        return self.path / self.metadata.shard(number)[0]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -91,15 +87,8 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
 
         Raises:
             IndexError: there is no such item.
-            TypeError: the index is not an integer. ``torch.utils.data.Subset`` takes several.
         """
-        try:
-            number = operator.index(index)
-        except TypeError:
-            raise TypeError(
-                f"The index of an item is an integer, not a {type(index).__name__}. "
-                "For several items use torch.utils.data.Subset(dataset, indices)."
-            ) from None
+        number = operator.index(index)
         if not -len(self) <= number < len(self):
             raise IndexError(f"{self.path}: there is no item {number} of {len(self)}.")
         return self.ids(number), int(self.labels[number])
@@ -112,7 +101,7 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         metadata = self.metadata
         number, position = divmod(int(self.samples[index]), metadata.shard_size)
         if number not in self._maps:
-            self._maps[number] = read_shard(self.shard_path(number), metadata, number, verify=False)
+            self._maps[number] = read_shard(self.path, metadata, number, verify=False)
         start = files.HEADER.size + position * metadata.item_bytes
         ids = unpack_ids(self._maps[number][start : start + metadata.item_bytes], metadata.ids, metadata.id_bits)
         return torch.from_numpy(ids.reshape(metadata.tokens, metadata.sub_tokens))

@@ -157,7 +157,7 @@ def _record_metadata(out: Path, metadata: TokenMetadata, part: Part) -> None:
 
 def _is_intact(out: Path, metadata: TokenMetadata, shard: int) -> bool:
     try:
-        files.read_shard(out / metadata.shard(shard)[0], metadata, shard)
+        files.read_shard(out, metadata, shard)
     except DataError:
         return False
     return True

@@ -1,10 +1,5 @@
-"""Image sources, one per file. To add one, write a class with the methods of ``Source`` and a line in ``SOURCES``.
+"""Image sources, one per file. A new one is a class with the methods of ``Source``, called in ``open_source``."""
 
-A registry entry takes (path, index) and returns a source, or ``None`` if the path is not of its kind. The first source
-wins.
-"""
-
-from collections.abc import Callable
 from pathlib import Path
 
 from flowmo.data.sources.base import DataError, Source
@@ -13,16 +8,8 @@ from flowmo.data.sources.huggingface import HuggingFaceSource
 from flowmo.data.sources.tar import TarSource
 from flowmo.data.sources.webdataset import find_shards
 
-Index = str | Path | None
-SOURCES: tuple[Callable[[str, Index], Source | None], ...] = (
-    lambda path, index: HuggingFaceSource(path) if path.startswith("hf:") else None,
-    lambda path, index: TarSource(shards) if (shards := find_shards(path)) else None,
-    lambda path, index: TarSource([path], index) if Path(path).is_file() and Path(path).suffix == ".tar" else None,
-    lambda path, index: FolderSource(path) if not Path(path).is_file() else None,
-)
 
-
-def open_source(path: str | Path, index: Index = None) -> Source:
+def open_source(path: str | Path, index: str | Path | None = None) -> Source:
     """Open the source that ``path`` names.
 
     Args:
@@ -34,8 +21,13 @@ def open_source(path: str | Path, index: Index = None) -> Source:
     Raises:
         DataError: the source is missing or contains no images.
     """
-    for open_kind in SOURCES:
-        source = open_kind(str(path), index or None)
-        if source is not None:
-            return source
+    name, path = str(path), Path(path)
+    if name.startswith("hf:"):
+        return HuggingFaceSource(name)
+    if shards := find_shards(path):
+        return TarSource(shards)
+    if not path.is_file():
+        return FolderSource(path)
+    if path.suffix == ".tar":
+        return TarSource([path], index or None)
     raise DataError(f"{path}: neither a folder of images nor a .tar file.")

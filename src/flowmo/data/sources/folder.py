@@ -45,27 +45,26 @@ class FolderSource(Source):
 
 def walk(root: Path) -> Iterator[tuple[Path, str]]:
     """Yield (path, "") for every image file below a folder, and (path, reason) for everything left out."""
-    failures: list[OSError] = []
-    # For each folder still to visit: its real path and those of its parents, to detect cycles of links.
-    real = {str(root): (root.resolve(), *root.resolve().parents)}
-    for folder, folders, files in os.walk(root, onerror=failures.append, followlinks=True):
-        parents = real.pop(folder)
-        for name in [*folders]:
-            path = Path(folder, name)
-            target = path.resolve() if path.is_symlink() else parents[0] / name
-            reason = HIDDEN if is_hidden(name) else "a link to a folder around it" if target in parents else ""
-            if reason:
-                folders.remove(name)
-                yield path, reason
-            else:
-                real[os.path.join(folder, name)] = (target, *parents)
-        for name in files:
-            path = Path(folder, name)
-            if is_hidden(name):
+    folders = [(root, {*root.resolve().parents})]  # with the real paths of the folders around each
+    while folders:
+        folder, around = folders.pop()
+        around = around | {folder.resolve()}
+        try:
+            entries = [*os.scandir(folder)]
+        except OSError as error:
+            yield folder, f"cannot be listed ({error.strerror})"
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            linked = path if entry.is_symlink() else entry
+            if is_hidden(path.name):
                 yield path, HIDDEN
+            elif linked.is_dir():
+                if entry.is_symlink() and path.resolve() in around:
+                    yield path, "a link to a folder around it"
+                else:
+                    folders.append((path, around))
             elif path.suffix.lower() not in EXTENSIONS:
                 yield path, NO_IMAGE
             else:
-                yield path, "" if path.is_file() else "not a file, or a broken link"
-    for failure in failures:
-        yield Path(failure.filename), f"cannot be listed ({failure.strerror})"
+                yield path, "" if linked.is_file() else "not a file, or a broken link"

@@ -44,6 +44,10 @@ class Entry(NamedTuple):
     label: int | str | None
 
 
+Member = tuple[dict[str, Any], str | None, str]
+"""Row of the index, label that the file holds, reason why it is left out."""
+
+
 def default_index(tar: str | Path) -> Path:
     """Path of a tar's index: ``train.tar`` has ``train.index.json``."""
     return Path(tar).with_suffix(".index.json")
@@ -63,40 +67,21 @@ def build_index(
         DataError: the file is missing, compressed, damaged, without images, or a WebDataset in which a sample has
             several images.
     """
-    left_out: dict[str, str] = {}
-    labels: dict[str, str] = {}
-    images: list[dict[str, Any]] = []
-    arrays: list[dict[str, Any]] = []
+    members = []
     try:
         with open(tar, "rb") as file:
             total = os.fstat(file.fileno()).st_size >> 20
-            for row, label, reason in _members(_LimitedReader(file), 0, "", 0):
-                name = row["name"]
-                if label is not None:
-                    labels[name] = label
-                elif not reason and name.lower().endswith((*EXTENSIONS, ARRAY)):
-                    (arrays if is_array(name) else images).append(row)
-                else:
-                    left_out[name] = reason or NO_IMAGE
+            for member in _members(_LimitedReader(file), 0, "", 0):
+                members.append(member)
                 if progress:
-                    progress(row["offset"] >> 20, total)
-        if images:
-            left_out |= {row["name"]: NO_IMAGE for row in arrays}
-        images = images or arrays
-        other_keys = {_key(name) for name in labels} | {_key(n) for n, reason in left_out.items() if reason == NO_IMAGE}
-        not_items = extra_files([row["name"] for row in images], other_keys)
-        left_out |= not_items | extra_files(list(labels))
-        label_of = {_key(name): _as_label(text) for name, text in labels.items() if name not in left_out and text}
+                    progress(member[0]["offset"] >> 20, total)
+        images, left_out = _items(members)
     except DataError as error:
         raise DataError(f"{tar}: {error}") from None
     except Exception as error:  # a damaged header makes tarfile raise anything
         raise DataError(f"{tar}: cannot be read as an uncompressed tar ({one_line(error)}).") from None
-    images = [row for row in images if row["name"] not in not_items]
     if not images:
         raise DataError(f"{tar}: contains no images ({', '.join((*EXTENSIONS, ARRAY))}).")
-    for row in images:
-        if _key(row["name"]) in label_of:
-            row["label"] = label_of[_key(row["name"])]
     return images, left_out
 
 
@@ -113,10 +98,7 @@ class _LimitedReader:
         return self._file.read(size)
 
 
-def _members(
-    file: _LimitedReader, start: int, prefix: str, depth: int
-) -> Iterator[tuple[dict[str, Any], str | None, str]]:
-    """Yield (row of the index, label in the file, reason to leave it out) of all files, also of inner tars."""
+def _members(file: _LimitedReader, start: int, prefix: str, depth: int) -> Iterator[Member]:
     last = -1
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
         for member in tar:
@@ -136,7 +118,28 @@ def _members(
                 continue
             elif name.lower().endswith(".cls") and member.size <= MAX_LABEL_BYTES:
                 label = cast(IO[bytes], tar.extractfile(member)).read().decode("utf-8", "replace").strip()
+            elif not name.lower().endswith((*EXTENSIONS, ARRAY)):
+                reason = NO_IMAGE
             yield {"name": name, "offset": offset, "size": member.size}, label, reason
+
+
+def _items(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Split the files of a tar into the rows of its index, and {name: reason} for the others."""
+    labels = {row["name"]: label for row, label, _ in members if label is not None}
+    left_out = {row["name"]: reason for row, _, reason in members if reason}
+    rows = [row for row, label, reason in members if label is None and not reason]
+    images = [row for row in rows if not is_array(row["name"])]
+    left_out |= {row["name"]: NO_IMAGE for row in rows if images and is_array(row["name"])}
+    images = images or rows
+    others = [*labels, *(name for name, reason in left_out.items() if reason == NO_IMAGE)]
+    not_items = extra_files([row["name"] for row in images], {_key(name) for name in others})
+    left_out |= not_items | extra_files(list(labels))
+    label_of = {_key(name): _as_label(text) for name, text in labels.items() if name not in left_out and text}
+    images = [row for row in images if row["name"] not in not_items]
+    for row in images:
+        if _key(row["name"]) in label_of:
+            row["label"] = label_of[_key(row["name"])]
+    return images, left_out
 
 
 def extra_files(names: Sequence[str], other_keys: Collection[str] | None = None) -> dict[str, str]:
