@@ -50,7 +50,7 @@ def find(source: str | Path) -> Path:
     name, path = str(source), Path(source)
     if path.is_dir() and not run_folder.is_sharded(path):
         path = run_folder.best_checkpoint(path) or path / hub.MODEL_FILE
-    if not path.is_file() and name in PRESETS:
+    if name in PRESETS and not (path.is_file() or run_folder.is_sharded(path)):
         path = BUNDLED / f"{name}.safetensors"
     elif hub.is_name(name) and not Path(source).exists() and not path.suffix.startswith((".pt", ".safetensors")):
         path = hub.fetch(name)
