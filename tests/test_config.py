@@ -90,7 +90,7 @@ REFUSED = {
     "model.hidden_size=1000": "model.hidden_size=1152",
     "model.hidden_size=576": "model.hidden_size=768",
     "model.patch_size=7": "data.image_size=252",
-    "model.context_dim=19": "model.codebook_size_for_entropy=1",
+    "model.context_dim=19": "Write model.context_dim=18",
     "model.quantization_type=vqq": "lfq or fsq or bsq or vq or kl or layernorm",
     "model.mup_width=wide": "model.mup_width='wide'",
     "opt.schedule=cosine": "fat_lognormal",

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from flowmo.errors import FlowMoError, one_line
@@ -94,9 +95,8 @@ def setting(default: Any, doc: str, allowed: Range | None = None, *, training: b
     return field(default=default, metadata={"doc": doc, "allowed": allowed, "training": training})
 
 
-def training(default: Any, doc: str, allowed: Range | None = None) -> Any:
-    """Declare a setting of a model that matters only while it is trained."""
-    return setting(default, doc, allowed, training=True)
+training = partial(setting, training=True)
+"""Declares a setting of a model that matters only while it is trained."""
 
 
 def shown(value: object) -> str:

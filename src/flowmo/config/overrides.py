@@ -3,7 +3,7 @@
 import ast
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +77,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
+SECTIONS = dict.fromkeys(name.rpartition(".")[0] for name in FIELDS)
+
+
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (full name, value) of nested sections."""
     for name, value in tree.items():
         full = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            if not any(known.startswith(f"{full}.") for known in (*FIELDS, *ALIASES)):
-                raise ConfigError(f"There is no section {shown(full)}. {_nearest(full, _sections())}")
+        if not isinstance(value, Mapping):
+            yield full, value
+        elif full in SECTIONS:
             yield from leaves(value, f"{full}.")
         else:
-            yield full, value
-
-
-def _sections() -> list[str]:
-    return sorted({name.rpartition(".")[0] for name in FIELDS})
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.6)
-    return f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(known)}."
+            raise ConfigError(f"There is no section {shown(full)}. There are {', '.join(SECTIONS)}.")
 
 
 def translate(name: str, value: Any) -> dict[str, Any]:
@@ -107,12 +101,10 @@ def translate(name: str, value: Any) -> dict[str, Any]:
             return ALIASES[name](value)
         except (ValueError, TypeError, LookupError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
             raise ConfigError(f"{name}={shown(value)} is not a value that {name} takes.") from None
-    section, _, last = name.rpartition(".")
-    elsewhere = [known for known in FIELDS if known.rpartition(".")[2] == last]
-    siblings = [known for known in (*FIELDS, *ALIASES) if known.rpartition(".")[0] == section]
-    advice = (
-        f"Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else _nearest(name, siblings or _sections())
-    )
+    last = {known: known.rpartition(".")[2] for known in (*FIELDS, *ALIASES)}
+    close = difflib.get_close_matches(name.rpartition(".")[2][:100], last.values(), n=1, cutoff=0.7)
+    near = [repr(known) for known in last if last[known] in close]
+    advice = f"Did you mean {' or '.join(near)}?" if near else "flowmo info --settings lists all."
     raise ConfigError(f"There is no setting {shown(name)}. {advice}")
 
 

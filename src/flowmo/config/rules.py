@@ -1,9 +1,10 @@
 """Ranges of settings and rules between them. Each function yields a sentence per broken rule: what to write instead."""
 
+import math
 from collections.abc import Iterator
 
 from flowmo.config.fields import shown
-from flowmo.config.sections import CELL, FIELDS, Sections, flatten, rotary_axes
+from flowmo.config.sections import CELL, FIELDS, Sections, flatten
 
 
 def broken(config: Sections) -> Iterator[str]:
@@ -50,16 +51,11 @@ def _channels(config: Sections) -> Iterator[str]:
 def _network(config: Sections) -> Iterator[str]:
     m, windowed = config.model, config.model.network == "windowed"
     for prefix, width, heads in (("", m.hidden_size, m.num_heads), ("enc_", m.enc_hidden_size, m.enc_num_heads)):
-        name, step = f"model.{prefix}hidden_size", 32 * heads
-        near = [w for w in (width // step * step, (width // step + 1) * step) if w]
-        advice = f"Write {' or '.join(f'{name}={w}' for w in near)}."
-        if width % heads:
-            yield f"{name}={width} is not divisible by model.{prefix}num_heads={heads}. {advice}"
-        if windowed and width % 4:
-            yield f"{name}={width} must be a multiple of 4. {advice}"
-        if not windowed and width % step:  # 1/8, 7/16 and 7/16 of a head must be even numbers
-            axes = rotary_axes(width // heads)
-            yield f"{name}={width} over {heads} heads has rotary axes of {axes} channels, which must be even. {advice}"
+        # 1/8, 7/16 and 7/16 of a head, the rotary axes, must be even numbers
+        name, step = f"model.{prefix}hidden_size", math.lcm(4, heads) if windowed else 32 * heads
+        if width % step:
+            near = [f"{name}={w}" for w in (width // step * step, (width // step + 1) * step) if w]
+            yield f"{name}={width} must be a multiple of {step} with {heads} heads. Write {' or '.join(near)}."
     if m.nested_dropout and not (windowed and m.quantization_type in ("fsq", "lfq")):
         yield "model.nested_dropout needs model.network=windowed and model.quantization_type=fsq or lfq."
     if windowed:
@@ -79,21 +75,17 @@ def _network(config: Sections) -> Iterator[str]:
 def _bottleneck(config: Sections) -> Iterator[str]:
     m = config.model
     dim, kind, group = m.context_dim, m.quantization_type, m.codebook_size_for_entropy
-    if kind in ("lfq", "bsq") and (dim % group or group > 16):
-        fits = next(g for g in range(min(dim, 16), 0, -1) if dim % g == 0)
-        yield (
-            f"model.context_dim={dim} does not split into groups of at most 16 bits with "
-            f"model.codebook_size_for_entropy={group}. Write model.codebook_size_for_entropy={fits}."
-        )
-    share = {"fsq": m.id_channels, "vq": m.vq_sub_tokens}.get(kind, 1)
-    advice = f"Write model.context_dim={max(dim // share, 1) * share}."
-    if kind == "fsq" and (dim % share or m.fsq_levels**share > 2**16):
-        yield (
-            f"model.context_dim={dim} channels of {m.fsq_levels} levels do not split into ids of {share} channels. "
-            f"{advice}"
-        )
-    if kind == "vq" and dim % share:
-        yield f"model.context_dim={dim} channels do not split into model.vq_sub_tokens={share}. {advice}"
+    share, meaning, base = {
+        "lfq": (group, "model.codebook_size_for_entropy", 2),
+        "bsq": (group, "model.codebook_size_for_entropy", 2),
+        "fsq": (m.id_channels, "the channels of an id", m.fsq_levels),
+        "vq": (m.vq_sub_tokens, "model.vq_sub_tokens", 1),
+    }.get(kind, (1, "", 1))
+    if base ** min(share, 17) > 2**16:
+        yield "An id has at most 16 bits. Write a smaller model.codebook_size_for_entropy or model.fsq_levels."
+    if dim % share:
+        advice = f"Write model.context_dim={max(dim // share, 1) * share}."
+        yield f"model.context_dim={dim} must be a multiple of {share}, {meaning}. {advice}"
     if kind == "vq" and m.entropy_statistics != "batch":
         yield "vq has one codebook, which all ranks change alike. Write model.entropy_statistics=batch."
 

@@ -75,9 +75,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    network: str = setting(
-        "double_stream", "the paper's, or for any image size, a token per cell", one_of("double_stream", "windowed")
-    )
+    network: str = setting("double_stream", "windowed takes any image size", one_of("double_stream", "windowed"))
     channels: int = setting(3, "channels of the images: 1 is grey, 3 is colour", between(1, MAX_CHANNELS))
     conv_depth: int = setting(3, "windowed network: convolution blocks at each of two resolutions", at_least(1))
     window: int = setting(8, "windowed network: side of an attention window, in cells", at_least(1))
@@ -95,7 +93,7 @@ class ModelConfig:
         "lfq", "bottleneck", one_of("lfq", "fsq", "bsq", "vq", "kl", "layernorm", "noop", "qwen2.5-coder-0.5b")
     )
     language_model: str = training("", "infill bottleneck: Hub name or folder of another language model")
-    codebook_size_for_entropy: int = setting(9, "bits per sub-token, the group of lfq's entropies", at_least(1))
+    codebook_size_for_entropy: int = setting(9, "bits per sub-token, the group of lfq's entropies", between(1, 2**16))
     fsq_levels: int = setting(8, "fsq: levels per channel", at_least(2))
     vq_entries: int = setting(512, "vq: entries of the codebook, ids of a sub-token", between(2, 2**16))
     vq_sub_tokens: int = setting(2, "vq: ids per code token, each of an equal share of its channels", at_least(1))
@@ -155,9 +153,7 @@ class OptConfig:
     cooldown_shape: str = setting("linear", "shape of that fall", one_of("linear", "cosine"))
     final_lr: float = setting(0.0, "learning rate at the end of the cooldown", at_least(0))
     max_grad_norm: float = setting(0.0, "clip gradients to this norm; 0 does not clip", at_least(0))
-    schedule: str = setting(
-        "fat_lognormal", "distribution of training timesteps", one_of("fat_lognormal", "lognormal", "uniform")
-    )
+    schedule: str = setting("fat_lognormal", "training timesteps", one_of("fat_lognormal", "lognormal", "uniform"))
     anchor: float = setting(0.0, "share of the training timesteps at exactly t = 1", between(0, 1))
     loss_space: str = setting("velocity", "error that the flow loss squares", one_of(*PREDICTIONS))
     lpips_weight: float = setting(0.1, "weight of the perceptual loss; 0 disables", at_least(0))
@@ -183,9 +179,7 @@ class OptConfig:
 class TrainerConfig:
     duration: Duration = setting(Duration("166.4M images"), "length of a run; the default is stage 1A's", LONGER_THAN_0)
     start_weights: str = setting(
-        "model",
-        "weights that a new stage takes from --resume-from-ckpt; the release takes model",
-        one_of("model", "ema"),
+        "model", "weights that a new stage takes from a checkpoint; the release takes model", one_of("model", "ema")
     )
     parallel: str = setting("ddp", "how several ranks share the work", one_of("ddp", "fsdp"))
     activation_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, more time")
