@@ -9,16 +9,15 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flowmo.checkpoint import eight_bit
 from flowmo.codec.file import Codec
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
 from flowmo.tokenizer import FlowMo
 
 OPSET = 18
@@ -70,22 +69,15 @@ class DecoderGraph(nn.Module):
         return self.decoder(images, self.decoder.embed_code(code, keep), t)
 
 
-@dataclass(frozen=True)
-class Graph:
-    """A network with the names of its inputs, its output, examples of the inputs and their dynamic axes."""
+class Graph(NamedTuple):
+    """A network with the names of its inputs and its output."""
 
-    module: nn.Module
+    program: torch.export.ExportedProgram
     inputs: tuple[str, ...]
     output: str
-    examples: tuple[Tensor, ...]
-    dynamic: tuple[Any, ...]
-
-    @torch.no_grad()
-    def export(self) -> torch.export.ExportedProgram:
-        self.module(*self.examples)  # fills caches with real tensors
-        return torch.export.export(self.module, self.examples, dynamic_shapes=self.dynamic)
 
 
+@torch.no_grad()
 def graphs(tokenizer: FlowMo) -> dict[str, Graph]:
     """Encoder and decoder as graphs of dynamic batch, and of dynamic size if the tokenizer has native size.
 
@@ -108,15 +100,14 @@ def graphs(tokenizer: FlowMo) -> dict[str, Graph]:
         tokens |= {1: torch.export.Dim.AUTO}
     images = torch.zeros(2, model.channels, height, width)
     encoder, decoder = EncoderGraph(tokenizer).eval(), DecoderGraph(tokenizer).eval()
-    with torch.no_grad():
-        ids = encoder(images)
+    inputs = (images, encoder(images), torch.ones(1), torch.ones(1))
+    decoder(*inputs)  # fills caches with real tensors, as encoder did
     names = ("images", "ids", "t", "end" if model.mean_velocity else "keep")
-    return {
-        "encoder": Graph(encoder, ("images",), "ids", (images,), (size,)),
-        "decoder": Graph(
-            decoder, names, "velocity", (images, ids, torch.ones(1), torch.ones(1)), (size, tokens, None, None)
-        ),
-    }
+    programs = (
+        torch.export.export(encoder, inputs[:1], dynamic_shapes=(size,)),
+        torch.export.export(decoder, inputs, dynamic_shapes=(size, tokens, None, None)),
+    )
+    return {"encoder": Graph(programs[0], names[:1], "ids"), "decoder": Graph(programs[1], names, "velocity")}
 
 
 def write_graph(graph: Graph, path: Path, dtype: str) -> None:
@@ -125,12 +116,12 @@ def write_graph(graph: Graph, path: Path, dtype: str) -> None:
     ``torch.export.load(path).module(check_guards=False)`` reads the latter. Guards would refuse some image sizes.
     """
     if path.suffix == ".pt2":
-        torch.export.save(graph.export(), path)
+        torch.export.save(graph.program, path)
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, about itself
         names: dict[str, Any] = {"input_names": graph.inputs, "output_names": [graph.output]}
-        program = torch.onnx.export(graph.export(), opset_version=OPSET, verbose=False, **names)
+        program = torch.onnx.export(graph.program, opset_version=OPSET, verbose=False, **names)
     assert program is not None
     model = program.model_proto
     if dtype != "float32":
@@ -250,10 +241,8 @@ def vendor(folder: Path, package: Path | None) -> None:
                 command = ["npm", "pack", "--silent", RUNTIME]
                 subprocess.run(command, cwd=temporary, check=True, capture_output=True, text=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1:]
-                raise ExportError(
-                    f"npm cannot get {RUNTIME}: {''.join(reason)}. Name an unpacked copy with --runtime."
-                ) from None
+                reason = one_line(getattr(error, "stderr", "") or error)
+                raise ExportError(f"npm cannot get {RUNTIME}: {reason}. Name a copy with --runtime.") from None
             shutil.unpack_archive(next(Path(temporary).glob("*.tgz")), temporary, filter="data")
             package = Path(temporary) / "package"
         folder.mkdir(parents=True, exist_ok=True)
