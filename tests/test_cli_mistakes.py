@@ -282,33 +282,35 @@ def test_progress_tells_the_time_left(capsys, monkeypatch):
 STAT = "cpu  9 9 9 9\ncpu0 {} 0 50 900 7 0 0 0 0 0\ncpu1 100 {} 0 800 0 1 1 1 0 0\ncpu2 999 0 0 0 0 0 0 0 0 0\nintr 5\n"
 
 
-def test_free_cores_are_those_that_others_leave(monkeypatch):
-    ticks = threads.os.sysconf("SC_CLK_TCK")
-    assert threads.busy_seconds(STAT.format(100, 0), {0, 1}) == (100 + 50 + 100 + 3) / ticks
-    idle, now = threads.Load(10.0, 50.0, 1.0), threads.Load
-    assert threads.free_cores(idle, now(12.0, 52.0, 3.0), 2) == 2, "this process alone"
-    assert threads.free_cores(idle, now(12.0, 54.0, 3.0), 2) == 1, "one neighbour"
-    assert threads.free_cores(idle, now(12.0, 54.0, 1.1), 2) == 1, "never none"
-    assert threads.free_cores(idle, now(12.0, 58.2, 3.0), 16) == 13
+def test_load_is_that_of_others_on_the_own_cpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(threads, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(threads.time, "process_time", lambda: 1.0)
+    assert threads.Load.now() is None
+    threads.STAT.write_text(STAT.format(100, 0))
+    assert threads.Load.now().others == (100 + 50 + 100 + 3) / threads.os.sysconf("SC_CLK_TCK") - 1
 
 
 def test_a_quota_counts_as_cores(monkeypatch, tmp_path):
-    second, quota, period = (tmp_path / name for name in ("cpu.max", "quota", "period"))
-    monkeypatch.setattr(threads, "QUOTAS", ((str(second),), (str(quota), str(period))))
+    monkeypatch.setattr(threads, "QUOTA", tmp_path / "cpu.max")
     assert threads.quota() == float("inf")
-    quota.write_text("-1\n")
-    period.write_text("100000\n")
-    assert threads.quota() == float("inf")
-    quota.write_text("150000\n")
-    assert threads.quota() == 1.5
-    second.write_text("max 100000\n")
-    assert threads.quota() == float("inf")
-    second.write_text("400000 100000\n")
-    assert threads.quota() == 4
+    for text, cores in (("max 100000\n", float("inf")), ("150000 100000\n", 1.5)):
+        threads.QUOTA.write_text(text)
+        assert threads.quota() == cores
 
 
-@pytest.mark.parametrize(("command", "chosen"), [("encode", 1), ("train", None), ("info", None)])
-def test_threads_follow_the_load_only_where_bits_may(monkeypatch, capsys, command, chosen):
+@pytest.mark.parametrize(
+    ("command", "busy", "chosen"),
+    [
+        ("encode", 3.1, 1),
+        ("encode", 9, 1),
+        ("encode", 1.2, 3),
+        ("encode", 0, None),
+        ("train", 3.1, None),
+        ("info", 3, None),
+    ],
+)
+def test_threads_follow_the_load_only_where_bits_may(monkeypatch, capsys, command, busy, chosen):
     """Short commands take the free cores. Long ones keep theirs, so that a run resumes to the same bits, and say so."""
     import torch
 
@@ -317,15 +319,15 @@ def test_threads_follow_the_load_only_where_bits_may(monkeypatch, capsys, comman
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", named.append)
-    monkeypatch.setattr(threads.Load, "now", lambda: threads.Load(12.0, 59.0, 2.0))
+    monkeypatch.setattr(threads.Load, "now", lambda: threads.Load(12.0, 50.0 + 2 * busy))
     monkeypatch.setattr(threads, "quota", lambda: float("inf"))
-    threads.choose(command, threads.Load(10.0, 50.0, 1.0))
+    threads.choose(command, threads.Load(10.0, 50.0))
     assert named == ([chosen] if chosen else [])
     advice = "flowmo: Other processes keep 3 of 4 cores busy. OMP_NUM_THREADS=1 may be faster.\n"
     assert capsys.readouterr().err == (advice if command == "train" else "")
     named.clear()
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    threads.choose(command, threads.Load(10.0, 50.0, 1.0))
+    threads.choose(command, threads.Load(10.0, 50.0))
     assert named == [], "a choice of one's own stands"
 
 
