@@ -27,7 +27,7 @@ STEPS = 16
 
 
 class GeneratorModel:
-    """A generator in the place of a ``ContextModel``, without a class condition.
+    """A generator that predicts bits as a ``ContextModel`` does, without a class condition.
 
     Args:
         steps: number of steps that unmask the ids; more are slower and predict better.
