@@ -71,7 +71,7 @@ def test_extras_by_their_short_names(wheel):
 
 def test_one_version_and_date_in_all_files():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    newest = re.search(r"^## (\d.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]  # below "Next"
     assert newest == f"{flowmo.__version__}, {cited['date-released']}"
     assert cited["version"] == flowmo.__version__
 
