@@ -101,6 +101,8 @@ def test_no_file_runs_code(tmp_path, monkeypatch, name, form):
     with pytest.raises(FlowMoError) as error:
         PLACES[name](file)
     one_line(error)
+    assert str(tmp_path) in str(error.value)
+    assert "no such" not in str(error.value).lower(), "it is refused for its content"
     assert not loot.exists()
 
 
@@ -132,6 +134,35 @@ def test_pickles_that_would_be_hashed_for_ever(tmp_path, kind):
     path = tmp_path / "a.pth" if kind == 2 else tmp_path / "sharded"
     with pytest.raises(FlowMoError, match=r"refused|unsafe"):
         flowmo.load(path)
+
+
+def test_a_bomb_under_a_name_in_capitals(tmp_path):
+    """PyTorch finds ``DATA.PKL`` where it looks for ``data.pkl``."""
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("a/DATA.PKL", tuple_bomb())
+        archive.writestr("a/version", "3")
+    with pytest.raises(CheckpointError, match="refused"):
+        flowmo.load(tmp_path / "a.pth")
+
+
+def test_a_bomb_in_a_shard(tmp_path):
+    """The slice of the shard that holds one tensor, of equal length."""
+    folder = tmp_path / "shards"
+    sharded.write(folder, {"ema.a": torch.ones(2000)})
+    (shard,) = folder.glob("*.distcp")
+    (entry,) = sharded._Reader(folder).read_metadata().storage_data.values()
+    bomb, padding = io.BytesIO(), 0
+    while bomb.tell() != entry.length:
+        padding += entry.length - bomb.tell()
+        bomb = io.BytesIO()
+        with zipfile.ZipFile(bomb, "w") as archive:
+            archive.writestr("a/data.pkl", tuple_bomb())
+            archive.writestr("a/version", "3")
+            archive.writestr("a/padding", bytes(max(padding, 0)))
+        bomb.seek(0, io.SEEK_END)
+    shard.write_bytes(bomb.getvalue().rjust(entry.offset + entry.length, b"\0"))
+    with pytest.raises(CheckpointError, match=r"unsafe \(it holds a tuple of millions"):
+        sharded.read(folder, "ema.")
 
 
 @pytest.mark.parametrize(
@@ -234,6 +265,13 @@ def npz_with(path, **headers):
 def test_pictures_of_terabytes_in_an_npz(tmp_path, shape):
     with pytest.raises(DataError, match="pixels, more than"):
         NpzFile(npz_with(tmp_path / "a.npz", arr_0=(shape, 10**6)))
+
+
+def test_a_header_of_an_npz_that_may_have_gigabytes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", np.lib.format.magic(2, 0) + struct.pack("<I", 10**8) + bytes(10**6))
+    with pytest.raises(DataError, match="its header is not of version"):
+        NpzFile(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("shape", [(-1,), (10**9,), (0,)])

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
 from flowmo.checkpoint import CheckpointError
-from flowmo.checkpoint.pth import CountingUnpickler
+from flowmo.checkpoint.pth import CountingUnpickler, check_pickles
 from flowmo.checkpoint.run_folder import TABLE
 from flowmo.errors import one_line
 
@@ -76,6 +78,14 @@ class _Reader(FileSystemReader):
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            entry = self.storage_data[item.storage_index]
+            with open(Path(self.path) / entry.relative_path, "rb") as file:
+                file.seek(entry.offset)
+                check_pickles(io.BytesIO(file.read(entry.length)))
+        return super().read_data(plan, planner)
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:

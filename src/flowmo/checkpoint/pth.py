@@ -93,8 +93,8 @@ def read_pth(path: str | Path) -> dict[str, Any]:
         CheckpointError: it is damaged, holds more than tensors and plain values, or a tensor larger than the file.
     """
     try:
-        zipped = zipfile.is_zipfile(path)
-        _check_pickles(path, zipped)
+        with open(path, "rb") as file:
+            zipped = check_pickles(file)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise CheckpointError(
@@ -109,19 +109,22 @@ def read_pth(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _check_pickles(path: str | Path, zipped: bool) -> None:
+def check_pickles(file: IO[bytes]) -> bool:
+    """Refuse a file of ``torch.save`` whose pickles would take for ever to read. Returns whether it is a zip file."""
+    zipped = zipfile.is_zipfile(file)
+    file.seek(0)
     if not zipped:
-        with open(path, "rb") as file:
-            for _ in range(LEGACY_PICKLES):
-                _InertUnpickler(file).load()
-        return
-    with zipfile.ZipFile(path) as archive:
+        for _ in range(LEGACY_PICKLES):
+            _InertUnpickler(file).load()
+        return False
+    with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
-            if entry.filename.endswith("data.pkl"):
+            if entry.filename.lower().endswith("data.pkl"):  # PyTorch ignores the case, too
                 if entry.compress_type != zipfile.ZIP_STORED:  # a small file could expand without bound
                     raise ValueError("its table of contents is compressed")
-                with archive.open(entry) as file:
-                    _InertUnpickler(file).load()
+                with archive.open(entry) as table:
+                    _InertUnpickler(table).load()
+    return True
 
 
 def _check_tensors(value: object, path: str | Path, depth: int, seen: set[int]) -> None:
