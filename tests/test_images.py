@@ -3,16 +3,18 @@
 import io
 import json
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from conftest import CASES
 from PIL import Image, PngImagePlugin
 
 import flowmo
 from flowmo.cli import main
-from flowmo.images import to_rgb
+from flowmo.images import open_image, resize_and_crop, to_rgb
 
 EXIF_ORIENTATION = 0x0112
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -243,6 +245,24 @@ def test_errors_are_one_line_that_names_the_file(tmp_path):
 def test_more_pixels_than_asked_for_are_refused_before_they_are_decoded():
     with pytest.raises(flowmo.ImageError, match="image: 3×1 is more than 2 pixels"):
         flowmo.read_image(io.BytesIO(png(8, 0, [b"abc"])), "image", max_pixels=2)
+
+
+@pytest.mark.parametrize("thin", [Image.new("RGB", (20_000, 1)), torch.zeros(3, 1, 20_000)])
+def test_a_thin_image_is_refused_before_it_is_enlarged(thin):
+    with pytest.raises(flowmo.ImageError, match="resized image: 5120000×256 is more than"):
+        resize_and_crop(thin, 256)
+
+
+def test_concurrent_reads_restore_the_filters_of_warnings():
+    """The read that ends last, not the one that began last, restores them."""
+    before = warnings.filters[:]
+    first, second = (open_image(io.BytesIO(png(8, 0, [b"a"])), "image", None, 10) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    warnings.warn("nothing is shown while an image is read", stacklevel=1)
+    second.__exit__(None, None, None)
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".pgm", ".pbm", ".pnm"])

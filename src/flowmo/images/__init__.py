@@ -110,8 +110,7 @@ def open_file(
 @contextlib.contextmanager
 def open_image(file: BinaryIO, path: str, side: int | None, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image file with Pillow, as safely as ``read_image`` does, and check its size."""
-    with _whole_files_only(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata, and about sizes, which are checked below
+    with _whole_files_only():
         content = _without_text(file)
         with Image.open(content, formats=_formats(content)) as image:
             check_pixels(*size_of(image), path, max_pixels)
@@ -150,19 +149,26 @@ def _without_text(file: BinaryIO) -> BinaryIO:
 
 
 class _Readers:
-    """Number of reads in progress in this process, and Pillow's setting before the first of them."""
+    """Number of reads in progress in this process, and what the first of them changed for all."""
 
     lock = threading.Lock()
     count = 0
     truncated = False
+    quiet = warnings.catch_warnings()
 
 
 @contextlib.contextmanager
 def _whole_files_only() -> Iterator[None]:
-    """Refuse truncated files, which Pillow fills with grey or black if other code has asked it to."""
+    """Refuse truncated files, which Pillow fills with grey or black if other code has asked it to, and warn of nothing.
+
+    Pillow warns about metadata, and about sizes, which are checked here. Both settings belong to the whole process, so
+    the first of several concurrent reads makes them, and the last one restores them.
+    """
     with _Readers.lock:
         if not _Readers.count:
             _Readers.truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+            _Readers.quiet = warnings.catch_warnings(action="ignore")
+            _Readers.quiet.__enter__()
         _Readers.count += 1
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -172,6 +178,7 @@ def _whole_files_only() -> Iterator[None]:
             _Readers.count -= 1
             if not _Readers.count:
                 ImageFile.LOAD_TRUNCATED_IMAGES = _Readers.truncated
+                _Readers.quiet.__exit__(None, None, None)
 
 
 def _reinterpret(image: Image.Image) -> Image.Image:
@@ -288,9 +295,14 @@ def crop(image: AnyImage, left: int, top: int, width: int, height: int) -> AnyIm
 
 
 def resize_and_crop(image: AnyImage, side: int) -> AnyImage:
-    """Resize the short side to ``side`` (bilinear, antialiased) and crop the central square: the paper's protocol."""
+    """Resize the short side to ``side`` (bilinear, antialiased) and crop the central square: the paper's protocol.
+
+    Raises:
+        ImageError: the image is so thin that the resized one has too many pixels.
+    """
     size = size_of(image)
     width, height = (side * length // min(size) for length in size)  # rounds as torchvision
+    check_pixels(width, height, "resized image")
     if size != (width, height):
         if isinstance(image, Tensor):
             image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
