@@ -65,6 +65,12 @@ def test_a_picture_of_just_the_max_pixels_is_read(tiny, codes):
         ours.unpack(content, max_pixels=60 * 40 - 1)
 
 
+def test_nothing_is_packed_that_no_reader_accepts(tiny, codes, monkeypatch):
+    monkeypatch.setattr("flowmo.codec.file.MAX_PIXELS", 60 * 40 - 1)
+    with pytest.raises(CodecError, match="40×60 pixels is too large for a file"):
+        Codec(tiny).pack(codes)
+
+
 def test_a_context_model_makes_likely_codes_short(tiny, codes, context):
     ours, likely = Codec(tiny, context), alike(codes)
     packed, coded = Codec(tiny).pack(likely), ours.pack(likely)

@@ -2,12 +2,13 @@
 
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.numpy import save_file
 
 from flowmo import preset
 from flowmo.cli import main
@@ -187,6 +188,22 @@ def test_files_that_are_no_context_model(models, tmp_path):
     }
     with pytest.raises(ContextError, match="readout has shape"):
         ContextModel("0" * 16, models["context"].neighbours, readout=np.zeros((B, 3)), **arrays)
+    with pytest.raises(ContextError, match="too far away"):
+        replace(models["diagonal"], neighbours=((0, -(1 << 40)), (0, -2), (0, -3), (0, -4)))
+    for bad in (-(1 << 63), 1 << 15):
+        with pytest.raises(ContextError, match="exceed 16 bits"):
+            replace(models["context"], bias=np.full_like(models["context"].bias, bad))
+    sound = [getattr(models["context"], field.name) for field in fields(models["context"])[2:]]
+    for name, dtype, neighbours, sentence in (
+        ("float", np.float32, "[]", "not 16-bit integers"),
+        ("infinite", np.int16, "[[-Infinity, 0]]", "cannot convert float infinity"),
+        ("deep", np.int16, "[" * 100_000, "recursion"),
+    ):
+        metadata = {"flowmo_context": "1", "tokenizer": "0" * 16, "neighbours": neighbours}
+        arrays = dict(zip((field.name for field in fields(ContextModel)[2:]), sound, strict=True))
+        save_file({key: array.astype(dtype) for key, array in arrays.items()}, tmp_path / name, metadata)
+        with pytest.raises(ContextError, match=f"{name}: .*{sentence}"):
+            ContextModel.read(tmp_path / name)
     with pytest.raises(ContextError, match="not all coded before"):
         replace(models["diagonal"], neighbours=((0, 1), (0, -2), (0, -3), (0, -4)))
 

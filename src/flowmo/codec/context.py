@@ -26,6 +26,8 @@ from flowmo.model.transformer import code_lattice
 FRACTION = 8
 """Fractional bits of weights, activations and logits."""
 LARGEST_LOGIT = 10
+LIMIT = 1 << 15
+"""Bound of weights, 16-bit integers, and of the offsets to neighbours."""
 ONE = 1 << 16
 """A probability is k / ``ONE`` with 0 < k < ``ONE``."""
 NEIGHBOURS = {
@@ -92,8 +94,10 @@ class IntegerModel:
             if getattr(self, name).shape != shape:
                 raise ContextError(f"The array {name} has shape {getattr(self, name).shape}, not {shape}.")
         # 16-bit weights keep every sum within 64 bits
-        if any(np.abs(array).max(initial=0) >= 1 << 15 for array in self.arrays.values()):
+        if any(a.min(initial=0) <= -LIMIT or a.max(initial=0) >= LIMIT for a in self.arrays.values()):
             raise ContextError("The weights exceed 16 bits.")
+        if any(abs(offset) >= LIMIT for pair in self.neighbours for offset in pair):
+            raise ContextError("A neighbour is too far away.")
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Required shapes, as far as they follow from other arrays."""
@@ -129,10 +133,13 @@ class IntegerModel:
                 metadata = file.metadata() or {}
                 if metadata.get("flowmo_context") != cls.FORMAT:
                     raise ContextError("This is not a context model for this kind of tokenizer.")
-                arrays = {field.name: file.get_tensor(field.name).astype(np.int64) for field in fields(cls)[2:]}
+                arrays = {field.name: file.get_tensor(field.name) for field in fields(cls)[2:]}
+            if any(array.dtype != np.int16 for array in arrays.values()):
+                raise ContextError("Its arrays are not 16-bit integers.")
+            arrays = {name: array.astype(np.int64) for name, array in arrays.items()}
             neighbours = tuple((int(row), int(column)) for row, column in json.loads(metadata["neighbours"]))
             return cls(metadata["tokenizer"], neighbours, **arrays)
-        except (OSError, SafetensorError, ContextError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ContextError(f"{path}: {one_line(error)}") from None
 
 

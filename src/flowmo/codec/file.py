@@ -114,8 +114,8 @@ class Codec:
         """Serialize the codes of one image, from ``encode_image``.
 
         Raises:
-            CodecError: the codes are not of one image or not of this tokenizer, or the image is so long and thin that
-                no reader accepts it.
+            CodecError: the codes are not of one image or not of this tokenizer, or the image is so large, or so long
+                and thin, that no reader accepts it.
         """
         if codes.ids is None:
             raise CodecError("A continuous code has no ids to write.")
@@ -127,8 +127,8 @@ class Codec:
                 f"Ids of shape {ids.shape} below {codes.id_count} are not of one image of this tokenizer. "
                 "Take them from encode_image."
             )
-        if self._too_large(*size, MAX_PIXELS):
-            raise CodecError(f"An image of {size[0]}×{size[1]} pixels has too many tiles or cells for a file.")
+        if math.prod(size) > MAX_PIXELS or self._too_large(*size, MAX_PIXELS):
+            raise CodecError(f"An image of {size[0]}×{size[1]} pixels is too large for a file, or too thin.")
         write = self._pack_planes if self.native else self._pack_tiles
         models = [None] if self.context is None else [None, self.context]  # packed wins a tie
         return min((write(size, ids, model) for model in models), key=len)
