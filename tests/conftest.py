@@ -139,7 +139,7 @@ def plots() -> None:
 def no_plots(request, monkeypatch) -> None:
     """Training draws nothing otherwise, because Matplotlib takes longer than a tiny run."""
     if "plots" not in request.fixturenames:
-        monkeypatch.setattr("flowmo.train.trainer.draw", lambda folder, best: None)
+        monkeypatch.setattr("flowmo.train.trainer.draw", lambda *_: None)
 
 
 STAND_INS = {

@@ -12,7 +12,7 @@ from flowmo.train import trainer
 
 
 def train_all(base: Path, runs: Path, results: Path) -> None:
-    trainer.draw = lambda folder, best: None  # longer than a tiny run
+    trainer.draw = lambda *_: None  # longer than a tiny run
     with join("cpu", group=True) as world:
         for name, settings in json.loads(runs.read_text()):
             config = Config.from_yaml(base).override(*settings)

@@ -82,7 +82,7 @@ REFUSED = {
     "opt.lr=fast": "a finite number",
     "opt.lr=nan": "a finite number",
     "opt.lr=0": "above 0",
-    "opt.beta1=1.5": "between 0 and 1",
+    "opt.beta1=1": "at least 0 and below 1",
     "model.dec_depth=2.5": "a whole number",
     "model.dec_depth=true": "a whole number",
     "model.dec_depth=0": "at least 1",
@@ -105,6 +105,13 @@ REFUSED = {
 def test_refused_with_advice(assignment):
     with pytest.raises(ConfigError, match=REFUSED[assignment].replace("(", r"\(").replace("^", r"\^")):
         preset("lo").override(assignment)
+
+
+def test_jitter_fits_into_the_smallest_crop():
+    base = preset("lo").override("data.crop_sizes=64x64 256x128")
+    assert base.override("opt.lpips_jitter=32").opt.lpips_jitter == 32
+    with pytest.raises(ConfigError, match="from 0 to half of the crops' side, 64"):
+        base.override("opt.lpips_jitter=33")
 
 
 def test_advice_for_widths_works():
@@ -154,7 +161,7 @@ def test_yaml_missing(tmp_path):
         Config.from_yaml(tmp_path / "none.yaml")
 
 
-def test_no_value_is_lost_to_infinity():
+def test_the_default_sampling_is_finite():
     assert all(math.isfinite(v) for v in vars(Config().eval.sampling).values() if not isinstance(v, str))
 
 

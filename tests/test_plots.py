@@ -47,16 +47,23 @@ def test_every_metric_has_its_panel(run, monkeypatch):
 
 
 def test_progress_shows_the_whole_run(run):
-    draw(run, EarlyStopping())
+    draw(run, EarlyStopping(), originals=True)
     progress = np.asarray(Image.open(run / PROGRESS))
     assert progress.shape == (11 * (MOST_ROWS + 1), 40, 3)
     assert progress[::11, 0, 0].tolist() == [200, 0, 2, 3, 5, 6, 8, 9, 11]
 
 
+def test_grids_without_originals_are_shown_whole(run):
+    draw(run, EarlyStopping(), originals=False)
+    progress = np.asarray(Image.open(run / PROGRESS))
+    assert progress.shape == (22 * MOST_ROWS, 40, 3)
+    assert progress[::11, 0, 0].tolist() == [shade for i in (0, 2, 3, 5, 6, 8, 9, 11) for shade in (200, i)]
+
+
 def test_without_matplotlib_or_a_log(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    draw(run, EarlyStopping())
+    draw(run, EarlyStopping(), originals=True)
     assert (run / PROGRESS).is_file()
     assert not (run / CURVES).exists()
     (run / "metrics.jsonl").unlink()
-    draw(run, EarlyStopping())
+    draw(run, EarlyStopping(), originals=True)

@@ -1,6 +1,7 @@
 """Stage 1B: the chain of random steps, its gradients and its memory, and the command that trains it."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
 
 
 def test_starting_from_nothing_is_refused(settings, tmp_path):
-    with pytest.raises(CheckpointError, match=r"none\.pth: There are no such weights"):
+    with pytest.raises(CheckpointError, match=r"none\.pth: No weights found under this name"):
         Trainer(settings, tmp_path / "run", resume_from=tmp_path / "none.pth", report=quiet)
 
 
@@ -194,6 +195,12 @@ def test_the_best_is_remembered(metric, values, best):
     other = EarlyStopping("psnr" if metric == "lpips" else "lpips")
     other.load_state_dict(guard.state_dict())
     assert other.step is None
+
+
+def test_a_number_beats_one_that_is_not():
+    guard = EarlyStopping("psnr")
+    assert [guard.update(step, value) for step, value in enumerate([math.nan, 20.0, math.nan])] == [True, True, False]
+    assert (guard.step, guard.value) == (1, 20.0)
 
 
 def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):

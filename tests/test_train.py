@@ -365,6 +365,30 @@ def test_checkpoints_that_are_kept(config, tmp_path):
     assert [int(path.stem) for path in run.checkpoints()] == [2, 4, 5]
 
 
+@pytest.mark.parametrize(("batch", "every", "keep"), [(64, 100, 150), (8, 24, 48), (16, 10, 40), (32, 100, 250)])
+def test_the_first_checkpoint_of_each_period_is_kept(config, tmp_path, batch, every, keep):
+    """Against a count, for periods that batches do not divide."""
+    config = config.override(
+        f"data.global_batch_size={batch}",
+        f"trainer.checkpoint_every={every} images",
+        f"trainer.keep_every={keep} images",
+    )
+    run = Trainer(config.override("trainer.duration=4000 images"), tmp_path / "run", report=quiet)
+    steps = [step for step in range(1, 4000 // batch) if run.schedule.is_due(run.schedule.checkpoint, step * batch)]
+    images = [step * batch for step in steps]
+    first = [next(n for n in images if n >= multiple) for multiple in range(keep, images[-1] + 1, keep)]
+    run.step, run.images = steps[-1], images[-1]
+    assert [step * batch for step in steps if run._is_kept(step)] == sorted({*first})
+
+
+def test_another_optimizer_does_not_resume(config, tmp_path):
+    """The advice is to write the former one, not to delete the checkpoint."""
+    config = config.override("trainer.max_steps=1")
+    Trainer(config, tmp_path / "run", report=quiet).train()
+    with pytest.raises(TrainingError, match=r"has another optimizer's state\. Write opt\.optimizer=adam\."):
+        Trainer(config.override("opt.optimizer=muon"), tmp_path / "run", report=quiet)
+
+
 def stop_by_a_process(command):
     """Run a training command, signal its whole group as a scheduler does at step 2, and return its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -31,8 +31,8 @@ def _images(config: Sections) -> Iterator[str]:
         yield f"data.crop_sizes={data.crop_sizes!r} must fit into data.image_size={size}."
     if any(side % patch for side in sides):
         yield f"data.crop_sizes={data.crop_sizes!r} has a side that is not a multiple of model.patch_size={patch}."
-    if not 0 <= opt.lpips_jitter <= size // 2:
-        yield f"opt.lpips_jitter={opt.lpips_jitter} must be from 0 to half of data.image_size={size}."
+    if not 0 <= opt.lpips_jitter <= smallest // 2:
+        yield f"opt.lpips_jitter={opt.lpips_jitter} must be from 0 to half of the crops' side, {smallest}."
     if not 0 <= opt.lpips_crop <= smallest:
         yield f"opt.lpips_crop={opt.lpips_crop} must be from 0 to the crops' side, {smallest}."
 

@@ -1,5 +1,6 @@
 """Early stopping by a held-out metric (section 3.3). A falling loss alone does not make better images."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class EarlyStopping:
     def update(self, step: int, value: float) -> bool:
         """Record a checkpoint's metric. Return True if it is the best so far."""
         sign = 1 if HIGHER_IS_BETTER[self.metric] else -1
-        if self.value is None or sign * value > sign * self.value:
+        if self.value is None or math.isnan(self.value) or sign * value > sign * self.value:
             self.step, self.value, self.since = step, value, 0
             return True
         self.since += 1

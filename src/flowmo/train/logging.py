@@ -1,5 +1,6 @@
 """Logs of a run: lines, a progress line on a terminal, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
 
+import io
 import json
 import math
 import sys
@@ -115,9 +116,9 @@ class MetricLogger:
 
     def image(self, step: int, image: Image.Image) -> Path:
         """Save a grid of samples and return its path."""
-        path = self.folder / "samples" / f"{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        path, content = self.folder / "samples" / f"{step:08d}.png", io.BytesIO()
+        image.save(content, "PNG")
+        write_content(path, content.getvalue())
         if self._writer is not None:
             import numpy as np
 

@@ -24,9 +24,9 @@ NOT_LOSSES = {
 Curve = list[tuple[float, float]]
 
 
-def draw(folder: Path, best: EarlyStopping) -> None:
+def draw(folder: Path, best: EarlyStopping, originals: bool) -> None:
     """Write both plots of a run's folder. Without matplotlib, write ``progress.png`` alone."""
-    draw_progress(folder)
+    draw_progress(folder, originals)
     curves = read_curves(folder)
     if curves:
         draw_curves(curves, folder / CURVES, best)
@@ -70,8 +70,8 @@ def draw_curves(curves: dict[str, Curve], path: Path, best: EarlyStopping) -> No
     figure.savefig(path, dpi=80)
 
 
-def draw_progress(folder: Path) -> None:
-    """Stack the reconstructions of up to eight sample grids, evenly spread over the run, below the originals."""
+def draw_progress(folder: Path, originals: bool) -> None:
+    """Stack the samples of up to eight grids, evenly spread over the run, below ``originals`` if grids hold them."""
     grids = sorted((folder / "samples").glob("*.png"))
     if not grids:
         return
@@ -79,9 +79,10 @@ def draw_progress(folder: Path) -> None:
     images = [Image.open(grids[i]).convert("RGB") for i in sorted(spread)]
     width, height = images[-1].size
     images = [image for image in images if image.size == (width, height)]
-    half = height // 2
-    canvas = Image.new("RGB", (width, half * (len(images) + 1)), "white")
-    canvas.paste(images[-1].crop((0, 0, width, half)), (0, 0))
-    for row, image in enumerate(images, 1):
-        canvas.paste(image.crop((0, height - half, width, height)), (0, row * half))
+    top = height // 2 if originals else 0
+    row = height - top
+    canvas = Image.new("RGB", (width, top + row * len(images)), "white")
+    canvas.paste(images[-1].crop((0, 0, width, top)), (0, 0))
+    for number, image in enumerate(images):
+        canvas.paste(image.crop((0, top, width, height)), (0, top + number * row))
     canvas.save(folder / PROGRESS)

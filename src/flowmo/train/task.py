@@ -41,8 +41,10 @@ class Task:
         module: computes the loss of a micro-batch. Its ``networks`` have ``blocks``, which are compiled, checkpointed
             and sharded one by one.
         norm_controlled: networks, by name, whose blocks keep their initial weight norms.
+        samples_show_originals: True if the upper half of a sample grid are originals.
     """
 
+    samples_show_originals = False
     source: IndexedDataset
     model: nn.Module
     module: nn.Module

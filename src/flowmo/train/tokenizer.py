@@ -51,6 +51,8 @@ class TokenizerTask(Task):
         DataError, WeightsNotFoundError: the images or the perceptual network are missing.
     """
 
+    samples_show_originals = True
+
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         super().__init__(config, world, report)
         data, opt = config.data, config.opt

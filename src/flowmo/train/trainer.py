@@ -147,7 +147,9 @@ class Trainer:
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
         shards = self.world.size if self.config.trainer.parallel == "fsdp" else 1
-        return training_memory(*self.task.forecast_arguments()).max_images(memory, shards)
+        config, *more = self.task.forecast_arguments()
+        config = config.updated({"trainer.enable_bfloat16": in_bfloat16(config, self.device)})
+        return training_memory(config, *more).max_images(memory, shards)
 
     # Train
 
@@ -190,7 +192,7 @@ class Trainer:
                     self._evaluate()
                     self.save()
                     if self.world.main:
-                        draw(self.folder, self.early_stopping)
+                        draw(self.folder, self.early_stopping, self.task.samples_show_originals)
             asked = self.asked_to_stop or (self.world.main and (self.folder / STOP).exists())
             self.stopping = self.world.any(asked)
 
@@ -377,8 +379,8 @@ class Trainer:
         path = state.save(self.checkpoint_folder, self.step, self.tensors(), metadata, self.world)
         self.saved_at = self.step
         if self.world.main:
-            if self.early_stopping.step == self.step:
-                write_content(self.folder / BEST, path.stem)
+            if self.early_stopping.step is not None:  # each time, in case a kill came between the two files
+                write_content(self.folder / BEST, f"{self.early_stopping.step:08d}")
             for old in self.checkpoints()[: -self.config.trainer.keep_last]:
                 if not self._is_kept(int(old.stem)) and int(old.stem) != self.early_stopping.step:
                     state.remove(old)
@@ -386,9 +388,11 @@ class Trainer:
 
     def _is_kept(self, step: int) -> bool:
         """Return whether a step's checkpoint was the first at or after a multiple of ``trainer.keep_every``."""
-        keep, every = self.schedule.keep, max(self.schedule.checkpoint, self.plan.total)
-        images = self.images - (self.step - step) * self.plan.total
-        return bool(keep) and images // keep > (images - every) // keep
+        keep, batch = self.schedule.keep, self.plan.total
+        every = max(self.schedule.checkpoint, batch)
+        images = self.images - (self.step - step) * batch
+        before = -(-(images // every - 1) * every // batch) * batch  # images at the checkpoint before this one
+        return bool(keep) and images // keep > max(before, 0) // keep
 
     # Resume
 
@@ -459,6 +463,8 @@ class Trainer:
         self.task.check(path, metadata)
         before = Config.from_dict(metadata["config"])
         optimizer = optimizer and before.model.train == self.config.model.train
+        if optimizer and before.opt.optimizer != self.config.opt.optimizer:
+            raise TrainingError(f"{path} has another optimizer's state. Write opt.optimizer={before.opt.optimizer}.")
         targets = {name: t for name, t in self.tensors().items() if optimizer or not name.startswith("optimizer.")}
         state.restore(path, targets)
         self._set_base(before.model.base)
