@@ -93,6 +93,34 @@ def test_authors_checkpoint_loads_and_converts(tmp_path):
     assert flowmo.load(tmp_path / "lo.safetensors").identity() == tokenizer.identity()
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda state: [state.pop(key) for key in [*state] if key.startswith("encoder.double_blocks")], "empty"),
+        (lambda state: state.update({"encoder.double_blocks.x.a": torch.zeros(1)}), "invalid literal"),
+        (lambda state: state.update({"decoder.txt_in.weight": torch.zeros(4, 1)}), "do not make a FlowMo"),
+        (
+            lambda state: state.update({"decoder.double_blocks.1.txt_mod.lin.weight": torch.zeros(400, 4)}),
+            "has 400 rows, not",
+        ),
+    ],
+)
+def test_damaged_checkpoints_of_the_authors_are_refused(tmp_path, change, sentence):
+    config = preset("lo").override(
+        "model.mup_width=2", "model.enc_mup_width=2", "model.enc_depth=1", "model.dec_depth=2"
+    )
+    state = {key: torch.randn(shape) for key, shape in release_shapes(config).items()}
+    change(state)
+    torch.save({"total_steps": 5, "model_ema_state_dict": state, "model_state_dict": state}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=sentence):
+        flowmo.load(tmp_path / "a.pth")
+
+
+def test_a_name_too_long_for_a_file_is_no_model():
+    with pytest.raises(CheckpointError, match="No weights found"):
+        flowmo.load("a" * 300)
+
+
 def test_malicious_pickles_are_refused_and_never_run(tmp_path):
     loot = tmp_path / "loot"
     for name, content in (
@@ -168,12 +196,12 @@ def test_names_that_are_nothing(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
     with pytest.raises(
         CheckpointError,
-        match=r"results/run: There are no such weights.* folder with model\.safetensors or with checkpo",
+        match=r"results/run: No weights found under this name.* folder with model\.safetensors or with checkpo",
     ):
         flowmo.load("results/run")  # also a name on the Hub
     assert flowmo.load("nano").config.data.image_size == 128, "an empty folder hides no preset"
     for name in (tmp_path / "none.safetensors", "nanno", "lo"):
-        with pytest.raises(CheckpointError, match=rf"{name}: There are no such weights.*\(nano, native\).*random"):
+        with pytest.raises(CheckpointError, match=rf"{name}: No weights found under this name.*\(nano, native\).*random"):
             flowmo.load(name)
 
 
@@ -195,6 +223,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 def test_weights_are_saved_under_their_own_suffix_only(tiny, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         flowmo.save(tiny, tmp_path / "model.bin")
+    for dtype in (torch.int32, torch.uint8, torch.bool):
+        with pytest.raises(CheckpointError, match=f"cannot be saved as {dtype}"):
+            flowmo.save(tiny, tmp_path / "model.safetensors", dtype)
     assert not list(tmp_path.iterdir())
 
 

@@ -255,7 +255,7 @@ def test_bad_weights(capsys, tmp_path, photo):
     ("words", "sentence"),
     [
         (("info", "nano", "model.patch_size=7"), "data.image_size=126"),
-        (("info", "huge"), "huge: There are no such weights"),
+        (("info", "huge"), "huge: No weights found under this name"),
         (("train", "--preset", "nano"), "data.train=PATH"),
         (("train", "data.train=/nowhere"), "Name the model to train"),
         (("train", "--preset", "nano", "data.train=/nowhere"), "no such folder"),

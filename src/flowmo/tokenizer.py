@@ -350,9 +350,11 @@ class FlowMo(Autoencoder):
         steps: int | None = None,
         seed: int = 0,
         *,
+        guidance: float | None = None,
+        rho: float | None = None,
+        solver: str | None = None,
         noise_scale: float = 1.0,
         progress: Progress | None = None,
-        **settings: Any,
     ) -> Tensor:
         """Decode the codes of ``encode_image`` to one image, float32 c × h × w; arguments as in ``decode``.
 
@@ -366,7 +368,7 @@ class FlowMo(Autoencoder):
         if len(code) != tiles:
             raise ValueError(f"{len(code)} codes for one image, which has {tiles}; decode takes batches.")
         noise = sampler.seeded_noise([seed], *canvas, noise_scale, self.config.model.channels)
-        settings = {"sample_steps": steps, **settings}
+        settings: Any = {"sample_steps": steps, "guidance": guidance, "rho": rho, "solver": solver}
         if not self.native_size:
             return tiling.merge(self.sample(tiling.crop(noise[0]), code, progress, **settings))
         cell = self.config.model.patch_size
@@ -412,6 +414,7 @@ def save(tokenizer: FlowMo, path: str | Path, dtype: torch.dtype = torch.float32
         dtype: on disk. float16 halves the file, at about 3 decimal digits; int8 quarters it, see ``eight_bit``.
 
     Raises:
-        CheckpointError: ``path`` has another suffix, which ``load`` would take for another kind of file.
+        CheckpointError: ``path`` has another suffix, which ``load`` would take for another kind of file; or ``dtype``
+            is of other whole numbers.
     """
     files.write_safetensors(path, tokenizer.config, tokenizer.state_dict(), dtype)

@@ -69,7 +69,7 @@ def release_config(state: Mapping[str, Tensor]) -> Config:
         }
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"This is not a checkpoint of the authors' release: {error} is missing.") from None
-    group = GROUPS.get(channels) or next(g for g in range(min(14, channels), 0, -1) if channels % g == 0)
+    group = GROUPS.get(channels) or next((g for g in range(min(14, channels), 0, -1) if channels % g == 0), 1)
     try:
         return Config().updated({**values, "model.codebook_size_for_entropy": group})
     except ConfigError as error:
@@ -99,7 +99,13 @@ def convert_release(state: Mapping[str, Tensor], config: Config) -> dict[str, Te
         if width is None or ".key_norm." in key:
             converted[key] = value
         elif ".qkv." in key:  # of an unread stream only keys and values act
-            converted[key.replace(".qkv.", ".kv.")] = value[width:]
+            converted[key.replace(".qkv.", ".kv.")] = _checked(key, value, 3 * width)[width:]
         elif ".modulation." in key:
-            converted[key] = value[: 2 * width]
+            converted[key] = _checked(key, value, 6 * width)[: 2 * width]
     return converted
+
+
+def _checked(key: str, value: Tensor, rows: int) -> Tensor:
+    if len(value) != rows:
+        raise CheckpointError(f"{key} has {len(value)} rows, not {rows}.")
+    return value

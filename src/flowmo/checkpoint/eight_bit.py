@@ -11,13 +11,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flowmo.checkpoint import CheckpointError
+
 SCALE = ".int8_scale"
 SMALLEST = 4096
 """Matrices with fewer numbers stay in float32: they hardly add to a file and are often sensitive."""
 
 
 def stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Convert weights to ``dtype``, a floating-point type or int8, on the CPU; scales go under ``name + SCALE``."""
+    """Convert weights to ``dtype``, a floating-point type or int8, on the CPU; scales go under ``name + SCALE``.
+
+    Raises:
+        CheckpointError: another type, which would round weights to 0 or 1.
+    """
+    if dtype != torch.int8 and not dtype.is_floating_point:
+        raise CheckpointError(f"Weights cannot be saved as {dtype}. Use float32, float16, bfloat16 or int8.")
     plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     if dtype != torch.int8:
         return {name: value.to(dtype) for name, value in plain.items()}

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from flowmo.errors import one_line
 BUNDLED = Path(__file__).parent.parent / "pretrained"
 FORMAT, GENERATOR_FORMAT = FORMATS = ("flowmo-1", "flowmo-generator-1")
 ALIGNMENT = 64
-"""Bytes of which PyTorch's own tensors begin at a multiple, on a CPU."""
+"""PyTorch aligns CPU tensors to this many bytes."""
 PATH_SETTINGS = (
     "model.language_model",
     "data.train",
@@ -48,17 +49,18 @@ def find(source: str | Path) -> Path:
         CheckpointError: there is none.
     """
     name, path = str(source), Path(source)
-    if path.is_dir() and not run_folder.is_sharded(path):
-        path = run_folder.best_checkpoint(path) or path / hub.MODEL_FILE
-    if name in PRESETS and not (path.is_file() or run_folder.is_sharded(path)):
-        path = BUNDLED / f"{name}.safetensors"
-    elif hub.is_name(name) and not Path(source).exists() and not path.suffix.startswith((".pt", ".safetensors")):
-        path = hub.fetch(name)
-    if path.is_file() or run_folder.is_sharded(path):
-        return path
+    with suppress(OSError):  # a name that no file can have
+        if path.is_dir() and not run_folder.is_sharded(path):
+            path = run_folder.best_checkpoint(path) or path / hub.MODEL_FILE
+        if name in PRESETS and not (path.is_file() or run_folder.is_sharded(path)):
+            path = BUNDLED / f"{name}.safetensors"
+        elif hub.is_name(name) and not Path(source).exists() and not path.suffix.startswith((".pt", ".safetensors")):
+            path = hub.fetch(name)
+        if path.is_file() or run_folder.is_sharded(path):
+            return path
     bundled = ", ".join(preset for preset in PRESETS if (BUNDLED / f"{preset}.safetensors").is_file())
     raise CheckpointError(
-        f"{source}: There are no such weights. Name a file of weights, a folder with {hub.MODEL_FILE} or with "
+        f"{source}: No weights found under this name. Name a file of weights, a folder with {hub.MODEL_FILE} or with "
         f"checkpoints of a run, or a preset that comes with weights ({bundled}). For random weights use "
         "flowmo.FlowMo(flowmo.preset(NAME))."
     )
@@ -79,7 +81,9 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
     try:
         config = release_config(state).override(*overrides)
         return config, convert_release(state, config)
-    except (CheckpointError, AttributeError, IndexError, TypeError) as error:  # not tensors, or not of two axes
+    except ConfigError:
+        raise
+    except (ValueError, AttributeError, IndexError, TypeError) as error:  # odd names, not tensors, not of two axes
         raise CheckpointError(f"{path}: {one_line(error, 500)}") from None
 
 

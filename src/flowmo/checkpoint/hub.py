@@ -92,7 +92,7 @@ def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None)
     rates = ", ".join(f"{rate:.4f}" for rate in tokenizer.rates(side, side))
     model_index, results = "", "Not documented yet: results with their spread. `flowmo push --evaluation` adds them."
     if evaluation:
-        values = {key: evaluation[key] for key in METRICS if evaluation.get(key) is not None}
+        values = {key: evaluation[key] for key in METRICS if isinstance(evaluation.get(key), int | float)}
         if not values:
             raise CheckpointError("The evaluation holds no metric. Use the output of flowmo evaluate --json.")
         count = evaluation.get("images", evaluation.get("pictures"))  # pictures: a former name
@@ -128,9 +128,9 @@ def _hub(failure: str) -> Iterator[Any]:
     """Import huggingface_hub, and turn its many errors into one."""
     try:
         import huggingface_hub
-
-        yield huggingface_hub
     except ImportError:
         raise CheckpointError(f"{failure}: huggingface_hub is missing. Run: pip install 'flowmo[hub]'") from None
+    try:
+        yield huggingface_hub
     except Exception as error:  # its own errors, httpx's and the system's have no common base
         raise CheckpointError(f"{failure} ({one_line(error, 300)}).") from None

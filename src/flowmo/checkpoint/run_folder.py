@@ -32,5 +32,5 @@ def has_ended(run: Path) -> bool:
 def best_checkpoint(run: Path) -> Path | None:
     """Return the best checkpoint of a run, the newest if none is marked as best, or ``None``."""
     checkpoints = listing(run / CHECKPOINTS)
-    best = (run / BEST).read_text().strip() if (run / BEST).is_file() else None
+    best = (run / BEST).read_text(errors="replace").strip() if (run / BEST).is_file() else None
     return next((path for path in checkpoints if path.stem == best), checkpoints[-1] if checkpoints else None)
