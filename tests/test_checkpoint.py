@@ -201,7 +201,7 @@ def test_names_that_are_nothing(tmp_path, monkeypatch):
         flowmo.load("results/run")  # also a name on the Hub
     assert flowmo.load("nano").config.data.image_size == 128, "an empty folder hides no preset"
     for name in (tmp_path / "none.safetensors", "nanno", "lo"):
-        with pytest.raises(CheckpointError, match=rf"{name}: No weights found under this name.*\(nano, native\).*random"):
+        with pytest.raises(CheckpointError, match=rf"{name}: No weights found.*\(nano, native\).*random"):
             flowmo.load(name)
 
 

@@ -16,6 +16,7 @@ from flowmo import CheckpointError, Config
 from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.run_folder import listing
 from flowmo.data import DataError, FolderSource, ImageDataset, TarSource, batches
+from flowmo.data.transforms import time_limit
 from flowmo.images import ImageError
 from flowmo.train.failures import plain_errors
 from flowmo.train.schedule import BatchPlan
@@ -142,6 +143,17 @@ def test_a_source_that_hangs_is_named(folder):
     assert list(bad) == [str(source.files[0])]
     assert "not read within 0.3 s (data.read_timeout)" in bad[str(source.files[0])]
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_library_that_swallows_the_time_limit_is_stopped_again():
+    def swallow():
+        try:
+            time.sleep(10)
+        except Exception:  # as Pillow does with damaged metadata
+            time.sleep(10)
+
+    with pytest.raises(ImageError, match="a: not read within"), time_limit(0.1, "a"):
+        swallow()
 
 
 def test_a_source_that_is_slow_for_ever_ends_in_one_line(folder):

@@ -362,9 +362,21 @@ def test_export_to_datasets(folder, tmp_path, capsys, classes):
     assert_same([(row["ids"], int(row.get("label", -1))) for row in rows.with_format("torch")], expected)
 
 
+def test_an_id_beyond_the_vocabulary_is_refused(folder):
+    write_tokens(folder)
+    about = json.loads((folder / "tokens.json").read_text())
+    (folder / "tokens.json").write_text(json.dumps({**about, "id_count": 300}))
+    dataset = TokenDataset(folder)
+    with pytest.raises(DataError, match="beyond 299"):
+        [dataset[item] for item in range(len(dataset))]
+
+
 def test_an_export_overwrites_nothing(folder, contents, tmp_path, capsys):
     words = ("data", "export", folder, tmp_path / "out", "--to", "webdataset", "--json")
     assert len(json.loads(run_command(capsys, *words)[1])["files"]) == 3
+    (tmp_path / "file").write_text("mine")
+    words = ("data", "export", folder, tmp_path / "file", "--to", "webdataset")
+    assert run_command(capsys, *words)[::2] == (2, f"flowmo: {tmp_path}/file is not empty. Name an empty folder.\n")
     for out in (tmp_path / "out", folder):
         before = {path: path.read_bytes() for path in out.iterdir()}
         words = ("data", "export", folder, out, "--to", "webdataset")

@@ -31,7 +31,7 @@ def export(
     Raises:
         DataError: the folder is not empty, or ``datasets`` is not installed.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} is not empty. Name an empty folder.")
     name, write = WRITERS[kind]
     shards, size = dataset.metadata.shards, dataset.metadata.shard_size

@@ -103,7 +103,8 @@ def batches(
             after ``timeout`` × (batch size + retries).
 
     Raises:
-        DataError: too many images in a row cannot be read, or a worker died.
+        DataError: too many images in a row cannot be read, or a worker died while it sent a batch.
+        RuntimeError: PyTorch's, if a worker died at another time or gives no batch within ``timeout``.
     """
     sampler = ResumableSampler(len(dataset), seed, start, batch_size, global_batch or batch_size)
     loader = DataLoader(

@@ -97,13 +97,15 @@ class TokenDataset(Dataset[tuple[Tensor, int]]):
         return {**self.__dict__, "_maps": {}}  # each DataLoader worker opens its own maps
 
     def ids(self, index: int) -> Tensor:
-        """int64 tokens × sub-tokens."""
+        """int64 tokens × sub-tokens. Raises ``DataError`` for an id beyond the vocabulary."""
         metadata = self.metadata
         number, position = divmod(int(self.samples[index]), metadata.shard_size)
         if number not in self._maps:
             self._maps[number] = read_shard(self.path, metadata, number, verify=False)
         start = files.HEADER.size + position * metadata.item_bytes
         ids = unpack_ids(self._maps[number][start : start + metadata.item_bytes], metadata.ids, metadata.id_bits)
+        if ids.max() >= metadata.vocab_size:
+            raise DataError(f"{self.path}: item {index} has id {ids.max()}, beyond {metadata.vocab_size - 1}.")
         return torch.from_numpy(ids.reshape(metadata.tokens, metadata.sub_tokens))
 
     def load(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:

@@ -20,7 +20,10 @@ ATTEMPTS = 8
 
 @contextmanager
 def time_limit(seconds: float, name: str) -> Iterator[None]:
-    """Raise ``ImageError`` if the block takes longer. Works in the main thread on systems with timers; 0 disables."""
+    """Raise ``ImageError`` if the block takes longer. 0 disables.
+
+    Only the main thread on POSIX is limited. Elsewhere there is no limit.
+    """
     if not seconds or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -29,7 +32,7 @@ def time_limit(seconds: float, name: str) -> Iterator[None]:
         raise ImageError(f"{name}: not read within {seconds:g} s (data.read_timeout).")
 
     previous = signal.signal(signal.SIGALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again, because a library may swallow the first one
     try:
         yield
     finally:

@@ -342,8 +342,9 @@ def read_tensor(
 ) -> Tensor:
     """Read an image file of any number of channels as float32 channels × h × w in [−1, 1].
 
-    8-bit RGB is read as by ``read_image``. Other files keep their range: −1 and 1 are the ends of an 8- or 16-bit type,
-    and 0 and 1 for floats. See ``flowmo.images.pixels.PixelFormat`` for the kinds of files.
+    With three channels, a file is read as by ``read_image``: as 8-bit RGB. With other numbers, and from ``.npy`` files,
+    values keep their depth: −1 and 1 are the ends of an 8- or 16-bit type, and 0 and 1 for floats. See
+    ``flowmo.images.pixels.PixelFormat`` for the kinds of files.
 
     Args:
         channels: number of channels that the file must have.
