@@ -297,6 +297,7 @@ def test_samples_and_labels_as_webdataset_groups_them(tmp_path):
         (["0.png", "0.edited.png"], [("0.png", None)]),
         (["a.1.png", "a.2.png"], [("a.1.png", None), ("a.2.png", None)]),  # no WebDataset
         (["a.png", "a.jpg", "readme.txt"], [("a.jpg", None), ("a.png", None)]),
+        (["0.png", "0.jpg", "0.seg.png"], [("0.jpg", None), ("0.png", None), ("0.seg.png", None)]),
         (["0.png", "0.cls", "0.png", "0.cls"], "0.png and 0.png are of one sample, '0'"),
         (["0.png", "0.jpg", "0.cls"], "0.png and 0.jpg are of one sample, '0'"),
         (["0.left.png", "0.right.png", "0.json"], "are of one sample, '0': in a WebDataset a key ends at"),

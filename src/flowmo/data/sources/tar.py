@@ -168,6 +168,8 @@ def extra_files(names: Sequence[str], other_keys: Collection[str] | None = None)
                 f"{one_line(chosen[0])} and {one_line(chosen[1])} are of one sample, {one_line(key)!r}: in a "
                 "WebDataset a key ends at the base name's first dot. Give each key one image KEY.jpg and one KEY.cls."
             )
+        if len(plain[key]) > 1:
+            continue
         reason = f"beside {one_line(chosen[0])}, the one of its sample" if chosen else f"its sample has no {key}.jpg"
         left_out |= dict.fromkeys([name for name in group if name not in chosen], reason)
     return left_out
