@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -132,8 +132,9 @@ def _items(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, s
     left_out |= {row["name"]: NO_IMAGE for row in rows if images and is_array(row["name"])}
     images = images or rows
     others = [*labels, *(name for name, reason in left_out.items() if reason == NO_IMAGE)]
-    not_items = extra_files([row["name"] for row in images], {_key(name) for name in others})
-    left_out |= not_items | extra_files(list(labels))
+    names = [row["name"] for row in images]
+    not_items = extra_images(names, webdataset=not {*map(_key, others)}.isdisjoint(map(_key, names)))
+    left_out |= not_items | extra_files(list(labels), webdataset=True)
     label_of = {_key(name): _as_label(text) for name, text in labels.items() if name not in left_out and text}
     images = [row for row in images if row["name"] not in not_items]
     for row in images:
@@ -142,14 +143,25 @@ def _items(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, s
     return images, left_out
 
 
-def extra_files(names: Sequence[str], other_keys: Collection[str] | None = None) -> dict[str, str]:
-    """Return {name: reason} for the images (or labels) of a tar that are not their sample's image (or label).
+def extra_images(names: Sequence[str], webdataset: bool) -> dict[str, str]:
+    """Return {name: reason} for the images of a tar that are not items.
 
-    ``000.jpg`` wins over ``000.seg.png``. A name with several dots is an item only if no name of the tar has one dot.
+    If ``000.jpg`` exists, ``000.seg.png`` is left out. In a WebDataset, names with several dots are items only if the
+    tar has no ``KEY.jpg`` at all.
 
-    Args:
-        other_keys: keys of the files that are not images. If no image shares one, the tar is no WebDataset and every
-            image is an item, except those beside a ``KEY.jpg``. ``None`` for labels: the tar is a WebDataset.
+    Raises:
+        DataError: a sample of a WebDataset has several images.
+    """
+    complete = {_key(name) for name in names if _is_plain(name)}
+    incomplete = [name for name in names if webdataset and complete and _key(name) not in complete]
+    left_out = {name: f"its sample has no {_key(name)}.jpg" for name in incomplete}
+    return left_out | extra_files([name for name in names if name not in left_out], webdataset)
+
+
+def extra_files(names: Sequence[str], webdataset: bool) -> dict[str, str]:
+    """Return {name: reason} for the images (or labels) beside the ``KEY.jpg`` (or ``KEY.cls``) of their key.
+
+    None is left out if a tar that is no WebDataset has several such files of one key, ``000.jpg`` and ``000.png``.
 
     Raises:
         DataError: a sample of a WebDataset has several candidates.
@@ -157,22 +169,23 @@ def extra_files(names: Sequence[str], other_keys: Collection[str] | None = None)
     samples: dict[str, list[str]] = {}
     for name in names:
         samples.setdefault(_key(name), []).append(name)
-    plain = {key: [name for name in group if name.count(".", len(key)) == 1] for key, group in samples.items()}
-    webdataset = other_keys is None or not samples.keys().isdisjoint(other_keys)
-    needs_plain = webdataset and other_keys is not None and any(plain.values())
     left_out: dict[str, str] = {}
     for key, group in samples.items():
-        chosen = plain[key] or ([] if needs_plain else group)
-        if len(chosen) > 1 and webdataset:
+        plain = [name for name in group if _is_plain(name)]
+        if len(plain) == 1:
+            reason = f"beside {one_line(plain[0])}, the one of its sample"
+            left_out |= {name: reason for name in group if name != plain[0]}
+        elif webdataset and len(group) > 1:
+            first, second, *_ = plain or group
             raise DataError(
-                f"{one_line(chosen[0])} and {one_line(chosen[1])} are of one sample, {one_line(key)!r}: in a "
-                "WebDataset a key ends at the base name's first dot. Give each key one image KEY.jpg and one KEY.cls."
+                f"{one_line(first)} and {one_line(second)} are of one sample, {one_line(key)!r}: in a WebDataset a key "
+                "ends at the base name's first dot. Give each key one image KEY.jpg and one KEY.cls."
             )
-        if len(plain[key]) > 1:
-            continue
-        reason = f"beside {one_line(chosen[0])}, the one of its sample" if chosen else f"its sample has no {key}.jpg"
-        left_out |= dict.fromkeys([name for name in group if name not in chosen], reason)
     return left_out
+
+
+def _is_plain(name: str) -> bool:
+    return name.rpartition("/")[2].count(".") == 1
 
 
 def _key(name: str) -> str:
@@ -213,7 +226,8 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
     # An index may be older than these rules, or not ours.
     entries = [entry for entry in entries if not is_hidden(entry.name)]
     try:
-        not_items = extra_files([e.name for e in entries], {_key(e.name) for e in entries if e.label is not None})
+        webdataset = any(entry.label is not None for entry in entries)
+        not_items = extra_images([entry.name for entry in entries], webdataset)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     return [entry for entry in entries if entry.name not in not_items]
