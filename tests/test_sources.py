@@ -323,6 +323,33 @@ def test_images_and_labels_of_a_sample(members, expected, tmp_path):
     assert {name.partition(":")[2] for name in source.left_out} >= images - kept
 
 
+PLAIN = {"photo.png": None, "photo.jpg": None, "a.v1.png": None, "a.v2.png": None}
+SAMPLES = {"0.png": None, "0.seg.png": None, "0.cls": b"3"}
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [({}, {"c1.tar": PLAIN, "c2.tar": SAMPLES}), (PLAIN, {"in/c.tar": SAMPLES}), (SAMPLES, {"in/c.tar": PLAIN})],
+    ids=["beside each other", "in a plain tar", "in a WebDataset"],
+)
+def test_each_inner_tar_is_a_webdataset_or_not(outer, inner, indexed, tmp_path):
+    packed = {name: write_tar(tmp_path / "x", members).read_bytes() for name, members in inner.items()}
+    tar = write_tar(tmp_path / "set.tar", outer | packed)
+    rows, left_out = build_index(tar)
+    assert [name.rpartition("/")[2] for name in left_out] == ["0.seg.png"]
+    if indexed:
+        default_index(tar).write_text(json.dumps(rows))
+    assert dict(seen(open_source(tar))) == {"0.png": "3"} | dict.fromkeys(PLAIN)
+
+
+def test_arrays_are_left_out_beside_the_images_of_another_inner_tar(tmp_path):
+    inner = {f"{n}.tar": write_tar(tmp_path / "x", {n: None}).read_bytes() for n in ("0.npy", "1.png")}
+    rows, left_out = build_index(write_tar(tmp_path / "set.tar", inner))
+    assert [row["name"] for row in rows] == ["1.png/1.png"]
+    assert [*left_out] == ["0.npy/0.npy"]
+
+
 def test_an_index_from_before_is_read_by_the_same_rules(tmp_path):
     tar = write_tar(tmp_path / "set.tar", {"0.png": None, "0.seg.png": None, "1.png": None, "._1.png": None})
     with tarfile.open(tar) as file:

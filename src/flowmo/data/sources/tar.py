@@ -44,8 +44,20 @@ class Entry(NamedTuple):
     label: int | str | None
 
 
-Member = tuple[dict[str, Any], str | None, str]
-"""Row of the index, label that the file holds, reason why it is left out."""
+class Member(NamedTuple):
+    """A file in a tar or in a tar inside it.
+
+    Attributes:
+        tar: offset of the tar that holds it; 0 for the outer one.
+        row: its row of the index.
+        label: label that the file holds.
+        reason: why it is left out.
+    """
+
+    tar: int
+    row: dict[str, Any]
+    label: str | None
+    reason: str
 
 
 def default_index(tar: str | Path) -> Path:
@@ -74,7 +86,7 @@ def build_index(
             for member in _members(_LimitedReader(file), 0, "", 0):
                 members.append(member)
                 if progress:
-                    progress(member[0]["offset"] >> 20, total)
+                    progress(member.row["offset"] >> 20, total)
         images, left_out = _items(members)
     except DataError as error:
         raise DataError(f"{tar}: {error}") from None
@@ -120,17 +132,31 @@ def _members(file: _LimitedReader, start: int, prefix: str, depth: int) -> Itera
                 label = cast(IO[bytes], tar.extractfile(member)).read().decode("utf-8", "replace").strip()
             elif not name.lower().endswith((*EXTENSIONS, ARRAY)):
                 reason = NO_IMAGE
-            yield {"name": name, "offset": offset, "size": member.size}, label, reason
+            yield Member(start, {"name": name, "offset": offset, "size": member.size}, label, reason)
 
 
 def _items(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Split the files of a tar into the rows of its index, and {name: reason} for the others."""
-    labels = {row["name"]: label for row, label, _ in members if label is not None}
-    left_out = {row["name"]: reason for row, _, reason in members if reason}
-    rows = [row for row, label, reason in members if label is None and not reason]
-    images = [row for row in rows if not is_array(row["name"])]
-    left_out |= {row["name"]: NO_IMAGE for row in rows if images and is_array(row["name"])}
-    images = images or rows
+    """Split the files of a tar and of its inner tars into the rows of its index, and {name: reason} for the others."""
+    candidates = [member.row["name"] for member in members if member.label is None and not member.reason]
+    only_arrays = all(map(is_array, candidates))
+    tars: dict[int, list[Member]] = {}
+    for member in members:
+        if is_array(member.row["name"]) and not member.reason and not only_arrays:
+            member = member._replace(reason=NO_IMAGE)
+        tars.setdefault(member.tar, []).append(member)
+    images: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for group in tars.values():  # one inner tar may be a WebDataset, and another not
+        rows, others = _items_of_one_tar(group)
+        images += rows
+        left_out |= others
+    return images, left_out
+
+
+def _items_of_one_tar(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    labels = {member.row["name"]: member.label for member in members if member.label is not None}
+    left_out = {member.row["name"]: member.reason for member in members if member.reason}
+    images = [member.row for member in members if member.label is None and not member.reason]
     others = [*labels, *(name for name, reason in left_out.items() if reason == NO_IMAGE)]
     names = [row["name"] for row in images]
     not_items = extra_images(names, webdataset=not {*map(_key, others)}.isdisjoint(map(_key, names)))
@@ -225,9 +251,14 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
     _check_offsets(entries, tar, name)
     # An index may be older than these rules, or not ours.
     entries = [entry for entry in entries if not is_hidden(entry.name)]
+    folders: dict[str, list[Entry]] = {}  # an index does not tell inner tars from folders
+    for entry in entries:
+        folders.setdefault(entry.name.rpartition("/")[0], []).append(entry)
+    not_items: dict[str, str] = {}
     try:
-        webdataset = any(entry.label is not None for entry in entries)
-        not_items = extra_images([entry.name for entry in entries], webdataset)
+        for group in folders.values():
+            webdataset = any(entry.label is not None for entry in group)
+            not_items |= extra_images([entry.name for entry in group], webdataset)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     return [entry for entry in entries if entry.name not in not_items]
