@@ -33,6 +33,14 @@ def write_tar(path, members):
     return path
 
 
+def write_index(tar):
+    """An index of all members of ``tar``, as a program without our rules writes it."""
+    with tarfile.open(tar) as file:
+        rows = [{"name": m.name, "offset": m.offset_data, "size": m.size} for m in file]
+    default_index(tar).write_text(json.dumps(rows))
+    return tar
+
+
 def write_folder(root, *names):
     for shade, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -125,9 +133,7 @@ def test_hidden_files_and_folders_are_left_out(form, tmp_path):
         prefix = "./" if form == "tar from ." else ""
         tar = write_tar(tmp_path / "set.tar", {prefix + name: None for name in names})
         if form == "index from before":
-            with tarfile.open(tar) as file:
-                rows = [{"name": m.name, "offset": m.offset_data, "size": m.size} for m in file]
-            default_index(tar).write_text(json.dumps(rows))
+            write_index(tar)
         source = open_source(tar)
         assert len(source.left_out) == len(HIDDEN)
     assert source.classes == ("__background__", "a", "b")
@@ -356,6 +362,12 @@ def test_an_index_from_before_is_read_by_the_same_rules(tmp_path):
         rows = [{"name": m.name, "offset": m.offset_data, "size": m.size, "label": 4} for m in file]
     default_index(tar).write_text(json.dumps(rows))
     assert seen(open_source(tar)) == [("0.png", "4"), ("1.png", "4")]
+
+
+def test_an_index_of_hidden_files_contains_no_images(tmp_path):
+    tar = write_index(write_tar(tmp_path / "set.tar", {"._1.png": None, "a/.thumbnails/1.png": None}))
+    with pytest.raises(DataError, match=r"set\.index\.json: the index contains no images"):
+        open_source(tar)
 
 
 def test_hidden_shards_are_left_out(tmp_path):

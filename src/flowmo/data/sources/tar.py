@@ -246,11 +246,11 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError) as error:
         message = f"{name}: not an index, a list of name, offset and size ({one_line(repr(error))})."
         raise DataError(message) from None
-    if not entries:
-        raise DataError(f"{name}: the index contains no images.")
     _check_offsets(entries, tar, name)
     # An index may be older than these rules, or not ours.
     entries = [entry for entry in entries if not is_hidden(entry.name)]
+    if not entries:
+        raise DataError(f"{name}: the index contains no images.")
     folders: dict[str, list[Entry]] = {}  # an index does not tell inner tars from folders
     for entry in entries:
         folders.setdefault(entry.name.rpartition("/")[0], []).append(entry)
