@@ -370,6 +370,16 @@ def test_an_index_of_hidden_files_contains_no_images(tmp_path):
         open_source(tar)
 
 
+def test_an_index_of_members_without_an_image_suffix(tmp_path, capsys):
+    tar = write_index(write_tar(tmp_path / "set.tar", {"a": None, "b": None}))
+    assert [image.size for image in map(open_source(tar).read, range(2))] == [(8, 8)] * 2
+    found = show(capsys, tar)
+    assert found["count"] == 2
+    (row,) = found["left_out"]
+    assert row["name"] == str(tar)
+    assert "contains no images" in row["reason"]
+
+
 def test_hidden_shards_are_left_out(tmp_path):
     write_tar(tmp_path / "a-0.tar", {"0.png": None, "0.cls": b"1"})
     (tmp_path / "._a-0.tar").write_bytes(b"AppleDouble")

@@ -327,12 +327,20 @@ class TarSource(Source):
 
     @cached_property
     def left_out(self) -> Mapping[str, str]:  # type: ignore[override]
-        """{member: reason} for members that are not items. Tars that need an index are not scanned for them."""
+        """{member: reason} for members that are not items. Tars that need an index are not scanned for them.
+
+        For a tar that cannot be scanned by our rules, though its index is sound, {tar: reason}.
+        """
         known = {(entry.tar, entry.name) for entry in self.entries}
         left_out: dict[str, str] = {}
         for tar in self.tars:
             if tar.stat().st_size <= MAX_UNINDEXED_BYTES:
-                entries, others = build_index(tar)
+                try:
+                    entries, others = build_index(tar)
+                except DataError as error:
+                    reason = str(error).removeprefix(f"{tar}: ")
+                    left_out[str(tar)] = f"members outside its index are unknown: {reason}"
+                    continue
                 others |= {row["name"]: "not in the index" for row in entries if (tar, row["name"]) not in known}
                 left_out |= {f"{tar}:{name}": reason for name, reason in others.items()}
         return left_out
