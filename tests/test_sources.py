@@ -380,6 +380,13 @@ def test_an_index_of_members_without_an_image_suffix(tmp_path, capsys):
     assert "contains no images" in row["reason"]
 
 
+def test_an_item_without_an_image_suffix_is_not_left_out(tmp_path):
+    tar = write_index(write_tar(tmp_path / "set.tar", {"a": None, "b.png": None}))
+    source = open_source(tar)
+    assert len(source) == 2
+    assert not source.left_out
+
+
 def test_hidden_shards_are_left_out(tmp_path):
     write_tar(tmp_path / "a-0.tar", {"0.png": None, "0.cls": b"1"})
     (tmp_path / "._a-0.tar").write_bytes(b"AppleDouble")

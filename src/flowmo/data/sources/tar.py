@@ -342,7 +342,7 @@ class TarSource(Source):
                     left_out[str(tar)] = f"members outside its index are unknown: {reason}"
                     continue
                 others |= {row["name"]: "not in the index" for row in entries if (tar, row["name"]) not in known}
-                left_out |= {f"{tar}:{name}": reason for name, reason in others.items()}
+                left_out |= {f"{tar}:{name}": why for name, why in others.items() if (tar, name) not in known}
         return left_out
 
     def name(self, index: int) -> str:
