@@ -393,6 +393,16 @@ def test_hidden_shards_are_left_out(tmp_path):
     assert seen(open_source(tmp_path)) == [("0.png", "1")]
 
 
+def test_one_index_for_several_shards_is_refused(tmp_path):
+    for name in ("0", "1"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": None})
+    for source in (tmp_path, tmp_path / "*.tar", tmp_path / "{0..1}.tar"):
+        with pytest.raises(DataError, match=r"none\.json: .* 2 tars.*flowmo data index"):
+            open_source(source, tmp_path / "none.json")
+    (tmp_path / "one.json").write_text(json.dumps(build_index(tmp_path / "0.tar")[0]))
+    assert seen(open_source(tmp_path / "0*.tar", tmp_path / "one.json")) == [("0.png", None)]
+
+
 def test_a_folder_of_shards_and_of_class_folders_is_refused(tmp_path):
     write_tar(write_folder(tmp_path, "cat/1.png") / "a.tar", {"0.png": None})
     with pytest.raises(DataError, match="contains shards and folders of images"):

@@ -19,13 +19,13 @@ def open_source(path: str | Path, index: str | Path | None = None) -> Source:
         index: index of a single tar; by default the file that ``flowmo data index`` writes beside it.
 
     Raises:
-        DataError: the source is missing or contains no images.
+        DataError: the source is missing or contains no images, or ``index`` is given for several shards.
     """
     name, path = str(path), Path(path)
     if name.startswith("hf:"):
         return HuggingFaceSource(name)
     if shards := find_shards(path):
-        return TarSource(shards)
+        return TarSource(shards, index or None)
     if not path.is_file():
         return FolderSource(path)
     if path.suffix == ".tar":

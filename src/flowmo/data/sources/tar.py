@@ -289,14 +289,21 @@ class TarSource(Source):
     of a tar of tars, or the ``n01440764_`` of ImageNet's file names. A folder around everything is no class.
 
     Args:
-        tars: files. Each is indexed by ``index`` or by the file beside it; a tar without an index is scanned.
+        tars: files. Each is indexed by the file beside it; a tar without an index is scanned.
+        index: index of a single tar, in place of the file beside it.
 
     Raises:
-        DataError: a tar is missing, its index is damaged or belongs to another tar, or labels mix numbers and names.
+        DataError: a tar is missing, its index is damaged or belongs to another tar, ``index`` is given for several
+            tars, or labels mix numbers and names.
     """
 
     def __init__(self, tars: Sequence[str | Path], index: str | Path | None = None):
         self.tars = [Path(tar) for tar in tars]
+        if index is not None and len(self.tars) > 1:
+            raise DataError(
+                f"{index}: one index is given for {len(self.tars)} tars. Leave it out, and write an index beside each "
+                "tar with: flowmo data index TAR..."
+            )
         missing = next((tar for tar in self.tars if not tar.is_file()), None)
         if missing is not None:
             raise DataError(f"{missing}: no such file.")
