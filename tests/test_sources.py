@@ -189,6 +189,22 @@ def test_a_relative_root(tmp_path, monkeypatch):
     assert seen(open_source(".")) == [("1.png", "a"), ("2.png", "b")]
 
 
+def test_names_that_are_too_long(tmp_path):
+    root = write_folder(tmp_path / "set", "1.png")
+    for name in ("notes.txt", "2.png", "3.npy"):
+        (root / name).symlink_to("x" * 300)
+    source = open_source(root)
+    assert len(source) == 1
+    assert {name.rpartition("/")[2] for name in source.left_out} == {"notes.txt", "2.png", "3.npy"}
+    for path in ("x" * 300, f"{'x' * 300}.tar", f"{'x' * 300}-{{0..1}}.tar", f"{'x' * 300}-*.tar"):
+        with pytest.raises(DataError, match=r"no such|no file matches"):
+            open_source(tmp_path / path)
+    tar = write_tar(tmp_path / f"{'x' * 250}.tar", {"1.png": None})
+    assert len(open_source(tar)) == 1
+    with pytest.raises(DataError, match="no such index"):
+        open_source(tar, tmp_path / ("x" * 300))
+
+
 def test_what_is_no_image_is_named(tmp_path):
     root = write_folder(tmp_path / "set", "a/1.png", "b/2.png")
     (root / "a" / "notes.txt").write_text("x")

@@ -1,5 +1,6 @@
 """Image sources, one per file. A new one is a class with the methods of ``Source``, called in ``open_source``."""
 
+import os
 from pathlib import Path
 
 from flowmo.data.sources.base import DataError, Source
@@ -26,7 +27,7 @@ def open_source(path: str | Path, index: str | Path | None = None) -> Source:
         return HuggingFaceSource(name)
     if shards := find_shards(path):
         return TarSource(shards, index or None)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return FolderSource(path)
     if path.suffix == ".tar":
         return TarSource([path], index or None)

@@ -22,18 +22,19 @@ class FolderSource(Source):
 
     def __init__(self, folder: str | Path):
         root = Path(folder)
-        if not root.is_dir():
+        if not os.path.isdir(root):  # Path.is_dir raises for a name that is too long
             raise DataError(f"{folder}: no such folder of images.")
         found = dict(walk(root))
         if all(found.values()):
-            found |= {path: "" for path in found if is_array(path.name) and found[path] == NO_IMAGE and path.is_file()}
+            arrays = [path for path, reason in found.items() if is_array(path.name) and reason == NO_IMAGE]
+            found |= {path: "" for path in arrays if os.path.isfile(path)}
         self.files = sorted(path for path, reason in found.items() if not reason)
         left_out = {str(path): reason for path, reason in found.items() if reason}
         if not self.files:
             raise DataError(f"{folder}: contains no images ({', '.join((*EXTENSIONS, ARRAY))}).")
         parts = [path.relative_to(root).parts for path in self.files]
         self.classes, self.labels = class_labels([first if rest else None for first, *rest in parts])
-        empty = (str(path) for path in root.iterdir() if path.is_dir() and path.name not in self.classes)
+        empty = (str(path) for path in root.iterdir() if os.path.isdir(path) and path.name not in self.classes)
         self.left_out = dict.fromkeys(empty, "a folder without images is no class") | left_out
 
     def name(self, index: int) -> str:
@@ -56,15 +57,16 @@ def walk(root: Path) -> Iterator[tuple[Path, str]]:
             continue
         for entry in entries:
             path = folder / entry.name
-            linked = path if entry.is_symlink() else entry
+            linked = entry.is_symlink()  # with a target whose name is too long, DirEntry raises and os.path does not
+            isdir, isfile = (os.path.isdir(path), os.path.isfile(path)) if linked else (entry.is_dir(), entry.is_file())
             if is_hidden(path.name):
                 yield path, HIDDEN
-            elif linked.is_dir():
-                if entry.is_symlink() and path.resolve() in around:
+            elif isdir:
+                if linked and path.resolve() in around:
                     yield path, "a link to a folder around it"
                 else:
                     folders.append((path, around))
             elif path.suffix.lower() not in EXTENSIONS:
                 yield path, NO_IMAGE
             else:
-                yield path, "" if linked.is_file() else "not a file, or a broken link"
+                yield path, "" if isfile else "not a file, or a broken link"

@@ -236,9 +236,9 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
         DataError: the file is not an index, or belongs to another tar; or the tar is large and has none.
     """
     path, entries = Path(index or default_index(tar)), []
-    if not path.is_file() and (index is not None or tar.stat().st_size > MAX_UNINDEXED_BYTES):
+    if not os.path.isfile(path) and (index is not None or tar.stat().st_size > MAX_UNINDEXED_BYTES):
         raise DataError(f"{path}: no such index of {tar}. Make it with: flowmo data index {tar}")
-    name, rows = (path, None) if path.is_file() else (tar, build_index(tar)[0])
+    name, rows = (path, None) if os.path.isfile(path) else (tar, build_index(tar)[0])
     try:
         for row in json.loads(path.read_bytes()) if rows is None else rows:
             label = None if row.get("label") is None else _as_label(row["label"])
@@ -304,7 +304,7 @@ class TarSource(Source):
                 f"{index}: one index is given for {len(self.tars)} tars. Leave it out, and write an index beside each "
                 "tar with: flowmo data index TAR..."
             )
-        missing = next((tar for tar in self.tars if not tar.is_file()), None)
+        missing = next((tar for tar in self.tars if not os.path.isfile(tar)), None)
         if missing is not None:
             raise DataError(f"{missing}: no such file.")
         entries = [entry for tar in self.tars for entry in load_index(tar, index)]

@@ -5,6 +5,7 @@ not streamed.
 """
 
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def find_shards(path: str | Path) -> list[Path]:
         DataError: a pattern of ``.tar`` files matches nothing, or a folder contains both shards and folders of images.
     """
     text = str(path)
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         tars = sorted(tar for tar in Path(path).glob("*.tar") if not is_hidden(tar.name))
         images = [file for file, reason in walk(Path(path)) if not reason] if tars else []
         if any(file.parent == Path(path) for file in images):
@@ -32,7 +33,7 @@ def find_shards(path: str | Path) -> list[Path]:
         if images:
             raise DataError(f"{path}: contains shards and folders of images ({images[0].parent}). Name one of them.")
         return tars
-    if not text.endswith(".tar") or Path(path).is_file():
+    if not text.endswith(".tar") or os.path.isfile(path):
         return []
     if RANGE.search(text):
         return expand(text)
