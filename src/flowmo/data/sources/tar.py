@@ -4,7 +4,8 @@ ImageNet's training set is a tar with one tar per class. The index points throug
 the authors' format: a JSON list of ``{"name", "offset", "size"}``, with a ``"label"`` if the tar has one.
 
 A tar whose images share keys with other files is a WebDataset. A key ends at the first dot of the base name, and the
-files of one key are a sample. The image of sample ``000`` is ``000.jpg``; ``000.seg.png`` is not.
+files of one key are a sample. The image of sample ``000`` is ``000.jpg``; ``000.seg.png`` is not. Each inner tar is
+a WebDataset or not by its own files.
 
 The images of a tar are its ``.npy`` files if it holds no others.
 """
