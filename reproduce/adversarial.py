@@ -31,9 +31,18 @@ class PeerTrainer:
     """A run of a tokenizer, in one process: model, optimizers, EMA, and its position in images and seconds.
 
     A convolutional tokenizer and all discriminators learn by Adam, a FlowMo as its settings say.
+
+    Args:
+        discriminator_rate: learning rate of the discriminator over that of the tokenizer.
     """
 
-    def __init__(self, tokenizer: ConvolutionalTokenizer | FlowMo, path: Path, device: torch.device):
+    def __init__(
+        self,
+        tokenizer: ConvolutionalTokenizer | FlowMo,
+        path: Path,
+        device: torch.device,
+        discriminator_rate: float = 1.0,
+    ):
         self.config, self.path, self.device = tokenizer.config, path, device
         opt = self.config.opt
         perceptual = build_distance(opt.lpips_mode).to(device) if opt.lpips_weight else None
@@ -42,7 +51,8 @@ class PeerTrainer:
         flowmo = isinstance(tokenizer, FlowMo)
         self.norm_control = NormControl(tokenizer.networks if flowmo else {})
         own = build_optimizers(tokenizer) if flowmo else [adam(tokenizer, opt)]
-        self.parts = ((tokenizer, own), (self.model.discriminator, [adam(self.model.discriminator, opt)]))
+        judge = self.model.discriminator
+        self.parts = ((tokenizer, own), (judge, [adam(judge, opt, discriminator_rate)]))
         self.images, self.seconds = 0, 0.0
         if path.is_file():
             self.restore()
@@ -87,8 +97,8 @@ class PeerTrainer:
         self.images, self.seconds = content["images"], content["seconds"]
 
 
-def adam(module: torch.nn.Module, opt: OptConfig) -> torch.optim.Optimizer:
-    groups = [{"params": list(module.parameters()), "scale": 1.0}]
+def adam(module: torch.nn.Module, opt: OptConfig, scale: float = 1.0) -> torch.optim.Optimizer:
+    groups = [{"params": list(module.parameters()), "scale": scale}]
     return torch.optim.Adam(groups, opt.lr, (opt.beta1, opt.beta2))
 
 
@@ -105,12 +115,14 @@ def train_adversarial(
     study: Study,
     adversarial: bool = True,
     lengths: Collection[int] = (),
+    discriminator_rate: float = 1.0,
 ) -> float:
     """Train a tokenizer, or resume it. It ends with its EMA weights. Returns the training time in seconds.
 
     Args:
         adversarial: with a discriminator, which joins after ``ADVERSARIAL_START`` of the run.
         lengths: numbers of images after which the EMA weights are kept, see ``weights_after``.
+        discriminator_rate: learning rate of the discriminator over that of the tokenizer.
 
     Raises:
         StudyError: its loss is no longer finite.
@@ -118,7 +130,7 @@ def train_adversarial(
     config, path = tokenizer.config, study.folder(run) / STATE
     data = config.data
     path.parent.mkdir(parents=True, exist_ok=True)
-    trainer = PeerTrainer(tokenizer, path, study.world.device)
+    trainer = PeerTrainer(tokenizer, path, study.world.device, discriminator_rate)
     dataset = ImageDataset(open_source(study.data), data.image_size, data.random_crop, data.random_flip, data.draft)
     schedule = Schedule.of(config, data.global_batch_size, len(dataset))
     stream = batches(dataset, data.global_batch_size, config.trainer.seed, trainer.images, data.num_workers)

@@ -36,6 +36,8 @@ SHARES = (0.25, 0.5, 1.0)
 """Shares of the training after which the weights are measured."""
 RATES = {"flowmo": 1e-3, "convolutional": 2e-3}
 """Learning rates. In ``peer``, the convolutional one chose this from three; FlowMo's is that of Muon."""
+DISCRIMINATOR_RATES = {"flowmo": 0.1, "convolutional": 1.0}
+"""Learning rates of the discriminators over those of their tokenizers, chosen by trials from half of the training."""
 SCALES = {
     "smoke": Scale(base=SMOKE_NESTED.override(*ONE_RATE), images=4, shares=(0.5, 1.0)),
     "cpu": Scale(
@@ -95,7 +97,7 @@ def trained_rows(arm: Arm, seed: int, width: int, study: Study) -> Rows:
     lengths = [round(share * steps) * batch for share in scale.shares]
     seed_global(seed, Stream.WEIGHTS)
     tokenizer = arm.build(config, width)
-    seconds = train_adversarial(tokenizer, run, study, arm.adversarial, lengths)
+    seconds = train_adversarial(tokenizer, run, study, arm.adversarial, lengths, DISCRIMINATOR_RATES[arm.kind])
     about = {"arm": arm.name, "label": arm.label, "curve": arm.label, "seed": seed}
     for share, images in zip(scale.shares, lengths, strict=True):
         shown = {**about, "images": images, "share": share, "seconds": share * seconds}
