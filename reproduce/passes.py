@@ -24,6 +24,7 @@ from typing import NamedTuple
 from flowmo.checkpoint.run_folder import CHECKPOINTS, listing
 from flowmo.config import Config
 from flowmo.evaluate.reconstruction import FlowMoReconstructor
+from flowmo.train.schedule import PAPER_BATCH
 from flowmo.train.state import read_metadata
 from reproduce import page
 from reproduce.bases import GPU_NESTED, NESTED_BASE, PAPER_NESTED, SMOKE_NESTED
@@ -41,10 +42,12 @@ SCALES = {
 }
 """Sub-tokens kept per token (``ids``), shares of the training that are measured, images of stage 1B (``seek``)."""
 FLOW = ("opt.anchor=0", "opt.loss_space=velocity", "opt.schedule=fat_lognormal")
-SEEK = (
-    *("model.posttrain_sample=true", "opt.freeze_encoder_after=0", "opt.lpips_mode=resnet", "opt.lpips_weight=0.01"),
+LOGITS = (
+    *("opt.freeze_encoder_after=0", "opt.lpips_mode=resnet", "opt.lpips_weight=0.01"),
     *("opt.lr=1e-4", "opt.cooldown=0", "trainer.keep_every=0"),
 )
+"""Trains the decoder further, with the distance of ResNet-50's logits: of samples in stage 1B, else of estimates."""
+SEEK = ("model.posttrain_sample=true", *LOGITS)
 WIDTHS = ("hidden_size", "num_heads", "enc_hidden_size", "enc_num_heads")
 BATCH = 16
 """Images that are decoded together: two and a half times as fast on a CPU as one by one."""
@@ -58,6 +61,7 @@ class Arm(NamedTuple):
 
     Attributes:
         start: the arm whose weights it starts from, after ``start_share`` of their training; empty is a fresh model.
+        short: train for ``Scale.seek`` images from there, not to the end of the training.
     """
 
     name: str
@@ -65,6 +69,7 @@ class Arm(NamedTuple):
     settings: tuple[str, ...]
     start: str = ""
     start_share: float = 1.0
+    short: bool = False
 
 
 def arms_of(base: Config) -> Iterator[Arm]:
@@ -72,7 +77,12 @@ def arms_of(base: Config) -> Iterator[Arm]:
     yield Arm("flow", "flow", FLOW)
     yield Arm("anchored", "three quarters at t = 1", ("opt.anchor=0.75",))
     yield Arm("falling", "half of the training three quarters at t = 1, then flow", FLOW, "anchored", 0.5)
-    yield Arm("seek", "flow, then stage 1B", (*FLOW, *SEEK), start="flow")
+    yield Arm("seek", "flow, then stage 1B", (*FLOW, *SEEK), start="flow", short=True)
+    # stage 1B counts the EMA's decay per step, stage 1A per PAPER_BATCH images
+    one_step = f"model.ema_decay={base.model.ema_decay ** (PAPER_BATCH / base.data.global_batch_size)}"
+    early = {"start": "flow", "start_share": 0.25, "short": True}
+    yield Arm("seek-early", "a quarter of the flow's training, then stage 1B", (*FLOW, *SEEK), **early)
+    yield Arm("one-step", "a quarter, then the same loss in one step", (*FLOW, *LOGITS, one_step), **early)
     yield Arm("no-lpips", "flow, no perceptual loss", (*FLOW, "opt.lpips_weight=0"))
     yield Arm("large", "flow, twice as wide", (*FLOW, *double))
     yield Arm("velocity", "flow, the network predicts velocities", (*FLOW, "model.prediction=velocity"))
@@ -103,7 +113,7 @@ def checkpoints_of(arm: Arm, seed: int, study: Study) -> list[Path]:
     config = scale.base.override(*arm.settings, f"trainer.seed={seed}")
     if arm.start:
         start = kept(f"{arm.start}-seed{seed}", arm.start_share, study)
-        if config.stage == "posttrain":
+        if arm.short:
             config = config.override(f"trainer.duration={read_metadata(start)['images'] + scale.seek} images")
         return [study.train(config, run, start=start).checkpoint]
     study.train(config.override(f"trainer.keep_every={round(min(scale.shares) * duration(study))} images"), run)

@@ -320,7 +320,19 @@ def test_continuous_smoke(evaluators, tmp_path, monkeypatch):
 def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     study = study_of("passes", tmp_path, evaluators)
     rows, text = run_study(study, monkeypatch)
-    recipes = ["flow", "anchored", "falling", "seek", "no-lpips", "large", "velocity", "mixed", "guided"]
+    recipes = [
+        "flow",
+        "anchored",
+        "falling",
+        "seek",
+        "seek-early",
+        "one-step",
+        "no-lpips",
+        "large",
+        "velocity",
+        "mixed",
+        "guided",
+    ]
     settings = [(rate * 4 * 3 / 32**2, count) for rate in (1, 2) for count in (1, 2)]
     assert [(row["recipe"], row["rate"], row["passes"]) for row in rows] == [(r, *s) for r in recipes for s in settings]
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
