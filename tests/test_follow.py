@@ -121,10 +121,11 @@ def test_the_index_of_the_held_out_tar(origin, config, tmp_path, picture_files, 
 def test_nothing_to_evaluate(tmp_path):
     with pytest.raises(EvaluationError, match="Name images, or a run"):
         Follower((), tmp_path, Evaluators())
+    with pytest.raises(EvaluationError, match="There is no run"):
+        Follower((f"eval.eval_dir={tmp_path}/none",), tmp_path, Evaluators()).evaluate()
     (tmp_path / "empty").mkdir()
-    for run in ("none", "empty"):
-        with pytest.raises(EvaluationError, match="has no checkpoint yet"):
-            Follower((f"eval.eval_dir={tmp_path}/{run}",), tmp_path, Evaluators()).evaluate()
+    with pytest.raises(EvaluationError, match="has no checkpoint yet"):
+        Follower((f"eval.eval_dir={tmp_path}/empty",), tmp_path, Evaluators()).evaluate()
 
 
 def test_a_checkpoint_that_is_removed_meanwhile(config, tmp_path, monkeypatch):

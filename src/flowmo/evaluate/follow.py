@@ -81,6 +81,8 @@ class Follower:
             ended, checkpoints = self.world.broadcast((has_ended(run), listing(run / CHECKPOINTS)))
             if not settings.continuous:
                 if not checkpoints:
+                    if not self.world.broadcast(run.is_dir()):
+                        raise EvaluationError(f"There is no run {run}.")
                     raise EvaluationError(f"{run} has no checkpoint yet. eval.continuous=true waits for one.")
                 yield checkpoints[-1]
                 return
