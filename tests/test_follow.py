@@ -128,6 +128,24 @@ def test_nothing_to_evaluate(tmp_path):
         Follower((f"eval.eval_dir={tmp_path}/empty",), tmp_path, Evaluators()).evaluate()
 
 
+@pytest.mark.parametrize("cut", ['{"checkpoint": "0000', '{"checkpoint": "00000003.pth", "images": 2}'])
+def test_a_kill_cuts_a_line_of_the_log_off(cut, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.02)
+    run, folder = tmp_path / "run", tmp_path / "a"
+    Trainer(config, run, report=lambda line: None).train()
+    folder.mkdir()
+    for log in (folder / LOG, run / LOG):
+        log.write_text('{"checkpoint": "00000002.pth"}\n' + cut)
+    settings = (f"eval.eval_dir={run}", "eval.continuous=true", *EVALUATION)
+    Follower(settings, folder, Evaluators(), report=lambda line: None).evaluate()
+    complete = cut.endswith("}")
+    lines = (folder / LOG).read_text().splitlines()
+    assert lines == (run / LOG).read_text().splitlines()
+    assert lines[1] == cut
+    added = [json.loads(line)["checkpoint"] for line in lines[2:]]
+    assert added == (["00000004.pth"] if complete else ["00000003.pth", "00000004.pth"])
+
+
 def test_a_checkpoint_that_is_removed_meanwhile(config, tmp_path, monkeypatch):
     """Runs keep the newest few; one that goes while it is read is told and passed over, a damaged one is an error."""
     run, said = tmp_path / "run", []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -99,9 +100,11 @@ class Follower:
             waiting = new is None
 
     def _evaluated(self) -> set[str]:
-        log = self.folder / LOG
-        lines = log.read_text().splitlines() if self.world.main and log.is_file() else []
-        return set(self.world.broadcast([json.loads(line)["checkpoint"] for line in lines]))
+        log, names = self.folder / LOG, []
+        for line in log.read_text().splitlines() if self.world.main and log.is_file() else []:
+            with suppress(json.JSONDecodeError):  # a kill cut the line off
+                names.append(json.loads(line)["checkpoint"])
+        return set(self.world.broadcast(names))
 
     def _evaluate(self, path: Path) -> None:
         tokenizer = flowmo.load(path, *self.settings, device=str(self.world.device))
@@ -144,5 +147,14 @@ class Follower:
             return
         for folder in {self.folder, self.run or self.folder}:
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / LOG).open("a") as log:
-                log.write(json.dumps(line) + "\n")
+            _append(folder / LOG, json.dumps(line))
+
+
+def _append(path: Path, line: str) -> None:
+    """Append a line to a file. It never joins a line that a kill cut off."""
+    with path.open("ab+") as file:
+        cut = b""
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            cut = b"" if file.read(1) == b"\n" else b"\n"
+        file.write(cut + line.encode() + b"\n")
