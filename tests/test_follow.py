@@ -7,11 +7,13 @@ import time
 
 import pytest
 from conftest import PICTURES
+from ranks import run_ranks
 
 import flowmo
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.run_folder import has_ended
 from flowmo.data import build_index
+from flowmo.distributed import join
 from flowmo.evaluate import follow
 from flowmo.evaluate.follow import LOG, Follower
 from flowmo.evaluate.reconstruction import EvaluationError, Evaluators
@@ -165,4 +167,29 @@ def test_a_checkpoint_that_is_removed_meanwhile(config, tmp_path, monkeypatch):
     monkeypatch.setattr("flowmo.load", gone)
     follower.evaluate()
     assert said[-1] == "00000004.pth was removed before it was evaluated"
+    assert logged(tmp_path / "a") == [{"checkpoint": "00000004.pth", "removed": True}]
+
+
+def follow_where_one_rank_comes_too_late(run, folder):
+    """Rank 1 finds the checkpoint gone that rank 0 has loaded."""
+    loaded = flowmo.load
+
+    def load(path, *settings, **options):
+        if world.main:
+            tokenizer = loaded(path, *settings, **options)
+            path.unlink()
+            world.barrier()
+            return tokenizer
+        world.barrier()
+        return loaded(path, *settings, **options)
+
+    flowmo.load = load
+    with join() as world:
+        settings = (f"eval.eval_dir={run}", *EVALUATION)
+        Follower(settings, folder, Evaluators(), world, report=lambda line: None).evaluate()
+
+
+def test_a_checkpoint_that_one_rank_cannot_load(config, tmp_path):
+    Trainer(config, tmp_path / "run", report=lambda line: None).train()
+    run_ranks(follow_where_one_rank_comes_too_late, tmp_path / "run", tmp_path / "a")
     assert logged(tmp_path / "a") == [{"checkpoint": "00000004.pth", "removed": True}]

@@ -63,13 +63,26 @@ class Follower:
     def evaluate(self) -> None:
         """Evaluate a named checkpoint, or the run's newest, or with ``eval.continuous`` all until the run ends."""
         for path in self._checkpoints():
-            try:
-                self._evaluate(path)
-            except (CheckpointError, OSError):
-                if path.exists() or self.config.eval.force_ckpt_path:
-                    raise
+            tokenizer = self._load(path)
+            if tokenizer is not None:
+                self._evaluate(path, tokenizer)
+            else:
                 self.report(f"{path.name} was removed before it was evaluated")
                 self._record({"checkpoint": path.name, "removed": True})
+
+    def _load(self, path: Path) -> FlowMo | None:
+        """Load a checkpoint. Returns ``None`` on all ranks if it was removed before every rank had loaded it."""
+        tokenizer, error = None, None
+        try:
+            tokenizer = flowmo.load(path, *self.settings, device=str(self.world.device))
+        except (CheckpointError, OSError) as caught:
+            error = caught
+        # a rank that skips alone would leave the others waiting in the next collective
+        if not self.world.any(error is not None):
+            return tokenizer
+        if self.config.eval.force_ckpt_path or self.world.broadcast(path.exists()):
+            raise error or EvaluationError(f"Another process cannot load {path}.")
+        return None
 
     def _checkpoints(self) -> Iterator[Path]:
         settings = self.config.eval
@@ -106,8 +119,7 @@ class Follower:
                 names.append(json.loads(line)["checkpoint"])
         return set(self.world.broadcast(names))
 
-    def _evaluate(self, path: Path) -> None:
-        tokenizer = flowmo.load(path, *self.settings, device=str(self.world.device))
+    def _evaluate(self, path: Path, tokenizer: FlowMo) -> None:
         self.ready(tokenizer)
         val, index = self._held_out(tokenizer.config.data)
         source = open_source(val, index or None)
