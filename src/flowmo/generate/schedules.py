@@ -9,7 +9,8 @@ from torch import Tensor
 def mask_ratio(progress: Tensor, schedule: str) -> Tensor:
     """Fraction of masked ids, falling from 1 at progress 0 to 0 at progress 1.
 
-    ``cosine`` unmasks few ids at first, when little is known, and many at the end; ``arccos`` even more so.
+    ``cosine`` unmasks slowly at first and fast at the end. ``arccos`` starts faster than ``cosine`` and leaves more ids
+    for the last steps.
     """
     progress = progress.clamp(0, 1)
     if schedule == "arccos":
@@ -22,9 +23,7 @@ MEAN_MASK_RATIO = {"arccos": 2 / math.pi, "cosine": 2 / math.pi, "linear": 0.5}
 
 
 def masked_counts(ids: int, steps: int, schedule: str) -> list[int]:
-    """Number of ids still masked after each step: strictly falling to 0.
-
-    With more steps than ids, each step unmasks one id and the last steps none.
+    """Number of masked ids after each step. Each step unmasks at least one until none is left.
 
     Raises:
         ValueError: fewer than one step or id.
