@@ -414,6 +414,18 @@ def test_classes_by_number_name_and_wordnet_id():
         find_class("tensh", CLASSES)
     with pytest.raises(GenerationError, match=r"no class 3\. Give an index from 0 to 2"):
         find_class(3, CLASSES)
+    with pytest.raises(GenerationError, match=r"no class 'xqzv'\. The first are tench, English springer, parachute\.$"):
+        find_class("xqzv", CLASSES)
+
+
+@pytest.mark.parametrize("wanted", ["dog", "0", 0, 1, "-2"])
+def test_a_generator_without_classes(wanted):
+    generator = Generator(Config().override(*SMALL), dataclasses.replace(VOCABULARY, classes=()))
+    assert generator.label(-1) == generator.label("-1") == -1
+    with pytest.raises(GenerationError, match=r"has no classes\. Give -1, or leave out --class\.$"):
+        generator.label(wanted)
+    with pytest.raises(GenerationError, match="has no classes, so the only label is −1"):
+        generator.sample([1])
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def find_class(wanted: str | int, classes: tuple[str, ...]) -> int:
         GenerationError: there is no such class, or several classes have this name.
     """
     text = str(wanted).strip()
+    if not classes and text != "-1":
+        raise GenerationError("This generator has no classes. Give -1, or leave out --class.")
     if not isinstance(wanted, str) or (text not in classes and _is_number(text)):
         if -1 <= int(text) < len(classes):
             return int(text)
@@ -81,8 +83,9 @@ def find_class(wanted: str | int, classes: tuple[str, ...]) -> int:
     found = [name for name in classes if name in owners]
     if not found:
         names = {known.casefold() for name in classes for known in _names(name)}
-        near = difflib.get_close_matches(text.casefold(), sorted(names), cutoff=0)
-        raise GenerationError(f"There is no class {text!r}. The nearest are {', '.join(near)}.")
+        near = difflib.get_close_matches(text.casefold(), sorted(names), cutoff=0.5)
+        which, shown = ("nearest", near) if near else ("first", class_titles(classes)[:3])
+        raise GenerationError(f"There is no class {text!r}. The {which} are {', '.join(shown)}.")
     if len(found) == 1 and (len(owners) == 1 or _display_name(found[0]).casefold() == text.casefold()):
         return classes.index(found[0])
     several = ", ".join(f"{name} ({_display_name(name)})" for name in sorted(owners))

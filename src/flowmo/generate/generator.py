@@ -217,9 +217,10 @@ class Generator(InferenceModel):
         labels = torch.as_tensor(labels, dtype=torch.int64).flatten()
         labels = torch.where(labels == -1, self.null_class, labels)
         if not len(labels) or labels.min() < 0 or labels.max() > self.null_class:
-            raise GenerationError(
-                f"Give at least one label. Labels run from 0 to {self.null_class - 1}; −1 is no class."
-            )
+            known = f"Labels run from 0 to {self.null_class - 1}; −1 is no class."
+            if not self.null_class:
+                known = "This generator has no classes, so the only label is −1."
+            raise GenerationError(f"Give at least one label. {known}")
         return labels
 
     def _flat(self, ids: Tensor) -> Tensor:
