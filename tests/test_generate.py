@@ -33,6 +33,7 @@ from flowmo.generate.generator import (
     load_generator,
     save_generator,
 )
+from flowmo.generate.samples import parse_positions
 from flowmo.generate.schedules import MEAN_MASK_RATIO, halton_order, mask_ratio, masked_counts, random_mask
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import resize_and_crop, to_tensor
@@ -426,6 +427,16 @@ def test_a_generator_without_classes(wanted):
         generator.label(wanted)
     with pytest.raises(GenerationError, match="has no classes, so the only label is −1"):
         generator.sample([1])
+
+
+@pytest.mark.parametrize("text", ["5-3", "²", "1²", "0-²", "", "-", "1-", "0,,1", "6", "0-6", "9" * 5000])
+def test_positions_that_name_no_tokens(text):
+    with pytest.raises(GenerationError, match="names no tokens"):
+        parse_positions(text, 6)
+
+
+def test_positions():
+    assert parse_positions("0-2, 5,1,3-3", 6).tolist() == [True, True, True, True, False, True]
 
 
 @pytest.mark.parametrize(

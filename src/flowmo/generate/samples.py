@@ -1,6 +1,7 @@
 """Generate images of classes, and write many of them with any number of processes. An interrupted call resumes."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -120,10 +121,11 @@ def parse_positions(text: str, tokens: int) -> Tensor:
     """Parse token positions such as ``0-31,40`` into a bool mask. Raises ``GenerationError``."""
     mask = torch.zeros(tokens, dtype=torch.bool)
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) >= tokens:
+        found = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (tokens, tokens)
+        if not first <= last < tokens:
             raise GenerationError(
                 f"{part!r} names no tokens. Give numbers and ranges from 0 to {tokens - 1}, such as 0-31,40."
             )
-        mask[int(first) : int(last or first) + 1] = True
+        mask[first : last + 1] = True
     return mask
