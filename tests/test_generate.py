@@ -33,7 +33,7 @@ from flowmo.generate.generator import (
     load_generator,
     save_generator,
 )
-from flowmo.generate.samples import parse_positions
+from flowmo.generate.samples import parse_positions, write_samples
 from flowmo.generate.schedules import MEAN_MASK_RATIO, halton_order, mask_ratio, masked_counts, random_mask
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import resize_and_crop, to_tensor
@@ -437,6 +437,23 @@ def test_positions_that_name_no_tokens(text):
 
 def test_positions():
     assert parse_positions("0-2, 5,1,3-3", 6).tolist() == [True, True, True, True, False, True]
+
+
+def test_an_interrupted_set_keeps_its_decoder(tokenizer, tiny_config, tmp_path):
+    """Another decoder for the same ids has the same identity."""
+    generator = Generator(Config().override(*SMALL), dataclasses.replace(VOCABULARY, tokenizer=tokenizer.identity()))
+    other = FlowMo(tiny_config.override(f"model.base={tokenizer.as_base()}"))
+    other.load_state_dict(tokenizer.state_dict())
+    next(other.decoder.parameters()).data.add_(1)
+    assert other.identity() == tokenizer.identity()
+    settings = {"seed": 0, "decode_steps": 1}
+    write_samples(generator, tokenizer, [0, 1], tmp_path / "set", settings)
+    content = (tmp_path / "set" / "000001.png").read_bytes()
+    (tmp_path / "set" / "000001.png").unlink()
+    with pytest.raises(GenerationError, match="holds other images"):
+        write_samples(generator, other, [0, 1], tmp_path / "set", settings)
+    write_samples(generator, tokenizer, [0, 1], tmp_path / "set", settings)
+    assert (tmp_path / "set" / "000001.png").read_bytes() == content
 
 
 @pytest.mark.parametrize(

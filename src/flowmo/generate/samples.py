@@ -89,7 +89,9 @@ def write_samples(
     folder = out.with_name(f"{out.name}.pictures") if out.suffix == ".npz" else out
     paths = [folder / f"{index:06d}{pixels.suffix}" for index in range(len(labels))]
     if world.main:
-        _record_settings(folder, generator, labels, settings)
+        # tokenizers that differ only in the decoder share their identity
+        models = {"generator": generator.identity(), "tokenizer": tokenizer.weights_identity()}
+        _record_settings(folder, {**settings, **models, "labels": [*labels]})
     world.barrier()
     missing = world.broadcast([index for index, path in enumerate(paths) if not path.is_file()])
     mine = missing[world.rank :: world.size]
@@ -107,10 +109,9 @@ def write_samples(
     world.barrier()
 
 
-def _record_settings(folder: Path, generator: Generator, labels: Sequence[int], settings: Mapping[str, Any]) -> None:
+def _record_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Record the samples' settings in the folder, or refuse a folder with other content."""
-    content = json.dumps({**settings, "generator": generator.identity(), "labels": [*labels]})
-    path = folder / SETTINGS_FILE
+    content, path = json.dumps(settings), folder / SETTINGS_FILE
     if not prepare_output_folder(folder, SETTINGS_FILE):
         write_content(path, content)
     elif path.read_text() != content:
