@@ -195,6 +195,18 @@ def test_push_without_a_network_is_one_sentence(capsys, monkeypatch, tiny_model)
     assert error.startswith("flowmo: The Hub did not accept someone/flowmo (")
 
 
+@pytest.mark.parametrize("what", [("eval.eval_dir=run",), ("pictures", "--reference", "others")])
+def test_evaluate_refuses_options_that_it_would_not_use(capsys, what):
+    """Those of reconstructions, for a run and for generated images."""
+    words = ("--limit", "3", "--steps", "2", "--seed", "1", "--guidance", "2", "--size", "32", "--fit", "whole")
+    words += ("--bpp", "1", "--peers", "jpeg", "--report", "out", "--enlarge")
+    status, _, error = run(capsys, "evaluate", *what, *words)
+    assert (status, error.count("\n")) == (2, 1)
+    assert "only for reconstructions of PICTURES" in error
+    assert all(word in error for word in words if word.startswith("--"))
+    assert "--seed: only" in run(capsys, "evaluate", *what, "--seed", "1")[2]
+
+
 def test_evaluate_leaves_broken_and_small_images_out_and_says_so(capsys, tmp_path, tiny_model, picture):
     folder = tmp_path / "pictures"
     folder.mkdir()

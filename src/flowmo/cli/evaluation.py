@@ -21,7 +21,17 @@ Log = Callable[..., None]
 """Prints a line on the main rank, to standard output or ``file``."""
 
 
+FOR_PICTURES = ("limit", "fit", "bpp", "size", "peers", "report", "enlarge", "steps", "seed", "guidance")
+"""Options of ``compare``."""
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
+    given = [f"--{name}" for name in FOR_PICTURES if getattr(arguments, name) != arguments.parser.get_default(name)]
+    if given and (arguments.reference or not arguments.images):
+        raise UsageError(
+            f"{', '.join(given)}: only for reconstructions of PICTURES. For a run, change settings, such as "
+            "eval.subsample_rate=10 or eval.sampling.sample_steps=25."
+        )
     if arguments.report:
         require("matplotlib", "--report", "'flowmo[studies]'")
     with join(arguments.device) as world:
