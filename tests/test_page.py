@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import http.client
 import http.server
 import os
 import re
@@ -30,7 +31,7 @@ from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from flowmo.images import ImageError, read_image
 from flowmo.web.export import ExportError, export
-from flowmo.web.server import MAX_BODY, Demo, DemoError
+from flowmo.web.server import MAX_BODY, Demo, DemoError, serve
 
 
 @pytest.fixture
@@ -99,6 +100,50 @@ def test_models_of_other_images_are_refused(tiny_config, tmp_path, settings):
         with pytest.raises(ExportError, match="page shows 8-bit RGB"):
             use()
     assert not (tmp_path / "site").exists()
+
+
+class Held:
+    """In place of ``Demo``: the operation ``pack`` waits for ``go``."""
+
+    examples = ()
+
+    def __init__(self):
+        self.started, self.go, self.errors = threading.Event(), threading.Event(), []
+
+    def model(self):
+        return {}
+
+    def pack(self, body):
+        self.started.set()
+        assert self.go.wait(60)
+        return body
+
+
+@pytest.fixture
+def held():
+    """A server in this process with a ``Held`` behind it."""
+    demo = Held()
+    with serve(demo, port=0) as server:
+        demo.port = server.server_port
+        server.handle_error = lambda *_: demo.errors.append(sys.exception())
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield demo
+        demo.go.set()
+        server.shutdown()
+
+
+def ask(port, method="POST", path="/pack", body=b"", **headers):
+    """Status and text of an answer."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+@pytest.mark.parametrize("length", ["\u00b2", "1\u00b2", "9" * 5000, "-1", "1.0", ""])
+def test_lengths_that_are_no_numbers(held, length):
+    assert ask(held.port, Content_Length=length)[0] == 413
+    assert not held.errors
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -163,7 +164,7 @@ class Handler(SimpleHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
             return self.refuse(403, "Another site may not ask this server.")
-        if not length.isdigit() or int(length) > MAX_BODY:
+        if not re.fullmatch("[0-9]{1,10}", length) or int(length) > MAX_BODY:
             return self.refuse(413, f"A request has at most {MAX_BODY:,} bytes.")
         if url.path.strip("/") not in self.operations:
             return self.refuse(404, "There is no such operation.")
