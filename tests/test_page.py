@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -143,6 +144,17 @@ def ask(port, method="POST", path="/pack", body=b"", **headers):
 @pytest.mark.parametrize("length", ["\u00b2", "1\u00b2", "9" * 5000, "-1", "1.0", ""])
 def test_lengths_that_are_no_numbers(held, length):
     assert ask(held.port, Content_Length=length)[0] == 413
+    assert not held.errors
+
+
+def test_a_browser_that_leaves(held):
+    threads = threading.active_count()
+    with socket.create_connection(("127.0.0.1", held.port)) as browser:
+        browser.sendall(b"POST /pack HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + bytes(1_000_000))
+        assert held.started.wait(60)
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
+    held.go.set()
+    until(lambda: threading.active_count() <= threads, 60)
     assert not held.errors
 
 

@@ -12,6 +12,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -148,6 +149,10 @@ class Handler(SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Print nothing: standard output is for the address."""
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the browser has left
+            super().handle()
 
     def translate_path(self, path: str) -> str:
         example = self.demo.examples.get(Path(urlsplit(path).path).name) if path.startswith("/examples/") else None
