@@ -141,6 +141,20 @@ def ask(port, method="POST", path="/pack", body=b"", **headers):
         return answer.status, answer.read().decode()
 
 
+def test_other_sites_by_a_name_of_their_own(held):
+    held.go.set()
+    for host in ("127.0.0.1", f"localhost:{held.port}", "[::1]:80", "LOCALHOST"):
+        assert ask(held.port, Host=host)[0] == 200
+        assert ask(held.port, "GET", "/model.json", Host=host)[0] == 200
+    for host in ("evil.com", "127.0.0.1.evil.com", f"evil.com:{held.port}", "[", "", "localhost.evil.com"):
+        for method, path in (("POST", "/pack"), ("GET", "/model.json"), ("GET", "/"), ("HEAD", "/")):
+            status, text = ask(held.port, method, path, Host=host, Origin=f"http://{host}")
+            assert status == 403, host
+            assert method == "HEAD" or "for this machine only" in text
+    assert ask(held.port, Origin="http://[")[0] == 403
+    assert not held.errors
+
+
 @pytest.mark.parametrize("length", ["\u00b2", "1\u00b2", "9" * 5000, "-1", "1.0", ""])
 def test_lengths_that_are_no_numbers(held, length):
     assert ask(held.port, Content_Length=length)[0] == 413

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -135,6 +136,14 @@ def rgba_of(image: Image.Image) -> bytes:
     return image.convert("RGBA").tobytes()
 
 
+def is_loopback(host: str) -> bool:
+    """True if a ``Host`` header names this machine."""
+    with suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback
+    return False
+
+
 class Handler(SimpleHTTPRequestHandler):
     """Serves the page's files, ``model.json``, the examples, and the operations of ``Demo`` as POST requests."""
 
@@ -154,6 +163,16 @@ class Handler(SimpleHTTPRequestHandler):
         with suppress(ConnectionError):  # the browser has left
             super().handle()
 
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        address: Any = self.server.server_address
+        # another site can point its own name at this machine (DNS rebinding), and is then of the same origin
+        if ip_address(address[0]).is_loopback and not is_loopback(self.headers.get("Host", "")):
+            self.refuse(403, f"This server is for this machine only. Open http://localhost:{address[1]}.")
+            return False
+        return True
+
     def translate_path(self, path: str) -> str:
         example = self.demo.examples.get(Path(urlsplit(path).path).name) if path.startswith("/examples/") else None
         return str(example) if example else super().translate_path(path)
@@ -167,7 +186,7 @@ class Handler(SimpleHTTPRequestHandler):
     def do_POST(self) -> None:
         url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
         origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+        if origin is not None and origin.partition("://")[2] != self.headers.get("Host"):
             return self.refuse(403, "Another site may not ask this server.")
         if not re.fullmatch("[0-9]{1,10}", length) or int(length) > MAX_BODY:
             return self.refuse(413, f"A request has at most {MAX_BODY:,} bytes.")
