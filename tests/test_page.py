@@ -32,7 +32,7 @@ from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from flowmo.images import ImageError, read_image
 from flowmo.web.export import ExportError, export
-from flowmo.web.server import MAX_BODY, Demo, DemoError, serve
+from flowmo.web.server import MAX_BODY, Demo, DemoError, Handler, serve
 
 
 @pytest.fixture
@@ -159,6 +159,26 @@ def test_other_sites_by_a_name_of_their_own(held):
 def test_lengths_that_are_no_numbers(held, length):
     assert ask(held.port, Content_Length=length)[0] == 413
     assert not held.errors
+
+
+def test_few_bodies_are_in_memory(held, monkeypatch):
+    monkeypatch.setattr(Handler, "slots", threading.BoundedSemaphore(1), raising=False)
+    monkeypatch.setattr(Handler, "patience", 0.05, raising=False)
+    answers = []
+    first = threading.Thread(target=lambda: answers.append(ask(held.port, body=b"first")))
+    first.start()
+    assert held.started.wait(60)
+    status, text = ask(held.port, body=bytes(8_000_000))
+    assert status == 503
+    assert "busy" in text
+    monkeypatch.setattr(Handler, "patience", 60)
+    second = threading.Thread(target=lambda: answers.append(ask(held.port, body=b"second")))
+    second.start()
+    held.go.set()
+    for thread in (first, second):
+        thread.join(60)
+    assert answers == [(200, "first"), (200, "second")]
+    assert ask(held.port, body=b"third") == (200, "third")
 
 
 def test_a_browser_that_leaves(held):

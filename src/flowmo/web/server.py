@@ -37,6 +37,8 @@ MAX_PIXELS = 16_000_000
 MAX_PIXELS_FOR_CODECS = 600_000
 """Larger images take too long, because each codec searches for its quality."""
 MAX_BODY = 4 * MAX_PIXELS
+MAX_REQUESTS = 4
+"""Requests whose bodies are in memory. One is computed, the others are read meanwhile."""
 MAX_STEPS = 50
 GENERATED = 4
 
@@ -149,8 +151,11 @@ class Handler(SimpleHTTPRequestHandler):
 
     operations = ("encode", "decode", "pack", "unpack", "codecs", "generate")
     lock = threading.Lock()
+    slots = threading.BoundedSemaphore(MAX_REQUESTS)
     protocol_version = "HTTP/1.1"
     timeout = 60
+    patience = 60
+    """Seconds that a request waits for a slot."""
 
     def __init__(self, *arguments: Any, demo: Demo):
         self.demo = demo
@@ -192,10 +197,19 @@ class Handler(SimpleHTTPRequestHandler):
             return self.refuse(413, f"A request has at most {MAX_BODY:,} bytes.")
         if url.path.strip("/") not in self.operations:
             return self.refuse(404, "There is no such operation.")
-        body = self.rfile.read(int(length))
-        operation: Callable[..., Any] = getattr(self.demo, url.path.strip("/"))
+        if not self.slots.acquire(timeout=self.patience):
+            self.discard(int(length))
+            return self.refuse(503, "The server is busy with other requests. Try again in a minute.")
         try:
-            arguments = {name: (float if name == "guidance" else int)(value) for name, value in parse_qsl(url.query)}
+            self.run(url.path.strip("/"), url.query, self.rfile.read(int(length)))
+        finally:
+            self.slots.release()
+
+    def run(self, name: str, query: str, body: bytes) -> None:
+        """Run an operation and send its answer."""
+        operation: Callable[..., Any] = getattr(self.demo, name)
+        try:
+            arguments = {name: (float if name == "guidance" else int)(value) for name, value in parse_qsl(query)}
             with self.lock:  # a request takes all cores
                 result = operation(body, **arguments)
         except Exception as error:  # the page shows it, and the server goes on
@@ -207,6 +221,11 @@ class Handler(SimpleHTTPRequestHandler):
             result, headers = result
         content = result if isinstance(result, bytes) else json.dumps(result).encode()
         self.answer(200, content, headers)
+
+    def discard(self, length: int) -> None:
+        """Read a body piece by piece. A browser that is still sending would not see the answer."""
+        while length > 0 and (piece := self.rfile.read(min(length, 65536))):
+            length -= len(piece)
 
     def refuse(self, status: int, message: str) -> None:
         self.close_connection = True  # the body may be unread
