@@ -154,7 +154,7 @@ class Handler(SimpleHTTPRequestHandler):
     slots = threading.BoundedSemaphore(MAX_REQUESTS)
     protocol_version = "HTTP/1.1"
     timeout = 60
-    patience = 60
+    patience = 600
     """Seconds that a request waits for a slot."""
 
     def __init__(self, *arguments: Any, demo: Demo):
@@ -199,7 +199,7 @@ class Handler(SimpleHTTPRequestHandler):
             return self.refuse(404, "There is no such operation.")
         if not self.slots.acquire(timeout=self.patience):
             self.discard(int(length))
-            return self.refuse(503, "The server is busy with other requests. Try again in a minute.")
+            return self.refuse(503, "The server is busy with other requests. Try again later.")
         try:
             self.run(url.path.strip("/"), url.query, self.rfile.read(int(length)))
         finally:
