@@ -4,8 +4,9 @@ Reproduces the paper's claim that many passes of a flow decoder beat one, and fi
 dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured over its rate,
 its training and the passes of its decoder; one is repeated at nearly four times the parameters.
 
-Cost: smoke half a minute. cpu six hours on one core: eight trainings and their measurements. gpu 25 minutes on one
-H100, by arithmetic at a fifth of its peak. paper a day per model on 8 H100, by arithmetic at 40 % of their peak.
+Cost: smoke half a minute. cpu seven hours on one core: eight long trainings, three short ones and their measurements.
+gpu 25 minutes on one H100, by arithmetic at a fifth of its peak. paper a day per model on 8 H100, by arithmetic at
+40 % of their peak.
 Expect: (written before the first run) a sample of p(image | code) has twice the squared error of the mean, so many
 passes cost PSNR at every rate, 3 dB at most. They win the Fréchet distance where the code leaves much open: below 0.05
 bits a pixel for a recipe that trains all timesteps alike, nowhere for one that trains mostly at t = 1. Training and
