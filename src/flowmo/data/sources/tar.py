@@ -173,8 +173,8 @@ def _items_of_one_tar(members: Sequence[Member]) -> tuple[list[dict[str, Any]], 
 def extra_images(names: Sequence[str], webdataset: bool) -> dict[str, str]:
     """Return {name: reason} for the images of a tar that are not items.
 
-    If ``000.jpg`` exists, ``000.seg.png`` is left out. In a WebDataset, names with several dots are items only if the
-    tar has no ``KEY.jpg`` at all.
+    If ``000.jpg`` exists, ``000.seg.png`` is left out. In a WebDataset, names with several dots are items only if no
+    name in the tar has the form ``KEY.jpg``.
 
     Raises:
         DataError: a sample of a WebDataset has several images.
@@ -291,7 +291,7 @@ class TarSource(Source):
 
     Args:
         tars: files. Each is indexed by the file beside it; a tar without an index is scanned.
-        index: index of a single tar, in place of the file beside it.
+        index: index of a single tar; the default is ``default_index``.
 
     Raises:
         DataError: a tar is missing, its index is damaged or belongs to another tar, ``index`` is given for several
