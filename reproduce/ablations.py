@@ -150,7 +150,7 @@ def figure_7(study: Study) -> None:
 def body(results: Results, plot: Path) -> str:
     groups = page.groups_of(results["rows"])
     columns = [*page.measured(results["rows"]), COLOUR]
-    page.bars(groups, columns, plot)
+    page.dot_plots(groups, columns, plot)
     keys = ("frechet_distance", "psnr", "lpips_alex")
     published = {name: dict(zip(keys, values, strict=True)) for name, values in PUBLISHED.items()}
     sampled = {arm.name for arm in arms_of(SCALES[results["scale"]].base) if arm.sampling}

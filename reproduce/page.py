@@ -59,11 +59,11 @@ def measured(rows: Sequence[Row], columns: Sequence[Column] = METRICS) -> list[C
     return [column for column in columns if rows[0].get(column.key) is not None]
 
 
-def groups_of(rows: Iterable[Row], key: str = "arm") -> list[list[Row]]:
-    """Group rows by ``key``, in the order of first appearance."""
-    groups: dict[Any, list[Row]] = {}
+def groups_of(rows: Iterable[Row], *keys: str) -> list[list[Row]]:
+    """Group rows by ``keys``, by default by ``arm``, in the order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(row[key], []).append(row)
+        groups.setdefault(tuple(row[key] for key in keys or ("arm",)), []).append(row)
     return list(groups.values())
 
 
@@ -213,19 +213,25 @@ def subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, A
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def bars(groups: Sequence[Group], columns: Sequence[Column], path: Path) -> None:
-    """Plot one bar per group for each column, with the first group's level as a line."""
-    figure, axes = subplots(1, len(columns), (2.4 * len(columns) + 1.5, 0.38 * len(groups) + 1.2))
-    for i, (axis, column) in enumerate(zip(axes.flat, columns, strict=True)):
+def dot_plots(groups: Sequence[Group], columns: Sequence[Column], path: Path) -> None:
+    """Plot one dot per group for each column, with its deviation, and the first group's mean as a line."""
+    across = min(len(columns), 4)
+    down = math.ceil(len(columns) / across)
+    figure, axes = subplots(down, across, (2.4 * across + 1.5, (0.3 * len(groups) + 0.9) * down))
+    positions = range(len(groups), 0, -1)
+    for axis in axes.flat[len(columns) :]:
+        axis.axis("off")
+    for i, (axis, column) in enumerate(zip(axes.flat, columns, strict=False)):
         found = [mean_and_deviation(column.values(group)) or (math.nan, 0.0) for group in groups]
         means, deviations = zip(*found, strict=True)
-        positions = range(len(groups), 0, -1)
-        axis.barh(positions, means, xerr=deviations, color=["tab:gray", *["tab:blue"] * (len(groups) - 1)], capsize=2)
+        axis.errorbar(means, positions, xerr=deviations, fmt="o", markersize=5, capsize=2)
         axis.axvline(means[0], color="black", linewidth=0.8, linestyle="--")
-        axis.set_yticks(list(positions), [group[0]["label"] for group in groups] if i == 0 else [""] * len(groups))
-        drawn = [mean for mean in means if math.isfinite(mean)]
-        width = (max(drawn) - min(drawn)) or 1.0
-        axis.set_xlim(min(drawn) - 0.3 * width, max(drawn) + 0.3 * width)
+        axis.set_yticks(list(positions), [group[0]["label"] if i % across == 0 else "" for group in groups])
+        axis.set_ylim(0.5, len(groups) + 0.5)
+        if min(means) == max(means):
+            axis.set_xlim(means[0] - 1, means[0] + 1)  # matplotlib's own limits would be 1e-16 apart
+        axis.locator_params(axis="x", nbins=5)
+        axis.grid(alpha=0.3)
         axis.set_title(column.heading, fontsize=9)
         axis.tick_params(labelsize=8)
     figure.savefig(path, dpi=110)
@@ -264,7 +270,8 @@ def panel(column: Column, rows: Iterable[Row], x: str, xlabel: str = "", log: in
 def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
     """Plot panels in a grid. A label has one colour in all panels and one entry in the legend."""
     count = math.ceil(len(panels) / columns)
-    figure, axes = subplots(count, columns, (max(4 * columns, 6), 2.8 * count + 0.8))
+    width = max(4 * columns, 6)
+    figure, axes = subplots(count, columns, (width, 2.8 * count + 0.8))
     labels = dict.fromkeys(label for panel in panels for label in (*panel.levels, *panel.curves))
     colours, handles = {label: f"C{i % 10}" for i, label in enumerate(labels)}, {}
     for axis in axes.flat[len(panels) :]:
@@ -281,9 +288,12 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
                 axis.annotate(f"{point[2]:g}", point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
         if panel.log:
             axis.set_xscale("log", base=panel.log)
-        axis.set(xlabel=panel.xlabel, title=panel.title)
+        axis.set_xlabel(panel.xlabel)
+        axis.set_title(panel.title, fontsize=10)
         axis.grid(alpha=0.3)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, fontsize=8)
+    # a letter of the legend is at most 0.07 inches wide, a line and its margins half an inch
+    fitting = int(width / (0.07 * max(map(len, handles)) + 0.5))
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(max(fitting, 1), 4), fontsize=8)
     figure.savefig(path, dpi=110)
 
 

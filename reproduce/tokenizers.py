@@ -96,7 +96,7 @@ def train_tokenizer(kind: str, equal: Row, study: Study) -> generation.Tokenizer
 def body(results: Results, plot: Path) -> str:
     by_kind = {rows[0]["kind"]: page.groups_of(rows) for rows in page.groups_of(results["rows"], "kind")}
     drawn, columns = by_kind["generated"], page.measured(results["rows"], generation.COLUMNS)
-    page.bars(drawn, [*columns, BITS], plot)
+    page.dot_plots(drawn, [*columns, BITS], plot)
     network, equal, rates = results["generator"], results["match"], results["rates"]
     sizes = [
         [
