@@ -77,7 +77,7 @@ def arms_of(base: Config) -> Iterator[Arm]:
     double = tuple(f"model.{name}={2 * getattr(base.model, name)}" for name in WIDTHS)
     yield Arm("flow", "flow", FLOW)
     yield Arm("anchored", "three quarters at t = 1", ("opt.anchor=0.75",))
-    yield Arm("falling", "half of the training three quarters at t = 1, then flow", FLOW, "anchored", 0.5)
+    yield Arm("falling", "a quarter of the training three quarters at t = 1, then flow", FLOW, "anchored", 0.25)
     yield Arm("seek", "flow, then stage 1B", (*FLOW, *SEEK), start="flow", short=True)
     # stage 1B counts the EMA's decay per step, stage 1A per PAPER_BATCH images
     one_step = f"model.ema_decay={base.model.ema_decay ** (PAPER_BATCH / base.data.global_batch_size)}"
@@ -109,16 +109,15 @@ def rows(study: Study, metadata: Row) -> Rows:
 
 
 def checkpoints_of(arm: Arm, seed: int, study: Study) -> list[Path]:
-    """Train an arm. Returns a checkpoint for each share of its training, the last one at the end."""
+    """Train an arm. Returns a checkpoint for each share of its own training, the last one at the end."""
     scale, run = SCALES[study.scale], f"{arm.name}-seed{seed}"
     config = scale.base.override(*arm.settings, f"trainer.seed={seed}")
-    if arm.start:
-        start = kept(f"{arm.start}-seed{seed}", arm.start_share, study)
-        if arm.short:
-            config = config.override(f"trainer.duration={read_metadata(start)['images'] + scale.seek} images")
-        return [study.train(config, run, start=start).checkpoint]
-    study.train(config.override(f"trainer.keep_every={round(min(scale.shares) * duration(study))} images"), run)
-    return [kept(run, share, study) for share in scale.shares]
+    start = kept(f"{arm.start}-seed{seed}", arm.start_share, study) if arm.start else None
+    begin = read_metadata(start)["images"] if start else 0
+    if arm.short:
+        return [study.train(config.override(f"trainer.duration={begin + scale.seek} images"), run, start).checkpoint]
+    study.train(config.override(f"trainer.keep_every={round(min(scale.shares) * duration(study))} images"), run, start)
+    return [kept(run, share, study) for share in scale.shares if share * duration(study) > begin]
 
 
 def duration(study: Study) -> int:
@@ -172,13 +171,17 @@ def body(results: Results, plot: Path) -> str:
     page.line_plots([gain_panel(column, groups) for column in columns], 2, plot)
     tables = "\n".join(f"**{column.heading}**\n\n{passes_table(column, groups)}" for column in columns)
     side, trained = results["base"]["data"]["image_size"], groups[0][0]["trained"]
+    most = max(row["passes"] for row in rows)
     return f"""\
 Each recipe trains one model on {trained} images of {side} × {side} pixels; stage 1B adds to that. Its rates, in bits a
 pixel, are prefixes of each token's ids. Means over {results["pictures"]} held-out images.
 {page.feature_note(results)} Columns: passes of the decoder.
 
 {tables}
-Where {max(row["passes"] for row in rows)} passes become better than one: the rate at which the difference of the two
+One pass → {most} passes over the training, at the lowest and the highest rate:
+
+{training_table(columns, rows)}
+Where {most} passes become better than one: the rate at which the difference of the two
 changes its sign, between measured rates by its logarithm.
 
 {crossings_table(columns, rows)}"""
@@ -188,14 +191,24 @@ def passes_table(column: Column, groups: Sequence[Group]) -> str:
     """A metric over recipe, rate and passes."""
     passes = sorted({row["passes"] for group in groups for row in group})
     lines = []
-    for group in groups:
-        for rate in page.groups_of(group, "rate"):
-            found = {
-                same[0]["passes"]: page.cell(column.values(same), column.digits)
-                for same in page.groups_of(rate, "passes")
-            }
-            lines.append([group[0]["label"], f"{rate[0]['rate']:.4f}", *(found.get(count, "–") for count in passes)])
+    for rate in page.groups_of([row for group in groups for row in group], "recipe", "rate"):
+        found = {
+            same[0]["passes"]: page.cell(column.values(same), column.digits) for same in page.groups_of(rate, "passes")
+        }
+        lines.append([rate[0]["label"], f"{rate[0]['rate']:.4f}", *(found.get(count, "–") for count in passes)])
     return page.markdown_table(["", "bits a pixel", *map(str, passes)], lines)
+
+
+def training_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """Each metric in one and in most passes, by recipe, length of training and rate."""
+    most, rates = max(row["passes"] for row in rows), {row["rate"] for row in rows}
+    lines = []
+    for group in page.groups_of(rows, "recipe", "trained", "rate"):
+        found = {same[0]["passes"]: same for same in page.groups_of(group, "passes")}
+        if group[0]["rate"] in (min(rates), max(rates)) and most in found:
+            cells = (" → ".join(page.cell(c.values(found[count]), c.digits) for count in (1, most)) for c in columns)
+            lines.append([group[0]["label"], str(group[0]["trained"]), f"{group[0]['rate']:.4f}", *cells])
+    return page.markdown_table(["", "images", "bits a pixel", *(column.heading for column in columns)], lines)
 
 
 def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float]]:
@@ -232,9 +245,8 @@ def crossing(gained: Sequence[tuple[float, float]]) -> str:
 def crossings_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """Which of one and many passes wins, by recipe and length of training."""
     lines = []
-    for recipe in page.groups_of(rows, "recipe"):
-        for length in page.groups_of(recipe, "trained"):
-            size = f"{length[0]['parameters'] / 1e6:.1f}"
-            cells = (crossing(gains(column, length)) for column in columns)
-            lines.append([length[0]["label"], size, str(length[0]["trained"]), *cells])
+    for length in page.groups_of(rows, "recipe", "trained"):
+        size = f"{length[0]['parameters'] / 1e6:.1f}"
+        cells = (crossing(gains(column, length)) for column in columns)
+        lines.append([length[0]["label"], size, str(length[0]["trained"]), *cells])
     return page.markdown_table(["", "M parameters", "images", *(column.name for column in columns)], lines)

@@ -338,7 +338,7 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
     assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
     assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 8, 8, 8]
-    assert text.count("\n| flow |") == 2 * 1 + 1, "PSNR at two rates, and where the passes cross"
+    assert text.count("\n| flow |") == 2 + 2 + 1, "PSNR at two rates, their gains, and where the passes cross"
     assert (study.folder("ids2.png")).stat().st_size > 3000
 
 
@@ -354,6 +354,22 @@ def test_many_passes_cross_one_pass():
     assert passes.crossing([(0.01, -1.0), (0.04, 1.0)]) == "one below 0.020"
     assert passes.crossing([(0.01, 1.0), (0.04, 1.0)]) == "many at every rate"
     assert passes.crossing([(0.01, 0.0), (0.04, -1.0)]) == "one at every rate"
+
+
+def test_the_gain_of_many_passes_over_a_training():
+    """Two seeds of one length are averaged; a rate between the lowest and the highest is left out."""
+
+    def row(seed, rate, count, value):
+        about = {"recipe": "flow", "label": "f", "trained": 8, "seed": seed}
+        return {**about, "rate": rate, "passes": count, "psnr": value}
+
+    settings = [(seed, rate, count) for seed in (1, 2) for rate in (1, 2, 3) for count in (1, 2, 4)]
+    rows = [row(*setting, sum(setting)) for setting in settings]
+    assert passes.training_table(METRICS[:1], rows).splitlines()[2:] == [
+        "| f | 8 | 1.0000 | 3.50 ± 0.71 → 6.50 ± 0.71 |",
+        "| f | 8 | 3.0000 | 5.50 ± 0.71 → 8.50 ± 0.71 |",
+    ]
+    assert len(groups_of(rows, "rate", "passes")) == 9
 
 
 def test_studies_of_trained_models_smoke(evaluators, tiny_config, tmp_path, monkeypatch):
