@@ -197,6 +197,17 @@ def test_without_the_library(monkeypatch):
         flowmo.load("someone/flowmo")
 
 
+def test_a_library_that_the_hubs_lacks_is_named(monkeypatch):
+    library = pytest.importorskip("huggingface_hub")
+
+    def download(*_, **__):
+        raise ImportError("hf_transfer is not installed")
+
+    monkeypatch.setattr(library, "snapshot_download", download)
+    with pytest.raises(flowmo.CheckpointError, match="hf_transfer is not installed"):
+        flowmo.load("someone/flowmo")
+
+
 def test_the_command_writes_a_folder(tiny_model, tmp_path, capsys):
     assert main(["push", str(tiny_model), "someone/flowmo", "--folder", str(tmp_path / "out")]) == 0
     assert "README.md, model.safetensors" in capsys.readouterr().out

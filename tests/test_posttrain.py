@@ -14,6 +14,7 @@ import flowmo
 from flowmo import ConfigError, FlowMo, load
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint import files as checkpoint
+from flowmo.checkpoint.run_folder import BEST
 from flowmo.data import evenly_spread, open_source
 from flowmo.evaluate.metrics.features import Features
 from flowmo.evaluate.reconstruction import FlowMoReconstructor, Reconstruction, read_crops
@@ -219,6 +220,7 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
     )
     lines = []
     Trainer(config.override("trainer.max_steps=1"), tmp_path / "run", report=quiet).train()
+    (tmp_path / "run" / BEST).unlink()  # as after a kill between the checkpoint and this file
     worse = config.override("opt.lr=0.3", "opt.mup_base_width=0")
     run = Trainer(worse, tmp_path / "run", report=lines.append)
     run.train()
