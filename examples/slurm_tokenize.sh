@@ -20,5 +20,5 @@ images=$1
 tokens=$2
 shift 2
 
-srun flowmo tokenize "$images" --out "$tokens" --part "$SLURM_ARRAY_TASK_ID/${PARTS:-$SLURM_ARRAY_TASK_COUNT}" \
+srun flowmo tokenize "$images" --output "$tokens" --part "$SLURM_ARRAY_TASK_ID/${PARTS:-$SLURM_ARRAY_TASK_COUNT}" \
     --workers "${SLURM_CPUS_PER_TASK:-4}" "$@"
