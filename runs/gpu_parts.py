@@ -376,7 +376,7 @@ def train(job: Job) -> None:
 def missing_weights(config: Config) -> str | None:
     """Why the perceptual network of a recipe cannot be loaded, or ``None``."""
     mode, folder = config.opt.lpips_mode, config.opt.perceptual_weights or None
-    wanted = [RESNET] if mode == "resnet" else [BACKBONES[mode], HEADS[mode]]
+    wanted = [RESNET] if mode == "resnet" else [files[net] for net in mode.split("+") for files in (BACKBONES, HEADS)]
     try:
         for names, url in wanted if config.opt.lpips_weight else ():
             find_weights(names, url, folder, download=False)

@@ -14,10 +14,10 @@ import yaml
 from conftest import ROOT, TINY
 from PIL import Image
 
-from flowmo import FlowMo, load, save
+from flowmo import FlowMo, load, preset, save
 from flowmo.distributed import World
 from flowmo.images import to_tensor
-from flowmo.losses.perceptual import LPIPS
+from flowmo.losses.perceptual import BACKBONES, HEADS, LPIPS
 
 sys.path.insert(0, str(ROOT / "runs"))
 import gpu_images
@@ -398,3 +398,13 @@ def test_a_table_is_filled_from_results(tmp_path):
     (tmp_path / "bare.md").write_text("nothing")
     with pytest.raises(gpu_table.FlowMoError, match="has no lines"):
         gpu_table.fill_table(tmp_path / "results.json", tmp_path / "bare.md")
+
+
+def test_the_mean_of_two_networks_needs_the_weights_of_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "cache"))
+    config = preset("native").override("opt.lpips_mode=vgg+alex")
+    for names, _ in (files[net] for net in ("vgg", "alex") for files in (BACKBONES, HEADS)):
+        assert names[0] in gpu_parts.missing_weights(config)
+        (tmp_path / names[0]).touch()
+    assert gpu_parts.missing_weights(config) is None
