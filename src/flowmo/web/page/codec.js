@@ -60,7 +60,7 @@ export function unpack(model, bytes) {
   }
   if (coding) {
     throw new CodecError(
-      "The file is entropy-coded, and this page reads packed files only. Make one of it: flowmo encode FILE packed.flowmo --packed.",
+      "The file is entropy-coded, and this page reads packed files only. Make one of it: flowmo encode FILE packed.flowmo --packed --model MODEL.",
     );
   }
   if (version !== (model.native ? 3 : 2)) throw damaged("its version is not this tokenizer's");
