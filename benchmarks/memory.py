@@ -161,7 +161,7 @@ def tables(found: dict) -> str:
     lines = [
         "By arithmetic, GiB, in bfloat16 with LPIPS on VGG, or stage 1B's ResNet-50, in float32; a tenth is left free:",
         "",
-        f"| training | kept | state | a picture | {' | '.join(f'batch {b}' for b in BATCHES)} | "
+        f"| training | kept | state | an image | {' | '.join(f'batch {b}' for b in BATCHES)} | "
         + " | ".join(f"fit in {card}" for card in CARDS)
         + " |",
         "|" + "---|" * (4 + len(BATCHES) + len(CARDS)),
@@ -176,7 +176,7 @@ def tables(found: dict) -> str:
             "",
             f"Measured ({found['machine']}), GiB at most, without a perceptual network:",
             "",
-            f"| | preset | kept | {' | '.join(f'batch {b}' for b in batches)} | a picture | by arithmetic |",
+            f"| | preset | kept | {' | '.join(f'batch {b}' for b in batches)} | an image | by arithmetic |",
             "|" + "---|" * (5 + len(batches)),
         ]
         for row in found["measured"]:
