@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/nano.yaml", help="recipe (configs/nano.yaml)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="how many (1 2)")
-    parser.add_argument("--batch", type=int, default=16, help="images per process, and per process at the most processes where a batch is shared (16)")
+    parser.add_argument("--batch", type=int, default=16, help="images per process; strong: of the most processes (16)")
     parser.add_argument("--steps", type=int, default=30, help="steps of each run (30)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("settings", nargs="*", help="section.name=value")
