@@ -377,7 +377,8 @@ def test_static_page_of_native_size(page, exported, runtime, tmp_path, photo, mo
         assert not message
         assert abs(page.shown() - pixels(native.decode_image(codec.unpack(content)))).max() <= 1
         theirs.write_bytes(content[:3] + bytes([content[3] | CONTEXT << 4]) + content[4:])
-        assert re.search(r"entropy-coded.*: flowmo encode FILE packed.flowmo --packed --model MODEL\.$", page.open(theirs)[1])
+        advice = r"entropy-coded.*: flowmo encode FILE packed.flowmo --packed --model MODEL\.$"
+        assert re.search(advice, page.open(theirs)[1])
         theirs.write_bytes(content[:-3])
         assert "3 of 4 planes" in page.open(theirs)[1]
         theirs.write_bytes(content[:20])
