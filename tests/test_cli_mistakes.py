@@ -173,6 +173,20 @@ def test_nothing_is_overwritten_unless_forced(capsys, monkeypatch, tmp_path, tin
     assert code.read_bytes()[3] >> 4 != before[3] >> 4 or code.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--torch", "--dtype", "int8"], "--torch writes float32"),
+        (["--examples", "a.png"], "Add --page"),
+        (["--torch", "--runtime", "."], "Add --page"),
+    ],
+)
+def test_an_export_refuses_options_that_it_would_ignore(options, message, tmp_path, capsys):
+    status, _, error = run(capsys, "export", "nano", tmp_path / "out", *options)
+    assert (status, message in error) == (2, True), error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["export", "report", "push"])
 def test_missing_packages_are_named_before_the_work(capsys, monkeypatch, tmp_path, command):
     words, package = {

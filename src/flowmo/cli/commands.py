@@ -218,7 +218,7 @@ COMMANDS = (
             option(f"--{kind}", dest="kind", action="store_const", const=kind, default="onnx", help=text)
             for kind, text in GRAPHS.items()
         ),
-        option("--dtype", choices=("float32", "float16", "int8"), default="float16", help="dtype of ONNX weights"),
+        option("--dtype", choices=("float32", "float16", "int8"), help="dtype of ONNX weights (default: float16)"),
         option("--runtime", type=Path, help="with --page: unpacked npm package onnxruntime-web, instead of npm"),
         *(EXAMPLES, FORCE, JSON),
     ),

@@ -172,11 +172,16 @@ def read_metrics(path: Path) -> dict:
 def export(arguments: argparse.Namespace) -> tuple[str, dict]:
     from flowmo.web.export import export as export_graphs
 
+    if arguments.dtype and arguments.kind == "torch":
+        raise UsageError("--dtype is the type of weights in ONNX files. Leave it out: --torch writes float32.")
+    if (arguments.runtime or arguments.examples) and arguments.kind != "page":
+        raise UsageError("--runtime and --examples are parts of a page. Add --page, or leave them out.")
     check_outputs([arguments.output / "model.json"], arguments.force)
     if arguments.kind != "torch":
         require("onnxscript", "ONNX export", "'flowmo[export]'")
     tokenizer, name = flowmo.load(arguments.source, *arguments.settings), Path(arguments.source).stem
-    options = (arguments.output, arguments.kind, name, arguments.dtype, arguments.runtime, arguments.examples)
+    dtype = arguments.dtype or "float16"
+    options = (arguments.output, arguments.kind, name, dtype, arguments.runtime, arguments.examples)
     sizes = {str(file): file.stat().st_size for file in export_graphs(tokenizer, *options)}
     text = "\n".join(f"{file}: {size / 1e6:.2f} MB" for file, size in sizes.items())
     return f"{text}\n{sum(sizes.values()) / 1e6:.1f} MB in all", {"files": sizes}
