@@ -197,7 +197,7 @@ def test_without_the_library(monkeypatch):
         flowmo.load("someone/flowmo")
 
 
-def test_a_library_that_the_hubs_lacks_is_named(monkeypatch):
+def test_a_library_that_huggingface_hub_misses_is_named(monkeypatch):
     library = pytest.importorskip("huggingface_hub")
 
     def download(*_, **__):

@@ -334,10 +334,13 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
         "guided",
     ]
     settings = [(rate * 4 * 3 / 32**2, count) for rate in (1, 2) for count in (1, 2)]
-    assert [(row["recipe"], row["rate"], row["passes"]) for row in rows] == [(r, *s) for r in recipes for s in settings]
+    assert [(row["recipe"], row["rate"], row["passes"]) for row in rows] == [
+        (recipe, *setting) for recipe in (*recipes, "flow") for setting in settings
+    ]
+    assert [row["seed"] for row in rows] == [1] * (len(rows) - 4) + [2] * 4
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
     assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
-    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 8, 8, 8]
+    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 8, 8, 8, 8]
     assert text.count("\n| flow |") == 2 + 2 + 1, "PSNR at two rates, their gains, and where the passes cross"
     assert (study.folder("ids2.png")).stat().st_size > 3000
 
