@@ -177,7 +177,7 @@ def test_few_bodies_are_in_memory(held, monkeypatch):
     held.go.set()
     for thread in (first, second):
         thread.join(60)
-    assert answers == [(200, "first"), (200, "second")]
+    assert sorted(answers) == [(200, "first"), (200, "second")]  # the threads that ask may end in any order
     assert ask(held.port, body=b"third") == (200, "third")
 
 
