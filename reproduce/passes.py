@@ -4,7 +4,7 @@ Reproduces the paper's claim that many passes of a flow decoder beat one, and fi
 dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured over its rate,
 its training and the passes of its decoder; one is repeated at nearly four times the parameters.
 
-Cost: smoke half a minute. cpu nine hours on one core: nine long trainings, five short ones and their measurements.
+Cost: smoke half a minute. cpu nine hours on one core: nine long trainings, six short ones and their measurements.
 gpu 25 minutes on one H100, by arithmetic at a fifth of its peak. paper a day per model on 8 H100, by arithmetic at
 40 % of their peak.
 Expect: (written before the first run) a sample of p(image | code) has twice the squared error of the mean, so many
@@ -37,7 +37,7 @@ SCALES = {
     "smoke": Scale(base=SMOKE_NESTED, images=4, ids=(1, 2), passes=(1, 2), shares=(1.0,), seek=4, twice=("flow",)),
     "cpu": Scale(
         **{"base": NESTED_BASE, "images": 250, "ids": (1, 2, 4, 12), "passes": PASSES, "shares": SHARES},
-        **{"seek": 2_048, "twice": ("flow", "seek-early", "one-step")},
+        **{"seek": 2_048, "twice": ("flow", "seek-early", "one-step", "mixed")},
     ),
     "gpu": Scale(
         **{"base": GPU_NESTED, "images": 1000, "ids": (1, 2, 4, 8, 12), "passes": PASSES, "shares": SHARES},
@@ -51,6 +51,12 @@ SCALES = {
 """Sub-tokens kept per token (``ids``), shares of the training that are measured, images of stage 1B (``seek``), and
 arms with a second seed (``twice``)."""
 FLOW = ("opt.anchor=0", "opt.loss_space=velocity", "opt.schedule=fat_lognormal")
+PARTS_OF_MIXED = (
+    ("image-loss", "loss on the image", "opt.loss_space=picture"),
+    ("uniform", "uniform timesteps", "opt.schedule=uniform"),
+    ("fifth", "a fifth at t = 1", "opt.anchor=0.2"),
+)
+"""What ``mixed`` changes of the flow: name, label and setting, each also trained alone."""
 LOGITS = (
     *("opt.freeze_encoder_after=0", "opt.lpips_mode=resnet", "opt.lpips_weight=0.01"),
     *("opt.lr=1e-4", "opt.cooldown=0", "trainer.keep_every=0"),
@@ -71,6 +77,8 @@ class Arm(NamedTuple):
     Attributes:
         start: the arm whose weights it starts from, after ``start_share`` of their training; empty is a fresh model.
         short: train for ``Scale.seek`` images from there, not to the end of the training.
+        share: of the whole training that it runs, where it is not ``short``. Below 1, the tables of whole trainings
+            leave it out.
     """
 
     name: str
@@ -79,6 +87,7 @@ class Arm(NamedTuple):
     start: str = ""
     start_share: float = 1.0
     short: bool = False
+    share: float = 1.0
 
 
 def arms_of(base: Config) -> Iterator[Arm]:
@@ -92,10 +101,15 @@ def arms_of(base: Config) -> Iterator[Arm]:
     early = {"start": "flow", "start_share": 0.25, "short": True}
     yield Arm("seek-early", "a quarter of the flow's training, then stage 1B", (*FLOW, *SEEK), **early)
     yield Arm("one-step", "a quarter, then the same loss in one step", (*FLOW, *LOGITS, one_step), **early)
+    mixed = (*FLOW, *(setting for *_, setting in PARTS_OF_MIXED))
+    label = ", ".join(part for _, part, _ in PARTS_OF_MIXED)
+    yield Arm("mixed", label, mixed)
+    yield Arm("mixed-seek", f"{label}, then stage 1B", (*mixed, *SEEK), start="mixed", short=True)
+    for name, part, setting in PARTS_OF_MIXED:
+        yield Arm(name, f"flow, {part}", (*FLOW, setting), share=0.25)
     yield Arm("no-lpips", "flow, no perceptual loss", (*FLOW, "opt.lpips_weight=0"))
     yield Arm("large", "flow, twice as wide", (*FLOW, *double))
     yield Arm("velocity", "flow, the network predicts velocities", (*FLOW, "model.prediction=velocity"))
-    yield Arm("mixed", "a fifth at t = 1", ("opt.anchor=0.2",))
     guided = ("model.enable_cfg=true", "eval.sampling.guidance=2", "eval.sampling.guidance_high=1")
     yield Arm("guided", "flow, guidance 2: two passes a step", (*FLOW, *guided))
 
@@ -107,7 +121,7 @@ def rows(study: Study, metadata: Row) -> Rows:
     for seed, arm in [*((1, arm) for arm in arms), *((2, arm) for arm in arms if arm.name in scale.twice)]:
         checkpoints = checkpoints_of(arm, seed, study)
         for checkpoint in reversed(checkpoints):
-            last = checkpoint == checkpoints[-1]
+            last = arm.share == 1 and checkpoint == checkpoints[-1]
             ids = scale.ids if last else (scale.ids[0], scale.ids[-1])
             passes = scale.passes if last else (1, scale.passes[-1])
             for row in measured(arm, seed, checkpoint, ids, passes, study):
@@ -120,12 +134,14 @@ def checkpoints_of(arm: Arm, seed: int, study: Study) -> list[Path]:
     """Train an arm. Returns a checkpoint for each share of its own training, the last one at the end."""
     scale, run = SCALES[study.scale], f"{arm.name}-seed{seed}"
     config = scale.base.override(*arm.settings, f"trainer.seed={seed}")
+    if arm.share < 1:
+        config = config.override(f"trainer.duration={round(arm.share * duration(study))} images")
     start = kept(f"{arm.start}-seed{seed}", arm.start_share, study) if arm.start else None
     begin = read_metadata(start)["images"] if start else 0
     if arm.short:
         return [study.train(config.override(f"trainer.duration={begin + scale.seek} images"), run, start).checkpoint]
     study.train(config.override(f"trainer.keep_every={round(min(scale.shares) * duration(study))} images"), run, start)
-    return [kept(run, share, study) for share in scale.shares if share * duration(study) > begin]
+    return list(dict.fromkeys(kept(run, share, study) for share in scale.shares if share * duration(study) > begin))
 
 
 def duration(study: Study) -> int:

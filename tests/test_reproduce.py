@@ -327,10 +327,14 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
         "seek",
         "seek-early",
         "one-step",
+        "mixed",
+        "mixed-seek",
+        "image-loss",
+        "uniform",
+        "fifth",
         "no-lpips",
         "large",
         "velocity",
-        "mixed",
         "guided",
     ]
     settings = [(rate * 4 * 3 / 32**2, count) for rate in (1, 2) for count in (1, 2)]
@@ -340,7 +344,9 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     assert [row["seed"] for row in rows] == [1] * (len(rows) - 4) + [2] * 4
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
     assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
-    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 8, 8, 8, 8]
+    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 12, 4, 4, 4, 8, 8, 8, 8, 8]
+    assert {row["recipe"] for row in rows if not row["last"]} == {"image-loss", "uniform", "fifth"}
+    assert text.count("\n| flow, uniform timesteps |") == 2 + 1, "a short training is in the last two tables alone"
     assert text.count("\n| flow |") == 2 + 2 + 1, "PSNR at two rates, their gains, and where the passes cross"
     assert (study.folder("ids2.png")).stat().st_size > 3000
 
