@@ -438,7 +438,7 @@ def test_a_batch_of_native_size_is_its_images_one_by_one(native, size, noise_sca
     x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     made = FlowMoReconstructor(native, seed=3, bits_per_pixel=0.15, noise_scale=noise_scale).reconstruct(x, [5, 9])
     for image, result, index, bits in zip(x, made.images, (5, 9), made.bits, strict=True):
-        codes = native.encode_image(image, bits_per_pixel=0.15)
+        codes = native.encode_image(image, 0.15)
         shape = (3, *native.padded_size(*size))
         noise = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(image_seed(3, index)))
         single = native.sample(noise_scale * noise[None], native.embed(codes.ids))[0, :, : size[0], : size[1]]

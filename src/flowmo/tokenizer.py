@@ -299,9 +299,9 @@ class FlowMo(Autoencoder):
     def encode_image(
         self,
         image: Image.Image | Tensor,
-        fit: str = "whole",
         bits_per_pixel: float | None = None,
         *,
+        fit: str = "whole",
         progress: Progress | None = None,
     ) -> Codes:
         """Encode one image of any size.
@@ -309,10 +309,10 @@ class FlowMo(Autoencoder):
         Args:
             image: a PIL image, or a tensor c × h × w in [−1, 1], as ``read_tensor`` returns. PIL images become RGB for
                 a tokenizer of 8-bit RGB.
+            bits_per_pixel, progress: as in ``encode``.
             fit: ``whole`` (or ``tile``) keeps the whole image: at its own size if the tokenizer has native size, else
                 as overlapping tiles of the trained size. ``crop`` follows the paper's protocol: resize the short side
                 to the trained size and take the central square.
-            bits_per_pixel, progress: as in ``encode``.
 
         Raises:
             TypeError: neither a PIL image nor a tensor.

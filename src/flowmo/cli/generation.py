@@ -113,7 +113,7 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         if count > MAX_GRID_IMAGES:
             raise UsageError(f"{count} images are too many for one .png. Name a folder or an .npz with --output.")
         if arguments.edit:
-            codes = tokenizer.encode_image(tokenizer.pixels.read(arguments.edit), "crop")
+            codes = tokenizer.encode_image(tokenizer.pixels.read(arguments.edit), fit="crop")
             assert codes.ids is not None  # a generator's tokenizer has ids
             ids = codes.ids.expand(count, -1, -1)
             keep = parse_positions(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])

@@ -43,7 +43,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:
         image = read_input(path, tokenizer.pixels)
         encoding = Progress("encoding") if progress else None  # with a time left of its own
-        codes = tokenizer.encode_image(image, arguments.fit, arguments.bpp, progress=encoding)
+        codes = tokenizer.encode_image(image, arguments.bpp, fit=arguments.fit, progress=encoding)
         if arguments.fit == "crop":
             image = resize_and_crop(image, tokenizer.config.data.image_size)
         decoded = tokenizer.decode_tensor(codes, **sampling(arguments), progress=progress)
@@ -85,7 +85,7 @@ def encode(arguments: argparse.Namespace) -> None:
                 codes = codes.coarser(min(most, codes.ids.shape[2]))
         else:
             image = read_input(path, tokenizer.pixels)
-            codes = tokenizer.encode_image(image, arguments.fit, arguments.bpp, progress=progress)
+            codes = tokenizer.encode_image(image, arguments.bpp, fit=arguments.fit, progress=progress)
         content = codec.pack(codes)
         write(output, content)
         height, width = codes.output_size
