@@ -249,6 +249,9 @@ def test_sequences_for_language_models(tiny, native, images):
     assert tiny.from_sequence(flat.tolist()) == codes
     small = (flat + 200).to(torch.uint8)
     assert tiny.from_sequence(small, offset=200) == codes, "a small type does not wrap around"
+    assert torch.equal(tiny.embed(codes.ids.to(torch.uint16)), tiny.embed(codes.ids)), "as NumPy saves them"
+    with pytest.raises(ValueError, match="run from -1"):
+        tiny.embed(torch.full((1, 6, 2), 2**64 - 1, dtype=torch.uint64))
     with pytest.raises(ValueError, match=r"shape \(5, 0\)"):
         tiny.from_sequence(flat[:, :0])
 

@@ -286,7 +286,8 @@ class FlowMo(Autoencoder):
         self.check_size(height, width)
         tokens = self.tokens(height, width)
         if codes.code is None:
-            return self.embed(self.check_ids(codes.ids, tokens)), height, width
+            advice = f" for {height}×{width} pixels. size=(height, width) sets another size" if self.native_size else ""
+            return self.embed(self.check_ids(codes.ids, tokens, advice)), height, width
         shape, needed = tuple(codes.code.shape[1:]), (tokens, self.quantizer.channels)
         if shape != needed or codes.id_count != self.vocab_size:
             raise ValueError(

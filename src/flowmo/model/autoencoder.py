@@ -103,8 +103,11 @@ class Autoencoder(InferenceModel):
         code = self.quantizer.code_from_ids(F.pad(ids, (0, missing)).to(self.device)).float()
         return self.quantizer.keep_prefix(code, ids.shape[2]) if missing else code
 
-    def check_ids(self, ids: Tensor | None, tokens: int | None = None) -> Tensor:
-        """Return ids as int64, of ``tokens`` tokens or of any number. Raises what ``embed`` lists."""
+    def check_ids(self, ids: Tensor | None, tokens: int | None = None, advice: str = "") -> Tensor:
+        """Return ids as int64, of ``tokens`` tokens or of any number. Raises what ``embed`` lists.
+
+        ``advice`` ends the message about a wrong shape.
+        """
         sub_tokens, id_count = self.quantizer.sub_tokens, self.quantizer.id_count
         if sub_tokens is None or id_count is None:
             raise TypeError("This tokenizer is continuous and has no ids. Decode the Codes that encode returned.")
@@ -113,10 +116,11 @@ class Autoencoder(InferenceModel):
         allowed = range(1 if self.variable_rate else sub_tokens, sub_tokens + 1)
         if ids.ndim != 3 or (tokens is not None and ids.shape[1] != tokens) or ids.shape[2] not in allowed:
             needed = f"{tokens or 'tokens'}, {'1 to ' * self.variable_rate}{sub_tokens}"
-            raise ValueError(f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {needed}).")
+            raise ValueError(f"ids have shape {tuple(ids.shape)}; this tokenizer needs (batch, {needed}){advice}.")
+        ids = ids.long()  # torch orders no unsigned numbers above 8 bits
         if ids.numel() and (ids.min() < 0 or ids.max() >= id_count):
             raise ValueError(f"ids run from {ids.min()} to {ids.max()}; this tokenizer's run from 0 to {id_count - 1}.")
-        return ids.long()
+        return ids
 
     def check_images(self, images: Tensor) -> None:
         """Raise ``TypeError`` or ``ValueError`` unless images are float b × c × h × w in [−1, 1], of whole patches."""
