@@ -67,6 +67,16 @@ def test_the_authors_spellings():
     assert (everywhere.guidance_low, everywhere.guidance_high) == (0, 1)
 
 
+def test_the_batch_of_a_process_replaces_the_batch_of_all():
+    """The authors' stage 1B, after a checkpoint of ours whose recipe has a batch of 128."""
+    recipe = Config().override("data.global_batch_size=128")
+    assert recipe.override("data.batch_size=8").data == Config().override("data.batch_size=8").data
+    both = recipe.override("data.batch_size=8", "data.global_batch_size=32")
+    assert both.data.global_batch_size == 32
+    assert Config.from_dict(both.to_dict()) == both, "as saved in a checkpoint"
+    assert recipe.override("data.batch_size=0").data.global_batch_size == 128
+
+
 def test_yaml(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("preset: small\nopt:\n  lr: 3e-4\nmodel:\n  mup_width: 2\n")

@@ -124,10 +124,16 @@ class Config(Sections):
         return self.updated(values)
 
     def updated(self, values: Mapping[str, Any]) -> Self:
-        """Return a copy with the settings of a flat mapping ``{"section.name": value}`` replaced."""
-        flat = flatten(self)
+        """Return a copy with the settings of a flat mapping ``{"section.name": value}`` replaced.
+
+        A batch per process (``data.batch_size``) also replaces the earlier batch of all processes.
+        """
+        flat, new = flatten(self), {}
         for name, value in values.items():
-            flat |= {real: convert(real, translated) for real, translated in translate(name, value).items()}
+            new |= {real: convert(real, translated) for real, translated in translate(name, value).items()}
+        if new.get("data.batch_size"):
+            flat["data.global_batch_size"] = 0
+        flat |= new
         return _build(type(self), flat)
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class DataConfig:
     value_range: str = setting("", "file values of black and white, as 0,4095; empty is the type's range", VALUES)
     image_size: int = setting(256, "side of the square training images, in pixels", between(1, 10_000))
     global_batch_size: int = setting(0, "images per step over all ranks; 0 is data.batch_size, or 128", at_least(0))
-    batch_size: int = setting(0, "images per step and rank; data.global_batch_size wins over it", at_least(0))
+    batch_size: int = setting(0, "images per step and rank; given together, data.global_batch_size counts", at_least(0))
     max_microbatch: int = setting(0, "largest micro-batch of a rank; 0 is what the memory holds", at_least(0))
     num_workers: int = setting(2, "processes that decode images; 0 decodes in the training process", at_least(0))
     max_bad_share: float = setting(0.01, "share of unreadable images that ends the run if exceeded", between(0, 1))
