@@ -1,6 +1,6 @@
 """Checkpoints of the authors (github kylesargent/FlowMo): their state dict to ours.
 
-Their model carries about 80 M parameters that never act: the encoder's modulation, time MLP and image head, the
+Their model carries about 87 M parameters that never act: the encoder's modulation, time MLP and image head, the
 decoder's code head, the last block's unread stream except its keys and values, and the encoder's weights for an
 all-zero code. These are dropped.
 """
