@@ -105,8 +105,6 @@ def make_tiny(steps, batch=2):
         *(f"model.{net}hidden_size=64" for net in ("", "enc_")),
         *(f"model.{net}num_heads=2" for net in ("", "enc_")),
         *("data.image_size=32", "data.num_workers=0"),
-        "data.imagenet_train_tar=ILSVRC2012_img_train.tar",
-        "data.imagenet_train_index=imagenet_train_index_overall.json",
         *("trainer.tensorboard=false", "trainer.sample_every=0", f"data.global_batch_size={batch}"),
         "eval.sampling.sample_steps=2",
         f"trainer.max_steps={steps}",
@@ -152,7 +150,9 @@ needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs trained p
     ],
 )
 def test_pretraining_then_posttraining(workspace, run, size, pretrain, posttrain, shares):
-    run(pretrain, *make_tiny(2))
+    out = run(pretrain, *make_tiny(2))
+    assert "data.train=ILSVRC2012_img_train.tar data.train_index=imagenet_train_index_overall.json" in out
+    assert "data.val=" not in out, "there is none"
     first = checkpoints(workspace, f"flowmo_{size}_pretrain")[-1]
     assert first.stem == "00000002"
     out = run(posttrain, *make_tiny(4, batch=4), resume=first, two_processes=size == "lo")
@@ -189,16 +189,16 @@ def evaluations(workspace, name):
 
 @pytest.fixture
 def held_out(workspace):
-    """Overrides that name held-out images: the authors' tar and index of them."""
-    val, index = "ILSVRC2012_img_val.tar", "imagenet_val_index_overall.json"
-    shutil.copy(workspace / "ILSVRC2012_img_train.tar", workspace / val)
-    (workspace / index).write_text(json.dumps(build_index(workspace / val)[0]))
-    return [f"data.imagenet_val_tar={val}", f"data.imagenet_val_index={index}"]
+    """The authors' tar and index of held-out images in the working directory."""
+    val = workspace / "ILSVRC2012_img_val.tar"
+    shutil.copy(workspace / "ILSVRC2012_img_train.tar", val)
+    (workspace / "imagenet_val_index_overall.json").write_text(json.dumps(build_index(val)[0]))
 
 
-def test_evaluation_of_a_run(workspace, run, held_out):
+@pytest.mark.usefixtures("held_out")
+def test_evaluation_of_a_run(workspace, run):
     """Both checkpoints, then the end of the run ends the evaluation."""
-    tiny = [*make_tiny(2), "opt.lpips_weight=0", *held_out]
+    tiny = [*make_tiny(2), "opt.lpips_weight=0"]
     pretrain = LO_PRETRAIN.replace("flowmo_lo_pretrain", "flowmo_lo_prettrain")
     run(pretrain, *tiny, "trainer.checkpoint_every=1")
     out = run(EVALUATE_AS_IT_GROWS, *tiny)
@@ -210,10 +210,11 @@ def test_evaluation_of_a_run(workspace, run, held_out):
 
 
 @pytest.mark.parametrize(("size", "command", "bits"), [("lo", EVALUATE_LO, 18), ("hi", EVALUATE_HI, 56)])
-def test_evaluation_of_a_named_checkpoint(workspace, run, held_out, size, command, bits):
+@pytest.mark.usefixtures("held_out")
+def test_evaluation_of_a_named_checkpoint(workspace, run, size, command, bits):
     """A file of the authors' form, and half of the images."""
     widths = [f"model.{net}{name}" for net in ("", "enc_") for name in ("hidden_size=384", "num_heads=12")]
-    tiny = [*make_tiny(1), *held_out, *widths]
+    tiny = [*make_tiny(1), *widths]
     groups = {18: 9, 56: 14}[bits]
     shape = [f"model.context_dim={bits}", f"model.codebook_size_for_entropy={groups}"]
     config = Config().override(*shape, *(word for word in tiny if word.startswith("model.")))

@@ -16,7 +16,7 @@ from flowmo.checkpoint.files import find, read_config, read_raw_metadata, write_
 from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS, best_checkpoint, listing
 from flowmo.cli.output import Progress, UsageError, check_outputs
 from flowmo.config import FINE_TUNING, Config, own_settings
-from flowmo.data import build_index, default_index, open_source
+from flowmo.data import build_index, default_index, open_source, release_source
 from flowmo.train.memory import keep_freed_memory
 
 MAX_LINES = 20
@@ -77,6 +77,8 @@ def train(arguments: argparse.Namespace) -> None:
     folder, source = arguments.results_dir / arguments.experiment_name, arguments.resume_from_ckpt
     started = bool(listing(folder / CHECKPOINTS))
     config = settings_of(arguments, folder if started else None)
+    assumed = {} if config.data.train or config.generator.train else release_images(config)
+    config = config.updated(assumed)
     if not config.data.train:
         raise UsageError(
             "data.train is not set. Name a folder or a .tar of images with data.train=PATH; for a generator, of tokens."
@@ -85,9 +87,21 @@ def train(arguments: argparse.Namespace) -> None:
         keep_freed_memory()
     check_start(config, bool(source or started))
     with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
+        if assumed and world.main:
+            print("Images in the working directory:", *(f"{name}={value}" for name, value in assumed.items()))
         Trainer(config, folder, world, source, lambda line: print(line, flush=True)).train()
         if world.main:
             print(next_steps(folder, config))
+
+
+def release_images(config: Config) -> dict[str, str]:
+    """Settings of the authors' ImageNet tars, where they are in the working directory and no images are named."""
+    data, found = config.data, {}
+    for split, named, index in (("train", data.train, data.train_index), ("val", data.val, data.val_index)):
+        tar, usual = release_source(split)
+        if tar and not named:
+            found |= {f"data.{split}": tar, f"data.{split}_index": index or usual}
+    return found
 
 
 def next_steps(folder: Path, config: Config) -> str:

@@ -1,7 +1,7 @@
 """Training data: where images come from, how they are cropped, in which order they are seen, and folders of tokens."""
 
 from flowmo.data.loader import batches, epoch_order
-from flowmo.data.sources import open_source
+from flowmo.data.sources import open_source, release_source
 from flowmo.data.sources.base import DataError, Source, evenly_spread
 from flowmo.data.sources.folder import FolderSource
 from flowmo.data.sources.tar import TarSource, build_index, default_index
@@ -21,4 +21,5 @@ __all__ = [
     "epoch_order",
     "evenly_spread",
     "open_source",
+    "release_source",
 ]

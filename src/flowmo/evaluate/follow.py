@@ -15,7 +15,7 @@ import flowmo
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS, has_ended, listing
 from flowmo.config import Config, DataConfig
-from flowmo.data import open_source
+from flowmo.data import open_source, release_source
 from flowmo.distributed import World
 from flowmo.evaluate.comparison import Comparison
 from flowmo.evaluate.measurement import EvaluationError
@@ -140,7 +140,7 @@ class Follower:
             self._record(row)
 
     def _held_out(self, trained: DataConfig) -> tuple[str, str]:
-        """Held-out source and its index, from the settings, else the checkpoint, else the run.
+        """Held-out source and its index, from the settings, the checkpoint, the run, or else the working directory.
 
         An index belongs to the source beside it. An index in the settings without a source applies to any source.
         """
@@ -148,8 +148,8 @@ class Follower:
         saved: dict[str, Any] = {}
         with suppress(OSError, ValueError, KeyError, TypeError):  # a run may be writing it, or be of another version
             saved = json.loads((self.run / SETTINGS).read_text())["data"] if self.run else {}
-        origins = (settings.val, ""), (trained.val, trained.val_index), (saved.get("val"), saved.get("val_index"))
-        for val, index in origins:
+        named = (settings.val, ""), (trained.val, trained.val_index), (saved.get("val"), saved.get("val_index"))
+        for val, index in (*named, release_source("val")):
             if val:
                 return val, settings.val_index or index or ""
         raise EvaluationError("There are no held-out images. Name them with data.val=IMAGES.")

@@ -32,3 +32,18 @@ def open_source(path: str | Path, index: str | Path | None = None) -> Source:
     if path.suffix == ".tar":
         return TarSource([path], index or None)
     raise DataError(f"{path}: neither a folder of images nor a .tar file.")
+
+
+def release_source(split: str) -> tuple[str, str]:
+    """Tar and index that the authors' release reads where no images are named. Both are in the working directory.
+
+    Args:
+        split: ``train`` or ``val``.
+
+    Returns:
+        Their names. A name is empty if there is no such tar; the index also if there is no such index.
+    """
+    tar, index = f"ILSVRC2012_img_{split}.tar", f"imagenet_{split}_index_overall.json"
+    if not os.path.isfile(tar):
+        return "", ""
+    return tar, index if os.path.isfile(index) else ""
