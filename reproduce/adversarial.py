@@ -54,6 +54,7 @@ class PeerTrainer:
         judge = self.model.discriminator
         self.parts = ((tokenizer, own), (judge, [adam(judge, opt, discriminator_rate)]))
         self.images, self.seconds = 0, 0.0
+        self.settings = {**self.config.to_dict(), "discriminator_rate": discriminator_rate}
         if path.is_file():
             self.restore()
 
@@ -82,12 +83,14 @@ class PeerTrainer:
 
     def save(self) -> None:
         content = {"weights": self.model.state_dict(), "average": self.ema.state, "norms": self.norm_control.state}
-        content |= {"images": self.images, "seconds": self.seconds}
+        content |= {"images": self.images, "seconds": self.seconds, "settings": self.settings}
         content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         write_whole(self.path, lambda temporary: torch.save(content, temporary))
 
     def restore(self) -> None:
         content = torch.load(self.path, weights_only=True)
+        if content.get("settings", self.settings) != self.settings:
+            raise StudyError(f"{self.path} was trained with other settings. Remove it to train it anew.")
         self.model.load_state_dict(content["weights"])
         for name, value in content["average"].items():
             self.ema.state[name].copy_(value)
@@ -125,7 +128,7 @@ def train_adversarial(
         discriminator_rate: learning rate of the discriminator over that of the tokenizer.
 
     Raises:
-        StudyError: its loss is no longer finite.
+        StudyError: its loss is no longer finite, or the run was begun with other settings.
     """
     config, path = tokenizer.config, study.folder(run) / STATE
     data = config.data
@@ -143,12 +146,12 @@ def train_adversarial(
             if not torch.isfinite(loss):
                 raise StudyError(f"{run}: the loss is not finite after {trainer.images} images. Lower opt.lr.")
             study.report(f"{run}  {trainer.images} images  loss {loss.item():.4f}")
+        if trainer.images in lengths:  # before the state is saved: a resumed run does not pass here again
+            weights = trainer.ema.state
+            write_whole(weights_after(trainer.images, run, study), partial(torch.save, weights))
         if schedule.is_due(schedule.checkpoint, trainer.images) or trainer.images >= schedule.duration:
             trainer.seconds, since = trainer.seconds + time.perf_counter() - since, time.perf_counter()
             trainer.save()
-        if trainer.images in lengths:
-            weights = trainer.ema.state
-            write_whole(weights_after(trainer.images, run, study), partial(torch.save, weights))
     tokenizer.load_state_dict(trainer.ema.state, strict=False)
     return trainer.seconds
 
