@@ -17,8 +17,8 @@ from torch import Tensor
 
 import flowmo
 from flowmo.checkpoint.files import write_content
-from flowmo.checkpoint.run_folder import CHECKPOINTS
-from flowmo.config import Config
+from flowmo.checkpoint.run_folder import CHECKPOINTS, SETTINGS
+from flowmo.config import Config, flatten
 from flowmo.data import evenly_spread, open_source
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.pairs import grid
@@ -114,9 +114,9 @@ class Study:
             prepare: changes a fresh run before its first step.
 
         Raises:
-            StudyError: the run was asked to stop.
+            StudyError: the run was asked to stop, or was begun with other settings.
         """
-        config = config.override(f"data.train={self.data}", f"data.val={self.held_out}")
+        config = self.settings(config, run)
         trainer = Trainer(config, self.folder(run), self.world, start, self.report)
         if prepare is not None and not trainer.images:
             prepare(trainer)
@@ -133,6 +133,18 @@ class Study:
             seconds *= (trainer.images - begin) / (last - begin)
         return Trained(trainer.checkpoints()[-1], trainer.images, seconds)
 
+    def settings(self, config: Config, run: str) -> Config:
+        """Return a run's settings with this study's images. Raises ``StudyError`` if it was begun with others."""
+        config = config.override(f"data.train={self.data}", f"data.val={self.held_out}")
+        path = self.folder(run) / SETTINGS
+        if path.is_file():
+            now = flatten(config) | {"model.base": None}  # runs write it
+            saved = flatten(Config.from_yaml(path)) | {"model.base": None}
+            changed = [f"{name}={value}" for name, value in saved.items() if value != now[name]]
+            if changed:
+                raise StudyError(f"{path.parent} was trained with {', '.join(changed)}. Remove it to train it anew.")
+        return config
+
     def once(self, run: str, make: Callable[[], Row]) -> Row:
         """Return a run's row: the one kept in its folder, else the result of ``make``, which is kept."""
         path = self.folder(run) / ROW_FILE
@@ -145,6 +157,7 @@ class Study:
 
     def trained_row(self, run: str, config: Config, limit: int, start: Path | None = None, **about: Any) -> Row:
         """Train a run and measure it on at most ``limit`` images, once. Returns ``about`` and its metrics."""
+        self.settings(config, run)
 
         def make() -> Row:
             trained = self.train(config, run, start)

@@ -96,7 +96,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def release_images(config: Config) -> dict[str, str]:
     """Settings of the authors' ImageNet tars, where they are in the working directory and no images are named."""
-    data, found = config.data, {}
+    data, found = config.data, dict[str, str]()
     for split, named, index in (("train", data.train, data.train_index), ("val", data.val, data.val_index)):
         tar, usual = release_source(split)
         if tar and not named:

@@ -128,7 +128,7 @@ class Config(Sections):
 
         A batch per process (``data.batch_size``) also replaces the earlier batch of all processes.
         """
-        flat, new = flatten(self), {}
+        flat, new = flatten(self), dict[str, Any]()
         for name, value in values.items():
             new |= {real: convert(real, translated) for real, translated in translate(name, value).items()}
         if new.get("data.batch_size"):
