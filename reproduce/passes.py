@@ -4,9 +4,9 @@ Reproduces the paper's claim that many passes of a flow decoder beat one, and fi
 dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured over its rate,
 its training and the passes of its decoder; one is repeated at nearly four times the parameters.
 
-Cost: smoke half a minute. cpu nine hours on one core: nine long trainings, six short ones and their measurements.
-gpu 25 minutes on one H100, by arithmetic at a fifth of its peak. paper a day per model on 8 H100, by arithmetic at
-40 % of their peak.
+Cost: smoke a minute. cpu 28 hours on one core, by arithmetic from 17.5 images a second: 12 for long trainings, 6 for
+the wider model, 3 for stage 1B and its controls, 7 for measuring. gpu half an hour on one H100, by arithmetic at a
+fifth of its peak. paper a day per model on 8 H100, by arithmetic at 40 % of their peak.
 Expect: (written before the first run) a sample of p(image | code) has twice the squared error of the mean, so many
 passes cost PSNR at every rate, 3 dB at most. They win the Fréchet distance where the code leaves much open: below 0.05
 bits a pixel for a recipe that trains all timesteps alike, nowhere for one that trains mostly at t = 1. Training and
@@ -37,7 +37,7 @@ SCALES = {
     "smoke": Scale(base=SMOKE_NESTED, images=4, ids=(1, 2), passes=(1, 2), shares=(1.0,), seek=4, twice=("flow",)),
     "cpu": Scale(
         **{"base": NESTED_BASE, "images": 250, "ids": (1, 2, 4, 12), "passes": PASSES, "shares": SHARES},
-        **{"seek": 2_048, "twice": ("flow", "seek-early", "one-step", "mixed")},
+        **{"seek": 2_048, "twice": ("flow", "seek-early", "one-step", "more", "mixed")},
     ),
     "gpu": Scale(
         **{"base": GPU_NESTED, "images": 1000, "ids": (1, 2, 4, 8, 12), "passes": PASSES, "shares": SHARES},
@@ -49,7 +49,7 @@ SCALES = {
     ),
 }
 """Sub-tokens kept per token (``ids``), shares of the training that are measured, images of stage 1B (``seek``), and
-arms with a second seed (``twice``)."""
+arms with a second seed (``twice``), of which long trainings run a quarter."""
 FLOW = ("opt.anchor=0", "opt.loss_space=velocity", "opt.schedule=fat_lognormal")
 PARTS_OF_MIXED = (
     ("image-loss", "loss on the image", "opt.loss_space=picture"),
@@ -57,12 +57,10 @@ PARTS_OF_MIXED = (
     ("fifth", "a fifth at t = 1", "opt.anchor=0.2"),
 )
 """What ``mixed`` changes of the flow: name, label and setting, each also trained alone."""
-LOGITS = (
-    *("opt.freeze_encoder_after=0", "opt.lpips_mode=resnet", "opt.lpips_weight=0.01"),
-    *("opt.lr=1e-4", "opt.cooldown=0", "trainer.keep_every=0"),
-)
-"""Trains the decoder further, with the distance of ResNet-50's logits: of samples in stage 1B, else of estimates."""
-SEEK = ("model.posttrain_sample=true", *LOGITS)
+SHORT = ("opt.freeze_encoder_after=0", "opt.lr=1e-4", "opt.cooldown=0", "trainer.keep_every=0")
+LOGITS = ("opt.lpips_mode=resnet", "opt.lpips_weight=0.01")
+"""The distance of ResNet-50's logits, instead of LPIPS: of samples in stage 1B, else of estimates in one step."""
+SEEK = ("model.posttrain_sample=true", *SHORT, *LOGITS)
 WIDTHS = ("hidden_size", "num_heads", "enc_hidden_size", "enc_num_heads")
 BATCH = 16
 """Images that are decoded together: two and a half times as fast on a CPU as one by one."""
@@ -96,11 +94,14 @@ def arms_of(base: Config) -> Iterator[Arm]:
     yield Arm("anchored", "three quarters at t = 1", ("opt.anchor=0.75",))
     yield Arm("falling", "a quarter of the training three quarters at t = 1, then flow", FLOW, "anchored", 0.25)
     yield Arm("seek", "flow, then stage 1B", (*FLOW, *SEEK), start="flow", short=True)
-    # stage 1B counts the EMA's decay per step, stage 1A per PAPER_BATCH images
-    one_step = f"model.ema_decay={base.model.ema_decay ** (PAPER_BATCH / base.data.global_batch_size)}"
     early = {"start": "flow", "start_share": 0.25, "short": True}
     yield Arm("seek-early", "a quarter of the flow's training, then stage 1B", (*FLOW, *SEEK), **early)
-    yield Arm("one-step", "a quarter, then the same loss in one step", (*FLOW, *LOGITS, one_step), **early)
+    # The controls of stage 1B. Like it they train the decoder alone, with a fresh optimizer and a fresh EMA, whose
+    # decay stage 1B counts per step and stage 1A per PAPER_BATCH images.
+    decay = base.model.ema_decay ** (PAPER_BATCH / base.data.global_batch_size)
+    control = (*FLOW, *SHORT, "model.train=decoder", f"model.ema_decay={decay}")
+    yield Arm("one-step", "a quarter, then the same loss in one step", (*control, *LOGITS), **early)
+    yield Arm("more", "a quarter, then more of it", control, **early)
     mixed = (*FLOW, *(setting for *_, setting in PARTS_OF_MIXED))
     label = ", ".join(part for _, part, _ in PARTS_OF_MIXED)
     yield Arm("mixed", label, mixed)
@@ -118,14 +119,15 @@ def rows(study: Study, metadata: Row) -> Rows:
     scale = SCALES[study.scale]
     metadata["base"] = scale.base.to_dict()
     arms = list(arms_of(scale.base))
-    for seed, arm in [*((1, arm) for arm in arms), *((2, arm) for arm in arms if arm.name in scale.twice)]:
+    again = [arm if arm.short else arm._replace(share=0.25) for arm in arms if arm.name in scale.twice]
+    for seed, arm in [*((1, arm) for arm in arms), *((2, arm) for arm in again)]:
         checkpoints = checkpoints_of(arm, seed, study)
         for checkpoint in reversed(checkpoints):
             last = arm.share == 1 and checkpoint == checkpoints[-1]
             ids = scale.ids if last else (scale.ids[0], scale.ids[-1])
-            passes = scale.passes if last else (1, scale.passes[-1])
+            passes = scale.passes if last and not arm.short else (1, scale.passes[-1])
             for row in measured(arm, seed, checkpoint, ids, passes, study):
-                yield {**row, "last": last}
+                yield {**row, "label": arm.label, "last": last}  # a kept row may have an earlier label
     if study.world.main:
         show(study)
 
@@ -171,22 +173,23 @@ def measured(arm: Arm, seed: int, checkpoint: Path, ids: Sequence[int], passes: 
         study.keep_images(run, originals=x, samples=candidate.reconstruct(x, indices).images.cpu())
         return {**about, "rate": rate, "passes": steps, **study.evaluate(candidate, side, scale.images)}
 
-    for kept, steps in product(ids, passes):
-        run = f"{arm.name}-seed{seed}-{trained}-ids{kept}-passes{steps}"
-        yield study.once(run, partial(measure, run, tokenizer.rates(side, side)[kept - 1], steps))
+    for count, steps in product(ids, passes):
+        run = f"{arm.name}-seed{seed}-{trained}-ids{count}-passes{steps}"
+        yield study.once(run, partial(measure, run, tokenizer.rates(side, side)[count - 1], steps))
 
 
 def show(study: Study) -> None:
     """Draw what one and many passes make of the same codes, at the lowest and the highest rate."""
     scale = SCALES[study.scale]
-    for kept in (scale.ids[0], scale.ids[-1]):
+    for count in (scale.ids[0], scale.ids[-1]):
         strips = {}
         for arm in arms_of(scale.base):
             for steps in (1, scale.passes[-1]):
-                found = sorted(study.folder("").glob(f"{arm.name}-seed1-*-ids{kept}-passes{steps}/samples.png"))
+                found = list(study.folder("").glob(f"{arm.name}-seed1-*-ids{count}-passes{steps}/samples.png"))
+                found.sort(key=lambda path: int(path.parent.name.split("-")[-3]))  # the longest training is last
                 strips.setdefault("originals", found[-1].with_name("originals.png"))
                 strips[f"{arm.label}: {steps} passes"] = found[-1]
-        page.image_strips(strips, study.folder(f"ids{kept}.png"))
+        page.image_strips(strips, study.folder(f"ids{count}.png"))
 
 
 def body(results: Results, plot: Path) -> str:
@@ -197,8 +200,9 @@ def body(results: Results, plot: Path) -> str:
     side, trained = results["base"]["data"]["image_size"], groups[0][0]["trained"]
     most = max(row["passes"] for row in rows)
     return f"""\
-Each recipe trains one model on {trained} images of {side} × {side} pixels; stage 1B adds to that. Its rates, in bits a
-pixel, are prefixes of each token's ids. Means over {results["pictures"]} held-out images.
+Each recipe trains one model on {trained} images of {side} × {side} pixels, or on a quarter if its label says so. Stage
+1B and its controls train on a few more. The rates of a model, in bits a pixel, are prefixes of each token's ids. Means
+over {results["pictures"]} held-out images, ± the standard deviation over seeds; – was not measured.
 {page.feature_note(results)} Columns: passes of the decoder.
 
 {tables}
@@ -240,7 +244,7 @@ def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float]]:
     most, found = max(row["passes"] for row in rows), []
     for rate in page.groups_of(rows, "rate"):
         by_passes = {group[0]["passes"]: column.mean(group) for group in page.groups_of(rate, "passes")}
-        one, many = by_passes[1], by_passes[most]
+        one, many = by_passes.get(1), by_passes.get(most)
         if one is not None and many is not None:
             found.append((rate[0]["rate"], column.sign * (many - one)))
     return sorted(found)

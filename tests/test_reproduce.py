@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import PICTURES, open_gates
 
-from flowmo import FlowMo, save
+from flowmo import Config, FlowMo, save
 from flowmo.evaluate.metrics import inception
 from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.losses.perceptual import ResNetLogits
@@ -327,6 +327,7 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
         "seek",
         "seek-early",
         "one-step",
+        "more",
         "mixed",
         "mixed-seek",
         "image-loss",
@@ -344,10 +345,18 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     assert [row["seed"] for row in rows] == [1] * (len(rows) - 4) + [2] * 4
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
     assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
-    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 12, 4, 4, 4, 8, 8, 8, 8, 8]
-    assert {row["recipe"] for row in rows if not row["last"]} == {"image-loss", "uniform", "fifth"}
+    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 12, 4, 4, 4, 8, 8, 8, 8, 4]
+    quarters = {("image-loss", 1), ("uniform", 1), ("fifth", 1), ("flow", 2)}
+    assert {(row["recipe"], row["seed"]) for row in rows if not row["last"]} == quarters
+    arms = ("flow", "seek-early", "one-step", "more")
+    flow, seek, *controls = (Config.from_yaml(study.folder(f"{arm}-seed1") / "config.json") for arm in arms)
+    for control in controls:
+        assert control.model.ema_decay ** (4 / 128) == pytest.approx(seek.model.ema_decay), "per step of 4 images"
+        assert control.model.train == "decoder", "a stage of its own: fresh optimizer and EMA, as stage 1B has"
+    with pytest.raises(StudyError, match=r"was trained with opt\.lr=0\.001\. Remove it"):
+        study.train(flow.override("opt.lr=1"), "flow-seed1")
     assert text.count("\n| flow, uniform timesteps |") == 2 + 1, "a short training is in the last two tables alone"
-    assert text.count("\n| flow |") == 2 + 2 + 1, "PSNR at two rates, their gains, and where the passes cross"
+    assert text.count("\n| flow |") == 2 + 4 + 2, "PSNR at two rates; at two lengths, their gains and the crossing"
     assert (study.folder("ids2.png")).stat().st_size > 3000
 
 
