@@ -142,6 +142,8 @@ def test_an_interrupted_training_ends_like_an_unbroken_one(kind, study, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train(kind, config, "broken", study)
     monkeypatch.setattr(PeerTrainer, "save", real)
+    with pytest.raises(StudyError, match=r"peer\.pt was trained with other settings"):
+        train(kind, config.override("opt.lr=0.5"), "broken", study)
     again = train(kind, config, "broken", study)
     assert saves == [study.folder("broken") / STATE]
     for name, value in whole.state_dict().items():
