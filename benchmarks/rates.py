@@ -166,7 +166,7 @@ def distance(x: Tensor, y: Tensor) -> float:
 def candidates(
     models: list[str], passes: list[int], rows: list[dict[str, Any]], count: int = FIVE, codecs: list[str] | None = None
 ) -> Iterator[tuple[dict[str, Any], Candidate]]:
-    """Each candidate with the identity of its row. Codecs read the sizes that the model's row has by then."""
+    """Yield each candidate with the identity of its row. The row of a model comes first: codecs take its sizes."""
     for number, path in enumerate(models):
         tokenizer = flowmo.load(path)
         codec = Codec(tokenizer, find_context(path, tokenizer))
@@ -216,7 +216,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def union(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of this call, then those of an interrupted one that it has not come to."""
+    """Return this call's rows, then rows of an interrupted call which this one has not reached yet."""
     keys = [(row["weights"], row["name"], row["rate"]) for row in rows]
     return rows + [row for row in earlier if (row["weights"], row["name"], row["rate"]) not in keys]
 

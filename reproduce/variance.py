@@ -6,7 +6,7 @@ correlates with the image's detail and with a sample's error, and how much PSNR 
 
 Cost: smoke a few seconds. cpu two minutes per model of 5 M parameters on two cores. gpu a few minutes per model of 80 M
 parameters on one H100, by arithmetic. paper 7 hours per model of FlowMo-Lo's size on one H100, by arithmetic.
-Expect: samples differ where detail is; hardly at all after stage 1B.
+Expect: samples differ where detail is, and hardly after stage 1B.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 Trains a small native network once per decision on the same images in the same order, with the learning rate falling
 to zero over the second half. Measures each on whole HELD_OUT images at the lowest, the middle and the highest rate.
-Finished runs are not repeated; an interrupted one goes on. Prints a Markdown table and writes OUT/search.json.
+Finished runs are not repeated; an interrupted one goes on. Prints a Markdown table and writes OUT/search.json, which
+belongs to one HELD_OUT, IMAGES, ``--images`` and ``--limit``.
 
 Cost: about 4 minutes per run on one core with bfloat16 matrix units.
 """
@@ -105,16 +106,21 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=48)
     parser.add_argument("--only", nargs="+", choices=DECISIONS, default=list(DECISIONS))
     arguments = parser.parse_args()
+    path = arguments.out / "search.json"
+    same = {name: getattr(arguments, name) for name in ("held_out", "train", "images", "limit")}
+    found = json.loads(path.read_text()) if path.is_file() else {**same, "rows": {}}
+    if changed := [f"{name}={found.get(name)}" for name, value in same.items() if found.get(name) != value]:
+        raise SystemExit(f"{path} was made with {', '.join(changed)}. Name another OUT.")
+    rows = found["rows"]
+    write_content(path, json.dumps(found, indent=1) + "\n")
     evaluators, missing = Evaluators.find(features="none")
     print("\n".join(missing))
-    path = arguments.out / "search.json"
-    rows = json.loads(path.read_text()) if path.is_file() else {}
     for name in arguments.only:
         if name not in rows:
             checkpoint, seconds = train(name, arguments)
             rows[name] = {"settings": DECISIONS[name][0], "expected": DECISIONS[name][1], "cpu_seconds": seconds}
             rows[name]["metrics"] = evaluate(checkpoint, arguments, evaluators)
-            write_content(path, json.dumps(rows, indent=1) + "\n")
+            write_content(path, json.dumps(found, indent=1) + "\n")
     columns = ["", "expected", "CPU seconds", "bits/pixel", "PSNR (dB)", "LPIPS (AlexNet)", "LPIPS (VGG)"]
     print(f"| {' | '.join(columns)} |\n|---|---" + "|--:" * 5 + "|")
     for name, row in rows.items():

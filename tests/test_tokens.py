@@ -319,7 +319,7 @@ def test_the_command_writes_a_part(class_folder, tiny_model, tmp_path, capsys):
     assert (about["samples"], about["readable"], about["missing_shards"]) == (3, 3, 2)
     assert about["precision"] == "float32 (cpu)"
     status, out, err = run_command(capsys, *words, "--part", "1/2")
-    assert "part 1/2, 4 samples, 1 of which cannot be read" in out
+    assert "part 1/2, 4 samples, 1 unreadable" in out
     assert "missing" not in out
     assert "0.jpg cannot be read" in err
     assert len(TokenDataset(tmp_path / "out")) == 6

@@ -152,5 +152,5 @@ def test_tokenize_names_it(class_folder, tiny_model, tmp_path, capsys):
     bad.write_bytes(b"no image")
     words = ["tokenize", class_folder, "--out", tmp_path / "tokens", "--model", tiny_model, "--flip"]
     status, out, err = run_command(capsys, *words)
-    assert (status, "14 samples, 2 of which cannot be read" in out) == (0, True)
+    assert (status, "14 samples, 2 unreadable" in out) == (0, True)
     assert err == f"left out: {bad} cannot be read\n"

@@ -64,7 +64,7 @@ def describe_tokens(out: Path, written: TokenMetadata, part: Part, source: Sourc
         raise DataError(f"{out}: none of its images could be read.")
     size, classes = count * written.item_bytes, len(written.classes)
     text = f"{out}: " + (f"part {part}, " if part.count > 1 else "") + f"{count} samples"
-    text += f", {len(unreadable)} of which cannot be read" if unreadable else ""
+    text += f", {len(unreadable)} unreadable" if unreadable else ""
     text += f", {classes} classes, {written.ids} ids of {written.id_bits} bits: "
     text += f"{size / 1e6:.2f} MB of ids in {len(shards)} shards"
     text += f"; {missing} of {written.shards} shards are still missing" if missing else ""

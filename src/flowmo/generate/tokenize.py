@@ -1,7 +1,7 @@
 """Encode an image dataset into a folder of tokens, with any number of jobs and processes. An interrupted call resumes.
 
-Every sample has a number: image i with crop c, plain or mirrored. A shard holds a range of numbers and appears whole or
-not at all, so interruptions neither lose nor repeat a sample.
+Every sample has a number: image i with crop c, plain or mirrored. A shard holds a range of numbers and appears only
+when it is whole, so interruptions neither lose nor repeat a sample.
 """
 
 from collections.abc import Callable

@@ -126,7 +126,7 @@ class Codes:
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """Height and width of the image that all rows tile together, or of each row's own."""
+        """Height and width of the decoded image: one image for all rows if they are its tiles, else one per row."""
         return (self.tiling.height, self.tiling.width) if self.tiling else self.image_size or self.size
 
     @property

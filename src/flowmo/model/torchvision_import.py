@@ -1,6 +1,6 @@
 """Import torchvision next to any build of torch.
 
-Package indices ship a torchvision built for CUDA. Next to a CPU build of torch its import fails, and so does that of
+Package indices ship a torchvision built for CUDA. Next to a CPU build of torch it cannot be imported, nor can
 ``lpips``, ``torch-fidelity`` and ``transformers``, because two of its operators are not registered. Registering their
 names is enough; nothing here calls them.
 """
