@@ -183,3 +183,11 @@ def test_recipes_are_settings(file):
     text = file.read_text()
     assert text.startswith("# ")
     assert re.search("flowmo train|flowmo.train|runs/", text.partition("\npreset:")[0])
+
+
+def test_nested_dropout_needs_levels_without_0():
+    """An odd number has one, which would equal a sub-token that was not sent."""
+    native = preset("native")
+    assert native.override("model.fsq_levels=4").model.fsq_levels == 4
+    with pytest.raises(ConfigError, match=r"model\.fsq_levels=5 has a level 0"):
+        native.override("model.fsq_levels=5")

@@ -64,11 +64,11 @@ def test_a_path_is_the_sampler(tiny, images):
     own = teacher_path(tiny, code, noise)
     assert len(own.times) == tiny.config.eval.sampling.sample_steps + 1
     asked = torch.stack((path.times, path.times.flip(0), *[path.times] * 3))
-    states = path.at(asked)
+    states = path.interpolate(asked)
     torch.testing.assert_close(states[0], path.states[:, 0])
     torch.testing.assert_close(states[1], path.states[:, 1].flip(0))
     middle = (path.times[:-1] + path.times[1:]) / 2
-    between = path.at(middle.expand(5, -1)).transpose(0, 1)
+    between = path.interpolate(middle.expand(5, -1)).transpose(0, 1)
     torch.testing.assert_close(between, (path.states[:-1] + path.states[1:]) / 2, rtol=1e-4, atol=1e-4)
 
 
@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_every_jump(tiny, images, distilling, space):
         for i in range(5):
             for jump in range(4):
                 t, end = starts[i, jump], ends[i, jump]
-                x_t, x_end = path.at(torch.stack((t, end)).expand(5, 2))[i]
+                x_t, x_end = path.interpolate(torch.stack((t, end)).expand(5, 2))[i]
                 u = student.decoder(x_t[None], student.decoder.embed_code(code[i : i + 1]), t[None], end[None])[0]
                 error = u - (x_t - x_end) / (t - end)
                 flow_errors.append(((t if space == "picture" else 1) * error).square().mean())
@@ -208,6 +208,25 @@ def test_teachers_that_do_not_fit_are_refused(settings, tmp_path):
         Trainer(settings.override(f"opt.teacher={of_a_student}"), tmp_path / "c", report=quiet)
     with pytest.raises(Exception, match=r"none\.pth"):
         Trainer(settings.override("opt.teacher=none.pth"), tmp_path / "d", report=quiet)
+
+
+def test_a_student_has_its_teachers_ids(settings, tiny, tmp_path):
+    """A generator of the teacher draws for the student, whose encoder is the teacher's."""
+    run = Trainer(settings.override("trainer.max_steps=1", "trainer.checkpoint_every=1"), tmp_path / "a", report=quiet)
+    run.train()
+    student = load(run.checkpoints()[-1])
+    assert student.identity() == tiny.identity()
+    assert student.weights_identity() != tiny.weights_identity()
+
+
+def test_a_teacher_of_another_solver_needs_a_number_of_steps(settings, tiny, tmp_path):
+    heun = FlowMo(tiny.config.override("eval.sampling.solver=heun"))
+    heun.load_state_dict(tiny.state_dict())
+    save(heun, tmp_path / "heun.safetensors")
+    settings = settings.override(f"opt.teacher={tmp_path / 'heun.safetensors'}")
+    Trainer(settings, tmp_path / "a", report=quiet)
+    with pytest.raises(TrainingError, match=r"samples with heun.*Write opt\.teacher_steps=N"):
+        Trainer(settings.override("opt.teacher_steps=0"), tmp_path / "b", report=quiet)
 
 
 def test_settings_that_cannot_work_are_refused(tiny_config):

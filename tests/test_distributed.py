@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, run_command
+from ranks import run_ranks
 
 import flowmo
 from flowmo import CheckpointError, Config
@@ -337,13 +339,44 @@ def test_a_process_whose_fellow_was_killed_before_they_met_does_not_wait_for_eve
     assert "\n" not in str(error.value)
 
 
+def test_ranks_wait_for_the_work_of_one(tmp_path):
+    """Rank 0 evaluates, writes or plots for longer than a collective may take."""
+    run_ranks(rank_0_works, tmp_path)
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["measured", "measured"]
+
+
+def rank_0_works(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowmo.distributed.COLLECTIVE_TIMEOUT", timedelta(seconds=2))
+        with join("cpu") as world:
+            if world.main:
+                time.sleep(5)
+            value = world.broadcast("measured" if world.main else None)
+            if world.main:
+                time.sleep(5)
+            world.barrier()
+            assert world.any(world.main)
+            (folder / str(world.rank)).write_text(value)
+
+
+def test_a_world_of_two_without_an_address(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DistributedError, match="Process 0 of 2 cannot reach the others"), join("cpu"):
+        pass
+
+
 def test_the_end_of_another_process_is_told_in_one_line():
     torchs = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1.\nThis is typical"
     with pytest.raises(DistributedError, match="Another process of the run has ended") as error, join(group=True):
         raise RuntimeError(torchs)
     assert "\n" not in str(error.value)
-    with pytest.raises(RuntimeError, match="something else"), join(group=True):
-        raise RuntimeError("something else")
+    with pytest.raises(DistributedError, match="does not answer"), join(group=True):
+        raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation")
+    for other in ("something else", "NCCL error: out of memory"):
+        with pytest.raises(RuntimeError, match=other), join(group=True):
+            raise RuntimeError(other)
     with pytest.raises(DistributedError, match="gloo is ours"), join(group=True):
         raise DistributedError("gloo is ours")
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from flowmo.config import ConfigError
 from flowmo.distributed import World
-from flowmo.train.logging import CodebookUsage, MetricLogger
+from flowmo.train.logging import CodebookUsage, Meter, MetricLogger
 
 
 def test_an_interrupted_journal_goes_on_at_the_checkpoint(tmp_path):
@@ -78,3 +78,13 @@ def test_code_usage():
     continuous = CodebookUsage(None, World())
     continuous.add(None)
     assert continuous.take() == {}
+
+
+def test_a_loss_that_ends_is_averaged_over_its_own_steps():
+    """As the bottleneck's when the encoder freezes between two log lines; a skipped step counts for none."""
+    meter = Meter(World(), batch=4)
+    one = torch.tensor(1.0)
+    for commitment, loss, finite in ((0.2, 1.0, 1), (0.4, 2.0, 1), (float("nan"), float("nan"), 0), (None, 6.0, 1)):
+        parts = {"loss": one * loss, "finite": one * finite}
+        meter.add(parts if commitment is None else {**parts, "commitment": one * commitment})
+    assert meter.take()[1] == pytest.approx({"loss": 3.0, "commitment": 0.3})

@@ -90,6 +90,20 @@ def test_the_loss_is_its_parts(posttrained, images):
     assert all(p.grad is not None for p in tokenizer.decoder.parameters())
 
 
+@pytest.mark.parametrize("kind", ["layernorm", "kl"])
+def test_the_code_of_a_frozen_encoder_has_no_noise(posttrained, images, kind):
+    """Inference has none, so the chain must learn from codes without."""
+    tokenizer = open_gates(FlowMo(posttrained.override(f"model.quantization_type={kind}")))
+    noise = TrainingNoise.of(tokenizer.config, images, range(5))
+    first, second = (
+        posttrain_loss(tokenizer, images, noise, tokenizer.config.opt, squared_distance).parts for _ in range(2)
+    )
+    assert first == second
+    with torch.no_grad():
+        sample = sample_chain(tokenizer, tokenizer.quantizer.quantize(tokenizer.encoder(images))[0], noise.chain)
+    torch.testing.assert_close(first["sample_distance"], squared_distance(images, sample).mean())
+
+
 def test_dropped_steps_do_not_see_the_code(posttrained, images):
     tokenizer = open_gates(FlowMo(posttrained))
     chain = TrainingNoise.of(posttrained, images, range(5)).chain
@@ -136,6 +150,8 @@ def test_posttraining_goes_on_from_pretraining(settings, tmp_path, monkeypatch):
     lines = []
     whole = Trainer(second, tmp_path / "whole", resume_from=first.checkpoints()[-1], report=lines.append)
     assert (whole.step, whole.images) == (4, 16)
+    assert whole.schedule.begin == 16, "warm-up and cool-down are stage 1B's"
+    assert not any(name.startswith("optimizer.encoder") for name in whole.tensors()), "it is frozen"
     whole.train()
     assert (whole.step, whole.images) == (8, 16 + 4 * 2)
     assert any("resnet50" in line for line in lines)

@@ -117,6 +117,14 @@ def test_registry(kind):
     assert quantizer.channels == 18
 
 
+@pytest.mark.parametrize("kind", ["lfq", "fsq", "vq"])
+def test_a_bottleneck_in_half_precision(kind):
+    quantizer = build_quantizer(Config().override(f"model.quantization_type={kind}").model)
+    code, ids = quantizer.bfloat16().quantize(torch.randn(2, 3, quantizer.channels).bfloat16())
+    assert code.dtype == quantizer.code_from_ids(ids).dtype == torch.float32
+    assert torch.equal(code, quantizer.code_from_ids(ids))
+
+
 @pytest.mark.parametrize(
     ("quantizer", "sub_tokens", "ids"),
     [

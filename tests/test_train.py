@@ -366,7 +366,7 @@ def test_checkpoints_that_are_kept(config, tmp_path):
 
 
 @pytest.mark.parametrize(("batch", "every", "keep"), [(64, 100, 150), (8, 24, 48), (16, 10, 40), (32, 100, 250)])
-def test_the_first_checkpoint_of_each_period_is_kept(config, tmp_path, batch, every, keep):
+def test_the_first_checkpoint_of_each_period_is_kept(config, tmp_path, monkeypatch, batch, every, keep):
     """Against a count, for periods that batches do not divide."""
     config = config.override(
         f"data.global_batch_size={batch}",
@@ -374,11 +374,26 @@ def test_the_first_checkpoint_of_each_period_is_kept(config, tmp_path, batch, ev
         f"trainer.keep_every={keep} images",
     )
     run = Trainer(config.override("trainer.duration=4000 images"), tmp_path / "run", report=quiet)
+    monkeypatch.setattr("flowmo.train.state.save", lambda *_: None)
     steps = [step for step in range(1, 4000 // batch) if run.schedule.is_due(run.schedule.checkpoint, step * batch)]
+    for step in steps:
+        run.step, run.images = step, step * batch
+        run.save()
     images = [step * batch for step in steps]
     first = [next(n for n in images if n >= multiple) for multiple in range(keep, images[-1] + 1, keep)]
-    run.step, run.images = steps[-1], images[-1]
-    assert [step * batch for step in steps if run._is_kept(step)] == sorted({*first})
+    assert [step * batch for step in run.kept_steps] == sorted({*first})
+
+
+def test_another_batch_keeps_the_checkpoints_that_were_kept(config, tmp_path):
+    config = config.override(
+        *("trainer.checkpoint_every=4 images", "trainer.keep_every=8 images", "trainer.keep_last=1"),
+        "trainer.max_steps=3",
+    )
+    Trainer(config, tmp_path / "run", report=quiet).train()
+    more = config.override("data.global_batch_size=2", "trainer.duration=20 images")
+    run = Trainer(more, tmp_path / "run", report=quiet)
+    run.train()
+    assert [int(path.stem) for path in run.checkpoints()] == [2, 5, 7], "after 8, 16 and 20 images"
 
 
 def test_another_optimizer_does_not_resume(config, tmp_path):

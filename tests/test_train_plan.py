@@ -68,6 +68,20 @@ def test_steps_after_a_checkpoint_of_another_batch():
     assert times.duration == 166_400_000 + 25_000 * 64
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_warm_up_and_cool_down_are_parts_of_the_stage(shape):
+    """Stage 1B after 1 M images has the rates of a run of its own length."""
+    config = Config().override("opt.warmup=1k images", "opt.cooldown=0.5", f"opt.cooldown_shape={shape}")
+    own, after = (
+        Schedule.of(config.override(f"trainer.duration={begin + 10_000} images"), 100, 1000, begin=begin)
+        for begin in (0, 1_000_000)
+    )
+    rates = [own.learning_rate(config.opt, images) for images in range(0, 10_000, 100)]
+    assert [after.learning_rate(config.opt, 1_000_000 + images) for images in range(0, 10_000, 100)] == rates
+    assert rates[0] == pytest.approx(config.opt.lr / 10)
+    assert max(rates) == config.opt.lr
+
+
 def test_what_is_due():
     times = Schedule.of(Config().override("trainer.log_every=100 images", "trainer.sample_every=0"), 48, 1000)
     assert [images for images in range(48, 500, 48) if times.is_due(times.log, images)] == [144, 240, 336, 432]
@@ -182,6 +196,20 @@ def test_learning_rates_follow_the_width(tiny_config):
         assert ours[name] == 1, name
     for settings in ([], ["opt.mup_base_width=768", "model.enable_mup=false"]):
         assert set(scales(*settings).values()) == {1}
+
+
+def test_inputs_of_the_windowed_decoder_keep_their_rate(native):
+    config = native.config.override("opt.mup_base_width=8")
+    tokenizer = FlowMo(config)
+    found = {
+        name: group["scale"]
+        for group in build_optimizers(tokenizer)[0].param_groups
+        for name, p in tokenizer.named_parameters()
+        if any(p is one for one in group["params"])
+    }
+    for patch in (4, 8, 16):
+        assert found[f"decoder.picture_in{patch}.weight"] == 1
+    assert found["decoder.blocks.0.qkv.weight"] == 8 / config.model.hidden_size
 
 
 def test_initial_weights_at_the_base_width_are_pytorchs(tiny_config):

@@ -234,3 +234,13 @@ def test_attention_is_counted_on_cpus():
     with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         F.scaled_dot_product_attention(q, q, q)
     assert counter.get_total_flops() == 2 * 2 * 2 * 3 * 40 * 40 * 16
+
+
+def test_training_after_inference_mode(tiny_config, images):
+    """The cached rotary table is no inference tensor, which cannot be saved for a backward pass."""
+    rotary_angles.cache_clear()
+    tokenizer = FlowMo(tiny_config.override("opt.lpips_weight=0"))
+    with torch.inference_mode():
+        tokenizer.encode(images)
+    tokenizer(images, seed=0).loss.backward()
+    assert all(p.grad is not None for p in tokenizer.encoder.parameters())

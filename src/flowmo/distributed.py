@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,12 +21,18 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 """Timeout for process-group start-up. A rank that died before is reported only by this timeout."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Timeout for one collective. It covers the longest checkpoint."""
+"""Timeout for one collective of tensors, in which all ranks take part at the same time."""
+
+WAIT_TIMEOUT = timedelta(days=2)
+"""Timeout for objects and barriers, where ranks wait for one rank: evaluation, a checkpoint, a shard of tokens."""
 
 SETTLE_SECONDS = 0.1
 
-PEER_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """Substrings of torch's errors about a rank that has ended."""
+
+TIMED_OUT = ("Timed out waiting", "timed out", "Timeout", "timeout")
+"""Substrings of torch's errors about a rank that does not answer."""
 
 
 class DistributedError(FlowMoError, RuntimeError):
@@ -42,6 +48,8 @@ class World:
     device: torch.device = torch.device("cpu")
     local_size: int = 1
     """Processes on this machine."""
+    waiting: dist.ProcessGroup | None = None
+    """Group of the same ranks with ``WAIT_TIMEOUT``; ``None`` is the default group."""
 
     @property
     def main(self) -> bool:
@@ -68,7 +76,7 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, group=self.waiting)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -76,11 +84,12 @@ class World:
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.main else []
-        dist.gather_object(value, values or None)
+        dist.gather_object(value, values or None, group=self.waiting)
         return values
 
     def barrier(self) -> None:
-        self.any(False)  # through gloo on the CPU, also beside nccl
+        if self.size > 1:
+            dist.barrier(self.waiting)
 
 
 @contextmanager
@@ -106,6 +115,7 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
                 "Start fewer processes with --nproc-per-node, or train with --device cpu."
             )
         chosen = torch.device("cuda", local_rank)
+    if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     world = World(rank, size, chosen, local_size)
     if (size == 1 and not group) or dist.is_initialized():
@@ -113,11 +123,15 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
         return
     _init_process_group(world)
     try:
-        yield world
+        yield replace(world, waiting=dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT))
     except RuntimeError as error:
-        if isinstance(error, FlowMoError) or not any(text in str(error) for text in PEER_LOST):
+        if isinstance(error, FlowMoError):
             raise
-        raise DistributedError(f"Another process of the run has ended: {one_line(error)}.") from None
+        if any(text in str(error) for text in PEER_LOST):
+            raise DistributedError(f"Another process of the run has ended: {one_line(error)}.") from None
+        if any(text in str(error) for text in TIMED_OUT):
+            raise DistributedError(f"Another process of the run does not answer: {one_line(error)}.") from None
+        raise
     finally:
         dist.destroy_process_group()
         # gloo threads that FSDP2's mesh keeps abort the process if they free a tensor during interpreter exit
@@ -127,7 +141,7 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
 def _init_process_group(world: World) -> None:
     try:
         store = dist.HashStore()
-        if "MASTER_ADDR" in os.environ:
+        if world.size > 1 or "MASTER_ADDR" in os.environ:
             rendezvous = dist.rendezvous("env://", world.rank, world.size, timeout=RENDEZVOUS_TIMEOUT)
             shared, _, _ = next(rendezvous)
             shared.set_timeout(COLLECTIVE_TIMEOUT)

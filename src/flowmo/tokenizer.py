@@ -99,6 +99,8 @@ class FlowMo(Autoencoder):
         default = Config().architecture()
         # Only departures from the default count, so that a new setting does not change old identities.
         changed = {name: value for name, value in self.config.architecture().items() if value != default[name]}
+        if ids_only:  # a student of stage 1C has its teacher's ids
+            changed.pop("mean_velocity", None)
         weights = self.state_dict().items()
         return identity_of(changed, {name: w for name, w in weights if not (ids_only and name.startswith("decoder."))})
 
@@ -357,7 +359,7 @@ class FlowMo(Autoencoder):
         noise_scale: float = 1.0,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Decode the codes of ``encode_image`` to one image, float32 c × h × w; arguments as in ``decode``.
+        """Decode the codes of ``encode_image`` to one image, float32 c × h × w on the CPU; arguments as in ``decode``.
 
         All tiles, or blocks of a large image, are cut from one canvas of noise, so that they agree where they overlap.
         """
@@ -371,7 +373,7 @@ class FlowMo(Autoencoder):
         noise = sampler.seeded_noise([seed], *canvas, noise_scale, self.config.model.channels)
         settings: Any = {"sample_steps": steps, "guidance": guidance, "rho": rho, "solver": solver}
         if not self.native_size:
-            return tiling.merge(self.sample(tiling.crop(noise[0]), code, progress, **settings))
+            return tiling.merge(self.sample(tiling.crop(noise[0]), code, progress, **settings).cpu())
         cell = self.config.model.patch_size
         image = decode_blocks(lambda z, c: self.sample(z, c, **settings).cpu(), noise, code, cell, progress)
         height, width = codes.output_size

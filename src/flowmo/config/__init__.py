@@ -85,7 +85,7 @@ class Config(Sections):
     def architecture(self) -> dict[str, Any]:
         """The tokenizer's settings that define its function. Models of different training can share them.
 
-        A windowed network takes images of any size, so the number of its code tokens is none of them.
+        A windowed network takes images of any size, so ``code_length`` is left out.
         """
         settings = _architecture(self.model)
         if self.model.network == "windowed":

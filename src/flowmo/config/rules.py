@@ -58,6 +58,8 @@ def _network(config: Sections) -> Iterator[str]:
             yield f"{name}={width} must be a multiple of {step} with {heads} heads. Write {' or '.join(near)}."
     if m.nested_dropout and not (windowed and m.quantization_type in ("fsq", "lfq")):
         yield "model.nested_dropout needs model.network=windowed and model.quantization_type=fsq or lfq."
+    if m.nested_dropout and m.quantization_type == "fsq" and m.fsq_levels % 2:
+        yield f"model.fsq_levels={m.fsq_levels} has a level 0, which nested dropout sets. Write an even number."
     if windowed:
         size = config.data.image_size
         cells = (size // CELL) ** 2

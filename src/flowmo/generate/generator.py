@@ -55,8 +55,8 @@ class Generator(InferenceModel):
         return find_class(name, self.vocabulary.classes)
 
     def class_name(self, label: int) -> str:
-        """Return a display name that no other class shares."""
-        return "no class" if label == -1 else class_titles(self.vocabulary.classes)[label]
+        """Return a display name that no other class shares. −1 and ``null_class`` are no class."""
+        return "no class" if label in (-1, self.null_class) else class_titles(self.vocabulary.classes)[label]
 
     def guidance_in_words(self, guidance: float | None = None) -> str:
         """Describe a guidance scale, by default the generator's own, with its convention."""

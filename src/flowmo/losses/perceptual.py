@@ -79,7 +79,7 @@ def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = N
 
 
 def in_float32(method: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorate a network's method to compute in float32, inside autocast too.
+    """Decorate a network's method to compute in float32, inside autocast too. Training on a GPU may use TF32 for it.
 
     In bfloat16, features of similar images round to the same numbers: for noise of deviation 0.01 on 16 photographs,
     LPIPS was off by up to 12 %, ResNet-50 distances by up to 68 %.

@@ -77,9 +77,8 @@ def posttrain_loss(
 
     The encoder is frozen. Arguments as in ``pretrain_loss``; ``noise.chain`` must be set.
     """
-    with torch.no_grad():
-        quantized = tokenizer.quantizer(tokenizer.encoder(images))
-        code = kept_code(tokenizer, quantized, noise)
+    quantized = frozen_code(tokenizer, images)
+    code = kept_code(tokenizer, quantized, noise)
     distances = {}
     if perceptual is not None:
         if noise.chain is None:
@@ -109,10 +108,10 @@ def distill_loss(
         raise ValueError("Stage 1C needs noise.jumps, and this noise was drawn for another stage.")
     start_noise, starts, ends = noise.jumps
     b, num_jumps = starts.shape
+    quantized = frozen_code(tokenizer, images)
     with torch.no_grad():
-        quantized = tokenizer.quantizer(tokenizer.encoder(images))
         path = teacher_path(teacher, quantized.code, start_noise, opt.teacher_steps)
-        x_start, x_end = (path.at(times).flatten(0, 1) for times in (starts, ends))  # (b num_jumps) c h w
+        x_start, x_end = (path.interpolate(times).flatten(0, 1) for times in (starts, ends))  # (b num_jumps) c h w
     starts, ends = starts.flatten(), ends.flatten()
     decoder = tokenizer.decoder
     code = decoder.embed_code(quantized.code).repeat_interleave(num_jumps, dim=0)
@@ -125,6 +124,13 @@ def distill_loss(
         target = images if opt.distill_towards == "picture" else path.states[-1]
         distances["jump_distance"] = perceptual_loss(perceptual, tokenizer, target.repeat_interleave(2, dim=0), final)
     return _sum({"flow": flow_loss}, distances, opt, quantized)
+
+
+@torch.no_grad()
+def frozen_code(tokenizer: Autoencoder, images: Tensor) -> Quantized:
+    """Encode with a frozen encoder. A continuous bottleneck's code is inference's, without the noise of stage 1A."""
+    features, quantizer = tokenizer.encoder(images), tokenizer.quantizer
+    return quantizer(features) if quantizer.id_count else Quantized(*quantizer.quantize(features))
 
 
 def kept_code(tokenizer: Autoencoder, quantized: Quantized, noise: TrainingNoise) -> Tensor:
@@ -171,18 +177,21 @@ class Trajectory(NamedTuple):
     times: Tensor
     states: Tensor
 
-    def at(self, t: Tensor) -> Tensor:
+    def interpolate(self, t: Tensor) -> Tensor:
         """Interpolate the states at times b × k: b × k × c × h × w. Euler's path is piecewise linear."""
         after = torch.searchsorted(-self.times, -t.contiguous()).clamp(1, len(self.times) - 1)
         early, late = self.times[after - 1], self.times[after]
         share = ((early - t) / (early - late))[..., None, None, None]
-        row = torch.arange(len(t), device=t.device)[:, None]
-        return torch.lerp(self.states[after - 1, row], self.states[after, row], share)
+        image = torch.arange(len(t), device=t.device)[:, None]
+        return torch.lerp(self.states[after - 1, image], self.states[after, image], share)
 
 
 @torch.no_grad()
 def teacher_path(teacher: Autoencoder, code: Tensor, noise: Tensor, steps: int = 0) -> Trajectory:
-    """Sample from noise b × c × h × w with the teacher's settings, or in ``steps`` Euler steps; keep every state."""
+    """Sample from noise b × c × h × w in ``steps`` Euler steps, by default the teacher's number; keep every state.
+
+    Shift and guidance are the teacher's.
+    """
     sampling = teacher.config.eval.sampling
     times = shifted_times(steps or sampling.sample_steps, sampling.rho)
     guidance = sampling.guidance, sampling.guidance_low, sampling.guidance_high
@@ -220,8 +229,8 @@ def _weighting(opt: OptConfig, t: Tensor) -> Tensor | None:
 def _sum(terms: dict[str, Tensor], distances: dict[str, Tensor], opt: OptConfig, quantized: Quantized) -> Loss:
     total = sum(terms.values()) + opt.lpips_weight * sum(distances.values())
     logged = {**terms, **distances, "loss": total}
-    # a statistic must not replace the weighted term of the same name
-    logged |= {f"unweighted_{n}" if n in logged else n: value for n, value in quantized.statistics.items()}
+    # a statistic must not replace the weighted term of the same name, nor take its name when the encoder freezes
+    logged |= {f"unweighted_{n}" if n in quantized.losses else n: v for n, v in quantized.statistics.items()}
     # float32, because a bfloat16 sum over a hundred steps stops growing
     return Loss(total, None, quantized.ids, {name: value.detach().float() for name, value in logged.items()})
 

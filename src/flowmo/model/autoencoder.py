@@ -104,7 +104,7 @@ class Autoencoder(InferenceModel):
         return self.quantizer.keep_prefix(code, ids.shape[2]) if missing else code
 
     def check_ids(self, ids: Tensor | None, tokens: int | None = None, advice: str = "") -> Tensor:
-        """Return ids as int64, of ``tokens`` tokens or of any number. Raises what ``embed`` lists.
+        """Return ids as int64, of ``tokens`` tokens or of any number. Raises as ``embed``.
 
         ``advice`` ends the message about a wrong shape.
         """

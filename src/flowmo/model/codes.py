@@ -1,4 +1,4 @@
-"""``Codes``: images as ids, and all that decodes them."""
+"""``Codes``: ids of images, with the sizes that decoding needs."""
 
 from __future__ import annotations
 

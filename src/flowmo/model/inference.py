@@ -52,7 +52,8 @@ class InferenceModel(nn.Module):
         return self
 
     def compile(self, **options: Any) -> Self:
-        """Compile the networks in place, with options of ``torch.compile``. Up to eight shapes compile on first use.
+        """Compile the networks in place, with options of ``torch.compile``. Each new shape compiles on first use, at
+        most eight.
 
         Raises ``FlowMoError`` if a CPU finds no C++ compiler.
         """

@@ -84,10 +84,10 @@ def guided_velocity(
     null = decoder.embed_code(code, keep=torch.zeros(len(code), dtype=torch.bool, device=code.device))
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        at = torch.full((1,), t, device=code.device)
+        timestep = torch.full((1,), t, device=code.device)
         if not is_guided(t, guidance, low, high):
-            return decoder(x, embedded, at)
-        conditional, unconditional = decoder(torch.cat((x, x)), torch.cat((embedded, null)), at).chunk(2)
+            return decoder(x, embedded, timestep)
+        conditional, unconditional = decoder(torch.cat((x, x)), torch.cat((embedded, null)), timestep).chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
     return velocity
@@ -120,6 +120,8 @@ def network_passes(s: SamplingConfig) -> int:
 
 def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1.0, channels: int = 3) -> Tensor:
     """Standard normal noise, one image per seed: float32 len(seeds) × channels × height × width on the CPU.
+
+    PyTorch's CPU generator reads the lowest 32 bits of a seed.
 
     Raises:
         TypeError, ValueError: a seed that is not a whole number from 0 to 2^63 − 1; a negative or infinite scale.

@@ -54,6 +54,7 @@ def rotary_table(config: ModelConfig, head_dim: int, height: int, width: int, de
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # training may use a table that inference has cached
 def rotary_angles(
     code_length: int, rows: int, columns: int, head_dim: int, layout: str, device: torch.device
 ) -> Tensor:
@@ -130,7 +131,7 @@ class Modulation(NamedTuple):
 
 
 Modulations = tuple[Modulation | None, Modulation | None]
-"""Of a stream's attention and MLP; ``None`` is the identity, as in the encoder."""
+"""Modulations of a stream's attention and MLP; ``None`` means none, as in the encoder."""
 
 
 def modulated_norm(x: Tensor, modulation: Modulation | None = None) -> Tensor:
@@ -214,15 +215,15 @@ class DoubleStreamBlock(nn.Module):
 
     def forward(self, code: Tensor, image: Tensor, table: Tensor, time: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """code: b × m × d, image: b × n × d, table: of m + n tokens, time: b × d. The unused stream is unchanged."""
-        for_code, for_image = self.code.modulate(time), self.picture.modulate(time)
-        of_code = self.code.project(code, for_code[0], table[:, : code.shape[1]])
-        of_image = self.picture.project(image, for_image[0], table[:, code.shape[1] :])
-        query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(of_code, of_image, strict=True))
+        code_modulation, image_modulation = self.code.modulate(time), self.picture.modulate(time)
+        code_qkv = self.code.project(code, code_modulation[0], table[:, : code.shape[1]])
+        image_qkv = self.picture.project(image, image_modulation[0], table[:, code.shape[1] :])
+        query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(code_qkv, image_qkv, strict=True))
         attended = F.scaled_dot_product_attention(query, key, value, scale=self.attention_scale)
         attended = attended.transpose(1, 2).flatten(2)  # b m+n d
-        queries = of_code[0].shape[1]
-        code = self.code.finish(code, attended[:, :queries], for_code)
-        return code, self.picture.finish(image, attended[:, queries:], for_image)
+        queries = code_qkv[0].shape[1]
+        code = self.code.finish(code, attended[:, :queries], code_modulation)
+        return code, self.picture.finish(image, attended[:, queries:], image_modulation)
 
 
 class Encoder(nn.Module):

@@ -9,6 +9,7 @@ Notable:
 - Dense 3 × 3 convolutions at 1/4 and 1/8 of the resolution do most of the work on texture. On CPUs with matrix units
   they are several times faster than attention blocks.
 - A convolution's weight is one matrix, so optimizer and norm control treat it as a linear layer.
+- Under autocast the features between blocks are bfloat16, unlike the transformer's: 98 % of ``native``'s ids stay.
 
 In annotations of shapes: b batch, r rows and c columns of the feature map, d channels.
 """

@@ -145,15 +145,17 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # 2: of values and of steps, because a frozen encoder ends some losses
         self.steps = 0
         self.since = time.perf_counter()
 
     def add(self, parts: dict[str, Tensor]) -> None:
         """Add a step's losses. Those of a skipped step, whose ``finite`` is 0, do not count."""
         self.steps += 1
+        finite = parts["finite"]
         for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.where(parts["finite"] > 0, value.float(), 0.0)
+            counted = torch.stack((torch.where(finite > 0, value.float(), 0.0), finite))
+            self.sums[name] = self.sums.get(name, 0) + counted
 
     def rate(self) -> float:
         """Images per second."""
@@ -161,10 +163,9 @@ class Meter:
 
     def take(self) -> tuple[float, dict[str, float]]:
         """Return images per second and the means over steps and ranks, and start anew."""
-        values = self.world.mean(torch.stack(list(self.sums.values())))
-        means = dict(zip(self.sums, values.tolist(), strict=True))
-        finite = means.pop("finite")
-        means = {name: value / finite for name, value in means.items()} if finite else {}
+        totals = self.world.mean(torch.stack(list(self.sums.values()))).tolist()
+        found = zip(self.sums, totals, strict=True)
+        means = {name: value / steps for name, (value, steps) in found if steps and name != "finite"}
         rate = self.rate()
         self._restart()
         return rate, means

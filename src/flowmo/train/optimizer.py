@@ -22,7 +22,8 @@ from flowmo.train.muon import Muon
 from flowmo.train.parallel import local
 
 READOUTS = ("picture_out", "code_out")
-INPUTS = ("picture_in", "code_in", "time_in", "span_in")
+INPUTS = ("picture_in", "picture_in16", "picture_in8", "picture_in4", "code_in", "time_in", "span_in")
+"""Layers whose fan-in does not grow with the network's width."""
 
 
 def width_multipliers(config: Config) -> dict[str, float]:
@@ -52,7 +53,9 @@ def scale_initial_weights(tokenizer: FlowMo) -> None:
 
 
 def build_optimizers(model: nn.Module) -> list[Optimizer]:
-    """Build Adam, and with ``opt.optimizer=muon`` also Muon (Jordan 2024) for the matrices that multiply tokens.
+    """Build Adam, and with ``opt.optimizer=muon`` also Muon (Jordan 2024) for the blocks' matrices.
+
+    Muon takes all of them but modulations: linear weights, and a windowed network's tables of position biases.
 
     Each group's ``scale`` multiplies the learning rate. For Adam it is 1 / width multiplier for matrices that sum over
     a network's width, else 1; for Muon it is ``opt.muon_lr / opt.lr``. Weight decay applies to all weights of a
@@ -158,18 +161,18 @@ class StepCounts:
 
     def __init__(self, world: World, total: int = 0):
         self.world = world
-        self.counts = torch.tensor([total, 0, 0], device=world.device)  # total, current row, longest row
+        self.counts = torch.tensor([total, 0, 0], device=world.device)  # total, current streak, longest streak
 
     def add(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Count a step. Return 1.0 if its loss and gradient norm are finite on every rank, else 0.0."""
         skipped = self.world.sum((~(torch.isfinite(loss) & torch.isfinite(norm))).to(torch.int64)).clamp(max=1)
-        total, row, longest = self.counts.unbind()
-        row = (row + 1) * skipped
-        self.counts = torch.stack((total + skipped, row, torch.maximum(longest, row)))
+        total, streak, longest = self.counts.unbind()
+        streak = (streak + 1) * skipped
+        self.counts = torch.stack((total + skipped, streak, torch.maximum(longest, streak)))
         return (1 - skipped).float()
 
     def read(self) -> tuple[int, int]:
-        """Return the number of skipped steps and the longest row of them. Waits for the device."""
+        """Return the number of skipped steps and the longest streak of them. Waits for the device."""
         total, _, longest = self.counts.tolist()
         return total, longest
 

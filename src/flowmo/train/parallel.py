@@ -40,7 +40,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def recompute(block: nn.Module, keeps: str = "inputs") -> None:
-    """Checkpoint a block's activations in place, all but those that ``keeps`` names (see ``KEPT``)."""
+    """Checkpoint a block's activations in place, except the outputs of the operators in ``KEPT[keeps]``."""
     kept = list(KEPT[keeps])
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if kept else {}
     checkpointed = partial(checkpoint, block.forward, use_reentrant=False, **contexts)

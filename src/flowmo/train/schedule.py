@@ -69,6 +69,9 @@ class Schedule:
 
     A length in steps counts from where the run starts or resumes: ``trainer.max_steps=1325000`` after a checkpoint at
     step 1 300 000 means 25 000 more steps, even if the earlier batch size was another.
+
+    Attributes:
+        begin: images at which the stage began, with a fresh optimizer. Warm-up and cool-down are parts of the stage.
     """
 
     batch: int
@@ -79,9 +82,10 @@ class Schedule:
     sample: int
     checkpoint: int
     keep: int
+    begin: int = 0
 
     @classmethod
-    def of(cls, config: Config, batch: int, epoch: int, start: Position = Position()) -> Self:
+    def of(cls, config: Config, batch: int, epoch: int, start: Position = Position(), begin: int = 0) -> Self:
         """Convert the settings for a global batch and an epoch of so many images."""
 
         def length(duration: Duration) -> int:
@@ -90,9 +94,10 @@ class Schedule:
             return max(start.images + round((duration.amount - start.step) * batch), 0)
 
         opt, trainer = config.opt, config.trainer
-        periods = (trainer.log_every, trainer.sample_every, trainer.checkpoint_every, trainer.keep_every)
-        warmup, *rest = (period.images(batch, epoch) for period in (opt.warmup, *periods))
-        return cls(batch, length(trainer.duration), warmup, length(opt.freeze_encoder_after), *rest)
+        periods = (opt.warmup, trainer.log_every, trainer.sample_every, trainer.checkpoint_every, trainer.keep_every)
+        warmup, log, sample, checkpoint, keep = (period.images(batch, epoch) for period in periods)
+        duration, freeze = length(trainer.duration), length(opt.freeze_encoder_after)
+        return cls(batch, duration, warmup, freeze, log, sample, checkpoint, keep, begin)
 
     def is_due(self, period: int, images: int) -> bool:
         """Return whether the step that ended at ``images`` crossed a multiple of ``period``."""
@@ -102,12 +107,13 @@ class Schedule:
         """Return the learning rate of the step that starts at ``images``.
 
         It rises linearly over ``opt.warmup``, and falls from ``opt.lr`` to ``opt.final_lr`` over the last
-        ``opt.cooldown`` of the run, linearly or as half a cosine. A cosine starts after the warm-up at the earliest.
+        ``opt.cooldown`` of the stage, linearly or as half a cosine. A cosine starts after the warm-up at the earliest.
         """
-        rise = min(1.0, (images + self.batch) / self.warmup) if self.warmup else 1.0
-        length = opt.cooldown * self.duration
+        stage = self.duration - self.begin
+        rise = min(1.0, (images - self.begin + self.batch) / self.warmup) if self.warmup else 1.0
+        length = opt.cooldown * stage
         if opt.cooldown_shape == "cosine":
-            length = min(length, self.duration - self.warmup)
+            length = min(length, stage - self.warmup)
         left = min(1.0, max((self.duration - images) / length, 0.0)) if length > 0 else 1.0
         if opt.cooldown_shape == "cosine":
             left = (1 - math.cos(math.pi * left)) / 2

@@ -1,14 +1,14 @@
 """Checkpoints of a run, written atomically: one ``.pth`` file, or a folder of shards under FSDP2.
 
 Both hold the same named tensors, and either resumes on any number of ranks. There is no random-generator state,
-because every random number follows from the seed and an image's position in the run.
+because every random number follows from the seed and a position in the run.
 """
 
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class FolderLock:
         except OSError:
             raise TrainingError(f"{folder}: another run is writing there. End it, or use another name.") from None
 
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os may be gone when the interpreter exits
+        close(self._descriptor)
 
 
 def tidy(folder: Path) -> None:
@@ -118,7 +118,7 @@ def remove(path: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds besides tensors: ``config``, ``step``, ``images``, ….
+    """Return a checkpoint's metadata: ``config``, ``step``, ``images``, ….
 
     Raises:
         CheckpointError: it is damaged, or not a training checkpoint.

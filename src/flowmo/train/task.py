@@ -64,14 +64,14 @@ class Task:
         return False
 
     def global_batch_statistics(self, microbatches: Sequence[Tensor], first: int) -> Any:
-        """Return what a micro-batch's loss needs of the global batch. ``first``: the first item's position."""
+        """Return the statistics of the global batch that its losses use. ``first``: the first item's position."""
 
     def loss(self, module: nn.Module, microbatch: Tensor, first: int, statistics: Any) -> Loss:
         """Compute a micro-batch's loss through ``module``, which may wrap the task's own."""
         raise NotImplementedError
 
     def after_step(self, step: int, finite: Tensor) -> None:
-        """Update what does not learn by gradients, on all ranks together.
+        """Update buffers that have no gradient, such as a VQ codebook, on all ranks together.
 
         Args:
             step: from 0.

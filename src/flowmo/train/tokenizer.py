@@ -79,7 +79,7 @@ class TokenizerTask(Task):
         self.evaluators = self._build_evaluators() if world.main else Evaluators()
         self.usage = CodebookUsage(self.model.quantizer.id_count, world)
         self.frozen = False
-        if config.model.train == "decoder":
+        if config.model.train == "decoder" or config.stage != "pretrain":
             self.freeze_encoder()
         self.model.decoder.requires_grad_(config.model.train != "encoder")
         self.batch = BatchPlan.of(config, world.size).total
@@ -90,12 +90,22 @@ class TokenizerTask(Task):
         return open_source(data.train, data.train_index) if part == "train" else open_source(data.val, data.val_index)
 
     def _load_teacher(self, path: Path) -> FlowMo:
-        """Load stage 1C's teacher and copy its weights into the student."""
+        """Load stage 1C's teacher and copy its weights into the student.
+
+        Raises:
+            TrainingError: the teacher has another architecture, or samples with another solver than Euler's.
+        """
         teacher = load(path)
+        solver = teacher.config.eval.sampling.solver
+        if solver != "euler" and not self.config.opt.teacher_steps:
+            raise TrainingError(
+                f"{path} samples with {solver}, and stage 1C follows Euler steps. Write opt.teacher_steps=N."
+            )
         expected = {**self.config.architecture(), "mean_velocity": False}
         advice = "Give the student the teacher's settings."
         check_same_settings(teacher.config.architecture(), expected, path, "model", advice=advice)
         self.model.load_state_dict(teacher.state_dict(), strict=False)  # it has no layers for a step's end time
+        self.config = self.config.override(f"model.base={teacher.as_base()}")  # their ids are the same
         return teacher.to(self.world.device).eval().requires_grad_(False)
 
     def _held_out(self, training_images: Source) -> Tensor:
@@ -151,7 +161,7 @@ class TokenizerTask(Task):
         self.frozen = True
 
     def global_batch_statistics(self, microbatches: Sequence[Tensor], first: int) -> WholeBatch:
-        """Return how a bottleneck obtains a statistic of the global batch.
+        """Return a function from a micro-batch's statistic to the global batch's.
 
         With gradient accumulation, all images are encoded once beforehand. A frozen encoder needs none of this,
         because the statistic then trains nothing.

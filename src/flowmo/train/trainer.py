@@ -50,7 +50,7 @@ class Trainer:
     Args:
         folder: the run's folder; it resumes from the checkpoints there.
         world: this rank, see ``flowmo.distributed.join``.
-        resume_from: what to start from while the folder has no checkpoint; any source that ``flowmo.load`` takes.
+        resume_from: initial checkpoint, used if the folder has none; any source that ``flowmo.load`` takes.
         report: prints each line of the log.
 
     Raises:
@@ -76,7 +76,10 @@ class Trainer:
         self._lock = state.FolderLock(folder) if world.main else None
         self.logger = MetricLogger(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
         self.task = self.build_task()
-        self.plan = BatchPlan.of(config, world.size, None if config.data.max_microbatch else self._max_microbatch())
+        self.config = self.task.config  # a student's names its teacher as base
+        limits = [] if config.data.max_microbatch else world.gather(self._max_microbatch())
+        limit = world.broadcast(min(limits, default=None))  # all ranks must take equally many micro-batches
+        self.plan = BatchPlan.of(config, world.size, limit)
         self.module = prepare(self.task.module, world, trainer)
         self.optimizers = build_optimizers(self.task.model)
         self.norm_control = NormControl(self.task.norm_controlled)
@@ -86,7 +89,9 @@ class Trainer:
         self.skipped = StepCounts(world)
         self.asked_to_stop = False  # this rank, set by a signal
         self.stopping = False  # all ranks, set by world.any after a step
-        self.saved_at = -1
+        self.stage_begin = 0  # images
+        self.saved_at, self.saved_images = -1, 0
+        self.kept_steps: list[int] = []
         self.unreadable: set[str] = set()
         self._load(resume_from)
 
@@ -104,6 +109,7 @@ class Trainer:
             self._resume(found)
         elif resume_from:
             self._start_from(find(resume_from))
+        self.saved_images = self.images
         self.schedule = self._schedule(self.position)
         if resume_from and not found and self.images >= self.schedule.duration:
             raise ConfigError(
@@ -131,7 +137,7 @@ class Trainer:
         }
 
     def _schedule(self, start: Position) -> Schedule:
-        return Schedule.of(self.config, self.plan.total, len(self.task.source), start)
+        return Schedule.of(self.config, self.plan.total, len(self.task.source), start, self.stage_begin)
 
     @property
     def position(self) -> Position:
@@ -193,6 +199,7 @@ class Trainer:
                     self.save()
                     if self.world.main:
                         draw(self.folder, self.early_stopping, self.task.samples_show_originals)
+                    self.world.barrier()
             asked = self.asked_to_stop or (self.world.main and (self.folder / STOP).exists())
             self.stopping = self.world.any(asked)
 
@@ -362,37 +369,39 @@ class Trainer:
             path = "" if image is None else f"  {self.logger.image(self.step, image)}"
             self.logger.record(self.step, self.images, metrics)
             self.logger.report(f"step {self.step}  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()) + path)
+        self.world.barrier()
 
     # Save
 
     def save(self) -> Path:
-        """Write a checkpoint and delete those that the settings do not keep, on all ranks together."""
+        """Write a checkpoint and delete those that the settings do not keep, on all ranks together.
+
+        The first checkpoint at or after each multiple of ``trainer.keep_every`` is kept.
+        """
+        keep = self.schedule.keep
+        if keep and self.images // keep > self.saved_images // keep:
+            self.kept_steps = [*self.kept_steps, self.step]
         metadata = {
             "config": self.config.to_dict(),
             "stage": self.config.stage,
             "step": self.step,
             "images": self.images,
+            "stage_begin": self.stage_begin,
+            "kept_steps": self.kept_steps,
             "skipped": self.skipped.read()[0],
             **self.early_stopping.state_dict(),
             **self.task.metadata(),
         }
         path = state.save(self.checkpoint_folder, self.step, self.tensors(), metadata, self.world)
-        self.saved_at = self.step
+        self.saved_at, self.saved_images = self.step, self.images
         if self.world.main:
             if self.early_stopping.step is not None:  # each time, in case a kill came between the two files
                 write_content(self.folder / BEST, f"{self.early_stopping.step:08d}")
+            kept = {*self.kept_steps, self.early_stopping.step}
             for old in self.checkpoints()[: -self.config.trainer.keep_last]:
-                if not self._is_kept(int(old.stem)) and int(old.stem) != self.early_stopping.step:
+                if int(old.stem) not in kept:
                     state.remove(old)
         return path
-
-    def _is_kept(self, step: int) -> bool:
-        """Return whether a step's checkpoint was the first at or after a multiple of ``trainer.keep_every``."""
-        keep, batch = self.schedule.keep, self.plan.total
-        every = max(self.schedule.checkpoint, batch)
-        images = self.images - (self.step - step) * batch
-        before = -(-(images // every - 1) * every // batch) * batch  # images at the checkpoint before this one
-        return bool(keep) and images // keep > max(before, 0) // keep
 
     # Resume
 
@@ -405,6 +414,9 @@ class Trainer:
             advice = f"Delete it to resume from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
         self.early_stopping.load_state_dict(metadata)
+        self.stage_begin = metadata.get("stage_begin", 0)
+        # all of an older version's run, which did not record it
+        self.kept_steps = metadata.get("kept_steps", [int(path.stem) for path in found])
 
     def _start_from(self, path: Path) -> None:
         """Start at the position of another run's or the authors' checkpoint, or at step 0 from bare weights.
@@ -417,6 +429,7 @@ class Trainer:
             trained = Config.from_dict(metadata["config"]).model.train
             new_stage = (metadata["stage"], trained) != (config.stage, config.model.train)
             self._restore(path, metadata, optimizer=not new_stage)
+            self.stage_begin = self.images if new_stage else metadata.get("stage_begin", 0)
         else:
             for part, values in self.task.foreign_weights(path):
                 state.fill(path, self.tensors(), {f"{part}.{name}": value for name, value in values.items()})

@@ -2,7 +2,7 @@
 
 To add one, write a file here and a line in ``QUANTIZERS``. Add its name in ``config/sections.py`` to the choices of
 ``model.quantization_type`` and, if it has ids, to ``ids_per_token``. ``config/rules.py`` checks how its channels split
-into ids, and which bottlenecks allow ``model.nested_dropout``: those with ``sub_token_of``.
+into ids, and which bottlenecks allow ``model.nested_dropout``, which needs ``sub_token_of``.
 """
 
 from flowmo.config.sections import ModelConfig

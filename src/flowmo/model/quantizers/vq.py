@@ -50,14 +50,15 @@ class VQ(Quantizer):
 
     def quantize(self, code: Tensor) -> tuple[Tensor, Tensor]:
         code = code.float()
-        x = code.detach().unflatten(-1, (-1, self.codebook.shape[1]))  # b t s f/s
+        codebook = self.codebook.float()  # of another type after FlowMo.bfloat16()
+        x = code.detach().unflatten(-1, (-1, codebook.shape[1]))  # b t s f/s
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 could pick a neighbour
-            distance = self.codebook.square().sum(dim=1) - 2 * x @ self.codebook.T  # without |x|², equal for all
+            distance = codebook.square().sum(dim=1) - 2 * x @ codebook.T  # without |x|², equal for all
         ids = distance.argmin(dim=-1)
         return straight_through(self.code_from_ids(ids), code), ids
 
     def code_from_ids(self, ids: Tensor) -> Tensor:
-        return self.codebook[ids].flatten(-2)
+        return self.codebook[ids].flatten(-2).float()
 
     def statistics(self, code: Tensor, ids: Tensor) -> Tensor:
         """entries × (1 + 2d): each entry's share of the sub-tokens, and the means of their values and squares."""
