@@ -25,7 +25,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self, candidate: Candidate, images: dict[int, Tensor]) -> dict[str, Any]:
-        """One row: bytes per image by index, and mean and standard error of each metric."""
+        """One row: bytes per image by index, and each metric's mean, standard error and ``values`` per image."""
         values: dict[str, list[float]] = {name: [] for name in self.pairs}
         sizes, features, pixels = {}, [], 0
         for index, image in images.items():
@@ -148,13 +148,18 @@ class Evaluator:
         for name, found in values.items():
             column = torch.tensor(found, dtype=torch.float64)
             row[name] = float(column.mean())
-            row[f"{name}_error"] = float(column.std() / math.sqrt(len(column)))
+            row[f"{name}_error"] = standard_error(column)
+        row["values"] = {name: [round(value, 5) for value in found] for name, found in values.items()}
         if self.network is None:
             return row
         x, y = torch.stack([self.originals[index] for index in images]), torch.stack(features)
         row["rfid"], row["rkid"] = distance(x, y), kernel_distance(x, y, paired=True)
         row["features"] = self.network.name
         return row
+
+
+def standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values)))
 
 
 def distance(x: Tensor, y: Tensor) -> float:
@@ -224,8 +229,6 @@ def union(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dic
 def draw_table(content: dict[str, Any]) -> str:
     """Markdown page: curves, images, a table for each rate of the first model, and one of the rest."""
     metrics = {key: name for key, name in METRICS.items() if key in content["rows"][0]}
-    head = ["", "bytes", "bits/pixel", *metrics.values()]
-    rule = "|---" + "|--:" * (len(head) - 1) + "|"
     lines = [
         "# Whole images over five rates",
         "",
@@ -241,18 +244,44 @@ def draw_table(content: dict[str, Any]) -> str:
         )
         lines[5:6] = [features, ""]
         lines += ["", "![Twelve images, evenly spread over the set, each at three rates](images.jpg)"]
-    rate: Any = ""
-    for row in content["rows"]:
-        if row["rate"] != rate:
-            rate = row["rate"]
-            title = "own rate" if rate is None else f"{rate:.4f} bits per pixel before entropy coding"
-            lines += ["", f"## {title[0].upper()}{title[1:]}", "", "| " + " | ".join(head) + " |", rule]
+    for rate, group in groupby(content["rows"], key=lambda row: row["rate"]):
+        title = "own rate" if rate is None else f"{rate:.4f} bits per pixel before entropy coding"
+        rows = list(group)
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", *table_lines(rows, metrics)]
+        if len(rows) > 1 and all("values" in row for row in rows):
+            lines += ["", f"Minus {rows[0]['name']}, image by image:", "", *difference_lines(rows, metrics)]
+    return "\n".join(lines) + "\n"
+
+
+def table_lines(rows: list[dict[str, Any]], metrics: dict[str, str]) -> list[str]:
+    """Bytes and metrics, a line per row."""
+    lines = markdown_head(["", "bytes", "bits/pixel", *metrics.values()])
+    for row in rows:
         cells = [row["name"], f"{row['bytes']:.0f}", f"{row['bits_per_pixel']:.4f}"]
         for key in metrics:
-            error = f" ± {row[f'{key}_error']:.{DIGITS.get(key, 3)}f}" if f"{key}_error" in row else ""
-            cells.append(f"{row[key]:.{DIGITS.get(key, 3)}f}{error}")
+            digits = DIGITS.get(key, 3)
+            error = f" ± {row[f'{key}_error']:.{digits}f}" if f"{key}_error" in row else ""
+            cells.append(f"{row[key]:.{digits}f}{error}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def difference_lines(rows: list[dict[str, Any]], metrics: dict[str, str]) -> list[str]:
+    """Each later row minus the first: the mean over images and its standard error. Metrics of sets have none."""
+    metrics = {key: name for key, name in metrics.items() if key in rows[0]["values"]}
+    lines = markdown_head(["", *metrics.values()])
+    for row in rows[1:]:
+        cells = [row["name"]]
+        for key in metrics:
+            difference = torch.tensor(row["values"][key]).double() - torch.tensor(rows[0]["values"][key]).double()
+            digits = DIGITS.get(key, 3)
+            cells.append(f"{float(difference.mean()):+.{digits}f} ± {standard_error(difference):.{digits}f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown_head(names: list[str]) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "|---" + "|--:" * (len(names) - 1) + "|"]
 
 
 def draw_curves(content: dict[str, Any], path: Path) -> None:

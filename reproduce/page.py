@@ -268,12 +268,13 @@ def panel(column: Column, rows: Iterable[Row], x: str, xlabel: str = "", log: in
 
 
 def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
-    """Plot panels in a grid. A label has one colour in all panels and one entry in the legend."""
+    """Plot panels in a grid. A label has one colour and marker in all panels and one entry in the legend."""
     count = math.ceil(len(panels) / columns)
     width = max(4 * columns, 6)
     figure, axes = subplots(count, columns, (width, 2.8 * count + 0.8))
     labels = dict.fromkeys(label for panel in panels for label in (*panel.levels, *panel.curves))
     colours, handles = {label: f"C{i % 10}" for i, label in enumerate(labels)}, {}
+    markers = {label: "os^"[i // 10 % 3] for i, label in enumerate(labels)}
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -283,7 +284,9 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
         for label, points in panel.curves.items():
             x, y, third = zip(*sorted(points), strict=True)
             errors = third if any(third) and not panel.notes else None
-            handles[label] = axis.errorbar(x, y, errors, color=colours[label], marker="o", markersize=4, capsize=3)
+            handles[label] = axis.errorbar(
+                x, y, errors, color=colours[label], marker=markers[label], markersize=4, capsize=3
+            )
             for point in points if panel.notes else ():
                 axis.annotate(f"{point[2]:g}", point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
         if panel.log:

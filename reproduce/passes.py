@@ -33,11 +33,12 @@ from reproduce.page import Column, Group
 from reproduce.runner import Results, Row, Rows, Scale, Study
 
 PASSES, SHARES = (1, 2, 4, 8, 25), (0.25, 0.5, 1.0)
+CONTROLLED = ("seek-early", "one-step", "more")
 SCALES = {
     "smoke": Scale(base=SMOKE_NESTED, images=4, ids=(1, 2), passes=(1, 2), shares=(1.0,), seek=4, twice=("flow",)),
     "cpu": Scale(
         **{"base": NESTED_BASE, "images": 250, "ids": (1, 2, 4, 12), "passes": PASSES, "shares": SHARES},
-        **{"seek": 2_048, "twice": ("flow", "seek-early", "one-step", "more", "mixed")},
+        **{"seek": 2_048, "twice": ("flow", *CONTROLLED, "mixed", "image-loss", "image-loss-seek", "image-loss-more")},
     ),
     "gpu": Scale(
         **{"base": GPU_NESTED, "images": 1000, "ids": (1, 2, 4, 8, 12), "passes": PASSES, "shares": SHARES},
@@ -57,7 +58,7 @@ PARTS_OF_MIXED = (
     ("fifth", "a fifth at t = 1", "opt.anchor=0.2"),
 )
 """What ``mixed`` changes of the flow: name, label and setting, each also trained alone."""
-SHORT = ("opt.freeze_encoder_after=0", "opt.lr=1e-4", "opt.cooldown=0", "trainer.keep_every=0")
+SHORT = ("opt.freeze_encoder_after=0", "opt.lr=1e-4", "opt.warmup=0", "opt.cooldown=0", "trainer.keep_every=0")
 LOGITS = ("opt.lpips_mode=resnet", "opt.lpips_weight=0.01")
 """The distance of ResNet-50's logits, instead of LPIPS: of samples in stage 1B, else of estimates in one step."""
 SEEK = ("model.posttrain_sample=true", *SHORT, *LOGITS)
@@ -66,7 +67,7 @@ BATCH = 16
 """Images that are decoded together: two and a half times as fast on a CPU as one by one."""
 SHOWN = 6
 """Images in the grids."""
-METRICS = tuple(column for column in page.METRICS if column.key not in ("ssim", "lpips_alex"))
+METRICS = tuple(column for column in page.METRICS if column.key != "ssim")
 
 
 class Arm(NamedTuple):
@@ -99,15 +100,18 @@ def arms_of(base: Config) -> Iterator[Arm]:
     # The controls of stage 1B. Like it they train the decoder alone, with a fresh optimizer and a fresh EMA, whose
     # decay stage 1B counts per step and stage 1A per PAPER_BATCH images.
     decay = base.model.ema_decay ** (PAPER_BATCH / base.data.global_batch_size)
-    control = (*FLOW, *SHORT, "model.train=decoder", f"model.ema_decay={decay}")
-    yield Arm("one-step", "a quarter, then the same loss in one step", (*control, *LOGITS), **early)
-    yield Arm("more", "a quarter, then more of it", control, **early)
+    control = (*SHORT, "model.train=decoder", f"model.ema_decay={decay}")
+    yield Arm("one-step", "a quarter, then the same loss in one step", (*FLOW, *control, *LOGITS), **early)
+    yield Arm("more", "a quarter, then more of it", (*FLOW, *control), **early)
     mixed = (*FLOW, *(setting for *_, setting in PARTS_OF_MIXED))
-    label = ", ".join(part for _, part, _ in PARTS_OF_MIXED)
-    yield Arm("mixed", label, mixed)
-    yield Arm("mixed-seek", f"{label}, then stage 1B", (*mixed, *SEEK), start="mixed", short=True)
+    yield Arm("mixed", ", ".join(part for _, part, _ in PARTS_OF_MIXED), mixed)
     for name, part, setting in PARTS_OF_MIXED:
         yield Arm(name, f"flow, {part}", (*FLOW, setting), share=0.25)
+    image, early = (*FLOW, PARTS_OF_MIXED[0][-1]), {**early, "start": "image-loss"}
+    yield Arm("image-loss-seek", "flow, loss on the image, then stage 1B", (*image, *SEEK), **early)
+    yield Arm("image-loss-more", "flow, loss on the image, then more of it", (*image, *control), **early)
+    tenth = (*image, *SEEK, "opt.lpips_weight=0.001")
+    yield Arm("image-loss-tenth", "flow, loss on the image, then stage 1B at a tenth of the weight", tenth, **early)
     yield Arm("no-lpips", "flow, no perceptual loss", (*FLOW, "opt.lpips_weight=0"))
     yield Arm("large", "flow, twice as wide", (*FLOW, *double))
     yield Arm("velocity", "flow, the network predicts velocities", (*FLOW, "model.prediction=velocity"))
@@ -195,14 +199,18 @@ def show(study: Study) -> None:
 def body(results: Results, plot: Path) -> str:
     rows = results["rows"]
     columns, groups = page.measured(rows, METRICS), page.groups_of([row for row in rows if row["last"]], "recipe")
-    page.line_plots([gain_panel(column, groups) for column in columns], 2, plot)
+    panels = [gain_panel(column, groups) for column in columns]
+    if distances := [column for column in columns if column.key == "frechet_distance"]:
+        panels.append(first_lengths_panel(distances[0], rows))
+    page.line_plots(panels, 2, plot)
     tables = "\n".join(f"**{column.heading}**\n\n{passes_table(column, groups)}" for column in columns)
     side, trained = results["base"]["data"]["image_size"], groups[0][0]["trained"]
     most = max(row["passes"] for row in rows)
     return f"""\
-Each recipe trains one model on {trained} images of {side} × {side} pixels, or on a quarter if its label says so. Stage
-1B and its controls train on a few more. The rates of a model, in bits a pixel, are prefixes of each token's ids. Means
-over {results["pictures"]} held-out images, ± the standard deviation over seeds; – was not measured.
+Whole trainings take {trained} images of {side} × {side} pixels. Stage 1B and its controls train on a few more, after
+the whole or a quarter. The tables over passes hold these; the table over the training also holds recipes with a quarter
+alone. The rates of a model, in bits a pixel, are prefixes of each token's ids. Means over {results["pictures"]}
+held-out images, ± the standard deviation over seeds; – was not measured.
 {page.feature_note(results)} Columns: passes of the decoder.
 
 {tables}
@@ -239,31 +247,51 @@ def training_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     return page.markdown_table(["", "images", "bits a pixel", *(column.heading for column in columns)], lines)
 
 
-def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """For each rate, ascending: how much better most passes are than one, in the column's units."""
+def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float, float]]:
+    """For each rate, ascending: how much better most passes are than one, in the column's units, and its deviation.
+
+    The difference is taken within each seed.
+    """
     most, found = max(row["passes"] for row in rows), []
     for rate in page.groups_of(rows, "rate"):
-        by_passes = {group[0]["passes"]: column.mean(group) for group in page.groups_of(rate, "passes")}
-        one, many = by_passes.get(1), by_passes.get(most)
-        if one is not None and many is not None:
-            found.append((rate[0]["rate"], column.sign * (many - one)))
+        one, many = ({row["seed"]: row for row in rate if row["passes"] == passes} for passes in (1, most))
+        both = [seed for seed in one if seed in many] if most > 1 else []
+        gain = page.gain([many[seed] for seed in both], [one[seed] for seed in both], column, same_weights=True)
+        if both and gain:
+            found.append((rate[0]["rate"], *gain))
     return sorted(found)
 
 
 def gain_panel(column: Column, groups: Sequence[Group]) -> page.Panel:
     panel = page.Panel(f"{column.name}: gain of many passes", "bits a pixel", log=2, levels={"one pass": (0, 0)})
-    panel.curves = {group[0]["label"]: [(*point, 0.0) for point in gains(column, group)] for group in groups}
+    panel.curves = {group[0]["label"]: gains(column, group) for group in groups}
     return panel
 
 
-def crossing(gained: Sequence[tuple[float, float]]) -> str:
+def first_lengths_panel(column: Column, rows: Sequence[Row]) -> page.Panel:
+    """A metric in most passes over the same in one, after the shortest training: a point per recipe and rate."""
+    most, shortest = max(row["passes"] for row in rows), min(row["trained"] for row in rows)
+    panel = page.Panel(f"{column.name} in {most} passes, {shortest} images", "in one pass")
+    for group in page.groups_of([row for row in rows if row["trained"] == shortest], "recipe"):
+        for rate in page.groups_of(group, "rate"):
+            one, many = ([row for row in rate if row["passes"] == passes] for passes in (1, most))
+            found, other = column.mean(one), page.mean_and_deviation(column.values(many))
+            if found and other:
+                panel.curves.setdefault(group[0]["label"], []).append((found, *other))
+    ends = [value for points in panel.curves.values() for point in points for value in point[:2]]
+    if ends:
+        panel.curves["one pass"] = [(value, value, 0.0) for value in (min(ends), max(ends))]
+    return panel
+
+
+def crossing(gained: Sequence[tuple[float, float, float]]) -> str:
     """The rates between which one pass becomes better than many, or the other way round."""
-    if all(gain > 0 for _, gain in gained):
+    if all(gain > 0 for _, gain, _ in gained):
         return "many at every rate"
-    if all(gain <= 0 for _, gain in gained):
+    if all(gain <= 0 for _, gain, _ in gained):
         return "one at every rate"
     found = []
-    for (low, before), (high, after) in pairwise(gained):
+    for (low, before, _), (high, after, _) in pairwise(gained):
         if (before > 0) != (after > 0):
             share = before / (before - after)
             found.append(f"{'many' if before > 0 else 'one'} below {low * (high / low) ** share:.3f}")

@@ -115,6 +115,10 @@ def test_rates_of_a_variable_model(native, tmp_path, monkeypatch, trained_weight
         own = next(r for r in ours if r["rate"] == row["rate"])
         assert all(size >= own["sizes"][index] for index, size in row["sizes"].items())
     first = (tmp_path / "out" / "rates.md").read_text()
+    own, jpeg = content["rows"][:2]
+    difference = np.subtract(jpeg["values"]["lpips_vgg"], own["values"]["lpips_vgg"])
+    assert f"{difference.mean():+.3f} ± {difference.std(ddof=1) / 2**0.5:.3f}" in first
+    assert difference.mean() == pytest.approx(jpeg["lpips_vgg"] - own["lpips_vgg"], abs=1e-5)
     monkeypatch.setattr(sys, "argv", ["rates.py", "--redraw", "--out", str(tmp_path / "out")])
     rates.main()
     assert (tmp_path / "out" / "rates.md").read_text() == first

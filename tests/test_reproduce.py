@@ -329,10 +329,12 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
         "one-step",
         "more",
         "mixed",
-        "mixed-seek",
         "image-loss",
         "uniform",
         "fifth",
+        "image-loss-seek",
+        "image-loss-more",
+        "image-loss-tenth",
         "no-lpips",
         "large",
         "velocity",
@@ -345,10 +347,10 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     assert [row["seed"] for row in rows] == [1] * (len(rows) - 4) + [2] * 4
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
     assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
-    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 12, 4, 4, 4, 8, 8, 8, 8, 4]
+    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 4]
     quarters = {("image-loss", 1), ("uniform", 1), ("fifth", 1), ("flow", 2)}
     assert {(row["recipe"], row["seed"]) for row in rows if not row["last"]} == quarters
-    arms = ("flow", "seek-early", "one-step", "more")
+    arms = ("flow", "seek-early", "one-step", "more", "image-loss-more")
     flow, seek, *controls = (Config.from_yaml(study.folder(f"{arm}-seed1") / "config.json") for arm in arms)
     for control in controls:
         assert control.model.ema_decay ** (4 / 128) == pytest.approx(seek.model.ema_decay), "per step of 4 images"
@@ -356,22 +358,24 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     with pytest.raises(StudyError, match=r"was trained with opt\.lr=0\.001\. Remove it"):
         study.train(flow.override("opt.lr=1"), "flow-seed1")
     assert text.count("\n| flow, uniform timesteps |") == 2 + 1, "a short training is in the last two tables alone"
-    assert text.count("\n| flow |") == 2 + 4 + 2, "PSNR at two rates; at two lengths, their gains and the crossing"
+    assert text.count("\n| flow |") == 4 + 4 + 2, "two metrics at two rates; at two lengths, gains and crossing"
     assert (study.folder("ids2.png")).stat().st_size > 3000
 
 
 def test_many_passes_cross_one_pass():
     """PSNR falls from 16 to 8 dB in one pass, and is 12 dB in two: they cross between the rates."""
 
-    def row(rate, count, value):
-        return {"rate": rate, "passes": count, "psnr": value}
+    def row(rate, count, value, seed=1):
+        return {"rate": rate, "passes": count, "psnr": value, "seed": seed}
 
     rows = [row(0.01, 1, 8.0), row(0.01, 2, 12.0), row(0.04, 1, 16.0), row(0.04, 2, 12.0)]
-    assert passes.gains(METRICS[0], rows) == [(0.01, 4.0), (0.04, -4.0)]
-    assert passes.crossing([(0.01, 4.0), (0.04, -4.0)]) == "many below 0.020"
-    assert passes.crossing([(0.01, -1.0), (0.04, 1.0)]) == "one below 0.020"
-    assert passes.crossing([(0.01, 1.0), (0.04, 1.0)]) == "many at every rate"
-    assert passes.crossing([(0.01, 0.0), (0.04, -1.0)]) == "one at every rate"
+    assert passes.gains(METRICS[0], rows) == [(0.01, 4.0, 0.0), (0.04, -4.0, 0.0)]
+    more = [*rows, row(0.01, 1, 20.0, seed=2), row(0.01, 2, 26.0, seed=2), row(0.04, 1, 1.0, seed=2)]
+    assert passes.gains(METRICS[0], more) == [(0.01, 5.0, 2**0.5), (0.04, -4.0, 0.0)], "within each seed"
+    assert passes.crossing([(0.01, 4.0, 0.0), (0.04, -4.0, 0.0)]) == "many below 0.020"
+    assert passes.crossing([(0.01, -1.0, 0.0), (0.04, 1.0, 0.0)]) == "one below 0.020"
+    assert passes.crossing([(0.01, 1.0, 0.0), (0.04, 1.0, 0.0)]) == "many at every rate"
+    assert passes.crossing([(0.01, 0.0, 0.0), (0.04, -1.0, 0.0)]) == "one at every rate"
 
 
 def test_the_gain_of_many_passes_over_a_training():
