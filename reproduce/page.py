@@ -271,8 +271,11 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
     """Plot panels in a grid. A label has one colour and marker in all panels and one entry in the legend."""
     count = math.ceil(len(panels) / columns)
     width = max(4 * columns, 6)
-    figure, axes = subplots(count, columns, (width, 2.8 * count + 0.8))
     labels = dict.fromkeys(label for panel in panels for label in (*panel.levels, *panel.curves))
+    # a letter of the legend is at most 0.07 inches wide, a line and its margins half an inch
+    fitting = min(max(int(width / (0.07 * max(map(len, labels)) + 0.5)), 1), 4)
+    lines = math.ceil(len(labels) / fitting)
+    figure, axes = subplots(count, columns, (width, 2.8 * count + 0.4 + 0.2 * lines))
     colours, handles = {label: f"C{i % 10}" for i, label in enumerate(labels)}, {}
     markers = {label: "os^"[i // 10 % 3] for i, label in enumerate(labels)}
     for axis in axes.flat[len(panels) :]:
@@ -294,9 +297,7 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
         axis.set_xlabel(panel.xlabel)
         axis.set_title(panel.title, fontsize=10)
         axis.grid(alpha=0.3)
-    # a letter of the legend is at most 0.07 inches wide, a line and its margins half an inch
-    fitting = int(width / (0.07 * max(map(len, handles)) + 0.5))
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(max(fitting, 1), 4), fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=fitting, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -4,8 +4,8 @@ Reproduces the paper's claim that many passes of a flow decoder beat one, and fi
 dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured over its rate,
 its training and the passes of its decoder; one is repeated at nearly four times the parameters.
 
-Cost: smoke a minute. cpu 28 hours on one core, by arithmetic from 17.5 images a second: 12 for long trainings, 6 for
-the wider model, 3 for stage 1B and its controls, 7 for measuring. gpu half an hour on one H100, by arithmetic at a
+Cost: smoke a minute. cpu 30 hours on one core, by arithmetic from 17.5 images a second: 12 for long trainings, 6 for
+the wider model, 5 for stage 1B and its controls, 7 for measuring. gpu half an hour on one H100, by arithmetic at a
 fifth of its peak. paper a day per model on 8 H100, by arithmetic at 40 % of their peak.
 Expect: (written before the first run) a sample of p(image | code) has twice the squared error of the mean, so many
 passes cost PSNR at every rate, 3 dB at most. They win the Fréchet distance where the code leaves much open: below 0.05

@@ -6,6 +6,7 @@ import argparse
 import io
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import run_command as run
 from PIL import Image
 
 import flowmo
+from flowmo import ConfigError
 from flowmo.cli import build_parser, main, output, parse, threads
 from flowmo.cli.commands import COMMANDS, DATA_COMMANDS, KINDS, WRITERS
 
@@ -219,6 +221,43 @@ def test_evaluate_refuses_options_that_it_would_not_use(capsys, what):
     assert "only for reconstructions of PICTURES" in error
     assert all(word in error for word in words if word.startswith("--"))
     assert "--seed: only" in run(capsys, "evaluate", *what, "--seed", "1")[2]
+
+
+def test_pictures_are_not_measured_with_the_settings_of_a_run(capsys):
+    """They would be ignored, and another model measured."""
+    for setting in ("eval.eval_dir=run", "eval.force_ckpt_path=a.pth", "eval.subsample_rate=10"):
+        status, _, error = run(capsys, "evaluate", "pictures", setting)
+        assert (status, error.count("\n")) == (2, 1)
+        assert f"{setting} is for runs" in error
+
+
+def test_no_input_is_overwritten(capsys, tmp_path, tiny_model, photo, code):
+    before = code.read_bytes()
+    named = code.rename(code.with_suffix(".png"))
+    tar = tmp_path / "images.tar"
+    with tarfile.open(tar, "w") as archive:
+        archive.add(photo, photo.name)
+    content = tar.read_bytes()
+    for words in (("decode", named, named, "--model", tiny_model), ("data", "index", tar, "-o", tar)):
+        status, _, error = run(capsys, *words, "--force")
+        assert (status, "is an input. Name another output." in error) == (2, True)
+    assert (named.read_bytes(), tar.read_bytes()) == (before, content)
+    status, _, error = run(capsys, "encode", photo, "--output", tmp_path / "x.png", "--model", tiny_model)
+    assert (status, "encode writes no image" in error) == (2, True)
+
+
+@pytest.mark.parametrize("words", [("data", "show", "pictures"), ("completion", "bash")])
+def test_commands_without_settings_refuse_them(capsys, words):
+    with pytest.raises(SystemExit):
+        main([*words, "data.value_range=junk"])
+    assert "It takes no settings such as 'data.value_range=junk'" in capsys.readouterr().err
+
+
+def test_weights_keep_the_settings_that_they_were_trained_for(tiny_model):
+    for setting in ("data.image_size=64", "model.code_length=4", "model.quantization_type=bsq"):
+        with pytest.raises(ConfigError, match=f"were trained for other settings than {setting}"):
+            flowmo.load(tiny_model, setting)
+    assert flowmo.load(tiny_model, "eval.sampling.sample_steps=2").config.eval.sampling.sample_steps == 2
 
 
 def test_evaluate_leaves_broken_and_small_images_out_and_says_so(capsys, tmp_path, tiny_model, picture):

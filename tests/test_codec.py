@@ -71,6 +71,20 @@ def test_nothing_is_packed_that_no_reader_accepts(tiny, codes, monkeypatch):
         Codec(tiny).pack(codes)
 
 
+@pytest.mark.parametrize("change", [lambda ids: ids + 5000, lambda ids: ids - 600, lambda ids: ids.float()])
+def test_ids_out_of_range_are_not_packed(tiny, codes, change):
+    """Only their lowest bits would be written, under a valid checksum."""
+    wrong = Codes(change(codes.ids), codes.size, codes.id_count, codes.tiling)
+    with pytest.raises(CodecError, match=f"whole numbers from 0 to {codes.id_count - 1}"):
+        Codec(tiny).pack(wrong)
+
+
+def test_any_buffer_is_unpacked(tiny, codes):
+    content = Codec(tiny).pack(codes)
+    for kind in (memoryview, bytearray):
+        assert torch.equal(Codec(tiny).unpack(kind(content)).ids, codes.ids)
+
+
 def test_a_context_model_makes_likely_codes_short(tiny, codes, context):
     ours, likely = Codec(tiny, context), alike(codes)
     packed, coded = Codec(tiny).pack(likely), ours.pack(likely)

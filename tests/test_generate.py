@@ -548,6 +548,23 @@ def test_generate_says_which_class_a_number_was(generator_of_numbers, tiny_model
     assert out.strip().endswith("1 images of 1 classes: 10 (class 2)")
 
 
+def test_generate_refuses_options_that_it_would_ignore(generator_of_numbers, tiny_model, tmp_path, capsys):
+    words = ("generate", generator_of_numbers, "--model", tiny_model, "--output", tmp_path / "x.png", "--steps", 1)
+    for more, message in ((("--keep", "0-1"), "--edit"), (("--count", 2, "--per-class", 3), "Write one of them")):
+        status, _, error = run_command(capsys, *words, *more)
+        assert (status, message in error) == (2, True)
+
+
+def test_generate_passes_settings_on(generator_of_numbers, tiny_model, tmp_path, capsys):
+    """The sampler's settings are of the tokenizer, those of the generator its own."""
+    words = ("generate", generator_of_numbers, "--model", tiny_model, "--steps", 1, "--class", "1", "--force")
+    images = []
+    for setting in ("eval.sampling.sample_steps=1", "eval.sampling.sample_steps=3", "generator.guidance=9"):
+        assert run_command(capsys, *words, "--output", tmp_path / "x.png", setting)[0] == 0
+        images.append((tmp_path / "x.png").read_bytes())
+    assert images[0] != images[1]
+
+
 @pytest.fixture
 def generator_of_numbers(tokenizer, tmp_path):
     vocabulary = dataclasses.replace(VOCABULARY, tokenizer=tokenizer.identity(), classes=("1", "2", "10"))

@@ -364,7 +364,7 @@ def test_a_rate_that_is_asked_for_is_kept():
             "window": 4,
             "enable_cfg": False,
         },
-        **{"quantization_type": "fsq", "fsq_levels": 5, "context_dim": 6, "codebook_size_for_entropy": 7},
+        **{"quantization_type": "fsq", "fsq_levels": 6, "context_dim": 6, "codebook_size_for_entropy": 8},
         "nested_dropout": 0.5,
     }
     tree = {**TINY, "model": {**TINY["model"], **windowed}, "eval": {"sampling": {"guidance": 1.0}}}

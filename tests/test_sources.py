@@ -256,6 +256,18 @@ def test_hugging_face_labels_keep_the_order_of_the_dataset(tmp_path):
     source = open_source(f"hf:{tmp_path / 'saved'}")
     assert source.classes == ("2", "10", "1")
     assert [source.label(i) for i in range(4)] == [1, None, None, 2]
+    assert len(open_source(f"hf:{tmp_path / 'saved'}:train")) == 4
+    with pytest.raises(DataError, match="one dataset without splits"):
+        open_source(f"hf:{tmp_path / 'saved'}:test")
+
+
+def test_an_index_is_of_one_tar_and_a_name_is_not_empty(tmp_path):
+    folder = write_folder(tmp_path, "a/1.png")
+    for name in (folder, "hf:someone/something"):
+        with pytest.raises(DataError, match=r"index\.json: an index is of a single tar"):
+            open_source(name, "index.json")
+    with pytest.raises(DataError, match="is empty"):
+        open_source("")
 
 
 # WebDataset

@@ -396,6 +396,21 @@ def test_another_batch_keeps_the_checkpoints_that_were_kept(config, tmp_path):
     assert [int(path.stem) for path in run.checkpoints()] == [2, 5, 7], "after 8, 16 and 20 images"
 
 
+def test_a_run_that_started_elsewhere_is_not_resumed(config, tmp_path):
+    """The weights that the command names would be ignored."""
+    Trainer(config, tmp_path / "first", report=quiet).train()
+    start = min((tmp_path / "first" / "checkpoints").glob("*.pth"))
+    words = config.override("trainer.max_steps=8")
+    Trainer(words, tmp_path / "run", resume_from=start, report=quiet).train()
+    assert Trainer(words, tmp_path / "run", resume_from=start, report=quiet).step == 8
+    assert Trainer(words, tmp_path / "run", report=quiet).step == 8
+    with pytest.raises(TrainingError, match=r"started from .*, not from nano\. Use another --experiment-name"):
+        Trainer(words, tmp_path / "run", resume_from="nano", report=quiet)
+    lines = []
+    Trainer(config, tmp_path / "first", resume_from=start, report=lines.append)
+    assert any("is not used: this run began without it" in line for line in lines)
+
+
 def test_another_optimizer_does_not_resume(config, tmp_path):
     """The advice is to write the former one, not to delete the checkpoint."""
     config = config.override("trainer.max_steps=1")

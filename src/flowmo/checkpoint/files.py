@@ -74,10 +74,16 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
 
     Raises:
         CheckpointError: the file cannot be used.
+        ConfigError: an override changes the architecture that the file records, or a fixed image size.
     """
     metadata, state = read_content(path, ema)
     if not is_release(state):
-        return _tokenizer_config(path, metadata).override(*overrides), state
+        own = _tokenizer_config(path, metadata)
+        config = own.override(*overrides)
+        other_size = own.model.network != "windowed" and own.data.image_size != config.data.image_size
+        if other_size or own.architecture() != config.architecture():
+            raise ConfigError(f"{path}: its weights were trained for other settings than {' '.join(overrides)}.")
+        return config, state
     try:
         config = release_config(state).override(*overrides)
         return config, convert_release(state, config)

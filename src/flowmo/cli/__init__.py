@@ -67,6 +67,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     settings = [word for word in words if SETTING.fullmatch(word)]
     arguments, rest = build_parser().parse_known_args([word for word in words if word not in settings])
     arguments.settings = settings
+    if settings and not arguments.command.configurable:
+        arguments.parser.reject(f"It takes no settings such as {settings[0]!r}")
     if rest:
         word = rest[0].partition("=")[0]
         options = arguments.command.options

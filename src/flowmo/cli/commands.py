@@ -245,6 +245,7 @@ COMMANDS = (
         "models.completion",
         "Print a script that completes commands, options and file names in a shell. It starts no Python.",
         option("shell", choices=("bash", "zsh", "tcsh"), help="shell to write the script for"),
+        configurable=False,
     ),
 )
 
@@ -255,6 +256,7 @@ DATA_COMMANDS = (
         option("tars", nargs="+", type=Path, metavar="TAR", help="uncompressed tar of images, or of tars of images"),
         output("file to write (default: TAR with .index.json)"),
         *(FORCE, JSON),
+        configurable=False,
     ),
     Command(
         "training.show",
@@ -263,6 +265,7 @@ DATA_COMMANDS = (
         option("source", metavar="SOURCE", help=f"{DATASET}, as data.train"),
         option("--index", type=Path, help="index of a single tar, as data.train_index (default: TAR.index.json)"),
         JSON,
+        configurable=False,
     ),
     Command(
         "generation.export",
@@ -271,5 +274,6 @@ DATA_COMMANDS = (
         option("output", metavar="OUT", type=Path, help="empty folder for the files"),
         option("--to", choices=WRITERS, required=True, help="webdataset: .tar files; datasets: .parquet files"),
         JSON,
+        configurable=False,
     ),
 )

@@ -23,6 +23,8 @@ Log = Callable[..., None]
 
 FOR_PICTURES = ("limit", "fit", "bpp", "size", "peers", "report", "enlarge", "steps", "seed", "guidance")
 """Options of ``compare``."""
+FOR_RUNS = ("eval.eval_dir=", "eval.force_ckpt_path=", "eval.continuous=", "eval.subsample_rate=", "data.val=")
+"""Starts of settings that ``compare`` does not read."""
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -32,6 +34,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"{', '.join(given)}: only for reconstructions of PICTURES. For a run, change settings, such as "
             "eval.subsample_rate=10 or eval.sampling.sample_steps=25."
         )
+    of_a_run = [setting for setting in arguments.settings if setting.startswith(FOR_RUNS)]
+    if arguments.images and of_a_run:
+        raise UsageError(f"{of_a_run[0]} is for runs. Leave out PICTURES, or write --model RUN.")
     if arguments.report:
         require("matplotlib", "--report", "'flowmo[studies]'")
     with join(arguments.device) as world:

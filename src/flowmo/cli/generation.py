@@ -88,12 +88,18 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
     out, as_grid = arguments.output, arguments.output.suffix == ".png"
     if arguments.edit and not as_grid:
         raise UsageError("--edit writes one image. Name it with --output PICTURE.png.")
+    if arguments.keep != arguments.parser.get_default("keep") and not arguments.edit:
+        raise UsageError("--keep names tokens of the image of --edit. Add it.")
+    if arguments.count and arguments.per_class != arguments.parser.get_default("per_class"):
+        raise UsageError("--count is a number of images, --per-class one for each class. Write one of them.")
     if out.suffix:
-        check_outputs([out], arguments.force, (".png", ".npz"))
+        check_outputs([out], arguments.force, (".png", ".npz"), [arguments.edit] if arguments.edit else [])
+    own = [setting for setting in arguments.settings if setting.startswith("generator.")]
+    others = [setting for setting in arguments.settings if setting not in own]  # of the tokenizer
     with join(arguments.device) as world:
-        generator = load_generator(arguments.generator, *arguments.settings, device=str(world.device))
+        generator = load_generator(arguments.generator, *own, device=str(world.device))
         generator = prepare(generator, arguments)
-        tokenizer = prepare(flowmo.load(arguments.model, device=str(world.device)), arguments)
+        tokenizer = prepare(flowmo.load(arguments.model, *others, device=str(world.device)), arguments)
         check_pair(generator, tokenizer)
         names = arguments.classes or [*range(len(generator.vocabulary.classes))] or [-1]
         classes = [generator.label(name) for name in names]

@@ -71,6 +71,9 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 def encode(arguments: argparse.Namespace) -> None:
     jobs = pair_outputs(arguments.images, arguments.output, SUFFIX, is_code)
     check_outputs([output for _, output in jobs], arguments.force, inputs=[path for path, _ in jobs])
+    named = next((output for _, output in jobs if output.suffix.lower() in (*IMAGE_FORMATS, *EXTENSIONS)), None)
+    if named:
+        raise UsageError(f"{named}: encode writes no image. Use a name that ends in {SUFFIX}.")
     if arguments.fit == "crop" and any(is_code(path) for path, _ in jobs):
         raise UsageError("--fit crop takes images, not .flowmo files, whose ids are of the whole image.")
     tokenizer = load(arguments)
@@ -109,11 +112,11 @@ def decode(arguments: argparse.Namespace) -> None:
         jobs = [(path, Path()) for path, _ in jobs]  # nothing is written to standard output but the ids
     else:
         suffixes = [*image_suffixes(), *RAW_FORMATS]
-        check_outputs([output for _, output in jobs], arguments.force, suffixes)
+        check_outputs([output for _, output in jobs], arguments.force, suffixes, [path for path, _ in jobs])
     tokenizer = load(arguments)
     if tokenizer.pixels.suffix != ".png" and not arguments.ids:
         jobs = [(path, with_suffix_of(tokenizer.pixels, output)) for path, output in jobs]
-        check_outputs([output for _, output in jobs], arguments.force)
+        check_outputs([output for _, output in jobs], arguments.force, inputs=[path for path, _ in jobs])
     pixels, written = tokenizer.pixels, [output for _, output in jobs if output not in (PIPE, Path())]
     cut = next((output for output in written if not pixels.fits(output.suffix.lower())), None)
     if cut:

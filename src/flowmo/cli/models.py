@@ -118,7 +118,7 @@ def convert(arguments: argparse.Namespace) -> tuple[str, dict]:
     if output.suffix != ".safetensors":
         raise UsageError(f"Cannot write {output}: converted weights are .safetensors. Use a name that ends so.")
     check_outputs([output], arguments.force)
-    if is_generator(Path(source)):
+    if is_generator(checkpoint.find(source)):
         from flowmo.generate.generator import load_generator, save_generator
 
         generator = load_generator(source, *arguments.settings, ema=not arguments.last_weights)

@@ -52,17 +52,21 @@ def option(*flags: str, former: tuple[str, ...] = (), **settings: Any) -> Option
 
 
 class Command:
-    """A command. ``flowmo.cli.MODULE.NAME`` runs it. The list of commands has the first sentence of its description."""
+    """A command. ``flowmo.cli.MODULE.NAME`` runs it. The list of commands has the first sentence of its description.
 
-    def __init__(self, path: str, description: str, *options: Option):
+    ``configurable`` commands take section.name=value settings.
+    """
+
+    def __init__(self, path: str, description: str, *options: Option, configurable: bool = True):
         self.module, self.name = path.split(".")
-        self.description, self.options = description, options
+        self.description, self.options, self.configurable = description, options, configurable
 
     def add_to(self, commands: Any) -> None:
         """Add a parser to the result of ``ArgumentParser.add_subparsers``."""
         text = self.description.partition(". ")[0].rstrip(".")
         text = text[:1].lower() + text[1:]
-        parser = commands.add_parser(self.name, help=text, description=self.description, epilog=EPILOG)
+        epilog = EPILOG if self.configurable else None
+        parser = commands.add_parser(self.name, help=text, description=self.description, epilog=epilog)
         parser.set_defaults(command=self, parser=parser)
         for each in self.options:
             each.add_to(parser)

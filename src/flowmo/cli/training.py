@@ -27,7 +27,7 @@ def index(arguments: argparse.Namespace) -> tuple[str, list[dict]]:
     if arguments.output is not None and len(arguments.tars) > 1:
         raise UsageError("--output names the index of one tar. Leave it out to write each index beside its tar.")
     outputs = [arguments.output or default_index(tar) for tar in arguments.tars]
-    check_outputs(outputs, arguments.force)
+    check_outputs(outputs, arguments.force, inputs=arguments.tars)
     lines: list[str] = []
     rows = []
     for tar, output in zip(arguments.tars, outputs, strict=True):

@@ -127,6 +127,8 @@ class Codec:
                 f"Ids of shape {ids.shape} below {codes.id_count} are not of one image of this tokenizer. "
                 "Take them from encode_image."
             )
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self.id_count:
+            raise CodecError(f"Ids must be whole numbers from 0 to {self.id_count - 1}.")
         if math.prod(size) > MAX_PIXELS or self._too_large(*size, MAX_PIXELS):
             raise CodecError(f"An image of {size[0]}×{size[1]} pixels is too large for a file, or too thin.")
         write = self._pack_planes if self.native else self._pack_tiles
@@ -194,6 +196,7 @@ class Codec:
             CodecError: not such a file, damaged, too large, or from another tokenizer or context model.
             ContextError: the file is entropy-coded, but constriction is not installed.
         """
+        content = bytes(content)
         if content[:3] != MAGIC or len(content) < MIN_BYTES:
             raise CodecError("This is not a .flowmo file.")
         reader, version, coding = Reader(content, len(MAGIC) + 1), content[3] & 15, content[3] >> 4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowmo.checkpoint import CheckpointError, files
-from flowmo.checkpoint.run_folder import is_sharded
+from flowmo.checkpoint.run_folder import best_checkpoint, is_sharded
 from flowmo.config import Config, GeneratorConfig
 from flowmo.data.tokens import Vocabulary
 from flowmo.errors import one_line
@@ -269,7 +269,8 @@ def load_generator(
     """Load a trained generator for sampling.
 
     Args:
-        path: a ``.safetensors`` file of ``save_generator``, or a training checkpoint (``.pth`` or a sharded folder).
+        path: a ``.safetensors`` file of ``save_generator``, a training checkpoint (``.pth`` or a sharded folder), or a
+            run's folder.
         overrides: ``generator.…`` settings to change, such as sampling settings.
         ema: take the EMA weights of a training checkpoint, not the last ones.
 
@@ -278,6 +279,8 @@ def load_generator(
         ConfigError: an override is invalid.
     """
     path = Path(path)
+    if path.is_dir() and not is_sharded(path):
+        path = best_checkpoint(path) or path
     if not path.is_file() and not is_sharded(path):
         raise CheckpointError(f"{path}: There is no such generator.")
     metadata, state = files.read_content(path, ema)

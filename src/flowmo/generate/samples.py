@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmo.checkpoint.files import write_content
+from flowmo.checkpoint.files import write_content, write_whole
 from flowmo.data.npz import write_npz
 from flowmo.data.token_files import prepare_output_folder
 from flowmo.distributed import World
@@ -104,7 +104,8 @@ def write_samples(
             progress(start + len(batch), len(mine))
     world.barrier()
     if out.suffix == ".npz" and world.main:
-        write_npz(out, (to_bytes(to_tensor(read_image(path)))[None] for path in paths), len(paths))
+        images = (to_bytes(to_tensor(read_image(path)))[None] for path in paths)
+        write_whole(out, lambda temporary: write_npz(temporary, images, len(paths)))
         shutil.rmtree(folder)
     world.barrier()
 

@@ -246,6 +246,8 @@ def _orientation(image: Image.Image) -> int:
 def _to_8_bits(values: np.ndarray, floating: bool) -> np.ndarray:
     """Scale 16-bit or floating-point values to 8 bits. Infinities are clipped; NaN becomes black."""
     top = 65535.0
+    if not floating and values.size and not 0 <= values.min() <= values.max() <= top:
+        raise ValueError("its 32-bit values have no known range")
     if floating:
         finite = values[np.isfinite(values)]
         if values.size and not finite.size:

@@ -16,6 +16,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from flowmo.config import Config
+from flowmo.errors import one_line
 from flowmo.images import (
     MAX_PIXELS,
     ImageError,
@@ -236,10 +237,14 @@ class PixelFormat:
         """Convert a PIL image, or a tensor c × h × w in [−1, 1], to the form that ``read`` returns.
 
         Raises:
-            ImageError: no pixels, too many, or another number of channels.
+            ImageError: no pixels, too many, another number of channels, or a PIL image that cannot be decoded.
         """
         check_pixels(*size_of(image))
         if isinstance(image, Image.Image):
+            try:
+                image.load()
+            except (OSError, SyntaxError) as error:
+                raise ImageError(f"image: cannot be decoded ({one_line(error)}).") from None
             return to_rgb(image) if self.is_rgb else self.tensor(self._values(image, "image"), "image")
         self._check_channels(len(image), "image")
         return image

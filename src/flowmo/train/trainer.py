@@ -54,7 +54,7 @@ class Trainer:
         report: prints each line of the log.
 
     Raises:
-        TrainingError: the folder holds a run of another model.
+        TrainingError: the folder holds a run of another model, or one that started from another checkpoint.
         CheckpointError: its last checkpoint is damaged, or there is no such ``resume_from``.
         DataError, WeightsNotFoundError: the images or the perceptual network are missing.
         ConfigError: the batch cannot be split over the ranks, or there are no held-out images to evaluate on.
@@ -89,6 +89,7 @@ class Trainer:
         self.skipped = StepCounts(world)
         self.asked_to_stop = False  # this rank, set by a signal
         self.stopping = False  # all ranks, set by world.any after a step
+        self.started_from = ""  # as the user named it
         self.stage_begin = 0  # images
         self.saved_at, self.saved_images = -1, 0
         self.kept_steps: list[int] = []
@@ -107,8 +108,16 @@ class Trainer:
         found = self.world.broadcast(self.checkpoints())
         if found:
             self._resume(found)
+            if resume_from and not self.started_from:
+                self.logger.report(f"{resume_from} is not used: this run began without it, and resumes")
+            elif resume_from and self.started_from != str(resume_from):
+                raise TrainingError(
+                    f"{self.folder} holds a run that started from {self.started_from}, not from {resume_from}. Use "
+                    "another --experiment-name, or resume it without --resume-from-ckpt."
+                )
         elif resume_from:
             self._start_from(find(resume_from))
+            self.started_from = str(resume_from)
         self.saved_images = self.images
         self.schedule = self._schedule(self.position)
         if resume_from and not found and self.images >= self.schedule.duration:
@@ -386,6 +395,7 @@ class Trainer:
             "stage": self.config.stage,
             "step": self.step,
             "images": self.images,
+            "started_from": self.started_from,
             "stage_begin": self.stage_begin,
             "kept_steps": self.kept_steps,
             "skipped": self.skipped.read()[0],
@@ -414,6 +424,7 @@ class Trainer:
             advice = f"Delete it to resume from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
         self.early_stopping.load_state_dict(metadata)
+        self.started_from = metadata.get("started_from", "")
         self.stage_begin = metadata.get("stage_begin", 0)
         # all of an older version's run, which did not record it
         self.kept_steps = metadata.get("kept_steps", [int(path.stem) for path in found])

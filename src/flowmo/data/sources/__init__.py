@@ -20,12 +20,17 @@ def open_source(path: str | Path, index: str | Path | None = None) -> Source:
         index: index of a single tar; by default the file that ``flowmo data index`` writes beside it.
 
     Raises:
-        DataError: the source is missing or contains no images, or ``index`` is given for several shards.
+        DataError: the source is missing or contains no images, or ``index`` is given for anything but one tar.
     """
     name, path = str(path), Path(path)
+    if not name:
+        raise DataError("The name of the images is empty.")
+    shards = () if name.startswith("hf:") else find_shards(path)
+    if index and not shards and not os.path.isfile(path):
+        raise DataError(f"{index}: an index is of a single tar, and {name} is none.")
     if name.startswith("hf:"):
         return HuggingFaceSource(name)
-    if shards := find_shards(path):
+    if shards:
         return TarSource(shards, index or None)
     if not os.path.isfile(path):
         return FolderSource(path)

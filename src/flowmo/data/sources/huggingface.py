@@ -26,7 +26,7 @@ class HuggingFaceSource(Source):
             import datasets
         except ImportError:
             raise DataError(f"{spec}: needs Hugging Face's library. Run pip install datasets.") from None
-        table = _load(datasets, spec, name, split or "train")
+        table = _load(datasets, spec, name, split)
 
         def first_column(kind: type) -> str | None:
             return next((name for name, feature in table.features.items() if isinstance(feature, kind)), None)
@@ -55,12 +55,15 @@ class HuggingFaceSource(Source):
 def _load(datasets: Any, spec: str, name: str, split: str) -> Any:
     try:
         if not Path(name).is_dir():
-            return datasets.load_dataset(name, split=split)
+            return datasets.load_dataset(name, split=split or "train")
         loaded = datasets.load_from_disk(name)
     except Exception as error:  # the library, the network and the file system raise anything
         raise DataError(f"{spec}: cannot be loaded ({one_line(error, 200)}).") from None
     if isinstance(loaded, datasets.Dataset):
+        if split and split != str(loaded.split or "train"):
+            raise DataError(f"{spec}: the folder holds one dataset without splits. Write hf:{name}.")
         return loaded
+    split = split or "train"
     if split not in loaded:
         raise DataError(f"{spec}: has no split {split!r}. It has {', '.join(loaded)}.")
     return loaded[split]
