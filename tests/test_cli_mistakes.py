@@ -231,6 +231,13 @@ def test_pictures_are_not_measured_with_the_settings_of_a_run(capsys):
         assert f"{setting} is for runs" in error
 
 
+def test_evaluate_asks_for_images_before_it_looks_for_networks(capsys, monkeypatch):
+    monkeypatch.setattr("flowmo.evaluate.reconstruction.Evaluators.find", lambda *_: pytest.fail("too early"))
+    status, _, error = run(capsys, "evaluate")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "Name images, or a run" in error
+
+
 def test_no_input_is_overwritten(capsys, tmp_path, tiny_model, photo, code):
     before = code.read_bytes()
     named = code.rename(code.with_suffix(".png"))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flowmo.cli.options import load, prepare
 from flowmo.cli.output import Progress, UsageError, require
@@ -16,6 +17,9 @@ from flowmo.data import Source, open_source
 from flowmo.distributed import World, join
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor
 from flowmo.evaluate.summary import notes
+
+if TYPE_CHECKING:
+    from flowmo.evaluate.follow import Follower
 
 Log = Callable[..., None]
 """Prints a line on the main rank, to standard output or ``file``."""
@@ -45,13 +49,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
             evaluate_generated(arguments, world, log)
             return
         source = open_source(arguments.images) if arguments.images else None
+        follower = run_follower(arguments, world, log) if source is None else None
         evaluators, missing = Evaluators.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
         for line in missing:
             log(line, file=sys.stderr)
         evaluators.to(world.device)
-        if source is None:
-            evaluate_run(arguments, evaluators, world, log)
-        else:
+        if follower is not None:
+            follower.evaluators = evaluators
+            follower.evaluate()
+        elif source is not None:
             compare(arguments, source, evaluators, world, log)
 
 
@@ -82,16 +88,16 @@ def evaluate_generated(arguments: argparse.Namespace, world: World, log: Log) ->
         log(json.dumps(summary.as_dict(), indent=1) if arguments.json else "\n".join(summary.lines()))
 
 
-def evaluate_run(arguments: argparse.Namespace, evaluators: Evaluators, world: World, log: Log) -> None:
-    """Evaluate checkpoints of a run. With --json, standard output has one line per checkpoint."""
+def run_follower(arguments: argparse.Namespace, world: World, log: Log) -> Follower:
+    """Make the evaluation of a run's checkpoints. With --json, standard output has one line per checkpoint."""
     from flowmo.evaluate.follow import Follower
 
     folder = arguments.results_dir / arguments.experiment_name
-    follower = Follower(arguments.settings, folder, evaluators, world, log)
+    follower = Follower(arguments.settings, folder, world=world, report=log)
     follower.ready = partial(prepare, arguments=arguments)
     if arguments.json:
         follower.report, follower.found = partial(log, file=sys.stderr), lambda row: log(json.dumps(row))
-    follower.evaluate()
+    return follower
 
 
 def compare(arguments: argparse.Namespace, source: Source, evaluators: Evaluators, world: World, log: Log) -> None:

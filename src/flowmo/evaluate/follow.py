@@ -44,7 +44,7 @@ class Follower:
 
     settings: Sequence[str]
     folder: Path
-    evaluators: Evaluators
+    evaluators: Evaluators = field(default_factory=Evaluators)
     world: World = World()
     report: Callable[[str], None] = print
     found: Callable[[dict[str, Any]], None] = lambda row: None
