@@ -312,7 +312,7 @@ class TimedTrainer(Trainer):
         super().__init__(config, job.state / "train", world, job.start, partial(print, flush=True))
         data = config.data
         self.crops = DeviceCrops(train.images, data.image_size, config.trainer.seed, data.random_flip, world.device)
-        self.before = self.task.seconds
+        self.before = self.task.seconds if self.images > self.stage_begin else 0.0
         self.begun = time.time()
         self.end = job.until - min(10.0, 0.05 * job.left)
         self.last = dict.fromkeys(PERIODS, self.begun)
@@ -331,7 +331,8 @@ class TimedTrainer(Trainer):
         now = time.time()
         self.task.seconds = self.before + now - self.begun
         share = self.task.seconds / (self.before + self.end - self.begun + self.job.later)
-        length = round((self.images + self.plan.total) / min(max(share, 1e-6), 1.0))
+        begin = self.stage_begin
+        length = begin + round((self.images + self.plan.total - begin) / min(max(share, 1e-6), 1.0))
         due = {name: self._due(name, seconds, now) for name, seconds in PERIODS.items()}
         self.schedule = replace(self.schedule, duration=length, **due)
         self.asked_to_stop = self.asked_to_stop or now >= self.end

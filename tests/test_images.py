@@ -278,3 +278,14 @@ def test_commands_read_such_images(tiny_model, tmp_path, capsys):
     assert main([str(word) for word in words]) == 0
     sizes = [(row["width"], row["height"]) for row in json.loads(capsys.readouterr().out)]
     assert sizes == [(20, 40), (48, 32), (48, 32)]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "integers"])
+def test_a_pil_image_that_cannot_be_decoded_is_an_image_error(tiny, picture_files, kind):
+    if kind == "truncated":
+        content = picture_files[0].read_bytes()
+        image = Image.open(io.BytesIO(content[: len(content) // 2]))
+    else:  # of no known range
+        image = Image.fromarray(np.full((40, 40), 100_000, dtype=np.int32))
+    with pytest.raises(flowmo.ImageError, match="cannot be decoded"):
+        tiny.encode_image(image)

@@ -181,6 +181,7 @@ def test_starting_from_a_checkpoint_of_the_authors(settings, tmp_path):
     state = release_file(tmp_path / "flowmo_lo.pth", config)
     run = Trainer(config, tmp_path / "run", resume_from=tmp_path / "flowmo_lo.pth", report=quiet)
     assert (run.step, run.images) == (5, 5 * 128)
+    assert run.schedule.begin == run.images, "its optimizer is fresh"
     weight = state["decoder.time_in.in_layer.weight"]
     assert torch.equal(run.task.model.decoder.time_in.weight, weight)
     assert torch.equal(run.ema.state["decoder.time_in.weight"], weight + 1)

@@ -404,6 +404,8 @@ def test_a_run_that_started_elsewhere_is_not_resumed(config, tmp_path):
     Trainer(words, tmp_path / "run", resume_from=start, report=quiet).train()
     assert Trainer(words, tmp_path / "run", resume_from=start, report=quiet).step == 8
     assert Trainer(words, tmp_path / "run", report=quiet).step == 8
+    elsewhere = start.parent / ".." / "checkpoints" / start.name
+    assert Trainer(words, tmp_path / "run", resume_from=elsewhere, report=quiet).step == 8, "the same file"
     with pytest.raises(TrainingError, match=r"started from .*, not from nano\. Use another --experiment-name"):
         Trainer(words, tmp_path / "run", resume_from="nano", report=quiet)
     lines = []

@@ -31,8 +31,8 @@ SETTLE_SECONDS = 0.1
 PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """Substrings of torch's errors about a rank that has ended."""
 
-TIMED_OUT = ("Timed out waiting", "timed out", "Timeout", "timeout")
-"""Substrings of torch's errors about a rank that does not answer."""
+TIMED_OUT = ("Timed out waiting", "Watchdog caught collective operation timeout", "Socket Timeout")
+"""Substrings of gloo's, NCCL's and the store's errors about a rank that does not answer."""
 
 
 class DistributedError(FlowMoError, RuntimeError):
@@ -121,9 +121,9 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
     if (size == 1 and not group) or dist.is_initialized():
         yield world
         return
-    _init_process_group(world)
+    world = _init_process_group(world)
     try:
-        yield replace(world, waiting=dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT))
+        yield world
     except RuntimeError as error:
         if isinstance(error, FlowMoError):
             raise
@@ -138,7 +138,7 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
         time.sleep(SETTLE_SECONDS)
 
 
-def _init_process_group(world: World) -> None:
+def _init_process_group(world: World) -> World:
     try:
         store = dist.HashStore()
         if world.size > 1 or "MASTER_ADDR" in os.environ:
@@ -150,6 +150,7 @@ def _init_process_group(world: World) -> None:
         dist.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.size, timeout=COLLECTIVE_TIMEOUT
         )
+        return replace(world, waiting=dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT))
     except (ValueError, RuntimeError, OSError) as error:
         raise DistributedError(
             f"Process {world.rank} of {world.size} cannot reach the others ({one_line(error)}). Start it with torchrun."

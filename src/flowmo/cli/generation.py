@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import flowmo
-from flowmo.cli.options import load, prepare
+from flowmo.cli.options import load, prepare, split_settings
 from flowmo.cli.output import Progress, UsageError, check_outputs, write
 from flowmo.data import DataError, Source, TokenDataset, open_source
 from flowmo.data.export import export as write_export
@@ -94,12 +94,11 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         raise UsageError("--count is a number of images, --per-class one for each class. Write one of them.")
     if out.suffix:
         check_outputs([out], arguments.force, (".png", ".npz"), [arguments.edit] if arguments.edit else [])
-    own = [setting for setting in arguments.settings if setting.startswith("generator.")]
-    others = [setting for setting in arguments.settings if setting not in own]  # of the tokenizer
+    of_tokenizer, of_generator = split_settings(arguments.settings)
     with join(arguments.device) as world:
-        generator = load_generator(arguments.generator, *own, device=str(world.device))
+        generator = load_generator(arguments.generator, *of_generator, device=str(world.device))
         generator = prepare(generator, arguments)
-        tokenizer = prepare(flowmo.load(arguments.model, *others, device=str(world.device)), arguments)
+        tokenizer = prepare(flowmo.load(arguments.model, *of_tokenizer, device=str(world.device)), arguments)
         check_pair(generator, tokenizer)
         names = arguments.classes or [*range(len(generator.vocabulary.classes))] or [-1]
         classes = [generator.label(name) for name in names]

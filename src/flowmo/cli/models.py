@@ -16,7 +16,7 @@ import torch
 import flowmo
 from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.run_folder import is_sharded
-from flowmo.cli.options import load, prepare
+from flowmo.cli.options import load, prepare, split_settings
 from flowmo.cli.output import Progress, UsageError, check_outputs, require
 from flowmo.codec.file import Codec, find_context
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config, flatten
@@ -118,10 +118,10 @@ def convert(arguments: argparse.Namespace) -> tuple[str, dict]:
     if output.suffix != ".safetensors":
         raise UsageError(f"Cannot write {output}: converted weights are .safetensors. Use a name that ends so.")
     check_outputs([output], arguments.force)
-    if is_generator(checkpoint.find(source)):
+    if is_generator(path := checkpoint.find(source)):
         from flowmo.generate.generator import load_generator, save_generator
 
-        generator = load_generator(source, *arguments.settings, ema=not arguments.last_weights)
+        generator = load_generator(path, *arguments.settings, ema=not arguments.last_weights)
         save_generator(generator, output, dtype)
         name, summary = "a generator", {"generator": generator.identity(), "tokenizer": generator.vocabulary.tokenizer}
     else:
@@ -190,11 +190,14 @@ def export(arguments: argparse.Namespace) -> tuple[str, dict]:
 def demo(arguments: argparse.Namespace) -> None:
     from flowmo.web.server import Demo, serve
 
-    tokenizer, generator = load(arguments), None
+    generator = None
     if arguments.generator:
         from flowmo.generate.generator import load_generator
 
-        generator = prepare(load_generator(arguments.generator, device=arguments.device), arguments)
+        arguments.settings, of_generator = split_settings(arguments.settings)
+        generator = load_generator(arguments.generator, *of_generator, device=arguments.device)
+        generator = prepare(generator, arguments)
+    tokenizer = load(arguments)
     codec, name = Codec(tokenizer, find_context(arguments.model, tokenizer)), Path(arguments.model).stem
     with serve(Demo(tokenizer, codec, generator, name, arguments.examples), arguments.host, arguments.port) as server:
         print(f"FlowMo at http://{arguments.host}:{arguments.port}; Ctrl-C ends it", flush=True)

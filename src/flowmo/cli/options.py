@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -119,6 +119,12 @@ def choose_device(arguments: argparse.Namespace) -> None:
         import torch
 
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def split_settings(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split settings into a tokenizer's and a generator's, which start with ``generator.``."""
+    own = [setting for setting in settings if setting.startswith("generator.")]
+    return [setting for setting in settings if setting not in own], own
 
 
 def load(arguments: argparse.Namespace, device: str | None = None) -> FlowMo:

@@ -243,9 +243,13 @@ class PixelFormat:
         if isinstance(image, Image.Image):
             try:
                 image.load()
-            except (OSError, SyntaxError) as error:
+                if self.is_rgb:
+                    return to_rgb(image)
+            except ImageError:
+                raise
+            except (OSError, SyntaxError, ValueError) as error:
                 raise ImageError(f"image: cannot be decoded ({one_line(error)}).") from None
-            return to_rgb(image) if self.is_rgb else self.tensor(self._values(image, "image"), "image")
+            return self.tensor(self._values(image, "image"), "image")
         self._check_channels(len(image), "image")
         return image
 

@@ -6,6 +6,7 @@ checkpoint and ends with exactly the weights of an uninterrupted run: data order
 seed and on positions in the run. SIGTERM, Ctrl-C and a file named ``stop`` in the folder save a checkpoint and end it.
 """
 
+import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -89,7 +90,7 @@ class Trainer:
         self.skipped = StepCounts(world)
         self.asked_to_stop = False  # this rank, set by a signal
         self.stopping = False  # all ranks, set by world.any after a step
-        self.started_from = ""  # as the user named it
+        self.started_from: str | None = ""  # as the user named it; ``None`` is unknown
         self.stage_begin = 0  # images
         self.saved_at, self.saved_images = -1, 0
         self.kept_steps: list[int] = []
@@ -108,13 +109,8 @@ class Trainer:
         found = self.world.broadcast(self.checkpoints())
         if found:
             self._resume(found)
-            if resume_from and not self.started_from:
-                self.logger.report(f"{resume_from} is not used: this run began without it, and resumes")
-            elif resume_from and self.started_from != str(resume_from):
-                raise TrainingError(
-                    f"{self.folder} holds a run that started from {self.started_from}, not from {resume_from}. Use "
-                    "another --experiment-name, or resume it without --resume-from-ckpt."
-                )
+            if resume_from and self.started_from is not None:
+                self._check_same_start(str(resume_from), self.started_from)
         elif resume_from:
             self._start_from(find(resume_from))
             self.started_from = str(resume_from)
@@ -125,6 +121,19 @@ class Trainer:
                 f"{resume_from} is at step {self.step} ({self.images} images), which has reached trainer.duration="
                 f"{self.config.trainer.duration}. For {start_checks.POSTTRAIN_STEPS} steps more write "
                 f"trainer.duration='{self.step + start_checks.POSTTRAIN_STEPS} steps'."
+            )
+
+    def _check_same_start(self, named: str, recorded: str) -> None:
+        """Refuse to resume a run under the name of another checkpoint, whose weights would be ignored."""
+        if not recorded:
+            self.logger.report(f"{named} is not used: this run began without it, and resumes")
+        elif Path(named).resolve() != Path(recorded).resolve():
+            if os.sep in recorded and not Path(recorded).exists():  # moved, or of another machine
+                self.logger.report(f"{named} is not used: this run started from {recorded}, and resumes")
+                return
+            raise TrainingError(
+                f"{self.folder} holds a run that started from {recorded}, not from {named}. Use another "
+                "--experiment-name, or resume it without --resume-from-ckpt."
             )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -419,13 +428,14 @@ class Trainer:
         """Restore the newest of the run's own checkpoints."""
         try:
             metadata = state.read_metadata(found[-1])
-            self._restore(found[-1], metadata)
+            new_stage = self._begins_stage(metadata)
+            self._restore(found[-1], metadata, optimizer=not new_stage)
         except CheckpointError as error:
             advice = f"Delete it to resume from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
         self.early_stopping.load_state_dict(metadata)
-        self.started_from = metadata.get("started_from", "")
-        self.stage_begin = metadata.get("stage_begin", 0)
+        self.started_from = metadata.get("started_from")
+        self.stage_begin = self.images if new_stage else metadata.get("stage_begin", 0)
         # all of an older version's run, which did not record it
         self.kept_steps = metadata.get("kept_steps", [int(path.stem) for path in found])
 
@@ -437,8 +447,7 @@ class Trainer:
         config, weights = self.config, self.config.trainer.start_weights
         metadata = {} if path.suffix == ".safetensors" else state.read_metadata(path)
         if metadata.get("flowmo") == state.FORMAT:
-            trained = Config.from_dict(metadata["config"]).model.train
-            new_stage = (metadata["stage"], trained) != (config.stage, config.model.train)
+            new_stage = self._begins_stage(metadata)
             self._restore(path, metadata, optimizer=not new_stage)
             self.stage_begin = self.images if new_stage else metadata.get("stage_begin", 0)
         else:
@@ -447,6 +456,7 @@ class Trainer:
             self.norm_control.remember()
             self.step, self.images = self._authors_position(path, metadata)
             new_stage = config.stage != "pretrain" or not self.step  # the authors' files do not say their stage
+            self.stage_begin = self.images  # with a fresh optimizer
             if self.step:
                 self.logger.report(f"starting from the weights of {path}")
             else:
@@ -456,6 +466,11 @@ class Trainer:
                 )
         if new_stage:
             self._restart_ema(path, weights)
+
+    def _begins_stage(self, metadata: dict) -> bool:
+        """Return whether this run trains something else than the run of a checkpoint did."""
+        trained = Config.from_dict(metadata["config"]).model.train
+        return (metadata["stage"], trained) != (self.config.stage, self.config.model.train)
 
     def _restart_ema(self, path: Path, weights: str) -> None:
         """Restart the EMA from the ``model`` or ``ema`` weights of a checkpoint, and record its tokenizer as base."""

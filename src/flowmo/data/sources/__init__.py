@@ -26,7 +26,7 @@ def open_source(path: str | Path, index: str | Path | None = None) -> Source:
     if not name:
         raise DataError("The name of the images is empty.")
     shards = () if name.startswith("hf:") else find_shards(path)
-    if index and not shards and not os.path.isfile(path):
+    if index and not shards and (name.startswith("hf:") or path.is_dir()):
         raise DataError(f"{index}: an index is of a single tar, and {name} is none.")
     if name.startswith("hf:"):
         return HuggingFaceSource(name)
