@@ -66,7 +66,7 @@ def test_overrides(saved):
     assert flowmo.load(saved, "eval.sampling.sample_steps=3").config.eval.sampling.sample_steps == 3
     with pytest.raises(flowmo.ConfigError):
         flowmo.load(saved, "model.nothing=3")
-    with pytest.raises(flowmo.ConfigError, match=r"were trained for other settings than model\.dec_depth=2"):
+    with pytest.raises(flowmo.ConfigError, match=r"were trained with model\.dec_depth=3, which cannot"):
         flowmo.load(saved, "model.dec_depth=2")
 
 

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import tarfile
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import run_command as run
 from PIL import Image
 
 import flowmo
-from flowmo import ConfigError
+from flowmo import ConfigError, cli
 from flowmo.cli import build_parser, main, output, parse, threads
 from flowmo.cli.commands import COMMANDS, DATA_COMMANDS, KINDS, WRITERS
 
@@ -261,9 +262,11 @@ def test_commands_without_settings_refuse_them(capsys, words):
 
 
 def test_weights_keep_the_settings_that_they_were_trained_for(tiny_model):
-    for setting in ("data.image_size=64", "model.code_length=4", "model.quantization_type=bsq"):
-        with pytest.raises(ConfigError, match=f"were trained for other settings than {setting}"):
-            flowmo.load(tiny_model, setting)
+    own = flowmo.load(tiny_model).config
+    for name, value in (("data.image_size", 64), ("model.code_length", 4), ("model.quantization_type", "bsq")):
+        for read in (flowmo.load, lambda source, *settings: cli.run(["info", str(source), *settings])):
+            with pytest.raises(ConfigError, match=f"were trained with {name}={attrgetter(name)(own)}, which"):
+                read(tiny_model, "eval.sampling.sample_steps=2", f"{name}={value}")
     assert flowmo.load(tiny_model, "eval.sampling.sample_steps=2").config.eval.sampling.sample_steps == 2
 
 

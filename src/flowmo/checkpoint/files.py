@@ -78,12 +78,7 @@ def read(path: Path, overrides: tuple[str, ...] = (), ema: bool = True) -> tuple
     """
     metadata, state = read_content(path, ema)
     if not is_release(state):
-        own = _tokenizer_config(path, metadata)
-        config = own.override(*overrides)
-        other_size = own.model.network != "windowed" and own.data.image_size != config.data.image_size
-        if other_size or own.architecture() != config.architecture():
-            raise ConfigError(f"{path}: its weights were trained for other settings than {' '.join(overrides)}.")
-        return config, state
+        return _override(_tokenizer_config(path, metadata), overrides, path), state
     try:
         config = release_config(state).override(*overrides)
         return config, convert_release(state, config)
@@ -138,8 +133,20 @@ def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Read a tokenizer's settings. The authors' files store none; they are inferred from tensor shapes."""
     metadata = read_raw_metadata(path)
     if path.suffix == ".safetensors" or "flowmo" in metadata:
-        return _tokenizer_config(path, metadata).override(*overrides)
+        return _override(_tokenizer_config(path, metadata), overrides, path)
     return read(path, overrides)[0]
+
+
+def _override(own: Config, overrides: tuple[str, ...], path: Path) -> Config:
+    """Change settings that the weights of ``path`` leave open."""
+    config = own.override(*overrides)
+    trained, asked = own.architecture(), config.architecture()
+    wrong = [f"model.{name}={trained.get(name)}" for name in trained | asked if trained.get(name) != asked.get(name)]
+    if own.model.network != "windowed" and own.data.image_size != config.data.image_size:
+        wrong.append(f"data.image_size={own.data.image_size}")
+    if wrong:
+        raise ConfigError(f"{path}: its weights were trained with {', '.join(wrong)}, which cannot be changed.")
+    return config
 
 
 def _tokenizer_config(path: Path, metadata: Mapping[str, Any]) -> Config:
