@@ -15,6 +15,7 @@ from flowmo import Config, FlowMo, load
 from flowmo.checkpoint import files as checkpoint
 from flowmo.config import ConfigError
 from flowmo.data import DataError, ImageDataset, batches, epoch_order, open_source
+from flowmo.distributed import World
 from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import posttrain_loss, pretrain_loss
@@ -469,6 +470,13 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, tmp_path, number
     )
     for part in ("model", "ema"):
         assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
+
+
+def test_ranks_take_equally_many_microbatches(config, tmp_path, monkeypatch):
+    """Another rank has memory for one image, this one for all."""
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, 1])
+    run = Trainer(config.override("data.max_microbatch=0"), tmp_path, report=quiet)
+    assert (run.plan.microbatch, run.plan.accumulation_steps) == (1, 4)
 
 
 def test_learning_rate():
