@@ -25,6 +25,7 @@ from typing import NamedTuple
 from flowmo.checkpoint.run_folder import CHECKPOINTS, listing
 from flowmo.config import Config
 from flowmo.evaluate.reconstruction import FlowMoReconstructor
+from flowmo.train.cost import training_flops
 from flowmo.train.schedule import PAPER_BATCH
 from flowmo.train.state import read_metadata
 from reproduce import page
@@ -131,7 +132,8 @@ def rows(study: Study, metadata: Row) -> Rows:
             ids = scale.ids if last else (scale.ids[0], scale.ids[-1])
             passes = scale.passes if last and not arm.short else (1, scale.passes[-1])
             for row in measured(arm, seed, checkpoint, ids, passes, study):
-                yield {**row, "label": arm.label, "last": last}  # a kept row may have an earlier label
+                # a kept row may have an earlier label
+                yield {**row, "label": arm.label, "last": last, "tflop": tflop(arm, row["trained"], scale.base)}
     if study.world.main:
         show(study)
 
@@ -139,27 +141,34 @@ def rows(study: Study, metadata: Row) -> Rows:
 def checkpoints_of(arm: Arm, seed: int, study: Study) -> list[Path]:
     """Train an arm. Returns a checkpoint for each share of its own training, the last one at the end."""
     scale, run = SCALES[study.scale], f"{arm.name}-seed{seed}"
-    config = scale.base.override(*arm.settings, f"trainer.seed={seed}")
+    config, whole = scale.base.override(*arm.settings, f"trainer.seed={seed}"), duration(scale.base)
     if arm.share < 1:
-        config = config.override(f"trainer.duration={round(arm.share * duration(study))} images")
+        config = config.override(f"trainer.duration={round(arm.share * whole)} images")
     start = kept(f"{arm.start}-seed{seed}", arm.start_share, study) if arm.start else None
     begin = read_metadata(start)["images"] if start else 0
     if arm.short:
         return [study.train(config.override(f"trainer.duration={begin + scale.seek} images"), run, start).checkpoint]
-    study.train(config.override(f"trainer.keep_every={round(min(scale.shares) * duration(study))} images"), run, start)
-    return list(dict.fromkeys(kept(run, share, study) for share in scale.shares if share * duration(study) > begin))
+    study.train(config.override(f"trainer.keep_every={round(min(scale.shares) * whole)} images"), run, start)
+    return list(dict.fromkeys(kept(run, share, study) for share in scale.shares if share * whole > begin))
 
 
-def duration(study: Study) -> int:
+def duration(base: Config) -> int:
     """Images of a whole training."""
-    base = SCALES[study.scale].base
     return base.trainer.duration.images(base.data.global_batch_size, 0)
+
+
+def tflop(arm: Arm, trained: int, base: Config) -> float:
+    """Training compute up to ``trained`` images, by arithmetic, with that of the arm it starts from, in TFLOP."""
+    start = {other.name: other for other in arms_of(base)}.get(arm.start)
+    begin = round(arm.start_share * duration(base)) if start else 0
+    flops = (trained - begin) * training_flops(base.override(*arm.settings), freeze_encoder=arm.short)
+    return flops / 1e12 + (tflop(start, begin, base) if start else 0.0)
 
 
 def kept(run: str, share: float, study: Study) -> Path:
     """The checkpoint of a run after about this share of its training."""
-    checkpoints = listing(study.folder(run) / CHECKPOINTS)
-    return min(checkpoints, key=lambda path: abs(read_metadata(path)["images"] - share * duration(study)))
+    checkpoints, whole = listing(study.folder(run) / CHECKPOINTS), duration(SCALES[study.scale].base)
+    return min(checkpoints, key=lambda path: abs(read_metadata(path)["images"] - share * whole))
 
 
 def measured(arm: Arm, seed: int, checkpoint: Path, ids: Sequence[int], passes: Sequence[int], study: Study) -> Rows:
@@ -202,6 +211,7 @@ def body(results: Results, plot: Path) -> str:
     panels = [gain_panel(column, groups) for column in columns]
     if distances := [column for column in columns if column.key == "frechet_distance"]:
         panels.append(first_lengths_panel(distances[0], rows))
+        panels += compute_panels(distances[0], rows)
     page.line_plots(panels, 2, plot)
     tables = "\n".join(f"**{column.heading}**\n\n{passes_table(column, groups)}" for column in columns)
     side, trained = results["base"]["data"]["image_size"], groups[0][0]["trained"]
@@ -214,7 +224,8 @@ held-out images, ± the standard deviation over seeds; – was not measured.
 {page.feature_note(results)} Columns: passes of the decoder.
 
 {tables}
-One pass → {most} passes over the training, at the lowest and the highest rate:
+One pass → {most} passes over the training, at the lowest and the highest rate. TFLOP are those of the training, by
+arithmetic, from its first image on, with the perceptual network's:
 
 {training_table(columns, rows)}
 Where {most} passes become better than one: the rate at which the difference of the two
@@ -243,8 +254,9 @@ def training_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
         found = {same[0]["passes"]: same for same in page.groups_of(group, "passes")}
         if group[0]["rate"] in (min(rates), max(rates)) and most in found:
             cells = (" → ".join(page.cell(c.values(found[count]), c.digits) for count in (1, most)) for c in columns)
-            lines.append([group[0]["label"], str(group[0]["trained"]), f"{group[0]['rate']:.4f}", *cells])
-    return page.markdown_table(["", "images", "bits a pixel", *(column.heading for column in columns)], lines)
+            about = (str(group[0]["trained"]), f"{group[0]['tflop']:.0f}", f"{group[0]['rate']:.4f}")
+            lines.append([group[0]["label"], *about, *cells])
+    return page.markdown_table(["", "images", "TFLOP", "bits a pixel", *(column.heading for column in columns)], lines)
 
 
 def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float, float]]:
@@ -282,6 +294,16 @@ def first_lengths_panel(column: Column, rows: Sequence[Row]) -> page.Panel:
     if ends:
         panel.curves["one pass"] = [(value, value, 0.0) for value in (min(ends), max(ends))]
     return panel
+
+
+def compute_panels(column: Column, rows: Sequence[Row]) -> Iterator[page.Panel]:
+    """A metric in most passes over the training's compute, at the lowest and the highest rate: a curve per recipe."""
+    most = max(row["passes"] for row in rows)
+    for rate in sorted({min(row["rate"] for row in rows), max(row["rate"] for row in rows)}):
+        found = [{**row, "curve": row["label"]} for row in rows if (row["rate"], row["passes"]) == (rate, most)]
+        panel = page.panel(column, found, "tflop", "TFLOP of training")
+        panel.title = f"{column.name} in {most} passes, {rate:.3f} bits a pixel"
+        yield panel
 
 
 def crossing(gained: Sequence[tuple[float, float, float]]) -> str:

@@ -319,6 +319,7 @@ def test_continuous_smoke(evaluators, tmp_path, monkeypatch):
 
 def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     study = study_of("passes", tmp_path, evaluators)
+    monkeypatch.setattr(passes, "training_flops", lambda config, freeze_encoder: 1e12 * config.model.hidden_size)
     rows, text = run_study(study, monkeypatch)
     recipes = [
         "flow",
@@ -351,6 +352,8 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     quarters = {("image-loss", 1), ("uniform", 1), ("fifth", 1), ("flow", 2)}
     assert {(row["recipe"], row["seed"]) for row in rows if not row["last"]} == quarters
     arms = ("flow", "seek-early", "one-step", "more", "image-loss-more")
+    tflop = {row["recipe"]: row["tflop"] for row in rows if row["seed"] == 1}
+    assert (tflop["flow"], tflop["seek"], tflop["large"]) == (8 * 32, 12 * 32, 8 * 64)
     flow, seek, *controls = (Config.from_yaml(study.folder(f"{arm}-seed1") / "config.json") for arm in arms)
     for control in controls:
         assert control.model.ema_decay ** (4 / 128) == pytest.approx(seek.model.ema_decay), "per step of 4 images"
@@ -360,6 +363,19 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     assert text.count("\n| flow, uniform timesteps |") == 2 + 1, "a short training is in the last two tables alone"
     assert text.count("\n| flow |") == 4 + 4 + 2, "two metrics at two rates; at two lengths, gains and crossing"
     assert (study.folder("ids2.png")).stat().st_size > 3000
+
+
+def test_the_compute_of_a_training_includes_its_start(monkeypatch):
+    base = passes.SCALES["cpu"].base
+    arms = {arm.name: arm for arm in passes.arms_of(base)}
+    assert passes.tflop(arms["flow"], 24_000, base) == pytest.approx(51.12, abs=0.01), (
+        "counted for `discriminator`, too"
+    )
+    monkeypatch.setattr(passes, "training_flops", lambda config, freeze_encoder: 3e12 if freeze_encoder else 1e12)
+    tflop = {name: passes.tflop(arms[name], trained, base) for name, trained in (("flow", 96_000), ("falling", 48_000))}
+    assert tflop == {"flow": 96_000, "falling": 24_000 + 24_000}
+    assert passes.tflop(arms["seek"], 98_048, base) == pytest.approx(96_000 + 3 * 2_048)
+    assert passes.tflop(arms["more"], 26_048, base) == pytest.approx(24_000 + 3 * 2_048)
 
 
 def test_many_passes_cross_one_pass():
@@ -382,14 +398,14 @@ def test_the_gain_of_many_passes_over_a_training():
     """Two seeds of one length are averaged; a rate between the lowest and the highest is left out."""
 
     def row(seed, rate, count, value):
-        about = {"recipe": "flow", "label": "f", "trained": 8, "seed": seed}
+        about = {"recipe": "flow", "label": "f", "trained": 8, "tflop": 51.2, "seed": seed}
         return {**about, "rate": rate, "passes": count, "psnr": value}
 
     settings = [(seed, rate, count) for seed in (1, 2) for rate in (1, 2, 3) for count in (1, 2, 4)]
     rows = [row(*setting, sum(setting)) for setting in settings]
     assert passes.training_table(METRICS[:1], rows).splitlines()[2:] == [
-        "| f | 8 | 1.0000 | 3.50 ± 0.71 → 6.50 ± 0.71 |",
-        "| f | 8 | 3.0000 | 5.50 ± 0.71 → 8.50 ± 0.71 |",
+        "| f | 8 | 51 | 1.0000 | 3.50 ± 0.71 → 6.50 ± 0.71 |",
+        "| f | 8 | 51 | 3.0000 | 5.50 ± 0.71 → 8.50 ± 0.71 |",
     ]
     assert len(groups_of(rows, "rate", "passes")) == 9
 
