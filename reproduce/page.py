@@ -267,6 +267,9 @@ def panel(column: Column, rows: Iterable[Row], x: str, xlabel: str = "", log: in
     return result
 
 
+MOST_TICKS = 6
+
+
 def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
     """Plot panels in a grid. A label has one colour and marker in all panels and one entry in the legend."""
     count = math.ceil(len(panels) / columns)
@@ -294,6 +297,11 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
                 axis.annotate(f"{point[2]:g}", point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
         if panel.log:
             axis.set_xscale("log", base=panel.log)
+            measured = sorted({point[0] for points in panel.curves.values() for point in points})
+            axis.xaxis.set_major_formatter("{x:g}")
+            if len(measured) <= MOST_TICKS:
+                axis.set_xticks(measured, [f"{round(x, 3):g}" for x in measured])
+                axis.minorticks_off()
         axis.set_xlabel(panel.xlabel)
         axis.set_title(panel.title, fontsize=10)
         axis.grid(alpha=0.3)

@@ -4,8 +4,8 @@ Reproduces the paper's claim that many passes of a flow decoder beat one, and fi
 dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured over its rate,
 its training and the passes of its decoder; one is repeated at nearly four times the parameters.
 
-Cost: smoke a minute. cpu 30 hours on one core, by arithmetic from 17.5 images a second: 12 for long trainings, 6 for
-the wider model, 5 for stage 1B and its controls, 7 for measuring. gpu half an hour on one H100, by arithmetic at a
+Cost: smoke a minute. cpu 31 hours on one core, by arithmetic from 17.5 images a second: 13 for long trainings, 5 for
+the wider model, 6 for stage 1B and its controls, 7 for measuring. gpu half an hour on one H100, by arithmetic at a
 fifth of its peak. paper a day per model on 8 H100, by arithmetic at 40 % of their peak.
 Expect: (written before the first run) a sample of p(image | code) has twice the squared error of the mean, so many
 passes cost PSNR at every rate, 3 dB at most. They win the Fréchet distance where the code leaves much open: below 0.05
@@ -107,10 +107,13 @@ def arms_of(base: Config) -> Iterator[Arm]:
     mixed = (*FLOW, *(setting for *_, setting in PARTS_OF_MIXED))
     yield Arm("mixed", ", ".join(part for _, part, _ in PARTS_OF_MIXED), mixed)
     for name, part, setting in PARTS_OF_MIXED:
-        yield Arm(name, f"flow, {part}", (*FLOW, setting), share=0.25)
+        share = 0.5 if name == "image-loss" else 0.25  # the best of them in many passes goes on
+        yield Arm(name, f"flow, {part}", (*FLOW, setting), share=share)
     image, early = (*FLOW, PARTS_OF_MIXED[0][-1]), {**early, "start": "image-loss"}
     yield Arm("image-loss-seek", "flow, loss on the image, then stage 1B", (*image, *SEEK), **early)
     yield Arm("image-loss-more", "flow, loss on the image, then more of it", (*image, *control), **early)
+    one_step = (*image, *control, *LOGITS)
+    yield Arm("image-loss-one-step", "flow, loss on the image, then the same loss in one step", one_step, **early)
     tenth = (*image, *SEEK, "opt.lpips_weight=0.001")
     yield Arm("image-loss-tenth", "flow, loss on the image, then stage 1B at a tenth of the weight", tenth, **early)
     yield Arm("no-lpips", "flow, no perceptual loss", (*FLOW, "opt.lpips_weight=0"))
@@ -213,6 +216,8 @@ def body(results: Results, plot: Path) -> str:
         panels.append(first_lengths_panel(distances[0], rows))
         panels += compute_panels(distances[0], rows)
     page.line_plots(panels, 2, plot)
+    over_rates = plot.with_stem(f"{plot.stem}-rates")
+    page.line_plots([rates_panel(column, groups) for column in columns], 3, over_rates)
     tables = "\n".join(f"**{column.heading}**\n\n{passes_table(column, groups)}" for column in columns)
     side, trained = results["base"]["data"]["image_size"], groups[0][0]["trained"]
     most = max(row["passes"] for row in rows)
@@ -222,6 +227,8 @@ the whole or a quarter. The tables over passes hold these; the table over the tr
 alone. The rates of a model, in bits a pixel, are prefixes of each token's ids. Means over {results["pictures"]}
 held-out images, ± the standard deviation over seeds; – was not measured.
 {page.feature_note(results)} Columns: passes of the decoder.
+
+![metrics over the rate, in one and in {most} passes]({over_rates.name})
 
 {tables}
 One pass → {most} passes over the training, at the lowest and the highest rate. TFLOP are those of the training, by
@@ -272,6 +279,17 @@ def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float, float
         if both and gain:
             found.append((rate[0]["rate"], *gain))
     return sorted(found)
+
+
+def rates_panel(column: Column, groups: Sequence[Group]) -> page.Panel:
+    """A metric over the rate, in one and in most passes, of the trainings that were measured at every rate."""
+    rates = {row["rate"] for group in groups for row in group}
+    most, found = max(row["passes"] for group in groups for row in group), []
+    for group in groups:
+        if {row["rate"] for row in group} == rates:
+            words = {1: "one pass", most: f"{most} passes"}
+            found += [{**row, "curve": f"{row['label']}: {words[n]}"} for row in group if (n := row["passes"]) in words]
+    return page.panel(column, found, "rate", "bits a pixel", log=2)
 
 
 def gain_panel(column: Column, groups: Sequence[Group]) -> page.Panel:

@@ -335,6 +335,7 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
         "fifth",
         "image-loss-seek",
         "image-loss-more",
+        "image-loss-one-step",
         "image-loss-tenth",
         "no-lpips",
         "large",
@@ -348,7 +349,7 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     assert [row["seed"] for row in rows] == [1] * (len(rows) - 4) + [2] * 4
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
     assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
-    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 4]
+    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4]
     quarters = {("image-loss", 1), ("uniform", 1), ("fifth", 1), ("flow", 2)}
     assert {(row["recipe"], row["seed"]) for row in rows if not row["last"]} == quarters
     arms = ("flow", "seek-early", "one-step", "more", "image-loss-more")
@@ -450,7 +451,8 @@ def test_discriminator_smoke(evaluators, tmp_path, monkeypatch):
     study = study_of("discriminator", tmp_path, evaluators)
     rows, text = run_study(study, monkeypatch)
     kinds = [f"{kind}-{word}" for kind in ("flowmo", "convolutional") for word in ("without", "with")]
-    assert [(row["arm"], row["images"]) for row in rows] == [(kind, images) for kind in kinds for images in (4, 8)]
+    lengths = dict.fromkeys(kinds, (4, 8)) | {"flowmo-without": (4, 8, 12)}
+    assert [(row["arm"], row["images"]) for row in rows] == [(kind, n) for kind in kinds for n in lengths[kind]]
     psnr = {(row["arm"], row["images"]): row["psnr"] for row in rows}
     for kind in ("flowmo", "convolutional"):
         assert psnr[f"{kind}-with", 4] == psnr[f"{kind}-without", 4]
@@ -459,6 +461,8 @@ def test_discriminator_smoke(evaluators, tmp_path, monkeypatch):
     assert all(flops[f"{kind}-with"] > flops[f"{kind}-without"] for kind in ("flowmo", "convolutional"))
     assert {row["bits_per_pixel"] for row in rows} == {4 * 36 / 32**2}
     assert text.count("FlowMo, with a discriminator") == 1 + 2 * 3, "the table, and three metrics of two comparisons"
+    assert text.count("\n| FlowMo, without a discriminator | 1 | 12 |") == 1, "a longer training is in the last table"
+    assert text.count("\n| FlowMo, without a discriminator |") == 1 + 3
 
 
 def test_metrics_of_samples():
