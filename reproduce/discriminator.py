@@ -18,7 +18,7 @@ each, are within 10.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,13 @@ from flowmo.tokenizer import FlowMo
 from reproduce import StudyError, page
 from reproduce.adversarial import train_adversarial, weights_after
 from reproduce.bases import GPU_NESTED, NESTED_BASE, ONE_RATE, PAPER_NESTED, SMOKE_NESTED
-from reproduce.convolutional import ConvolutionalReconstructor, ConvolutionalTokenizer, fitting_width, step_flops
+from reproduce.convolutional import (
+    ADVERSARIAL_START,
+    ConvolutionalReconstructor,
+    ConvolutionalTokenizer,
+    fitting_width,
+    step_flops,
+)
 from reproduce.runner import Results, Row, Rows, Scale, Study
 
 SHARES = (0.25, 0.5, 1.0)
@@ -128,14 +134,15 @@ def measured(tokenizer: FlowMo | ConvolutionalTokenizer, run: str, images: int, 
 
 
 def body(results: Results, plot: Path) -> str:
-    rows, columns = results["rows"], page.measured(results["rows"])
-    page.line_plots([page.panel(column, rows, "images", "training images", 2) for column in columns], 3, plot)
+    rows = [{**row, "tflop": tflop(row, results["flops"])} for row in results["rows"]]
+    columns = page.measured(rows)
+    page.line_plots([page.panel(column, rows, "tflop", "TFLOP of training", 2) for column in columns], 3, plot)
     groups = page.groups_of([row for row in rows if row["share"] == 1])
-    tflop = {"TFLOP of training": lambda group: f"{results['flops'][group[0]['arm']] * group[0]['images'] / 1e12:.0f}"}
+    compute = {"TFLOP of training": lambda group: f"{group[0]['tflop']:.0f}"}
     parameters = {"M parameters": lambda group: f"{results['parameters'][group[0]['arm']] / 1e6:.2f}"}
-    first = {**page.LABEL_AND_SEEDS, **parameters, **tflop}
+    first = {**page.LABEL_AND_SEEDS, **parameters, **compute}
     alone = page.groups_of([row for row in rows if row["arm"].endswith("without")], "arm", "images")
-    over = {**page.LABEL_AND_SEEDS, "images": lambda group: str(group[0]["images"]), **tflop}
+    over = {**page.LABEL_AND_SEEDS, "images": lambda group: str(group[0]["images"]), **compute}
     rates = ", ".join(f"{kind} {rate:g}" for kind, rate in results["learning_rates"].items())
     return f"""\
 Each trains on {groups[0][0]["images"]} images, the same in the same order, with {results["bits_per_pixel"]:.4g} bits a
@@ -148,6 +155,12 @@ Learning rates: {rates}. Means ± standard deviations over seeds, on {results["p
 Over the training, without a discriminator:
 
 {page.table(alone, columns, first=over)}"""
+
+
+def tflop(row: Row, flops: Mapping[str, float]) -> float:
+    """Training compute. ``flops`` of an image are means over a run, whose first half has no discriminator."""
+    arm = row["arm"] if row["share"] > ADVERSARIAL_START else f"{row['arm'].partition('-')[0]}-without"
+    return flops[arm] * row["images"] / 1e12
 
 
 def comparisons(groups: Sequence[page.Group], columns: Sequence[page.Column]) -> str:
