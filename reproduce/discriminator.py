@@ -3,16 +3,16 @@
 Reproduces table 1's question where both may have what the other has. All four have equal bits, training images in the
 same order and perceptual loss; the convolutional one has a fifth fewer parameters at scale cpu. FlowMo learns by Muon,
 the convolutional one and the discriminators by Adam. A discriminator joins after half of the training. Weights are kept
-along the way, so that trends can be read. At scale cpu the first seed of both goes on without a discriminator, to equal
-FLOPs. FlowMo is measured in one pass, for which its recipe is made.
+along the way, so that trends can be read. At scale cpu the first seed of both trains longer without a discriminator, to
+equal FLOPs. FlowMo is measured in one pass, for which its recipe is made.
 
-Cost: smoke half a minute. cpu eight trainings of a quarter of an hour to an hour on one core. gpu 50 minutes on one
+Cost: smoke half a minute. cpu eight trainings of 20 to 70 minutes on one core. gpu 50 minutes on one
 H100, by arithmetic at a fifth of its peak. paper 2000 hours per training on one H100, by arithmetic at 40 % of its
 peak.
 Expect: (written before the first run) with convolutions in FlowMo's decoder, and two and a half times the training of
 ``peer``, the convolutional tokenizer is ahead by 0.5 to 1 dB instead of 2.9. The gap shrinks from a quarter of the
 training to its end. Discriminators lower the Fréchet distance of both by a tenth and cost 0.5 dB. (Written before the
-longer trainings) after 154 and 150 TFLOP FlowMo is ahead in PSNR by 2 dB and in LPIPS, and the Fréchet distances, 260
+longer trainings) after 153 and 150 TFLOP FlowMo is ahead in PSNR by 2 dB and in LPIPS, and the Fréchet distances, 260
 each, are within 10.
 """
 
@@ -59,8 +59,8 @@ SCALES = {
     "gpu": Scale(base=GPU_NESTED.override(*ONE_RATE), images=1000, seeds=2, shares=SHARES, longer={}),
     "paper": Scale(base=PAPER_NESTED.override(*ONE_RATE), images=50_000, shares=SHARES, longer={}),
 }
-"""``shares`` of the training after which the weights are measured, and those to which the first seed goes on without
-a discriminator (``longer``), by kind."""
+"""``shares`` of the training after which the weights are measured, and those to which the first seed trains without a
+discriminator (``longer``), by kind."""
 
 
 class Arm(NamedTuple):

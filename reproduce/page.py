@@ -244,6 +244,7 @@ class Panel:
     Attributes:
         log: base of a logarithmic x axis.
         notes: points are (x, y, number) instead, and the number is written beside each.
+        paired: each two curves have one colour; the first is dashed.
     """
 
     title: str
@@ -252,6 +253,7 @@ class Panel:
     levels: dict[str, tuple[float, float]] = field(default_factory=dict)
     log: int = 0
     notes: bool = False
+    paired: bool = False
 
 
 def panel(column: Column, rows: Iterable[Row], x: str, xlabel: str = "", log: int = 0) -> Panel:
@@ -268,6 +270,7 @@ def panel(column: Column, rows: Iterable[Row], x: str, xlabel: str = "", log: in
 
 
 MOST_TICKS = 6
+"""Of a logarithmic axis: up to so many values are its ticks."""
 
 
 def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
@@ -279,8 +282,10 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
     fitting = min(max(int(width / (0.07 * max(map(len, labels)) + 0.5)), 1), 4)
     lines = math.ceil(len(labels) / fitting)
     figure, axes = subplots(count, columns, (width, 2.8 * count + 0.4 + 0.2 * lines))
-    colours, handles = {label: f"C{i % 10}" for i, label in enumerate(labels)}, {}
+    paired, handles = any(panel.paired for panel in panels), {}
+    colours = {label: f"C{(i // 2 if paired else i) % 10}" for i, label in enumerate(labels)}
     markers = {label: "os^"[i // 10 % 3] for i, label in enumerate(labels)}
+    styles = {label: "--" if paired and i % 2 == 0 else "-" for i, label in enumerate(labels)}
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -289,10 +294,9 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
             axis.axhspan(level - deviation, level + deviation, color=colours[label], alpha=0.15, linewidth=0)
         for label, points in panel.curves.items():
             x, y, third = zip(*sorted(points), strict=True)
-            errors = third if any(third) and not panel.notes else None
-            handles[label] = axis.errorbar(
-                x, y, errors, color=colours[label], marker=markers[label], markersize=4, capsize=3
-            )
+            errors = [value or math.nan for value in third] if any(third) and not panel.notes else None
+            style = {"color": colours[label], "marker": markers[label], "linestyle": styles[label]}
+            handles[label] = axis.errorbar(x, y, errors, **style, markersize=4, capsize=3)
             for point in points if panel.notes else ():
                 axis.annotate(f"{point[2]:g}", point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
         if panel.log:

@@ -17,6 +17,7 @@ crossing down.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -223,8 +224,8 @@ def body(results: Results, plot: Path) -> str:
     most = max(row["passes"] for row in rows)
     return f"""\
 Whole trainings take {trained} images of {side} × {side} pixels. Stage 1B and its controls train on a few more, after
-the whole or a quarter. The tables over passes hold these; the table over the training also holds recipes with a quarter
-alone. The rates of a model, in bits a pixel, are prefixes of each token's ids. Means over {results["pictures"]}
+the whole or a quarter. The tables over passes hold these; the table over the training also holds recipes with a part
+of it. The rates of a model, in bits a pixel, are prefixes of each token's ids. Means over {results["pictures"]}
 held-out images, ± the standard deviation over seeds; – was not measured.
 {page.feature_note(results)} Columns: passes of the decoder.
 
@@ -289,7 +290,7 @@ def rates_panel(column: Column, groups: Sequence[Group]) -> page.Panel:
         if {row["rate"] for row in group} == rates:
             words = {1: "one pass", most: f"{most} passes"}
             found += [{**row, "curve": f"{row['label']}: {words[n]}"} for row in group if (n := row["passes"]) in words]
-    return page.panel(column, found, "rate", "bits a pixel", log=2)
+    return replace(page.panel(column, found, "rate", "bits a pixel", log=2), paired=True)
 
 
 def gain_panel(column: Column, groups: Sequence[Group]) -> page.Panel:

@@ -16,7 +16,7 @@ from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.losses.perceptual import ResNetLogits
 from flowmo.model.torchvision_import import before_importing
 from flowmo.train.trainer import Trainer
-from reproduce import SCALES, STUDIES, StudyError, distill, noise, passes, peer, posttrain, runner
+from reproduce import SCALES, STUDIES, StudyError, discriminator, distill, noise, passes, peer, posttrain, runner
 from reproduce.__main__ import main
 from reproduce.generation import GenerationEvaluator
 from reproduce.page import (
@@ -319,7 +319,7 @@ def test_continuous_smoke(evaluators, tmp_path, monkeypatch):
 
 def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     study = study_of("passes", tmp_path, evaluators)
-    monkeypatch.setattr(passes, "training_flops", lambda config, freeze_encoder: 1e12 * config.model.hidden_size)
+    monkeypatch.setattr(passes, "training_flops", lambda config, freeze_encoder: 5e12 if freeze_encoder else 1e12)
     rows, text = run_study(study, monkeypatch)
     recipes = [
         "flow",
@@ -354,7 +354,8 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     assert {(row["recipe"], row["seed"]) for row in rows if not row["last"]} == quarters
     arms = ("flow", "seek-early", "one-step", "more", "image-loss-more")
     tflop = {row["recipe"]: row["tflop"] for row in rows if row["seed"] == 1}
-    assert (tflop["flow"], tflop["seek"], tflop["large"]) == (8 * 32, 12 * 32, 8 * 64)
+    assert (tflop["flow"], tflop["seek"], tflop["anchored"]) == (8, 8 + 5 * 4, 8)
+    assert study.out.joinpath("passes-smoke-rates.png").stat().st_size > 3000
     flow, seek, *controls = (Config.from_yaml(study.folder(f"{arm}-seed1") / "config.json") for arm in arms)
     for control in controls:
         assert control.model.ema_decay ** (4 / 128) == pytest.approx(seek.model.ema_decay), "per step of 4 images"
@@ -373,8 +374,7 @@ def test_the_compute_of_a_training_includes_its_start(monkeypatch):
         "counted for `discriminator`, too"
     )
     monkeypatch.setattr(passes, "training_flops", lambda config, freeze_encoder: 3e12 if freeze_encoder else 1e12)
-    tflop = {name: passes.tflop(arms[name], trained, base) for name, trained in (("flow", 96_000), ("falling", 48_000))}
-    assert tflop == {"flow": 96_000, "falling": 24_000 + 24_000}
+    assert passes.tflop(arms["flow"], 96_000, base) == 96_000
     assert passes.tflop(arms["seek"], 98_048, base) == pytest.approx(96_000 + 3 * 2_048)
     assert passes.tflop(arms["more"], 26_048, base) == pytest.approx(24_000 + 3 * 2_048)
 
@@ -463,6 +463,9 @@ def test_discriminator_smoke(evaluators, tmp_path, monkeypatch):
     assert text.count("FlowMo, with a discriminator") == 1 + 2 * 3, "the table, and three metrics of two comparisons"
     assert text.count("\n| FlowMo, without a discriminator | 1 | 12 |") == 1, "a longer training is in the last table"
     assert text.count("\n| FlowMo, without a discriminator |") == 1 + 3
+    tflop = {(row["arm"], row["images"]): discriminator.tflop(row, flops) * 1e12 for row in rows}
+    assert tflop["flowmo-with", 4] == tflop["flowmo-without", 4] == 4 * flops["flowmo-without"], "none joined yet"
+    assert tflop["flowmo-with", 8] == 8 * flops["flowmo-with"]
 
 
 def test_metrics_of_samples():

@@ -477,6 +477,8 @@ def test_ranks_take_equally_many_microbatches(config, tmp_path, monkeypatch):
     monkeypatch.setattr(World, "gather", lambda self, value: [value, 1])
     run = Trainer(config.override("data.max_microbatch=0"), tmp_path, report=quiet)
     assert (run.plan.microbatch, run.plan.accumulation_steps) == (1, 4)
+    monkeypatch.undo()
+    assert Trainer(run.config, tmp_path / "alone", report=quiet).plan.microbatch == 4
 
 
 def test_learning_rate():
