@@ -130,7 +130,11 @@ def read_raw_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a tokenizer's settings. The authors' files store none; they are inferred from tensor shapes."""
+    """Read a tokenizer's settings. The authors' files store none; they are inferred from tensor shapes.
+
+    Raises:
+        CheckpointError, ConfigError: as ``read``.
+    """
     metadata = read_raw_metadata(path)
     if path.suffix == ".safetensors" or "flowmo" in metadata:
         return _override(_tokenizer_config(path, metadata), overrides, path)
