@@ -14,6 +14,7 @@ from flowmo.config.sections import FIELDS
 from flowmo.errors import one_line
 
 MAX_YAML_BYTES = 1 << 20
+MAX_YAML_DEPTH = 8
 
 
 def _renamed(name: str) -> Callable[[Any], dict[str, Any]]:
@@ -67,10 +68,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raw = Path(path).read_bytes()
         if len(raw) > MAX_YAML_BYTES:
             raise ValueError(f"it has {len(raw)} bytes, more than {MAX_YAML_BYTES}")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw)):  # a few can fill any memory
-            raise ValueError("it has an alias (*name); settings have none")
+        depth = 0
+        for event in yaml.parse(raw):
+            if isinstance(event, yaml.AliasEvent):  # a few can fill any memory
+                raise ValueError("it has an alias (*name); settings have none")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_YAML_DEPTH:  # the parser's time grows with the square of the depth
+                raise ValueError(f"it nests lists or mappings more than {MAX_YAML_DEPTH} deep")
         tree = yaml.load(raw, yaml.BaseLoader) or {}
-    except (OSError, yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"Cannot read settings from {path}: {one_line(error, 200)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} contains no settings. Write sections such as 'model:' with 'name: value' below.")
