@@ -894,3 +894,9 @@ def test_the_commands(class_folder, tokenizer, trained, tmp_path, capsys):
     assert "Name the right one with --model" in capsys.readouterr().err
     assert command("info", "maskgit", "--json") == 0
     assert json.loads(capsys.readouterr().out)["blocks"] == 28
+    assert command("info", generator, "--json", "generator.sample_steps=3") == 0
+    told, trained = json.loads(capsys.readouterr().out), load_generator(generator)
+    assert told["parameters"] == sum(p.numel() for p in trained.parameters())
+    assert (told["tokenizer"], told["sampling_steps"]) == (trained.vocabulary.tokenizer, 3)
+    assert command("info", generator, "generator.hidden_size=12") == 2
+    assert "holds weights of another architecture" in capsys.readouterr().err

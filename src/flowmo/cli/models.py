@@ -6,10 +6,11 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,9 @@ from flowmo.codec.file import Codec, find_context
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config, flatten
 from flowmo.model.sampler import network_passes
 from flowmo.tokenizer import FlowMo
+
+if TYPE_CHECKING:
+    from flowmo.generate.generator import Generator
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
@@ -37,13 +41,12 @@ def completion(arguments: argparse.Namespace) -> tuple[str, None]:
 
 def info(arguments: argparse.Namespace) -> tuple[str, dict]:
     source, settings = arguments.model, arguments.settings
-    if source.endswith((".yaml", ".yml")):
-        config = Config.from_yaml(source).override(*settings)
-    elif source in PRESETS | GENERATOR_PRESETS:
-        config = flowmo.preset(source).override(*settings)
+    if source.endswith((".yaml", ".yml")) or source in PRESETS | GENERATOR_PRESETS:
+        config = Config.from_yaml(source) if source.endswith((".yaml", ".yml")) else flowmo.preset(source)
+        config = config.override(*settings)
+        summary = describe_preset_generator(config) if config.generator.train else describe_tokenizer(config)
     else:
-        config = checkpoint.read_config(checkpoint.find(source), tuple(settings))
-    summary = (describe_generator if config.generator.train else describe_tokenizer)(config)
+        config, summary = describe_weights(checkpoint.find(source), settings)
     if arguments.training and not config.generator.train:
         from flowmo.train.cost import describe_training
 
@@ -53,6 +56,19 @@ def info(arguments: argparse.Namespace) -> tuple[str, dict]:
         for name, value in flatten(config).items():
             lines.append(f"{name}={value}".ljust(42) + f" {FIELDS[name].metadata['doc']}")
     return "\n".join(lines), summary | {"settings": config.to_dict()}
+
+
+def describe_weights(path: Path, settings: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """Return the settings of a tokenizer's or a generator's file of weights, and describe it."""
+    if "vocabulary" not in checkpoint.read_raw_metadata(path):
+        config = checkpoint.read_config(path, tuple(settings))
+        return config, describe_tokenizer(config)
+    from flowmo.generate.generator import load_generator
+
+    generator = load_generator(path, *settings)
+    vocabulary = generator.vocabulary
+    trained_on = {"tokenizer": vocabulary.tokenizer, "model": vocabulary.model, "image_size": vocabulary.image_size}
+    return generator.config, describe_generator(generator) | trained_on
 
 
 def describe_tokenizer(config: Config) -> dict[str, Any]:
@@ -76,7 +92,7 @@ def describe_tokenizer(config: Config) -> dict[str, Any]:
     }
 
 
-def describe_generator(config: Config) -> dict[str, Any]:
+def describe_preset_generator(config: Config) -> dict[str, Any]:
     """Describe a generator of the paper's 256 × 2 ids of 9 bits and 1000 classes, on the meta device."""
     from flowmo.data.tokens import Vocabulary
     from flowmo.generate.generator import Generator
@@ -84,15 +100,19 @@ def describe_generator(config: Config) -> dict[str, Any]:
     shape = {"image_size": 256, "tokens": 256, "sub_tokens": 2, "id_bits": 9}
     vocabulary = Vocabulary(tokenizer="", model="", classes=("",) * 1000, **shape)
     with torch.device("meta"):
-        generator = Generator(config, vocabulary)
+        return describe_generator(Generator(config, vocabulary))
+
+
+def describe_generator(generator: Generator) -> dict[str, Any]:
+    settings, vocabulary = generator.config.generator, generator.vocabulary
     return {
         "parameters": parameters(generator),
-        "for": "512 ids of 9 bits, 1000 classes",
-        "width": config.generator.hidden_size,
-        "network": config.generator.network,
+        "for": f"{vocabulary.ids} ids of {vocabulary.id_bits} bits, {len(vocabulary.classes)} classes",
+        "width": settings.hidden_size,
+        "network": settings.network,
         "blocks": len(generator.network.blocks),
-        "heads": config.generator.num_heads,
-        "sampling_steps": config.generator.sample_steps,
+        "heads": settings.num_heads,
+        "sampling_steps": settings.sample_steps,
         "guidance": generator.guidance_in_words(),
     }
 
