@@ -8,7 +8,7 @@ from flowmo.errors import FlowMoError
 SCALES = ("smoke", "cpu", "gpu", "paper")
 STUDIES = (
     *("ablations", "continuous", "posttrain", "distill", "variance", "noise", "sampler", "likelihood"),
-    *("peer", "discriminator", "generate", "tokenizers", "passes"),
+    *("peer", "discriminator", "generate", "tokenizers", "passes", "timesteps"),
 )
 
 

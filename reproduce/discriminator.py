@@ -59,8 +59,8 @@ SCALES = {
     "gpu": Scale(base=GPU_NESTED.override(*ONE_RATE), images=1000, seeds=2, shares=SHARES, longer={}),
     "paper": Scale(base=PAPER_NESTED.override(*ONE_RATE), images=50_000, shares=SHARES, longer={}),
 }
-"""``shares`` of the training after which the weights are measured, and those to which the first seed trains without a
-discriminator (``longer``), by kind."""
+"""``shares`` of the training after which the weights are measured; without a discriminator also ``longer`` ones, by
+kind."""
 
 
 class Arm(NamedTuple):
@@ -103,7 +103,7 @@ def rows(study: Study, metadata: Row) -> Rows:
 def trained_rows(arm: Arm, seed: int, width: int, study: Study) -> Rows:
     """Train one tokenizer and measure it at each length."""
     scale, run = SCALES[study.scale], f"{arm.name}-seed{seed}"
-    shares = [*scale.shares, *(scale.longer.get(arm.kind, ()) if seed == 1 and not arm.adversarial else ())]
+    shares = [*scale.shares, *(() if arm.adversarial else scale.longer.get(arm.kind, ()))]
     config = scale.base.override(f"opt.lr={RATES[arm.kind]}", f"trainer.seed={seed}")
     batch = config.data.global_batch_size
     steps = config.trainer.duration.images(batch, 0) // batch

@@ -4,7 +4,7 @@ Reproduces the paper's claim that many passes of a flow decoder beat one, and fi
 dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured over its rate,
 its training and the passes of its decoder; one is repeated at nearly four times the parameters.
 
-Cost: smoke a minute. cpu 31 hours on one core, by arithmetic from 17.5 images a second: 13 for long trainings, 5 for
+Cost: smoke a minute. cpu 32 hours on one core, by arithmetic from 17.5 images a second: 14 for long trainings, 5 for
 the wider model, 6 for stage 1B and its controls, 7 for measuring. gpu half an hour on one H100, by arithmetic at a
 fifth of its peak. paper a day per model on 8 H100, by arithmetic at 40 % of their peak.
 Expect: (written before the first run) a sample of p(image | code) has twice the squared error of the mean, so many
@@ -117,6 +117,10 @@ def arms_of(base: Config) -> Iterator[Arm]:
     yield Arm("image-loss-one-step", "flow, loss on the image, then the same loss in one step", one_step, **early)
     tenth = (*image, *SEEK, "opt.lpips_weight=0.001")
     yield Arm("image-loss-tenth", "flow, loss on the image, then stage 1B at a tenth of the weight", tenth, **early)
+    # The loss on the image is about a fifth of the velocity's, so that the perceptual loss has five times the share.
+    more, less = (f"opt.lpips_weight={factor * base.opt.lpips_weight:g}" for factor in (5, 0.2))
+    yield Arm("lpips-more", "flow, five times the perceptual loss", (*FLOW, more), share=0.25)
+    yield Arm("image-loss-less", "flow, loss on the image, a fifth of the perceptual loss", (*image, less), share=0.25)
     yield Arm("no-lpips", "flow, no perceptual loss", (*FLOW, "opt.lpips_weight=0"))
     yield Arm("large", "flow, twice as wide", (*FLOW, *double))
     yield Arm("velocity", "flow, the network predicts velocities", (*FLOW, "model.prediction=velocity"))
@@ -196,17 +200,20 @@ def measured(arm: Arm, seed: int, checkpoint: Path, ids: Sequence[int], passes: 
 
 
 def show(study: Study) -> None:
-    """Draw what one and many passes make of the same codes, at the lowest and the highest rate."""
+    """Draw what one and many passes make of the same codes, at the lowest and the highest rate.
+
+    ``idsN.png`` shows the longest training of each recipe, ``idsN-first.png`` the shortest that was measured.
+    """
     scale = SCALES[study.scale]
-    for count in (scale.ids[0], scale.ids[-1]):
+    for count, (stem, length) in product((scale.ids[0], scale.ids[-1]), {"": -1, "-first": 0}.items()):
         strips = {}
         for arm in arms_of(scale.base):
             for steps in (1, scale.passes[-1]):
                 found = list(study.folder("").glob(f"{arm.name}-seed1-*-ids{count}-passes{steps}/samples.png"))
-                found.sort(key=lambda path: int(path.parent.name.split("-")[-3]))  # the longest training is last
-                strips.setdefault("originals", found[-1].with_name("originals.png"))
-                strips[f"{arm.label}: {steps} passes"] = found[-1]
-        page.image_strips(strips, study.folder(f"ids{count}.png"))
+                found.sort(key=lambda path: int(path.parent.name.split("-")[-3]))
+                strips.setdefault("originals", found[length].with_name("originals.png"))
+                strips[f"{arm.label}: {steps} passes"] = found[length]
+        page.image_strips(strips, study.folder(f"ids{count}{stem}.png"))
 
 
 def body(results: Results, plot: Path) -> str:

@@ -350,10 +350,10 @@ def rank_0_works(folder):
         patch.setattr("flowmo.distributed.COLLECTIVE_TIMEOUT", timedelta(seconds=2))
         with join("cpu") as world:
             if world.main:
-                time.sleep(5)
+                time.sleep(3)
             value = world.broadcast("measured" if world.main else None)
             if world.main:
-                time.sleep(5)
+                time.sleep(3)
             world.barrier()
             assert world.any(world.main)
             (folder / str(world.rank)).write_text(value)

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,25 @@ from conftest import PICTURES, open_gates
 from flowmo import Config, FlowMo, save
 from flowmo.evaluate.metrics import inception
 from flowmo.evaluate.reconstruction import Evaluators
+from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import ResNetLogits
+from flowmo.losses.stages import frozen_code, one_step
+from flowmo.model import flow
 from flowmo.model.torchvision_import import before_importing
 from flowmo.train.trainer import Trainer
-from reproduce import SCALES, STUDIES, StudyError, discriminator, distill, noise, passes, peer, posttrain, runner
+from reproduce import (
+    SCALES,
+    STUDIES,
+    StudyError,
+    discriminator,
+    distill,
+    noise,
+    passes,
+    peer,
+    posttrain,
+    runner,
+    timesteps,
+)
 from reproduce.__main__ import main
 from reproduce.generation import GenerationEvaluator
 from reproduce.page import (
@@ -317,31 +334,22 @@ def test_continuous_smoke(evaluators, tmp_path, monkeypatch):
     assert "| DiTo | 0.78 | 24.1 | 0.706 | 0.102 |" in text
 
 
+def test_arms_of_passes_differ():
+    """Each trains, and no two train alike. Only some are trained below, to save time."""
+    base = passes.SMOKE_NESTED
+    arms = list(passes.arms_of(base))
+    found = {(base.override(*arm.settings), arm.start, arm.start_share, arm.share) for arm in arms}
+    assert len(found) == len({arm.name for arm in arms}) == len(arms) == 21
+    assert {arm.start for arm in arms} - {""} <= {arm.name for arm in arms}
+
+
 def test_passes_smoke(evaluators, tmp_path, monkeypatch):
-    study = study_of("passes", tmp_path, evaluators)
+    recipes = ["flow", "anchored", "falling", "seek", "seek-early", "one-step", "more", "image-loss", "image-loss-more"]
+    arms = [arm for arm in passes.arms_of(passes.SMOKE_NESTED) if arm.name in recipes]
+    monkeypatch.setattr(passes, "arms_of", lambda base: iter(arms))
     monkeypatch.setattr(passes, "training_flops", lambda config, freeze_encoder: 5e12 if freeze_encoder else 1e12)
+    study = study_of("passes", tmp_path, evaluators)
     rows, text = run_study(study, monkeypatch)
-    recipes = [
-        "flow",
-        "anchored",
-        "falling",
-        "seek",
-        "seek-early",
-        "one-step",
-        "more",
-        "mixed",
-        "image-loss",
-        "uniform",
-        "fifth",
-        "image-loss-seek",
-        "image-loss-more",
-        "image-loss-one-step",
-        "image-loss-tenth",
-        "no-lpips",
-        "large",
-        "velocity",
-        "guided",
-    ]
     settings = [(rate * 4 * 3 / 32**2, count) for rate in (1, 2) for count in (1, 2)]
     assert [(row["recipe"], row["rate"], row["passes"]) for row in rows] == [
         (recipe, *setting) for recipe in (*recipes, "flow") for setting in settings
@@ -349,22 +357,22 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     assert [row["seed"] for row in rows] == [1] * (len(rows) - 4) + [2] * 4
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
     assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
-    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 8, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4]
-    quarters = {("image-loss", 1), ("uniform", 1), ("fifth", 1), ("flow", 2)}
+    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 4, 8, 4]
+    quarters = {("image-loss", 1), ("flow", 2)}
     assert {(row["recipe"], row["seed"]) for row in rows if not row["last"]} == quarters
-    arms = ("flow", "seek-early", "one-step", "more", "image-loss-more")
+    kept = ("flow", "seek-early", "one-step", "more", "image-loss-more")
     tflop = {row["recipe"]: row["tflop"] for row in rows if row["seed"] == 1}
     assert (tflop["flow"], tflop["seek"], tflop["anchored"]) == (8, 8 + 5 * 4, 8)
     assert study.out.joinpath("passes-smoke-rates.png").stat().st_size > 3000
-    flow, seek, *controls = (Config.from_yaml(study.folder(f"{arm}-seed1") / "config.json") for arm in arms)
+    flow, seek, *controls = (Config.from_yaml(study.folder(f"{name}-seed1") / "config.json") for name in kept)
     for control in controls:
         assert control.model.ema_decay ** (4 / 128) == pytest.approx(seek.model.ema_decay), "per step of 4 images"
         assert control.model.train == "decoder", "a stage of its own: fresh optimizer and EMA, as stage 1B has"
     with pytest.raises(StudyError, match=r"was trained with opt\.lr=0\.001\. Remove it"):
         study.train(flow.override("opt.lr=1"), "flow-seed1")
-    assert text.count("\n| flow, uniform timesteps |") == 2 + 1, "a short training is in the last two tables alone"
+    assert text.count("\n| flow, loss on the image |") == 2 + 1, "a short training is in the last two tables alone"
     assert text.count("\n| flow |") == 4 + 4 + 2, "two metrics at two rates; at two lengths, gains and crossing"
-    assert (study.folder("ids2.png")).stat().st_size > 3000
+    assert all(study.folder(f"ids2{stem}.png").stat().st_size > 3000 for stem in ("", "-first"))
 
 
 def test_the_compute_of_a_training_includes_its_start(monkeypatch):
@@ -429,6 +437,38 @@ def test_studies_of_trained_models_smoke(evaluators, tiny_config, tmp_path, monk
     assert [row["kind"] for row in rows] == ["own", "other", "null", "sample"]
     assert len({row["bits"] for row in rows}) == 4
     assert "an image's code (48 bits) saves" in text
+
+
+def test_timesteps_smoke(evaluators, tiny_config, tmp_path, monkeypatch):
+    """The errors and probabilities of the intervals give the loss, uniform over t but for a fifth at t = 1."""
+    torch.manual_seed(0)
+    settings = ("model.prediction=picture", "opt.schedule=uniform", "opt.anchor=0.2", "opt.loss_space=velocity")
+    tokenizer = open_gates(FlowMo(tiny_config.override(*settings))).eval()
+    save(tokenizer, tmp_path / "a.safetensors")
+    study = study_of("timesteps", tmp_path, evaluators, str(tmp_path / "a.safetensors"))
+    (row,), text = run_study(study, monkeypatch)
+    assert re.search(r"\| a \| velocity \| [\d.]+ \| [\d.]+ \| 16\.0 % \|", text)
+    indices, x = study.held_out_images(4, tiny_config.data.image_size)
+    noise, count = TrainingNoise.of(tokenizer.config, x, indices), 200
+    with torch.no_grad():
+        code = frozen_code(tokenizer, x).code
+        for key, space in (("velocity_error", "velocity"), ("image_error", "picture")):
+            opt = tokenizer.config.override(f"opt.loss_space={space}").opt
+            times = [*((i + 0.5) / count for i in range(count)), 1.0]
+            found = [one_step(tokenizer, code, x, noise._replace(t=torch.full((4,), t)), opt)[0] for t in times]
+            expected = 0.8 * torch.stack(found[:-1]).mean() + 0.2 * found[-1]
+            parts = [p * e for p, e in zip(row["probability"], row[key], strict=True)]
+            assert sum(parts) == pytest.approx(float(expected), rel=0.05)
+            assert timesteps.shares_below(row, key)[-1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("schedule", flow.DISTRIBUTIONS)
+def test_probabilities_are_those_of_training(schedule):
+    opt = Config().override(f"opt.schedule={schedule}", "opt.anchor=0.25").opt
+    t = flow.sample_timesteps(400_000, schedule, torch.Generator().manual_seed(0), anchor=0.25)
+    counted = [float(((t >= low) & (t < high)).float().mean()) for low, high in pairwise(timesteps.EDGES)]
+    assert timesteps.probabilities(opt) == pytest.approx([*counted, float((t == 1).float().mean())], abs=0.003)
+    assert sum(timesteps.probabilities(opt)) == pytest.approx(1)
 
 
 def test_peer_smoke(evaluators, tmp_path, monkeypatch):
