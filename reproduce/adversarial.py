@@ -22,7 +22,7 @@ from flowmo.train.schedule import Schedule
 from flowmo.train.task import autocast
 from reproduce import StudyError
 from reproduce.convolutional import ADVERSARIAL_START, AdversarialModel, ConvolutionalTokenizer
-from reproduce.runner import Study
+from reproduce.runner import Study, check_same_training
 
 STATE = "peer.pt"
 
@@ -33,6 +33,7 @@ class PeerTrainer:
     A convolutional tokenizer and all discriminators learn by Adam, a FlowMo as its settings say.
 
     Args:
+        adversarial: the discriminator joins at a share of the run, so that the run cannot be made longer.
         discriminator_rate: learning rate of the discriminator over that of the tokenizer.
     """
 
@@ -41,9 +42,10 @@ class PeerTrainer:
         tokenizer: ConvolutionalTokenizer | FlowMo,
         path: Path,
         device: torch.device,
+        adversarial: bool = True,
         discriminator_rate: float = 1.0,
     ):
-        self.config, self.path, self.device = tokenizer.config, path, device
+        self.config, self.path, self.device, self.adversarial = tokenizer.config, path, device, adversarial
         opt = self.config.opt
         perceptual = build_distance(opt.lpips_mode).to(device) if opt.lpips_weight else None
         self.model = AdversarialModel(tokenizer, perceptual).to(device)
@@ -54,7 +56,7 @@ class PeerTrainer:
         judge = self.model.discriminator
         self.parts = ((tokenizer, own), (judge, [adam(judge, opt, discriminator_rate)]))
         self.images, self.seconds = 0, 0.0
-        self.settings = {**self.config.to_dict(), "discriminator_rate": discriminator_rate}
+        self.discriminator_rate = discriminator_rate
         if path.is_file():
             self.restore()
 
@@ -83,14 +85,18 @@ class PeerTrainer:
 
     def save(self) -> None:
         content = {"weights": self.model.state_dict(), "average": self.ema.state, "norms": self.norm_control.state}
-        content |= {"images": self.images, "seconds": self.seconds, "settings": self.settings}
+        content |= {"images": self.images, "seconds": self.seconds}
+        content["settings"] = {**self.config.to_dict(), "discriminator_rate": self.discriminator_rate}
         content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         write_whole(self.path, lambda temporary: torch.save(content, temporary))
 
     def restore(self) -> None:
         content = torch.load(self.path, weights_only=True)
-        if content.get("settings", self.settings) != self.settings:
-            raise StudyError(f"{self.path} was trained with other settings. Remove it to train it anew.")
+        saved = content["settings"]
+        rate = saved.pop("discriminator_rate")
+        if rate != self.discriminator_rate:
+            raise StudyError(f"{self.path} was trained with a discriminator's rate of {rate}. Remove it to train anew.")
+        check_same_training(self.path, Config.from_dict(saved), self.config, may_go_on=not self.adversarial)
         self.model.load_state_dict(content["weights"])
         for name, value in content["average"].items():
             self.ema.state[name].copy_(value)
@@ -133,7 +139,7 @@ def train_adversarial(
     config, path = tokenizer.config, study.folder(run) / STATE
     data = config.data
     path.parent.mkdir(parents=True, exist_ok=True)
-    trainer = PeerTrainer(tokenizer, path, study.world.device, discriminator_rate)
+    trainer = PeerTrainer(tokenizer, path, study.world.device, adversarial, discriminator_rate)
     dataset = ImageDataset(open_source(study.data), data.image_size, data.random_crop, data.random_flip, data.draft)
     schedule = Schedule.of(config, data.global_batch_size, len(dataset))
     stream = batches(dataset, data.global_batch_size, config.trainer.seed, trainer.images, data.num_workers)

@@ -35,24 +35,29 @@ from reproduce.page import Column, Group
 from reproduce.runner import Results, Row, Rows, Scale, Study
 
 PASSES, SHARES = (1, 2, 4, 8, 25), (0.25, 0.5, 1.0)
-CONTROLLED = ("seek-early", "one-step", "more")
+AGAIN = {
+    "flow": 0.5,
+    **dict.fromkeys(("mixed", "image-loss"), 0.25),
+    **dict.fromkeys(("seek-early", "one-step", "more", "image-loss-seek", "image-loss-more"), 1.0),
+}
+"""Arms with a second seed, and the share of their training that it runs, at scale cpu."""
 SCALES = {
-    "smoke": Scale(base=SMOKE_NESTED, images=4, ids=(1, 2), passes=(1, 2), shares=(1.0,), seek=4, twice=("flow",)),
+    "smoke": Scale(base=SMOKE_NESTED, images=4, ids=(1, 2), passes=(1, 2), shares=(1.0,), seek=4, twice={"flow": 0.25}),
     "cpu": Scale(
         **{"base": NESTED_BASE, "images": 250, "ids": (1, 2, 4, 12), "passes": PASSES, "shares": SHARES},
-        **{"seek": 2_048, "twice": ("flow", *CONTROLLED, "mixed", "image-loss", "image-loss-seek", "image-loss-more")},
+        **{"seek": 2_048, "twice": AGAIN},
     ),
     "gpu": Scale(
         **{"base": GPU_NESTED, "images": 1000, "ids": (1, 2, 4, 8, 12), "passes": PASSES, "shares": SHARES},
-        **{"seek": 32_000, "twice": ()},
+        **{"seek": 32_000, "twice": {}},
     ),
     "paper": Scale(
         **{"base": PAPER_NESTED, "images": 50_000, "ids": (1, 2, 4, 8, 12), "passes": PASSES, "shares": SHARES},
-        **{"seek": 6_400_000, "twice": ()},
+        **{"seek": 6_400_000, "twice": {}},
     ),
 }
 """Sub-tokens kept per token (``ids``), shares of the training that are measured, images of stage 1B (``seek``), and
-arms with a second seed (``twice``), of which long trainings run a quarter."""
+arms with a second seed (``twice``), by the share of their training that it runs."""
 FLOW = ("opt.anchor=0", "opt.loss_space=velocity", "opt.schedule=fat_lognormal")
 PARTS_OF_MIXED = (
     ("image-loss", "loss on the image", "opt.loss_space=picture"),
@@ -132,7 +137,7 @@ def rows(study: Study, metadata: Row) -> Rows:
     scale = SCALES[study.scale]
     metadata["base"] = scale.base.to_dict()
     arms = list(arms_of(scale.base))
-    again = [arm if arm.short else arm._replace(share=0.25) for arm in arms if arm.name in scale.twice]
+    again = [arm._replace(share=scale.twice[arm.name]) for arm in arms if arm.name in scale.twice]
     for seed, arm in [*((1, arm) for arm in arms), *((2, arm) for arm in again)]:
         checkpoints = checkpoints_of(arm, seed, study)
         for checkpoint in reversed(checkpoints):

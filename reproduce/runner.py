@@ -138,11 +138,7 @@ class Study:
         config = config.override(f"data.train={self.data}", f"data.val={self.held_out}")
         path = self.folder(run) / SETTINGS
         if path.is_file():
-            now = flatten(config) | {"model.base": None}  # runs write it
-            saved = flatten(Config.from_yaml(path)) | {"model.base": None}
-            changed = [f"{name}={value}" for name, value in saved.items() if value != now[name]]
-            if changed:
-                raise StudyError(f"{path.parent} was trained with {', '.join(changed)}. Remove it to train it anew.")
+            check_same_training(path.parent, Config.from_yaml(path), config)
         return config
 
     def once(self, run: str, make: Callable[[], Row]) -> Row:
@@ -230,6 +226,21 @@ class Study:
             self.folder(run).mkdir(parents=True, exist_ok=True)
             for name, images in rows.items():
                 to_pil(grid([images[:SAMPLES_KEPT]])).save(self.folder(run) / f"{name}.png")
+
+
+def check_same_training(run: Path, saved: Config, now: Config, may_go_on: bool = True) -> None:
+    """Raise ``StudyError`` if a run was begun with other settings.
+
+    Args:
+        may_go_on: accept a longer training, which changes nothing of what the run has done, if it has no cool-down.
+    """
+    before, after = flatten(saved), flatten(now) | {"model.base": saved.model.base}  # runs write it
+    old, new = saved.trainer.duration, now.trainer.duration
+    if may_go_on and not now.opt.cooldown and old.unit == new.unit and old.amount < new.amount:
+        before["trainer.duration"] = new
+    changed = [f"{name}={value}" for name, value in before.items() if value != after[name]]
+    if changed:
+        raise StudyError(f"{run} was trained with {', '.join(changed)}. Remove it to train it anew.")
 
 
 def run(recipe: Recipe, study: Study) -> None:

@@ -142,8 +142,12 @@ def test_an_interrupted_training_ends_like_an_unbroken_one(kind, study, monkeypa
     with pytest.raises(KeyboardInterrupt):
         train(kind, config, "broken", study)
     monkeypatch.setattr(PeerTrainer, "save", real)
-    with pytest.raises(StudyError, match=r"peer\.pt was trained with other settings"):
-        train(kind, config.override("opt.lr=0.5"), "broken", study)
+    for settings, told in (
+        ("opt.lr=0.5", r"opt\.lr=0\.\d+\. Remove it"),
+        ("trainer.duration=8 steps", r"trainer\.duration=4 steps"),  # the discriminator would join later
+    ):
+        with pytest.raises(StudyError, match=rf"peer\.pt was trained with {told}"):
+            train(kind, config.override(settings), "broken", study)
     again = train(kind, config, "broken", study)
     assert saves == [study.folder("broken") / STATE]
     for name, value in whole.state_dict().items():
@@ -172,3 +176,26 @@ def test_a_loss_that_is_not_finite_ends_it(study):
     config = CONFIG.override("opt.lr=1e30", "trainer.duration=8 steps", "opt.max_grad_norm=0")
     with pytest.raises(StudyError, match="not finite"):
         train_peer(config, WIDTH, "wild", study)
+
+
+def test_a_training_may_go_on(study):
+    """Without a cool-down a longer training ends like one that was as long from the beginning."""
+    short = CONFIG.override("trainer.duration=2 steps", "opt.cooldown=0")
+    long = short.override("trainer.duration=4 steps")
+
+    def train_both(config, run):
+        study.train(config, f"{run}-trainer")
+        seed_global(0, Stream.WEIGHTS)
+        tokenizer = FlowMo(config)
+        train_adversarial(tokenizer, f"{run}-peer", study, adversarial=False)
+        return [*study.load(study.train(config, f"{run}-trainer").checkpoint).parameters(), *tokenizer.parameters()]
+
+    train_both(short, "broken")
+    for ours, expected in zip(train_both(long, "broken"), train_both(long, "whole"), strict=True):
+        assert torch.equal(ours, expected)
+    with pytest.raises(StudyError, match=r"trainer\.duration=4 steps"):
+        study.train(short, "broken-trainer")
+    cooled = long.override("opt.cooldown=0.5")
+    study.train(cooled, "cooled")
+    with pytest.raises(StudyError, match=r"trainer\.duration=4 steps"):
+        study.train(cooled.override("trainer.duration=8 steps"), "cooled")
