@@ -809,6 +809,31 @@ def test_tokens_of_other_classes_are_refused(change, config, class_folder, token
     assert f"({difference[:7]}" in str(error.value)
 
 
+def test_fine_tuning_a_generators_file(config, tokenizer, tmp_path):
+    """A run from bare weights begins at step 0 with them as its EMA. Files that do not fit are refused."""
+    first = Trainer(config.override("trainer.duration=2 steps"), tmp_path / "first", report=quiet)
+    first.train()
+    path, generator = tmp_path / "generator.safetensors", load_generator(first.checkpoints()[-1])
+    save_generator(generator, path)
+    lines, short = [], config.override("trainer.duration=1 steps")
+    run = Trainer(short, tmp_path / "run", resume_from=path, report=lines.append)
+    assert run.step == 0
+    assert any(f"starts a new run from the weights of {path}" in line for line in lines)
+    for name, value in generator.state_dict().items():
+        assert torch.equal(run.task.model.state_dict()[name], value)
+        assert torch.equal(run.ema.state[name], value)
+    run.train()
+    assert load_generator(run.checkpoints()[-1]).vocabulary == generator.vocabulary
+    with pytest.raises(TrainingError, match=r"generator\.hidden_size \d+ -> 64"):
+        Trainer(short.override("generator.hidden_size=64"), tmp_path / "wide", resume_from=path, report=quiet)
+    save_generator(Generator(generator.config, dataclasses.replace(generator.vocabulary, tokenizer="other")), path)
+    with pytest.raises(TrainingError, match="was trained on ids of tokenizer other"):
+        Trainer(short, tmp_path / "other", resume_from=path, report=quiet)
+    save(tokenizer, path)
+    with pytest.raises(CheckpointError, match="holds no generator"):
+        Trainer(short, tmp_path / "tokenizer", resume_from=path, report=quiet)
+
+
 def test_files_of_generators(generator, tokenizer, tmp_path):
     path = tmp_path / "generator.safetensors"
     save_generator(generator, path)

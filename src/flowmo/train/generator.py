@@ -1,6 +1,6 @@
 """Training task of stage 2: tokens in, a masked-token generator out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from flowmo.data.sources.base import class_difference
 from flowmo.data.tokens import NO_CLASS, TokenDataset, Vocabulary
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.pairs import grid
-from flowmo.generate.generator import Generator, build_generator
+from flowmo.generate.generator import Generator, build_generator, load_generator
 from flowmo.generate.schedules import MEAN_MASK_RATIO, random_mask
 from flowmo.images import to_pil
 from flowmo.losses.noise import to_device
@@ -194,3 +194,15 @@ class GeneratorTask(Task):
             raise TrainingError(f"{self.config.data.train} has other classes than {path} was trained on: {difference}.")
         before = Config.from_dict(metadata["config"]).generator_architecture()
         check_same_settings(before, self.config.generator_architecture(), path, "generator")
+
+    def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Yield the weights of a generator's ``.safetensors`` file, as the last ones and as their EMA."""
+        if path.suffix != ".safetensors":
+            raise TrainingError(f"{path} is not a training checkpoint.")
+        generator = load_generator(path)
+        config = generator.config
+        self.check(
+            path, {"stage": config.stage, "vocabulary": asdict(generator.vocabulary), "config": config.to_dict()}
+        )
+        for part in ("model", "ema"):
+            yield part, generator.state_dict()

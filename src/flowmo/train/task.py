@@ -107,12 +107,12 @@ class Task:
         raise NotImplementedError
 
     def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Yield ``model`` and ``ema`` weights of a file in another format, if the task reads any.
+        """Yield ``model`` and ``ema`` weights of a file that is no training checkpoint of ours.
 
         Raises:
             CheckpointError, TrainingError: the file is damaged or does not fit.
         """
-        raise TrainingError(f"{path} is not a training checkpoint.")
+        raise NotImplementedError
 
 
 def check_same_settings(
