@@ -92,11 +92,11 @@ class PeerTrainer:
 
     def restore(self) -> None:
         content = torch.load(self.path, weights_only=True)
-        saved = content["settings"]
+        saved = dict(content["settings"])
         rate = saved.pop("discriminator_rate")
         if rate != self.discriminator_rate:
             raise StudyError(f"{self.path} was trained with a discriminator's rate of {rate}. Remove it to train anew.")
-        check_same_training(self.path, Config.from_dict(saved), self.config, may_go_on=not self.adversarial)
+        check_same_training(self.path, Config.from_dict(saved), self.config, not self.adversarial)
         self.model.load_state_dict(content["weights"])
         for name, value in content["average"].items():
             self.ema.state[name].copy_(value)

@@ -3,10 +3,10 @@
 Reproduces table 1's question where both may have what the other has. All four have equal bits, training images in the
 same order and perceptual loss; the convolutional one has a fifth fewer parameters at scale cpu. FlowMo learns by Muon,
 the convolutional one and the discriminators by Adam. A discriminator joins after half of the training. Weights are kept
-along the way, so that trends can be read. At scale cpu the first seed of both trains longer without a discriminator, to
-equal FLOPs. FlowMo is measured in one pass, for which its recipe is made.
+along the way, so that trends can be read. At scale cpu both train longer without a discriminator, to equal FLOPs.
+FlowMo is measured in one pass, for which its recipe is made.
 
-Cost: smoke half a minute. cpu eight trainings of 20 to 70 minutes on one core. gpu 50 minutes on one
+Cost: smoke half a minute. cpu eight trainings of 20 to 90 minutes on one core. gpu 50 minutes on one
 H100, by arithmetic at a fifth of its peak. paper 2000 hours per training on one H100, by arithmetic at 40 % of its
 peak.
 Expect: (written before the first run) with convolutions in FlowMo's decoder, and two and a half times the training of

@@ -35,7 +35,7 @@ from reproduce.page import Column, Group
 from reproduce.runner import Results, Row, Rows, Scale, Study
 
 PASSES, SHARES = (1, 2, 4, 8, 25), (0.25, 0.5, 1.0)
-AGAIN = {
+SECOND_SEED = {
     "flow": 0.5,
     **dict.fromkeys(("mixed", "image-loss"), 0.25),
     **dict.fromkeys(("seek-early", "one-step", "more", "image-loss-seek", "image-loss-more"), 1.0),
@@ -45,7 +45,7 @@ SCALES = {
     "smoke": Scale(base=SMOKE_NESTED, images=4, ids=(1, 2), passes=(1, 2), shares=(1.0,), seek=4, twice={"flow": 0.25}),
     "cpu": Scale(
         **{"base": NESTED_BASE, "images": 250, "ids": (1, 2, 4, 12), "passes": PASSES, "shares": SHARES},
-        **{"seek": 2_048, "twice": AGAIN},
+        **{"seek": 2_048, "twice": SECOND_SEED},
     ),
     "gpu": Scale(
         **{"base": GPU_NESTED, "images": 1000, "ids": (1, 2, 4, 8, 12), "passes": PASSES, "shares": SHARES},

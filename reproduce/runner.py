@@ -116,7 +116,7 @@ class Study:
         Raises:
             StudyError: the run was asked to stop, or was begun with other settings.
         """
-        config = self.settings(config, run)
+        config = self.settings(config, run, may_go_on=start is None)
         trainer = Trainer(config, self.folder(run), self.world, start, self.report)
         if prepare is not None and not trainer.images:
             prepare(trainer)
@@ -133,12 +133,16 @@ class Study:
             seconds *= (trainer.images - begin) / (last - begin)
         return Trained(trainer.checkpoints()[-1], trainer.images, seconds)
 
-    def settings(self, config: Config, run: str) -> Config:
-        """Return a run's settings with this study's images. Raises ``StudyError`` if it was begun with others."""
+    def settings(self, config: Config, run: str, may_go_on: bool = False) -> Config:
+        """Return a run's settings with this study's images.
+
+        Raises:
+            StudyError: it was begun with other settings, see ``check_same_training``.
+        """
         config = config.override(f"data.train={self.data}", f"data.val={self.held_out}")
         path = self.folder(run) / SETTINGS
         if path.is_file():
-            check_same_training(path.parent, Config.from_yaml(path), config)
+            check_same_training(path.parent, Config.from_yaml(path), config, may_go_on)
         return config
 
     def once(self, run: str, make: Callable[[], Row]) -> Row:
@@ -228,7 +232,7 @@ class Study:
                 to_pil(grid([images[:SAMPLES_KEPT]])).save(self.folder(run) / f"{name}.png")
 
 
-def check_same_training(run: Path, saved: Config, now: Config, may_go_on: bool = True) -> None:
+def check_same_training(run: Path, saved: Config, now: Config, may_go_on: bool) -> None:
     """Raise ``StudyError`` if a run was begun with other settings.
 
     Args:

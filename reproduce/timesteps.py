@@ -1,8 +1,8 @@
 """Where the flow loss lies (section 3.2).
 
-Beyond the paper: measures two errors of trained decoders over t. One is that of the velocity, whose square is
-the paper's loss (equation 5). The other is that of the one-step estimate of the image (equation 6), t times as large.
-With the distribution of a training's timesteps, they say how much of either loss lies below a timestep.
+Beyond the paper: measures the error of a decoder's velocity, whose square is the paper's loss (equation 5), and the
+error of its one-step estimate of the image (equation 6), which is t times as large. Weighted by the density of a
+training's timesteps, they say how much of either loss lies below a timestep.
 
 Cost: smoke a few seconds. cpu a minute per model of 7 M parameters on one core. gpu a minute per model of 80 M
 parameters on one H100, by arithmetic. paper an hour per model of FlowMo-Lo's size on one H100, by arithmetic.
@@ -15,18 +15,19 @@ of the image loss. Training on the image loss halves the image's error above t =
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from flowmo.checkpoint.run_folder import CHECKPOINTS
 from flowmo.config import OptConfig
 from flowmo.model import flow
 from flowmo.model.sampler import image_seed, seeded_noise
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
+from flowmo.train.state import read_metadata
 from reproduce import page
 from reproduce.runner import Results, Row, Rows, Scale, Study
 
@@ -39,6 +40,8 @@ SCALES = {
 }
 EDGES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Bounds of the intervals of t that errors are measured in. t = 1 itself, which ``opt.anchor`` trains, follows them."""
+DRAWS = 1 << 20
+"""Timesteps among which those of the measurement are chosen."""
 NEARLY_KNOWN = 0.2
 """The table says how much of a loss lies below this edge."""
 BATCH = 25
@@ -47,19 +50,30 @@ TRAINED_ON = {"velocity": "velocity", "picture": "image"}
 
 
 def rows(study: Study, metadata: Row) -> Rows:
-    for _, name, tokenizer in study.load_models(distilled=False):
+    for source, name, tokenizer in study.load_models(distilled=False):
         if tokenizer.config.bits_per_pixel is None:
             study.report(f"{name} is skipped: the noise of a continuous code moves its training's timesteps.")
             continue
-        yield study.once(name, partial(measure, name, tokenizer, study))
+        trained = read_metadata(Path(source))["images"] if Path(source).parent.name == CHECKPOINTS else None
+        about = {
+            "arm": name,
+            "label": name,
+            "trained": trained,
+            "trained_on": TRAINED_ON[tokenizer.config.opt.loss_space],
+        }
+        run = f"{name}-{tokenizer.identity()}"  # a run has many checkpoints
+        yield study.once(run, lambda tokenizer=tokenizer, about=about: about | measure(tokenizer, study))
 
 
 @torch.no_grad()
-def measure(name: str, tokenizer: FlowMo, study: Study) -> Row:
-    """Mean squared errors in each interval of ``EDGES`` and at t = 1, given whole codes, without guidance."""
+def measure(tokenizer: FlowMo, study: Study) -> Row:
+    """Mean squared errors over the training's timesteps in each interval of ``EDGES`` and at t = 1.
+
+    The decoder has whole codes and no guidance.
+    """
     opt, decoder = tokenizer.config.opt, tokenizer.decoder
     indices, images = study.held_out_images(SCALES[study.scale].images, tokenizer.config.data.image_size)
-    times = timesteps(len(images))
+    times = timesteps(opt.schedule, len(images))
     errors = {key: torch.zeros(len(times), dtype=torch.float64) for key in LOSSES}
     for batch in torch.arange(len(images)).split(BATCH):
         part = images[batch]
@@ -70,16 +84,20 @@ def measure(name: str, tokenizer: FlowMo, study: Study) -> Row:
             error = (decoder(flow.interpolate(x, z, t), code, t).float() - (z - x)).square().flatten(1).mean(dim=1)
             errors["velocity_error"][i] += float(error.sum()) / len(images)
             errors["image_error"][i] += float((t.square() * error).sum()) / len(images)
-    about = {"arm": name, "label": name, "trained_on": TRAINED_ON[opt.loss_space]}
-    return {**about, "probability": probabilities(opt), **{key: found.tolist() for key, found in errors.items()}}
+    return {"probability": probabilities(opt), **{key: found.tolist() for key, found in errors.items()}}
 
 
-def timesteps(count: int) -> Tensor:
-    """Timesteps of ``count`` images in each interval of ``EDGES``, evenly spread in random order, and t = 1."""
-    parts = []
-    for i, (low, high) in enumerate(pairwise(EDGES)):
-        order = torch.randperm(count, generator=stream(0, Stream.TIMESTEP, i))
-        parts.append(low + (high - low) * (order + 0.5) / count)
+def timesteps(schedule: str, count: int) -> Tensor:
+    """Timesteps of ``count`` images in each interval of ``EDGES``, and t = 1: (intervals + 1) × ``count``.
+
+    In an interval they are evenly spaced quantiles of a training's timesteps, in random order.
+    """
+    generator, parts = stream(0, Stream.TIMESTEP), []
+    drawn = flow.sample_timesteps(DRAWS, schedule, generator).sort().values
+    for low, high in pairwise(EDGES):
+        inside = drawn[(low <= drawn) & (drawn < high)]
+        quantiles = (torch.arange(count) + 0.5) / count
+        parts.append(inside[(quantiles * len(inside)).long()][torch.randperm(count, generator=generator)])
     return torch.stack([*parts, torch.ones(count)])
 
 
@@ -102,7 +120,7 @@ def body(results: Results, plot: Path) -> str:
     return f"""\
 Errors on {results["pictures"]} held-out images, of the whole code, without guidance. The velocity loss is the mean
 square of the velocity's error, the image loss that of t times this error, both over the timesteps of the model's own
-training. The probability of an interval is exact, the error in it a mean over as many timesteps as images.
+training. Each image has one of these timesteps in each interval.
 
 {share_table(rows)}
 Mean squared error of the velocity, in intervals of t:
@@ -119,11 +137,10 @@ def share_table(rows: Sequence[Row]) -> str:
     for row in rows:
         losses = (sum(p * e for p, e in zip(row["probability"], row[key], strict=True)) for key in LOSSES)
         shares = (shares_below(row, key)[index] for key in (None, *LOSSES))
-        lines.append(
-            [row["label"], row["trained_on"], *(f"{x:.3f}" for x in losses), *(f"{100 * x:.1f} %" for x in shares)]
-        )
+        about = (row["label"], "–" if row["trained"] is None else str(row["trained"]), row["trained_on"])
+        lines.append([*about, *(f"{x:.3f}" for x in losses), *(f"{100 * x:.1f} %" for x in shares)])
     below = (f"{what} below t = {NEARLY_KNOWN}" for what in ("timesteps", *LOSSES.values()))
-    return page.markdown_table(["model", "trained on the loss on the", *LOSSES.values(), *below], lines)
+    return page.markdown_table(["model", "images", "trained on the loss on the", *LOSSES.values(), *below], lines)
 
 
 def error_table(rows: Sequence[Row], key: str) -> str:

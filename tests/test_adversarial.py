@@ -128,7 +128,7 @@ def train(kind, config, run, study):
 
 @pytest.mark.parametrize("kind", ["convolutional", "flowmo"])
 def test_an_interrupted_training_ends_like_an_unbroken_one(kind, study, monkeypatch):
-    config = CONFIG.override("trainer.duration=4 steps", "trainer.checkpoint_every=2 steps")
+    config = CONFIG.override("trainer.duration=4 steps", "trainer.checkpoint_every=2 steps", "opt.cooldown=0")
     whole, saves = train(kind, config, "whole", study), []
 
     real = PeerTrainer.save
@@ -148,6 +148,9 @@ def test_an_interrupted_training_ends_like_an_unbroken_one(kind, study, monkeypa
     ):
         with pytest.raises(StudyError, match=rf"peer\.pt was trained with {told}"):
             train(kind, config.override(settings), "broken", study)
+    tokenizer = FlowMo(config) if kind == "flowmo" else ConvolutionalTokenizer(config, WIDTH)
+    with pytest.raises(StudyError, match=r"a discriminator's rate of 1\.0"):
+        train_adversarial(tokenizer, "broken", study, discriminator_rate=0.5)
     again = train(kind, config, "broken", study)
     assert saves == [study.folder("broken") / STATE]
     for name, value in whole.state_dict().items():
@@ -195,6 +198,8 @@ def test_a_training_may_go_on(study):
         assert torch.equal(ours, expected)
     with pytest.raises(StudyError, match=r"trainer\.duration=4 steps"):
         study.train(short, "broken-trainer")
+    with pytest.raises(StudyError, match=r"trainer\.duration=4 steps"):  # its row is of the shorter training
+        study.trained_row("broken-trainer", long.override("trainer.duration=8 steps"), limit=1)
     cooled = long.override("opt.cooldown=0.5")
     study.train(cooled, "cooled")
     with pytest.raises(StudyError, match=r"trainer\.duration=4 steps"):

@@ -141,7 +141,7 @@ def test_advice_for_widths_works():
         ("model:\n  paths: 1\n", "no setting 'model.paths'"),
         ("modle:\n  patch_size: 4\n", "no section 'modle'"),
         ("preset: huge\n", "no preset 'huge'"),
-        ("[" * 5000, "more than 8 deep"),  # whole, the parser would take a minute
+        ("[" * 5000, "more than 8 deep"),  # to its end, the parser takes ten seconds
         ("x: " + "a" * (1 << 20), "bytes"),
         ("a: &a [x]\nb: [*a, *a]", "alias"),
     ],

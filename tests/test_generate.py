@@ -809,7 +809,7 @@ def test_tokens_of_other_classes_are_refused(change, config, class_folder, token
     assert f"({difference[:7]}" in str(error.value)
 
 
-def test_fine_tuning_a_generators_file(config, tokenizer, tmp_path):
+def test_fine_tuning_a_generators_file(config, tokenizer, tmp_path, capsys):
     """A run from bare weights begins at step 0 with them as its EMA. Files that do not fit are refused."""
     first = Trainer(config.override("trainer.duration=2 steps"), tmp_path / "first", report=quiet)
     first.train()
@@ -824,6 +824,9 @@ def test_fine_tuning_a_generators_file(config, tokenizer, tmp_path):
         assert torch.equal(run.ema.state[name], value)
     run.train()
     assert load_generator(run.checkpoints()[-1]).vocabulary == generator.vocabulary
+    words = ["--resume-from-ckpt", path, "--results-dir", tmp_path, "--experiment-name", "typed", "--device", "cpu"]
+    assert run_command(capsys, "train", *words, f"data.train={config.data.train}", "trainer.duration=1 step")[0] == 0
+    assert load_generator(tmp_path / "typed").config.generator == generator.config.generator
     with pytest.raises(TrainingError, match=r"generator\.hidden_size \d+ -> 64"):
         Trainer(short.override("generator.hidden_size=64"), tmp_path / "wide", resume_from=path, report=quiet)
     save_generator(Generator(generator.config, dataclasses.replace(generator.vocabulary, tokenizer="other")), path)

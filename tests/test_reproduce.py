@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import json
-import re
+import math
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -335,7 +335,7 @@ def test_continuous_smoke(evaluators, tmp_path, monkeypatch):
 
 
 def test_arms_of_passes_differ():
-    """Each trains, and no two train alike. Only some are trained below, to save time."""
+    """The settings of each work, and no two are alike. Only some are trained below, to save time."""
     base = passes.SMOKE_NESTED
     arms = list(passes.arms_of(base))
     found = {(base.override(*arm.settings), arm.start, arm.start_share, arm.share) for arm in arms}
@@ -344,7 +344,8 @@ def test_arms_of_passes_differ():
 
 
 def test_passes_smoke(evaluators, tmp_path, monkeypatch):
-    recipes = ["flow", "anchored", "falling", "seek", "seek-early", "one-step", "more", "image-loss", "image-loss-more"]
+    recipes = ["flow", "anchored", "falling", "seek", "seek-early", "one-step", "more"]
+    recipes += ["image-loss", "image-loss-more", "large", "guided"]
     arms = [arm for arm in passes.arms_of(passes.SMOKE_NESTED) if arm.name in recipes]
     monkeypatch.setattr(passes, "arms_of", lambda base: iter(arms))
     monkeypatch.setattr(passes, "training_flops", lambda config, freeze_encoder: 5e12 if freeze_encoder else 1e12)
@@ -357,7 +358,7 @@ def test_passes_smoke(evaluators, tmp_path, monkeypatch):
     assert [row["seed"] for row in rows] == [1] * (len(rows) - 4) + [2] * 4
     assert all(row["bits_per_pixel"] == row["rate"] for row in rows)
     assert len({row["psnr"] for row in rows}) > 3 * len(recipes), "rate, passes and recipe change the images"
-    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 4, 8, 4]
+    assert [row["trained"] for row in rows[::4]] == [8, 8, 8, 12, 8, 8, 8, 4, 8, 8, 8, 4]
     quarters = {("image-loss", 1), ("flow", 2)}
     assert {(row["recipe"], row["seed"]) for row in rows if not row["last"]} == quarters
     kept = ("flow", "seek-early", "one-step", "more", "image-loss-more")
@@ -440,26 +441,30 @@ def test_studies_of_trained_models_smoke(evaluators, tiny_config, tmp_path, monk
 
 
 def test_timesteps_smoke(evaluators, tiny_config, tmp_path, monkeypatch):
-    """The errors and probabilities of the intervals give the loss, uniform over t but for a fifth at t = 1."""
+    """The errors and probabilities of the intervals give the loss as an integral over the density of t does."""
     torch.manual_seed(0)
-    settings = ("model.prediction=picture", "opt.schedule=uniform", "opt.anchor=0.2", "opt.loss_space=velocity")
+    settings = ("model.prediction=picture", "opt.schedule=fat_lognormal", "opt.anchor=0.2", "opt.loss_space=velocity")
     tokenizer = open_gates(FlowMo(tiny_config.override(*settings))).eval()
     save(tokenizer, tmp_path / "a.safetensors")
     study = study_of("timesteps", tmp_path, evaluators, str(tmp_path / "a.safetensors"))
     (row,), text = run_study(study, monkeypatch)
-    assert re.search(r"\| a \| velocity \| [\d.]+ \| [\d.]+ \| 16\.0 % \|", text)
     indices, x = study.held_out_images(4, tiny_config.data.image_size)
-    noise, count = TrainingNoise.of(tokenizer.config, x, indices), 200
+    noise, times = TrainingNoise.of(tokenizer.config, x, indices), (torch.arange(400) + 0.5) / 400
+    density = 0.1 + 0.9 * torch.exp(-(times.logit() ** 2) / 2) / (2 * math.pi) ** 0.5 / (times * (1 - times))
     with torch.no_grad():
         code = frozen_code(tokenizer, x).code
         for key, space in (("velocity_error", "velocity"), ("image_error", "picture")):
             opt = tokenizer.config.override(f"opt.loss_space={space}").opt
-            times = [*((i + 0.5) / count for i in range(count)), 1.0]
-            found = [one_step(tokenizer, code, x, noise._replace(t=torch.full((4,), t)), opt)[0] for t in times]
-            expected = 0.8 * torch.stack(found[:-1]).mean() + 0.2 * found[-1]
-            parts = [p * e for p, e in zip(row["probability"], row[key], strict=True)]
-            assert sum(parts) == pytest.approx(float(expected), rel=0.05)
-            assert timesteps.shares_below(row, key)[-1] == pytest.approx(1)
+            found = [
+                one_step(tokenizer, code, x, noise._replace(t=t.expand(4)), opt)[0] for t in (*times, torch.ones(()))
+            ]
+            parts = torch.stack(found) * torch.cat((0.8 * density / 400, torch.tensor([0.2])))
+            below, *_, whole = timesteps.shares_below(row, key)[timesteps.EDGES.index(0.2) - 1 :]
+            assert below == pytest.approx(float(parts[:80].sum() / parts.sum()), rel=0.04)
+            assert whole == pytest.approx(1)
+            ours = sum(p * e for p, e in zip(row["probability"], row[key], strict=True))
+            assert ours == pytest.approx(float(parts.sum()), rel=0.04)
+            assert f"{100 * below:.1f} %" in text
 
 
 @pytest.mark.parametrize("schedule", flow.DISTRIBUTIONS)

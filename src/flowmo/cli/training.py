@@ -131,8 +131,11 @@ def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
         return Config.from_yaml(started / SETTINGS).override(*settings)
     if source:
         path = find(source)
+        metadata = read_raw_metadata(path)
+        if "vocabulary" in metadata:  # a generator
+            return Config.from_dict(metadata["config"]).override(*settings)
         model = read_config(path)
-        if "flowmo" in read_raw_metadata(path):  # a training checkpoint
+        if "flowmo" in metadata:  # a training checkpoint
             return model.override(*settings)
         config = own_settings(model, Config()).override(*settings)
         new = config.stage == "pretrain"

@@ -196,7 +196,7 @@ class GeneratorTask(Task):
         check_same_settings(before, self.config.generator_architecture(), path, "generator")
 
     def foreign_weights(self, path: Path) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Yield the weights of a generator's ``.safetensors`` file, as the last ones and as their EMA."""
+        """Yield the weights of a generator's ``.safetensors`` file, once as ``model``, once as ``ema``."""
         if path.suffix != ".safetensors":
             raise TrainingError(f"{path} is not a training checkpoint.")
         generator = load_generator(path)
