@@ -126,6 +126,8 @@ def arms_of(base: Config) -> Iterator[Arm]:
     more, less = (f"opt.lpips_weight={factor * base.opt.lpips_weight:g}" for factor in (5, 0.2))
     yield Arm("lpips-more", "flow, five times the perceptual loss", (*FLOW, more), share=0.25)
     yield Arm("image-loss-less", "flow, loss on the image, a fifth of the perceptual loss", (*image, less), share=0.25)
+    five = "flow, loss on the image, five times the perceptual loss"
+    yield Arm("image-loss-lpips", five, (*image, more), share=0.25)
     yield Arm("no-lpips", "flow, no perceptual loss", (*FLOW, "opt.lpips_weight=0"))
     yield Arm("large", "flow, twice as wide", (*FLOW, *double))
     yield Arm("velocity", "flow, the network predicts velocities", (*FLOW, "model.prediction=velocity"))

@@ -339,7 +339,7 @@ def test_arms_of_passes_differ():
     base = passes.SMOKE_NESTED
     arms = list(passes.arms_of(base))
     found = {(base.override(*arm.settings), arm.start, arm.start_share, arm.share) for arm in arms}
-    assert len(found) == len({arm.name for arm in arms}) == len(arms) == 21
+    assert len(found) == len({arm.name for arm in arms}) == len(arms) == 22
     assert {arm.start for arm in arms} - {""} <= {arm.name for arm in arms}
 
 
