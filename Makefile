@@ -33,7 +33,7 @@ demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and 
 test: $(VENV)/dev lint  ## style, types and the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --ignore=tests/stress
 
-stress: $(VENV)/dev  ## kills, load and fuzzing
+stress: $(VENV)/dev  ## kills, load, fuzzing and a whole recipe
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/stress
 
 coverage: $(VENV)/dev  ## lines of src/ that no test runs, processes that tests start included
