@@ -14,6 +14,8 @@ from conftest import CLASSES, open_gates, run_command
 from PIL import Image
 from ranks import command as flowmo_command
 from ranks import run_ranks
+from safetensors import safe_open
+from safetensors.torch import save_file
 from several_runs import train_all
 from test_train import HostReads
 
@@ -827,6 +829,12 @@ def test_fine_tuning_a_generators_file(config, tokenizer, tmp_path, capsys):
     words = ["--resume-from-ckpt", path, "--results-dir", tmp_path, "--experiment-name", "typed", "--device", "cpu"]
     assert run_command(capsys, "train", *words, f"data.train={config.data.train}", "trainer.duration=1 step")[0] == 0
     assert load_generator(tmp_path / "typed").config.generator == generator.config.generator
+    damaged = tmp_path / "damaged.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if key != "config"}
+    save_file(generator.state_dict(), damaged, metadata)
+    status, _, error = run_command(capsys, "train", "--resume-from-ckpt", damaged, "data.train=x")
+    assert (status, "damaged or no generator" in error) == (2, True)
     with pytest.raises(TrainingError, match=r"generator\.hidden_size \d+ -> 64"):
         Trainer(short.override("generator.hidden_size=64"), tmp_path / "wide", resume_from=path, report=quiet)
     save_generator(Generator(generator.config, dataclasses.replace(generator.vocabulary, tokenizer="other")), path)

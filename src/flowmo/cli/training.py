@@ -132,8 +132,10 @@ def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
     if source:
         path = find(source)
         metadata = read_raw_metadata(path)
-        if "vocabulary" in metadata:  # a generator
-            return Config.from_dict(metadata["config"]).override(*settings)
+        if "vocabulary" in metadata:
+            from flowmo.generate.generator import load_generator
+
+            return load_generator(path, *settings).config
         model = read_config(path)
         if "flowmo" in metadata:  # a training checkpoint
             return model.override(*settings)
