@@ -1,10 +1,7 @@
-"""Trains one run after another, in every rank, as a JSON list of (name, settings) says. A script for ``torchrun``."""
+"""Trains one run after another, in every rank, as a JSON list of (name, settings) says."""
 
 import json
-import sys
 from pathlib import Path
-
-from conftest import forecast_nothing
 
 from flowmo import Config
 from flowmo.distributed import join
@@ -17,8 +14,3 @@ def train_all(base: Path, runs: Path, results: Path) -> None:
         for name, settings in json.loads(runs.read_text()):
             config = Config.from_yaml(base).override(*settings)
             trainer.Trainer(config, results / name, world, report=lambda line: None).train()
-
-
-if __name__ == "__main__":
-    forecast_nothing()
-    train_all(*(Path(word) for word in sys.argv[1:]))

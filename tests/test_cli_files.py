@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import run_command as run
 from PIL import Image
+from processes import run_at_terminal, run_program
 
 import flowmo
 from flowmo.cli import main
@@ -76,17 +77,14 @@ def test_what_cannot_be_written_or_found_is_named_as_it_was_given(capsys, tmp_pa
 
 def test_codes_through_pipes(capsys, tmp_path, weights, photo):
     """A picture from standard input to standard output and back, as bytes, with nothing else among them."""
-    command = [sys.executable, "-m", "flowmo"]
-    content = photo.read_bytes()
-    to_codes = [*command, "encode", "-", "--model", str(weights)]
-    coded = subprocess.run(to_codes, input=content, capture_output=True, check=True)
+    coded = run_program(["encode", "-", "--model", weights], photo.read_bytes())
     assert coded.stdout[:3] == b"FLM"
     assert b"bits per pixel" in coded.stderr
-    to_pil = [*command, "decode", "-", "--model", str(weights), "--steps", "2"]
-    decoded = subprocess.run(to_pil, input=coded.stdout, capture_output=True, check=True)
+    to_pil = ["decode", "-", "--model", weights, "--steps", "2"]
+    decoded = run_program(to_pil, coded.stdout)
     with Image.open(io.BytesIO(decoded.stdout)) as picture:
         assert picture.size == (70, 50)
-    broken = subprocess.run(to_pil, input=b"no codes", capture_output=True)
+    broken = run_program(to_pil, b"no codes")
     assert (broken.returncode, broken.stdout) == (2, b"")
     assert broken.stderr.count(b"\n") == 1
     assert "comes alone" in run(capsys, "encode", "-", photo)[2]
@@ -115,20 +113,19 @@ def test_many_files_and_json(capsys, tmp_path, weights, picture_files):
 def test_on_a_terminal(tmp_path, weights, photo, term, counts):
     """A counter where the terminal can go back on its line, colours never, and no bytes of a file."""
     pty = pytest.importorskip("pty")
-    command = [sys.executable, "-m", "flowmo", "decode", str(tmp_path / "a.flowmo"), "--model", str(weights)]
+    command = ["decode", tmp_path / "a.flowmo", "--model", weights]
     main(["encode", str(photo), str(tmp_path / "a.flowmo"), "--model", str(weights)])
 
     def shown(*words):
         ours, theirs = pty.openpty()
-        environment = {**os.environ, "TERM": term}
-        with subprocess.Popen([*command, *words], stdout=theirs, stderr=theirs, env=environment) as process:
-            os.close(theirs)
-            said = b""
-            with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
-                while chunk := os.read(ours, 4096):
-                    said += chunk
+        code = run_at_terminal([*command, *words], os.ttyname(theirs), {**os.environ, "TERM": term})
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
+            while chunk := os.read(ours, 4096):
+                said += chunk
         os.close(ours)
-        return process.returncode, said
+        return code, said
 
     status, said = shown("--steps", "2")
     assert status == 0

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 from conftest import SHARED, TINY, write_language_model
-from ranks import command as flowmo_command
-from ranks import run_ranks
+from processes import command as flowmo_command
+from processes import run_ranks
 from test_checkpoint import release_file
 
 from flowmo import Config, load

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, run_command
-from ranks import run_ranks
+from processes import run_program, run_ranks
+from several_runs import train_all
 
 import flowmo
 from flowmo import CheckpointError, Config
@@ -83,7 +84,7 @@ def same_way(config):
 def two(base, tmp_path_factory):
     """Folder of the runs of ``same_way`` on two processes, and of some others that tests below name.
 
-    Each process has a torchrun of its own. The two meet at an address, as two machines would.
+    Each process is alone on its node.
     """
     results = tmp_path_factory.mktemp("two")
     (results / "base.yaml").write_text(base.to_json())
@@ -95,15 +96,7 @@ def two(base, tmp_path_factory):
     runs.append(("vq", [*CODEBOOK, "data.max_microbatch=1"]))
     runs.append(("vq-fsdp", [*CODEBOOK, "trainer.parallel=fsdp"]))
     (results / "runs.json").write_text(json.dumps(runs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    command = [*TORCHRUN, *meet, HERE / "several_runs.py", results / "base.yaml", results / "runs.json", results]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    nodes = [subprocess.Popen(command, env=environment(), **pipes) for _ in range(2)]
-    output = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], output
+    run_ranks(train_all, results / "base.yaml", results / "runs.json", results, nodes=2)
     return results
 
 
@@ -289,12 +282,10 @@ def test_a_full_disk_leaves_the_good_checkpoints(base, tmp_path, capsys, paralle
 def test_a_second_run_in_the_folder_is_refused(base, tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text(base.to_json())
-    command = [sys.executable, "-m", "flowmo.train", "--config", settings, "--results-dir", tmp_path]
-    command += ["--experiment-name", "run"]
     first = Trainer(base, tmp_path / "run", report=quiet)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "another run is writing there" in done.stderr
+    done = run_program(["train", "--config", settings, "--results-dir", tmp_path, "--experiment-name", "run"])
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"another run is writing there" in done.stderr
     first.train()
     assert Trainer(base, tmp_path / "run", report=quiet).step == 6
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PICTURES, run_command
 from PIL import Image
-from ranks import run_ranks
+from processes import run_ranks
 
 from flowmo import save
 from flowmo.codec.file import Codec

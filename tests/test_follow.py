@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import PICTURES
-from ranks import run_ranks
+from processes import run_ranks
 
 import flowmo
 from flowmo.checkpoint import CheckpointError

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import CLASSES, open_gates, run_command
 from PIL import Image
-from ranks import command as flowmo_command
-from ranks import run_ranks
+from processes import command as flowmo_command
+from processes import run_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 from several_runs import train_all

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PICTURES, ROOT
+from processes import run_program
 
 import flowmo
 from flowmo import FlowMo
@@ -35,8 +36,8 @@ def python(code, home, **environment):
     settings = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     settings |= {"HF_HUB_DISABLE_XET": "1", **environment}
     without = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    words = [sys.executable, "-c", code]
-    return subprocess.run(words, env=without | settings, capture_output=True, text=True, timeout=120)
+    done = run_program(code, environment=without | settings)
+    return subprocess.CompletedProcess(code, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def test_a_folder_in_the_hubs_layout(folder, tiny, tmp_path):

@@ -1,14 +1,12 @@
 """Numbers at their ends: precisions, NaN, black and white, guidance, steps and batches; and what is bit-exact."""
 
 import hashlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from processes import run_program
 
 import flowmo
 from flowmo import CheckpointError
@@ -113,11 +111,11 @@ def test_no_pictures_at_all(tiny, images):
 # What is bit-exact: the table of docs/reliability.md
 
 DIGEST = """
-import sys, hashlib, torch, flowmo
+import hashlib, torch, flowmo
 from PIL import Image
-torch.set_num_threads(int(sys.argv[3]))
-tok = flowmo.load(sys.argv[1])
-codes = tok.encode_image(Image.open(sys.argv[2]))
+torch.set_num_threads({threads})
+tok = flowmo.load({model!r})
+codes = tok.encode_image(Image.open({picture!r}))
 picture = tok.decode_image(codes, steps=2, seed=3)
 print(hashlib.sha256(codes.ids.numpy().tobytes() + picture.tobytes()).hexdigest())
 """
@@ -131,9 +129,8 @@ def test_another_process_gives_the_same_bits(tiny_model, tmp_path):
     tokenizer, threads = flowmo.load(tiny_model), torch.get_num_threads()
     codes = tokenizer.encode_image(Image.open(small))
     content = codes.ids.numpy().tobytes() + tokenizer.decode_image(codes, steps=2, seed=3).tobytes()
-    command = [sys.executable, "-c", DIGEST, tiny_model, small, str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
-    assert done.stdout.strip() == hashlib.sha256(content).hexdigest(), done.stderr
+    done = run_program(DIGEST.format(model=str(tiny_model), picture=str(small), threads=threads))
+    assert done.stdout.decode().strip() == hashlib.sha256(content).hexdigest(), done.stderr
 
 
 def test_the_number_of_threads_changes_rounding_at_most(tiny, images):

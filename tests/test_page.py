@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import open_gates
 from PIL import Image
+from processes import run_program
 from test_planes import low_model
 
 from flowmo import FlowMo, preset
@@ -471,8 +472,7 @@ def test_the_demo_command(page, tiny, tiny_model, tmp_path, photo, generator_fil
             if not other.startswith("127."):
                 with pytest.raises(OSError), socket.create_connection((other, port), timeout=5):  # noqa: PT011
                     pass
-        taken = [sys.executable, "-m", "flowmo", "demo", "--model", str(tiny_model), "--port", str(port)]
-        refused = subprocess.run(taken, capture_output=True, text=True, timeout=120)
+        refused = run_program(["demo", "--model", tiny_model, "--port", port])
         assert refused.returncode == 2
-        assert refused.stderr.count("\n") == 1
-        assert "Cannot serve on" in refused.stderr
+        assert refused.stderr.count(b"\n") == 1
+        assert b"Cannot serve on" in refused.stderr

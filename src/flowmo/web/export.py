@@ -103,10 +103,12 @@ def graphs(tokenizer: FlowMo) -> dict[str, Graph]:
     inputs = (images, encoder(images), torch.ones(1), torch.ones(1))
     decoder(*inputs)  # fills caches with real tensors, as encoder did
     names = ("images", "ids", "t", "end" if model.mean_velocity else "keep")
-    programs = (
-        torch.export.export(encoder, inputs[:1], dynamic_shapes=(size,)),
-        torch.export.export(decoder, inputs, dynamic_shapes=(size, tokens, None, None)),
-    )
+    # With symbolic sizes torch's cache of operators costs more than it saves.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        programs = (
+            torch.export.export(encoder, inputs[:1], dynamic_shapes=(size,)),
+            torch.export.export(decoder, inputs, dynamic_shapes=(size, tokens, None, None)),
+        )
     return {"encoder": Graph(programs[0], names[:1], "ids"), "decoder": Graph(programs[1], names, "velocity")}
 
 
