@@ -272,6 +272,7 @@ def test_checkpointing_of_blocks_in_a_chain(tiny_config):
     """Stage 1B computes the steps of its chain again as it is; what blocks keep would come on top."""
     on = "trainer.activation_checkpointing=true"
     config = tiny_config.override("model.posttrain_sample=true", "model.posttrain_sample_k=3", "opt.lpips_mode=alex")
+    config = config.override("model.enc_depth=1", "model.dec_depth=1")  # a forecast takes its time for each block
     assert 0 < training_memory(config.override(on)).activation_bytes < training_memory(config).activation_bytes
     with pytest.raises(ConfigError, match="In stage 1B the chain recomputes its steps"):
         config.override(on, "trainer.checkpoint_keeps=products")
@@ -300,7 +301,7 @@ def test_blocks_compile_whatever_checkpointing_keeps(tiny_config, images, compil
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_what_checkpointing_keeps(tiny_config, images, bfloat16):
     """The same gradients whatever is kept; the more is kept, the more memory and the fewer products."""
-    config = tiny_config.override("opt.lpips_weight=0")
+    config = tiny_config.override("opt.lpips_weight=0", "model.enc_depth=1", "model.dec_depth=2")
     on = "trainer.activation_checkpointing=true"
     policies = {"all": config} | {keeps: config.override(on, f"trainer.checkpoint_keeps={keeps}") for keeps in KEPT}
     gradients, products = {}, {}

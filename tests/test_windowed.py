@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_NATIVE, run_command
 from PIL import Image
+from processes import run_program
 
 from flowmo import Config, ConfigError, FlowMo, load, save
 from flowmo.config import ModelConfig
@@ -320,6 +318,6 @@ def test_a_run_that_fails_ends(config, training, tmp_path):
         "def fail(*_): raise NotImplementedError('a fault of ours')\n"
         "run.task.loss = fail\nrun.train()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = run_program(program)
     assert done.returncode == 1
-    assert "a fault of ours" in done.stderr
+    assert b"a fault of ours" in done.stderr
