@@ -70,10 +70,6 @@ def first(lines: list[str]) -> list[str]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from flowmo.distributed import join
-    from flowmo.train.start_checks import check_start
-    from flowmo.train.trainer import Trainer
-
     folder, source = arguments.results_dir / arguments.experiment_name, arguments.resume_from_ckpt
     started = bool(listing(folder / CHECKPOINTS))
     config = settings_of(arguments, folder if started else None)
@@ -83,6 +79,11 @@ def train(arguments: argparse.Namespace) -> None:
         raise UsageError(
             "data.train is not set. Name a folder or a .tar of images with data.train=PATH; for a generator, of tokens."
         )
+    # These imports take seconds. Most mistakes are found before.
+    from flowmo.distributed import join
+    from flowmo.train.start_checks import check_start
+    from flowmo.train.trainer import Trainer
+
     if torch.device(arguments.device).type == "cpu":
         keep_freed_memory()
     check_start(config, bool(source or started))
