@@ -16,7 +16,7 @@ from flowmo.data import DataError
 from flowmo.data.npz import NpzFile, write_npz
 from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_features, open_image_set
 from flowmo.evaluate.metrics.features import Features, ResNetFeatures
-from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError
+from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError, shuffled
 from flowmo.evaluate.metrics.sets import inception_score, precision_and_recall
 from flowmo.model.torchvision_import import import_torchvision
 
@@ -115,7 +115,7 @@ def test_statistics_of_a_file_win_over_its_pictures(tmp_path):
         assert getattr(found, name) == getattr(by_images, name)
     assert "the distances are to the statistics" in found.lines()[0]
     assert not by_images.reference_statistics
-    halves = np.mean([distance(statistics(ours[i::2])[0], (mu, sigma)) for i in range(2)])
+    halves = np.mean([distance(statistics(shuffled(ours)[i::2])[0], (mu, sigma)) for i in range(2)])
     assert found.frechet_bias == pytest.approx(halves - distance(pooled, (mu, sigma)), rel=1e-2), "of ours alone"
     np.savez(tmp_path / "pooled.npz", **images, mu=mu, sigma=sigma)
     mixed = summary(tmp_path / "a.npz", tmp_path / "pooled.npz")
@@ -179,7 +179,8 @@ def test_inception_score_by_its_definition():
     p = logits.double().softmax(1)
     digest = hashlib.blake2b(b"0/score order", digest_size=8).hexdigest()
     order = torch.randperm(50, generator=torch.Generator().manual_seed(int(digest, 16) >> 1))
-    expected = [float((q * (q / q.mean(0)).log()).sum(1).mean().exp()) for q in p[order].split(20)]
+    parts = p[order].tensor_split(2)  # of 25, not 20, 20 and 10
+    expected = [float((q * (q / q.mean(0)).log()).sum(1).mean().exp()) for q in parts]
     mean, spread = inception_score(logits, split=20)
     assert mean == pytest.approx(np.mean(expected))
     assert spread == pytest.approx(np.std(expected))
@@ -199,10 +200,10 @@ def test_inception_score_does_not_depend_on_the_order_of_files():
 
     assert score(np.arange(2000)) == pytest.approx(10)
     generator = np.random.default_rng(0)
-    shuffled = [score(generator.permutation(2000)) for _ in range(50)]
+    in_parts = [score(generator.permutation(2000)) for _ in range(50)]
     for rows in (by_class, sure.repeat(20, 1), by_class.flip(0)):
         found = inception_score(rows, split=200)[0]
-        assert abs(found - np.mean(shuffled)) < 5 * np.std(shuffled)
+        assert abs(found - np.mean(in_parts)) < 5 * np.std(in_parts)
         assert inception_score(rows, split=2000)[0] == pytest.approx(100)
     assert inception_score(by_class, split=200) == inception_score(by_class, split=200), "the shuffle has a seed"
 
@@ -274,11 +275,19 @@ def test_sets_that_mean_nothing(tmp_path):
         extract_features(open_image_set(one), network)
     mixed = as_folder(tmp_path / "mixed", random_pictures(2))
     as_folder(mixed / "more", random_pictures(1, size=20))
+    few = extract_features(open_image_set(as_folder(tmp_path / "few", random_pictures(3))), network)
+    found = GenerationSummary.of(few, few, network)
+    assert (found.precision, found.frechet_distance) == (None, pytest.approx(0, abs=1e-6))
+    assert "no precision and recall: Precision and recall need more than 3 images a set." in found.missing
     with pytest.raises(DataError, match="of one size"):
         extract_features(open_image_set(mixed), network)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="contains no images"):
         open_image_set(tmp_path / "empty")
+    few = extract_features(open_image_set(as_folder(tmp_path / "few", random_pictures(3))), network)
+    found = GenerationSummary.of(few, few, network)
+    assert (found.precision, found.frechet_distance) == (None, pytest.approx(0, abs=1e-6))
+    assert "no precision and recall: Precision and recall need more than 3 images a set." in found.missing
     with pytest.raises(DataError, match="of one size"):
         extract_features(open_image_set(PICTURES), network)
 

@@ -49,7 +49,7 @@ class Stream(StrEnum):
     CROP = "crop"
     CODEBOOK = "codebook"  # the step is the seed
     CONTEXT_MODEL = "context model"
-    SCORE_ORDER = "score order"
+    SET_ORDER = "score order"
     BASIS = "basis"
     PROBES = "probes"
     STUDY = "study"

@@ -174,7 +174,10 @@ class GenerationSummary(Metrics):
             missing.append("no kernel distance, precision and recall: the reference has statistics only, no images")
         else:
             metrics["kernel_distance"] = kernel_distance(features.pooled, real.pooled)
-            metrics["precision"], metrics["recall"] = precision_and_recall(real.pooled, features.pooled)
+            try:
+                metrics["precision"], metrics["recall"] = precision_and_recall(real.pooled, features.pooled)
+            except StatisticsError as error:
+                missing.append(f"no precision and recall: {error}")
         if features is None or features.logits is None:
             missing.append("no Inception Score: these weights have no classifier")
         else:

@@ -74,6 +74,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(shift + traces - 2 * trace_of_root)
 
 
+def shuffled(rows: Tensor) -> Tensor:
+    """Features in a random order, which their number alone fixes: equal counts stay pairs.
+
+    Files are often sorted by class, or classes take turns. A part of them would not be a sample of the set.
+    """
+    return rows[torch.randperm(len(rows), generator=stream(0, Stream.SET_ORDER))]
+
+
 def distance_and_bias(a: Tensor | Gaussian, b: Tensor | Gaussian) -> tuple[float, float | None]:
     """Fréchet distance of two sets, and an estimate of how much it is too large because the sets are small.
 
@@ -87,6 +95,7 @@ def distance_and_bias(a: Tensor | Gaussian, b: Tensor | Gaussian) -> tuple[float
         The bias is ``None`` without a set of features, or if one has fewer than four images.
     """
     distance = frechet_distance(Gaussian.of(a), Gaussian.of(b))
+    a, b = (rows if isinstance(rows, Gaussian) else shuffled(rows) for rows in (a, b))
     counts = [len(features) for features in (a, b) if not isinstance(features, Gaussian)]
     if min(counts, default=0) < 4:
         return distance, None

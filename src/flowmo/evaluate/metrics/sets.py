@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowmo.data import evenly_spread
-from flowmo.evaluate.metrics.fid import StatisticsError
-from flowmo.streams import Stream, stream
+from flowmo.evaluate.metrics.fid import StatisticsError, shuffled
 
 KERNEL_IMAGES = 5000
-"""Number of images, evenly spread, that the kernel distance takes of a set."""
+"""Number of random images that the kernel distance takes of a set."""
 SCORE_SPLIT = 5000
 NEIGHBOURS = 3
 ROWS = 2048
@@ -24,7 +22,7 @@ ROWS = 2048
 def kernel_distance(features: Tensor, features_2: Tensor, paired: bool = False) -> float:
     """Unbiased squared MMD under the kernel (x·y / d + 1)³: the KID (Bińkowski et al. 2018). It can be negative.
 
-    Larger sets are thinned out to ``KERNEL_IMAGES`` rows.
+    Larger sets are thinned out to ``KERNEL_IMAGES`` random rows.
 
     Args:
         features, features_2: n × d, and m × d.
@@ -33,7 +31,7 @@ def kernel_distance(features: Tensor, features_2: Tensor, paired: bool = False) 
     Raises:
         StatisticsError: a set has fewer than two rows, or pairs have unequal counts.
     """
-    x, y = (rows[evenly_spread(KERNEL_IMAGES, len(rows))].double() for rows in (features, features_2))
+    x, y = (shuffled(rows)[:KERNEL_IMAGES].double() for rows in (features, features_2))
     if min(len(x), len(y)) < 2:
         raise StatisticsError(f"A kernel distance needs at least 2 images a set, not {len(x)} and {len(y)}.")
     if paired and len(x) != len(y):
@@ -51,12 +49,11 @@ def kernel_distance(features: Tensor, features_2: Tensor, paired: bool = False) 
 def inception_score(logits: Tensor, split: int = SCORE_SPLIT) -> tuple[float, float]:
     """Mean and standard deviation over splits of exp E[KL(p(class | image) ‖ p(class))] (Salimans et al. 2016).
 
-    Images are shuffled with a fixed seed first: a split of images sorted by class holds few classes, and its score
-    cannot exceed their number.
+    Images are shuffled first: a split of images sorted by class holds few classes, and its score cannot exceed their
+    number. Splits are as equal as can be, because the score of few images is too low.
     """
     scores = []
-    order = torch.randperm(len(logits), generator=stream(0, Stream.SCORE_ORDER))
-    for part in logits.double()[order].split(split):
+    for part in shuffled(logits.double()).tensor_split(max(round(len(logits) / split), 1)):
         log_p = part.log_softmax(dim=1)
         p = log_p.exp()
         marginal = p.mean(dim=0, keepdim=True).clamp(min=1e-300).log()
