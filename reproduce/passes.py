@@ -107,7 +107,7 @@ def arms_of(base: Config) -> Iterator[Arm]:
     # The controls of stage 1B. Like it they train the decoder alone, with a fresh optimizer and a fresh EMA, whose
     # decay stage 1B counts per step and stage 1A per PAPER_BATCH images.
     decay = base.model.ema_decay ** (PAPER_BATCH / base.data.global_batch_size)
-    control = (*SHORT, "model.train=decoder", f"model.ema_decay={decay}")
+    control = (*SHORT, "model.train=decoder", "trainer.start_weights=model", f"model.ema_decay={decay}")
     yield Arm("one-step", "a quarter, then the same loss in one step", (*FLOW, *control, *LOGITS), **early)
     yield Arm("more", "a quarter, then more of it", (*FLOW, *control), **early)
     mixed = (*FLOW, *(setting for *_, setting in PARTS_OF_MIXED))

@@ -17,6 +17,7 @@ from flowmo import save
 from flowmo.codec.file import Codec
 from flowmo.data import open_source
 from flowmo.distributed import join
+from flowmo.errors import SmallImageError
 from flowmo.evaluate import measurement, reconstruction
 from flowmo.evaluate.codecs import CodecReconstructor
 from flowmo.evaluate.measurement import Measurement
@@ -83,7 +84,7 @@ def test_ssim_and_psnr_equal_scikit_image(pair):
 def test_ssim_of_equals_and_of_too_small_pictures(pair):
     x = to_bytes(pair[0])
     assert torch.allclose(ssim(x, x), torch.ones(4, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="too small"):
+    with pytest.raises(SmallImageError, match=r"SSIM needs at least 7 pixels a side\. These images are 6×"):
         ssim(x[..., :6], x[..., :6])
 
 

@@ -2,10 +2,11 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, open_gates, run_command
+from conftest import ROOT, TINY, TINY_NATIVE, open_gates, run_command
 from test_checkpoint import release_file
 from test_docs import commands, run_script, write_fonts
 
@@ -264,12 +265,52 @@ def test_a_training_checkpoint_goes_on(base, train, tmp_path):
     assert "fresh EMA" not in printed
     first, second = (json.loads((tmp_path / "results" / name / "config.json").read_text()) for name in "ab")
     assert second["opt"] == first["opt"], "its own recipe, where no settings are named"
-    still = ("model.train=decoder", "trainer.start_weights=ema", "trainer.duration=3 steps")
+    still = ("model.train=decoder", "trainer.duration=3 steps")
     status, printed = train("c", *run, settings=still)
     assert status == 0
     assert "the EMA of the weights" in printed
     first, third = (flowmo.load(tmp_path / "results" / name) for name in "ac")
-    assert third.identity() == first.identity()
+    assert third.identity() == first.identity(), "of what was loaded, the EMA"
+    status, printed = train("d", *run, settings=(*still, "trainer.start_weights=model"))
+    assert "the raw weights" in printed
+    assert flowmo.load(tmp_path / "results" / "d").identity() != first.identity()
+
+
+def test_a_new_stage_in_the_same_folder_starts_as_in_another(base, train, tmp_path):
+    """The EMA starts anew, and the ids stay those of the run's model so far."""
+    assert train("run", "--resume-from-ckpt", base, settings=("opt.lr=1e-2",))[0] == 0
+    before = flowmo.load(tmp_path / "results" / "run")
+    shutil.copytree(tmp_path / "results" / "run", tmp_path / "results" / "same")
+    still = ("model.train=decoder", "trainer.duration=4 steps", "opt.lr=1e-2")
+    status, printed = train("same", settings=still)
+    assert status == 0
+    assert "with a fresh EMA" in printed
+    assert train("other", "--resume-from-ckpt", tmp_path / "results" / "run", settings=still)[0] == 0
+    same, other = (final(tmp_path, name) for name in ("same", "other"))
+    for part in ("model", "ema", "norms"):
+        assert_equal(same[part], other[part])
+    assert flowmo.load(tmp_path / "results" / "same").identity() == before.identity()
+
+
+def test_weights_of_another_network_are_refused_in_one_line(train, tmp_path):
+    """Each kind of network has settings that the other lacks."""
+    torch.manual_seed(0)
+    for name, ours, theirs in (("a", TINY, TINY_NATIVE), ("b", TINY_NATIVE, TINY)):
+        flowmo.save(FlowMo(Config.from_dict(theirs)), tmp_path / f"{name}.safetensors")
+        (tmp_path / f"{name}.yaml").write_text(Config.from_dict(ours).to_json())
+        words = ("--config", tmp_path / f"{name}.yaml", "--resume-from-ckpt", tmp_path / f"{name}.safetensors")
+        status, printed = train(name, *words)
+        assert status == 2
+        assert "with other settings: model." in printed
+        assert "Traceback" not in printed
+
+
+def test_a_perceptual_network_that_needs_larger_images(train, base, trained_weights, monkeypatch):
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    settings = ("opt.lpips_weight=0.1", "opt.lpips_mode=alex", "opt.lpips_jitter=8")
+    status, printed = train("run", "--resume-from-ckpt", base, settings=settings)
+    assert status == 2
+    assert "LPIPS (alex) needs at least 31 pixels a side. These images are 24×24." in printed
 
 
 def test_the_guide_as_printed(tiny_model, tmp_path, monkeypatch, capsys):

@@ -250,12 +250,15 @@ def test_numbers_go_before_names(tmp_path):
 
 def test_hugging_face_labels_keep_the_order_of_the_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["2", "10", "1"]))
+    labels = datasets.ClassLabel(names=["2", "10", "1"])
+    features = datasets.Features(image=datasets.Image(), label=labels, mask=datasets.Image())
     rows = {"image": [{"bytes": png(i), "path": None} for i in range(4)], "label": [1, -1, None, 2]}
+    rows["mask"] = [{"bytes": b"damaged, but not asked for", "path": None}] * 4
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     source = open_source(f"hf:{tmp_path / 'saved'}")
     assert source.classes == ("2", "10", "1")
     assert [source.label(i) for i in range(4)] == [1, None, None, 2]
+    assert all(source.file(i).read() == png(i) for i in range(4))
     assert len(open_source(f"hf:{tmp_path / 'saved'}:train")) == 4
     with pytest.raises(DataError, match="one dataset without splits"):
         open_source(f"hf:{tmp_path / 'saved'}:test")

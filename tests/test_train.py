@@ -652,6 +652,25 @@ def test_too_many_unreadable_pictures_end_the_run(config, folder, tmp_path, work
     assert multiprocessing.active_children() == []  # or Python would wait for them for ever when it ends
 
 
+def test_ranks_count_unreadable_pictures_together(config, folder, tmp_path, monkeypatch):
+    """Another rank has met two of the seven that this one has not."""
+    gather = World.gather
+
+    def with_another(self, value):
+        return [value, {"b.jpg", "c.jpg"}] if isinstance(value, set) else gather(self, value)
+
+    monkeypatch.setattr(World, "gather", with_another)
+    run = Trainer(config.override("trainer.log_every=1 step"), tmp_path / "run", report=quiet)
+    with pytest.raises(TrainingError, match=r"2 of 4 images cannot be read so far.* One is b\.jpg"):
+        run.train()
+
+
+def test_a_results_folder_that_cannot_be_made(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        Trainer(config, tmp_path / "file" / "run", report=quiet)
+
+
 def test_nothing_readable_at_all(config, tmp_path):
     folder = tmp_path / "bad"
     folder.mkdir()

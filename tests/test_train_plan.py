@@ -16,7 +16,7 @@ from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage, pretrain_loss
 from flowmo.train import cost
 from flowmo.train.cost import Memory, PeakMemory, training_flops, training_memory
-from flowmo.train.failures import plain_errors
+from flowmo.train.failures import plain_errors, plain_evaluation_errors
 from flowmo.train.optimizer import build_optimizers, clip_gradients, scale_initial_weights
 from flowmo.train.parallel import KEPT, prepare
 from flowmo.train.schedule import BatchPlan, Position, Schedule
@@ -373,6 +373,17 @@ def test_exhausted_memory_names_the_setting_to_lower(error, taken):
         plain_errors(plan, lambda: taken),
     ):
         raise error
+
+
+def test_an_evaluation_that_does_not_fit():
+    with (
+        pytest.raises(TrainingError, match=r"Measuring held-out images ran out of memory\. Write eval\.batch_size=1"),
+        plain_errors(BatchPlan(1, 1, 12), lambda: 5),
+        plain_evaluation_errors(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="another matter"), plain_evaluation_errors():
+        raise RuntimeError("another matter")
 
 
 def test_one_image_that_does_not_fit():

@@ -309,6 +309,21 @@ def test_crops_of_many_sizes_resume_to_the_bit(config, training, tmp_path):
         assert torch.equal(value, again.task.model.state_dict()[name]), name
 
 
+def test_a_step_has_one_size_wherever_it_begins(config, training, tmp_path):
+    """A run may continue with another batch, at a position that is no multiple of it."""
+    from flowmo.train.trainer import Trainer
+
+    run = Trainer(config.override(*training), tmp_path / "run", report=lambda line: None)
+    batch, found = run.plan.total, set()
+    for step in range(8):
+        begin = 1 + step * batch
+        run.task.advance(begin, run.schedule)
+        sizes = {tuple(run.task._crop(torch.zeros(1, 3, 64, 64), begin + i).shape[2:]) for i in range(batch)}
+        assert len(sizes) == 1
+        found |= sizes
+    assert len(found) > 1
+
+
 def test_a_run_that_fails_ends(config, training, tmp_path):
     """Its workers ignore signals; a run that left them behind would wait for them for ever."""
     program = (

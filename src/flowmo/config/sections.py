@@ -179,7 +179,9 @@ class OptConfig:
 class TrainerConfig:
     duration: Duration = setting(Duration("166.4M images"), "length of a run; the default is stage 1A's", LONGER_THAN_0)
     start_weights: str = setting(
-        "model", "weights that a new stage takes from a checkpoint; the release takes model", one_of("model", "ema")
+        "",
+        "weights that a new stage takes; empty is ema where the encoder stays as it is, else model, as the release",
+        one_of("", "model", "ema"),
     )
     parallel: str = setting("ddp", "how several ranks share the work", one_of("ddp", "fsdp"))
     activation_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, more time")

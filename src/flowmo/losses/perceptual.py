@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint.pth import read_pth
-from flowmo.errors import FlowMoError, one_line
+from flowmo.errors import FlowMoError, check_side, one_line
 from flowmo.losses.resnet import ResNet50
 
 Result = TypeVar("Result")
@@ -45,6 +45,8 @@ LAYERS: dict[str, tuple[Any, ...]] = {
     "alex": ((64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)),
 }
 MAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
+SMALLEST_SIDE = {"vgg": 16, "alex": 31}
+"""Pixels of which the last layer still makes a map."""
 
 
 class WeightsNotFoundError(FlowMoError, FileNotFoundError):
@@ -120,6 +122,7 @@ class LPIPS(nn.Module):
     Raises:
         WeightsNotFoundError: see ``find_weights``.
         CheckpointError: a file is damaged, unsafe, or of another network.
+        SmallImageError: images have less than 31 (alex) or 16 (vgg) pixels a side.
         ValueError: ``net`` is unknown.
     """
 
@@ -134,7 +137,7 @@ class LPIPS(nn.Module):
         super().__init__()
         if net not in LAYERS:
             raise ValueError(f"There is no LPIPS network {net!r}. Use vgg or alex.")
-        self.dtype, self.maps = dtype, MAPS[net]
+        self.dtype, self.maps, self.smallest_side = dtype, MAPS[net], SMALLEST_SIDE[net]
         self.name = f"LPIPS ({net})" if dtype == torch.float32 else f"LPIPS ({net}, {str(dtype).split('.')[-1]})"
         layers: list[nn.Module] = []
         channels = 3
@@ -180,6 +183,7 @@ class LPIPS(nn.Module):
 
     @in_float32
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        check_side(self.name, x.shape, self.smallest_side)
         total = 0
         for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
             total = total + torch.einsum("bchw,c->bhw", (a - b).square(), head.weight.flatten()).mean((1, 2))

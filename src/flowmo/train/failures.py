@@ -33,17 +33,34 @@ def plain_errors(plan: BatchPlan, max_microbatch: Callable[[], int]) -> Iterator
     except FlowMoError:
         raise
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if no_memory or any(mark in text for mark in CPU_MEMORY):
+        if _is_of_memory(error):
             advice = _less_memory(plan, max_microbatch())
             images = f"{plan.microbatch} image{'s' * (plan.microbatch > 1)}"
             raise TrainingError(
                 f"A micro-batch of {images} ran out of memory. Write {advice}. ({one_line(error, 120)})"
             ) from None
-        if any(mark in text for mark in LOADER_FAILED):
+        if any(mark in str(error) for mark in LOADER_FAILED):
             raise DataError(f"Data loading failed: {one_line(error, 200)}. {RESUME_ADVICE}") from None
         raise
+
+
+@contextmanager
+def plain_evaluation_errors() -> Iterator[None]:
+    """Raise ``TrainingError`` in the place of torch's error if held-out images take more memory than there is."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_of_memory(error):
+            raise
+        raise TrainingError(
+            "Measuring held-out images ran out of memory. Write eval.batch_size=1 and trainer.sample_every=0, or "
+            f"measure the checkpoints with flowmo evaluate. ({one_line(error, 120)})"
+        ) from None
+
+
+def _is_of_memory(error: Exception) -> bool:
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(mark in str(error) for mark in CPU_MEMORY)
 
 
 def _less_memory(plan: BatchPlan, fitting: int) -> str:

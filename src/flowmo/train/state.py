@@ -36,6 +36,8 @@ class FolderLock:
     A POSIX record lock works over NFS, and forked data workers, which can outlive a killed run, do not inherit it.
     """
 
+    _descriptor = -1  # until the file is open
+
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -45,7 +47,8 @@ class FolderLock:
             raise TrainingError(f"{folder}: another run is writing there. End it, or use another name.") from None
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os may be gone when the interpreter exits
-        close(self._descriptor)
+        if self._descriptor >= 0:
+            close(self._descriptor)
 
 
 def tidy(folder: Path) -> None:

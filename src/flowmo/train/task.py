@@ -124,7 +124,7 @@ def check_same_settings(
     advice: str = OWN_SETTINGS,
 ) -> None:
     """Raise ``TrainingError`` if a checkpoint's model has other settings, or tensors that do not fit."""
-    changed = [f"{section}.{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+    changed = [f"{section}.{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     if changed or misfits:
         settings = f" with other settings: {', '.join(changed)}" if changed else " with other tensors"
         more = f" and {len(misfits) - MISFITS} more" if len(misfits) > MISFITS else ""

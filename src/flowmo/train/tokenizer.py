@@ -13,6 +13,7 @@ from flowmo.checkpoint.files import read
 from flowmo.config import OWN, Config
 from flowmo.data import ImageDataset, Source, evenly_spread, open_source
 from flowmo.distributed import World
+from flowmo.errors import check_side
 from flowmo.evaluate.metrics import build_features
 from flowmo.evaluate.metrics.pairs import grid, psnr
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor, measure
@@ -20,7 +21,7 @@ from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
-from flowmo.losses.perceptual import LPIPS, build_distance
+from flowmo.losses.perceptual import LPIPS, SMALLEST_SIDE, build_distance
 from flowmo.losses.stages import Loss, Stage, crop_images
 from flowmo.model.quantizers import WholeBatch, local_statistic
 from flowmo.streams import Stream, seed_global, stream_seed
@@ -83,6 +84,7 @@ class TokenizerTask(Task):
             self.freeze_encoder()
         self.model.decoder.requires_grad_(config.model.train != "encoder")
         self.batch = BatchPlan.of(config, world.size).total
+        self.step_begin = 0  # images before the current step
 
     def open_source(self, part: str) -> Source:
         """Open the images of ``data.train`` or ``data.val``."""
@@ -130,6 +132,8 @@ class TokenizerTask(Task):
         """
         metric, device = self.config.trainer.best_metric, self.world.device
         if metric == "lpips":
+            side = self.config.data.image_size
+            check_side("trainer.best_metric=lpips", (side, side), SMALLEST_SIDE["alex"])
             return Evaluators(lpips_alex=LPIPS("alex")).to(device)
         if metric != "rfid":
             return Evaluators()
@@ -150,6 +154,7 @@ class TokenizerTask(Task):
     # Step
 
     def advance(self, images: int, schedule: Schedule) -> bool:
+        self.step_begin = images
         learns = self.config.stage == "pretrain" and images < schedule.freeze_encoder_after
         if self.frozen or learns or self.config.model.train == "encoder":
             return False
@@ -199,7 +204,7 @@ class TokenizerTask(Task):
         sizes, seed = self.config.data.crops, self.config.trainer.seed
         if not sizes:
             return microbatch
-        height, width = sizes[stream_seed(seed, Stream.CROP_SIZE, first // self.batch) % len(sizes)]
+        height, width = sizes[stream_seed(seed, Stream.CROP_SIZE, self.step_begin // self.batch) % len(sizes)]
         crops = []
         for i in range(first, first + len(microbatch)):
             top = stream_seed(seed, Stream.CROP_TOP, i) % (microbatch.shape[2] - height + 1)
@@ -223,6 +228,7 @@ class TokenizerTask(Task):
 
     def evaluate(self, model: FlowMo) -> dict[str, float]:
         reconstructor, size = FlowMoReconstructor(model), self.config.data.image_size
+        model.chunk_size = count = self.config.eval.batch_size
         with autocast(self.config, self.world.device):
             measured = measure(
                 reconstructor,
@@ -230,6 +236,7 @@ class TokenizerTask(Task):
                 size,
                 self.evaluators,
                 limit=self.config.eval.pictures,
+                batch_size=count,
                 device=self.world.device,
                 enlarge=True,
                 on_unreadable=self.report_unreadable,

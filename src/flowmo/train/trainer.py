@@ -28,7 +28,7 @@ from flowmo.train import start_checks, state
 from flowmo.train.cost import training_flops, training_memory
 from flowmo.train.early_stopping import EarlyStopping
 from flowmo.train.ema import EMA
-from flowmo.train.failures import plain_errors, stop_on_signals
+from flowmo.train.failures import plain_errors, plain_evaluation_errors, stop_on_signals
 from flowmo.train.generator import GeneratorTask
 from flowmo.train.logging import Meter, MetricLogger
 from flowmo.train.memory import machine_memory, used_memory
@@ -208,12 +208,13 @@ class Trainer:
             if schedule.is_due(schedule.log, self.images):
                 self._log(meter)
             if schedule.is_due(schedule.sample, self.images):
-                with meter.paused():
+                with meter.paused(), plain_evaluation_errors():
                     self._sample()
             if schedule.is_due(schedule.checkpoint, self.images) or self.images >= schedule.duration:
                 with meter.paused():
                     meter.skipped = self._check_skipped(meter.skipped)
-                    self._evaluate()
+                    with plain_evaluation_errors():
+                        self._evaluate()
                     self.save()
                     if self.world.main:
                         draw(self.folder, self.early_stopping, self.task.samples_show_originals)
@@ -267,15 +268,22 @@ class Trainer:
         return self.images + self.world.rank * self.plan.per_rank
 
     def _on_unreadable(self, errors: dict[str, str]) -> None:
-        """Report each unreadable image once, and end the run if there are more than ``data.max_bad_share``."""
+        """Report each unreadable image once."""
         for name in errors.keys() - self.unreadable:
             self.unreadable.add(name)
             self.logger.report(f"left out: {errors[name]}", everywhere=True)
+        self._check_unreadable()
+
+    def _check_unreadable(self) -> None:
+        """Raise ``TrainingError`` if more images than one and than ``data.max_bad_share`` are unreadable.
+
+        A rank knows its own, and from each log line on those of all ranks.
+        """
         share, total = self.config.data.max_bad_share, len(self.task.source)
         if len(self.unreadable) > max(1, share * total):
             raise TrainingError(
                 f"{len(self.unreadable)} of {total} images cannot be read so far, more than "
-                f"data.max_bad_share={share:g} of them. The last: {next(iter(errors.values()))}."
+                f"data.max_bad_share={share:g} of them. One is {min(self.unreadable)}."
             )
 
     # Step
@@ -343,7 +351,8 @@ class Trainer:
     def _log(self, meter: Meter) -> None:
         meter.skipped = self._check_skipped(meter.skipped)
         rate, means = meter.take()
-        unreadable = self.world.sum(torch.tensor(float(len(self.unreadable)), device=self.device))
+        self.unreadable.update(*self.world.gather(self.unreadable))
+        self._check_unreadable()
         mfu, memory = self._utilisation(rate), used_memory(self.device) / 2**30
         values = {
             "images_per_second": rate,
@@ -351,7 +360,7 @@ class Trainer:
             "memory_gib": memory,
             "learning_rate": self.schedule.learning_rate(self.config.opt, self.images),
             "skipped_steps": meter.skipped,
-            "unreadable_images": int(unreadable),
+            "unreadable_images": len(self.unreadable),
             **means,
             **self.task.statistics(),
         }
@@ -361,6 +370,8 @@ class Trainer:
 
     def _ema_model(self) -> nn.Module | None:
         """Build a model of the EMA weights on rank 0 (``None`` elsewhere), on all ranks together."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # room for its activations
         weights = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in self.ema.state.items()}
         return self.task.build_ema(weights) if self.world.main else None
 
@@ -436,6 +447,8 @@ class Trainer:
         self.early_stopping.load_state_dict(metadata)
         self.started_from = metadata.get("started_from")
         self.stage_begin = self.images if new_stage else metadata.get("stage_begin", 0)
+        if new_stage:
+            self._restart_ema(found[-1], self._start_weights())
         # all of an older version's run, which did not record it
         self.kept_steps = metadata.get("kept_steps", [int(path.stem) for path in found])
 
@@ -444,7 +457,7 @@ class Trainer:
 
         A checkpoint of the same stage gives its optimizer and EMA too.
         """
-        config, weights = self.config, self.config.trainer.start_weights
+        config, weights = self.config, self._start_weights()
         metadata = {} if path.suffix == ".safetensors" else state.read_metadata(path)
         if metadata.get("flowmo") == state.FORMAT:
             new_stage = self._begins_stage(metadata)
@@ -460,7 +473,7 @@ class Trainer:
             if self.step:
                 self.logger.report(f"starting from the weights of {path}")
             else:
-                weights = "ema"  # as flowmo.load
+                weights = config.trainer.start_weights or "ema"  # as flowmo.load
                 self.logger.report(
                     f"starts a new run from the weights of {path}: step 0, a fresh optimizer, an EMA of these weights"
                 )
@@ -472,13 +485,21 @@ class Trainer:
         trained = Config.from_dict(metadata["config"]).model.train
         return (metadata["stage"], trained) != (self.config.stage, self.config.model.train)
 
+    def _start_weights(self) -> str:
+        """Weights from which a new stage starts: ``model`` or ``ema``.
+
+        A decoder that is trained alone keeps the ids of the EMA, which ``flowmo.load`` gives.
+        """
+        ids_stay = self.config.stage == "pretrain" and self.config.model.train == "decoder"
+        return self.config.trainer.start_weights or ("ema" if ids_stay else "model")
+
     def _restart_ema(self, path: Path, weights: str) -> None:
         """Restart the EMA from the ``model`` or ``ema`` weights of a checkpoint, and record its tokenizer as base."""
         self.ema.restart(from_ema=weights == "ema")
         self.norm_control.remember()
         model = self._ema_model()
         self._set_base(self.world.broadcast(model.as_base() if isinstance(model, FlowMo) else ""))
-        if self.step:
+        if self.step or self.config.trainer.start_weights:
             self.logger.report(
                 f"starts from {START_WEIGHTS[weights]}, of {path}, with a fresh EMA of them "
                 f"(trainer.start_weights={weights})"

@@ -39,8 +39,8 @@ class HuggingFaceSource(Source):
         labels = table[label_column] if label_column else [None] * len(table)
         self.labels = [None if label is None or label < 0 else int(label) for label in labels]
         self.classes = tuple(table.features[label_column].names) if any(n is not None for n in self.labels) else ()
-        # Keep the encoded bytes, so that images are decoded as from every other source.
-        self.table = table.cast_column(self.column, datasets.Image(decode=False))
+        # Keep the encoded bytes, so that images are decoded as from every other source, and read no other column.
+        self.table = table.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
 
     def name(self, index: int) -> str:
         return f"{self.spec}[{index}]"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowmo.errors import check_side
 from flowmo.images import to_bytes
 
 SSIM_WINDOW = 7
@@ -33,8 +34,10 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """SSIM of each pair of 8-bit images b × c × h × w: float64 b.
 
     It equals scikit-image's default, which the paper reports: uniform windows of 7 × 7 pixels inside the image,
-    unbiased variances, channels apart. torchmetrics has biased variances.
+    unbiased variances, channels apart. torchmetrics has biased variances. Images below the window's side raise
+    ``SmallImageError``.
     """
+    check_side("SSIM", x.shape, SSIM_WINDOW)
     x, y = x.double(), y.double()
     c1, c2 = ((k * 255) ** 2 for k in SSIM_K)
     mean_x, mean_y, xx, yy, xy = (F.avg_pool2d(z, SSIM_WINDOW, 1) for z in (x, y, x * x, y * y, x * y))
