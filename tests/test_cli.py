@@ -131,6 +131,12 @@ def test_info_of_training(capsys):
     assert found["gib_of_state"] == round(5 * 4 * parameters / 2**30, 2)
 
 
+def test_training_is_forecast_for_tokenizers_only(capsys):
+    status, _, error = run(capsys, "info", "maskgit", "--training")
+    assert status == 2
+    assert "not of generators" in error
+
+
 def test_convert(capsys, tmp_path, weights, tiny):
     target = tmp_path / "half.safetensors"
     assert run(capsys, "convert", weights, target, "--dtype", "float16")[0] == 0

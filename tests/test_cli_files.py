@@ -58,6 +58,7 @@ def test_the_output_can_follow_the_input(capsys, tmp_path, weights, photo):
         (("decode", "-", "a.flowmo"), "comes alone"),
         (("decode", "a.flowmo", "-o", "a.mp3"), "ends in .png"),
         (("decode", "a.flowmo", "-o", "a.png", "--ids"), "writes no file"),
+        (("decode", "a.flowmo", "a.png", "--ids"), "writes no file"),
     ],
 )
 def test_outputs_that_make_no_sense(capsys, weights, words, sentence):

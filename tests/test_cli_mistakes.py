@@ -224,6 +224,21 @@ def test_evaluate_refuses_options_that_it_would_not_use(capsys, what):
     assert "--seed: only" in run(capsys, "evaluate", *what, "--seed", "1")[2]
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("pictures", "--reference", "others", "--model", "a", "--no-lpips"), "--model, --no-lpips: not with --ref"),
+        (("pictures", "--reference", "others", "no.such_setting=1"), "no.such_setting=1: not with --reference"),
+        (("eval.eval_dir=run", "--model", "a"), "--model: a run has its own model"),
+        (("pictures", "--experiment-name", "a"), "--experiment-name: only for runs"),
+    ],
+)
+def test_evaluate_refuses_options_of_another_use(capsys, words, named):
+    status, _, error = run(capsys, "evaluate", *words)
+    assert (status, error.count("\n")) == (2, 1)
+    assert named in error
+
+
 def test_pictures_are_not_measured_with_the_settings_of_a_run(capsys):
     """They would be ignored, and another model measured."""
     for setting in ("eval.eval_dir=run", "eval.force_ckpt_path=a.pth", "eval.subsample_rate=10"):

@@ -227,8 +227,11 @@ def test_an_interrupted_evaluation_goes_on(source, tmp_path, monkeypatch):
     same(whole, measure(Counts(), source, 64, evaluators, batch_size=1, folder=tmp_path))
     assert seen == list(range(2, len(source)))
     same(whole, measure(Dies(), source, 64, evaluators, folder=tmp_path))
-    with pytest.raises(EvaluationError, match="holds another evaluation"):
-        measure(Blur(), source, 32, evaluators, folder=tmp_path)
+    others = [shutil.copy(path, tmp_path) for path in sorted(PICTURES.glob("*.jpg"))[: len(source)]]
+    assert len(open_source(tmp_path)) == len(others) == len(source)
+    for images, side in ((source, 32), (open_source(tmp_path), 64)):
+        with pytest.raises(EvaluationError, match="holds another evaluation"):
+            measure(Blur(), images, side, evaluators, folder=tmp_path)
     (tmp_path / "more.pt").write_bytes(b"no")
     with pytest.raises(EvaluationError, match="is not part of an evaluation"):
         measure(Blur(), source, 64, evaluators, folder=tmp_path)

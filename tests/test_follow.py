@@ -60,6 +60,20 @@ def test_every_checkpoint_of_a_run_once_until_it_ends(config, tmp_path, monkeypa
     assert len(logged(run)) == before
 
 
+def test_two_runs_in_one_folder_are_both_evaluated(config, tmp_path):
+    """Their checkpoints have the same names. So have those of one run that are sampled in two ways."""
+    for name in "ab":
+        Trainer(config, tmp_path / name, report=lambda line: None).train()
+    folder, again = tmp_path / "evaluation", (("a", ()), ("b", ()), ("a", ("eval.sampling.guidance=2",)))
+    for count in range(2):
+        for name, more in again:
+            settings = (f"eval.eval_dir={tmp_path / name}", "eval.continuous=true", *EVALUATION, *more)
+            Follower(settings, folder, Evaluators(), report=lambda line: None).evaluate()
+        lines = logged(folder)
+        assert [line["checkpoint"] for line in lines] == 3 * ["00000003.pth", "00000004.pth"], count
+    assert len({line["psnr"] for line in lines}) == 6
+
+
 def test_a_run_that_goes_on_has_not_ended(config, tmp_path):
     Trainer(config, tmp_path, report=lambda line: None).train()
     assert has_ended(tmp_path)
@@ -167,7 +181,7 @@ def test_a_checkpoint_that_is_removed_meanwhile(config, tmp_path, monkeypatch):
     monkeypatch.setattr("flowmo.load", gone)
     follower.evaluate()
     assert said[-1] == "00000004.pth was removed before it was evaluated"
-    assert logged(tmp_path / "a") == [{"checkpoint": "00000004.pth", "removed": True}]
+    assert [(line["checkpoint"], line["removed"]) for line in logged(tmp_path / "a")] == [("00000004.pth", True)]
 
 
 def follow_where_one_rank_comes_too_late(run, folder):
@@ -192,4 +206,4 @@ def follow_where_one_rank_comes_too_late(run, folder):
 def test_a_checkpoint_that_one_rank_cannot_load(config, tmp_path):
     Trainer(config, tmp_path / "run", report=lambda line: None).train()
     run_ranks(follow_where_one_rank_comes_too_late, tmp_path / "run", tmp_path / "a")
-    assert logged(tmp_path / "a") == [{"checkpoint": "00000004.pth", "removed": True}]
+    assert [(line["checkpoint"], line["removed"]) for line in logged(tmp_path / "a")] == [("00000004.pth", True)]

@@ -441,6 +441,18 @@ def test_positions():
     assert parse_positions("0-2, 5,1,3-3", 6).tolist() == [True, True, True, True, False, True]
 
 
+def test_a_set_keeps_the_sampling_settings_of_its_models(tokenizer, tmp_path):
+    vocabulary = dataclasses.replace(VOCABULARY, tokenizer=tokenizer.identity())
+    generator, other = (
+        Generator(Config().override(*SMALL, *more), vocabulary) for more in ((), ("generator.guidance=9",))
+    )
+    other.load_state_dict(generator.state_dict())
+    assert generator.identity() == other.identity()
+    write_samples(generator, tokenizer, [0, 1], tmp_path / "set", {"seed": 0, "decode_steps": 1})
+    with pytest.raises(GenerationError, match="holds other images"):
+        write_samples(other, tokenizer, [0, 1], tmp_path / "set", {"seed": 0, "decode_steps": 1})
+
+
 def test_an_interrupted_set_keeps_its_decoder(tokenizer, tiny_config, tmp_path):
     """Another decoder for the same ids has the same identity."""
     generator = Generator(Config().override(*SMALL), dataclasses.replace(VOCABULARY, tokenizer=tokenizer.identity()))

@@ -6,6 +6,7 @@ import http.client
 import http.server
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -110,10 +112,7 @@ class Held:
     examples = ()
 
     def __init__(self):
-        self.started, self.go, self.errors = threading.Event(), threading.Event(), []
-
-    def model(self):
-        return {}
+        self.started, self.go, self.errors, self.model = threading.Event(), threading.Event(), [], {}
 
     def pack(self, body):
         self.started.set()
@@ -180,6 +179,36 @@ def test_few_bodies_are_in_memory(held, monkeypatch):
         thread.join(60)
     assert sorted(answers) == [(200, "first"), (200, "second")]  # the threads that ask may end in any order
     assert ask(held.port, body=b"third") == (200, "third")
+
+
+def test_a_client_that_sends_slowly_keeps_no_slot(held, monkeypatch):
+    monkeypatch.setattr(Handler, "timeout", 0.3)
+    with socket.create_connection(("127.0.0.1", held.port)) as slow:
+        slow.sendall(b"POST /pack HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
+        slow.settimeout(60)
+        for _ in range(1000):
+            with contextlib.suppress(ConnectionError):  # the server has answered and left
+                slow.sendall(b"1")
+            if select.select([slow], [], [], 0.05)[0]:
+                break
+        assert b" 408 " in slow.recv(100)
+
+
+def test_examples_of_any_name(tiny, tmp_path):
+    names = ("my cat.png", "é #1?.png")
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        Image.new("RGB", (8, 8)).save(path)
+    demo = Demo(tiny, Codec(tiny), examples=tuple(paths))
+    handler = Handler.__new__(Handler)
+    handler.demo, handler.directory = demo, str(tmp_path / "page")
+    assert demo.model["examples"] == [*names]
+    for name, path in zip(names, paths, strict=True):
+        assert handler.translate_path(f"/examples/{urllib.parse.quote(name, safe='')}") == str(path)
+    with pytest.raises(DemoError, match=r"none\.png: no such file"):
+        Demo(tiny, Codec(tiny), examples=(tmp_path / "none.png",))
+    with pytest.raises(DemoError, match="the same name"):
+        Demo(tiny, Codec(tiny), examples=(paths[0], paths[0]))
 
 
 def test_a_browser_that_leaves(held):

@@ -278,3 +278,10 @@ def test_the_scale_of_the_start_noise(tiny, images):
     for scale in (-0.1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="finite and at least 0"):
             tiny.decode(codes, noise_scale=scale)
+
+
+def test_one_image_of_another_size_decodes_as_in_a_batch(tiny):
+    """Codes of ``encode`` are no tiles, whatever their size."""
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = tiny.encode(x)
+    assert torch.equal(tiny.decode_tensor(codes, seed=3), tiny.decode(codes, seed=[3])[0])

@@ -366,14 +366,16 @@ class FlowMo(Autoencoder):
         if not isinstance(codes, Codes):
             raise TypeError(f"One image is decoded from Codes, not from a {type(codes).__name__}. Use decode for ids.")
         code, height, width = self._code_and_size(codes, None)
-        tiling = codes.tiling or Tiling(height, width, self.config.data.image_size)
-        tiles, canvas = (1, (height, width)) if self.native_size else (tiling.count, tiling.canvas)
+        tiling = None if self.native_size else codes.tiling
+        tiles, canvas = (tiling.count, tiling.canvas) if tiling else (1, (height, width))
         if len(code) != tiles:
             raise ValueError(f"{len(code)} codes for one image, which has {tiles}; decode takes batches.")
         noise = sampler.seeded_noise([seed], *canvas, noise_scale, self.config.model.channels)
         settings: Any = {"sample_steps": steps, "guidance": guidance, "rho": rho, "solver": solver}
-        if not self.native_size:
+        if tiling:
             return tiling.merge(self.sample(tiling.crop(noise[0]), code, progress, **settings).cpu())
+        if not self.native_size:
+            return self.sample(noise, code, progress, **settings)[0].cpu()
         cell = self.config.model.patch_size
         image = decode_blocks(lambda z, c: self.sample(z, c, **settings).cpu(), noise, code, cell, progress)
         height, width = codes.output_size

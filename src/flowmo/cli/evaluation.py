@@ -27,17 +27,30 @@ Log = Callable[..., None]
 
 FOR_PICTURES = ("limit", "fit", "bpp", "size", "peers", "report", "enlarge", "steps", "seed", "guidance")
 """Options of ``compare``."""
+OF_MODELS = ("model", "precision", "compile", "no_lpips")
+"""Options of models, which ``--reference`` has none of."""
+OF_RUNS = ("results_dir", "experiment_name")
 FOR_RUNS = ("eval.eval_dir=", "eval.force_ckpt_path=", "eval.continuous=", "eval.subsample_rate=", "data.val=")
 """Starts of settings that ``compare`` does not read."""
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    given = [f"--{name}" for name in FOR_PICTURES if getattr(arguments, name) != arguments.parser.get_default(name)]
-    if given and (arguments.reference or not arguments.images):
+
+    def given(*names: str) -> str:
+        changed = [name for name in names if getattr(arguments, name) != arguments.parser.get_default(name)]
+        return ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+
+    if words := given(*FOR_PICTURES) if arguments.reference or not arguments.images else "":
         raise UsageError(
-            f"{', '.join(given)}: only for reconstructions of PICTURES. For a run, change settings, such as "
+            f"{words}: only for reconstructions of PICTURES. For a run, change settings, such as "
             "eval.subsample_rate=10 or eval.sampling.sample_steps=25."
         )
+    if arguments.reference and (words := given(*OF_MODELS, *OF_RUNS) or ", ".join(arguments.settings)):
+        raise UsageError(f"{words}: not with --reference, which compares two sets of images.")
+    if not arguments.images and (words := given("model")):
+        raise UsageError(f"{words}: a run has its own model. Leave it out, or name PICTURES.")
+    if arguments.images and (words := given(*OF_RUNS)):
+        raise UsageError(f"{words}: only for runs. Reconstructions of PICTURES are kept with --report.")
     of_a_run = [setting for setting in arguments.settings if setting.startswith(FOR_RUNS)]
     if arguments.images and of_a_run:
         raise UsageError(f"{of_a_run[0]} is for runs. Leave out PICTURES, or write --model RUN.")

@@ -104,10 +104,10 @@ def encode(arguments: argparse.Namespace) -> None:
 
 
 def decode(arguments: argparse.Namespace) -> None:
-    if arguments.ids and arguments.output:
-        raise UsageError("--ids prints the ids and writes no file. Leave out --output.")
     # a plain .png could be the original
     jobs = pair_outputs(arguments.files, arguments.output, f"{SUFFIX}.png", is_image)
+    if arguments.ids and (arguments.output or len(jobs) < len(arguments.files)):
+        raise UsageError("--ids prints the ids and writes no file. Leave out the output.")
     if arguments.ids:
         jobs = [(path, Path()) for path, _ in jobs]  # nothing is written to standard output but the ids
     else:
@@ -260,6 +260,8 @@ def pair_outputs(
 
 def find_context_model(arguments: argparse.Namespace, tokenizer: FlowMo) -> Context | None:
     """Read the named generator or context model, by default the context model beside the tokenizer's file."""
+    if arguments.generator and arguments.context:
+        raise UsageError("--generator and --context are two models of the ids. Write one of them.")
     if arguments.generator:
         from flowmo.codec.generator import GeneratorModel
         from flowmo.generate.generator import load_generator

@@ -47,7 +47,9 @@ def info(arguments: argparse.Namespace) -> tuple[str, dict]:
         summary = describe_preset_generator(config) if config.generator.train else describe_tokenizer(config)
     else:
         config, summary = describe_weights(checkpoint.find(source), settings)
-    if arguments.training and not config.generator.train:
+    if arguments.training and config.generator.train:
+        raise UsageError("--training forecasts the training of tokenizers, not of generators.")
+    if arguments.training:
         from flowmo.train.cost import describe_training
 
         summary |= describe_training(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -50,6 +51,7 @@ class Follower:
     found: Callable[[dict[str, Any]], None] = lambda row: None
     ready: Callable[[FlowMo], object] = lambda tokenizer: None
     config: Config = field(init=False)
+    about: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.config = Config().override(*self.settings)
@@ -59,6 +61,8 @@ class Follower:
                 "Name images, or a run (eval.eval_dir=results/RUN), or a checkpoint (eval.force_ckpt_path=FILE)."
             )
         self.run = Path(settings.eval_dir) if settings.eval_dir else None
+        of_metrics = sorted(word for word in self.settings if not word.startswith(("eval.eval_dir", "eval.continuous")))
+        self.about = {"run": str(self.run.resolve()) if self.run else "", "settings": of_metrics}
 
     def evaluate(self) -> None:
         """Evaluate a named checkpoint, or the run's newest, or with ``eval.continuous`` all until the run ends."""
@@ -113,10 +117,13 @@ class Follower:
             waiting = new is None
 
     def _evaluated(self) -> set[str]:
+        """Names of the checkpoints that this folder's log has, of the same run and with the same settings."""
         log, names = self.folder / LOG, []
         for line in log.read_text().splitlines() if self.world.main and log.is_file() else []:
             with suppress(json.JSONDecodeError):  # a kill cut the line off
-                names.append(json.loads(line)["checkpoint"])
+                row = json.loads(line)
+                if row.get("evaluation", self.about) == self.about:  # earlier versions did not record it
+                    names.append(row["checkpoint"])
         return set(self.world.broadcast(names))
 
     def _evaluate(self, path: Path, tokenizer: FlowMo) -> None:
@@ -129,7 +136,7 @@ class Follower:
             evaluators=self.evaluators,
             side=tokenizer.config.data.image_size,
             limit=max(len(source) // self.config.eval.subsample_rate, 1),
-            out=self.folder,
+            out=self.folder / hashlib.sha256(json.dumps(self.about).encode()).hexdigest()[:8],
             world=self.world,
         )
         (summary,) = (entry.summary for entry in comparison.measure())
@@ -159,7 +166,7 @@ class Follower:
             return
         for folder in {self.folder, self.run or self.folder}:
             folder.mkdir(parents=True, exist_ok=True)
-            _append(folder / LOG, json.dumps(line))
+            _append(folder / LOG, json.dumps({**line, "evaluation": self.about}))
 
 
 def _append(path: Path, line: str) -> None:

@@ -91,7 +91,9 @@ def write_samples(
     if world.main:
         # tokenizers that differ only in the decoder share their identity
         models = {"generator": generator.identity(), "tokenizer": tokenizer.weights_identity()}
-        _record_settings(folder, {**settings, **models, "labels": [*labels]})
+        own = [str(generator.config.generator), str(tokenizer.config.eval.sampling)]
+        precisions = [generator.precision, tokenizer.precision]
+        _record_settings(folder, {**settings, **models, "own": own, "precisions": precisions, "labels": [*labels]})
     world.barrier()
     missing = world.broadcast([index for index, path in enumerate(paths) if not path.is_file()])
     mine = missing[world.rank :: world.size]

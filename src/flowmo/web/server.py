@@ -11,14 +11,15 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from PIL import Image
 
@@ -69,9 +70,13 @@ class Demo:
         self.tokenizer, self.codec, self.generator, self.name = tokenizer, codec, generator, name
         self.packed = Codec(tokenizer)
         self.examples = {path.name: path for path in examples}
+        missing = [str(path) for path in examples if not path.is_file()]
+        if missing or len(self.examples) < len(examples):
+            raise DemoError(f"{missing[0]}: no such file." if missing else "Two examples have the same name.")
         if generator is not None:
             check_pair(generator, tokenizer)
 
+    @cached_property
     def model(self) -> dict[str, Any]:
         """What the page's ``model.json`` holds."""
         description = describe(self.tokenizer, self.name) | {"examples": [*self.examples]}
@@ -179,12 +184,13 @@ class Handler(SimpleHTTPRequestHandler):
         return True
 
     def translate_path(self, path: str) -> str:
-        example = self.demo.examples.get(Path(urlsplit(path).path).name) if path.startswith("/examples/") else None
+        name = unquote(urlsplit(path).path.removeprefix("/examples/"))
+        example = self.demo.examples.get(name) if path.startswith("/examples/") else None
         return str(example) if example else super().translate_path(path)
 
     def do_GET(self) -> None:
         if urlsplit(self.path).path == "/model.json":
-            self.answer(200, json.dumps(self.demo.model()).encode(), kind="application/json")
+            self.answer(200, json.dumps(self.demo.model).encode(), kind="application/json")
         else:
             super().do_GET()
 
@@ -201,7 +207,9 @@ class Handler(SimpleHTTPRequestHandler):
             self.discard(int(length))
             return self.refuse(503, "The server is busy with other requests. Try again later.")
         try:
-            self.run(url.path.strip("/"), url.query, self.rfile.read(int(length)))
+            self.run(url.path.strip("/"), url.query, self.read(int(length)))
+        except TimeoutError:
+            self.refuse(408, f"The request took longer than {self.timeout} s to arrive.")
         finally:
             self.slots.release()
 
@@ -221,6 +229,15 @@ class Handler(SimpleHTTPRequestHandler):
             result, headers = result
         content = result if isinstance(result, bytes) else json.dumps(result).encode()
         self.answer(200, content, headers)
+
+    def read(self, length: int) -> bytes:
+        """Read a body within ``timeout`` seconds, or raise ``TimeoutError``: a slow client would keep its slot."""
+        body, end = bytearray(), time.monotonic() + self.timeout
+        while len(body) < length and (piece := self.rfile.read1(min(length - len(body), 1 << 20))):
+            body += piece
+            if time.monotonic() > end:
+                raise TimeoutError
+        return bytes(body)
 
     def discard(self, length: int) -> None:
         """Read a body piece by piece. A browser that is still sending would not see the answer."""

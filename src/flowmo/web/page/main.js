@@ -327,11 +327,11 @@ function describe() {
   $("guidance").disabled = model.meanVelocity;
   $("rate").min = model.fewestSubTokens;
   for (const name of model.examples ?? []) {
-    const preview = Object.assign(new Image(), { src: `examples/${name}`, alt: name });
+    const preview = Object.assign(new Image(), { src: `examples/${encodeURIComponent(name)}`, alt: name });
     const button = document.createElement("button");
     button.append(preview);
     button.addEventListener("click", async () => {
-      const content = await (await fetch(`examples/${name}`)).blob();
+      const content = await (await fetch(`examples/${encodeURIComponent(name)}`)).blob();
       open(new File([content], name));
     });
     $("examples").append(button);
