@@ -62,8 +62,8 @@ def test_every_checkpoint_of_a_run_once_until_it_ends(config, tmp_path, monkeypa
 
 def test_two_runs_in_one_folder_are_both_evaluated(config, tmp_path):
     """Their checkpoints have the same names. So have those of one run that are sampled in two ways."""
-    for name in "ab":
-        Trainer(config, tmp_path / name, report=lambda line: None).train()
+    for seed, name in enumerate("ab"):
+        Trainer(config.override(f"trainer.seed={seed}"), tmp_path / name, report=lambda line: None).train()
     folder, again = tmp_path / "evaluation", (("a", ()), ("b", ()), ("a", ("eval.sampling.guidance=2",)))
     for count in range(2):
         for name, more in again:
@@ -71,7 +71,7 @@ def test_two_runs_in_one_folder_are_both_evaluated(config, tmp_path):
             Follower(settings, folder, Evaluators(), report=lambda line: None).evaluate()
         lines = logged(folder)
         assert [line["checkpoint"] for line in lines] == 3 * ["00000003.pth", "00000004.pth"], count
-    assert len({line["psnr"] for line in lines}) == 6
+    assert len({line["psnr"] for line in lines}) == 4, "one step has no guidance"
 
 
 def test_a_run_that_goes_on_has_not_ended(config, tmp_path):
