@@ -37,8 +37,9 @@ from reproduce.runner import Results, Row, Rows, Scale, Study
 PASSES, SHARES = (1, 2, 4, 8, 25), (0.25, 0.5, 1.0)
 SECOND_SEED = {
     "flow": 0.5,
-    **dict.fromkeys(("mixed", "image-loss"), 0.25),
-    **dict.fromkeys(("seek-early", "one-step", "more", "image-loss-seek", "image-loss-more"), 1.0),
+    **dict.fromkeys(("mixed", "image-loss", "image-loss-less", "lpips-more", "velocity"), 0.25),
+    **dict.fromkeys(("seek-early", "one-step", "more"), 1.0),
+    **dict.fromkeys((f"image-loss-{more}" for more in ("seek", "more", "one-step", "tenth")), 1.0),
 }
 """Arms with a second seed, and the share of their training that it runs, at scale cpu."""
 SCALES = {
