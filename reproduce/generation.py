@@ -79,7 +79,7 @@ class GenerationEvaluator:
 
     def __init__(self, study: Study, count: int, side: int):
         if study.evaluators.features is None:
-            raise StudyError("The study needs a feature network. See FLOWMO_WEIGHTS in the README.")
+            raise StudyError("The study needs a feature network. See LPIPS and rFID in docs/evaluation.md.")
         source, other = open_source(study.data), open_source(study.held_out)
         if len(source.classes) < 2:
             raise StudyError(f"{study.data} has no classes. Give a folder with one folder a class.")

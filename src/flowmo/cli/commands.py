@@ -25,7 +25,7 @@ MODEL = (
 SAMPLING = (
     option("--steps", type=POSITIVE, help="sampling steps (default: the model's own; 1 of nano, 25 of the paper's)"),
     option("--seed", type=SEED, default=0, help="seed of the noise"),
-    option("--guidance", type=FINITE, help="classifier-free guidance; 1 is none (default: the preset's, 1.5)"),
+    option("--guidance", type=FINITE, help="classifier-free guidance; 1 is none (default: the model's own)"),
 )
 WHOLE = "whole or tile: the whole image, in blended tiles if the model has one size; crop: the central square"
 RATE = "variable-rate models: the highest rate up to RATE bits per pixel (default: the full rate)"
