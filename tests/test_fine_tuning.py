@@ -51,10 +51,13 @@ def train(tmp_path, class_folder, capsys):
     return run
 
 
+def final_path(tmp_path, name):
+    return sorted((tmp_path / "results" / name / "checkpoints").iterdir())[-1]
+
+
 def final(tmp_path, name):
     """Weights, EMA and metadata of a run's last checkpoint."""
-    (*_, path) = sorted((tmp_path / "results" / name / "checkpoints").iterdir())
-    return torch.load(path, weights_only=True)
+    return torch.load(final_path(tmp_path, name), weights_only=True)
 
 
 def assert_equal(found, expected, tolerance=0.0):
@@ -265,6 +268,10 @@ def test_a_training_checkpoint_goes_on(base, train, tmp_path):
     assert "fresh EMA" not in printed
     first, second = (json.loads((tmp_path / "results" / name / "config.json").read_text()) for name in "ab")
     assert second["opt"] == first["opt"], "its own recipe, where no settings are named"
+    path = final_path(tmp_path, "a")
+    content = torch.load(path, weights_only=True)
+    content["config"]["trainer"]["start_weights"] = "model"  # as earlier versions wrote by default
+    torch.save(content, path)
     still = ("model.train=decoder", "trainer.duration=3 steps")
     status, printed = train("c", *run, settings=still)
     assert status == 0

@@ -95,6 +95,11 @@ def train(arguments: argparse.Namespace) -> None:
             print(next_steps(folder, config))
 
 
+def without_start(config: Config) -> Config:
+    """Leave out from which weights the stage of a checkpoint started: the next stage has a default of its own."""
+    return config.updated({"trainer.start_weights": ""})
+
+
 def release_images(config: Config) -> dict[str, str]:
     """Settings of the authors' ImageNet tars, where they are in the working directory and no images are named."""
     data, found = config.data, dict[str, str]()
@@ -129,7 +134,7 @@ def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
         base = flowmo.preset(arguments.preset or "lo")
         return (Config.from_yaml(arguments.config, base) if arguments.config else base).override(*settings)
     if started:
-        return Config.from_yaml(started / SETTINGS).override(*settings)
+        return without_start(Config.from_yaml(started / SETTINGS)).override(*settings)
     if source:
         path = find(source)
         metadata = read_raw_metadata(path)
@@ -139,7 +144,7 @@ def settings_of(arguments: argparse.Namespace, started: Path | None) -> Config:
             return load_generator(path, *settings).config
         model = read_config(path)
         if "flowmo" in metadata:  # a training checkpoint
-            return model.override(*settings)
+            return without_start(model).override(*settings)
         config = own_settings(model, Config()).override(*settings)
         new = config.stage == "pretrain"
         return own_settings(model, Config.from_dict(FINE_TUNING)).override(*settings) if new else config

@@ -180,7 +180,7 @@ class TrainerConfig:
     duration: Duration = setting(Duration("166.4M images"), "length of a run; the default is stage 1A's", LONGER_THAN_0)
     start_weights: str = setting(
         "",
-        "weights that a new stage takes; empty is ema where the encoder stays as it is, else model, as the release",
+        "weights that a new stage takes; empty is ema for model.train=decoder and bare weights, else model",
         one_of("", "model", "ema"),
     )
     parallel: str = setting("ddp", "how several ranks share the work", one_of("ddp", "fsdp"))

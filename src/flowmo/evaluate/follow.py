@@ -26,6 +26,8 @@ from flowmo.tokenizer import FlowMo
 
 LOG = "evaluations.jsonl"
 POLL_SECONDS = 10.0
+OF_NO_METRIC = ("eval.eval_dir=", "eval.continuous=", "eval.batch_size=")
+"""Starts of settings that change no metric."""
 
 
 @dataclass
@@ -51,7 +53,6 @@ class Follower:
     found: Callable[[dict[str, Any]], None] = lambda row: None
     ready: Callable[[FlowMo], object] = lambda tokenizer: None
     config: Config = field(init=False)
-    about: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.config = Config().override(*self.settings)
@@ -61,8 +62,13 @@ class Follower:
                 "Name images, or a run (eval.eval_dir=results/RUN), or a checkpoint (eval.force_ckpt_path=FILE)."
             )
         self.run = Path(settings.eval_dir) if settings.eval_dir else None
-        of_metrics = sorted(word for word in self.settings if not word.startswith(("eval.eval_dir", "eval.continuous")))
-        self.about = {"run": str(self.run.resolve()) if self.run else "", "settings": of_metrics}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the metrics of a checkpoint depend on."""
+        of_metrics = sorted(word for word in self.settings if not word.startswith(OF_NO_METRIC))
+        run = str(self.run.resolve()) if self.run else ""
+        return {"run": run, "settings": of_metrics, **self.evaluators.describe()}
 
     def evaluate(self) -> None:
         """Evaluate a named checkpoint, or the run's newest, or with ``eval.continuous`` all until the run ends."""

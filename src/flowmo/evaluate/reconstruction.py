@@ -230,7 +230,7 @@ def measure(
             evaluation.
     """
     chosen = evenly_spread(limit or len(source), len(source))
-    names = hashlib.sha256("\n".join(source.name(index) for index in chosen).encode()).hexdigest()
+    names = hashlib.sha256("\n".join(map(source.name, chosen)).encode(errors="surrogateescape")).hexdigest()
     identity = {"version": 3, "candidate": candidate.name, "images": len(chosen), "of": len(source), "names": names}
     identity |= {"side": side, **evaluators.describe(), **(metadata or {})}
     identity |= {} if pixels.is_rgb else {"pixels": str(pixels)}

@@ -468,7 +468,9 @@ class Trainer:
                 state.fill(path, self.tensors(), {f"{part}.{name}": value for name, value in values.items()})
             self.norm_control.remember()
             self.step, self.images = self._authors_position(path, metadata)
-            new_stage = config.stage != "pretrain" or not self.step  # the authors' files do not say their stage
+            # the authors' files do not say their stage
+            new_stage = (config.stage, config.model.train) != ("pretrain", "all") or not self.step
+            new_stage |= bool(config.trainer.start_weights)
             self.stage_begin = self.images  # with a fresh optimizer
             if self.step:
                 self.logger.report(f"starting from the weights of {path}")

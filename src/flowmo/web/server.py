@@ -40,6 +40,8 @@ MAX_PIXELS_FOR_CODECS = 600_000
 MAX_BODY = 4 * MAX_PIXELS
 MAX_REQUESTS = 4
 """Requests whose bodies are in memory. One is computed, the others are read meanwhile."""
+SLOWEST = 100_000
+"""Bytes a second that a request may take to arrive, after the first minute."""
 MAX_STEPS = 50
 GENERATED = 4
 
@@ -207,9 +209,11 @@ class Handler(SimpleHTTPRequestHandler):
             self.discard(int(length))
             return self.refuse(503, "The server is busy with other requests. Try again later.")
         try:
-            self.run(url.path.strip("/"), url.query, self.read(int(length)))
-        except TimeoutError:
-            self.refuse(408, f"The request took longer than {self.timeout} s to arrive.")
+            try:
+                body = self.read(int(length))
+            except TimeoutError:
+                return self.refuse(408, "The request took too long to arrive.")
+            self.run(url.path.strip("/"), url.query, body)
         finally:
             self.slots.release()
 
@@ -231,11 +235,11 @@ class Handler(SimpleHTTPRequestHandler):
         self.answer(200, content, headers)
 
     def read(self, length: int) -> bytes:
-        """Read a body within ``timeout`` seconds, or raise ``TimeoutError``: a slow client would keep its slot."""
-        body, end = bytearray(), time.monotonic() + self.timeout
+        """Read a body, or raise ``TimeoutError`` if it comes at less than ``SLOWEST``: it would keep its slot."""
+        body, end = bytearray(), time.monotonic() + self.timeout + length / SLOWEST
         while len(body) < length and (piece := self.rfile.read1(min(length - len(body), 1 << 20))):
             body += piece
-            if time.monotonic() > end:
+            if len(body) < length and time.monotonic() > end:
                 raise TimeoutError
         return bytes(body)
 
