@@ -46,7 +46,7 @@ def plain_errors(plan: BatchPlan, max_microbatch: Callable[[], int]) -> Iterator
 
 @contextmanager
 def plain_evaluation_errors() -> Iterator[None]:
-    """Raise ``TrainingError`` in the place of torch's error if held-out images take more memory than there is."""
+    """Turn torch's error into a ``TrainingError`` if held-out images need too much memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -277,7 +277,7 @@ class Trainer:
     def _check_unreadable(self) -> None:
         """Raise ``TrainingError`` if more images than one and than ``data.max_bad_share`` are unreadable.
 
-        A rank knows its own, and from each log line on those of all ranks.
+        Ranks exchange their unreadable images at each log line.
         """
         share, total = self.config.data.max_bad_share, len(self.task.source)
         if len(self.unreadable) > max(1, share * total):
