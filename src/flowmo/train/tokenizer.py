@@ -228,7 +228,9 @@ class TokenizerTask(Task):
 
     def evaluate(self, model: FlowMo) -> dict[str, float]:
         reconstructor, size = FlowMoReconstructor(model), self.config.data.image_size
-        model.chunk_size = count = self.config.eval.batch_size
+        count = self.config.eval.batch_size
+        # no more than elsewhere, so that metrics are those of flowmo evaluate
+        model.chunk_size = min(count, model.default_chunk_sizes[self.world.device.type != "cpu"])
         with autocast(self.config, self.world.device):
             measured = measure(
                 reconstructor,
