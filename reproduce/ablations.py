@@ -14,7 +14,6 @@ and of FSQ improves, against the paper.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,17 +23,13 @@ from flowmo.tokenizer import FlowMo
 from flowmo.train.ema import EMA
 from flowmo.train.trainer import Trainer
 from reproduce import page
-from reproduce.bases import GPU_BASE, PAPER_SMALL, PAPERS_SAMPLER, SMOKE_ABLATION, TINY_BASE
-from reproduce.runner import Results, Row, Rows, Scale, Study, Trained
+from reproduce.bases import GPU_SHORT, PAPER_SMALL, SMOKE_ABLATION, TINY_BASE
+from reproduce.runner import Results, Row, Rows, Scale, Study
 
 SCALES = {
     "smoke": Scale(base=SMOKE_ABLATION, images=4),
     "cpu": Scale(base=TINY_BASE, seeds=2, images=200),
-    "gpu": Scale(
-        base=GPU_BASE.override(*PAPERS_SAMPLER, "trainer.duration=2500 steps", "trainer.sample_every=0"),
-        seeds=2,
-        images=1000,
-    ),
+    "gpu": Scale(base=GPU_SHORT, seeds=2, images=1000),
     "paper": Scale(base=PAPER_SMALL, images=50_000),
 }
 BASELINE = "baseline"
@@ -42,7 +37,7 @@ COLOUR = page.Column("colour_error", "colour error (levels of 255) ↓", 2)
 COLOUR_IMAGES = 32
 FSQ_LEVELS = 8
 KEPT = (BASELINE, "logit-normal")
-"""Arms whose checkpoints stay: other studies start from the former, and figure 7 shows both."""
+"""Arms whose checkpoints stay: the sampler's study takes the former, and figure 7 shows both."""
 MSE = ("opt.anchor=1", "opt.loss_space=picture", "opt.lpips_weight=0", "model.enable_cfg=false")
 """Settings of the autoencoder. At t = 1 the decoder sees noise and the code; its image error is then a plain MSE."""
 PUBLISHED = {
@@ -104,15 +99,10 @@ def train_and_measure(arm: Arm, seed: int, run: str, study: Study) -> Row:
         prepare = mse_encoder(scale.base, seed, study) if arm.name == "mse" else None
         trained = study.train(config, run, prepare=prepare)
     else:
-        trained = baseline(scale.base, seed, study)
+        trained = study.train(config, f"{BASELINE}-seed{seed}")
     tokenizer = study.load(trained.checkpoint, *arm.sampling)
     about = {"arm": arm.name, "label": arm.label, "seed": seed, "seconds": trained.seconds, "images": trained.images}
     return {**about, COLOUR.key: colour_error(tokenizer, run, study), **study.measure(tokenizer, scale.images)}
-
-
-def baseline(base: Config, seed: int, study: Study) -> Trained:
-    """Train a seed's baseline under this recipe's name, so that other recipes share it."""
-    return replace(study, name="ablations").train(base.override(f"trainer.seed={seed}"), f"{BASELINE}-seed{seed}")
 
 
 def mse_encoder(base: Config, seed: int, study: Study) -> Callable[[Trainer], None]:

