@@ -113,6 +113,12 @@ def test_a_perfect_student_has_no_flow_loss(tiny, images, distilling):
     parts = distill_loss(to_pil, images, draws, to_pil.config.opt, squared_distance, teacher=teacher).parts
     sample = draws.jumps.noise - 0.5
     torch.testing.assert_close(parts["jump_distance"], squared_distance(images, sample).mean())
+    crops = [(slice(i, i + 8), slice(2 * i, 2 * i + 8)) for i in range(5)]
+    draws = draws._replace(crops=crops)
+    parts = distill_loss(to_pil, images, draws, to_pil.config.opt, squared_distance, teacher=teacher).parts
+    errors = (images - sample).square()
+    seen = torch.stack([error[:, rows, columns] for error, (rows, columns) in zip(errors, crops, strict=True)])
+    torch.testing.assert_close(parts["jump_distance"], seen.mean())
 
 
 @pytest.mark.parametrize("space", ["velocity", "picture"])

@@ -254,6 +254,14 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
     assert again.step == run.step, "an ended run stays ended"
     best, chosen = load(run.checkpoints()[0]), load(tmp_path / "run")
     assert chosen.identity() == best.identity() != load(run.checkpoints()[-1]).identity()
+    # Another stage in the same folder counts from its own start, and keeps the first one's best checkpoint.
+    longer = ("model.train=decoder", f"trainer.max_steps={run.step + 2}")
+    new = Trainer(worse.override(*longer), tmp_path / "run", report=quiet)
+    assert not new.early_stopping.exhausted
+    new.train()
+    assert new.step == run.step + 2
+    assert new.early_stopping.step > run.step
+    assert {run.early_stopping.step, new.early_stopping.step} <= {int(path.stem) for path in new.checkpoints()}
 
 
 def test_reconstructions_that_all_equal_their_originals_are_the_best(settings, tmp_path, monkeypatch):

@@ -122,7 +122,9 @@ def distill_loss(
     if perceptual is not None:
         final = (x_start - span * velocity).unflatten(0, (b, num_jumps))[:, :2].flatten(0, 1)
         target = images if opt.distill_towards == "picture" else path.states[-1]
-        distances["jump_distance"] = perceptual_loss(perceptual, tokenizer, target.repeat_interleave(2, dim=0), final)
+        crops = None if noise.crops is None else [crop for crop in noise.crops for _ in range(2)]
+        target = target.repeat_interleave(2, dim=0)
+        distances["jump_distance"] = perceptual_loss(perceptual, tokenizer, target, final, crops)
     return _sum({"flow": flow_loss}, distances, opt, quantized)
 
 

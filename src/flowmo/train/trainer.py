@@ -444,13 +444,16 @@ class Trainer:
         except CheckpointError as error:
             advice = f"Delete it to resume from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
-        self.early_stopping.load_state_dict(metadata)
         self.started_from = metadata.get("started_from")
         self.stage_begin = self.images if new_stage else metadata.get("stage_begin", 0)
-        if new_stage:
-            self._restart_ema(found[-1], self._start_weights())
         # all of an older version's run, which did not record it
         self.kept_steps = metadata.get("kept_steps", [int(path.stem) for path in found])
+        if new_stage:
+            self._restart_ema(found[-1], self._start_weights())
+            if metadata["best_step"] is not None:  # the new stage has a best checkpoint of its own
+                self.kept_steps = [*self.kept_steps, metadata["best_step"]]
+        else:
+            self.early_stopping.load_state_dict(metadata)
 
     def _start_from(self, path: Path) -> None:
         """Start at the position of another run's or the authors' checkpoint, or at step 0 from bare weights.
