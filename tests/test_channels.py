@@ -20,7 +20,7 @@ from flowmo.data import DataError, ImageDataset, Source, build_index, open_sourc
 from flowmo.evaluate.reconstruction import Evaluators, Reconstruction, measure
 from flowmo.evaluate.summary import Summary
 from flowmo.generate.tokenize import tokenize
-from flowmo.images import to_tensor
+from flowmo.images import ImageError, to_tensor
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.perceptual import LPIPS, build_distance
 from flowmo.losses.stages import perceptual_loss
@@ -157,6 +157,30 @@ def test_tiffs_whose_bands_pillow_drops_or_mixes_up(dtype, compression, tmp_path
         bands = values.transpose(2, 0, 1) if "planarconfig" in kind else values
         tifffile.imwrite(tmp_path / "a.tif", bands, compression=compression, **kind)
         assert torch.allclose(PixelFormat(4, 16).read(tmp_path / "a.tif"), expected, atol=1e-6), kind
+
+
+def test_tiffs_that_pillow_misreads_are_refused_or_put_right(tmp_path):
+    """Deep bands one after another, signed values, and values of which 0 is white."""
+    tifffile = pytest.importorskip("tifffile")
+    path = tmp_path / "a.tif"
+    colours = RNG.integers(0, 65536, (3, 5, 7), dtype=np.uint16)
+    tifffile.imwrite(path, colours, photometric="rgb", planarconfig="separate")
+    with pytest.raises(ImageError, match="one after another"):
+        flowmo.read_image(path)
+    tifffile.imwrite(path, (colours >> 8).astype(np.uint8), photometric="rgb", planarconfig="separate")
+    assert (np.asarray(flowmo.read_image(path)) == (colours >> 8).transpose(1, 2, 0)).all()
+    tifffile.imwrite(path, np.full((4, 4), -100, np.int8), photometric="minisblack")
+    with pytest.raises(ImageError, match="signed"):
+        flowmo.read_image(path)
+    with pytest.raises(ImageError, match="type int8 have no range"):
+        flowmo.read_tensor(path, 1)
+    assert flowmo.read_tensor(path, 1, (-128, 127)).mean() == pytest.approx(28 / 127.5 - 1)
+    for dtype in (np.uint8, np.uint16):
+        grey, top = RNG.integers(0, np.iinfo(dtype).max, (5, 7), dtype=dtype), np.iinfo(dtype).max
+        tifffile.imwrite(path, grey, photometric="miniswhite")
+        assert torch.allclose(flowmo.read_tensor(path, 1), unit(top - grey[None], 0, top), atol=1e-6)
+        shown = np.asarray(flowmo.read_image(path))[..., 0]
+        assert (shown == np.round((top - grey) * (255 / top))).all()
 
 
 @pytest.mark.parametrize("first", [False, True])

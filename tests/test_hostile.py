@@ -440,9 +440,11 @@ def png_that_claims(width, height):
             "not an image in a supported format",
         ),
         (b"%PDF-1.4\n", "not an image in a supported format"),
+        (b"II*\0\x08\0\0\0\0\0", "a TIFF of a kind that Pillow does not read"),
+        (b"\0\0\0\x18ftypavif", "AVIF needs Pillow 11.3"),
         (b"", "the file is empty"),
     ],
-    ids=["png", "png of 2^62", "ppm", "gif", "postscript", "pdf", "nothing"],
+    ids=["png", "png of 2^62", "ppm", "gif", "postscript", "pdf", "tiff", "avif", "nothing"],
 )
 def test_pictures_made_to_do_harm(tmp_path, content, sentence):
     (tmp_path / "a.png").write_bytes(content)

@@ -6,14 +6,14 @@ import contextlib
 import io
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 from torch import Tensor
 
 from flowmo.errors import FlowMoError, one_line
@@ -36,12 +36,15 @@ ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """Keys of Pillow's metadata that may hold an orientation. They are removed once an image is upright."""
 COLOUR_MAP = 320
 """TIFF tag of a palette: all red values, all green, all blue."""
+WHITE_IS_ZERO, LAB, SIGNED = 0, 8, 2
+"""Values of the TIFF tags PhotometricInterpretation, twice, and SampleFormat."""
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
 """The allowed Pillow readers. Others are unsafe: EPS starts another program."""
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
 )
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks with text or a colour profile. Pillow refuses a PNG if one of them inflates to more than a megabyte."""
@@ -75,7 +78,9 @@ def read_image(
             format needs another package.
     """
     with open_file(file, name, max_pixels) as (content, path), open_image(content, path, side, max_pixels) as image:
-        return to_rgb(_reinterpret(image))
+        if reason := misread(image):
+            raise ValueError(reason)
+        return to_rgb(reinterpreted(image))
 
 
 @contextlib.contextmanager
@@ -86,9 +91,11 @@ def open_file(
 
     Every error inside the block becomes an ``ImageError`` of one line that names the file.
     """
-    path = name or str(file)
+    path, start = name or str(file), b""
     try:
         with open(file, "rb") if isinstance(file, str | Path) else contextlib.nullcontext(file) as content:
+            start = content.read(8)
+            content.seek(0)
             yield content, path
         return
     except ImageError:
@@ -98,10 +105,11 @@ def open_file(
     except FileNotFoundError:
         reason = "no such file"
     except Image.UnidentifiedImageError:
-        reason = (
-            f"not an image in a supported format ({', '.join(PILLOW_FORMATS)}). AVIF needs Pillow 11.3 or newer, "
-            "HEIF pillow-heif (pip install 'flowmo[phone]')"
-        )
+        reason = f"not an image in a supported format ({', '.join(PILLOW_FORMATS)})"
+        if start.startswith(TIFF_MAGICS):
+            reason = "a TIFF of a kind that Pillow does not read. Save it as 8-bit RGB"
+        elif start[4:] == b"ftyp":
+            reason += ". AVIF needs Pillow 11.3 or newer, HEIF pillow-heif (pip install 'flowmo[phone]')"
     except Exception as error:  # Pillow's readers raise anything on damaged files
         reason = f"cannot be read ({one_line(error)})"
     raise ImageError(f"{path}: {reason}.") from None
@@ -181,18 +189,55 @@ def _whole_files_only() -> Iterator[None]:
                 _Readers.quiet.__exit__(None, None, None)
 
 
-def _reinterpret(image: Image.Image) -> Image.Image:
-    """Read two kinds of file as browsers and libtiff do, unlike Pillow.
+def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    """Tags of a TIFF's page; none of another image."""
+    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+
+
+def is_deep(tags: Mapping[int, Any]) -> bool:
+    """True for a TIFF of more than 8 bits a value."""
+    return max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
+
+
+def is_planar(tags: Mapping[int, Any]) -> bool:
+    """True for a TIFF that stores its bands one after another."""
+    return tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > 1
+
+
+def is_signed(tags: Mapping[int, Any]) -> bool:
+    """True for a TIFF of signed 8-bit values, which Pillow takes for unsigned ones."""
+    return SIGNED in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()) and not is_deep(tags)
+
+
+def misread(image: Image.Image) -> str:
+    """Say why Pillow would get the colours of a TIFF wrong; empty if it does not."""
+    tags = tiff_tags(image)
+    if is_signed(tags):
+        return "its values are signed"
+    lab = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == LAB
+    return (
+        "its bands are stored one after another, not pixel by pixel"
+        if is_planar(tags) and (is_deep(tags) or lab)
+        else ""
+    )
+
+
+def reinterpreted(image: Image.Image) -> Image.Image:
+    """Read three kinds of file as browsers and libtiff do, unlike Pillow.
 
     A BMP with zero alpha everywhere is opaque: its writer left the fourth byte unused. A TIFF palette without a value
-    above 255 has 8-bit colours, not nearly black 16-bit ones.
+    above 255 has 8-bit colours, not nearly black 16-bit ones. 0 is white in a 16-bit TIFF that says so, as in others.
     """
     if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
         return image.convert("RGB")
-    if image.format == "TIFF" and image.mode == "P":
-        colours = np.array(image.tag_v2.get(COLOUR_MAP, ()))
+    tags = tiff_tags(image)
+    if tags and image.mode == "P":
+        colours = np.array(tags.get(COLOUR_MAP, ()))
         if colours.size and colours.max() <= 255:
             image.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
+    if image.mode.startswith("I;16") and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+        white = 2 ** max(tags[TiffImagePlugin.BITSPERSAMPLE]) - 1
+        return Image.fromarray(white - np.asarray(upright(image)).astype(np.uint16))
     return image
 
 

@@ -19,13 +19,19 @@ from flowmo.config import Config
 from flowmo.errors import one_line
 from flowmo.images import (
     MAX_PIXELS,
+    TIFF_MAGICS,
     ImageError,
     check_pixels,
+    is_deep,
+    is_planar,
+    is_signed,
     open_file,
     open_image,
     read_image,
+    reinterpreted,
     select_channels,
     size_of,
+    tiff_tags,
     to_pil,
     to_rgb,
     to_tensor,
@@ -33,7 +39,7 @@ from flowmo.images import (
 )
 
 ARRAY = ".npy"
-NPY_MAGIC, TIFF_MAGICS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NPY_MAGIC = b"\x93NUMPY"
 RAW_FORMATS = (".tif", ".tiff", ARRAY)
 """Suffixes of files that hold any number of channels and any depth."""
 STORED = {8: "uint8", 16: "uint16", 32: "float32"}
@@ -145,14 +151,13 @@ class PixelFormat:
 
     def _loses_bands(self, image: Image.Image) -> bool:
         """True for a TIFF whose bands Pillow would drop, mix up, or divide by one another."""
-        plugin = TiffImagePlugin
-        tags = image.tag_v2 if isinstance(image, plugin.TiffImageFile) else {}
-        deep = max(tags.get(plugin.BITSPERSAMPLE, (8,))) > 8
-        if tags.get(plugin.PLANAR_CONFIGURATION) == 2 and tags.get(plugin.SAMPLESPERPIXEL, 1) > 1:
-            # Pillow mixes up bands stored one after another, unless they are 8-bit RGB
-            return deep or tags.get(plugin.PHOTOMETRIC_INTERPRETATION) != 2
+        tags = tiff_tags(image)
+        if is_planar(tags):  # Pillow mixes up such bands, unless they are 8-bit RGB
+            return is_deep(tags) or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) != 2
+        if is_signed(tags):
+            return True
         # Pillow drops bands X, and divides premultiplied colours ("RGBa") by alpha
-        return re.match("RGB(A?X|a)", raw_mode(image)) is not None and (deep or self.channels not in (1, 3))
+        return re.match("RGB(A?X|a)", raw_mode(image)) is not None and (is_deep(tags) or self.channels not in (1, 3))
 
     def _read_bands(self, file: BinaryIO, path: str, max_pixels: int) -> np.ndarray:
         try:
@@ -185,6 +190,7 @@ class PixelFormat:
             if len(pages) > 1:
                 return self._stacked(image, pages, path)
             image.seek(next(iter(pages), 0))
+        image = reinterpreted(image)
         values = high_bit_depth_values(image)
         if values is None and self.channels in (1, 3):
             values = np.asarray(to_rgb(image))
@@ -205,9 +211,10 @@ class PixelFormat:
         pages = []
         for index in indices:
             image.seek(index)
-            values = high_bit_depth_values(image)
+            page = reinterpreted(image)
+            values = high_bit_depth_values(page)
             if values is None:
-                values = np.asarray(image.convert("L") if image.mode in ("1", "P") else image)
+                values = np.asarray(page.convert("L") if page.mode in ("1", "P") else page)
             pages.append(values)
             if pages[-1].ndim != 2:
                 raise ImageError(f"{path}: has several pages of several channels. Each page is one channel.")
