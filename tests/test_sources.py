@@ -189,6 +189,18 @@ def test_a_relative_root(tmp_path, monkeypatch):
     assert seen(open_source(".")) == [("1.png", "a"), ("2.png", "b")]
 
 
+def test_a_huge_member_of_a_tar_is_left_out(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "a.tar", {"1.png": None, "2.png": None})
+    with tarfile.open(tar, "a") as more:
+        huge = tarfile.TarInfo("3.png")
+        huge.size = 70_000
+        more.addfile(huge, io.BytesIO(bytes(70_000)))
+    monkeypatch.setattr("flowmo.data.sources.tar.MAX_IMAGE_BYTES", 65_536)
+    source = open_source(tar)
+    assert len(source) == 2
+    assert list(source.left_out.values()) == ["has 70000 bytes, more than 65536"]
+
+
 def test_names_that_are_too_long(tmp_path):
     root = write_folder(tmp_path / "set", "1.png")
     for name in ("notes.txt", "2.png", "3.npy"):

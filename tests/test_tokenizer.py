@@ -9,7 +9,7 @@ from PIL import Image
 
 from flowmo import Codes, FlowMo
 from flowmo.evaluate.metrics.pairs import psnr
-from flowmo.images import resize_and_crop, to_pil, to_tensor
+from flowmo.images import ImageError, resize_and_crop, to_pil, to_tensor
 from flowmo.model.tiling import Tiling
 
 
@@ -203,6 +203,15 @@ def test_unknown_fit_and_huge_pictures(tiny, picture):
         tiny.encode_image(picture, fit="stretch")
     with pytest.raises(ValueError, match="more than"):
         tiny.encode_image(Image.new("1", (20_000, 20_000)))
+
+
+def test_a_thin_image_needs_no_gigabytes(tiny, native):
+    """Its square tiles or cells would cover far more pixels than it has."""
+    for tokenizer in (tiny, native):
+        for size in ((300_000, 1), (1, 300_000)):
+            with pytest.raises(ImageError, match="too thin"):
+                tokenizer.encode_image(Image.new("1", size))
+    assert tiny.encode_image(Image.new("RGB", (600, 2))).output_size == (2, 600)
 
 
 def test_codes_of_the_wrong_number_of_tiles(tiny, picture):

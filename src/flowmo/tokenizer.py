@@ -22,14 +22,14 @@ from torch import Tensor
 
 from flowmo.checkpoint import files, hub
 from flowmo.config import Config
-from flowmo.images import resize_and_crop, to_tensor
+from flowmo.images import ImageError, resize_and_crop, to_tensor
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import Distance, Loss, pretrain_loss
 from flowmo.model import sampler
 from flowmo.model.autoencoder import Autoencoder
 from flowmo.model.codes import Codes
-from flowmo.model.tiling import Progress, Tiling, decode_blocks, encode_blocks
+from flowmo.model.tiling import MAX_OVERHANG, SMALL, Progress, Tiling, decode_blocks, encode_blocks
 from flowmo.precision import computing
 
 
@@ -319,8 +319,8 @@ class FlowMo(Autoencoder):
 
         Raises:
             TypeError: neither a PIL image nor a tensor.
-            ValueError: an unknown ``fit``; an image of other channels, without pixels or above ``images.MAX_PIXELS``;
-                or a rate that the tokenizer does not have.
+            ValueError: an unknown ``fit``; an image of other channels, without pixels, above ``images.MAX_PIXELS`` or
+                too thin for its tiles or cells; or a rate that the tokenizer does not have.
         """
         if not isinstance(image, Image.Image) and not (isinstance(image, Tensor) and image.ndim == 3):
             raise TypeError(f"encode_image takes a PIL image or one tensor c × h × w, not a {type(image).__name__}.")
@@ -329,10 +329,12 @@ class FlowMo(Autoencoder):
         side, image = self.config.data.image_size, self.pixels.prepare(image)
         pixels = to_tensor(resize_and_crop(image, side) if fit == "crop" else image)
         height, width = pixels.shape[1:]
+        tiling = Tiling(height, width, side)
+        rows, columns = self.padded_size(height, width) if self.native_size else (side * tiling.count, side)
+        if rows * columns > max(MAX_OVERHANG * height * width, SMALL):
+            raise ImageError(f"image: {width}×{height} is too thin. Its tiles would have {rows * columns:,} pixels.")
         if not self.native_size:
-            tiling = Tiling(height, width, side)
             return replace(self.encode(tiling.split(pixels), bits_per_pixel, progress=progress), tiling=tiling)
-        rows, columns = self.padded_size(height, width)
         padded = F.pad(pixels[None], (0, columns - width, 0, rows - height), mode="replicate")
         # The rate counts true pixels, not the padding.
         kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, height, width)
@@ -386,10 +388,10 @@ def load(source: str | Path, *overrides: str, device: str | torch.device = "cpu"
     """Load a tokenizer with trained weights, ready for inference.
 
     Args:
-        source: a bundled preset (``nano`` or ``native``), a ``.safetensors`` file, a folder that holds
-            ``model.safetensors``, a training checkpoint (``.pth``, or the folder of a sharded one), a run's folder
-            (``results/NAME``: its best checkpoint, or the newest), an authors' checkpoint (``.pth``), or a Hub id
-            ``owner/name``, or ``owner/name@revision``, of a repository with ``model.safetensors``.
+        source: a bundled preset (``nano`` or ``native``; ``./nano`` is a run's folder), a ``.safetensors`` file, a
+            folder that holds ``model.safetensors``, a training checkpoint (``.pth``, or the folder of a sharded one), a
+            run's folder (``results/NAME``: its best checkpoint, or the newest), an authors' checkpoint (``.pth``), or a
+            Hub id ``owner/name``, or ``owner/name@revision``, of a repository with ``model.safetensors``.
         overrides: ``section.name=value`` settings to change, for example what an authors' file does not show
             (``model.code_length``) or how to sample (``eval.sampling.sample_steps``).
         device: where the weights go.

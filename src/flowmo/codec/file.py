@@ -31,7 +31,7 @@ from flowmo.data.bits import pack_ids, packed_size, token_bits, token_ids, unpac
 from flowmo.errors import FlowMoError
 from flowmo.images import MAX_PIXELS
 from flowmo.model.codes import Codes
-from flowmo.model.tiling import Tiling
+from flowmo.model.tiling import MAX_OVERHANG, Tiling
 from flowmo.tokenizer import FlowMo
 
 MAGIC = b"FLM"
@@ -44,9 +44,6 @@ PLANE_CRC = struct.Struct("<H")
 VARINT_BYTES = 5
 MIN_BYTES = len(MAGIC) + 1 + IDENTITY_BYTES + 3 + CRC.size
 MAX_BYTES = 1 << 28
-MAX_OVERHANG = 4
-"""Limit of the pixels of all tiles or cells, as a multiple of the pixel limit. Otherwise a file of kilobytes could
-declare a one-pixel-high image whose square tiles need gigabytes of ids."""
 CELLS_PER_BYTE = 16
 """Upper limit of the cells per byte of a coded plane, so that a short file cannot cause much work."""
 CONTEXT_SUFFIX = ".context.safetensors"

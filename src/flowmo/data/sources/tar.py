@@ -133,6 +133,8 @@ def _members(file: _LimitedReader, start: int, prefix: str, depth: int) -> Itera
                 label = cast(IO[bytes], tar.extractfile(member)).read().decode("utf-8", "replace").strip()
             elif not name.lower().endswith((*EXTENSIONS, ARRAY)):
                 reason = NO_IMAGE
+            elif member.size > MAX_IMAGE_BYTES:
+                reason = f"has {member.size} bytes, more than {MAX_IMAGE_BYTES}"
             yield Member(start, {"name": name, "offset": offset, "size": member.size}, label, reason)
 
 
