@@ -42,6 +42,8 @@ MAX_REQUESTS = 4
 """Requests whose bodies are in memory. One is computed, the others are read meanwhile."""
 SLOWEST = 100_000
 """Bytes a second that a request may take to arrive, after the first minute."""
+PIECE = 1 << 20
+"""Bytes that are read or sent at a time."""
 MAX_STEPS = 50
 GENERATED = 4
 
@@ -237,7 +239,7 @@ class Handler(SimpleHTTPRequestHandler):
     def read(self, length: int) -> bytes:
         """Read a body, or raise ``TimeoutError`` if it comes at less than ``SLOWEST``: it would keep its slot."""
         body, end = bytearray(), time.monotonic() + self.timeout + length / SLOWEST
-        while len(body) < length and (piece := self.rfile.read1(min(length - len(body), 1 << 20))):
+        while len(body) < length and (piece := self.rfile.read1(min(length - len(body), PIECE))):
             body += piece
             if len(body) < length and time.monotonic() > end:
                 raise TimeoutError
@@ -261,7 +263,8 @@ class Handler(SimpleHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(f"FlowMo-{name}", str(value))
         self.end_headers()
-        self.wfile.write(content)
+        for start in range(0, len(content), PIECE):  # the timeout is for each
+            self.wfile.write(content[start : start + PIECE])
 
 
 def serve(demo: Demo, host: str = "127.0.0.1", port: int = 7860) -> ThreadingHTTPServer:

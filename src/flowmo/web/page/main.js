@@ -79,8 +79,8 @@ async function start() {
   for (const id of ["facts", "codecs", "samples"]) $(id).replaceChildren();
   $("samples-note").textContent = "";
   decodings = new Map();
+  codes = image = null; // or a change of settings would decode the last image
   if (source.codes) {
-    image = null;
     codes = source.codes;
     if (codes.missing) {
       say(`The file is cut or damaged. ${codes.planes} of ${codes.planes + codes.missing} planes give a coarser image.`);
@@ -101,9 +101,11 @@ async function start() {
 function fitted(bitmap, fit) {
   const [width, height] = [bitmap.width, bitmap.height];
   const canvas = document.createElement("canvas");
-  const limit = Math.min(fit === "own" ? 1 : Number(fit) / Math.max(width, height), Math.sqrt(MAX_PIXELS / (width * height)));
+  const most = Math.sqrt(MAX_PIXELS / (width * height));
+  const limit = Math.min(fit === "own" ? 1 : Number(fit) / Math.max(width, height), most);
   const scale = fit === "crop" ? model.tile / Math.min(width, height) : Math.min(1, limit);
-  const [w, h] = [width, height].map((n) => Math.max(Math.round(n * scale), 1));
+  const round = scale === most ? Math.floor : Math.round; // the product must stay below MAX_PIXELS
+  const [w, h] = [width, height].map((n) => Math.max(round(n * scale), 1));
   canvas.width = fit === "crop" ? model.tile : w;
   canvas.height = fit === "crop" ? model.tile : h;
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -276,19 +278,31 @@ function divide(share) {
   $("line").style.left = `${percent}%`;
 }
 
+// Show the error of an event's handler.
+function shown(run) {
+  return async (event) => {
+    try {
+      await run(event);
+    } catch (error) {
+      say(error.message, "error");
+    }
+  };
+}
+
 function connect() {
-  const on = (id, event, run) => $(id).addEventListener(event, run);
+  const on = (id, event, run) => $(id).addEventListener(event, shown(run));
   on("file", "change", () => {
     const [file] = $("file").files;
     $("file").value = ""; // or the same file, changed, could not be chosen again
-    if (file) open(file);
+    if (file) return open(file);
   });
   for (const event of ["dragover", "dragleave", "drop"]) {
-    document.addEventListener(event, (e) => {
+    const dropped = async (e) => {
       e.preventDefault();
       $("drop").classList.toggle("over", event === "dragover");
-      if (event === "drop" && e.dataTransfer.files[0]) open(e.dataTransfer.files[0]);
-    });
+      if (event === "drop" && e.dataTransfer.files[0]) await open(e.dataTransfer.files[0]);
+    };
+    document.addEventListener(event, shown(dropped));
   }
   on("fit", "change", () => source?.bitmap && (say(""), start()));
   on("rate", "input", show);
@@ -330,10 +344,11 @@ function describe() {
     const preview = Object.assign(new Image(), { src: `examples/${encodeURIComponent(name)}`, alt: name });
     const button = document.createElement("button");
     button.append(preview);
-    button.addEventListener("click", async () => {
+    const choose = async () => {
       const content = await (await fetch(`examples/${encodeURIComponent(name)}`)).blob();
-      open(new File([content], name));
-    });
+      await open(new File([content], name));
+    };
+    button.addEventListener("click", shown(choose));
     $("examples").append(button);
     $("examples").hidden = false;
   }
