@@ -5,7 +5,7 @@
 
 Each part becomes one Parquet file with all columns of the dataset, but ids in the place of the image. The file appears
 whole or not at all: the same command skips parts that are done and begins an unfinished one anew. The ids are those of
-``flowmo tokenize``. Read the result with ``datasets.load_dataset("OUT")``.
+``flowmo tokenize``. An unreadable image ends its part. Read the result with ``datasets.load_dataset("OUT")``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow.parquet
 import torch
 
 import flowmo
+from flowmo.checkpoint.files import write_content
 from flowmo.images import resize_and_crop, to_tensor
 
 
@@ -60,7 +61,7 @@ def check_folder(out: Path, parts: int, identity: str) -> None:
     (out / "data").mkdir(parents=True, exist_ok=True)
     note, content = out / "tokenizer.txt", f"{identity}, {parts} parts\n"
     if not note.exists():
-        note.write_text(content)
+        write_content(note, content)  # whole or not at all: other jobs may read it
     if note.read_text() != content:
         raise SystemExit(f"{out} holds ids of {note.read_text().strip()}, not {content.strip()}. Name another folder.")
 
@@ -78,11 +79,14 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(words)
+    numbers = range(1, arguments.parts + 1) if arguments.part is None else [arguments.part]
+    if numbers[0] not in range(1, arguments.parts + 1):
+        parser.error(f"--part is a number from 1 to {arguments.parts}")
     table = load(arguments.dataset, arguments.split)
     column = next(name for name, feature in table.features.items() if isinstance(feature, datasets.Image))
     tokenizer = flowmo.load(arguments.model, device=arguments.device).set_precision("auto")
     check_folder(arguments.out, arguments.parts, tokenizer.identity())
-    for number in [arguments.part] if arguments.part else range(1, arguments.parts + 1):
+    for number in numbers:
         name = f"train-{number - 1:05d}-of-{arguments.parts:05d}.parquet"
         path, unfinished = arguments.out / "data" / name, arguments.out / f".{name}"
         if path.is_file():

@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +220,40 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         checkpoint.write_whole(target, fail)
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_have_the_permissions_of_new_ones_or_of_those_they_replace(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoint.write_content(tmp_path / "new", "a")
+        (tmp_path / "old").touch()
+        (tmp_path / "old").chmod(0o600)
+        checkpoint.write_content(tmp_path / "old", "a")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "old")] == [0o640, 0o600]
+
+
+def test_a_preset_is_not_a_run_of_its_name(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flowmo.save(tiny, "nano/model.safetensors")
+    flowmo.save(tiny, "grey/model.safetensors")
+    assert flowmo.load("nano").identity() != tiny.identity()
+    for run in ("./nano", Path("nano"), "grey"):  # grey has no bundled weights
+        assert flowmo.load(run).identity() == tiny.identity()
+
+
+def test_counters_and_large_values_in_16_bits(tiny_config, tmp_path):
+    """float16 ends at 65504."""
+    tokenizer = FlowMo(tiny_config.override("model.quantization_type=vq", "model.vq_entries=16")).eval()
+    tokenizer.quantizer.steps.fill_(70_000)
+    flowmo.save(tokenizer, tmp_path / "a.safetensors", torch.float16)
+    assert flowmo.load(tmp_path / "a.safetensors").quantizer.steps == 70_000
+    with torch.no_grad():
+        tokenizer.decoder.picture_out.weight[0, 0] = 1e6
+    with pytest.raises(CheckpointError, match=r"picture_out\.weight has values beyond torch\.float16"):
+        flowmo.save(tokenizer, tmp_path / "b.safetensors", torch.float16)
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 def test_weights_are_saved_under_their_own_suffix_only(tiny, tmp_path):

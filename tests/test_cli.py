@@ -16,7 +16,10 @@ from PIL import Image
 from processes import run_program
 
 import flowmo
+from flowmo.checkpoint.files import BUNDLED
 from flowmo.cli import main
+from flowmo.cli.output import UsageError, write
+from flowmo.codec.planes import PlaneModel
 from flowmo.config import preset
 
 
@@ -141,6 +144,32 @@ def test_convert(capsys, tmp_path, weights, tiny):
     target = tmp_path / "half.safetensors"
     assert run(capsys, "convert", weights, target, "--dtype", "float16")[0] == 0
     assert flowmo.load(target).config == tiny.config
+
+
+def test_a_copy_keeps_the_context_model(capsys, tmp_path):
+    """Unless its weights are rounded, which makes it another tokenizer."""
+    assert run(capsys, "convert", "native", tmp_path / "a.safetensors")[0] == 0
+    assert run(capsys, "convert", "native", tmp_path / "b.safetensors", "--dtype", "int8")[0] == 0
+    bundled = BUNDLED / "native.context.safetensors"
+    assert flowmo.load(tmp_path / "a.safetensors").identity() == flowmo.load("native").identity()
+    assert PlaneModel.read(tmp_path / "a.context.safetensors").identity == PlaneModel.read(bundled).identity
+    rounded = flowmo.load(tmp_path / "b.safetensors").identity() != flowmo.load("native").identity()
+    assert (tmp_path / "b.context.safetensors").exists() != rounded
+
+
+def test_guidance_that_changes_nothing_is_said(capsys, tmp_path, picture_files):
+    words = ("reconstruct", picture_files[0], "--fit", "crop", "--guidance", "2")
+    status, _, err = run(capsys, *words, "--output", tmp_path / "a")
+    assert status == 0
+    assert "--guidance changes nothing: the only step, at t = 1, does not lie in its interval" in err
+    status, _, err = run(capsys, *words, "--output", tmp_path / "b", "--steps", "8")
+    assert (status, err) == (0, "")
+
+
+def test_an_image_too_wide_for_its_format(tmp_path):
+    with pytest.raises(UsageError, match=r"a\.webp: 17000×1 pixels cannot be written"):
+        write(tmp_path / "a.webp", Image.new("RGB", (17000, 1)))
+    write(tmp_path / "a.png", Image.new("RGB", (17000, 1)))
 
 
 def test_train_then_evaluate(capsys, tmp_path, picture_files, tiny_config, forecasts):

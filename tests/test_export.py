@@ -72,3 +72,13 @@ def test_what_cannot_be_exported(tiny_config, tiny, tmp_path, capsys, monkeypatc
     status, _, error = run_command(capsys, "export", "nano", tmp_path / "out", "--page", "--runtime", tmp_path)
     assert status == 2
     assert "is not onnxruntime-web" in error
+    page = ("export", "nano", tmp_path / "own", "--page")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "index.html").write_text("mine")
+    status, _, error = run_command(capsys, *page)
+    assert status == 2
+    assert "index.html exists already. Add --force" in error
+    status, _, error = run_command(capsys, *page, "--force", "--examples", "a/x.png", "b/x.png")
+    assert status == 2
+    assert "Two examples have the same name" in error
+    assert (tmp_path / "own" / "index.html").read_text() == "mine"

@@ -131,7 +131,8 @@ class FakeHub(BaseHTTPRequestHandler):
             self.answer(json.dumps(rows).encode())
         elif path.startswith("/api/models/someone/flowmo"):
             names = [{"rfilename": name} for name in self.files]
-            self.answer(json.dumps({"_id": "1", "id": "someone/flowmo", "sha": COMMIT, "siblings": names}).encode())
+            about = {"_id": "1", "id": "someone/flowmo", "sha": COMMIT, "siblings": names, "private": False}
+            self.answer(json.dumps(about).encode())
         elif "/resolve/" in path and path.startswith("/someone/flowmo/") and path.rsplit("/", 1)[1] in self.files:
             content = self.files[path.rsplit("/", 1)[1]]
             etag = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -169,6 +170,12 @@ def test_push_and_load(fake_hub, tiny, tiny_model, tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("flowmo: The Hub did not accept someone/refused")
     assert sorted(handler.files) == ["README.md", "model.safetensors"]
+    handler.files.clear()
+    code = f"from flowmo.cli import main; main(['push', {str(tiny_model)!r}, 'someone/flowmo', '--private'])"
+    assert "someone/flowmo exists and is public" in python(code, tmp_path / "home", **there).stderr
+    assert not handler.files
+    tiny.save_pretrained(tmp_path / "again")
+    handler.files |= {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     words = ["train", "--resume-from-ckpt", "someone/flowmo@main", "--results-dir", str(tmp_path), "--device", "cpu"]
     words += [f"data.train={PICTURES}", "data.num_workers=0", "data.batch_size=1", "data.max_microbatch=1"]
     words += ["trainer.duration=1 step", "opt.lpips_weight=0", "model.train=decoder", "trainer.tensorboard=false"]

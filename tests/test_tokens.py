@@ -426,3 +426,6 @@ def test_datasets_map(class_folder, tiny, tiny_model, tmp_path, monkeypatch, cap
     assert_same([(row["ids"], int(row["label"])) for row in rows], list(TokenDataset(tmp_path / "tokens")))
     with pytest.raises(SystemExit, match="Name another folder"):
         datasets_map.main([*words, "--parts", "3"])
+    with pytest.raises(SystemExit):
+        datasets_map.main([*words, "--part", "0"])
+    assert "--part is a number from 1 to 2" in capsys.readouterr().err

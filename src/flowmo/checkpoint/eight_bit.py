@@ -28,7 +28,12 @@ def stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
         raise CheckpointError(f"Weights cannot be saved as {dtype}. Use float32, float16, bfloat16 or int8.")
     plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     if dtype != torch.int8:
-        return {name: value.to(dtype) for name, value in plain.items()}
+        # a single number is a counter, which may exceed float16
+        narrow = {name: value.float() if value.ndim == 0 else value.to(dtype) for name, value in plain.items()}
+        for name, value in narrow.items():
+            if torch.isfinite(plain[name]).all() and not torch.isfinite(value).all():
+                raise CheckpointError(f"{name} has values beyond {dtype}. Save the weights as float32.")
+        return narrow
     out: dict[str, Tensor] = {}
     for name, value in plain.items():
         out[name] = value.float()

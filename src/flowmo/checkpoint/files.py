@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +50,8 @@ def find(source: str | Path) -> Path:
     """
     name, path = str(source), Path(source)
     with suppress(OSError):  # a name that no file can have
+        if isinstance(source, str) and source in PRESETS and (BUNDLED / f"{source}.safetensors").is_file():
+            return BUNDLED / f"{source}.safetensors"  # even if a run here has the same name
         if path.is_dir() and not run_folder.is_sharded(path):
             path = run_folder.best_checkpoint(path) or path / hub.MODEL_FILE
         if name in PRESETS and not (path.is_file() or run_folder.is_sharded(path)):
@@ -239,11 +241,13 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
     """Write a file atomically and durably: ``write`` fills a temporary file beside ``path``, which replaces it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
+    # with the permissions of any new file, which tempfile's lack
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         write(temporary)
-        os.chmod(temporary, 0o644)
+        if path.is_file():
+            os.chmod(temporary, path.stat().st_mode & 0o777)
         with open(temporary, "rb") as file:  # fsync, else a power cut can leave it empty
             os.fsync(file.fileno())
         os.replace(temporary, path)

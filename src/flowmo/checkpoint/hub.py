@@ -51,13 +51,16 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
         The address of the repository.
 
     Raises:
-        CheckpointError: the Hub refuses, or huggingface_hub is not installed.
+        CheckpointError: the Hub refuses, ``private`` is set but the repository is public, or huggingface_hub is not
+            installed.
     """
     if not is_name(name) or "@" in name:
         raise CheckpointError(f"{name!r} is not a name of a repository. Write owner/name.")
     with _hub(f"The Hub did not accept {name}") as hub:
         api = hub.HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.repo_info(name).private:  # it exists, and stays as it is
+            raise CheckpointError(f"{name} exists and is public. Make it private on the Hub, or choose another name.")
         files = [MODEL_FILE, CONTEXT_FILE, CARD_FILE]
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message=message)
     return str(address)
@@ -132,5 +135,7 @@ def _hub(failure: str) -> Iterator[Any]:
         raise CheckpointError(f"{failure}: huggingface_hub is missing. Run: pip install 'flowmo[hub]'") from None
     try:
         yield huggingface_hub
+    except CheckpointError:
+        raise
     except Exception as error:  # its own errors, httpx's and the system's have no common base
         raise CheckpointError(f"{failure} ({one_line(error, 300)}).") from None

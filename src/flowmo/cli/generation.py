@@ -11,7 +11,7 @@ import torch
 
 import flowmo
 from flowmo.cli.options import load, prepare, split_settings
-from flowmo.cli.output import Progress, UsageError, check_outputs, write
+from flowmo.cli.output import Progress, UsageError, check_outputs, require, write
 from flowmo.data import DataError, Source, TokenDataset, open_source
 from flowmo.data.export import export as write_export
 from flowmo.data.token_files import UNREADABLE, Part, TokenMetadata, missing_shards, read_labels
@@ -74,6 +74,8 @@ def describe_tokens(out: Path, written: TokenMetadata, part: Part, source: Sourc
 
 
 def export(arguments: argparse.Namespace) -> tuple[str, dict]:
+    if arguments.to == "datasets":
+        require("datasets", "Parquet", "datasets")
     dataset, out = TokenDataset(arguments.tokens), arguments.output
     files = write_export(dataset, out, arguments.to, Progress("exporting"))
     data = {"folder": str(out), "samples": len(dataset), "files": [str(file) for file in files]}

@@ -38,7 +38,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
     outputs = [arguments.output / f"{path.stem if path != PIPE else 'stdin'}.png" for path in arguments.images]
     check_outputs([*outputs, *grids], arguments.force, image_suffixes(), arguments.images)
     tokenizer = load(arguments)
-    pairs: list[torch.Tensor] = []
+    how, pairs = sampling(arguments, tokenizer), []
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:
         image = read_input(path, tokenizer.pixels)
@@ -46,7 +46,7 @@ def reconstruct(arguments: argparse.Namespace) -> None:
         codes = tokenizer.encode_image(image, arguments.bpp, fit=arguments.fit, progress=encoding)
         if arguments.fit == "crop":
             image = resize_and_crop(image, tokenizer.config.data.image_size)
-        decoded = tokenizer.decode_tensor(codes, **sampling(arguments), progress=progress)
+        decoded = tokenizer.decode_tensor(codes, **how, progress=progress)
         pair = torch.stack((to_tensor(image), decoded.cpu()))
         write(output, to_pil(grid([tokenizer.pixels.visible(pair)])))
         if grids:
@@ -59,9 +59,11 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
     if not arguments.json:
         print(f"{'image':28} {'size':>11} {'bytes':>7} {'bits/pixel':>10} {'PSNR dB':>8}")
-    run_all(list(zip(arguments.images, outputs, strict=True)), run, arguments.json)
-    if grids:
-        write(arguments.grid, to_pil(grid([*torch.stack(pairs, dim=1)])))
+    try:
+        run_all(list(zip(arguments.images, outputs, strict=True)), run, arguments.json)
+    finally:
+        if pairs:
+            write(arguments.grid, to_pil(grid([*torch.stack(pairs, dim=1)])))
     if not arguments.json:
         print(f"Original and reconstruction side by side: {arguments.output}/")
         if grids:
@@ -122,7 +124,7 @@ def decode(arguments: argparse.Namespace) -> None:
     if cut:
         depth = f"{pixels.channels} × {pixels.bits} bits a pixel"
         raise UsageError(f"{cut}: a file of this kind does not hold {depth}. Write .tif or .npy.")
-    codec = Codec(tokenizer, find_context_model(arguments, tokenizer))
+    codec, how = Codec(tokenizer, find_context_model(arguments, tokenizer)), sampling(arguments, tokenizer)
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:
         codes, planes_missing = read_codes(path, codec)
@@ -130,7 +132,7 @@ def decode(arguments: argparse.Namespace) -> None:
             assert codes.ids is not None  # a continuous tokenizer has no files
             ids = codes.ids.tolist()
             return {"output": None, "bytes_of_ids": codes.nbytes, "ids": ids}, json.dumps(ids)
-        image = tokenizer.decode_tensor(codes, **sampling(arguments), progress=progress)
+        image = tokenizer.decode_tensor(codes, **how, progress=progress)
         write_image(output, tokenizer.pixels, image)
         height, width = image.shape[1:]
         row = {"height": height, "width": width, "bytes_of_ids": codes.nbytes}

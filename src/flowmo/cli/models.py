@@ -19,7 +19,7 @@ from flowmo.checkpoint import files as checkpoint
 from flowmo.checkpoint.run_folder import is_sharded
 from flowmo.cli.options import load, prepare, split_settings
 from flowmo.cli.output import Progress, UsageError, check_outputs, require
-from flowmo.codec.file import Codec, find_context
+from flowmo.codec.file import Codec, context_beside, context_path, find_context
 from flowmo.config import FIELDS, GENERATOR_PRESETS, PRESETS, Config, flatten
 from flowmo.model.sampler import network_passes
 from flowmo.tokenizer import FlowMo
@@ -147,8 +147,13 @@ def convert(arguments: argparse.Namespace) -> tuple[str, dict]:
         save_generator(generator, output, dtype)
         name, summary = "a generator", {"generator": generator.identity(), "tokenizer": generator.vocabulary.tokenizer}
     else:
-        flowmo.save(flowmo.load(source, *arguments.settings, ema=not arguments.last_weights), output, dtype)
+        tokenizer = flowmo.load(source, *arguments.settings, ema=not arguments.last_weights)
+        context = context_beside(source, tokenizer)
+        check_outputs([context_path(output)] if context else [], arguments.force)
+        flowmo.save(tokenizer, output, dtype)
         identity = flowmo.load(output).identity()  # of the file, whose weights are rounded
+        if context and context.tokenizer == identity:
+            checkpoint.write_content(context_path(output), context.save())
         name, summary = f"tokenizer {identity}", {"tokenizer": identity}
     size = output.stat().st_size
     return f"{output}: {size / 2**20:.1f} MiB, {name}", {"file": str(output), "bytes": size, **summary}
@@ -168,7 +173,7 @@ def push(arguments: argparse.Namespace) -> tuple[str, dict]:
         require("huggingface_hub", "The Hub", "'flowmo[hub]'")
     metrics = read_metrics(arguments.evaluation) if arguments.evaluation else None
     tokenizer = flowmo.load(arguments.source, *arguments.settings)
-    context = find_context(arguments.source, tokenizer)
+    context = context_beside(arguments.source, tokenizer)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.output or Path(temporary)
         tokenizer.save_pretrained(folder, arguments.name, None if context is None else context.save(), metrics)
@@ -193,12 +198,16 @@ def read_metrics(path: Path) -> dict:
 
 def export(arguments: argparse.Namespace) -> tuple[str, dict]:
     from flowmo.web.export import export as export_graphs
+    from flowmo.web.export import file_names
 
     if arguments.dtype and arguments.kind == "torch":
         raise UsageError("--dtype is the type of weights in ONNX files. Leave it out: --torch writes float32.")
     if (arguments.runtime or arguments.examples) and arguments.kind != "page":
         raise UsageError("--runtime and --examples are parts of a page. Add --page, or leave them out.")
-    check_outputs([arguments.output / "model.json"], arguments.force)
+    names = [Path(path).name for path in arguments.examples]
+    if len({*names}) < len(names):
+        raise UsageError("Two examples have the same name. Rename one.")
+    check_outputs([arguments.output / name for name in file_names(arguments.kind, names)], arguments.force)
     if arguments.kind != "torch":
         require("onnxscript", "ONNX export", "'flowmo[export]'")
     tokenizer, name = flowmo.load(arguments.source, *arguments.settings), Path(arguments.source).stem
@@ -222,5 +231,6 @@ def demo(arguments: argparse.Namespace) -> None:
     tokenizer = load(arguments)
     codec, name = Codec(tokenizer, find_context(arguments.model, tokenizer)), Path(arguments.model).stem
     with serve(Demo(tokenizer, codec, generator, name, arguments.examples), arguments.host, arguments.port) as server:
-        print(f"FlowMo at http://{arguments.host}:{arguments.port}; Ctrl-C ends it", flush=True)
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        print(f"FlowMo at http://{host}:{arguments.port}; Ctrl-C ends it", flush=True)
         server.serve_forever()

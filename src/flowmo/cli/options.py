@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -142,6 +143,16 @@ def prepare(model: Model, arguments: argparse.Namespace) -> Model:
     return model
 
 
-def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of ``FlowMo.decode_image`` from the options ``SAMPLING``."""
+def sampling(arguments: argparse.Namespace, tokenizer: FlowMo) -> dict[str, Any]:
+    """Keyword arguments of ``FlowMo.decode_image`` from the options ``SAMPLING``. Warns of guidance without effect."""
+    from flowmo.cli.output import warn
+    from flowmo.model.sampler import network_passes
+
+    s = tokenizer.config.eval.sampling
+    s = replace(s, sample_steps=arguments.steps or s.sample_steps)
+    guided = arguments.guidance not in (None, 1)
+    if guided and network_passes(replace(s, guidance=arguments.guidance)) == network_passes(replace(s, guidance=1.0)):
+        steps = f"no step of {s.sample_steps} lies" if s.sample_steps > 1 else "the only step, at t = 1, does not lie"
+        interval = f"from t = {s.guidance_low:.3g} to {s.guidance_high:.3g}"
+        warn(f"--guidance changes nothing: {steps} in its interval, {interval}")
     return {"steps": arguments.steps, "seed": arguments.seed, "guidance": arguments.guidance}

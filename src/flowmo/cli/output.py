@@ -171,8 +171,11 @@ def write(output: Path, content: bytes | Image.Image) -> None:
     from flowmo.checkpoint.files import write_content
 
     if not isinstance(content, bytes):
-        stream = io.BytesIO()
-        content.save(stream, **IMAGE_FORMATS[".png" if output == PIPE else output.suffix.lower()])
+        stream, (width, height) = io.BytesIO(), content.size
+        try:
+            content.save(stream, **IMAGE_FORMATS[".png" if output == PIPE else output.suffix.lower()])
+        except (OSError, RuntimeError, ValueError) as error:  # WebP, AVIF and JPEG have a longest side
+            raise UsageError(f"{output}: {width}×{height} pixels cannot be written ({error}). Write .png.") from None
         content = stream.getvalue()
     if output == PIPE:
         if sys.stdout.isatty():

@@ -283,7 +283,8 @@ class Codec:
         held = self.context.identity[:CONTEXT_BYTES] if self.context else b""
         if context_id != held:
             available = f"not the available one ({held.hex()})" if held else "which is not available"
-            raise CodecError(f"The file needs context model {context_id.hex()}, {available}.")
+            advice = "Name its file (--context)."
+            raise CodecError(f"The file needs context model {context_id.hex()}, {available}. {advice}")
         return self.context
 
     def _decode(self, model: Predictor | None, content: bytes, count: int, streams: int, min_length: int) -> bytes:
@@ -320,12 +321,19 @@ def find_context(source: str | Path, tokenizer: FlowMo) -> ContextModel | PlaneM
     Raises:
         ContextError: the file is damaged.
     """
-    path = checkpoint.find(source)
-    path = path.with_name(path.name.removesuffix(path.suffix) + CONTEXT_SUFFIX)
-    if not path.is_file() or not range_coder.available():
-        return None
-    context = read_context(path, tokenizer)
-    return context if context.tokenizer == tokenizer.identity() else None
+    return context_beside(source, tokenizer) if range_coder.available() else None
+
+
+def context_beside(source: str | Path, tokenizer: FlowMo) -> ContextModel | PlaneModel | None:
+    """``find_context`` for copying the model, which needs no constriction."""
+    path = context_path(checkpoint.find(source))
+    context = read_context(path, tokenizer) if path.is_file() else None
+    return context if context is not None and context.tokenizer == tokenizer.identity() else None
+
+
+def context_path(weights: Path) -> Path:
+    """Where the context model of a tokenizer's file is."""
+    return weights.with_name(weights.name.removesuffix(weights.suffix) + CONTEXT_SUFFIX)
 
 
 def read_context(path: Path, tokenizer: FlowMo) -> ContextModel | PlaneModel:

@@ -21,6 +21,7 @@ from flowmo.errors import FlowMoError, one_line
 from flowmo.tokenizer import FlowMo
 
 OPSET = 18
+NETWORKS = ("encoder", "decoder")
 NOT_SENT = -1
 """Id of a sub-token that is not sent, for tokenizers of variable rate."""
 PAGE = Path(__file__).parent / "page"
@@ -186,6 +187,15 @@ def describe(tokenizer: FlowMo, name: str) -> dict[str, Any]:
     }
 
 
+def file_names(kind: str, examples: Sequence[str] = ()) -> list[str]:
+    """Names of all files that ``export`` writes into its folder."""
+    names = ["model.json", *(f"{name}.{'pt2' if kind == 'torch' else 'onnx'}" for name in NETWORKS)]
+    if kind == "page":
+        names += [path.name for path in PAGE.iterdir()] + [f"runtime/{name}" for name in RUNTIME_FILES]
+        names += [f"examples/{name}" for name in examples]
+    return names
+
+
 def export(
     tokenizer: FlowMo,
     output: Path,
@@ -216,7 +226,7 @@ def export(
         shutil.copytree(PAGE, output, dirs_exist_ok=True)
         (output / "examples").mkdir(exist_ok=True)
         description["examples"] = [Path(shutil.copy(path, output / "examples")).name for path in examples]
-    files = {name: output / f"{name}.{'pt2' if kind == 'torch' else 'onnx'}" for name in ("encoder", "decoder")}
+    files = {name: output / f"{name}.{'pt2' if kind == 'torch' else 'onnx'}" for name in NETWORKS}
     for name, graph in graphs(tokenizer).items():
         write_graph(graph, files[name], dtype)
     description["files"] = {name: about(file) for name, file in files.items()}
