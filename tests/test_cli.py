@@ -132,6 +132,10 @@ def test_info_of_training(capsys):
     assert found["gib_with_activation_checkpointing"] < found["gib_of_activations_per_image"] / 3
     parameters = sum(p.numel() for p in flowmo.FlowMo(preset("nano").override(*shallow)).parameters())
     assert found["gib_of_state"] == round(5 * 4 * parameters / 2**30, 2)
+    status, out, _ = run(capsys, "info", "nano", "--training", "--json", *shallow, "model.posttrain_sample=true")
+    found = json.loads(out)
+    assert found["gib_of_state"] < round(5 * 4 * parameters / 2**30, 2), "the encoder is frozen"
+    assert "training_images" not in found, "the settings do not tell how long the stage is"
 
 
 def test_training_is_forecast_for_tokenizers_only(capsys):

@@ -16,6 +16,7 @@ from flowmo.codec.file import Codec
 from flowmo.config import FIELDS, FINE_TUNING, flatten
 from flowmo.errors import FlowMoError
 from flowmo.generate.samples import check_pair
+from flowmo.losses.perceptual import build_distance
 from flowmo.train.cost import training_flops, training_memory
 
 NO_LPIPS = "opt.lpips_weight=0"
@@ -254,8 +255,23 @@ def test_frozen_parameters_cost_less_memory(tiny_config):
     whole, part = (tiny_config.override(f"model.train={trained}", NO_LPIPS) for trained in ("all", "decoder"))
     assert training_memory(whole).state_bytes == 20 * (encoder + decoder)
     assert training_memory(part).state_bytes == 8 * encoder + 20 * decoder
+    seek = whole.override("model.posttrain_sample=true", "model.posttrain_sample_k=1")
+    assert training_memory(seek).state_bytes == 8 * encoder + 20 * decoder
+    assert training_memory(whole, freeze_encoder=True).state_bytes == 20 * (encoder + decoder), "moments stay"
     assert training_memory(whole).activation_bytes > training_memory(part).activation_bytes
     assert training_flops(whole) > training_flops(part)
+
+
+def test_networks_that_do_not_learn_take_memory(tiny_config):
+    """A teacher's and a perceptual network's weights, 4 bytes each, are part of the forecast."""
+    plain = tiny_config.override(NO_LPIPS, "trainer.enable_bfloat16=false")  # which makes copies
+    student = plain.override("model.mean_velocity=true", "eval.sampling.guidance=1", "opt.teacher=nano")
+    teacher, distance = FlowMo(plain), build_distance("alex", pretrained=False)
+    weights, weights_of_distance = (4 * sum(p.numel() for p in network.parameters()) for network in (teacher, distance))
+    alone = training_memory(plain).fixed_bytes
+    assert training_memory(student.override("opt.teacher_steps=2")).fixed_bytes > weights > alone
+    seeing = plain.override("opt.lpips_mode=alex", "opt.lpips_weight=1")
+    assert training_memory(seeing).fixed_bytes > weights_of_distance > alone
 
 
 def test_a_training_checkpoint_goes_on(base, train, tmp_path):

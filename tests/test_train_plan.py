@@ -209,6 +209,9 @@ def test_inputs_of_the_windowed_decoder_keep_their_rate(native):
     }
     for patch in (4, 8, 16):
         assert found[f"decoder.picture_in{patch}.weight"] == 1
+    for table in ("modulation", "position_bias"):
+        assert [scale for name, scale in found.items() if name.endswith(f".{table}")].count(1) > 0
+        assert {scale for name, scale in found.items() if name.endswith(f".{table}")} == {1}, table
     assert found["decoder.blocks.0.qkv.weight"] == 8 / config.model.hidden_size
 
 

@@ -267,6 +267,7 @@ def test_coarser_refuses(tokenizer):
         ("model.nested_dropout=2", "between 0 and 1"),
         ("model.quantization_type=noop", "nested_dropout needs"),
         ("model.window=0", "at least 1"),
+        ("model.window=3", "does not divide 8. Write 1, 2, 4 or 8"),
     ],
 )
 def test_what_cannot_work_is_refused(config, setting, message):

@@ -222,8 +222,8 @@ class FlowMo(Autoencoder):
                 sub-tokens alone make a coarser image.
             steps: of the solver; ``None`` is the model's setting (bundled ones 1; the paper's 25, which are 31 passes).
             seed: one for all images, or one per image. An image is a function of its ids and its seed alone.
-            guidance: classifier-free guidance inside the preset's interval; 1 switches it off. Preset: 1.5.
-            rho: shift of the sampler, equation 14. Preset: 4.
+            guidance: classifier-free guidance inside the model's interval; 1 switches it off. The paper's: 1.5.
+            rho: shift of the sampler, equation 14. The paper's: 4.
             solver: ``euler``, the paper's, ``midpoint``, ``heun`` or ``multistep``, see ``flowmo.model.sampler``.
             size: height and width for bare ids; by default the trained size.
             noise_scale: factor on the start noise; below 1 the noise is likelier (appendix C, figure 9).

@@ -63,6 +63,8 @@ def _network(config: Sections) -> Iterator[str]:
     if windowed:
         size = config.data.image_size
         cells = (size // CELL) ** 2
+        if m.window not in (1, 2, 4, 8):  # the parts of a large image begin at multiples of 8 cells
+            yield f"model.window={m.window} does not divide 8. Write 1, 2, 4 or 8."
         if m.patch_size != CELL:
             yield f"model.network=windowed has cells of {CELL} pixels. Write model.patch_size={CELL}."
         if m.code_length != cells:

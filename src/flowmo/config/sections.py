@@ -164,8 +164,8 @@ class OptConfig:
     perceptual_channels: str = setting(
         "", "three channels for LPIPS and rFID, or one for all three; empty is 0,1,2, or 0 below three", CHANNELS
     )
-    lpips_jitter: int = setting(0, "pixels that a random crop takes off both images of the perceptual loss; not in 1C")
-    lpips_crop: int = setting(0, "side of the random square that this loss sees, in pixels; 0 is the whole image")
+    lpips_jitter: int = setting(0, "pixels that a random crop takes off both images of the perceptual loss")
+    lpips_crop: int = setting(0, "side of the random square that this loss sees, without jitter; 0 is the whole image")
     perceptual_weights: str = setting("", "folder to look for perceptual weights in, before FLOWMO_WEIGHTS")
     n_grad_acc: int = setting(0, "gradient-accumulation steps of a rank; 0 is as few as fit", at_least(0))
     freeze_encoder_after: Duration = setting(Duration("25.6M images"), "when the encoder stops learning")

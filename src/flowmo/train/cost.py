@@ -43,7 +43,8 @@ class Memory:
     Attributes:
         state_bytes: weights, gradients, Adam's two moments and EMA, unsharded.
         activation_bytes: growth of a step's peak memory per image.
-        fixed_bytes: part of the peak that does not grow with the batch, such as bfloat16 copies of the weights.
+        fixed_bytes: what does not grow with the batch: the weights of a perceptual network and of a teacher, and a part
+            of the peak, such as bfloat16 copies of the weights.
     """
 
     state_bytes: int
@@ -61,23 +62,29 @@ class Memory:
 
 
 def describe_training(config: Config) -> dict[str, Any]:
-    """Return the forecast cost of a whole run; nothing is measured."""
-    schedule = Schedule.of(config, config.data.global_batch_size or PAPER_BATCH, IMAGENET_IMAGES)
-    images = schedule.duration
-    learning = min(schedule.freeze_encoder_after, images)
+    """Return the forecast cost of a whole run; nothing is measured.
+
+    Of stages 1B and 1C it tells the cost of an image: ``trainer.duration`` counts the stages before, too.
+    """
     early, late = training_flops(config), training_flops(config, freeze_encoder=True)
     memory = training_memory(config)
     checkpointing = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
-    flops = learning * early + (images - learning) * late
+    whole: dict[str, Any] = {}
+    if config.stage == "pretrain":
+        schedule = Schedule.of(config, config.data.global_batch_size or PAPER_BATCH, IMAGENET_IMAGES)
+        images = schedule.duration
+        learning = min(schedule.freeze_encoder_after, images)
+        flops = learning * early + (images - learning) * late
+        hours = flops / (8 * 0.4 * PEAK_TFLOPS["H100"] * 1e12) / 3600
+        whole = {"training_images": images, "exaflop_of_the_run": round(flops / 1e18, 1)}
+        whole["hours_on_8_h100_at_40_percent"] = round(hours, 1)
     return {
-        "training_images": images,
         "tflop_per_image": round(early / 1e12, 3),
         "tflop_per_image_encoder_frozen": round(late / 1e12, 3),
-        "exaflop_of_the_run": round(flops / 1e18, 1),
         "gib_of_state": round(memory.state_bytes / 2**30, 2),
         "gib_of_activations_per_image": round(memory.activation_bytes / 2**30, 3),
         "gib_with_activation_checkpointing": round(training_memory(checkpointing).activation_bytes / 2**30, 3),
-        "hours_on_8_h100_at_40_percent": round(flops / (8 * 0.4 * PEAK_TFLOPS["H100"] * 1e12) / 3600, 1),
+        **whole,
     }
 
 
@@ -117,12 +124,15 @@ def training_memory(config: Config, freeze_encoder: bool = False, vocabulary: Vo
         for images in (COUNTED, 2 * COUNTED):
             loss, modules = _step(config, freeze_encoder, vocabulary, images, largest, steps)
             peaks.append(_peak(loss, modules, config.trainer.enable_bfloat16))
-    for name, parameter in modules[0].named_parameters():
-        learns = config.generator.train or config.model.train in ("all", name.partition(".")[0])
+    for parameter in modules[0].parameters():
+        # an encoder that freezes in the course of stage 1A keeps its moments
+        learns = parameter.requires_grad or (config.stage, config.model.train) == ("pretrain", "all")
         state_bytes += (KEPT_BYTES + LEARNING_BYTES * learns) * parameter.numel()
+    others = (parameter for module in modules[1:] for parameter in module.parameters())
+    fixed = sum(parameter.numel() * parameter.element_size() for parameter in others)  # teacher, perceptual network
     growth = (peaks[1] - peaks[0]) / COUNTED
     stored = extra * 4 * config.model.channels * math.prod(largest)
-    return Memory(state_bytes, growth + stored, peaks[0] - COUNTED * growth)
+    return Memory(state_bytes, growth + stored, peaks[0] - COUNTED * growth + fixed)
 
 
 @contextmanager

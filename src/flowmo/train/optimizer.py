@@ -74,7 +74,7 @@ def build_optimizers(model: nn.Module) -> list[Optimizer]:
             matrices.append(parameter)
             continue
         net, layer = name.split(".")[:2]
-        sums_over_width = parameter.ndim == 2 and layer not in INPUTS
+        sums_over_width = name in linear and layer not in INPUTS  # a table of positions does not
         scale = 1 / multipliers.get(net, 1.0) if sums_over_width else 1.0
         decay = opt.weight_decay if config.stage != "generator" or name in linear else 0.0
         groups.setdefault((scale, decay), []).append(parameter)

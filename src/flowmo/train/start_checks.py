@@ -53,7 +53,7 @@ def describe(config: Config, start: Position, schedule: Schedule) -> str:
     every = f", every {RELEASE_EMA_STEPS} steps" if config.model.ema_update == "release" else ""
     parts = [
         f"{STAGES[stage]}: {steps} steps from step {start.step} to step {start.step + steps}",
-        f"learning rate {opt.lr:g}{mup}",
+        f"learning rate {opt.lr:g}{mup}" + f", of Muon's matrices {opt.muon_lr:g}" * (opt.optimizer == "muon"),
         f"EMA decay {decay_per_step(config, schedule.batch):.6g} per step{every}",
     ]
     if stage == "generator":

@@ -331,7 +331,7 @@ class Trainer:
             last = f"The last checkpoint, {found[-1]}, is sound" if found else "There is no checkpoint yet"
             raise TrainingError(
                 f"{in_a_row} steps in a row without a finite loss and gradient, up to step {self.step}. "
-                f"{last}. Start again with a lower opt.lr."
+                f"{last}. Start again with a lower opt.lr{' and opt.muon_lr' * (self.config.opt.optimizer == 'muon')}."
             )
         return skipped
 
