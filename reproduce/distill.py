@@ -13,15 +13,17 @@ four.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowmo.config import Config
+from flowmo.config import Config, SamplingConfig
+from flowmo.model.sampler import network_passes
 from flowmo.tokenizer import FlowMo
 from reproduce import page
 from reproduce.page import Column, Group
 from reproduce.runner import Results, Row, Rows, Scale, Study
-from reproduce.sampler import SOLVERS, Setting
+from reproduce.sampler import SOLVERS, resampled
 
 TAKES_MODELS = True
 GOALS = {1: 10.0, 4: 2.0}
@@ -63,13 +65,14 @@ def rows(study: Study, metadata: Row) -> Rows:
     scale = SCALES[study.scale]
     metadata |= {"models": list(study.models), "training": list(scale.training)}
 
-    def measure(run: str, curve: str, tokenizer: FlowMo, setting: Setting, **about: Any) -> Row:
-        run = f"{run}-{setting.steps}"
-        arm = f"{name}-{curve}-{setting.guidance:g}-{setting.steps}"  # without the seed: rows are averaged over it
-        about = {"model": name, "curve": curve, "arm": arm, "passes": setting.passes(tokenizer.config), **about}
+    def measure(run: str, curve: str, tokenizer: FlowMo, sampling: SamplingConfig, **about: Any) -> Row:
+        run = f"{run}-{sampling.sample_steps}"
+        # without the seed: rows are averaged over it
+        arm = f"{name}-{curve}-{sampling.guidance:g}-{sampling.sample_steps}"
+        about = {"model": name, "curve": curve, "arm": arm, "passes": network_passes(sampling), **about}
 
         def make() -> Row:
-            sampled = setting.apply(tokenizer)
+            sampled = resampled(tokenizer, sampling)
             study.keep_samples(run, sampled)
             return {**about, **study.measure(sampled, scale.images)}
 
@@ -77,38 +80,35 @@ def rows(study: Study, metadata: Row) -> Rows:
 
     for source, name, teacher in study.load_models(distilled=False):
         config = teacher.config
-        for curve, setting in teacher_settings(config, scale):
-            run = f"{name}-{setting.solver}-rho{setting.rho:g}-g{setting.guidance:g}"
-            yield measure(run, curve, teacher, setting, kind="teacher", own=is_own(config, setting))
+        own = config.eval.sampling
+        for curve, sampling in teacher_settings(own, scale):
+            run = f"{name}-{sampling.solver}-rho{sampling.rho:g}-g{sampling.guidance:g}"
+            yield measure(run, curve, teacher, sampling, kind="teacher", own=sampling == own)
         for seed in range(1, scale.seeds + 1):
             for target in scale.targets:
                 student = train_student(source, target, seed, name, config, study)
                 for steps in scale.steps:
-                    setting = Setting("solver", steps, config.eval.sampling.rho, 1.0)
+                    sampling = replace(own, solver="euler", sample_steps=steps, guidance=1.0)
                     run, curve = f"{name}-{target}-seed{seed}", f"student towards the {target}"
-                    yield measure(run, curve, student, setting, kind="student", seed=seed)
+                    yield measure(run, curve, student, sampling, kind="student", seed=seed)
 
 
-def teacher_settings(config: Config, scale: Scale) -> Iterator[tuple[str, Setting]]:
+def teacher_settings(own: SamplingConfig, scale: Scale) -> Iterator[tuple[str, SamplingConfig]]:
     """Yield (curve, setting) for the teacher. Its own setting is among them, once."""
-    own = config.eval.sampling
     steps = sorted({*scale.steps, own.sample_steps})
+    euler = replace(own, solver="euler")
     if own.solver != "euler":  # on no curve below
-        yield f"teacher, {own.solver}", Setting("shift", own.sample_steps, own.rho, own.guidance, own.solver)
+        yield f"teacher, {own.solver}", own
     for count in steps:
-        yield "teacher, Euler", Setting("shift", count, own.rho, own.guidance)
+        yield "teacher, Euler", replace(euler, sample_steps=count)
     for rho in scale.rhos:
         for count in steps[1:] if rho != own.rho else ():  # one step is the same at every spacing
-            yield f"teacher, ρ = {rho:g}", Setting("shift", count, rho, own.guidance)
+            yield f"teacher, ρ = {rho:g}", replace(euler, sample_steps=count, rho=rho)
     for solver in scale.solvers:
         for count in steps:
-            if (solver, count, 1.0) != (own.solver, own.sample_steps, own.guidance):
-                yield f"teacher, {solver}", Setting("solver", count, own.rho, 1.0, solver)
-
-
-def is_own(config: Config, setting: Setting) -> bool:
-    own = config.eval.sampling
-    return setting[1:] == (own.sample_steps, own.rho, own.guidance, own.solver)
+            sampling = replace(own, solver=solver, sample_steps=count, guidance=1.0)
+            if sampling != own:
+                yield f"teacher, {solver}", sampling
 
 
 def train_student(source: str, target: str, seed: int, name: str, config: Config, study: Study) -> FlowMo:

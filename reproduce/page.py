@@ -118,15 +118,21 @@ def table(
 
 
 class Gain(NamedTuple):
-    """How much one group is better than another, in a column's units, and the spread of that over seeds."""
+    """How much one group is better than another, in a column's units, and the spread of that over seeds.
+
+    A group of one seed has no spread, so neither has its gain.
+    """
 
     better: float
-    spread: float
+    spread: float | None
 
     @property
     def direction(self) -> int:
         """1 or −1 if the difference is more than two spreads, else 0."""
-        return 0 if abs(self.better) <= 2 * self.spread else 1 if self.better > 0 else -1
+        return 0 if self.spread is None or abs(self.better) <= 2 * self.spread else 1 if self.better > 0 else -1
+
+    def spread_in_words(self, digits: int) -> str:
+        return "one seed" if self.spread is None else f"spread {self.spread:.{digits}f}"
 
 
 def gain(ours: Group, other: Group, column: Column, same_weights: bool = False) -> Gain | None:
@@ -137,26 +143,31 @@ def gain(ours: Group, other: Group, column: Column, same_weights: bool = False) 
             differences, in which the effect of a training's seed cancels.
     """
     values, others = column.values(ours), column.values(other)
+    single = min(len(values), len(others)) < 2
     if same_weights:
         if len(values) != len(others):  # unfinished study
             return None
         pairs = zip(values, others, strict=True)
         found = mean_and_deviation(None if a is None or b is None else column.sign * (a - b) for a, b in pairs)
-        return found and Gain(*found)
+        return found and Gain(found[0], None if single else found[1])
     found, theirs = mean_and_deviation(values), mean_and_deviation(others)
     if found is None or theirs is None:
         return None
-    return Gain(column.sign * (found[0] - theirs[0]), math.hypot(found[1], theirs[1]))
+    spread = None if single else math.hypot(found[1], theirs[1])
+    return Gain(column.sign * (found[0] - theirs[0]), spread)
 
 
 def relation(change: Gain, other: str, column: Column) -> str:
-    """Words for a change against ``other``: better, worse, or within two spreads."""
+    """Words for a change against ``other``: better, worse, or within two spreads. Of one seed: ahead or behind."""
     verb, joint = {
         1: ("is better than", ", by"),
         -1: ("is worse than", ", by"),
         0: ("is within two spreads of", ": difference"),
     }[change.direction]
-    return f"{verb} {other}{joint} {abs(change.better):.{column.digits}f} (spread {change.spread:.{column.digits}f})"
+    if change.spread is None:
+        verb, joint = "is ahead of" if change.better > 0 else "is behind", ", by"
+    words = change.spread_in_words(column.digits)
+    return f"{verb} {other}{joint} {abs(change.better):.{column.digits}f} ({words})"
 
 
 def comparison(ours: Group, other: Group, columns: Sequence[Column], names: tuple[str, str] | None = None) -> str:
@@ -171,6 +182,8 @@ def against_paper(
 ) -> str:
     """Table of changes against the first group: the paper's, ours, and whether the direction holds.
 
+    One seed shows no spread, and a difference of 0 in the paper no direction.
+
     Args:
         published: the paper's metrics, by ``arm`` and column key. It holds the first group's arm.
         same_weights: arms that measure the first group's trainings.
@@ -183,10 +196,12 @@ def against_paper(
             change = gain(group, base, column, arm in same_weights)
             if column.key not in published.get(arm, {}) or change is None:
                 continue
-            theirs = (published[arm][column.key] - origin[column.key]) * column.sign
+            theirs = (published[arm][column.key] - origin[column.key]) * column.sign + 0.0  # + 0.0: no "-0"
             holds = change.direction == (theirs > 0) - (theirs < 0)
             word = "holds" if holds else "does not hold" if change.direction else "within the spread"
-            ours = f"{change.better:+.{column.digits}f} (spread {change.spread:.{column.digits}f})"
+            if not theirs or change.spread is None:
+                word = "–"
+            ours = f"{change.better:+.{column.digits}f} ({change.spread_in_words(column.digits)})"
             lines.append([group[0]["label"], column.name, f"{theirs:+.3g}", ours, word])
     return markdown_table(["", "metric", "paper: better by", "here: better by", "direction"], lines)
 
@@ -278,12 +293,17 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
     count = math.ceil(len(panels) / columns)
     width = max(4 * columns, 6)
     labels = dict.fromkeys(label for panel in panels for label in (*panel.levels, *panel.curves))
-    # a letter of the legend is at most 0.07 inches wide, a line and its margins half an inch
-    fitting = min(max(int(width / (0.07 * max(map(len, labels)) + 0.5)), 1), 4)
+    # points and inches of a letter in the legend; a line and its margins take half an inch
+    size, letter = (8, 0.07) if len(labels) <= 10 else (7, 0.05)
+    fitting = min(max(int(width / (letter * max(map(len, labels)) + 0.5)), 1), 4)
     lines = math.ceil(len(labels) / fitting)
     figure, axes = subplots(count, columns, (width, 2.8 * count + 0.4 + 0.2 * lines))
     paired, handles = any(panel.paired for panel in panels), {}
-    colours = {label: f"C{(i // 2 if paired else i) % 10}" for i, label in enumerate(labels)}
+    from matplotlib import color_sequences  # after subplots, which says how to install it
+
+    shades = color_sequences["tab20"]  # each of ten colours, dark and light
+    shades = [*shades[::2], *shades[1::2]]
+    colours = {label: shades[(i // 2 if paired else i) % len(shades)] for i, label in enumerate(labels)}
     markers = {label: "os^"[i // 10 % 3] for i, label in enumerate(labels)}
     styles = {label: "--" if paired and i % 2 == 0 else "-" for i, label in enumerate(labels)}
     for axis in axes.flat[len(panels) :]:
@@ -309,7 +329,7 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
         axis.set_xlabel(panel.xlabel)
         axis.set_title(panel.title, fontsize=10)
         axis.grid(alpha=0.3)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=fitting, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=fitting, fontsize=size)
     figure.savefig(path, dpi=110)
 
 

@@ -293,7 +293,7 @@ def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float, float
         both = [seed for seed in one if seed in many] if most > 1 else []
         gain = page.gain([many[seed] for seed in both], [one[seed] for seed in both], column, same_weights=True)
         if both and gain:
-            found.append((rate[0]["rate"], *gain))
+            found.append((rate[0]["rate"], gain.better, gain.spread or 0.0))
     return sorted(found)
 
 

@@ -172,7 +172,11 @@ class Study:
         return flowmo.load(model, *settings, device=str(self.world.device))
 
     def load_models(self, distilled: bool = True) -> Iterator[tuple[str, str, FlowMo]]:
-        """Yield (model, unique name, tokenizer) for ``models``, without students unless ``distilled``."""
+        """Yield (model, unique name, tokenizer) for ``models``, without students unless ``distilled``.
+
+        Raises:
+            StudyError: kept rows of this name are of other weights or of other images.
+        """
         taken: set[str] = set()
         for source in self.models:
             path = Path(source)
@@ -184,7 +188,17 @@ class Study:
             if tokenizer.config.model.mean_velocity and not distilled:
                 self.report(f"{name} is skipped: a distilled model has one solver, no guidance and no velocity.")
                 continue
+            self.check_same_model(name, tokenizer)
             yield source, name, tokenizer
+
+    def check_same_model(self, name: str, tokenizer: FlowMo) -> None:
+        """Refuse rows that were kept under a model's name, but of other weights or other images."""
+        path, content = self.folder(f"{name}.txt"), f"{tokenizer.weights_identity()} {self.data} {self.held_out}"
+        if path.is_file() and path.read_text() != content:
+            raise StudyError(f"{path.parent} has figures of another {name}, or on other images. Remove them.")
+        self.world.barrier()  # all ranks have read it
+        if self.world.main:
+            write_content(path, content)
 
     def count(self, limit: int) -> int:
         """Number of held-out images that a measurement of at most ``limit`` uses."""

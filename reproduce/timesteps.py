@@ -61,7 +61,7 @@ def rows(study: Study, metadata: Row) -> Rows:
             "trained": trained,
             "trained_on": TRAINED_ON[tokenizer.config.opt.loss_space],
         }
-        run = f"{name}-{tokenizer.identity()}"  # a run has many checkpoints
+        run = f"{name}-{tokenizer.weights_identity()}"  # a run has many checkpoints
         yield study.once(run, lambda tokenizer=tokenizer, about=about: about | measure(tokenizer, study))
 
 

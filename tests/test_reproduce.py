@@ -48,7 +48,7 @@ from reproduce.page import (
     mean_and_deviation,
 )
 from reproduce.runner import Scale, Study, read_results
-from reproduce.sampler import Setting
+from reproduce.sampler import resampled
 from reproduce.variance import correlation, detail, metrics
 
 
@@ -241,9 +241,9 @@ def test_the_peer_takes_the_rate_that_trains_best(tmp_path, monkeypatch):
 def test_a_teachers_own_setting_is_measured_once(sampler, tiny_config):
     """Students are held against it, whatever its solver and guidance."""
     solver, guidance = sampler
-    config = tiny_config.override(f"eval.sampling.solver={solver}", f"eval.sampling.guidance={guidance}")
-    settings = list(distill.teacher_settings(config, distill.SCALES["smoke"]))
-    assert [distill.is_own(config, setting) for _, setting in settings].count(True) == 1
+    own = dataclasses.replace(tiny_config.eval.sampling, solver=solver, guidance=guidance)
+    settings = list(distill.teacher_settings(own, distill.SCALES["smoke"]))
+    assert [sampling for _, sampling in settings].count(own) == 1
     assert len(set(settings)) == len(settings)
 
 
@@ -431,8 +431,9 @@ def test_studies_of_trained_models_smoke(evaluators, tiny_config, tmp_path, monk
     assert all(row["spread"] > 0 and row["psnr_of_mean"] > row["psnr"] and row["lpips_between"] > 0 for row in rows)
     assert (study.folder("a") / "figure8.png").stat().st_size > 1000
     rows, _ = run_study(study_of("sampler", tmp_path, evaluators, models[0]), monkeypatch)
-    assert [row["part"] for row in rows] == ["shift", "shift", "guidance", "solver", "solver"]
-    assert [row["passes"] for row in rows] == [1, 2 + 1, 2, 1, 3], "guidance counts where its interval is met"
+    assert [row["part"] for row in rows] == ["shift"] * 2 + ["guidance"] + ["interval"] * 2 + ["solver"] * 2
+    # ρ = 1 has its second step at t = 0.5, ρ = 4 at 0.06
+    assert [row["passes"] for row in rows] == [1, 3, 2, 4, 3, 1, 3], "guidance counts where its interval is met"
     rows, text = run_study(study_of("likelihood", tmp_path, evaluators, models[0]), monkeypatch)
     assert [row["kind"] for row in rows] == ["own", "other", "null", "sample"]
     assert len({row["bits"] for row in rows}) == 4
@@ -537,11 +538,18 @@ def test_directions_against_the_paper():
     assert [Gain(better, 0.2).direction for better in (0.5, 0.3, -0.5)] == [1, 0, -1]
     assert comparison(groups[1], groups[0], METRICS) == "- PSNR (dB): UP is better than BASE, by 1.00 (spread 0.20).\n"
     assert "DOWN is worse than BASE, by 1.00" in comparison(groups[2], groups[0], METRICS)
-    assert "SAME is within two spreads of BASE: difference 0.00" in comparison(groups[3], groups[0], METRICS)
+    assert comparison(groups[3], groups[0], METRICS) == "- PSNR (dB): SAME is behind BASE, by 0.00 (one seed).\n"
+    assert gain(groups[3], groups[0], psnr).direction == 0
+    same = rows("same", 20.0, 20.3)
+    assert "SAME is within two spreads of BASE: difference 0.05" in comparison(same, groups[0], METRICS)
     published = {name: {"psnr": figure} for name, figure in {"base": 20, "up": 22, "down": 22, "same": 22}.items()}
+    text = against_paper([groups[0], same], published)
+    assert "| SAME | PSNR (dB) | +2 | +0.05 (spread 0.25) | within the spread |" in text
+    text = against_paper(groups[:2], {**published, "up": {"psnr": 20}})
+    assert "| UP | PSNR (dB) | +0 | +1.00 (spread 0.20) | – |" in text, "the paper has no difference"
     text = against_paper(groups, published)
     directions = [line.split(" | ")[-1] for line in text.splitlines()[2:]]
-    assert directions == ["holds |", "does not hold |", "within the spread |"]
+    assert directions == ["holds |", "does not hold |", "– |"], "the last has one seed"
     assert "| UP | PSNR (dB) | +2 | +1.00 (spread 0.20) | holds |" in text
 
 
@@ -549,7 +557,15 @@ def test_models_have_names_of_their_own(tiny_model, tmp_path):
     study = study_of("variance", tmp_path, None, str(tiny_model), str(tiny_model))
     assert [name for _, name, _ in study.load_models()] == ["tiny", "tiny-2"]
     _, _, tokenizer = next(study.load_models())
-    other = Setting("shift", 3, 1.0, 1.5).apply(tokenizer)
+    sampling = dataclasses.replace(tokenizer.config.eval.sampling, rho=1.0, sample_steps=3)
+    other = resampled(tokenizer, sampling)
+    with torch.no_grad():
+        tokenizer.decoder.picture_out.bias.add_(1)
+    save(tokenizer, tiny_model)
+    with pytest.raises(StudyError, match="has figures of another tiny"):
+        next(study.load_models())
+    with pytest.raises(StudyError, match="or on other images"):
+        next(dataclasses.replace(study, held_out="elsewhere").load_models())
     assert (other.config.eval.sampling.rho, other.config.eval.sampling.sample_steps) == (1, 3)
     assert tokenizer.config.eval.sampling.rho == 4
     assert other.decoder is tokenizer.decoder
