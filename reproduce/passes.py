@@ -39,7 +39,7 @@ SECOND_SEED = {
     "flow": 0.5,
     **dict.fromkeys(("mixed", "image-loss", "image-loss-less", "lpips-more", "velocity", "guided"), 0.25),
     **dict.fromkeys(("seek-early", "one-step", "more"), 1.0),
-    **dict.fromkeys((f"image-loss-{more}" for more in ("seek", "more", "one-step", "tenth")), 1.0),
+    **dict.fromkeys((f"image-loss-{more}" for more in ("seek", "more", "one-step", "fast")), 1.0),
 }
 """Arms with a second seed, and the share of their training that it runs, at scale cpu."""
 SCALES = {
@@ -66,7 +66,13 @@ PARTS_OF_MIXED = (
     ("fifth", "a fifth at t = 1", "opt.anchor=0.2"),
 )
 """What ``mixed`` changes of the flow: name, label and setting, each also trained alone."""
-SHORT = ("opt.freeze_encoder_after=0", "opt.lr=1e-4", "opt.warmup=0", "opt.cooldown=0", "trainer.keep_every=0")
+SHORT = (
+    *("opt.freeze_encoder_after=0", "opt.lr=1e-4", "opt.muon_lr=0.002", "opt.warmup=0", "opt.cooldown=0"),
+    "trainer.keep_every=0",
+)
+"""A tenth of stage 1A's learning rates, of Adam and of Muon."""
+FAST = "opt.muon_lr=0.02"
+"""Muon's rate of stage 1A, which moves most of the decoder."""
 LOGITS = ("opt.lpips_mode=resnet", "opt.lpips_weight=0.01")
 """The distance of ResNet-50's logits, instead of LPIPS: of samples in stage 1B, else of estimates in one step."""
 SEEK = ("model.posttrain_sample=true", *SHORT, *LOGITS)
@@ -102,7 +108,8 @@ def arms_of(base: Config) -> Iterator[Arm]:
     yield Arm("flow", "flow", FLOW)
     yield Arm("anchored", "three quarters at t = 1", ("opt.anchor=0.75",))
     yield Arm("falling", "a quarter of the training three quarters at t = 1, then flow", FLOW, "anchored", 0.25)
-    yield Arm("seek", "flow, then stage 1B", (*FLOW, *SEEK), start="flow", short=True)
+    seek = (*FLOW, *SEEK, FAST)
+    yield Arm("seek", "flow, then stage 1B at Muon's full rate", seek, start="flow", short=True)
     early = {"start": "flow", "start_share": 0.25, "short": True}
     yield Arm("seek-early", "a quarter of the flow's training, then stage 1B", (*FLOW, *SEEK), **early)
     # The controls of stage 1B. Like it they train the decoder alone, with a fresh optimizer and a fresh EMA, whose
@@ -121,8 +128,8 @@ def arms_of(base: Config) -> Iterator[Arm]:
     yield Arm("image-loss-more", "flow, loss on the image, then more of it", (*image, *control), **early)
     one_step = (*image, *control, *LOGITS)
     yield Arm("image-loss-one-step", "flow, loss on the image, then the same loss in one step", one_step, **early)
-    tenth = (*image, *SEEK, "opt.lpips_weight=0.001")
-    yield Arm("image-loss-tenth", "flow, loss on the image, then stage 1B at a tenth of the weight", tenth, **early)
+    fast = "flow, loss on the image, then stage 1B at Muon's full rate"
+    yield Arm("image-loss-fast", fast, (*image, *SEEK, FAST), **early)
     # The loss on the image is about a fifth of the velocity's, so that the perceptual loss has five times the share.
     more, less = (f"opt.lpips_weight={factor * base.opt.lpips_weight:g}" for factor in (5, 0.2))
     yield Arm("lpips-more", "flow, five times the perceptual loss", (*FLOW, more), share=0.25)
@@ -133,7 +140,7 @@ def arms_of(base: Config) -> Iterator[Arm]:
     yield Arm("large", "flow, twice as wide", (*FLOW, *double))
     yield Arm("velocity", "flow, the network predicts velocities", (*FLOW, "model.prediction=velocity"))
     guided = ("model.enable_cfg=true", "eval.sampling.guidance=2", "eval.sampling.guidance_high=1")
-    yield Arm("guided", "flow, guidance 2: two passes a step", (*FLOW, *guided))
+    yield Arm("guided", "flow, guidance 2 from t = 0.145 to 1", (*FLOW, *guided))
 
 
 def rows(study: Study, metadata: Row) -> Rows:
