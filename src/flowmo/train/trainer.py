@@ -450,7 +450,7 @@ class Trainer:
         self.kept_steps = metadata.get("kept_steps", [int(path.stem) for path in found])
         if new_stage:
             self._restart_ema(found[-1], self._start_weights())
-            if metadata["best_step"] is not None:  # the new stage has a best checkpoint of its own
+            if metadata.get("best_step") is not None:  # the new stage has a best checkpoint of its own
                 self.kept_steps = [*self.kept_steps, metadata["best_step"]]
         else:
             self.early_stopping.load_state_dict(metadata)
