@@ -46,8 +46,11 @@ def test_one_number_that_is_none_in_pictures_or_weights(tiny, images, tmp_path, 
         flowmo.load(tmp_path / "a.safetensors")
 
 
-def test_weights_that_float16_cannot_hold_are_refused_when_read(tiny, tmp_path):
+def test_weights_that_float16_cannot_hold_are_refused(tiny, tmp_path):
     tiny.decoder.picture_out.bias[3] = 1e6
+    with pytest.raises(CheckpointError, match="Save the weights as float32"):
+        flowmo.save(tiny, tmp_path / "a.safetensors", torch.float16)
+    tiny.decoder.picture_out.bias[3] = torch.inf
     flowmo.save(tiny, tmp_path / "a.safetensors", torch.float16)
     with pytest.raises(CheckpointError, match="infinite"):
         flowmo.load(tmp_path / "a.safetensors")

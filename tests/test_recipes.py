@@ -241,7 +241,7 @@ MEANT = {
     "hi": ("stage 1A, mode matching", "learning rate 0.0001", "EMA decay 0.999998 per step"),
     "lo": ("stage 1A, mode matching", "learning rate 0.0001", "encoder learns"),
     "small": ("stage 1A, mode matching", "learning rate 0.0001"),
-    "nano": ("stage 1A, mode matching", "learning rate 0.001, of Muon's matrices 0.02"),
+    "nano": ("stage 1A, mode matching", "learning rate 0.001"),
     "nano_gpu": ("stage 1A, mode matching", "learning rate 0.001"),
     "native": ("stage 1A, mode matching", "learning rate 0.001", "EMA decay 0.999969 per step", "encoder learns"),
     "grey": ("stage 1A, mode matching", "learning rate 0.001", "encoder learns"),

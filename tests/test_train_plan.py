@@ -20,6 +20,7 @@ from flowmo.train.failures import plain_errors, plain_evaluation_errors
 from flowmo.train.optimizer import build_optimizers, clip_gradients, scale_initial_weights
 from flowmo.train.parallel import KEPT, prepare
 from flowmo.train.schedule import BatchPlan, Position, Schedule
+from flowmo.train.start_checks import describe
 from flowmo.train.task import TrainingError
 
 
@@ -196,6 +197,15 @@ def test_learning_rates_follow_the_width(tiny_config):
         assert ours[name] == 1, name
     for settings in ([], ["opt.mup_base_width=768", "model.enable_mup=false"]):
         assert set(scales(*settings).values()) == {1}
+
+
+def test_the_log_names_muons_rate(native):
+    """A lower ``opt.lr`` leaves it as it is."""
+    muon = native.config.override("opt.optimizer=muon", "opt.lr=1e-4")
+    line = describe(muon, Position(), Schedule.of(muon, 4, 10))
+    assert "learning rate 0.0001, of Muon's matrices 0.02;" in line
+    adam = muon.override("opt.optimizer=adam")
+    assert "learning rate 0.0001;" in describe(adam, Position(), Schedule.of(adam, 4, 10))
 
 
 def test_inputs_of_the_windowed_decoder_keep_their_rate(native):

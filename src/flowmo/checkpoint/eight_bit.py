@@ -22,7 +22,7 @@ def stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     """Convert weights to ``dtype``, a floating-point type or int8, on the CPU; scales go under ``name + SCALE``.
 
     Raises:
-        CheckpointError: another type, which would round weights to 0 or 1.
+        CheckpointError: another type, which would round weights to 0 or 1; or a weight beyond the type's range.
     """
     if dtype != torch.int8 and not dtype.is_floating_point:
         raise CheckpointError(f"Weights cannot be saved as {dtype}. Use float32, float16, bfloat16 or int8.")
