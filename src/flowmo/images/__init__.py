@@ -214,12 +214,9 @@ def misread(image: Image.Image) -> str:
     tags = tiff_tags(image)
     if is_signed(tags):
         return "its values are signed"
-    lab = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == LAB
-    return (
-        "its bands are stored one after another, not pixel by pixel"
-        if is_planar(tags) and (is_deep(tags) or lab)
-        else ""
-    )
+    if is_planar(tags) and (is_deep(tags) or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == LAB):
+        return "its bands are stored one after another, not pixel by pixel"
+    return ""
 
 
 def reinterpreted(image: Image.Image) -> Image.Image:

@@ -25,7 +25,7 @@ MAX_OVERHANG = 4
 """Limit of the pixels of all tiles or cells, as a multiple of an image's or of the pixel limit. Otherwise a
 one-pixel-high image of kilobytes would need gigabytes for its square tiles."""
 SMALL = 1 << 22
-"""Pixels of all tiles or cells of any small image, however thin."""
+"""The tiles or cells of any image may cover so many pixels, however thin it is."""
 Progress = Callable[[int, int], None]
 """Callback with (items done, items in total)."""
 

@@ -229,7 +229,7 @@ class TokenizerTask(Task):
     def evaluate(self, model: FlowMo) -> dict[str, float]:
         reconstructor, size = FlowMoReconstructor(model), self.config.data.image_size
         count = self.config.eval.batch_size
-        # no more than elsewhere, so that metrics are those of flowmo evaluate
+        # a larger batch than flowmo evaluate's would change the last digits of its metrics
         model.chunk_size = min(count, model.default_chunk_sizes[self.world.device.type != "cpu"])
         with autocast(self.config, self.world.device):
             measured = measure(
