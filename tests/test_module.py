@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import flowmo
 from flowmo import Codes, Config, FlowMo
@@ -137,14 +138,20 @@ def test_double_precision_is_refused(tiny, images):
 
 def test_a_decoder_trained_in_python_keeps_the_identity(tiny, images, tmp_path):
     """As the guide says."""
+    with torch.no_grad():
+        tiny.encoder.code_embedding[0] = -0.0  # an EMA makes it 0.0
     first = tiny.identity()
     tiny.config = tiny.config.override(f"model.base={tiny.as_base()}")
     tiny.decoder.requires_grad_(True)
+    average = AveragedModel(tiny, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average.update_parameters(tiny)  # copies
     tiny(images).loss.backward()
     torch.optim.SGD(tiny.decoder.parameters(), 0.1).step()
-    flowmo.save(tiny, tmp_path / "mine.safetensors")
-    mine = flowmo.load(tmp_path / "mine.safetensors")
-    assert mine.identity() == first != mine.weights_identity()
+    average.update_parameters(tiny)
+    for i, trained in enumerate((tiny, average.module)):
+        flowmo.save(trained, tmp_path / f"{i}.safetensors")
+        mine = flowmo.load(tmp_path / f"{i}.safetensors")
+        assert mine.identity() == first != mine.weights_identity()
 
 
 @both

@@ -101,8 +101,10 @@ class FlowMo(Autoencoder):
         changed = {name: value for name, value in self.config.architecture().items() if value != default[name]}
         if ids_only:  # a student of stage 1C has its teacher's ids
             changed.pop("mean_velocity", None)
-        weights = self.state_dict().items()
-        return identity_of(changed, {name: w for name, w in weights if not (ids_only and name.startswith("decoder."))})
+        weights = self.state_dict()
+        if ids_only:  # an average of equal weights turns -0.0 into 0.0
+            weights = {name: w + 0.0 for name, w in weights.items() if not name.startswith("decoder.")}
+        return identity_of(changed, weights)
 
     def as_base(self) -> str:
         """Value of ``model.base`` for models that are fine-tuned from this one."""
