@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stress coverage lint format docs lock audit release clean
+.PHONY: help demo test gpu stress coverage lint format docs lock audit release clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -29,16 +29,21 @@ $(VENV)/dev: $(VENV)/base
 demo: $(VENV)/base  ## real photographs to a few hundred bytes of token ids and back
 	$(BIN)/flowmo reconstruct examples/pictures/*.jpg --fit crop --output demo --grid demo/all.png --force
 
-# A process a core with a thread each: the tests' own processes and networks are small.
+# A process a core with a thread each: the tests' own processes and networks are small. They compare with the CPU's
+# results, so GPUs are hidden; tests/gpu are for those.
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 test: $(VENV)/dev lint  ## style, types and the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --ignore=tests/stress
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n auto --dist worksteal --ignore=tests/stress
+
+gpu: $(VENV)/dev  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest tests/gpu
 
 stress: $(VENV)/dev  ## kills, load, fuzzing and a whole recipe
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/stress
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n auto tests/stress
 
 coverage: $(VENV)/dev  ## lines of src/ that no test runs, processes that tests start included
 	$(BIN)/python -m coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n auto
+	$(TEST_ENVIRONMENT) $(BIN)/python -m coverage run -m pytest -n auto
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --show-missing --skip-covered --fail-under=90
 

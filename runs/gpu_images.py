@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowmo.data import DataError, epoch_order
-from flowmo.images import read_image
+from flowmo.images import ImageError, read_image
 from flowmo.images.pixels import PixelFormat
 from flowmo.streams import Stream, stream
 
@@ -53,7 +53,7 @@ def load_packs(
 ) -> tuple[MemoryImages, MemoryImages, dict[str, int]]:
     """Decode zip files or folders of images: training images, held-out images, and their counts.
 
-    Images whose short side is below ``side`` are left out.
+    Unreadable images and those whose short side is below ``side`` are left out.
 
     Raises:
         DataError: no image is large enough, or all are held out.
@@ -66,7 +66,7 @@ def load_packs(
             wanted = [(held_out, file) for held_out, file in files_of if held_out or not only_held_out]
             decoded = pool.map(decode, (file for _, file in wanted))
             for (held_out, _), image in zip(wanted, decoded, strict=True):
-                if min(image.shape[:2]) < side:
+                if image is None or min(image.shape[:2]) < side:
                     small += 1
                 else:
                     images[held_out].append(image)
@@ -74,7 +74,7 @@ def load_packs(
     if not held_out or not (train or only_held_out):
         raise DataError(
             f"The packs have {len(train)} training images and {len(held_out)} held-out images of at least {side} "
-            f"pixels. {small} are smaller. Pack more, with runs/pack_images.py --side {side}."
+            f"pixels. {small} are smaller or unreadable. Pack more, with runs/pack_images.py --side {side}."
         )
     counts = {"images": len(train), "held_out": len(held_out), "too_small": small}
     return MemoryImages(train), MemoryImages(held_out), counts
@@ -93,9 +93,13 @@ def contents(pack: Path) -> Iterator[io.BytesIO | Path]:
         raise DataError(f"{pack} is no pack of images ({error}). Make one with runs/pack_images.py.") from None
 
 
-def decode(file: io.BytesIO | Path) -> np.ndarray:
-    """uint8 h × w × 3."""
-    return np.asarray(read_image(file, name=str(file) if isinstance(file, Path) else "an image of a pack"))
+def decode(file: io.BytesIO | Path) -> np.ndarray | None:
+    """uint8 h × w × 3, or ``None`` for a file that cannot be read."""
+    try:
+        return np.asarray(read_image(file, name=str(file) if isinstance(file, Path) else "an image of a pack"))
+    except ImageError as error:
+        print(f"left out: {error}", flush=True)
+        return None
 
 
 class DeviceCrops:

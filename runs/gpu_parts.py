@@ -386,18 +386,24 @@ def missing_weights(config: Config) -> str | None:
     return None
 
 
-def write_weights(tokenizer: flowmo.FlowMo, job: Job) -> dict[str, Any]:
-    """Write weights in float16 as pieces of at most 16 MiB, and describe them for ``join_weights``.
+def check_pieces(config: Config) -> None:
+    """Refuse a model whose weights in float16 take more than ``MOST_PIECES`` pieces, before anything is spent.
 
     Raises:
-        FlowMoError: there would be more than ``MOST_PIECES``.
+        FlowMoError: they do.
     """
+    with torch.device("meta"):
+        size = 2 * sum(value.numel() for value in flowmo.FlowMo(config).state_dict().values())
+    if size + 2**20 > MOST_PIECES * PIECE:  # a MiB for the header
+        raise FlowMoError(f"The weights take {size >> 20} MiB, more than {MOST_PIECES} pieces of 16 MiB.")
+
+
+def write_weights(tokenizer: flowmo.FlowMo, job: Job) -> dict[str, Any]:
+    """Write weights in float16 as pieces of at most 16 MiB, and describe them for ``join_weights``."""
     whole = job.state / "weights.safetensors"
     flowmo.save(tokenizer, whole, torch.float16)
     content = whole.read_bytes()
     pieces = [content[start : start + PIECE] for start in range(0, len(content), PIECE)]
-    if len(pieces) > MOST_PIECES:
-        raise FlowMoError(f"The weights take {len(content) >> 20} MiB, more than {MOST_PIECES} pieces of 16 MiB.")
     for old in job.out.glob("weights.[0-9]"):
         if int(old.suffix[1:]) >= len(pieces):
             old.unlink()
@@ -413,17 +419,18 @@ def join_weights(folder: Path, out: Path) -> None:
         FlowMoError: a piece is missing or damaged.
     """
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    told = results.get("finish", {}).get("weights") or results.get("train", {}).get("weights")
-    if not told:
+    described = [weights for part in ("finish", "train") if (weights := results.get(part, {}).get("weights"))]
+    if not described:
         raise FlowMoError(f"{folder / RESULTS} tells of no weights. Run the parts train and finish first.")
-    paths = [folder / f"weights.{number}" for number in range(told["pieces"])]
-    missing = [path.name for path in paths if not path.is_file()]
+    for weights in described:  # a later call's training replaces the pieces of an earlier one's finish
+        paths = [folder / f"weights.{number}" for number in range(weights["pieces"])]
+        missing = [path.name for path in paths if not path.is_file()]
+        content = b"" if missing else b"".join(path.read_bytes() for path in paths)
+        if hashlib.sha256(content).hexdigest() == weights["sha256"]:
+            return checkpoint.write_content(out, content)
     if missing:
         raise FlowMoError(f"{folder} lacks {', '.join(missing)}. Copy all pieces of one run into it.")
-    content = b"".join(path.read_bytes() for path in paths)
-    if hashlib.sha256(content).hexdigest() != told["sha256"]:
-        raise FlowMoError(f"The pieces in {folder} are not those that {RESULTS} describes. Copy them again.")
-    checkpoint.write_content(out, content)
+    raise FlowMoError(f"The pieces in {folder} are not those that {RESULTS} describes. Copy them again.")
 
 
 # finish
@@ -464,7 +471,7 @@ def finish(job: Job) -> None:
     _, held_out, _ = load_packs(job.packs, side, only_held_out=True)
     chosen = range(min(2 if job.dry_run else 8, len(held_out)))
     limit = min(len(held_out), 2 if job.dry_run else 256)
-    judges, missing = Evaluators.find(features="none")
+    judges, missing = Evaluators.find(features="none", download=False)
     judges.to(device)
     rows: list[dict[str, Any]] = []
     shown = [read_crops(held_out, chosen, side)]

@@ -26,4 +26,4 @@ if [ ! -d "$out/code" ] || [ -n "${UPDATE:-}" ]; then
 fi
 export PYTHONPATH="$out/code/src" OMP_NUM_THREADS=1
 nice -n 19 "$python" -m flowmo.train --config "$out/code/configs/native.yaml" --experiment-name native \
-    --results-dir "$out/results" data.train="$images" data.val="$held_out" 2>&1 | tee -a "$out/log.txt"
+    --results-dir "$out/results" data.train="$images" data.val="$held_out" 2>&1 | tee -ia "$out/log.txt"  # Ctrl-C ends the training, not its log

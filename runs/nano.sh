@@ -13,6 +13,7 @@
 # WITHOUT    folders, separated by spaces, whose photographs must not be trained on
 # SETTINGS   section.name=value settings of both stages, separated by spaces; for a smaller trial of the whole
 #
+# It needs `python`, `torchrun` and `flowmo` on the path, such as those of an activated .venv.
 # FLOWMO_WEIGHTS must name the folder of LPIPS' and the ResNet-50's weights, unless they can be downloaded.
 set -euo pipefail
 out=$1 held_out=$2

@@ -14,13 +14,25 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gpu_parts import PARTS, ROOT, Job, describe_sources, join_weights, missing_weights, read_results, run_part
+from gpu_parts import (
+    PARTS,
+    ROOT,
+    Job,
+    check_pieces,
+    describe_sources,
+    join_weights,
+    missing_weights,
+    read_results,
+    run_part,
+)
 from gpu_parts import write_results as write
 from gpu_table import fill_table
 from pack_images import MIB, pack
@@ -28,7 +40,7 @@ from pack_images import MIB, pack
 from flowmo.errors import FlowMoError
 
 SHARES = {"check": (0.3, 120), "measure": (0.25, 240), "finish": (0.15, 180)}
-"""Share of the time and most seconds of each part; ``train`` takes what remains."""
+"""Share of the time and most seconds of each part; ``train``, else the last part, takes what remains."""
 GRACE = 10
 """Seconds after its time in which a part may end by itself."""
 START_METHOD = "spawn"
@@ -46,7 +58,7 @@ def end_of(part: str, parts: list[str], minutes: float, now: float, deadline: fl
     most = {name: min(share * 60 * minutes, seconds) for name, (share, seconds) in SHARES.items() if name in parts}
     if part == "train":
         return deadline - most.get("finish", 0)
-    return deadline if part == "finish" else min(now + most[part], deadline)
+    return deadline if part == parts[-1] else min(now + most[part], deadline)
 
 
 def run(job: Job, parts: list[str], minutes: float) -> list[str]:
@@ -89,11 +101,13 @@ def describe(job: Job, minutes: float) -> None:
     for name in ("results.json", "metrics.jsonl", "weights"):
         for path in (*job.out.glob(f".{name}.*"), *job.state.glob(f".{name}.*")):
             path.unlink(missing_ok=True)
-    words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    found = subprocess.run(words, capture_output=True, text=True)
+    commit = ""
+    with suppress(OSError):  # there may be no git
+        words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
     calls = read_results(job).get("run", {}).get("calls", [])
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    about = {"commit": found.stdout.strip() or None, "sources": describe_sources()}
+    about = {"commit": commit or None, "sources": describe_sources()}
     write(replace(job, part="run"), {**about, "calls": [*calls, {"began": now, "minutes": minutes}]})
 
 
@@ -118,7 +132,12 @@ def ready(job: Job, parts: list[str]) -> Job:
     lacking = missing_weights(job.recipe())
     if lacking and not job.dry_run:
         raise FlowMoError(f"{lacking}. runs/pack_weights.py makes a small file of them.")
-    return replace(job, settings=(*job.settings, "opt.lpips_weight=0")) if lacking else job
+    check_pieces(job.recipe())
+    more = ["opt.lpips_weight=0"] if lacking else []
+    if job.recipe().trainer.compile and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        print("There is no C compiler, which torch.compile needs. Training without it.", flush=True)
+        more.append("trainer.compile=false")
+    return replace(job, settings=(*job.settings, *more))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,7 +158,10 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=VALUE", help="settings over the recipe's")
     parser.add_argument(
-        "--state", type=Path, default=Path("results/one_gpu"), help="folder of checkpoints (results/one_gpu)"
+        "--state",
+        type=Path,
+        default=Path("results/one_gpu"),
+        help="folder of checkpoints (results/one_gpu; a dry run adds /dry_run)",
     )
     parser.add_argument("--join", type=Path, nargs=2, metavar=("DIR", "OUT"), help="put the pieces of weights together")
     parser.add_argument(
@@ -162,7 +184,7 @@ def main() -> int:
         job = Job(
             part="run",
             out=arguments.out.resolve(),
-            state=arguments.state.resolve(),
+            state=(arguments.state / "dry_run" if arguments.dry_run else arguments.state).resolve(),
             until=0.0,
             packs=tuple(path.resolve() for path in arguments.pictures),
             start=arguments.start and arguments.start.resolve(),

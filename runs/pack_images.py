@@ -67,6 +67,8 @@ def write_packs(out: Path, contents: Iterable[bytes], most: int, packs: int = 0)
         packs: files to write at most; 0 is as many as it takes.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("images-*.zip"):  # of an earlier call, perhaps with images that are held out now
+        old.unlink()
     archive, size, count, written = None, 0, 0, 0
     for number, content in enumerate(contents):
         name = f"{number:06}.jpg"

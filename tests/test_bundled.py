@@ -16,6 +16,7 @@ from flowmo.images import resize_and_crop, to_bytes, to_tensor
 from flowmo.losses.perceptual import LPIPS
 
 PSNR_OF_SIXTEEN, SSIM_OF_SIXTEEN = 23.09, 0.673
+PSNR_OF_NATIVE = 25.10
 HELD_OUT = SHARED / "data" / "imagenette_128" / "val"
 
 
@@ -94,7 +95,7 @@ def test_native_is_the_preset_and_fits(native):
 
 def test_native_at_three_rates(native, picture_files):
     """Bytes grow with the rate, and so does the quality of an example photograph, whole, from its file."""
-    codec = Codec(native, find_context("native", native))
+    codec, finest = Codec(native, find_context("native", native)), []
     for path in picture_files[2:5]:
         original = flowmo.read_image(path)
         sizes, quality, whole = [], [], native.encode_image(original)
@@ -110,6 +111,8 @@ def test_native_at_three_rates(native, picture_files):
         assert max(sizes) < 0.27
         assert quality == sorted(quality), path.name
         assert quality[-1] > 19
+        finest.append(quality[-1])
+    assert sum(finest) / len(finest) == pytest.approx(PSNR_OF_NATIVE, abs=0.1)
 
 
 def test_half_a_file_of_native_is_a_coarser_image(native, picture):

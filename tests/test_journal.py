@@ -9,6 +9,7 @@ from PIL import Image
 from flowmo.config import ConfigError
 from flowmo.distributed import World
 from flowmo.train.logging import CodebookUsage, Meter, MetricLogger
+from flowmo.train.optimizer import StepCounts
 
 
 def test_an_interrupted_journal_goes_on_at_the_checkpoint(tmp_path):
@@ -78,6 +79,26 @@ def test_code_usage():
     continuous = CodebookUsage(None, World())
     continuous.add(None)
     assert continuous.take() == {}
+
+
+def test_throughput_is_in_images_without_the_pauses(monkeypatch):
+    now = iter([0.0, 2.0, 5.0, 10.0, 10.0, 12.0])
+    monkeypatch.setattr("flowmo.train.logging.time.perf_counter", lambda: next(now))
+    meter, parts = Meter(World(), batch=4), {"loss": torch.tensor(1.0), "finite": torch.tensor(1.0)}
+    meter.add(parts)
+    with meter.paused():  # from 2 to 5
+        pass
+    meter.add(parts)
+    assert meter.take()[0] == pytest.approx(2 * 4 / (10 - 3))
+    meter.add(parts)
+    assert meter.rate() == pytest.approx(4 / 2), "of this log line alone"
+
+
+def test_the_longest_streak_of_skipped_steps_is_kept():
+    counts, good, bad = StepCounts(World()), torch.tensor(1.0), torch.tensor(float("nan"))
+    for loss, norm in ((bad, good), (bad, bad), (good, bad), (good, good), (bad, good)):
+        counts.add(loss, norm)
+    assert counts.read() == (4, 3)
 
 
 def test_a_loss_that_ends_is_averaged_over_its_own_steps():

@@ -300,6 +300,7 @@ def test_each_part_gets_its_share_and_training_the_rest():
     assert ends == {"check": 120, "measure": 360, "train": 27 * 60 - 180, "finish": 27 * 60}
     assert one_gpu.end_of("train", ["train"], 9, 0, 540) == 540
     assert one_gpu.end_of("measure", parts, 3, 0.0, 170) == 45
+    assert one_gpu.end_of("measure", ["check", "measure"], 8, 120, 470) == 470, "no time is left over"
 
 
 # Files
@@ -320,16 +321,21 @@ def test_weights_come_back_in_pieces(job, monkeypatch, capsys):
     joined = load(job.out / "whole.safetensors")
     for name, value in tokenizer.state_dict().items():
         assert torch.equal(joined.state_dict()[name], value.half().float()), name
+    Job(**{**job.__dict__, "part": "finish"}).record(weights={**told, "sha256": "of an earlier call"})
+    assert one_gpu.main() == 0
     (job.out / "weights.1").write_bytes(b"damaged")
     assert one_gpu.main() == 1
     (job.out / "weights.1").unlink()
     assert one_gpu.main() == 1
-    told = capsys.readouterr().err
-    assert "are not those that results.json describes" in told
-    assert "lacks weights.1" in told
+    printed = capsys.readouterr().err
+    assert "are not those that results.json describes" in printed
+    assert "lacks weights.1" in printed
     monkeypatch.setattr(gpu_parts, "MOST_PIECES", 2)
+    monkeypatch.setattr(gpu_parts, "PIECE", size := told["bytes"] // 2 + 2**20)
+    gpu_parts.check_pieces(job.recipe())
+    monkeypatch.setattr(gpu_parts, "PIECE", size - 2**20)
     with pytest.raises(gpu_parts.FlowMoError, match="more than 2 pieces"):
-        gpu_parts.write_weights(tokenizer, job)
+        gpu_parts.check_pieces(job.recipe())
 
 
 def test_results_survive_an_empty_out_folder(job):

@@ -162,6 +162,10 @@ def test_levels_of_fsq():
     assert made.unique().tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
     assert (ids.diff(dim=1) >= 0).all()
     assert fsq(9, 2, 9).id_count == 512  # two levels are bits
+    for channels, levels in ((9, 2), (4, 4), (3, 5), (3, 8)):
+        quantizer = fsq(channels, levels, 9)
+        for value, id in ((40.0, levels**channels - 1), (-40.0, 0)):  # a tanh of 1 and of -1
+            assert quantizer.quantize(torch.full((1, 1, channels), value))[1].tolist() == [[[id]]]
 
 
 def test_a_bit_that_all_tokens_set_has_a_finite_gradient():

@@ -157,6 +157,37 @@ def test_sampling_is_titoks(generator, noise):
         assert drawn[i].tolist() == expected.tolist()
 
 
+def plain_maskgit(weights, label, seed, steps, guidance, noise):
+    """MaskGIT's rule for one image, in float64: draw from the softmax, keep the likeliest, with noise that ends."""
+    random = stream(seed, Stream.IDS)
+    ids, mask = np.zeros((1, 12), dtype=int), np.ones((1, 12), dtype=bool)
+    for step in range(steps):
+        share = step / (steps - 1)
+        given, free = (plain_logits(weights, ids, mask, np.array([c])) for c in (label, 3))
+        logits = (given + guidance * (given - free))[0] / (1.3 - 0.8 * share)
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        of_ids, of_order = torch.rand(2, 12, generator=random).double().numpy()
+        drawn = np.where(mask[0], (p.cumsum(-1) <= of_ids[:, None]).sum(-1), ids[0])
+        score = np.log(p[np.arange(12), drawn]) - noise * (1 - share) * np.log(-np.log(of_order))
+        left = math.floor(12 * math.acos((step + 1) / steps) / (math.pi / 2))
+        left = max(1, min(int(mask.sum()) - 1, left)) if step < steps - 1 else 0
+        again = np.zeros(12, dtype=bool)
+        again[np.argsort(np.where(mask[0], score, np.inf))[:left]] = True
+        ids, mask = np.where(again, 0, drawn)[None], again[None]
+    return ids[0]
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.8])
+def test_sampling_is_maskgits(generator, noise):
+    other = Generator(generator.config.override("generator.drawing=categorical"), VOCABULARY).eval()
+    other.load_state_dict(generator.state_dict())
+    drawn = other.sample([0, 1, 2], [7, 8, 9], guidance=1.5, choice_temperature=noise).flatten(1)
+    for i, label in enumerate((0, 1, 2)):
+        expected = plain_maskgit(other.network.state_dict(), label, 7 + i, 5, 1.5, noise)
+        assert drawn[i].tolist() == expected.tolist()
+
+
 def test_gumbel_noise_draws_from_a_softmax(generator):
     """argmax of logits + τ · Gumbel noise has the probabilities softmax(logits / τ)."""
     from flowmo.generate.generator import gumbel

@@ -98,7 +98,7 @@ def main() -> None:
             reached.add(images := now)
         process = call(folder, 60, "train")
         wait_for_more(folder, images)
-        (folder / "state" / "train" / "stop").touch()
+        (folder / "state" / "dry_run" / "train" / "stop").touch()
         assert os.waitpid(process, 0)[1] == 0
         assert os.waitpid(call(folder, 60, "finish"), 0)[1] == 0
         results = json.loads((folder / "out" / "results.json").read_text())

@@ -119,9 +119,10 @@ class Progress:
 
 def image_suffixes() -> list[str]:
     """Suffixes of the images that the installed Pillow writes."""
-    from PIL import features
+    from PIL import Image
 
-    return [suffix for suffix in IMAGE_FORMATS if suffix != ".avif" or features.check("avif")]
+    Image.init()
+    return [suffix for suffix in IMAGE_FORMATS if suffix != ".avif" or "AVIF" in Image.SAVE]
 
 
 def check_outputs(

@@ -116,13 +116,17 @@ class Evaluators(nn.Module):
         self._cache: dict[bytes, Tensor] = {}
 
     @classmethod
-    def find(cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto") -> tuple[Evaluators, list[str]]:
+    def find(
+        cls, lpips: Sequence[str] = ("alex", "vgg"), features: str = "auto", download: bool = True
+    ) -> tuple[Evaluators, list[str]]:
         """Build the networks of these names. Returns also a message for each that cannot be built.
 
         Args:
             features: see ``build_features``; or ``none``.
+            download: allow downloads of missing weights of LPIPS.
         """
-        builders: dict[str, Callable[[], Any]] = {f"lpips_{net}": partial(LPIPS, net) for net in lpips}
+        build_lpips = partial(LPIPS, download=download)
+        builders: dict[str, Callable[[], Any]] = {f"lpips_{net}": partial(build_lpips, net) for net in lpips}
         if features != "none":
             builders["features"] = partial(build_features, features)
         found, missing = {}, []

@@ -67,7 +67,8 @@ def prepare(module: nn.Module, world: World, trainer: TrainerConfig) -> nn.Modul
     blocks = [block for network in module.networks for block in network.blocks]
     if trainer.compile:
         # all blocks share one forward; beyond the limit torch would run it in eager mode for good
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # of 2.6
+        setattr(torch._dynamo.config, name, max(getattr(torch._dynamo.config, name), RECOMPILE_LIMIT))
     for block in blocks:
         if trainer.activation_checkpointing:
             recompute(block, trainer.checkpoint_keeps)
