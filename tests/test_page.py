@@ -34,6 +34,7 @@ from flowmo.codec.file import CONTEXT, Codec, CodecError, varint
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from flowmo.images import ImageError, read_image
+from flowmo.web import server as web_server
 from flowmo.web.export import ExportError, export
 from flowmo.web.server import MAX_BODY, Demo, DemoError, Handler, serve
 
@@ -95,6 +96,24 @@ def test_operations(demo, native, photo):
     ):
         with pytest.raises((DemoError, CodecError, ImageError), match=message):
             call()
+
+
+def test_operations_have_limits(demo, native, photo, monkeypatch):
+    body, steps = demo.encode(rgba(photo), 50, 70), []
+    monkeypatch.setattr(native, "decode_image", lambda codes, n, *_, **__: (steps.append(n), read_image(photo))[1])
+    demo.decode(body, 0, 10**9, 1.0)
+    assert steps == [web_server.MAX_STEPS]
+    for limit, call in (
+        ("MAX_PIXELS", lambda: demo.decode(body, 0, 1, 1.0)),
+        ("MAX_PIXELS", lambda: demo.pack(body)),
+        ("MAX_PIXELS", lambda: demo.unpack(body)),
+        ("MAX_PIXELS", lambda: demo.encode(rgba(photo), 50, 70)),
+        ("MAX_PIXELS_FOR_CODECS", lambda: demo.codecs(rgba(photo), 50, 70, 1500)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(web_server, limit, 50 * 70 - 1)
+            with pytest.raises((DemoError, CodecError, ImageError), match="3,499"):
+                call()
 
 
 @pytest.mark.parametrize("settings", ["model.channels=1", "data.bit_depth=16"])

@@ -328,10 +328,13 @@ def test_a_step_asks_the_host_for_nothing(config, tmp_path, stage, optimizer, qu
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])
-@pytest.mark.parametrize("optimizer_name", ["adam", "muon"])
-def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part, optimizer_name):
+@pytest.mark.parametrize(
+    "settings",
+    [("opt.optimizer=adam",), ("opt.optimizer=muon",), ("model.quantization_type=vq", "model.vq_entries=16")],
+)
+def test_a_step_that_is_not_finite_changes_nothing(config, tmp_path, part, settings):
     lines = []
-    config = config.override(f"opt.optimizer={optimizer_name}")
+    config = config.override(*settings)
     run = Trainer(config, tmp_path / "run", report=lines.append)
     images = next(batches(run.task.source, 4, 0, 0, 0))
 
