@@ -37,7 +37,8 @@ from reproduce.runner import Results, Row, Rows, Scale, Study
 PASSES, SHARES = (1, 2, 4, 8, 25), (0.25, 0.5, 1.0)
 SECOND_SEED = {
     "flow": 0.5,
-    **dict.fromkeys(("mixed", "image-loss", "image-loss-less", "lpips-more", "velocity", "guided"), 0.25),
+    **dict.fromkeys(("mixed", "image-loss", "image-loss-less", "image-loss-lpips"), 0.25),
+    **dict.fromkeys(("lpips-more", "velocity", "guided"), 0.25),
     **dict.fromkeys(("seek-early", "one-step", "more"), 1.0),
     **dict.fromkeys((f"image-loss-{more}" for more in ("seek", "more", "one-step", "fast")), 1.0),
 }
