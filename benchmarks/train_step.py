@@ -107,6 +107,7 @@ def measure(config: Config, device: torch.device, batch: int, steps: int) -> dic
 
 def forecast(config: Config) -> tuple[float, Memory]:
     """FLOPs and memory by arithmetic, of any stage."""
+    config = config.override("trainer.compile=false")  # counts alike, and is remembered
     vocabulary = PAPER_VOCABULARY if config.generator.train else None
     return training_flops(config, vocabulary=vocabulary), training_memory(config, vocabulary=vocabulary)
 

@@ -10,6 +10,7 @@ from PIL import Image
 from flowmo import Codes, FlowMo
 from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.images import ImageError, resize_and_crop, to_pil, to_tensor
+from flowmo.model.sampler import seeded_noise
 from flowmo.model.tiling import Tiling
 
 
@@ -166,6 +167,28 @@ def test_crop_follows_the_papers_protocol(tiny, picture):
     cropped = to_tensor(resize_and_crop(picture, 32))
     assert torch.equal(codes.ids, tiny.encode(cropped[None]).ids)
     assert tiny.decode_image(codes, steps=1).size == (32, 32)
+
+
+def test_tiles_are_cut_from_one_canvas_of_noise(tiny, monkeypatch):
+    """Where tiles overlap they start from the same noise, so a decoder that returns it gives the canvas."""
+    codes = tiny.encode_image(Image.new("RGB", (80, 50)))
+    monkeypatch.setattr(tiny, "sample", lambda noise, *_, **__: noise)
+    torch.testing.assert_close(tiny.decode_tensor(codes, seed=3), seeded_noise([3], 50, 80)[0])
+
+
+def test_tiles_are_blended_by_linear_ramps():
+    """Two tiles of 32 pixels, 0 and 1, that overlap by 16. A ramp has an eighth of a tile."""
+    tiling = Tiling(32, 48, 32)
+    merged = tiling.merge(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 32, 32))
+    left = [min(32 - x, 4) for x in range(16, 32)]
+    right = [min(x - 16 + 1, 4) for x in range(16, 32)]
+    expected = [0.0] * 16 + [b / (a + b) for a, b in zip(left, right, strict=True)] + [1.0] * 16
+    torch.testing.assert_close(merged, torch.tensor(expected).expand(1, 32, 48))
+
+
+def test_batches_of_the_network_have_one_size(tiny):
+    tiny.chunk_size = 4
+    assert list(tiny.chunks(6)) == [[0, 1, 2, 3], [4, 5, 5, 5]]
 
 
 def test_one_tile_equals_decode(tiny, picture):

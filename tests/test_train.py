@@ -511,6 +511,8 @@ def test_average_decays_alike_at_every_batch(tiny_config):
     for batch in (16, 128, 512):
         kept = 1 - EMA(tokenizer, batch).weight(late)
         assert kept ** (512 / batch) == pytest.approx(0.9999**4)
+        early = 1 - EMA(tokenizer, batch).weight(10 * 512 // batch)  # after 5 120 images, 40 steps of the paper
+        assert early ** (512 / batch) == pytest.approx((41 / 50) ** 4)
 
 
 def test_average_of_the_release(tiny_config):
