@@ -24,6 +24,7 @@ from flowmo.web.export import export
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+WEIGHTS = Path(os.environ.get("FLOWMO_WEIGHTS") or SHARED / "weights")
 PICTURES = ROOT / "examples" / "pictures"
 CASES = ROOT / "tests" / "cases"
 """Small inputs that people's files look like; ``expected.json`` says what is right."""
@@ -248,10 +249,9 @@ def photo(tmp_path, picture) -> Path:
 @pytest.fixture
 def trained_weights() -> Path:
     """The folder of trained perceptual networks; a test that needs it is skipped without."""
-    folder = Path(os.environ.get("FLOWMO_WEIGHTS") or SHARED / "weights")
-    if not (folder / "lpips_alex_heads.pth").is_file():
+    if not (WEIGHTS / "lpips_alex_heads.pth").is_file():
         pytest.skip("needs trained networks: name their folder by FLOWMO_WEIGHTS")
-    return folder
+    return WEIGHTS
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shlex
 import shutil
 
 import pytest
-from conftest import SHARED, TINY, write_language_model
+from conftest import TINY, WEIGHTS, write_language_model
 from processes import command as flowmo_command
 from processes import run_ranks
 from test_checkpoint import release_file
@@ -17,8 +17,6 @@ from flowmo import Config, load
 from flowmo.checkpoint.run_folder import listing
 from flowmo.cli import main
 from flowmo.data import build_index
-
-WEIGHTS = SHARED / "weights"
 
 LO_PRETRAIN = r"""
 torchrun --nproc-per-node=8 -m flowmo.train \
@@ -138,7 +136,7 @@ def checkpoints(workspace, name):
     return listing(workspace / "results" / name / "checkpoints")
 
 
-needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs trained perceptual networks (../shared/weights)")
+needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs trained perceptual networks (FLOWMO_WEIGHTS)")
 
 
 @needs_weights

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, open_gates
+from conftest import WEIGHTS, open_gates
 from test_checkpoint import release_file
 
 import flowmo
@@ -133,10 +133,10 @@ def settings(tiny_config, tmp_path, picture_files):
     )
 
 
-@pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs a trained ResNet-50 (../shared/weights)")
+@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs a trained ResNet-50 (FLOWMO_WEIGHTS)")
 def test_posttraining_goes_on_from_pretraining(settings, tmp_path, monkeypatch):
     """The command's two stages: the second counts on from the first, resumes exactly, and moves the decoder only."""
-    monkeypatch.setenv("FLOWMO_WEIGHTS", str(SHARED / "weights"))
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(WEIGHTS))
     first = Trainer(settings, tmp_path / "first", report=quiet)
     first.train()
     second = settings.override(
