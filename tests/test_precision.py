@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,34 @@ def test_training_and_inference_agree_on_a_gpu(tiny_config, capability, bfloat16
     device = torch.device("cuda")
     assert in_bfloat16(tiny_config, device) is bfloat16
     assert (precision.resolve("auto", device) == "bfloat16") is bfloat16
+
+
+@pytest.mark.parametrize(
+    ("machine", "onednn", "avx512", "amx", "bfloat16"),
+    [
+        ("x86_64", True, False, False, False),  # AVX-512 without bfloat16: oneDNN emulates it, at a quarter of float32
+        ("AMD64", True, False, False, False),
+        ("x86_64", True, True, False, True),
+        ("x86_64", True, False, True, True),
+        ("x86_64", False, False, False, False),
+        ("aarch64", True, False, False, True),
+        ("aarch64", False, False, False, False),
+    ],
+)
+def test_a_cpu_needs_units_for_bfloat16(machine, onednn, avx512, amx, bfloat16, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    assert precision.multiplies_bfloat16(torch.device("cpu")) is bfloat16
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file() or platform.machine() != "x86_64", reason="not x86 Linux")
+def test_units_for_bfloat16_are_the_kernels():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    expected = bool(flags & {"avx512_bf16", "amx_tile"}) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert precision.multiplies_bfloat16(torch.device("cpu")) is expected
 
 
 def test_unknown_precision():
