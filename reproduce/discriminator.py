@@ -138,6 +138,8 @@ def body(results: Results, plot: Path) -> str:
     columns = page.measured(rows)
     page.line_plots([page.panel(column, rows, "tflop", "TFLOP of training", 2) for column in columns], 3, plot)
     groups = page.groups_of([row for row in rows if row["share"] == 1])
+    base = SCALES[results["scale"]].base
+    images = base.trainer.duration.images(base.data.global_batch_size, 0)
     compute = {"TFLOP of training": lambda group: f"{group[0]['tflop']:.0f}"}
     parameters = {"M parameters": lambda group: f"{results['parameters'][group[0]['arm']] / 1e6:.2f}"}
     first = {**page.LABEL_AND_SEEDS, **parameters, **compute}
@@ -145,7 +147,7 @@ def body(results: Results, plot: Path) -> str:
     over = {**page.LABEL_AND_SEEDS, "images": lambda group: str(group[0]["images"]), **compute}
     rates = ", ".join(f"{kind} {rate:g}" for kind, rate in results["learning_rates"].items())
     return f"""\
-Each trains on {groups[0][0]["images"]} images, the same in the same order, with {results["bits_per_pixel"]:.4g} bits a
+Each trains on {images} images, the same in the same order, with {results["bits_per_pixel"]:.4g} bits a
 pixel of one bottleneck and the same perceptual loss. FLOPs are counted, with those of the discriminator and of LPIPS.
 Learning rates: {rates}. Means ± standard deviations over seeds, on {results["pictures"]} held-out images.
 {page.feature_note(results)} s: median seconds of training.

@@ -141,7 +141,8 @@ def verdict(groups: Sequence[Group], columns: Sequence[Column]) -> str:
     """Compare students, and the teacher in as few passes, with the teacher at its own setting and with the goals."""
     lines = []
     own = {group[0]["model"]: group for group in groups if group[0].get("own")}
-    for group in sorted(groups, key=lambda group: list(own).index(group[0]["model"])):
+    known = [group for group in groups if group[0]["model"] in own]
+    for group in sorted(known, key=lambda group: list(own).index(group[0]["model"])):
         row = group[0]
         if not row.get("own") and (row["kind"] == "student" or row["passes"] in GOALS):
             lines.append([row["model"], row["curve"], str(row["passes"]), *changes(group, own[row["model"]], columns)])

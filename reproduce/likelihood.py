@@ -109,6 +109,8 @@ def worth(rows: Sequence[Row]) -> str:
     text = ""
     for group in page.groups_of(rows, "model"):
         bits, size = {row["kind"]: row["bits_of_picture"] for row in group}, group[0]["bits_of_code"]
+        if not {"own", "other", "null"} <= bits.keys():
+            continue
         saved, over_none = bits["other"] - bits["own"], bits["null"] - bits["own"]
         code = f"an image's code ({'continuous' if size is None else f'{size:g} bits'})"
         text += (

@@ -295,7 +295,7 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
     labels = dict.fromkeys(label for panel in panels for label in (*panel.levels, *panel.curves))
     # points and inches of a letter in the legend; a line and its margins take half an inch
     size, letter = (8, 0.07) if len(labels) <= 10 else (7, 0.05)
-    fitting = min(max(int(width / (letter * max(map(len, labels)) + 0.5)), 1), 4)
+    fitting = min(max(int(width / (letter * max(map(len, labels), default=1) + 0.5)), 1), 4)
     lines = math.ceil(len(labels) / fitting)
     figure, axes = subplots(count, columns, (width, 2.8 * count + 0.4 + 0.2 * lines))
     paired, handles = any(panel.paired for panel in panels), {}

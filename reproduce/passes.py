@@ -234,7 +234,8 @@ def show(study: Study) -> None:
 
 def body(results: Results, plot: Path) -> str:
     rows = results["rows"]
-    columns, groups = page.measured(rows, METRICS), page.groups_of([row for row in rows if row["last"]], "recipe")
+    columns, whole = page.measured(rows, METRICS), [row for row in rows if row["last"]]
+    groups = page.groups_of(whole or rows, "recipe")
     panels = [gain_panel(column, groups) for column in columns]
     if distances := [column for column in columns if column.key == "frechet_distance"]:
         panels.append(first_lengths_panel(distances[0], rows))
@@ -318,7 +319,7 @@ def rates_panel(column: Column, groups: Sequence[Group]) -> page.Panel:
 
 def gain_panel(column: Column, groups: Sequence[Group]) -> page.Panel:
     panel = page.Panel(f"{column.name}: gain of many passes", "bits a pixel", log=2, levels={"one pass": (0, 0)})
-    panel.curves = {group[0]["label"]: gains(column, group) for group in groups}
+    panel.curves = {group[0]["label"]: points for group in groups if (points := gains(column, group))}
     return panel
 
 

@@ -170,4 +170,4 @@ Means ± standard deviations over seeds, on {results["pictures"]} held-out image
 Milliseconds per image.
 
 {page.table(groups, [*columns, *TIMES], first=first)}
-{page.comparison(*groups, (*columns, *TIMES), ("FlowMo", "its peer"))}"""
+{page.comparison(*groups, (*columns, *TIMES), ("FlowMo", "its peer")) if len(groups) == 2 else ""}"""

@@ -262,23 +262,26 @@ def check_same_training(run: Path, saved: Config, now: Config, may_go_on: bool) 
 
 
 def run(recipe: Recipe, study: Study) -> None:
-    """Compute the rows that are missing, then write the results and the page.
+    """Compute the rows that are missing, and write the results and the page, of a study that is cut short too.
 
     Raises:
         StudyError: no rows, or a run was asked to stop.
     """
     images = study.count(recipe.SCALES[study.scale].images)
     metadata: Row = {"pictures": images, "judges": study.evaluators.describe()}
-    rows = []
-    for row in recipe.rows(study, metadata):
-        rows.append(row)
+    rows: list[Row] = []
+    try:
+        for row in recipe.rows(study, metadata):
+            rows.append(row)
+            write_results(study, metadata | {"unfinished": True}, rows)
+        if not rows:
+            raise StudyError("None of the models can be measured. Name others with --models.")
         write_results(study, metadata, rows)
-    if not rows:
-        raise StudyError("None of the models can be measured. Name others with --models.")
-    if study.world.main:
-        show_samples(study, rows)
-        write_page(recipe, study)
-        study.report(f"Page: {study.out / study.stem}.md")
+    finally:
+        if rows and study.world.main:
+            show_samples(study, rows)
+            write_page(recipe, study)
+            study.report(f"Page: {study.out / study.stem}.md")
 
 
 def show_samples(study: Study, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -325,11 +328,12 @@ def write_page(recipe: Recipe, study: Study) -> None:
     if getattr(recipe, "TAKES_MODELS", False):
         models = " --models " + " ".join(results.get("models", ["MODEL", "..."]))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    unfinished = "**Unfinished: more rows follow.**\n\n" if results.get("unfinished") else ""
     text = f"""# Study: {title}, at scale `{study.scale}`
 
     python -m reproduce {study.name} --scale {study.scale} --data IMAGES --held-out HELD_OUT{models}
 
-{recipe.body(results, study.out / f"{study.stem}.png").strip()}
+{unfinished}{recipe.body(results, study.out / f"{study.stem}.png").strip()}
 
 ![metrics]({study.stem}.png)
 

@@ -4,9 +4,11 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +94,35 @@ def test_committed_pages_are_those_of_their_results(results, tmp_path):
     assert main([name, "--scale", scale, "--redraw", "--out", str(tmp_path)]) == 0
     page = results.with_suffix(".md").name
     assert (tmp_path / page).read_text() == (DOCS / page).read_text(), "run --redraw and commit the page"
+
+
+@pytest.mark.parametrize("results", sorted(DOCS.glob("*-cpu.json")), ids=lambda path: path.stem)
+def test_a_study_that_was_cut_short_has_a_page(results, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: Path(path).touch())
+    name, found = results.stem.removesuffix("-cpu"), json.loads(results.read_text())
+    for count in {1, 2, 3, 5, 11, len(found["rows"]) // 2} - {0}:
+        (tmp_path / results.name).write_text(json.dumps(found | {"rows": found["rows"][:count], "unfinished": True}))
+        assert main([name, "--scale", "cpu", "--redraw", "--out", str(tmp_path)]) == 0
+        text = (tmp_path / results.name).with_suffix(".md").read_text()
+        assert "Unfinished: more rows follow." in text
+        assert not re.search(r"\bnan\b", text)
+
+
+def test_a_study_that_stops_leaves_its_page(tmp_path):
+    def rows(study, metadata):
+        yield {"run": "first"}
+        raise StudyError("Stopped in second.")
+
+    recipe = SimpleNamespace(__doc__="A title.", SCALES={"smoke": Scale(images=1)}, rows=rows)
+    recipe.body = lambda results, plot: f"{len(results['rows'])} row"
+    study = Study("passes", "smoke", data="", held_out=str(PICTURES), results=tmp_path, out=tmp_path)
+    with pytest.raises(StudyError, match="Stopped in second"):
+        runner.run(recipe, study)
+    assert "Unfinished: more rows follow.**\n\n1 row" in (tmp_path / "passes-smoke.md").read_text()
+    recipe.rows = lambda study, metadata: iter([{"run": "first"}])
+    runner.run(recipe, study)
+    assert "Unfinished" not in (tmp_path / "passes-smoke.md").read_text()
 
 
 def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch, capsys):
