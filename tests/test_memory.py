@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flowmo.train import trainer as loop
+from flowmo.train import resume
 from flowmo.train.memory import machine_memory
 from flowmo.train.trainer import Trainer
 
@@ -82,7 +82,7 @@ def test_a_run_plans_with_the_limit(monkeypatch, tiny_config, tmp_path, class_fo
     settings = (f"data.train={class_folder}", "data.batch_size=64", "opt.lpips_weight=0", "data.num_workers=0")
     sizes = []
     for limit in (64 * 1024 * MIB, 1):
-        monkeypatch.setattr(loop, "machine_memory", lambda limit=limit: limit)
+        monkeypatch.setattr(resume, "machine_memory", lambda limit=limit: limit)
         run = Trainer(tiny_config.override(*settings), tmp_path / str(limit), report=lambda line: None)
         sizes.append(run.plan.microbatch)
     assert sizes[0] > sizes[1]
