@@ -1,8 +1,8 @@
 """One pass of the decoder or many (section 3.4).
 
-Reproduces the paper's claim that many passes of a flow decoder beat one, and finds where it begins to hold. Nested
-dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured over its rate,
-its training and the passes of its decoder; one is repeated at nearly four times the parameters.
+Goes beyond the paper, which takes 25 steps and has no row of one: do many passes of a flow decoder beat one, and from
+where on? Nested dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured
+over its rate, its training and the passes of its decoder; one is repeated at nearly four times the parameters.
 
 Cost: smoke a minute. cpu 32 hours on one core, by arithmetic from 17.5 images a second: 14 for long trainings, 5 for
 the wider model, 6 for stage 1B and its controls, 7 for measuring. gpu half an hour on one H100, by arithmetic at a

@@ -26,7 +26,7 @@ from reproduce.page import Group
 from reproduce.runner import Results, Row, Rows, Scale, Study
 
 DISTANCE = "resnet"
-"""The distance in the loss of (a) and (b), as in the paper: logits of a ResNet-50."""
+"""The distance in the loss of (a) and (b): logits of a ResNet-50, as in the release. The paper says a ResNet."""
 LABELS = {"base": "base", "more": "(c) more stage 1A", "one-step": "(b) one-step estimate", "sample": "(a) sample"}
 SHORT = ("opt.warmup=0", "opt.cooldown=0", "trainer.sample_every=0", "trainer.log_every=256 images", "opt.lr=1e-4")
 """A constant learning rate, since the arms are short."""

@@ -33,31 +33,34 @@ KINDS = {
 BITS = page.Column("cross_entropy", "bits to predict a hidden id ↓", 2, 1 / math.log(2))
 CPU = CPU_GENERATOR.override("trainer.duration=19200 images")
 GPU = GPU_GENERATOR.override("generator.depth=8", "trainer.duration=500k images")
+STAGE_1B = ("opt.lr=1e-4", "model.ema_decay=0.987")
+PAPER_STAGE_1B = ("opt.lr=5e-5", "data.global_batch_size=64")
+"""Stage 1B in appendix A.2."""
 SCALES = {
     "smoke": Scale(
-        **{"base": SMOKE_ABLATION, "peer_rate": 1e-3, "posttraining": 4},
+        **{"base": SMOKE_ABLATION, "peer_rate": 1e-3, "posttraining": 4, "stage_1b": STAGE_1B},
         **{"generator": SMOKE_GENERATOR, "steps": 2, "images": 6},
     ),
     "cpu": Scale(
-        **{"base": TINY_LONG, "peer_rate": 2e-3, "posttraining": 2048},
+        **{"base": TINY_LONG, "peer_rate": 2e-3, "posttraining": 2048, "stage_1b": STAGE_1B},
         **{"generator": CPU, "steps": 12, "images": 300, "seeds": 2},
     ),
     "gpu": Scale(
-        **{"base": GPU_LONG, "peer_rate": 1e-3, "posttraining": 16384},
+        **{"base": GPU_LONG, "peer_rate": 1e-3, "posttraining": 16384, "stage_1b": STAGE_1B},
         **{"generator": GPU, "steps": 64, "images": 2000, "seeds": 2},
     ),
     "paper": Scale(
-        **{"base": PAPER_LO, "peer_rate": 1e-4, "posttraining": 1_281_167},
-        **{"generator": preset("maskgit"), "steps": 64, "images": 50_000},
+        **{"base": PAPER_LO, "peer_rate": 1e-4, "posttraining": 1_281_167, "stage_1b": PAPER_STAGE_1B},
+        **{"generator": preset("uvit"), "steps": 64, "images": 50_000},
     ),
 }
 """``base`` is the FlowMo, ``peer_rate`` the peer's learning rate; stage 1B sees ``posttraining`` images; ``seeds`` are
 the generator's."""
 POSTTRAINED = (
-    *("model.posttrain_sample=true", "opt.freeze_encoder_after=0", "opt.lr=1e-4", "opt.warmup=0", "opt.cooldown=0"),
-    *("model.ema_decay=0.987", f"opt.lpips_mode={DISTANCE}", "opt.lpips_weight=0.01"),
+    *("model.posttrain_sample=true", "opt.freeze_encoder_after=0", "opt.warmup=0", "opt.cooldown=0"),
+    *(f"opt.lpips_mode={DISTANCE}", "opt.lpips_weight=0.01"),
 )
-"""Stage 1B as in the recipe ``posttrain``, at the paper's weight."""
+"""Stage 1B as in the recipe ``posttrain``, at the paper's weight. A scale's ``stage_1b`` adds to it."""
 
 
 def rows(study: Study, metadata: Row) -> Rows:
@@ -89,7 +92,9 @@ def train_tokenizer(kind: str, equal: Row, study: Study) -> generation.Tokenizer
     checkpoint = study.train(scale.base, "pretrained").checkpoint
     if kind == "posttrained":
         duration = f"trainer.duration={read_metadata(checkpoint)['images'] + scale.posttraining} images"
-        checkpoint = study.train(scale.base.override(*POSTTRAINED, duration), kind, checkpoint).checkpoint
+        checkpoint = study.train(
+            scale.base.override(*POSTTRAINED, *scale.stage_1b, duration), kind, checkpoint
+        ).checkpoint
     return study.load(checkpoint)
 
 

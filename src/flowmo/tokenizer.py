@@ -87,7 +87,7 @@ class FlowMo(Autoencoder):
         return PixelFormat.of(self.config)
 
     def identity(self) -> str:
-        """16 hex digits that name the ids. A tokenizer decodes the codes of every other with the same identity.
+        """Name of the ids, 16 hex digits. Tokenizers with equal identities decode each other's codes.
 
         The identity of the base tokenizer (``model.base``) if the encoder is unchanged, else of these weights.
         """
@@ -316,7 +316,7 @@ class FlowMo(Autoencoder):
                 a tokenizer of 8-bit RGB.
             bits_per_pixel, progress: as in ``encode``.
             fit: ``whole`` (or ``tile``) keeps the whole image: at its own size if the tokenizer has native size, else
-                as overlapping tiles of the trained size. ``crop`` follows the paper's protocol: resize the short side
+                as overlapping tiles of the trained size. ``crop`` follows the release's protocol: resize the short side
                 to the trained size and take the central square.
 
         Raises:

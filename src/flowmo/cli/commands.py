@@ -57,11 +57,11 @@ WRITERS = ("webdataset", "datasets")
 KINDS = ("auto", "inception", "inception-legacy", "resnet", "none")
 FEATURES = (
     "network of the Fréchet distance: auto is FID's Inception if its weights are found; inception-legacy sees float "
-    "images, as in the paper's rFID"
+    "images, as in the release's rFID"
 )
 GUIDANCE = (
-    "classifier-free guidance g of the ids: null + g (class - null), or with generator.guided_from=class, as the "
-    "paper's, class + g (class - null); the paper's 1.5 is 2.5 of the first form (default: the generator's, 1.5)"
+    "classifier-free guidance g of the ids: null + g (class - null), or with generator.guided_from=class, as in "
+    "TiTok, class + g (class - null), where 1.5 is 2.5 of the first form (default: the generator's, 1.5)"
 )
 
 

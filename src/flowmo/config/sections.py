@@ -57,7 +57,7 @@ class DataConfig:
     read_timeout: float = setting(120.0, "seconds before an image counts as unreadable; 0 disables", at_least(0))
     draft: bool = setting(True, "decode JPEGs of more than four times the training size at a reduced one, for speed")
     random_crop: bool = setting(True, "crop training images at a random position instead of the centre")
-    random_flip: bool = setting(False, "mirror half of the training images; the paper does not")
+    random_flip: bool = setting(False, "mirror half of the training images; the release does not")
     crop_sizes: str = setting("", "heights x widths of random training crops, one per step; empty is the square", SIZES)
 
     @property
@@ -231,7 +231,7 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
     train: bool = training(False, "stage 2: train a generator, on data.train=TOKENS from flowmo tokenize")
-    network: str = setting("maskgit", "ours, or TiTok's UViTBert, the paper's", one_of("maskgit", "uvit"))
+    network: str = setting("maskgit", "ours, or TiTok's UViTBert, whose size is the paper's", one_of("maskgit", "uvit"))
     hidden_size: int = setting(1024, "width of the generator", at_least(1))
     depth: int = setting(28, "blocks of the generator", at_least(1))
     num_heads: int = setting(16, "attention heads", at_least(1))
@@ -247,7 +247,7 @@ class GeneratorConfig:
     guidance: float = training(1.5, "classifier-free guidance g of the logits, see guided_from")
     guided_from: str = training(
         "null",
-        "guidance g adds g (class - null) to this; null: none at 1; class, as TiTok and the paper: none at 0",
+        "guidance g adds g (class - null) to this; null: none at 1; class, as TiTok: none at 0",
         one_of("null", "class"),
     )
     drawing: str = training(

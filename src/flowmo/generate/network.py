@@ -1,7 +1,8 @@
 """Bidirectional transformers that predict masked ids from the others and a class (Chang et al. 2022).
 
-``MaskGIT`` is ours. ``UViT`` is the paper's: TiTok's ``UViTBert`` (bytedance/1d-tokenizer), with 397 178 368 parameters
-at width 1024, depth 28, 512 ids of 9 bits and 1000 classes.
+``MaskGIT`` is ours. ``UViT`` is TiTok's ``UViTBert`` (bytedance/1d-tokenizer), which has 397 178 368 parameters at
+width 1024, depth 28, 512 ids of 9 bits and 1000 classes. The paper's generator has about 397 M, so that it is probably
+this one.
 
 Shapes: b batch, n ids per image, d width, v vocabulary size.
 """

@@ -339,7 +339,7 @@ def crop(image: AnyImage, left: int, top: int, width: int, height: int) -> AnyIm
 
 
 def resize_and_crop(image: AnyImage, side: int) -> AnyImage:
-    """Resize the short side to ``side`` (bilinear, antialiased) and crop the central square: the paper's protocol.
+    """Resize the short side to ``side`` (bilinear, antialiased) and crop the central square, as the release.
 
     Raises:
         ImageError: the image is so thin that the resized one has too many pixels.

@@ -1,6 +1,6 @@
 """Perceptual distances of images in [−1, 1], ``distance(x, y) -> b``, and the search for their trained weights.
 
-LPIPS is stage 1A's distance and the reported metric; the logits of a ResNet-50 are stage 1B's. Both networks are
+LPIPS is stage 1A's distance and a metric; the logits of a ResNet-50 are stage 1B's. Both networks are
 defined here because the ``lpips`` package needs torchvision, which the base install does without.
 """
 
@@ -33,7 +33,7 @@ BACKBONES = {
 }
 HEADS = {net: ((f"lpips_{net}_heads.pth", f"{net}.pth"), f"{LPIPS_HUB}/{net}.pth") for net in BACKBONES}
 RESNET = (("resnet50-0676ba61.pth", "resnet50_caffe.safetensors"), f"{TORCH_HUB}/resnet50-0676ba61.pth")
-"""torchvision's ImageNet V1 weights, as in the paper. The original weights, as Keras ships them, can replace them."""
+"""torchvision's ImageNet V1 weights, as in the release. The original weights, as Keras ships them, can replace them."""
 
 # Layers of torchvision's ``features``: a convolution with a ReLU as (channels, kernel, stride, padding), or a max-pool
 # of stride 2 as its kernel. LPIPS compares the maps after the ReLUs at the indices of ``MAPS``.
@@ -46,7 +46,7 @@ LAYERS: dict[str, tuple[Any, ...]] = {
 }
 MAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
 SMALLEST_SIDE = {"vgg": 16, "alex": 31}
-"""Pixels of which the last layer still makes a map."""
+"""Smallest side of an image, in pixels, for which the last layer's map is not empty."""
 
 
 class WeightsNotFoundError(FlowMoError, FileNotFoundError):
@@ -112,7 +112,7 @@ class LPIPS(nn.Module):
     Frozen, and in float32 inside autocast too.
 
     Args:
-        net: ``vgg``, the paper's training loss, or ``alex``, the reported metric, 50 times cheaper.
+        net: ``vgg``, the training loss of the paper and the release, or ``alex``, 50 times cheaper.
         weights: folder to search first.
         download: allow downloads of missing files.
         pretrained: load trained weights; False leaves random ones, for measurements of cost.

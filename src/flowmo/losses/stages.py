@@ -136,7 +136,7 @@ def frozen_code(tokenizer: Autoencoder, images: Tensor) -> Quantized:
 
 
 def kept_code(tokenizer: Autoencoder, quantized: Quantized, noise: TrainingNoise) -> Tensor:
-    """The code b × tokens × channels with the sub-tokens that nested dropout keeps, all without it."""
+    """Remove the sub-tokens that nested dropout drops: a code b × tokens × channels, unchanged without it."""
     if noise.num_sub_tokens is None:
         return quantized.code
     return tokenizer.quantizer.keep_prefix(quantized.code, noise.num_sub_tokens[:, None, None])

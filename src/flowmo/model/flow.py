@@ -1,8 +1,9 @@
 """Rectified flow (section 3.2): the straight path from image to noise, its loss, and the timesteps of training.
 
 Signs: x_t = (1 − t)·x + t·z (equation 4), and the network predicts v = dx_t/dt = z − x. So a sample steps
-z ← z − dt·v from t = 1 to t = 0. Equations 5 and 6 of the paper print the opposite sign; the authors' code and
-checkpoints have this one.
+z ← z − dt·v from t = 1 to t = 0. Equations 5 and 6 of the paper print the opposite sign; its equations 10 and
+13, the authors' code and checkpoints have this one. Losses are means over elements, as in the authors' code, where the
+paper prints squared norms.
 """
 
 import torch
@@ -27,15 +28,15 @@ def flow_loss(velocity: Tensor, target: Tensor, t: Tensor | None = None) -> Tens
     """Equation 5: mean squared error of the velocity against its target, z − x.
 
     Args:
-        t: b; if given, the error is the one-step estimate's, which is t times the velocity's. This weighs up noisy
-            images, for which the code matters most.
+        t: b; if given, the error is the one-step estimate's, which is t times the velocity's. This gives noisy
+            images more weight; there the code matters most.
     """
     error = velocity - target
     return (error if t is None else t[:, None, None, None] * error).square().mean()
 
 
 def random_steps(uniform: Tensor) -> Tensor:
-    """Times of a chain of random steps from 1 to 0 (section 3.3): b × n uniform numbers -> b × (n + 1), descending.
+    """Times of a chain of random steps from 1 to 0 (appendix A.2): b × n uniform numbers -> b × (n + 1), descending.
 
     Each step's length is one of the numbers divided by their sum.
     """

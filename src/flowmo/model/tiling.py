@@ -1,9 +1,9 @@
 """Large images in overlapping parts: tiles for networks of one size, blocks with a halo for windowed networks.
 
-Tiles overlap in the code too. Blocks overlap only where they are computed. A windowed network takes any size, but needs
-memory in proportion to the area, so an image above ``LARGEST`` cells per side is computed in blocks of ``CORE`` cells
-with a halo on each side. Blocks start on window borders, so a block has the same attention windows as the whole image.
-Only dependencies beyond the halo differ.
+Each tile has a code of its own, so overlaps are encoded twice. Blocks have one code, and overlap only in computation. A
+windowed network takes any size, but needs memory in proportion to the area, so an image above ``LARGEST`` cells per
+side is computed in blocks of ``CORE`` cells with a halo on each side. Blocks start on window borders, so a block has
+the same attention windows as the whole image. Only dependencies beyond the halo differ.
 """
 
 from __future__ import annotations

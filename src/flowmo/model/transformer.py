@@ -35,7 +35,7 @@ def code_lattice(code_length: int) -> tuple[int, int]:
 def code_positions(code_length: int, rows: int, columns: int, layout: str) -> Tensor:
     """Positions of the code tokens on the three rotary axes, float64 code_length × 3.
 
-    ``diagonal``, the paper's, puts token i at (i, i, i). ``lattice`` spreads the tokens evenly over the image at
+    ``diagonal``, the release's, puts token i at (i, i, i). ``lattice`` spreads the tokens evenly over the image at
     (i, row, column): attention is still global, but each token starts out looking at its own neighbourhood.
     """
     index = torch.arange(code_length, dtype=torch.float64)
@@ -60,7 +60,7 @@ def rotary_angles(
 ) -> Tensor:
     """Cosines and sines for the joint sequence, code tokens first: float32 2 × tokens × head_dim.
 
-    Image tokens sit at (0, row, column). Each angle stands twice, for the two channels of a pair.
+    Image tokens sit at (0, row, column). Each angle is repeated for both channels of its pair.
     """
     axes = [torch.arange(count, dtype=torch.float64) for count in (1, rows, columns)]
     positions = torch.cat((code_positions(code_length, rows, columns, layout), torch.cartesian_prod(*axes)))  # m+n 3
@@ -233,7 +233,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, self.width, self.heads = config, config.enc_hidden_size, config.enc_num_heads
         self.picture_in = nn.Linear(config.channels * config.patch_size**2, self.width)
-        # The paper feeds zeros through a linear layer; only its bias can act.
+        # The release feeds the paper's zeros through a linear layer; only its bias can act.
         self.code_embedding = nn.Parameter(torch.empty(self.width).uniform_(-1, 1).div_(math.sqrt(channels)))
         self.blocks = nn.ModuleList(
             DoubleStreamBlock(config, self.width, self.heads, False, "image" if i == config.enc_depth - 1 else "")

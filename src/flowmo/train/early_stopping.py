@@ -1,4 +1,4 @@
-"""Early stopping by a held-out metric (section 3.3). A falling loss alone does not make better images."""
+"""Early stopping by a held-out metric (appendix A.2). A falling loss alone does not make better images."""
 
 import math
 from collections.abc import Mapping

@@ -126,6 +126,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 class NormControl:
     """Resets every linear weight of the blocks to its initial Frobenius norm (section 4.1, after EDM2).
 
+    The paper names the weights of MLP blocks; the release, and this code, take all linear layers of all blocks.
+
     ``state`` holds the target norms, because a resumed run no longer has the initial weights.
 
     Args:

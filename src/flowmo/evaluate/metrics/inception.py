@@ -37,8 +37,8 @@ class FIDInception(FeatureNetwork):
         weights: folder to search first; then come ``FLOWMO_WEIGHTS``, the torch hub cache and a download.
         download: allow the download.
         protocol: ``default`` rounds images to 8 bits and resizes them as TensorFlow 1 did, like torch-fidelity and ADM.
-            ``legacy`` resizes float images by ``F.interpolate``, like the release's copy of pytorch-fid. The paper's
-            rFID has the legacy protocol.
+            ``legacy`` resizes float images by ``F.interpolate``, like the release's copy of pytorch-fid. The
+            paper's rFID has probably the legacy protocol.
 
     Raises:
         TorchvisionError: torchvision is missing.

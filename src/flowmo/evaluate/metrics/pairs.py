@@ -33,7 +33,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """SSIM of each pair of 8-bit images b × c × h × w: float64 b.
 
-    It equals scikit-image's default, which the paper reports: uniform windows of 7 × 7 pixels inside the image,
+    It equals scikit-image's default, which the release reports: uniform windows of 7 × 7 pixels inside the image,
     unbiased variances, channels apart. torchmetrics has biased variances. Images below the window's side raise
     ``SmallImageError``.
     """

@@ -42,10 +42,10 @@ def straight_through(quantized: Tensor, code: Tensor) -> Tensor:
 
 
 class Quantizer(nn.Module):
-    """Base class of bottlenecks. By itself it is none (``noop`` in the release): the code passes unchanged.
+    """Base class of bottlenecks. Used directly, it is the identity (``noop`` in the release).
 
-    The losses are such that the mean over micro-batches of their gradients is the gradient of the global batch's
-    loss, if ``whole_batch`` returns the same means to each micro-batch.
+    The mean of the gradients of all micro-batches is the gradient of the global batch's loss, if ``whole_batch``
+    returns the same means to each micro-batch.
 
     Attributes:
         channels: channels of ``Quantized.code`` per token.

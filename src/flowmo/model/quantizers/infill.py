@@ -29,7 +29,8 @@ class Infill(Quantizer):
     """Continuous code of ``channels`` channels per token. A causal language model predicts one span of it in training.
 
     ``channels`` is the hidden size of the language model, which ``model.language_model`` names: a model on the Hub or a
-    folder saved by ``transformers``. Without it, ``model.quantization_type`` does. The first training pass loads it.
+    folder saved by ``transformers``. If it is empty, ``model.quantization_type`` names the language model. The first
+    training pass loads it.
     """
 
     def __init__(self, config: ModelConfig):

@@ -1,4 +1,4 @@
-"""Layer-normed continuous bottleneck with noise synchronization (DiTo, Chen et al. 2025), the baseline of table 3.
+"""FlowMo's continuous bottleneck of table 3: layer norm and the noise synchronization of DiTo (Chen et al. 2025).
 
 Training mixes the code of some images with noise up to a level τ, as the flow does with images, and trains the decoder
 on timesteps from τ on only. A diffusion model over codes then has an easier task.

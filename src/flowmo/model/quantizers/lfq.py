@@ -62,10 +62,10 @@ class LFQ(Quantizer):
 
     def nearest_code(self, code: Tensor) -> Tensor:
         """Round to the nearest code that has ids."""
-        return torch.where(code > 0, self.corner, -self.corner)
+        return torch.where(code > 0, self.corner, -self.corner)  # 0 goes to −1, as in the release; the paper prints ≥
 
     def commitment(self, code: Tensor, quantized: Tensor) -> Tensor:
-        """Equation 8: distance between the encoder's output and its quantized code."""
+        """Equation 8: distance between the encoder's output and its quantized code, as a mean over elements."""
         return F.mse_loss(code, quantized)
 
     def ids_from_signs(self, signs: Tensor) -> Tensor:
