@@ -1,19 +1,22 @@
 """Decisions of stage 1A (section 4.2, table 4; figure 7).
 
 Reproduces every decision of stage 1A, one at a time. Each row changes one decision of the baseline and trains on
-equally many images with the same seeds. Rows that change the sampler measure the baseline's weights. For "MSE-trained
-encoder", an autoencoder first learns to regress images from codes in one step, without a perceptual loss; a fresh
-decoder then trains on its frozen encoder.
+equally many images with the same seeds; a second, longer training shows a trend. Rows that change the sampler measure
+the baseline's weights. For "MSE-trained encoder", an autoencoder first learns to regress images from codes in one step,
+without a perceptual loss; a fresh decoder then trains on its frozen encoder.
 
-Cost: smoke half a minute. cpu 70 minutes per seed on one core: eight trainings of 4 to 7 minutes. gpu 25 minutes on one
-H100, by arithmetic at a fifth of its peak. paper 8 hours per training on 8 H100, by arithmetic at 40 % of their peak.
+Cost: smoke half a minute. cpu on one core: 70 minutes per seed, and three and a half hours of the longer ones. gpu 25
+minutes on one H100, by arithmetic at a fifth of its peak. paper 8 hours per training on 8 H100, by arithmetic at 40 %
+of their peak.
 Expect: at scale cpu, timesteps, patch size and ρ matter as in the paper; the Fréchet distance of an MSE-trained encoder
-and of FSQ improves, against the paper.
+and of FSQ improves, against the paper. Of the longer training (written before its first run), as improvements over the
+baseline in PSNR and Fréchet distance: patch size -1 dB and -35, MSE-trained encoder +0.8 and -5, no perceptual loss
++0.6 and -35, FSQ +0.8 and +8, logit-normal timesteps -4 and -35, ρ = 1 -0.8 and -5, no guidance 0 and 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +30,12 @@ from reproduce.bases import GPU_SHORT, PAPER_SMALL, SMOKE_ABLATION, TINY_BASE
 from reproduce.runner import Results, Row, Rows, Scale, Study
 
 SCALES = {
-    "smoke": Scale(base=SMOKE_ABLATION, images=4),
-    "cpu": Scale(base=TINY_BASE, seeds=2, images=200),
-    "gpu": Scale(base=GPU_SHORT, seeds=2, images=1000),
-    "paper": Scale(base=PAPER_SMALL, images=50_000),
+    "smoke": Scale(base=SMOKE_ABLATION, lengths={"2 steps": 1}, images=4),
+    "cpu": Scale(base=TINY_BASE, lengths={"600 steps": 2, "2400 steps": 3}, images=200),
+    "gpu": Scale(base=GPU_SHORT, lengths={"2500 steps": 2}, images=1000),
+    "paper": Scale(base=PAPER_SMALL, lengths={"40 epochs": 1}, images=50_000),
 }
+"""``lengths``: number of seeds for each ``trainer.duration``, from short to long."""
 BASELINE = "baseline"
 COLOUR = page.Column("colour_error", "colour error (levels of 255) ↓", 2)
 COLOUR_IMAGES = 32
@@ -80,37 +84,42 @@ def arms_of(base: Config) -> Iterator[Arm]:
 
 
 def rows(study: Study, metadata: Row) -> Rows:
-    scale = SCALES[study.scale]
-    metadata["base"] = scale.base.to_dict()
-    for seed in range(1, scale.seeds + 1):
-        for arm in arms_of(scale.base):
-            run = f"{arm.name}-seed{seed}"
-            yield study.once(run, partial(train_and_measure, arm, seed, run, study))
-            if arm.name not in KEPT:
-                study.delete_checkpoints(run)
-    if study.world.main:
-        figure_7(study)
+    base = SCALES[study.scale].base
+    metadata["base"] = base.to_dict()
+    for length, seeds in SCALES[study.scale].lengths.items():
+        for seed in range(1, seeds + 1):
+            seeded = base.override(f"trainer.duration={length}", f"trainer.seed={seed}")
+            suffix = f"{length.replace(' ', '-')}-seed{seed}"
+            for arm in arms_of(base):
+                run = f"{arm.name}-{suffix}"
+                yield study.once(run, partial(train_and_measure, arm, seeded, suffix, study))
+                if arm.name not in KEPT:
+                    study.delete_checkpoints(run)
+        if study.world.main:
+            figure_7(study, length)
 
 
-def train_and_measure(arm: Arm, seed: int, run: str, study: Study) -> Row:
-    scale = SCALES[study.scale]
-    config = scale.base.override(*arm.training, f"trainer.seed={seed}")
+def train_and_measure(arm: Arm, base: Config, suffix: str, study: Study) -> Row:
+    """Train one row and measure it. The names of runs end with ``suffix``."""
+    run = f"{arm.name}-{suffix}"
     if arm.training:
-        prepare = mse_encoder(scale.base, seed, study) if arm.name == "mse" else None
-        trained = study.train(config, run, prepare=prepare)
+        prepare = mse_encoder(base, suffix, study) if arm.name == "mse" else None
+        trained = study.train(base.override(*arm.training), run, prepare=prepare)
     else:
-        trained = study.train(config, f"{BASELINE}-seed{seed}")
+        trained = study.train(base, f"{BASELINE}-{suffix}")
     tokenizer = study.load(trained.checkpoint, *arm.sampling)
-    about = {"arm": arm.name, "label": arm.label, "seed": seed, "seconds": trained.seconds, "images": trained.images}
-    return {**about, COLOUR.key: colour_error(tokenizer, run, study), **study.measure(tokenizer, scale.images)}
+    about = {"arm": arm.name, "label": arm.label, "seed": base.trainer.seed}
+    about |= {"seconds": trained.seconds, "images": trained.images}
+    metrics = study.measure(tokenizer, SCALES[study.scale].images)
+    return {**about, COLOUR.key: colour_error(tokenizer, run, study), **metrics}
 
 
-def mse_encoder(base: Config, seed: int, study: Study) -> Callable[[Trainer], None]:
+def mse_encoder(base: Config, suffix: str, study: Study) -> Callable[[Trainer], None]:
     """Train an autoencoder and give its encoder to a fresh run."""
 
     def prepare(trainer: Trainer) -> None:
-        run = f"autoencoder-seed{seed}"
-        autoencoder = study.load(study.train(base.override(*MSE, f"trainer.seed={seed}"), run).checkpoint)
+        run = f"autoencoder-{suffix}"
+        autoencoder = study.load(study.train(base.override(*MSE), run).checkpoint)
         model = trainer.task.model
         model.encoder.load_state_dict(autoencoder.encoder.state_dict())
         trainer.ema = EMA(model, trainer.plan.total)
@@ -129,30 +138,44 @@ def colour_error(tokenizer: FlowMo, run: str, study: Study) -> float:
     return float((y - x).mean(dim=(2, 3)).abs().mean() * 127.5)
 
 
-def figure_7(study: Study) -> None:
+def figure_7(study: Study, length: str) -> None:
     """Figure 7: originals, samples of the baseline, and samples of plain logit-normal timesteps."""
+    suffix = f"{length.replace(' ', '-')}-seed1"
     shown = {"originals": (BASELINE, "originals"), "thick-tailed timesteps": (BASELINE, "samples")}
     shown["plain logit-normal timesteps"] = ("logit-normal", "samples")
-    strips = {label: study.folder(f"{arm}-seed1") / f"{name}.png" for label, (arm, name) in shown.items()}
+    strips = {label: study.folder(f"{arm}-{suffix}") / f"{name}.png" for label, (arm, name) in shown.items()}
     page.image_strips(strips, study.folder("figure7.png"))
 
 
 def body(results: Results, plot: Path) -> str:
-    groups = page.groups_of(results["rows"])
     columns = [*page.measured(results["rows"]), COLOUR]
-    page.dot_plots(groups, columns, plot)
+    lengths = page.groups_of(results["rows"], "images")
+    page.dot_plots([group for rows in lengths for group in labelled_groups(rows)], columns, plot)
     keys = ("frechet_distance", "psnr", "lpips_alex")
     published = {name: dict(zip(keys, values, strict=True)) for name, values in PUBLISHED.items()}
     sampled = {arm.name for arm in arms_of(SCALES[results["scale"]].base) if arm.sampling}
+    tables = "\n".join(
+        f"After {rows[0]['images']} images:\n\n{page.table(page.groups_of(rows), columns, last=page.SECONDS)}"
+        for rows in lengths
+    )
+    comparisons = "\n".join(
+        f"After {rows[0]['images']} images:\n\n{page.against_paper(page.groups_of(rows), published, sampled)}"
+        for rows in lengths
+    )
     return f"""\
-Every row changes one decision of the baseline and trains on {results["rows"][0]["images"]} images. Means ± standard
-deviations over seeds, on {results["pictures"]} held-out images. {page.feature_note(results)}
+Every row changes one decision of the baseline and trains on equally many images. Means ± standard deviations over
+seeds, on {results["pictures"]} held-out images. {page.feature_note(results)}
 Colour error: distance of a reconstruction's mean colour from its image's (figure 7). s: median seconds of training; the
 last two rows are sampled from the baseline's weights.
 
-{page.table(groups, columns, last=page.SECONDS)}
+{tables}
 Against the paper's table 4, as improvements over the baseline. A direction needs more than two spreads; for rows of the
 same weights, the spread is that of their differences.
 
-{page.against_paper(groups, published, sampled)}
+{comparisons}
 """
+
+
+def labelled_groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group the rows of one length by arm, with the length in their labels."""
+    return page.groups_of({**row, "label": f"{row['label']}, {row['images']} images"} for row in rows)

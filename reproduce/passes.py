@@ -1,6 +1,6 @@
 """One pass of the decoder or many (section 3.4).
 
-Goes beyond the paper, which takes 25 steps and has no row of one: do many passes of a flow decoder beat one, and from
+Beyond the paper, which takes 25 steps and has no row of one: do many passes of a flow decoder beat one, and from
 where on? Nested dropout gives one model several rates. Recipes differ in what they train the flow for. Each is measured
 over its rate, its training and the passes of its decoder; one is repeated at nearly four times the parameters.
 

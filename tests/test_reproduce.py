@@ -344,8 +344,8 @@ def test_ablations_smoke(evaluators, tmp_path, monkeypatch):
     assert text.count("| PSNR (dB) | ") == 7, "beside each of table 4's rows"
     for name in ("pictures", "figure7"):
         assert (study.folder(name + ".png")).stat().st_size > 3000
-    assert (study.folder("baseline-seed1") / "checkpoints").is_dir()
-    assert not (study.folder("autoencoder-seed1") / "checkpoints").exists()
+    assert (study.folder("baseline-2-steps-seed1") / "checkpoints").is_dir()
+    assert not (study.folder("autoencoder-2-steps-seed1") / "checkpoints").exists()
 
 
 def test_noise_smoke(evaluators, tmp_path, monkeypatch):
