@@ -74,12 +74,15 @@ def test_a_path_is_the_sampler(tiny, images):
 
 def test_jumps_are_steps_of_samplers():
     generator = torch.Generator().manual_seed(0)
+    later: set[bool] = set()
     lengths, grids = [], {(t, end) for n in range(1, MAX_STUDENT_STEPS + 1) for t, end in pairs(n)}
     for _ in range(300):
         starts, ends = (times.tolist() for times in random_jumps(5, 4.0, generator))
         assert (starts[0], ends[0], ends[1]) == (1.0, 0.0, 0.0)
         assert {(round(t, 5), round(end, 5)) for t, end in zip(starts, ends, strict=True)} <= grids
         lengths += [t - end for t, end in zip(starts[2:], ends[2:], strict=True)]
+        later.add(ends[2] > 0)
+    assert later == {True, False}, "any step, not the last alone"
     assert min(lengths) < 0.001
     assert max(lengths) == 1.0
 

@@ -41,6 +41,18 @@ def test_a_span_is_replaced_and_the_rest_kept(folder, code):
     assert not torch.allclose(filled[:, 4:7], code[:, 4:7], atol=0.1)
 
 
+def test_three_tenths_of_the_tokens_are_replaced(folder, code):
+    torch.manual_seed(3)
+    quantizer = infill(folder, CHANNELS).train()
+    spans = set()
+    for _ in range(60):
+        changed = (quantizer(code).code - code).abs().amax(dim=(0, 2)) > 0.01
+        span = changed.nonzero()[:, 0].tolist()
+        assert span == list(range(span[0], span[0] + 3))
+        spans.add(span[0])
+    assert spans == set(range(8)), "a span begins anywhere"
+
+
 def test_the_span_sees_both_sides_and_gradients_flow(folder, code):
     quantizer = infill(folder, CHANNELS)
     filled = quantizer.fill_in(code, 4, 7)

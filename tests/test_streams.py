@@ -3,13 +3,14 @@
 import hashlib
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 import flowmo
-from flowmo.losses.noise import TrainingNoise
+from flowmo.losses.noise import TrainingNoise, random_crop
 from flowmo.model.sampler import image_seed, seeded_noise
 from flowmo.streams import Stream, seed_global, stream, stream_seed
 
@@ -99,6 +100,16 @@ def test_training_draws_are_independent(stage, tiny_config):
         columns |= {"path noise": draws.jumps.noise[:, 0, 0, 0].abs(), "start": draws.jumps.starts[:, 2]}
     largest, *names = largest_correlation(columns)
     assert largest < BOUND, names
+
+
+@pytest.mark.parametrize("setting", ["opt.lpips_crop=30", "opt.lpips_jitter=2"])
+def test_the_perceptual_crop_reaches_every_position_as_often(tiny_config, setting):
+    opt, generator = tiny_config.override(setting).opt, torch.Generator().manual_seed(0)
+    crops = [random_crop(opt, torch.zeros(1, 3, 32, 33), generator) for _ in range(900)]
+    for axis, (positions, length) in enumerate(((3, 30), (4, 30) if "crop" in setting else (3, 31))):
+        counts = Counter((crop[axis].start, crop[axis].stop) for crop in crops)
+        assert counts.keys() == {(i, i + length) for i in range(positions)}
+        assert min(counts.values()) > 0.8 * 900 / positions
 
 
 def test_nothing_else_seeds_a_generator():
