@@ -21,13 +21,15 @@ import torch
 
 import flowmo
 from flowmo.checkpoint.files import write_content
+from flowmo.errors import one_line
 from flowmo.images import resize_and_crop, to_tensor
 
 
 def load(name: str, split: str) -> datasets.Dataset:
     """Load a dataset of the Hub, or a folder with one folder of images per class."""
     if Path(name).is_dir():
-        return datasets.load_dataset("imagefolder", data_dir=name, split=split)
+        files = {split: "**"}  # otherwise "val" in a file's name makes it another split
+        return datasets.load_dataset("imagefolder", data_dir=name, data_files=files, split=split)
     return datasets.load_dataset(name, split=split)
 
 
@@ -80,9 +82,14 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(words)
     numbers = range(1, arguments.parts + 1) if arguments.part is None else [arguments.part]
+    if arguments.parts < 1:
+        parser.error("--parts is a number from 1")
     if numbers[0] not in range(1, arguments.parts + 1):
         parser.error(f"--part is a number from 1 to {arguments.parts}")
-    table = load(arguments.dataset, arguments.split)
+    try:
+        table = load(arguments.dataset, arguments.split)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{arguments.dataset}: {one_line(error)}") from None
     column = next(name for name, feature in table.features.items() if isinstance(feature, datasets.Image))
     tokenizer = flowmo.load(arguments.model, device=arguments.device).set_precision("auto")
     check_folder(arguments.out, arguments.parts, tokenizer.identity())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch.utils.data import default_collate
 
 import flowmo
 from flowmo.checkpoint.files import write_whole
+from flowmo.cli.options import number
+from flowmo.cli.output import status_of
 from flowmo.codec.context import BitCoder
 from flowmo.codec.generator import code_ids
 from flowmo.data import TokenDataset, epoch_order
@@ -36,6 +39,7 @@ from flowmo.images import to_pil
 from flowmo.precision import multiplies_bfloat16
 from flowmo.streams import Stream, seed_global, stream
 from flowmo.tokenizer import identity_of
+from flowmo.train.muon import Muon
 
 CLASS_DROP, WARMUP, COOLDOWN, SAVE_EVERY = 0.1, 50, 0.4, 50
 RUN = {"depth": 4, "width": 256, "steps": 800, "batch_size": 16, "lr": 4e-3, "muon_lr": 0.02, "seed": 0}
@@ -176,7 +180,8 @@ def train(a: argparse.Namespace) -> None:
     seed_global(a.seed, Stream.WEIGHTS)
     model, done = GPT(vocabulary, a.depth, a.width).to(a.device), 0
     tables = [model.embedding.weight, model.position.weight, model.readout]
-    muon, adam = torch.optim.Muon(model.blocks.parameters()), torch.optim.AdamW(tables, betas=(0.9, 0.95))
+    muon = Muon(model.blocks.parameters(), a.muon_lr, weight_decay=0.1)
+    adam = torch.optim.AdamW(tables, betas=(0.9, 0.95))
     parts = model, muon, adam
     if a.gpt.exists():
         content = torch.load(a.gpt, weights_only=True, map_location=a.device)
@@ -228,7 +233,7 @@ def sample(a: argparse.Namespace) -> None:
     to_pil(grid(images.split(a.count))).save(a.out)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -240,11 +245,12 @@ def main() -> None:
         for name in paths:
             command.add_argument(name, type=Path)
         for name, value in options.items():
-            command.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+            kind = number(int, int(value > 0)) if isinstance(value, int) else type(value)
+            command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value)
     command.add_argument("--classes", nargs="+", metavar="NAME", help="a row of images each; all by default")
     arguments = parser.parse_args()
-    arguments.run(arguments)
+    return status_of("gpt.py", lambda: arguments.run(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -60,6 +60,15 @@ def text_image(draw: random.Random, fonts: list[Path], words: str, side: int) ->
     return image, lines
 
 
+def find_fonts(folder: Path, prefixes: tuple[str, ...]) -> list[Path]:
+    """Fonts below a folder whose files begin with one of these words."""
+    fonts = sorted(path for path in folder.rglob("*.ttf") if path.name.startswith(prefixes))
+    if not fonts:
+        words = " or ".join(prefixes)
+        raise SystemExit(f"No font below {folder} begins with {words}. Install the packages above, or name --fonts.")
+    return fonts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,13 +80,11 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=128, help="pixels of a side")
     arguments = parser.parse_args()
     texts = {}
-    for name, count, prefixes, words in (
-        ("train", arguments.train, TRAINING_FONTS, WORDS),
-        ("held_out", arguments.held_out, HELD_OUT_FONTS, HELD_OUT_WORDS),
-    ):
-        fonts = sorted(path for path in arguments.fonts.rglob("*.ttf") if path.name.startswith(prefixes))
-        if not fonts:
-            raise SystemExit(f"There is no font {' or '.join(prefixes)} below {arguments.fonts}. Name another --fonts.")
+    sets = (
+        ("train", arguments.train, find_fonts(arguments.fonts, TRAINING_FONTS), WORDS),
+        ("held_out", arguments.held_out, find_fonts(arguments.fonts, HELD_OUT_FONTS), HELD_OUT_WORDS),
+    )
+    for name, count, fonts, words in sets:
         (arguments.out / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             image, lines = text_image(random.Random(f"{name} {index}"), fonts, words, arguments.side)

@@ -540,6 +540,10 @@ def test_every_title_means_its_own_class():
         ("CAT", ("cat", "Cat"), "The generator knows cat, Cat"),
         ("Cat", ("cat", "Cat"), 1),
         ("dog, big", ("dog, small", "dog, big"), 1),
+        ("crane (n02012849)", ("n01440764", "n02012849"), 1),
+        ("giant panda (n02510455)", ("n02510455", "n02509815"), 0),
+        ("crane (n01440764)", ("n01440764", "n02012849"), "no class 'crane"),
+        ("7", ("cat",), "from 0 to 0, or -1 for none"),
     ],
 )
 def test_names_in_a_generator_of_few_classes(wanted, present, answer):
@@ -555,6 +559,8 @@ def test_generate_says_which_class_a_number_was(generator_of_numbers, tiny_model
     status, out, err = run_command(capsys, *words, "--class", "10", "0", "--out", tmp_path / "a.png")
     assert (status, err) == (0, "")
     assert out.strip().endswith("10 (class 2), 1 (class 0)")
+    status, out, _ = run_command(capsys, *words[:-4], "--count", "1", "--steps", "1", "--out", tmp_path / "c.png")
+    assert out.strip().endswith("1 images, rows of 1: 1 (class 0)")
     status, out, _ = run_command(capsys, *words, "--out", tmp_path / "b.png", "--json")
     assert json.loads(out)["indices"] == [0, 1, 2]
     assert json.loads(out)["classes"] == ["1 (class 0)", "2 (class 1)", "10 (class 2)"]

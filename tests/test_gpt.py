@@ -128,8 +128,7 @@ def test_training_learns_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
     def train(name, lr="0.02"):
         options = ["--depth", "1", "--width", "32", "--steps", "80", "--lr", lr]
         monkeypatch.setattr(sys, "argv", ["gpt.py", "train", str(tmp_path), str(tmp_path / name), *options])
-        gpt.main()
-        return gpt.load_gpt(tmp_path / name)
+        return gpt.main() or gpt.load_gpt(tmp_path / name)
 
     whole = train("whole.pt")
     bits = -whole.log_prob(rows, torch.arange(count) % 2).mean(dim=1).detach() / np.log(2)
@@ -143,8 +142,7 @@ def test_training_learns_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
         saved.append(save(content, path))
 
     monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train("parts.pt")
+    assert train("parts.pt") == 130
     monkeypatch.setattr(torch, "save", save)
     resumed = train("parts.pt")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))

@@ -103,7 +103,7 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         tokenizer = prepare(flowmo.load(arguments.model, *of_tokenizer, device=str(world.device)), arguments)
         check_pair(generator, tokenizer)
         names = arguments.classes or [*range(len(generator.vocabulary.classes))] or [-1]
-        classes = [generator.label(name) for name in names]
+        classes = [generator.label(name) for name in names][: arguments.count or None]
         shown = ", ".join(class_names := [generator.class_name(label) for label in classes])
         count, show = arguments.count or len(classes) * arguments.per_class, Progress("generating")
         class_rows = as_grid and not arguments.count  # one class below another

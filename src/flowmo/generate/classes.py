@@ -64,7 +64,7 @@ def find_class(wanted: str | int, classes: tuple[str, ...]) -> int:
 
     Args:
         wanted: an index, or −1 for no class. Or text: the class's name, its title, an ImageNet name of its WordNet id,
-            or an index if no class has that name.
+            name and id, or an index if no class has that name.
 
     Raises:
         GenerationError: there is no such class, or several classes have this name.
@@ -75,10 +75,12 @@ def find_class(wanted: str | int, classes: tuple[str, ...]) -> int:
     if not isinstance(wanted, str) or (text not in classes and _is_number(text)):
         if -1 <= int(text) < len(classes):
             return int(text)
-        raise GenerationError(f"There is no class {text}. Give an index from 0 to {len(classes) - 1}, or −1 for none.")
+        raise GenerationError(f"There is no class {text}. Give an index from 0 to {len(classes) - 1}, or -1 for none.")
     for titles in (classes, class_titles(classes)):
         if text in titles:
             return titles.index(text)
+    if (title := re.fullmatch(r"(.+) \((n[0-9]{8})\)", text)) and title[2] in classes and title[1] in _names(title[2]):
+        return classes.index(title[2])
     owners = _owners(classes).get(text.casefold(), set())
     found = [name for name in classes if name in owners]
     if not found:
