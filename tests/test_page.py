@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.client
 import http.server
+import json
 import os
 import re
 import select
@@ -20,6 +21,7 @@ import urllib.parse
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -98,6 +100,14 @@ def test_operations(demo, native, photo):
             call()
 
 
+def test_flat_pictures_by_other_codecs(demo):
+    """Some formats are exact then, also JPEG XL, whose encoder refuses a quality of 100."""
+    found = demo.codecs(b"\xff" * 4 * 64 * 64, 64, 64, 400)
+    assert {"JPEG", "WebP"} <= {codec["name"] for codec in found}
+    assert None in [codec["psnr"] for codec in found]
+    json.dumps(found, allow_nan=False)
+
+
 def test_operations_have_limits(demo, native, photo, monkeypatch):
     body, steps = demo.encode(rgba(photo), 50, 70), []
     monkeypatch.setattr(native, "decode_image", lambda codes, n, *_, **__: (steps.append(n), read_image(photo))[1])
@@ -128,7 +138,7 @@ def test_models_of_other_images_are_refused(tiny_config, tmp_path, settings):
 class Held:
     """In place of ``Demo``: the operation ``pack`` waits for ``go``."""
 
-    examples = ()
+    examples: ClassVar = {}
 
     def __init__(self):
         self.started, self.go, self.errors, self.model = threading.Event(), threading.Event(), [], {}
@@ -174,10 +184,31 @@ def test_other_sites_by_a_name_of_their_own(held):
     assert not held.errors
 
 
-@pytest.mark.parametrize("length", ["\u00b2", "1\u00b2", "9" * 5000, "-1", "1.0", ""])
+@pytest.mark.parametrize("length", ["\u00b2", "1\u00b2", "9" * 5000, "-1", "1.0"])
 def test_lengths_that_are_no_numbers(held, length):
     assert ask(held.port, Content_Length=length)[0] == 413
+    assert ask(held.port, Content_Length="")[0] == 411
     assert not held.errors
+
+
+@pytest.mark.parametrize("path", ["/%00", "/examples/%00", "http://["])
+def test_addresses_that_are_none(held, path):
+    with socket.create_connection(("127.0.0.1", held.port), timeout=30) as client:
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"Connection: close" in answer
+    assert not held.errors
+
+
+def test_heads_have_no_body(held):
+    for path, status in (("/model.json", 200), ("/main.js", 200), ("/nothing", 404)):
+        client = http.client.HTTPConnection("127.0.0.1", held.port, timeout=30)
+        client.request("HEAD", path)
+        answer = client.getresponse()
+        assert (answer.status, answer.read()) == (status, b"")
+        assert int(answer.headers["Content-Length"]) > 0
+        client.close()
 
 
 def test_few_bodies_are_in_memory(held, monkeypatch):
@@ -373,10 +404,14 @@ def runtime(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def static(folder):
-    """Any web server: Python's own."""
+def static(folder, answers=lambda request: False):
+    """Any web server: Python's own, unless ``answers`` has answered a request itself."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if not answers(self):
+                super().do_GET()
+
         def log_message(self, *_):
             pass
 
@@ -447,8 +482,46 @@ def test_static_page_of_native_size(page, exported, runtime, tmp_path, photo, mo
         fetched = page.do("return performance.getEntriesByType('resource').map(e => e.name)")
         assert fetched
         assert all(name.startswith((address, "blob:", "data:")) for name in fetched), "no other machine"
+        kept = "const c = await caches.open('flowmo'); done((await c.keys()).map((r) => r.url).join(' '))"
+        kept = f"const done = arguments[0]; (async () => {{ {kept} }})()"
+        until(lambda: page.browser.execute_async_script(kept).count(".onnx") == 2)
     page.visit(address)  # the server has gone
     assert "70 × 50" in page.open(photo)[0]
+
+
+def test_static_page_of_a_bad_server(page, exported, runtime, tmp_path, photo, monkeypatch):
+    """A file that is chosen while the networks load, a network cut short and mended, a redirect."""
+    native, networks = exported
+    monkeypatch.setattr("flowmo.web.export.write_graph", lambda _, file, dtype: shutil.copy(networks / file.name, file))
+    export(native, tmp_path / "site", "page", "tiny", runtime=runtime)
+    go, network = threading.Event(), tmp_path / "site" / "encoder.onnx"
+
+    def answers(request):
+        if "encoder.onnx" in request.path:
+            assert go.wait(100)
+        if request.path != "/moved":
+            return False
+        request.send_response(301)
+        request.send_header("Location", "/")
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+        return True
+
+    with static(tmp_path / "site", answers) as address:
+        page.browser.get(address)
+        until(lambda: page.do("return self.crossOriginIsolated") and "Loading" in page.text("#message"))
+        page.at("#file").send_keys(str(photo))
+        go.set()
+        until(lambda: "70 × 50" in page.text("#facts"))
+        assert page.text("#left") == "original"
+        page.visit(f"{address}moved")
+    whole = network.read_bytes()
+    network.write_bytes(whole[:-100])
+    with static(tmp_path / "site", answers) as address:
+        page.browser.get(address)
+        until(lambda: "encoder.onnx cannot be loaded (another length). Reload the page." in page.text("#message"))
+        network.write_bytes(whole)
+        page.visit(address)
 
 
 def test_static_page_in_tiles(page, tiny_config, runtime, tmp_path, photo):

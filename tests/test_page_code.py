@@ -1,14 +1,16 @@
 """The page's JavaScript in Node, against Python: noise, tiles and blocks, and .flowmo files in both directions."""
 
 import base64
+import binascii
 import json
 import shutil
 import subprocess
+import zlib
 
 import pytest
 import torch
 
-from flowmo.codec.file import Codec, CodecError
+from flowmo.codec.file import Codec, CodecError, varint
 from flowmo.model import sampler, tiling
 from flowmo.model.tiling import Tiling
 from flowmo.tokenizer import Codes
@@ -77,7 +79,7 @@ def test_noise_is_the_samplers(run):
 
 def test_parts_are_those_of_tiles_and_blocks(run):
     fixed, native = {"native": False, "tile": 32, "cell": 8}, {"native": True, "cell": 16, "tile": 64}
-    sizes = ((20, 32), (33, 300), (50, 71))
+    sizes = ((20, 32), (33, 300), (50, 71), (69, 69))  # 18.5 rounds to 18
     for (height, width), found in zip(sizes, run([["parts", fixed, *size] for size in sizes]), strict=True):
         corners = [(part["down"]["start"], part["across"]["start"]) for part in found["result"]]
         assert corners == Tiling(height, width, 32).corners
@@ -128,6 +130,68 @@ def test_files_in_both_directions(run, name, request):
         else:
             assert found["result"]["ids"] == expected
             assert found["result"]["missing"] == sum(m.total - m.planes for m in missing)
+
+
+@pytest.mark.parametrize("name", ["tiny", "native"])
+def test_files_that_break_one_rule(run, name, request):
+    """Each with right checksums, so that no other rule refuses it."""
+    tokenizer = request.getfixturevalue(name)
+    codec, model = Codec(tokenizer), describe(tokenizer, name)
+    own = {"version": 3 if codec.native else 2, "coding": 0, "identity": bytes.fromhex(model["identity"])}
+    own |= {"height": b"\0", "width": b"\0", "tile": model["tile"], "planes": model["subTokens"]}
+    wide = varint(99_999_999)
+    cases = [
+        ({}, None),
+        ({"identity": b"abcd"}, "Tokenizer 61626364 wrote this file"),
+        ({"coding": 1}, "entropy-coded"),
+        ({"coding": 2}, "A later version"),
+        ({"version": 1}, "A later version"),
+        ({"version": 5 - own["version"]}, "its version is not this tokenizer's"),
+        ({"width": varint(100_000_000)}, "100000001 x 1 pixels"),
+        ({"width": wide}, "too many tiles or cells"),
+        ({"width": b"\x80\0"}, "longer than necessary"),
+        ({"width": b"\xff" * 5 + b"\1"}, "does not end"),
+    ]
+    if codec.native:
+        cases.append(({"planes": model["subTokens"] + 1}, "its planes are not this tokenizer's"))
+    else:
+        cases.append(({"tile": 2 * model["tile"]}, "its tiles are not this tokenizer's"))
+    files = [file_of_one_pixel(model, **own | change) for change, _ in cases]
+    few = model | {"idCount": 2}  # ids of the file are 3 in each plane but the first
+    found = run([["unpack", model, as_bytes(content)] for content in files] + [["unpack", few, as_bytes(files[0])]])
+    for (change, message), result in zip(cases, found, strict=False):
+        assert message in result.get("error", "") if message else result["result"]["missing"] == 0, change
+    for content, (_, message) in zip(files[1:], cases[1:], strict=True):
+        if message != "entropy-coded":
+            with pytest.raises(CodecError):
+                codec.unpack(content)
+    if codec.native:  # as in Python, later planes that are damaged are left out
+        assert (found[-1]["result"]["planes"], found[-1]["result"]["missing"]) == (1, model["subTokens"] - 1)
+    else:
+        assert "an id is too large" in found[-1]["error"]
+
+
+def file_of_one_pixel(model, version, coding, identity, height, width, tile, planes):
+    """A packed file by docs/codec.md, whose ids are all 3 but those of the first plane, 0."""
+    header = b"FLM" + bytes([version | coding << 4]) + identity + height + width
+    if not model["native"]:
+        header += varint(tile - 1)
+        count = model["tokens"] * model["subTokens"]
+        packed = bits_of([3] * count, model["bits"])
+        return header + packed + zlib.crc32(header + packed).to_bytes(4, "little")
+    content = header + bytes([planes])
+    check = binascii.crc_hqx(content, 0)
+    content += check.to_bytes(2, "little")
+    for plane in range(planes):
+        packed = bits_of([3 * (plane > 0)], model["bits"])
+        check = binascii.crc_hqx(packed, check)
+        content += packed + check.to_bytes(2, "little")
+    return content
+
+
+def bits_of(ids, bits):
+    number = sum(value << index * bits for index, value in enumerate(ids))
+    return number.to_bytes(-(-len(ids) * bits // 8), "little")
 
 
 def codes_of_one_pixel(codec):

@@ -129,8 +129,10 @@ class CodecReconstructor:
 
         @cache
         def encoded(quality: int) -> bytes:
-            stream = io.BytesIO()
-            image.save(stream, codec.pillow, quality=quality, **codec.settings)
+            stream, settings = io.BytesIO(), codec.settings
+            if codec.pillow == "JXL" and quality == 100:  # which its encoder refuses otherwise
+                settings = settings | {"lossless": True}
+            image.save(stream, codec.pillow, quality=quality, **settings)
             return stream.getvalue()
 
         def size(quality: int) -> int:

@@ -215,8 +215,10 @@ def export(
         examples: images to offer on the page.
 
     Raises:
-        ExportError: the tokenizer has no ids or images that the page cannot show, or a package is missing.
+        ExportError: the tokenizer has no ids or images that the page cannot show; an example or a package is missing.
     """
+    if missing := [path for path in examples if not path.is_file()]:
+        raise ExportError(f"{missing[0]}: no such file.")
     if kind == "page":
         check_page(tokenizer)
     description = describe(tokenizer, name)

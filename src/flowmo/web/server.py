@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import socket
 import threading
@@ -123,7 +124,8 @@ class Demo:
             decoded.save(shown, "PNG")
             quality = float(psnr(to_tensor(original)[None], to_tensor(decoded)[None]))
             url = f"data:image/png;base64,{base64.b64encode(shown.getvalue()).decode()}"
-            found.append({"name": codec.name, "bytes": len(data), "psnr": quality, "url": url})
+            psnr_or_none = quality if math.isfinite(quality) else None  # JSON has no infinity
+            found.append({"name": codec.name, "bytes": len(data), "psnr": psnr_or_none, "url": url})
         return found
 
     def generate(self, body: bytes, label: int, seed: int) -> bytes:
@@ -193,16 +195,28 @@ class Handler(SimpleHTTPRequestHandler):
         return str(example) if example else super().translate_path(path)
 
     def do_GET(self) -> None:
-        if urlsplit(self.path).path == "/model.json":
-            self.answer(200, json.dumps(self.demo.model).encode(), kind="application/json")
-        else:
-            super().do_GET()
+        self.send_file(super().do_GET)
+
+    def do_HEAD(self) -> None:
+        self.send_file(super().do_HEAD)
+
+    def send_file(self, of_page: Callable[[], None]) -> None:
+        """Answer with ``model.json``, or with a file of the page."""
+        try:
+            if urlsplit(self.path).path == "/model.json":
+                self.answer(200, json.dumps(self.demo.model).encode(), kind="application/json")
+            else:
+                of_page()
+        except ValueError:
+            self.refuse(400, "This is no address.")
 
     def do_POST(self) -> None:
         url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
         origin = self.headers.get("Origin")
         if origin is not None and origin.partition("://")[2] != self.headers.get("Host"):
             return self.refuse(403, "Another site may not ask this server.")
+        if not length:
+            return self.refuse(411, "A request needs a Content-Length.")
         if not re.fullmatch("[0-9]{1,10}", length) or int(length) > MAX_BODY:
             return self.refuse(413, f"A request has at most {MAX_BODY:,} bytes.")
         if url.path.strip("/") not in self.operations:
@@ -260,9 +274,13 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         for name, value in (headers or {}).items():
             self.send_header(f"FlowMo-{name}", str(value))
         self.end_headers()
+        if self.command == "HEAD":
+            return
         for start in range(0, len(content), PIECE):  # the timeout is for each
             self.wfile.write(content[start : start + PIECE])
 

@@ -73,9 +73,7 @@ export function unpack(model, bytes) {
     throw damaged("it needs too many tiles or cells");
   }
   const read = model.native ? readPlanes : readTiles;
-  const codes = { height, width, missing: 0, ...read(model, reader, tokens) };
-  if (codes.ids.some((id) => id >= model.idCount)) throw damaged("an id is too large");
-  return codes;
+  return { height, width, missing: 0, ...read(model, reader, tokens) };
 }
 
 function readTiles(model, reader, tokens) {
@@ -86,7 +84,7 @@ function readTiles(model, reader, tokens) {
   const stored = new DataView(Uint8Array.from(take(reader, 4)).buffer).getUint32(0, true);
   if (reader.position !== reader.bytes.length) throw damaged("its length does not match its header");
   if (stored !== crc32(packed, crc32(header))) throw damaged("its checksum does not match");
-  return { planes: model.subTokens, ids: unpackIds(packed, count, model.bits) };
+  return { planes: model.subTokens, ids: unpackIds(packed, count, model) };
 }
 
 function readPlanes(model, reader, tokens) {
@@ -100,7 +98,7 @@ function readPlanes(model, reader, tokens) {
       const packed = take(reader, packedSize(tokens, model.bits));
       check = crc16(packed, check);
       if (check !== readCrc16(reader)) throw damaged("the checksum of a plane does not match");
-      planes.push(unpackIds(packed, tokens, model.bits));
+      planes.push(unpackIds(packed, tokens, model));
     }
     if (reader.position !== reader.bytes.length) throw damaged("bytes follow its last plane");
   } catch (error) {
@@ -152,10 +150,11 @@ function packIds(ids, bits) {
   return out;
 }
 
-function unpackIds(packed, count, bits) {
+function unpackIds(packed, count, { bits, idCount }) {
   const ids = new Int32Array(count);
   for (let i = 0, position = 0; i < count; i++) {
     for (let bit = 0; bit < bits; bit++, position++) ids[i] |= ((packed[position >> 3] >> (position & 7)) & 1) << bit;
+    if (ids[i] >= idCount) throw damaged("an id is too large");
   }
   return ids;
 }

@@ -13,8 +13,8 @@ export class LocalEngine {
     this.waiting = new Map();
     this.worker = new Worker("worker.js", { type: "module" });
     this.worker.onerror = (event) => {
-      const reason = event.message || "its files cannot be loaded";
-      for (const call of this.waiting.values()) call.reject(new Error(`The networks cannot start: ${reason}.`));
+      this.broken = new Error(`The networks cannot start: ${event.message || "its files cannot be loaded"}.`);
+      for (const call of this.waiting.values()) call.reject(this.broken);
     };
     this.worker.onmessage = ({ data: { id, result, error, progress } }) => {
       const call = this.waiting.get(id);
@@ -28,6 +28,7 @@ export class LocalEngine {
   call(call, args, report = () => {}) {
     const id = crypto.randomUUID ? crypto.randomUUID() : String(Math.random());
     return new Promise((resolve, reject) => {
+      if (this.broken) return reject(this.broken);
       this.waiting.set(id, { resolve, reject, report });
       this.worker.postMessage({ id, call, args });
     });

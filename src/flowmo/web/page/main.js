@@ -5,6 +5,7 @@ import { LocalEngine, RemoteEngine } from "./engine.js";
 import { deviation, drawPixels, first, pixelsOf, psnr } from "./pixels.js";
 
 const MAX_PIXELS = 16e6;
+const MAX_SIDE = 32767; // of a canvas
 const MAX_IDS_SHOWN = 4096;
 const $ = (id) => document.getElementById(id);
 const number = (value) => value.toLocaleString("en");
@@ -19,6 +20,13 @@ let decodings = new Map();
 let latest = 0;
 let running = Promise.resolve();
 
+// Text of the task that runs. Buttons wait for it, because a newer task would cancel it.
+function busy(text) {
+  if (text) document.body.dataset.busy = text;
+  else delete document.body.dataset.busy;
+  for (const id of ["compare", "draw", "make", "decode-ids"]) $(id).disabled = Boolean(text);
+}
+
 // Tasks run one after another. One ends without a result when a newer one comes.
 async function task(text, run) {
   const mine = ++latest;
@@ -31,7 +39,7 @@ async function task(text, run) {
   const report = (share) => current() && ($("progress").value = share);
   $("progress").hidden = false;
   $("progress").removeAttribute("value");
-  document.body.dataset.busy = text;
+  busy(text);
   try {
     const result = await run(report);
     return current() ? result : undefined;
@@ -41,7 +49,7 @@ async function task(text, run) {
     finish();
     if (current()) {
       $("progress").hidden = true;
-      delete document.body.dataset.busy;
+      busy("");
     }
   }
 }
@@ -76,8 +84,7 @@ async function bitmapOf(file) {
 
 async function start() {
   for (const id of ["viewer", "files", "more"]) $(id).hidden = true;
-  for (const id of ["facts", "codecs", "samples"]) $(id).replaceChildren();
-  $("samples-note").textContent = "";
+  $("facts").replaceChildren();
   decodings = new Map();
   codes = image = null; // or a change of settings would decode the last image
   if (source.codes) {
@@ -101,7 +108,7 @@ async function start() {
 function fitted(bitmap, fit) {
   const [width, height] = [bitmap.width, bitmap.height];
   const canvas = document.createElement("canvas");
-  const most = Math.sqrt(MAX_PIXELS / (width * height));
+  const most = Math.min(Math.sqrt(MAX_PIXELS / (width * height)), MAX_SIDE / Math.max(width, height));
   const limit = Math.min(fit === "own" ? 1 : Number(fit) / Math.max(width, height), most);
   const scale = fit === "crop" ? model.tile / Math.min(width, height) : Math.min(1, limit);
   const round = scale === most ? Math.floor : Math.round; // the product must stay below MAX_PIXELS
@@ -149,15 +156,19 @@ async function decode(planes, change = {}) {
 
 async function show() {
   if (!codes) return;
+  clearGalleries();
   const [shownCodes, planes] = [codes, Number($("rate").value)];
+  const current = () => shownCodes === codes && planes === Number($("rate").value);
   const bytes = await engine.size(codes, planes);
+  if (!current()) return;
   const pixels = codes.height * codes.width;
   $("rate-shown").textContent = `${((8 * bytes) / pixels).toFixed(3)} bits per pixel, ${number(bytes)} bytes`;
   const result = await decode(planes);
-  if (!result || shownCodes !== codes || planes !== Number($("rate").value)) return;
+  if (!result || !current()) return;
   decoded = { ...result, planes, bytes };
   drawPixels($("decoded"), decoded);
   drawPixels($("original"), image ?? decoded);
+  $("left").textContent = image ? "original" : "decoded";
   $("side").textContent = `decoded, ${number(bytes)} bytes`;
   $("viewer").hidden = $("files").hidden = $("more").hidden = false;
   const facts = { file: `${number(bytes)} bytes`, "bits per pixel": ((8 * bytes) / pixels).toFixed(3), image: size(codes) };
@@ -171,6 +182,13 @@ async function show() {
       return row;
     }),
   );
+}
+
+// Of the code that was shown before.
+function clearGalleries() {
+  for (const shown of $("codecs").querySelectorAll("img")) URL.revokeObjectURL(shown.src);
+  for (const id of ["codecs", "samples"]) $(id).replaceChildren();
+  $("samples-note").textContent = "";
 }
 
 function element(kind, text) {
@@ -203,27 +221,31 @@ function download(content, name) {
 
 async function compare() {
   if (!image) return say("A .flowmo file has no original to compress. Open an image.", "error");
-  const bytes = decoded.bytes;
+  const mine = decoded;
+  const { bytes } = mine;
   const others = await task("compressing", () => compareCodecs(image, bytes, engine));
-  if (!others) return;
-  const own = figure(canvasOf(decoded), `FlowMo: ${number(bytes)} bytes, ${psnr(image, decoded).toFixed(2)} dB`);
+  if (!others || mine !== decoded) return;
+  const own = figure(canvasOf(mine), `FlowMo: ${number(bytes)} bytes, ${psnr(image, mine).toFixed(2)} dB`);
+  clearGalleries();
   $("codecs").replaceChildren(
     own,
     ...others.map((other) => {
       const shown = new Image();
       shown.src = other.url;
+      shown.alt = other.name;
       const least = other.bytes > bytes ? ", its least" : "";
-      return figure(shown, `${other.name}: ${number(other.bytes)} bytes${least}, ${other.psnr.toFixed(2)} dB`);
+      return figure(shown, `${other.name}: ${number(other.bytes)} bytes${least}, ${(other.psnr ?? Infinity).toFixed(2)} dB`);
     }),
   );
 }
 
 async function draw() {
   const { seed, steps } = settings();
-  const all = [decoded];
+  const mine = decoded;
+  const all = [mine];
   for (let i = 1; i <= 3; i++) {
-    const sample = await decode(decoded.planes, { seed: seed + i });
-    if (!sample) return;
+    const sample = await decode(mine.planes, { seed: seed + i });
+    if (!sample || mine !== decoded) return;
     all.push(sample);
   }
   const { map, mean, largest } = deviation(all);
@@ -363,8 +385,9 @@ async function secure() {
   if (!navigator.serviceWorker) return;
   await navigator.serviceWorker.register("sw.js");
   await navigator.serviceWorker.ready;
-  if (self.crossOriginIsolated || sessionStorage.reloaded) return;
-  sessionStorage.reloaded = "yes";
+  const reloaded = `reloaded ${location.pathname}`; // other pages of this host reload for themselves
+  if (self.crossOriginIsolated || sessionStorage[reloaded]) return;
+  sessionStorage[reloaded] = "yes";
   location.reload();
   await new Promise(() => {});
 }
@@ -374,11 +397,13 @@ async function main() {
   if (model.files) await secure().catch(() => {}); // private windows have no service worker
   engine = model.files ? new LocalEngine(model) : new RemoteEngine(model);
   describe();
+  for (const event of ["dragover", "drop"]) document.addEventListener(event, (e) => e.preventDefault()); // while loading, too
   say("Loading the networks …");
   const loaded = await task("loading", (report) => engine.load(report));
   if (!loaded) return;
   say("");
   connect();
+  if ($("file").files.length) $("file").dispatchEvent(new Event("change")); // chosen while the networks were loading
   document.body.dataset.ready = "yes";
 }
 

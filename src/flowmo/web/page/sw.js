@@ -7,30 +7,34 @@ self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim(
 
 self.addEventListener("fetch", (event) => {
   const { method, url } = event.request;
-  if (method === "GET" && new URL(url).origin === self.location.origin) event.respondWith(answer(event.request));
+  if (method === "GET" && new URL(url).origin === self.location.origin) event.respondWith(answer(event));
 });
 
-async function answer(request) {
+async function answer(event) {
+  const { request } = event;
   const cache = await caches.open(CACHE);
   const named = new URL(request.url).searchParams.has("v"); // by the hash of its content
   let response = named && (await cache.match(request));
   try {
-    response ||= await keep(cache, request);
+    response ||= await keep(cache, event);
   } catch (error) {
     response = await cache.match(request);
     if (!response) throw error;
   }
+  if (response.status === 0) return response; // a redirect, which the browser follows
   const headers = new Headers(response.headers);
   headers.set("Cross-Origin-Opener-Policy", "same-origin");
   headers.set("Cross-Origin-Embedder-Policy", "require-corp");
   return new Response(response.body, { status: response.status, statusText: response.statusText, headers });
 }
 
-async function keep(cache, request) {
-  const response = await fetch(request);
-  if (response.status === 200) {
-    await cache.delete(request, { ignoreSearch: true });
-    await cache.put(request, response.clone());
-  }
+// Fetches a file. Keeps it while the page reads it, or not at all if there is no room.
+async function keep(cache, event) {
+  const response = await fetch(event.request);
+  const store = async (copy) => {
+    await cache.delete(event.request, { ignoreSearch: true });
+    await cache.put(event.request, copy);
+  };
+  if (response.status === 200) event.waitUntil(store(response.clone()).catch(() => {}));
   return response;
 }

@@ -18,21 +18,33 @@ async function load(description, report) {
   const total = files.reduce((sum, [, file]) => sum + file.bytes, 0);
   let done = 0;
   for (const [name, file] of files) {
-    const response = await fetch(`${file.name}?v=${file.hash}`);
-    if (!response.ok) throw new Error(`${file.name} cannot be loaded (${response.status}). Reload the page.`);
-    const content = new Uint8Array(file.bytes);
-    let position = 0;
-    for (const reader = response.body.getReader(); ; ) {
-      const { done: ended, value } = await reader.read();
-      if (ended) break;
-      content.set(value, position);
-      position += value.length;
-      report((done + position) / total);
+    const address = new URL(`${file.name}?v=${file.hash}`, import.meta.url).href;
+    try {
+      const content = await read(address, file.bytes, (position) => report((done + position) / total));
+      sessions[name] = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
+    } catch (error) {
+      await self.caches?.open("flowmo").then((cache) => cache.delete(address)); // or a broken copy would stay
+      throw new Error(`${file.name} cannot be loaded (${error.message}). Reload the page.`);
     }
-    done += position;
-    sessions[name] = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
+    done += file.bytes;
   }
   return { threads: ort.env.wasm.numThreads };
+}
+
+// A file of so many bytes. Reports bytes read.
+async function read(address, size, report) {
+  const response = await fetch(address);
+  if (!response.ok) throw new Error(String(response.status));
+  const content = new Uint8Array(size);
+  let position = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (position + (value?.length ?? 0) > size || (done && position < size)) throw new Error("another length");
+    if (done) return content;
+    content.set(value, position);
+    position += value.length;
+    report(position);
+  }
 }
 
 async function run(name, inputs) {
