@@ -5,7 +5,7 @@ equally many images with the same seeds; a second, longer training shows a trend
 the baseline's weights. For "MSE-trained encoder", an autoencoder first learns to regress images from codes in one step,
 without a perceptual loss; a fresh decoder then trains on its frozen encoder.
 
-Cost: smoke half a minute. cpu on one core: 70 minutes per seed, and three and a half hours of the longer ones. gpu 25
+Cost: smoke half a minute. cpu on one core: per seed 70 minutes, and three and a half hours of longer training. gpu 25
 minutes on one H100, by arithmetic at a fifth of its peak. paper 8 hours per training on 8 H100, by arithmetic at 40 %
 of their peak.
 Expect: at scale cpu, timesteps, patch size and ρ matter as in the paper; the Fréchet distance of an MSE-trained encoder
@@ -89,7 +89,7 @@ def rows(study: Study, metadata: Row) -> Rows:
     for length, seeds in SCALES[study.scale].lengths.items():
         for seed in range(1, seeds + 1):
             seeded = base.override(f"trainer.duration={length}", f"trainer.seed={seed}")
-            suffix = f"{length.replace(' ', '-')}-seed{seed}"
+            suffix = suffix_of(length, seed)
             for arm in arms_of(base):
                 run = f"{arm.name}-{suffix}"
                 yield study.once(run, partial(train_and_measure, arm, seeded, suffix, study))
@@ -97,6 +97,11 @@ def rows(study: Study, metadata: Row) -> Rows:
                     study.delete_checkpoints(run)
         if study.world.main:
             figure_7(study, length)
+
+
+def suffix_of(length: str, seed: int) -> str:
+    """End of the names of runs, such as ``600-steps-seed1``."""
+    return f"{length.replace(' ', '-')}-seed{seed}"
 
 
 def train_and_measure(arm: Arm, base: Config, suffix: str, study: Study) -> Row:
@@ -140,7 +145,7 @@ def colour_error(tokenizer: FlowMo, run: str, study: Study) -> float:
 
 def figure_7(study: Study, length: str) -> None:
     """Figure 7: originals, samples of the baseline, and samples of plain logit-normal timesteps."""
-    suffix = f"{length.replace(' ', '-')}-seed1"
+    suffix = suffix_of(length, 1)
     shown = {"originals": (BASELINE, "originals"), "thick-tailed timesteps": (BASELINE, "samples")}
     shown["plain logit-normal timesteps"] = ("logit-normal", "samples")
     strips = {label: study.folder(f"{arm}-{suffix}") / f"{name}.png" for label, (arm, name) in shown.items()}

@@ -290,8 +290,8 @@ def read_token_metadata(folder: str | Path, name: str = MANIFEST) -> TokenMetada
         known = {name: tree[name] for name in TokenMetadata.__dataclass_fields__ if name in tree}
         metadata = TokenMetadata(**{**known, "classes": tuple(tree["classes"])})
     except FileNotFoundError:
-        folder_of_images = Path(folder).is_dir() and any(Path(folder).iterdir())
-        example = f"{folder} --output TOKENS` and name TOKENS" if folder_of_images else f"DATA --output {folder}`"
+        occupied = Path(folder).is_dir() and any(Path(folder).iterdir())  # perhaps by the images
+        example = f"{folder} --output TOKENS` and name TOKENS" if occupied else f"DATA --output {folder}`"
         advice = f"Make tokens with `flowmo tokenize {example}."
         raise DataError(f"{folder}: contains no {name}. {advice}") from None
     except DataError:

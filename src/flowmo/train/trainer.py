@@ -32,7 +32,7 @@ STOP = "stop"
 
 
 class Trainer(ResumableRun):
-    """Trains a run. Arguments and errors are those of ``ResumableRun``."""
+    """Train a run. Takes the arguments of ``ResumableRun`` and raises its errors."""
 
     asked_to_stop = False
     """True once this rank has received a signal."""
