@@ -14,7 +14,7 @@ async function answer(event) {
   const { request } = event;
   const cache = await caches.open(CACHE);
   const named = new URL(request.url).searchParams.has("v"); // by the hash of its content
-  let response = named && (await cache.match(request));
+  let response = named && request.cache !== "reload" && (await cache.match(request));
   try {
     response ||= await keep(cache, event);
   } catch (error) {

@@ -19,11 +19,13 @@ async function load(description, report) {
   let done = 0;
   for (const [name, file] of files) {
     const address = new URL(`${file.name}?v=${file.hash}`, import.meta.url).href;
-    try {
-      const content = await read(address, file.bytes, (position) => report((done + position) / total));
+    const open = async (cache) => {
+      const content = await read(address, cache, file.bytes, (position) => report((done + position) / total));
       sessions[name] = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
+    };
+    try {
+      await open("default").catch(() => open("reload")); // the kept copy can be of a download that was cut short
     } catch (error) {
-      await self.caches?.open("flowmo").then((cache) => cache.delete(address)); // or a broken copy would stay
       throw new Error(`${file.name} cannot be loaded (${error.message}). Reload the page.`);
     }
     done += file.bytes;
@@ -32,8 +34,8 @@ async function load(description, report) {
 }
 
 // A file of so many bytes. Reports bytes read.
-async function read(address, size, report) {
-  const response = await fetch(address);
+async function read(address, cache, size, report) {
+  const response = await fetch(address, { cache });
   if (!response.ok) throw new Error(String(response.status));
   const content = new Uint8Array(size);
   let position = 0;
