@@ -38,7 +38,7 @@ test: $(VENV)/dev lint  ## style, types and the test suite
 gpu: $(VENV)/dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest tests/gpu
 
-stress: $(VENV)/dev  ## kills, load, fuzzing and a whole recipe
+stress: $(VENV)/dev  ## kills, load, fuzzing, studies and a whole recipe
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n auto tests/stress
 
 coverage: $(VENV)/dev  ## lines of src/ that no test runs, processes that tests start included

@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from browser import Page
 from PIL import Image
 
 from flowmo import Config, FlowMo, save
 from flowmo.cli import main
 from flowmo.config import ModelConfig
+from flowmo.evaluate.metrics import inception
+from flowmo.evaluate.reconstruction import Evaluators
+from flowmo.losses.perceptual import ResNetLogits
 from flowmo.model.quantizers import Quantizer, build_quantizer
 from flowmo.model.torchvision_import import before_importing
 from flowmo.train.trainer import Trainer
-from flowmo.web.export import export
+from flowmo.web.export import ExportError, vendor
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -212,12 +216,24 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return root / name
 
 
-@pytest.fixture
-def exported(native, tmp_path_factory) -> tuple[FlowMo, Path]:
-    """The tokenizer of native size with all its parts at work, and the folder of its ONNX files of 16 bits."""
-    pytest.importorskip("onnxscript")
-    open_gates(native).half().float()
-    return native, make_once(tmp_path_factory, "exported", lambda folder: export(native, folder))
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Iterator[Page]:
+    page = Page(tmp_path_factory.mktemp("downloads"))
+    yield page
+    page.browser.quit()
+
+
+@pytest.fixture(scope="session")
+def runtime(tmp_path_factory) -> Path:
+    """The unpacked npm package; FLOWMO_ONNXRUNTIME_WEB names a copy."""
+    named = os.environ.get("FLOWMO_ONNXRUNTIME_WEB")
+    folder = Path(named) if named else tmp_path_factory.mktemp("runtime")
+    if not named:
+        try:
+            vendor(folder / "dist", None)
+        except ExportError as error:
+            pytest.skip(str(error))
+    return folder
 
 
 @pytest.fixture
@@ -247,11 +263,35 @@ def photo(tmp_path, picture) -> Path:
 
 
 @pytest.fixture
+def png(tmp_path, picture) -> Path:
+    """The same without loss: browsers decode JPEG in their own ways."""
+    path = tmp_path / "photo.png"
+    picture.resize((70, 50)).save(path)
+    return path
+
+
+@pytest.fixture
 def trained_weights() -> Path:
     """The folder of trained perceptual networks; a test that needs it is skipped without."""
     if not (WEIGHTS / "lpips_alex_heads.pth").is_file():
         pytest.skip("needs trained networks: name their folder by FLOWMO_WEIGHTS")
     return WEIGHTS
+
+
+@pytest.fixture
+def small_features(monkeypatch) -> None:
+    """ResNet-50 and Inception see a tenth of their pixels, because they take most of the time of a study this small."""
+    monkeypatch.setattr(ResNetLogits, "SIDE", 64)
+    monkeypatch.setattr(inception, "SIDE", 96)
+
+
+@pytest.fixture
+def evaluators(trained_weights, monkeypatch) -> Evaluators:
+    """Only the quickest of the evaluators of studies."""
+    monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
+    found, _ = Evaluators.find(("alex",), "none")
+    found.cache_originals = True
+    return found
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_info_allocates_nothing():
 
 def test_info_of_training(capsys):
     """What a run costs, by arithmetic: the paper's batch and length, and what checkpointing saves."""
-    shallow = "opt.lpips_weight=0", "model.enc_depth=4", "model.dec_depth=4"  # each block takes its time
+    shallow = "opt.lpips_weight=0", "model.enc_depth=2", "model.dec_depth=2"  # each block takes its time
     status, out, _ = run(capsys, "info", "nano", "--training", "--json", *shallow)
     assert status == 0
     found = json.loads(out)
@@ -129,7 +129,7 @@ def test_info_of_training(capsys):
         found["training_images"] * found[f"tflop_per_image{part}"] / 1e6 for part in ("", "_encoder_frozen")
     )
     assert 0.95 * frozen < found["exaflop_of_the_run"] < whole
-    assert found["gib_with_activation_checkpointing"] < found["gib_of_activations_per_image"] / 3
+    assert found["gib_with_activation_checkpointing"] < found["gib_of_activations_per_image"] / 2
     parameters = sum(p.numel() for p in flowmo.FlowMo(preset("nano").override(*shallow)).parameters())
     assert found["gib_of_state"] == round(5 * 4 * parameters / 2**30, 2)
     status, out, _ = run(capsys, "info", "nano", "--training", "--json", *shallow, "model.posttrain_sample=true")

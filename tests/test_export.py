@@ -56,12 +56,6 @@ def same(tokenizer, folder, images, ids_sent=None):
     assert np.abs(decoded - expected.numpy()).max() < 1e-3
 
 
-def test_onnx_of_any_size(exported):
-    """Sizes below, at and beyond a window of 4 cells, and prefixes of the sub-tokens; weights of 16 bits."""
-    for rows, columns, batch, sent in ((1, 1, 1, None), (4, 8, 2, 1), (5, 3, 1, 2), (9, 6, 1, None)):
-        same(*exported, torch.rand(batch, 3, 16 * rows, 16 * columns) * 2 - 1, sent)
-
-
 def test_what_cannot_be_exported(tiny_config, tiny, tmp_path, capsys, monkeypatch):
     continuous = FlowMo(tiny_config.override("model.quantization_type=kl"))
     with pytest.raises(ExportError, match="continuous"):

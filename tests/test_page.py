@@ -5,7 +5,6 @@ import functools
 import http.client
 import http.server
 import json
-import os
 import re
 import select
 import shutil
@@ -15,24 +14,22 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
-from conftest import open_gates
+from browser import pixels, static, until
+from conftest import make_once, open_gates
 from PIL import Image
 from processes import run_program
 from test_planes import low_model
 
 from flowmo import FlowMo, preset
-from flowmo.codec.file import CONTEXT, Codec, CodecError, varint
+from flowmo.codec.file import Codec, CodecError, varint
 from flowmo.data.tokens import Vocabulary
 from flowmo.generate.generator import Generator, save_generator
 from flowmo.images import ImageError, read_image
@@ -62,21 +59,15 @@ def demo(native):
     return Demo(native, Codec(native), name="tiny")
 
 
-@pytest.fixture
-def photo(tmp_path, picture):
-    picture.resize((70, 50)).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
 def rgba(path):
     return Image.open(path).convert("RGBA").tobytes()
 
 
-def test_operations(demo, native, photo):
+def test_operations(demo, native, png):
     pytest.importorskip("constriction")
-    codes, coded = native.encode_image(read_image(photo)), Codec(native, low_model(native))
+    codes, coded = native.encode_image(read_image(png)), Codec(native, low_model(native))
     demo.codec = coded
-    body = demo.encode(rgba(photo), 50, 70)
+    body = demo.encode(rgba(png), 50, 70)
     assert body == Codec(native).pack(codes)
     decoded = demo.decode(Codec(native).pack(codes.coarser(2)), seed=5, steps=2, guidance=1.0)
     assert decoded == native.decode_image(codes.coarser(2), 2, 5).convert("RGBA").tobytes()
@@ -86,14 +77,14 @@ def test_operations(demo, native, photo):
     assert demo.pack(packed) == content
     assert demo.unpack(content) == (packed, {"Missing": 0})
     assert demo.unpack(content[:-1]) == (Codec(native).pack(low.coarser(3)), {"Missing": 1})
-    codecs = {codec["name"]: codec for codec in demo.codecs(rgba(photo), 50, 70, 1500)}
+    codecs = {codec["name"]: codec for codec in demo.codecs(rgba(png), 50, 70, 1500)}
     assert {"JPEG", "WebP"} <= {*codecs}
     assert all(codec["bytes"] <= 1500 and codec["psnr"] > 20 for codec in codecs.values())
     for call, message in (
         (lambda: demo.encode(b"1234", 50, 70), "not 70 × 50 RGBA"),
         (lambda: demo.encode(b"", 0, 70), "70×0 has no pixels"),
         (lambda: demo.decode(body[:15], 0, 1, 1.0), "it ends early"),
-        (lambda: demo.codecs(rgba(photo), 1000, 1000, 10), "RGBA"),
+        (lambda: demo.codecs(rgba(png), 1000, 1000, 10), "RGBA"),
         (lambda: demo.generate(b"", 0, 0), "no generator"),
     ):
         with pytest.raises((DemoError, CodecError, ImageError), match=message):
@@ -108,17 +99,17 @@ def test_flat_pictures_by_other_codecs(demo):
     json.dumps(found, allow_nan=False)
 
 
-def test_operations_have_limits(demo, native, photo, monkeypatch):
-    body, steps = demo.encode(rgba(photo), 50, 70), []
-    monkeypatch.setattr(native, "decode_image", lambda codes, n, *_, **__: (steps.append(n), read_image(photo))[1])
+def test_operations_have_limits(demo, native, png, monkeypatch):
+    body, steps = demo.encode(rgba(png), 50, 70), []
+    monkeypatch.setattr(native, "decode_image", lambda codes, n, *_, **__: (steps.append(n), read_image(png))[1])
     demo.decode(body, 0, 10**9, 1.0)
     assert steps == [web_server.MAX_STEPS]
     for limit, call in (
         ("MAX_PIXELS", lambda: demo.decode(body, 0, 1, 1.0)),
         ("MAX_PIXELS", lambda: demo.pack(body)),
         ("MAX_PIXELS", lambda: demo.unpack(body)),
-        ("MAX_PIXELS", lambda: demo.encode(rgba(photo), 50, 70)),
-        ("MAX_PIXELS_FOR_CODECS", lambda: demo.codecs(rgba(photo), 50, 70, 1500)),
+        ("MAX_PIXELS", lambda: demo.encode(rgba(png), 50, 70)),
+        ("MAX_PIXELS_FOR_CODECS", lambda: demo.codecs(rgba(png), 50, 70, 1500)),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(web_server, limit, 50 * 70 - 1)
@@ -292,209 +283,22 @@ def serving(model, *words):
             process.kill()
 
 
-def until(condition, seconds=300):
-    """What a condition gives once it is true."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(Exception):  # elements come and go while the page draws itself
-            found = condition()
-            if found:
-                return found
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s")
+@pytest.fixture
+def tiled(tiny_config, runtime, tmp_path_factory, tmp_path):
+    """A guided tokenizer of fixed size with several steps, and a copy of its static page."""
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    shallow = ("model.enc_depth=1", "model.dec_depth=1")
+    sampling = ("eval.sampling.sample_steps=2", "eval.sampling.guidance_high=1")
+    tiny = open_gates(FlowMo(tiny_config.override(*shallow, *sampling))).eval().requires_grad_(False)
+    site = make_once(tmp_path_factory, "tiled", lambda folder: export(tiny, folder, "page", "tiny", "float32", runtime))
+    return tiny, shutil.copytree(site, tmp_path / "site")
 
 
-class Page:
-    """The page in headless Chromium, which finds no machine but this one."""
-
-    def __init__(self, downloads):
-        webdriver = pytest.importorskip("selenium.webdriver")
-        paths = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-        if None in paths:
-            pytest.skip("needs chromium and chromedriver")
-        options = webdriver.ChromeOptions()
-        options.binary_location = paths[0]
-        offline = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-        for argument in (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-dev-shm-usage",
-            "--window-size=1200,1500",
-            offline,
-        ):
-            options.add_argument(argument)
-        several = {"profile.default_content_setting_values.automatic_downloads": 1}
-        options.add_experimental_option("prefs", {"download.default_directory": str(downloads), **several})
-        self.downloads = downloads
-        self.browser = webdriver.Chrome(service=webdriver.ChromeService(paths[1]), options=options)
-
-    def at(self, selector):
-        return self.browser.find_element("css selector", selector)
-
-    def text(self, selector):
-        return self.at(selector).get_property("textContent")
-
-    def do(self, script, *arguments):
-        return self.browser.execute_script(script, *arguments)
-
-    def ready(self):
-        until(lambda: self.do("return document.body.dataset.ready"))
-
-    def idle(self):
-        until(lambda: self.do("return document.body.dataset.busy") is None)
-
-    def visit(self, address):
-        self.browser.get(address)
-        self.ready()
-
-    def open(self, file):
-        """Choose a file and wait until it is shown or refused."""
-        self.do("document.getElementById('facts').replaceChildren()")
-        self.at("#file").send_keys(str(file))
-        until(lambda: self.text("#facts") or self.at("#message.error").is_displayed())
-        self.idle()
-        return self.text("#facts"), self.text("#message")
-
-    def set(self, name, value, event="change"):
-        self.do(
-            "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
-            "e.dispatchEvent(new Event(arguments[2], {bubbles: true}))",
-            *(name, value, event),
-        )
-        self.idle()
-
-    def click(self, name):
-        self.do("document.getElementById(arguments[0]).click()", name)
-        self.idle()
-
-    def save(self, button, name):
-        self.click(button)
-        return until(lambda: (self.downloads / name).exists() and self.downloads / name)
-
-    def shown(self):
-        """The decoded pixels on the page."""
-        self.idle()
-        width, height, data = self.do(
-            "const c = document.getElementById('decoded');"
-            "return [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
-        )
-        return np.array(data, np.int16).reshape(height, width, 4)[..., :3]
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    page = Page(tmp_path_factory.mktemp("downloads"))
-    yield page
-    page.browser.quit()
-
-
-@pytest.fixture(scope="session")
-def runtime(tmp_path_factory):
-    """The unpacked npm package; FLOWMO_ONNXRUNTIME_WEB names a copy."""
-    from flowmo.web.export import ExportError, vendor
-
-    named = os.environ.get("FLOWMO_ONNXRUNTIME_WEB")
-    folder = Path(named) if named else tmp_path_factory.mktemp("runtime")
-    if not named:
-        try:
-            vendor(folder / "dist", None)
-        except ExportError as error:
-            pytest.skip(str(error))
-    return folder
-
-
-@contextlib.contextmanager
-def static(folder, answers=lambda request: False):
-    """Any web server: Python's own, unless ``answers`` has answered a request itself."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            if not answers(self):
-                super().do_GET()
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-def pixels(image):
-    return np.asarray(image, np.int16)
-
-
-def test_static_page_of_native_size(page, exported, runtime, tmp_path, photo, monkeypatch):
-    """Encode, change the rate, save, read the file with Python, open Python's file, damage it, work offline."""
-    native, networks = exported
-    with monkeypatch.context() as patched:
-        patched.setattr("flowmo.web.export.write_graph", lambda _, file, dtype: shutil.copy(networks / file.name, file))
-        export(native, tmp_path / "site", "page", "tiny", runtime=runtime, examples=[photo])
-    codec, original = Codec(native), read_image(photo)
-    with static(tmp_path / "site") as address:
-        page.visit(address)
-        facts, _ = page.open(photo)
-        assert "70 × 50" in facts
-        assert "PSNR" in facts
-        assert page.do("return self.crossOriginIsolated"), "the service worker allows threads"
-        file = page.save("save", "photo.flowmo")
-        assert f"{file.stat().st_size} bytes" in facts
-        codes = codec.unpack(file.read_bytes())
-        assert torch.equal(codes.ids, native.encode_image(original).ids)
-        assert abs(page.shown() - pixels(native.decode_image(codes))).max() <= 1
-        page.set("seed", "7")
-        assert abs(page.shown() - pixels(native.decode_image(codes, seed=7))).max() <= 1
-        page.set("seed", "")  # the default, not an error
-        assert page.at("#seed").get_property("value") == "0"
-        page.set("rate", "2", "input")
-        assert abs(page.shown() - pixels(native.decode_image(codes.coarser(2)))).max() <= 1
-        file.unlink()
-        assert torch.equal(codec.unpack(page.save("save", "photo.flowmo").read_bytes()).ids, codes.ids[..., :2])
-
-        theirs = tmp_path / "OTHER.FLOWMO"
-        content = codec.pack(native.encode_image(original.resize((130, 90))))
-        theirs.write_bytes(content)
-        facts, message = page.open(theirs)
-        assert "130 × 90" in facts
-        assert "PSNR" not in facts
-        assert not message
-        assert abs(page.shown() - pixels(native.decode_image(codec.unpack(content)))).max() <= 1
-        theirs.write_bytes(content[:3] + bytes([content[3] | CONTEXT << 4]) + content[4:])
-        advice = r"entropy-coded.*: flowmo encode FILE packed.flowmo --packed --model MODEL\.$"
-        assert re.search(advice, page.open(theirs)[1])
-        theirs.write_bytes(content[:-3])
-        assert "3 of 4 planes" in page.open(theirs)[1]
-        theirs.write_bytes(content[:20])
-        assert "damaged" in page.open(theirs)[1]
-        broken = tmp_path / "broken.jpg"
-        broken.write_bytes(b"\xff\xd8\xff not a picture")
-        assert "not an image that this browser reads" in page.open(broken)[1]
-        large = tmp_path / "large.jpg"
-        Image.new("RGB", (4000, 1000), "red").save(large)
-        facts, message = page.open(large)
-        assert "512 × 128" in facts
-        assert "shrunk from 4,000 × 1,000 to 512 × 128" in message
-
-        page.browser.set_window_size(400, 800)
-        assert page.do("return document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out on a phone"
-        page.browser.set_window_size(1200, 1500)
-        fetched = page.do("return performance.getEntriesByType('resource').map(e => e.name)")
-        assert fetched
-        assert all(name.startswith((address, "blob:", "data:")) for name in fetched), "no other machine"
-        kept = "const c = await caches.open('flowmo'); done((await c.keys()).map((r) => r.url).join(' '))"
-        kept = f"const done = arguments[0]; (async () => {{ {kept} }})()"
-        until(lambda: page.browser.execute_async_script(kept).count(".onnx") == 2)
-    page.visit(address)  # the server has gone
-    assert "70 × 50" in page.open(photo)[0]
-
-
-def test_static_page_of_a_bad_server(page, exported, runtime, tmp_path, photo, monkeypatch):
+def test_static_page_of_a_bad_server(page, tiled, png):
     """A file that is chosen while the networks load, a network cut short and mended, a redirect."""
-    native, networks = exported
-    monkeypatch.setattr("flowmo.web.export.write_graph", lambda _, file, dtype: shutil.copy(networks / file.name, file))
-    export(native, tmp_path / "site", "page", "tiny", runtime=runtime)
-    go, network = threading.Event(), tmp_path / "site" / "encoder.onnx"
+    _, site = tiled
+    go, network = threading.Event(), site / "encoder.onnx"
 
     def answers(request):
         if "encoder.onnx" in request.path:
@@ -507,35 +311,30 @@ def test_static_page_of_a_bad_server(page, exported, runtime, tmp_path, photo, m
         request.end_headers()
         return True
 
-    with static(tmp_path / "site", answers) as address:
+    with static(site, answers) as address:
         page.browser.get(address)
         until(lambda: page.do("return self.crossOriginIsolated") and "Loading" in page.text("#message"))
-        page.at("#file").send_keys(str(photo))
+        page.at("#file").send_keys(str(png))
         go.set()
         until(lambda: "70 × 50" in page.text("#facts"))
         assert page.text("#left") == "original"
         page.visit(f"{address}moved")
     whole = network.read_bytes()
     network.write_bytes(whole[:-100])
-    with static(tmp_path / "site", answers) as address:
+    with static(site, answers) as address:
         page.browser.get(address)
         until(lambda: "encoder.onnx cannot be loaded (another length). Reload the page." in page.text("#message"))
         network.write_bytes(whole)
         page.visit(address)
 
 
-def test_static_page_in_tiles(page, tiny_config, runtime, tmp_path, photo):
-    """A guided tokenizer of fixed size with several steps: tiles, the central square, samples and edited ids."""
-    pytest.importorskip("onnxscript")
-    torch.manual_seed(0)
-    shallow = ("model.enc_depth=1", "model.dec_depth=1")
-    sampling = ("eval.sampling.sample_steps=2", "eval.sampling.guidance_high=1")
-    tiny = open_gates(FlowMo(tiny_config.override(*shallow, *sampling))).eval().requires_grad_(False)
-    export(tiny, tmp_path / "site", "page", "tiny", "float32", runtime)
-    with static(tmp_path / "site") as address:
+def test_static_page_in_tiles(page, tiled, png):
+    """Tiles, the central square, samples and edited ids."""
+    tiny, site = tiled
+    with static(site) as address:
         page.visit(address)
-        page.open(photo)
-        codes = tiny.encode_image(read_image(photo))
+        page.open(png)
+        codes = tiny.encode_image(read_image(png))
         file = page.save("save", "photo (1).flowmo" if (page.downloads / "photo.flowmo").exists() else "photo.flowmo")
         assert file.read_bytes() == Codec(tiny).pack(codes)
         assert abs(page.shown() - pixels(tiny.decode_image(codes))).max() <= 1
@@ -555,14 +354,14 @@ def test_static_page_in_tiles(page, tiny_config, runtime, tmp_path, photo):
         assert re.search(r"JPEG: [\d,]+ bytes, its least.*WebP", page.text("#codecs"))
 
 
-def test_the_demo_command(page, tiny, tiny_model, tmp_path, photo, generator_file):
+def test_the_demo_command(page, tiny, tiny_model, tmp_path, png, generator_file):
     """The same page with the Python model behind it: encode, save, compare with AVIF, generate; then its limits."""
     codec = Codec(tiny)
-    with serving(tiny_model, "--generator", generator_file, "--examples", photo) as address:
+    with serving(tiny_model, "--generator", generator_file, "--examples", png) as address:
         page.visit(address)
         page.do("document.querySelector('#examples button').click()")
         until(lambda: "70 × 50" in page.text("#facts"))
-        codes = tiny.encode_image(read_image(photo))
+        codes = tiny.encode_image(read_image(png))
         assert f"{len(codec.pack(codes))} bytes" in page.text("#facts")
         assert abs(page.shown() - pixels(tiny.decode_image(codes))).max() <= 1
         page.click("compare")
