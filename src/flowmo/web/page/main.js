@@ -17,6 +17,7 @@ let image = null; // original pixels, null for a .flowmo file
 let codes = null;
 let decoded = null;
 let decodings = new Map();
+let showing = Promise.resolve(); // until what was chosen last is on the page
 let latest = 0;
 let running = Promise.resolve();
 
@@ -154,7 +155,12 @@ async function decode(planes, change = {}) {
   return result;
 }
 
-async function show() {
+function show() {
+  showing = showCodes();
+  return showing;
+}
+
+async function showCodes() {
   if (!codes) return;
   clearGalleries();
   const [shownCodes, planes] = [codes, Number($("rate").value)];
@@ -220,6 +226,7 @@ function download(content, name) {
 // More about one image
 
 async function compare() {
+  await showing; // or the new decoding would end the comparison of the old one
   if (!image) return say("A .flowmo file has no original to compress. Open an image.", "error");
   const mine = decoded;
   const { bytes } = mine;
@@ -240,6 +247,7 @@ async function compare() {
 }
 
 async function draw() {
+  await showing;
   const { seed, steps } = settings();
   const mine = decoded;
   const all = [mine];
