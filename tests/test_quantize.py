@@ -185,6 +185,19 @@ def test_bsq_lies_on_the_sphere_and_its_entropy_is_bounded_by_its_bits():
     torch.testing.assert_close(same.statistics["sample_entropy"], same.statistics["codebook_entropy"])
 
 
+def test_bsq_entropies_equal_the_full_softmax():
+    """A softmax of ⟨x, corner⟩ / 0.01 over all corners."""
+    quantizer = bsq(6, 3)
+    on_sphere = quantizer.normalize(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 5e-3).double()
+    corners = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=6))).double() / 6**0.5
+    p = (100 * on_sphere @ corners.T).softmax(dim=-1)
+    set_bits = (p @ (corners > 0).double()).mean(dim=0)
+    sample, mean = quantizer.entropies(on_sphere[None])
+    assert sample.item() == pytest.approx(torch.special.entr(p).sum(dim=-1).mean().item(), rel=1e-6)
+    bits = torch.special.entr(set_bits) + torch.special.entr(1 - set_bits)
+    assert mean.item() == pytest.approx(bits.sum().item(), rel=1e-6)
+
+
 def test_bsq_scales_each_token_and_draws_it_to_its_corner():
     quantizer, code = bsq(2, 1), torch.tensor([[[3.0, 4.0], [2.0, 0.0], [0.0, 5.0]]])
     on_sphere = quantizer.normalize(code)
