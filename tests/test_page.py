@@ -225,7 +225,7 @@ def test_few_bodies_are_in_memory(held, monkeypatch):
 def test_a_client_that_sends_slowly_keeps_no_slot(held, monkeypatch):
     monkeypatch.setattr(Handler, "timeout", 0.3)
     with socket.create_connection(("127.0.0.1", held.port)) as slow:
-        slow.sendall(b"POST /pack HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
+        slow.sendall(b"POST /pack HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n")
         slow.settimeout(60)
         for _ in range(1000):
             with contextlib.suppress(ConnectionError):  # the server has answered and left
