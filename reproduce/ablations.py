@@ -155,7 +155,7 @@ def figure_7(study: Study, length: str) -> None:
 def body(results: Results, plot: Path) -> str:
     columns = [*page.measured(results["rows"]), COLOUR]
     lengths = page.groups_of(results["rows"], "images")
-    page.dot_plots([group for rows in lengths for group in labelled_groups(rows)], columns, plot)
+    page.dot_plots([labelled_groups(rows) for rows in lengths], columns, plot)
     keys = ("frechet_distance", "psnr", "lpips_alex")
     published = {name: dict(zip(keys, values, strict=True)) for name, values in PUBLISHED.items()}
     sampled = {arm.name for arm in arms_of(SCALES[results["scale"]].base) if arm.sampling}

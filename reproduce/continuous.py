@@ -85,7 +85,7 @@ def dito_settings(base: Config) -> tuple[str, ...]:
 def body(results: Results, plot: Path) -> str:
     groups = page.groups_of(results["rows"])
     columns = page.measured(results["rows"])
-    page.dot_plots(groups, columns, plot)
+    page.dot_plots([groups], columns, plot)
     published = page.markdown_table(
         ["table 3", "rFID ↓", "PSNR ↑", "SSIM ↑", "LPIPS ↓"],
         ([row.name, *(f"{value:g}" for value in (row.rfid, row.psnr, row.ssim, row.lpips))] for row in TABLE_3),

@@ -95,7 +95,7 @@ def decoder_velocity(tokenizer: FlowMo, code: Tensor, keep: bool) -> Callable[[T
 
 def body(results: Results, plot: Path) -> str:
     groups = page.groups_of(results["rows"])
-    page.dot_plots(groups, COLUMNS[:1], plot)
+    page.dot_plots([groups], COLUMNS[:1], plot)
     return f"""\
 {results["pictures"]} held-out images, {results["steps"]} steps of Heun's method from t = {START}, Hutchinson's estimate
 of the divergence from {results["probes"]} probes, no guidance. Bits per number of an image of 256 levels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -228,8 +229,10 @@ def subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, A
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def dot_plots(groups: Sequence[Group], columns: Sequence[Column], path: Path) -> None:
-    """Plot one dot per group for each column, with its deviation, and the first group's mean as a line."""
+def dot_plots(blocks: Sequence[Sequence[Group]], columns: Sequence[Column], path: Path) -> None:
+    """Plot one dot per group for each column, with its deviation. A line marks the mean of each block's first group."""
+    groups = [group for block in blocks for group in block]
+    ends = list(itertools.accumulate(map(len, blocks), initial=0))
     across = min(len(columns), 4)
     down = math.ceil(len(columns) / across)
     figure, axes = subplots(down, across, (2.4 * across + 1.5, (0.3 * len(groups) + 0.9) * down))
@@ -240,7 +243,9 @@ def dot_plots(groups: Sequence[Group], columns: Sequence[Column], path: Path) ->
         found = [mean_and_deviation(column.values(group)) or (math.nan, 0.0) for group in groups]
         means, deviations = zip(*found, strict=True)
         axis.errorbar(means, positions, xerr=deviations, fmt="o", markersize=5, capsize=2)
-        axis.axvline(means[0], color="black", linewidth=0.8, linestyle="--")
+        for first, end in itertools.pairwise(ends):
+            height = positions[end - 1] - 0.5, positions[first] + 0.5
+            axis.vlines(means[first], *height, color="black", linewidth=0.8, linestyle="--")
         axis.set_yticks(list(positions), [group[0]["label"] if i % across == 0 else "" for group in groups])
         axis.set_ylim(0.5, len(groups) + 0.5)
         if min(means) == max(means):

@@ -153,7 +153,7 @@ def timed(decode: Callable[[Tensor], Tensor], ids: Tensor) -> dict[str, float]:
 
 def body(results: Results, plot: Path) -> str:
     groups, columns = page.groups_of(results["rows"]), page.measured(results["rows"])
-    page.dot_plots(groups, columns, plot)
+    page.dot_plots([groups], columns, plot)
     first = {
         **page.LABEL_AND_SEEDS,
         "M parameters": lambda group: f"{results['parameters'][group[0]['arm']] / 1e6:.2f}",

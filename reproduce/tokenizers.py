@@ -101,7 +101,7 @@ def train_tokenizer(kind: str, equal: Row, study: Study) -> generation.Tokenizer
 def body(results: Results, plot: Path) -> str:
     by_kind = {rows[0]["kind"]: page.groups_of(rows) for rows in page.groups_of(results["rows"], "kind")}
     drawn, columns = by_kind.get("generated", []), page.measured(results["rows"], generation.COLUMNS)
-    page.dot_plots(drawn or by_kind["reconstructed"], [*columns, BITS], plot)
+    page.dot_plots([drawn or by_kind["reconstructed"]], [*columns, BITS], plot)
     network, equal, rates = results["generator"], results["match"], results["rates"]
     sizes = [
         [

@@ -113,7 +113,7 @@ def save_figure_8(shown: Sequence[tuple[Tensor, ...]], path: Path) -> None:
 
 def body(results: Results, plot: Path) -> str:
     groups, columns = page.groups_of(results["rows"]), page.measured(results["rows"], COLUMNS)
-    page.dot_plots(groups, columns, plot)
+    page.dot_plots([groups], columns, plot)
     return f"""\
 {results["samples"]} samples of each of {results["pictures"]} held-out images' codes. Spread: standard deviation of a
 pixel over samples. Correlations over the pixels of an image, then averaged: of the spread with the original's detail
