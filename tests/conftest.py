@@ -103,7 +103,7 @@ def write_language_model(path: Path, **shape: int) -> None:
     transformers.Qwen2ForCausalLM(config).save_pretrained(path)
 
 
-LONGEST = ("test_docs.py", "test_distributed.py", "test_page.py", "test_export.py", "test_reproduce.py")
+LONGEST = ("test_docs.py", "test_distributed.py", "test_page.py", "test_reproduce.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,12 +1,14 @@
 """Studies at their smallest scale: how tests run one."""
 
 import importlib
+import json
 
 import pytest
 from conftest import PICTURES
 
 from flowmo.train.trainer import Trainer
 from reproduce import runner
+from reproduce.__main__ import main
 from reproduce.runner import Study, read_results
 
 
@@ -30,3 +32,20 @@ def run_study(study, monkeypatch):
             again(recipe, study)
             assert page.read_text() == text
     return read_results(study)["rows"], text
+
+
+def run_by_command(name, images, folder, *words):
+    """A study's results and page, by the command line. Run and drawn again, it has the same page."""
+    pytest.importorskip("matplotlib")
+    out = folder / "out"
+    page = out / f"{name}-smoke.md"
+    places = ("--data", images, "--held-out", images, "--results-dir", folder / "results", "--out", out)
+    command = [name, *places, "--device", "cpu", *words]
+    pages = []
+    for again in (command, command, [name, "--redraw", "--out", out]):
+        page.unlink(missing_ok=True)
+        assert main([str(word) for word in again]) == 0
+        pages.append(page.read_text())
+    assert pages == pages[:1] * 3
+    assert page.with_suffix(".png").stat().st_size > 5000
+    return json.loads(page.with_suffix(".json").read_text()), pages[0]

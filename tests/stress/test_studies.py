@@ -1,54 +1,35 @@
 """Studies at their smallest scale that take longest. The others are in ``tests/test_reproduce.py``."""
 
-import json
-
 import pytest
 from conftest import PICTURES
-from studies import run_study, study_of
+from studies import run_by_command, run_study, study_of
 
 from flowmo import Config
 from flowmo.model.torchvision_import import before_importing
 from reproduce import StudyError, discriminator, passes
-from reproduce.__main__ import main
 from reproduce.runner import read_results
 
 pytestmark = pytest.mark.usefixtures("small_features")
 
 
-def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
+def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
-    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out"]
-    words = ["posttrain", "--data", PICTURES, "--held-out", PICTURES, *places, "--device", "cpu"]
-    assert main([str(word) for word in words]) == 0
-    found = json.loads((tmp_path / "out" / "posttrain-smoke.json").read_text())
+    found, text = run_by_command("posttrain", PICTURES, tmp_path)
     assert [row["kind"] for row in found["rows"]] == ["base", "more", "one-step", "sample"]
     assert all(row["pictures"] == 8 for row in found["rows"])
     assert all(row["seconds"] > 0 for row in found["rows"])
     assert len({row["psnr"] for row in found["rows"]}) == 4, "every arm is a model of its own"
-    text = (tmp_path / "out" / "posttrain-smoke.md").read_text()
     assert text.count("\n| ") == 6
     assert "(a) sample, weight 0.01" in text
     runs = tmp_path / "results" / "posttrain-smoke"
-    for path in (tmp_path / "out" / "posttrain-smoke.png", runs / "pictures.png"):
-        assert path.stat().st_size > 5000
+    assert (runs / "pictures.png").stat().st_size > 5000
     assert (runs / "base" / "checkpoints").is_dir()
     assert not (runs / "sample-0.01-seed1" / "checkpoints").exists(), "what was measured gives back its room"
-    (tmp_path / "out" / "posttrain-smoke.md").unlink()
-    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
-    assert (tmp_path / "out" / "posttrain-smoke.md").read_text() == text
-    (tmp_path / "out" / "posttrain-smoke.md").unlink()
-    assert main(["posttrain", "--redraw", "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "posttrain-smoke.md").read_text() == text
 
 
 def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
-    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out", "--models", tiny_model]
-    words = ["generate", "--data", class_folder, "--held-out", class_folder, *places, "--device", "cpu"]
-    assert main([str(word) for word in words]) == 0
-    found = json.loads((tmp_path / "out" / "generate-smoke.json").read_text())
+    found, text = run_by_command("generate", class_folder, tmp_path, "--models", tiny_model)
     kinds = ["originals", "others", "floor", "ceiling", "t1-g1.5", "halton", "bits"]
     assert [row["kind"] for row in found["rows"]] == kinds
     assert found["rows"][0]["frechet_distance"] == pytest.approx(0, abs=1e-2)
@@ -56,38 +37,24 @@ def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, mon
     nats = [row["cross_entropy"] for row in found["rows"] if "cross_entropy" in row]
     assert len(nats) == 3
     assert nats[0] == nats[1] != nats[2], "one generator with a table of ids, one with bit tokens"
-    text = (tmp_path / "out" / "generate-smoke.md").read_text()
     assert text.count("\n| ") == 9 + 4
-    assert (tmp_path / "out" / "generate-smoke.png").stat().st_size > 5000
     assert (tmp_path / "results" / "generate-smoke" / "tiny-bits" / "classes.png").stat().st_size > 1000
-    (tmp_path / "out" / "generate-smoke.md").unlink()
-    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
-    assert (tmp_path / "out" / "generate-smoke.md").read_text() == text
 
 
 def test_tokenizers_smoke(trained_weights, class_folder, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     before_importing("diffusers")
     pytest.importorskip("diffusers")
     monkeypatch.setenv("FLOWMO_WEIGHTS", str(trained_weights))
-    places = ["--results-dir", tmp_path / "results", "--out", tmp_path / "out"]
-    words = ["tokenizers", "--data", class_folder, "--held-out", class_folder, *places, "--device", "cpu"]
-    assert main([str(word) for word in words]) == 0
-    found = json.loads((tmp_path / "out" / "tokenizers-smoke.json").read_text())
+    found, text = run_by_command("tokenizers", class_folder, tmp_path)
     arms = ["pretrained", "posttrained", "convolutional"]
     assert [(row["arm"], row["kind"]) for row in found["rows"]] == [
         (arm, kind) for arm in arms for kind in ("reconstructed", "generated")
     ]
     assert len({row["tokenizer"] for row in found["rows"]}) == 3, "each has weights of its own"
     assert len({row["frechet_distance"] for row in found["rows"]}) == 6
-    text = (tmp_path / "out" / "tokenizers-smoke.md").read_text()
     assert text.count("\n| ") == 4 + 5 + 5
     assert "FlowMo, stages 1A and 1B is " in text
-    assert (tmp_path / "out" / "tokenizers-smoke.png").stat().st_size > 5000
     assert (tmp_path / "results" / "tokenizers-smoke" / "pretrained-reconstructed" / "classes.png").is_file()
-    (tmp_path / "out" / "tokenizers-smoke.md").unlink()
-    assert main([str(word) for word in words]) == 0  # trains and measures nothing again
-    assert (tmp_path / "out" / "tokenizers-smoke.md").read_text() == text
 
 
 def test_passes_smoke(evaluators, tmp_path, monkeypatch):
