@@ -34,7 +34,14 @@ def rate(processes: int, batch: int, arguments: argparse.Namespace) -> float:
             *("-m", "flowmo.train", "--config", arguments.config, "--device", arguments.device),
             *("--results-dir", folder, "--experiment-name", "scaling", f"data.train={arguments.data}"),
             *(f"data.global_batch_size={batch}", "data.max_microbatch=0", *lengths, "trainer.sample_every=0"),
-            *("trainer.best_metric=", "opt.lpips_weight=0", "opt.warmup=0", "opt.cooldown=0", *arguments.settings),
+            *(
+                "trainer.best_metric=",
+                "trainer.patience=0",
+                "opt.lpips_weight=0",
+                "opt.warmup=0",
+                "opt.cooldown=0",
+                *arguments.settings,
+            ),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -22,6 +22,7 @@ from flowmo.losses.noise import Chain, TrainingNoise
 from flowmo.losses.stages import posttrain_loss, sample_chain
 from flowmo.model import flow
 from flowmo.train.early_stopping import EarlyStopping
+from flowmo.train.start_checks import check_start
 from flowmo.train.trainer import Trainer, TrainingError
 
 
@@ -225,7 +226,7 @@ def test_a_run_that_gets_worse_ends_and_keeps_its_best(settings, tmp_path):
     """A learning rate that destroys the model: the first checkpoint stays the best, and patience runs out."""
     config = settings.override(
         f"data.val={settings.data.train}",
-        "eval.pictures=2",
+        "eval.images=2",
         "eval.sampling.sample_steps=2",
         "trainer.best_metric=psnr",
         "trainer.patience=2",
@@ -271,7 +272,7 @@ def test_reconstructions_that_all_equal_their_originals_are_the_best(settings, t
         return Reconstruction(images, torch.ones(len(images)))
 
     monkeypatch.setattr(FlowMoReconstructor, "reconstruct", perfect)
-    held_out = (f"data.val={settings.data.train}", "eval.pictures=2", "trainer.best_metric=psnr")
+    held_out = (f"data.val={settings.data.train}", "eval.images=2", "trainer.best_metric=psnr")
     run = Trainer(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
     run.train()
     assert (run.early_stopping.step, run.early_stopping.value) == (1, float("inf"))
@@ -294,7 +295,7 @@ def test_checkpoints_are_judged_by_rfid(settings, tmp_path, monkeypatch):
     linalg = pytest.importorskip("scipy.linalg")
     asked = []
     monkeypatch.setattr("flowmo.train.tokenizer.build_features", lambda kind: asked.append(kind) or Colours())
-    held_out = (f"data.val={settings.data.train}", "eval.pictures=5", "trainer.best_metric=rfid")
+    held_out = (f"data.val={settings.data.train}", "eval.images=5", "trainer.best_metric=rfid")
     run = Trainer(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
     run.train()
     assert asked == ["inception"], "no stand-in is called rFID"
@@ -311,9 +312,16 @@ def test_checkpoints_are_judged_by_rfid(settings, tmp_path, monkeypatch):
     assert not run.early_stopping.update(2, run.early_stopping.value + 1)
     assert run.early_stopping.update(3, run.early_stopping.value - 1)
     with pytest.raises(TrainingError, match="needs 4 held-out images, not 3"):
-        Trainer(run.config.override("eval.pictures=3"), tmp_path / "few", report=quiet)
+        Trainer(run.config.override("eval.images=3"), tmp_path / "few", report=quiet)
 
 
 def test_a_guard_needs_held_out_pictures(settings, tmp_path):
     with pytest.raises(ConfigError, match=r"needs held-out images\. Write data\.val"):
         Trainer(settings.override("trainer.best_metric=psnr"), tmp_path / "run", report=quiet)
+
+
+def test_patience_needs_a_metric(settings):
+    impatient = settings.override("trainer.patience=3")
+    with pytest.raises(ConfigError, match=r"trainer\.patience=3 needs a metric\. Set trainer\.best_metric"):
+        check_start(impatient, has_weights=True)
+    check_start(impatient.override("trainer.best_metric=psnr"), has_weights=True)

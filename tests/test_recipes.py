@@ -28,7 +28,8 @@ TINY = (
     *("model.network=double_stream", "model.nested_dropout=0", "data.crop_sizes=", "opt.lpips_crop=0"),
     *("model.channels=3", "data.bit_depth=8", "model.window=8", "model.conv_depth=3"),
     *("model.enc_hidden_size=32", "model.enc_num_heads=1", "model.enc_depth=1", "opt.lpips_weight=0"),
-    *("trainer.compile=false", "trainer.enable_bfloat16=false", "trainer.tensorboard=false", "trainer.best_metric="),
+    *("trainer.compile=false", "trainer.enable_bfloat16=false", "trainer.tensorboard=false"),
+    *("trainer.best_metric=", "trainer.patience=0"),
 )
 SHAPE = (
     *("model.context_dim=18", "model.codebook_size_for_entropy=9", "model.code_layout=diagonal"),

@@ -42,6 +42,11 @@ def check_start(config: Config, has_weights: bool) -> None:
             f"trainer.duration={config.trainer.duration} is the length of stage 1A. Set it to the total length, "
             f"including the checkpoint's steps: trainer.duration='STEPS steps', STEPS = those + {POSTTRAIN_STEPS}."
         )
+    if config.trainer.patience and not config.trainer.best_metric:
+        raise ConfigError(
+            f"trainer.patience={config.trainer.patience} needs a metric. "
+            "Set trainer.best_metric, or write trainer.patience=0."
+        )
 
 
 def describe(config: Config, start: Position, schedule: Schedule) -> str:
