@@ -1,7 +1,7 @@
 """DISTS (Ding et al. 2020): similarity of structure and texture in VGG-16's features. Lower is closer.
 
 The weights of the channels are the file ``weights.pt`` inside the package DISTS_pytorch on PyPI. VGG-16 is found as for
-LPIPS, see the README.
+LPIPS, see docs/evaluation.md.
 """
 
 from __future__ import annotations

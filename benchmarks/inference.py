@@ -173,8 +173,8 @@ def precision(device: torch.device, bfloat16: bool) -> AbstractContextManager:
 def line(row: dict) -> str:
     share, seconds = row["flops"] / row["matrix_rate"], row["seconds"]
     cells = (f"{1e3 * seconds[way]:.1f} ({share / seconds[way]:.0%})" if way in seconds else "–" for way in WAYS)
-    facts = f"{row['flops'] / 1e9:.1f} | {row['moved'] / 1e6:.0f} | {1e3 * row['floor']:.1f}"
-    return f"| {row['preset']} | {row['part']} | {facts} | " + " | ".join(cells) + " |"
+    details = f"{row['flops'] / 1e9:.1f} | {row['moved'] / 1e6:.0f} | {1e3 * row['floor']:.1f}"
+    return f"| {row['preset']} | {row['part']} | {details} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:

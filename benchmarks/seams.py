@@ -1,4 +1,4 @@
-"""Seams and dot screens: patterns of a decoder's own grid in what it decodes.
+"""Seams and dot patterns: traces of a decoder's own grid in what it decodes.
 
     python benchmarks/seams.py IMAGES --model native --limit 50 --out seams
 

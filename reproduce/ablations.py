@@ -42,7 +42,7 @@ COLOUR_IMAGES = 32
 FSQ_LEVELS = 8
 KEPT = (BASELINE, "logit-normal")
 """Arms whose checkpoints stay: the sampler's study takes the former, and figure 7 shows both."""
-MSE = ("opt.anchor=1", "opt.loss_space=picture", "opt.lpips_weight=0", "model.enable_cfg=false")
+MSE = ("opt.anchor=1", "opt.loss_space=image", "opt.lpips_weight=0", "model.enable_cfg=false")
 """Settings of the autoencoder. At t = 1 the decoder sees noise and the code; its image error is then a plain MSE."""
 PUBLISHED = {
     BASELINE: (2.87, 20.71, 0.15),

@@ -10,13 +10,13 @@ SMALL_BASE = Config.from_dict(
         "model": {
             **{"patch_size": 8, "hidden_size": 256, "num_heads": 4, "dec_depth": 6, "enc_hidden_size": 128},
             **{"enc_num_heads": 2, "enc_depth": 3, "code_length": 64, "context_dim": 9},
-            **{"code_layout": "lattice", "prediction": "picture"},
+            **{"code_layout": "lattice", "prediction": "image"},
             **{"ema_decay": 0.992, "entropy_loss_weight": 0.05, "commit_loss_weight": 0.0025},
         },
         "opt": {
             **{"lr": 1e-3, "mup_base_width": 0, "warmup": "200 steps", "cooldown": 0.4, "max_grad_norm": 1.0},
             **{"lpips_mode": "alex", "lpips_weight": 0.1, "schedule": "uniform", "anchor": 0.2},
-            **{"loss_space": "picture"},
+            **{"loss_space": "image"},
         },
         "trainer": {"duration": "7000 steps", "log_every": "100 steps", "checkpoint_every": "500 steps"},
         "eval": {"sampling": {"sample_steps": 8, "rho": 2}},
@@ -61,11 +61,11 @@ NESTED_BASE = preset("native").override(
     *("model.enc_hidden_size=256", "model.enc_num_heads=4", "model.window=4", "model.codebook_size_for_entropy=3"),
     *("model.context_dim=12", "model.ema_decay=0.98", "opt.optimizer=muon", "opt.lr=1e-3", "opt.warmup=3200 images"),
     *("opt.cooldown=0", "opt.max_grad_norm=1", "opt.lpips_mode=alex", "opt.lpips_weight=0.1", "opt.schedule=uniform"),
-    *("opt.loss_space=picture", "opt.freeze_encoder_after=100M images", "trainer.duration=96k images"),
+    *("opt.loss_space=image", "opt.freeze_encoder_after=100M images", "trainer.duration=96k images"),
     *("trainer.log_every=1600 images", "trainer.checkpoint_every=8k images", "trainer.sample_every=0"),
     *("trainer.tensorboard=false", "eval.sampling.rho=2"),
 )
-"""7.4 M parameters, 64 × 64 pixels, twelve rates from 0.012 to 0.14 bits a pixel."""
+"""7.4 M parameters, 64 × 64 pixels, twelve rates from 0.012 to 0.14 bits per pixel."""
 
 ONE_RATE = ("model.nested_dropout=0", "opt.anchor=0.75")
 """Turns a base of several rates into one of its highest rate, with the recipe that is best in one pass."""

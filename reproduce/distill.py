@@ -50,7 +50,7 @@ PAPER = (
     *("data.global_batch_size=128", "trainer.duration=20 epochs", "opt.lr=1e-4", "trainer.compile=true"),
     "opt.lpips_mode=vgg",
 )
-TARGETS = ("sample", "picture")
+TARGETS = ("sample", "image")
 """Values of ``opt.distill_towards``, a student each."""
 LARGE = {"targets": TARGETS, "steps": (1, 2, 4, 8, 25), "rhos": (1.0, 8.0), "solvers": SOLVERS[1:]}
 SCALES = {

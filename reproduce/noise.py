@@ -53,7 +53,7 @@ def rows(study: Study, metadata: Row) -> Rows:
 
 
 def measure(tokenizer: FlowMo, seed: int, noise: float, study: Study) -> Row:
-    rate = f"{tokenizer.config.bits_per_pixel:.4g} bits a pixel"
+    rate = f"{tokenizer.config.bits_per_pixel:.4g} bits per pixel"
     about = {"arm": f"{rate}, {noise:g}", "label": f"{rate}, scale {noise:g}", "seed": seed, "rate": rate}
     return {**about, "noise": noise, **study.measure(tokenizer, SCALES[study.scale].images, noise)}
 
@@ -77,7 +77,7 @@ def verdict(rates: Sequence[Group], columns: Sequence[Column]) -> str:
         for column in columns:
             means = {scale: mean for scale, group in by_scale.items() if (mean := column.mean(group)) is not None}
             best = max(means, key=lambda scale: column.sign * means[scale], default=1.0)
-            change = page.gain(by_scale[best], by_scale.get(1.0, []), column, same_weights=True)
+            change = page.gain(by_scale[best], by_scale.get(1.0, []), column, paired=True)
             if change is not None:
                 word = "1 itself" if best == 1 else f"{best:g}, which {page.relation(change, '1', column)}"
                 lines.append(f"- {rate[0]['rate']}, {column.name}: the best scale is {word}.\n")

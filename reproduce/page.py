@@ -136,16 +136,17 @@ class Gain(NamedTuple):
         return "one seed" if self.spread is None else f"spread {self.spread:.{digits}f}"
 
 
-def gain(ours: Group, other: Group, column: Column, same_weights: bool = False) -> Gain | None:
+def gain(ours: Group, other: Group, column: Column, paired: bool = False) -> Gain | None:
     """Compare two groups; ``None`` if a metric is missing.
 
     Args:
-        same_weights: both groups measure the same trainings in the same order. The spread is then that of the
-            differences, in which the effect of a training's seed cancels.
+        paired: the rows of one seed share their weights or start from the same ones, and both groups have the seeds
+            in the same order. The spread is then that of the differences, in which the effect of the shared training
+            cancels.
     """
     values, others = column.values(ours), column.values(other)
     single = min(len(values), len(others)) < 2
-    if same_weights:
+    if paired:
         if len(values) != len(others):  # unfinished study
             return None
         pairs = zip(values, others, strict=True)
@@ -171,10 +172,17 @@ def relation(change: Gain, other: str, column: Column) -> str:
     return f"{verb} {other}{joint} {abs(change.better):.{column.digits}f} ({words})"
 
 
-def comparison(ours: Group, other: Group, columns: Sequence[Column], names: tuple[str, str] | None = None) -> str:
-    """A list item per metric that says which of two groups is better. ``names`` are by default their labels."""
+def comparison(
+    ours: Group, other: Group, columns: Sequence[Column], names: tuple[str, str] | None = None, paired: bool = False
+) -> str:
+    """A list item per metric that says which of two groups is better.
+
+    Args:
+        names: names of the groups; by default their labels.
+        paired: see ``gain``.
+    """
     name, other_name = names or (ours[0]["label"], other[0]["label"])
-    changes = {column: change for column in columns if (change := gain(ours, other, column))}
+    changes = {column: change for column in columns if (change := gain(ours, other, column, paired))}
     return "".join(f"- {c.name}: {name} {relation(change, other_name, c)}.\n" for c, change in changes.items())
 
 

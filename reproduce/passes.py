@@ -9,7 +9,7 @@ the wider model, 6 for stage 1B and its controls, 7 for measuring. gpu half an h
 fifth of its peak. paper a day per model on 8 H100, by arithmetic at 40 % of their peak.
 Expect: (written before the first run) a sample of p(image | code) has twice the squared error of the mean, so many
 passes cost PSNR at every rate, 3 dB at most. They win the Fréchet distance where the code leaves much open: below 0.05
-bits a pixel for a recipe that trains all timesteps alike, nowhere for one that trains mostly at t = 1. Training and
+bits per pixel for a recipe that trains all timesteps alike, nowhere for one that trains mostly at t = 1. Training and
 parameters move this crossing to higher rates. LPIPS crosses at a lower rate. Stage 1B seeks one mode and moves the
 crossing down.
 """
@@ -62,7 +62,7 @@ SCALES = {
 arms with a second seed (``twice``), by the share of their training that it runs."""
 FLOW = ("opt.anchor=0", "opt.loss_space=velocity", "opt.schedule=fat_lognormal")
 PARTS_OF_MIXED = (
-    ("image-loss", "loss on the image", "opt.loss_space=picture"),
+    ("image-loss", "loss on the image", "opt.loss_space=image"),
     ("uniform", "uniform timesteps", "opt.schedule=uniform"),
     ("fifth", "a fifth at t = 1", "opt.anchor=0.2"),
 )
@@ -249,7 +249,7 @@ def body(results: Results, plot: Path) -> str:
     return f"""\
 Whole trainings take {trained} images of {side} × {side} pixels. Stage 1B and its controls train on a few more, after
 the whole or a quarter. The tables over passes hold these; the table over the training also holds recipes with a part
-of it. The rates of a model, in bits a pixel, are prefixes of each token's ids. Means over {results["pictures"]}
+of it. The rates of a model, in bits per pixel, are prefixes of each token's ids. Means over {results["pictures"]}
 held-out images, ± the standard deviation over seeds; – was not measured.
 {page.feature_note(results)} Columns: passes of the decoder.
 
@@ -275,7 +275,7 @@ def passes_table(column: Column, groups: Sequence[Group]) -> str:
             same[0]["passes"]: page.cell(column.values(same), column.digits) for same in page.groups_of(rate, "passes")
         }
         lines.append([rate[0]["label"], f"{rate[0]['rate']:.4f}", *(found.get(count, "–") for count in passes)])
-    return page.markdown_table(["", "bits a pixel", *map(str, passes)], lines)
+    return page.markdown_table(["", "bits per pixel", *map(str, passes)], lines)
 
 
 def training_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
@@ -288,7 +288,9 @@ def training_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
             cells = (" → ".join(page.cell(c.values(found[count]), c.digits) for count in (1, most)) for c in columns)
             about = (str(group[0]["trained"]), f"{group[0]['tflop']:.0f}", f"{group[0]['rate']:.4f}")
             lines.append([group[0]["label"], *about, *cells])
-    return page.markdown_table(["", "images", "TFLOP", "bits a pixel", *(column.heading for column in columns)], lines)
+    return page.markdown_table(
+        ["", "images", "TFLOP", "bits per pixel", *(column.heading for column in columns)], lines
+    )
 
 
 def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float, float]]:
@@ -300,7 +302,7 @@ def gains(column: Column, rows: Sequence[Row]) -> list[tuple[float, float, float
     for rate in page.groups_of(rows, "rate"):
         one, many = ({row["seed"]: row for row in rate if row["passes"] == passes} for passes in (1, most))
         both = [seed for seed in one if seed in many] if most > 1 else []
-        gain = page.gain([many[seed] for seed in both], [one[seed] for seed in both], column, same_weights=True)
+        gain = page.gain([many[seed] for seed in both], [one[seed] for seed in both], column, paired=True)
         if both and gain:
             found.append((rate[0]["rate"], gain.better, gain.spread or 0.0))
     return sorted(found)
@@ -314,11 +316,11 @@ def rates_panel(column: Column, groups: Sequence[Group]) -> page.Panel:
         if {row["rate"] for row in group} == rates:
             words = {1: "one pass", most: f"{most} passes"}
             found += [{**row, "curve": f"{row['label']}: {words[n]}"} for row in group if (n := row["passes"]) in words]
-    return replace(page.panel(column, found, "rate", "bits a pixel", log=2), paired=True)
+    return replace(page.panel(column, found, "rate", "bits per pixel", log=2), paired=True)
 
 
 def gain_panel(column: Column, groups: Sequence[Group]) -> page.Panel:
-    panel = page.Panel(f"{column.name}: gain of many passes", "bits a pixel", log=2, levels={"one pass": (0, 0)})
+    panel = page.Panel(f"{column.name}: gain of many passes", "bits per pixel", log=2, levels={"one pass": (0, 0)})
     panel.curves = {group[0]["label"]: points for group in groups if (points := gains(column, group))}
     return panel
 
@@ -345,7 +347,7 @@ def compute_panels(column: Column, rows: Sequence[Row]) -> Iterator[page.Panel]:
     for rate in sorted({min(row["rate"] for row in rows), max(row["rate"] for row in rows)}):
         found = [{**row, "curve": row["label"]} for row in rows if (row["rate"], row["passes"]) == (rate, most)]
         panel = page.panel(column, found, "tflop", "TFLOP of training")
-        panel.title = f"{column.name} in {most} passes, {rate:.3f} bits a pixel"
+        panel.title = f"{column.name} in {most} passes, {rate:.3f} bits per pixel"
         yield panel
 
 

@@ -163,7 +163,7 @@ def body(results: Results, plot: Path) -> str:
     rates = ", ".join(f"{rate:g}" for rate in results["rates"])
     chosen = ", ".join(f"{KINDS[kind]} {rate:g}" for kind, rate in results["chosen"].items())
     return f"""\
-Both have {results["bits_per_pixel"]:.4g} bits a pixel of one bottleneck, the same images in the same order, equal
+Both have {results["bits_per_pixel"]:.4g} bits per pixel of one bottleneck, the same images in the same order, equal
 parameters and equal training FLOPs, both counted, including those of the discriminator and LPIPS. Learning rates, each
 the best of {rates} in trials of {results["trial"]:.0%} of these FLOPs: {chosen}.
 Means ± standard deviations over seeds, on {results["pictures"]} held-out images. {page.feature_note(results)}

@@ -298,7 +298,8 @@ def machine(device: torch.device) -> str:
     """Description of the hardware, for times."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} CPU core{'s' * (cores != 1)}"
 
 
 def write_results(study: Study, metadata: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

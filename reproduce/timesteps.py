@@ -46,7 +46,6 @@ NEARLY_KNOWN = 0.2
 """The table says how much of a loss lies below this edge."""
 BATCH = 25
 LOSSES = {"velocity_error": "velocity loss", "image_error": "image loss"}
-TRAINED_ON = {"velocity": "velocity", "picture": "image"}
 
 
 def rows(study: Study, metadata: Row) -> Rows:
@@ -59,7 +58,7 @@ def rows(study: Study, metadata: Row) -> Rows:
             "arm": name,
             "label": name,
             "trained": trained,
-            "trained_on": TRAINED_ON[tokenizer.config.opt.loss_space],
+            "trained_on": tokenizer.config.opt.loss_space,
         }
         run = f"{name}-{tokenizer.weights_identity()}"  # a run has many checkpoints
         yield study.once(run, lambda tokenizer=tokenizer, about=about: about | measure(tokenizer, study))

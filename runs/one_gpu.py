@@ -6,7 +6,7 @@
     python runs/one_gpu.py --table OUT/results.json docs/performance.md
 
 The parts, in this order: ``check`` runs tests/gpu, ``measure`` times training and inference, ``train`` trains a recipe
-for all the time that remains, ``finish`` evaluates it on held-out images. A second call goes on with the training.
+for all the time that remains, ``finish`` evaluates it on held-out images. A second call resumes the training.
 OUT gets at most 8 files of at most 16 MiB; see docs/training.md, "One GPU, no network, half an hour".
 """
 

@@ -1,4 +1,4 @@
-"""Packs photographs into zip files of a given size, to train on where nothing but a few files can be brought.
+"""Packs photographs into zip files of a given size, to train on a machine without a network.
 
     python runs/pack_images.py OUT FOLDER [FOLDER ...] --mib 58 --side 160 --without HELD_OUT [HELD_OUT ...]
 

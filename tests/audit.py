@@ -24,7 +24,7 @@ def verdict(report: Mapping[str, Any]) -> tuple[list[str], int]:
     """Lines to print and the exit status, of a report of ``pip-audit --format json``."""
     packages = report["dependencies"]
     found = [
-        f"{package['name']} {package['version']}: {known['id']}, mended in {', '.join(known['fix_versions']) or 'none'}"
+        f"{package['name']} {package['version']}: {known['id']}, fixed in {', '.join(known['fix_versions']) or 'none'}"
         for package in packages
         for known in package.get("vulns", ())
     ]

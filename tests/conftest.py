@@ -68,7 +68,7 @@ TINY_NATIVE = {
         "code_length": 16,
         "context_dim": 12,
         "quantization_type": "fsq",
-        "prediction": "picture",
+        "prediction": "image",
         "nested_dropout": 1.0,
         "enable_cfg": False,
     },

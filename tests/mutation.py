@@ -2,7 +2,7 @@
 
 ::
 
-    python tests/mutation.py src/flowmo/model/flow.py tests/test_flow_and_sample.py tests/test_golden.py --sample 40
+    python tests/mutation.py src/flowmo/model/flow.py tests/test_flow_and_sampler.py tests/test_golden.py --sample 40
 
 Comparisons, arithmetic, constants, conditions and returned values of a file are changed one at a time, and the tests
 run in a forked process in which the changed file is imported in place of the real one. What survives is printed.

@@ -191,3 +191,16 @@ def test_nested_dropout_needs_levels_without_0():
     assert native.override("model.fsq_levels=4").model.fsq_levels == 4
     with pytest.raises(ConfigError, match=r"model\.fsq_levels=5 has a level 0"):
         native.override("model.fsq_levels=5")
+
+
+def test_files_of_earlier_versions_are_read():
+    former = {
+        "model": {"prediction": "picture"},
+        "opt": {"loss_space": "picture", "distill_towards": "picture"},
+        "eval": {"pictures": 3},
+    }
+    config = Config.from_dict(former)
+    assert (config.model.prediction, config.opt.loss_space, config.opt.distill_towards) == ("image",) * 3
+    assert config.eval.images == 3
+    assert Config.from_dict(config.to_dict()) == config
+    assert Config.from_dict({"data": {"train": "picture"}}).data.train == "picture"

@@ -112,7 +112,7 @@ def test_a_perfect_student_has_no_flow_loss(tiny, images, distilling):
     loss = distill_loss(student, images, draws, student.config.opt, squared_distance, teacher=teacher)
     assert loss.parts["flow"] < 1e-5  # the shortest step of 25 is 2.6e-6 long, and a difference over it rounds
     assert loss.parts["jump_distance"] < 1e-8
-    to_pil = taken_over(teacher, *distilling, "opt.distill_towards=picture")
+    to_pil = taken_over(teacher, *distilling, "opt.distill_towards=image")
     parts = distill_loss(to_pil, images, draws, to_pil.config.opt, squared_distance, teacher=teacher).parts
     sample = draws.jumps.noise - 0.5
     torch.testing.assert_close(parts["jump_distance"], squared_distance(images, sample).mean())
@@ -124,7 +124,7 @@ def test_a_perfect_student_has_no_flow_loss(tiny, images, distilling):
     torch.testing.assert_close(parts["jump_distance"], seen.mean())
 
 
-@pytest.mark.parametrize("space", ["velocity", "picture"])
+@pytest.mark.parametrize("space", ["velocity", "image"])
 def test_the_loss_is_that_of_every_jump(tiny, images, distilling, space):
     """Against the formula, one picture and one jump at a time."""
     student = taken_over(tiny, *distilling, f"opt.loss_space={space}", "opt.teacher_steps=3")
@@ -143,7 +143,7 @@ def test_the_loss_is_that_of_every_jump(tiny, images, distilling, space):
                 x_t, x_end = path.interpolate(torch.stack((t, end)).expand(5, 2))[i]
                 u = student.decoder(x_t[None], student.decoder.embed_code(code[i : i + 1]), t[None], end[None])[0]
                 error = u - (x_t - x_end) / (t - end)
-                flow_errors.append(((t if space == "picture" else 1) * error).square().mean())
+                flow_errors.append(((t if space == "image" else 1) * error).square().mean())
                 if jump < 2:
                     assert end == 0
                     distances.append((path.states[-1, i] - (x_t - (t - end) * u)).square().mean())

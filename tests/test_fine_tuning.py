@@ -25,7 +25,7 @@ NO_LPIPS = "opt.lpips_weight=0"
 @pytest.fixture
 def base(tmp_path):
     """A tokenizer whose settings, loss and sampling are not the defaults."""
-    own = ("model.prediction=picture", "opt.loss_space=picture", "opt.anchor=0.5", "eval.sampling.sample_steps=1")
+    own = ("model.prediction=image", "opt.loss_space=image", "opt.anchor=0.5", "eval.sampling.sample_steps=1")
     torch.manual_seed(0)
     tokenizer = open_gates(FlowMo(Config.from_dict(TINY).override(*own, "opt.lpips_weight=0", "opt.lr=0.5"))).eval()
     with torch.no_grad():

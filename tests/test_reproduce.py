@@ -142,9 +142,9 @@ def test_a_metric_that_some_rows_lack_is_left_out(tmp_path):
 def test_rows_of_the_same_weights_are_compared_by_their_differences():
     """Seeds differ by 2 dB, what is done to both by 0.5 ± 0.07."""
     ours, other = ([{"psnr": value} for value in values] for values in ((14.5, 16.6), (14.0, 16.0)))
-    assert gain(ours, other, METRICS[0], same_weights=True) == pytest.approx((0.55, 0.0707), rel=1e-3)
+    assert gain(ours, other, METRICS[0], paired=True) == pytest.approx((0.55, 0.0707), rel=1e-3)
     assert gain(ours, other, METRICS[0])[1] > 2
-    assert gain(ours, other[:1], METRICS[0], same_weights=True) is None
+    assert gain(ours, other[:1], METRICS[0], paired=True) is None
 
 
 def test_distill_smoke(evaluators, tiny_config, tmp_path, monkeypatch):
@@ -235,7 +235,7 @@ def test_ablations_smoke(evaluators, tmp_path, monkeypatch):
 def test_noise_smoke(evaluators, tmp_path, monkeypatch):
     rows, text = run_study(study_of("noise", tmp_path, evaluators), monkeypatch)
     assert [(row["noise"], row["rate"]) for row in rows] == [
-        (noise, f"{bits * 4 / 32**2:.4g} bits a pixel") for bits in (3, 9, 18) for noise in (0.8, 1.0)
+        (noise, f"{bits * 4 / 32**2:.4g} bits per pixel") for bits in (3, 9, 18) for noise in (0.8, 1.0)
     ]
     assert len({row["psnr"] for row in rows}) == 6
     assert text.count("the best scale is") == 9
@@ -304,7 +304,7 @@ def test_the_gain_of_many_passes_over_a_training():
 
 def test_studies_of_trained_models_smoke(evaluators, tiny_config, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    sampling = ("eval.sampling.sample_steps=2", "model.prediction=picture")
+    sampling = ("eval.sampling.sample_steps=2", "model.prediction=image")
     for name in ("a", "b"):
         save(open_gates(FlowMo(tiny_config.override(*sampling))).eval(), tmp_path / f"{name}.safetensors")
     models = [str(tmp_path / f"{name}.safetensors") for name in ("a", "b")]
@@ -326,7 +326,7 @@ def test_studies_of_trained_models_smoke(evaluators, tiny_config, tmp_path, monk
 def test_timesteps_smoke(evaluators, tiny_config, tmp_path, monkeypatch):
     """The errors and probabilities of the intervals give the loss as an integral over the density of t does."""
     torch.manual_seed(0)
-    settings = ("model.prediction=picture", "opt.schedule=fat_lognormal", "opt.anchor=0.2", "opt.loss_space=velocity")
+    settings = ("model.prediction=image", "opt.schedule=fat_lognormal", "opt.anchor=0.2", "opt.loss_space=velocity")
     tokenizer = open_gates(FlowMo(tiny_config.override(*settings))).eval()
     save(tokenizer, tmp_path / "a.safetensors")
     study = study_of("timesteps", tmp_path, evaluators, str(tmp_path / "a.safetensors"))
@@ -336,7 +336,7 @@ def test_timesteps_smoke(evaluators, tiny_config, tmp_path, monkeypatch):
     density = 0.1 + 0.9 * torch.exp(-(times.logit() ** 2) / 2) / (2 * math.pi) ** 0.5 / (times * (1 - times))
     with torch.no_grad():
         code = frozen_code(tokenizer, x).code
-        for key, space in (("velocity_error", "velocity"), ("image_error", "picture")):
+        for key, space in (("velocity_error", "velocity"), ("image_error", "image")):
             opt = tokenizer.config.override(f"opt.loss_space={space}").opt
             found = [
                 one_step(tokenizer, code, x, noise._replace(t=t.expand(4)), opt)[0] for t in (*times, torch.ones(()))

@@ -54,7 +54,7 @@ DISTILL = (
     *("opt.teacher_steps=2", "opt.jumps=2"),
 )
 JUDGED = (
-    *("data.val={other}", "eval.pictures=2", "eval.sampling.sample_steps=1", "trainer.best_metric=psnr"),
+    *("data.val={other}", "eval.images=2", "eval.sampling.sample_steps=1", "trainer.best_metric=psnr"),
     "trainer.checkpoint_every=1 step",
 )
 LPIPS = ("opt.lpips_weight=0.5",)
@@ -301,7 +301,7 @@ CASES = {
     "model.entropy_statistics": ("process", weights, "data.max_microbatch=1", "model.entropy_loss_weight=9"),
     "model.enable_cfg": ("false", draws),
     "model.code_layout": ("lattice", function),
-    "model.prediction": ("picture", function),
+    "model.prediction": ("image", function),
     "model.mean_velocity": ("true", fresh, *MEAN),
     "model.initial_gate": ("1", fresh),
     "model.enable_mup": ("false", function),
@@ -326,7 +326,7 @@ CASES = {
     "opt.max_grad_norm": ("1e-6", weights),
     "opt.schedule": ("uniform", draws),
     "opt.anchor": ("0.5", draws),
-    "opt.loss_space": ("picture", weights),
+    "opt.loss_space": ("image", weights),
     "opt.lpips_weight": ("0.5", weights),
     "opt.lpips_mode": ("alex", weights, *LPIPS),
     "opt.lpips_jitter": ("4", weights, *LPIPS),
@@ -339,7 +339,7 @@ CASES = {
     "opt.teacher": ("{other_teacher}", weights, *DISTILL),
     "opt.teacher_steps": ("3", weights, *DISTILL),
     "opt.jumps": ("3", weights, *DISTILL),
-    "opt.distill_towards": ("picture", weights, *DISTILL, *LPIPS),
+    "opt.distill_towards": ("image", weights, *DISTILL, *LPIPS),
     "trainer.duration": ("2 steps", files),
     "trainer.start_weights": ("ema", ema_after_a_start, *POSTTRAIN),
     "trainer.activation_checkpointing": ("true", products),
@@ -353,7 +353,7 @@ CASES = {
     "trainer.keep_every": ("1 step", files, "trainer.checkpoint_every=1 step", "trainer.keep_last=1"),
     "trainer.tensorboard": ("true", files),
     "trainer.wandb_project": ("mine", outcome),
-    "trainer.best_metric": ("psnr", files, "data.val={other}", "eval.pictures=1", "eval.sampling.sample_steps=1"),
+    "trainer.best_metric": ("psnr", files, "data.val={other}", "eval.images=1", "eval.sampling.sample_steps=1"),
     "trainer.patience": ("1", steps_while_it_gets_worse, *JUDGED),
     "trainer.max_skipped_steps": (
         "1",
@@ -363,7 +363,7 @@ CASES = {
         "trainer.duration=9 steps",
     ),
     "trainer.seed": ("6", weights),
-    "eval.pictures": ("1", metrics, *JUDGED),
+    "eval.images": ("1", metrics, *JUDGED),
     "eval.eval_dir": ("{other_run}", followed, *FOLLOW),
     "eval.continuous": ("true", followed, *FOLLOW),
     "eval.force_ckpt_path": ("{run}/checkpoints/00000001.pth", followed, *FOLLOW),

@@ -52,6 +52,6 @@ def test_an_audit_fails_for_what_is_known_and_counts_what_it_could_not_look_up()
     holed = {"name": "b", "version": "2.0", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}]}
     unknown = {"name": "c", "skip_reason": "not found"}
     lines, status = verdict({"dependencies": [sound, holed, unknown]})
-    assert lines == ["b 2.0: CVE-1, mended in 2.1", "2 of 3 packages could be looked up, 1 known vulnerabilities"]
+    assert lines == ["b 2.0: CVE-1, fixed in 2.1", "2 of 3 packages could be looked up, 1 known vulnerabilities"]
     assert status == 1
     assert verdict({"dependencies": [sound, unknown]})[1] == 0

@@ -204,7 +204,7 @@ def test_fresh_decoder_blocks_are_the_identity(tiny_config, images):
         assert torch.equal(after, picture)
 
 
-@pytest.mark.parametrize("prediction", ["velocity", "picture"])
+@pytest.mark.parametrize("prediction", ["velocity", "image"])
 def test_picture_prediction_is_a_velocity(tiny_config, images, prediction):
     """At t the picture predictor's one-step estimate x_t − t·v is the network's output itself."""
     torch.manual_seed(0)

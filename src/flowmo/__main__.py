@@ -1,3 +1,5 @@
+"""``python -m flowmo``: the command line."""
+
 import sys
 
 from flowmo.cli import main

@@ -37,7 +37,7 @@ def resolve(precision: str, device: torch.device) -> str:
 
 
 def describe(precision: str, device: torch.device) -> str:
-    """A resolved precision in words, for reports."""
+    """Describe a resolved precision, for reports."""
     if precision == "float32":
         return f"float32 ({device.type})"
     return f"{precision} autocast{' with TF32' if device.type == 'cuda' else ''} ({device.type})"

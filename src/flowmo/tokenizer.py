@@ -51,7 +51,7 @@ class FlowMo(Autoencoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *overrides: str, device: str | torch.device = "cpu") -> FlowMo:
-        """The same as ``flowmo.load``."""
+        """Call ``flowmo.load``."""
         return load(source, *overrides, device=device)
 
     def save_pretrained(
@@ -87,7 +87,7 @@ class FlowMo(Autoencoder):
         return PixelFormat.of(self.config)
 
     def identity(self) -> str:
-        """Name of the ids, 16 hex digits. Tokenizers with equal identities decode each other's codes.
+        """Return the name of the ids, 16 hex digits. Tokenizers with equal identities decode each other's codes.
 
         The identity of the base tokenizer (``model.base``) if the encoder is unchanged, else of these weights.
         """
@@ -99,6 +99,8 @@ class FlowMo(Autoencoder):
         default = Config().architecture()
         # Only departures from the default count, so that a new setting does not change old identities.
         changed = {name: value for name, value in self.config.architecture().items() if value != default[name]}
+        if changed.get("prediction") == "image":
+            changed["prediction"] = "picture"  # the former value, which older files' identities contain
         if ids_only:  # a student of stage 1C has its teacher's ids
             changed.pop("mean_velocity", None)
         weights = self.state_dict()
@@ -283,7 +285,7 @@ class FlowMo(Autoencoder):
         return images
 
     def _code_and_size(self, codes: Codes | Tensor, size: tuple[int, int] | None) -> tuple[Tensor, int, int]:
-        """The decoder's code, and the size of the images to make."""
+        """Return the decoder's code, and the size of the images to make."""
         if not isinstance(codes, Codes):
             codes = Codes(codes, size or (self.config.data.image_size,) * 2)
         height, width = size or codes.size

@@ -14,7 +14,7 @@ import flowmo
 SMALL = (
     "data.image_size=64 model.hidden_size=64 model.num_heads=1 model.enc_hidden_size=64 model.enc_num_heads=1 "
     "model.dec_depth=1 model.enc_depth=1 data.global_batch_size=2 data.max_microbatch=2 data.num_workers=0 "
-    "trainer.compile=false eval.pictures=2"
+    "trainer.compile=false eval.images=2"
 )
 
 

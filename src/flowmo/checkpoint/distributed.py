@@ -99,7 +99,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors in a folder. Raises ``CheckpointError``."""
+    """Return names and shapes of the tensors in a folder. Raises ``CheckpointError``."""
     with _one_error(folder):
         return {name: kind.size for name, kind in _Reader(folder).read_metadata().state_dict_metadata.items()}
 

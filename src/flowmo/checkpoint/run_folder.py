@@ -21,7 +21,7 @@ def is_sharded(path: Path) -> bool:
 
 
 def listing(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
+    """List the complete checkpoints in a folder, oldest first."""
     return sorted((p for p in folder.glob("[0-9]*") if p.suffix == ".pth" or is_sharded(p)), key=lambda p: p.stem)
 
 

@@ -17,7 +17,7 @@ from flowmo.cli.options import choose_device
 from flowmo.cli.output import status_of
 
 EXIT_STATUSES = (
-    "Exit status: 0 success; 1 the reader of a pipe has gone; 2 an error that you can fix, in one line on standard "
+    "Exit status: 0 success; 1 broken pipe; 2 an error that you can fix, in one line on standard "
     "error; 130 interrupted."
 )
 SETTING = re.compile(r"([a-z_]+(\.[a-z_0-9]+)+|global_seed)=.*", re.DOTALL)

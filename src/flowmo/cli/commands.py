@@ -45,7 +45,7 @@ PEERS = (
     "also measure codecs at equal bytes (jpeg webp avif jxl) and tokenizers (llamagen16=WEIGHTS, MODULE:NAME=WEIGHTS)"
 )
 RESUME = (
-    "checkpoint to go on from, or weights to fine-tune: preset, file, folder or Hub id. Without --preset and --config "
+    "checkpoint to resume, or weights to fine-tune: preset, file, folder or Hub id. Without --preset and --config "
     "a run takes the model's own settings"
 )
 GRAPHS = {
@@ -205,7 +205,7 @@ COMMANDS = (
         option("source", help="authors' or training checkpoint (.pth), or any other weights"),
         option("output", type=Path, help="file to write, .safetensors"),
         option("--dtype", choices=("float32", "float16", "int8"), default="float32", help="int8: a scale per channel"),
-        option("--last-weights", action="store_true", help="take the last weights, not their moving average"),
+        option("--last-weights", action="store_true", help="take the last weights, not their EMA"),
         *(FORCE, JSON),
     ),
     Command(

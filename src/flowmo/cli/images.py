@@ -122,7 +122,7 @@ def decode(arguments: argparse.Namespace) -> None:
     pixels, written = tokenizer.pixels, [output for _, output in jobs if output not in (PIPE, Path())]
     cut = next((output for output in written if not pixels.fits(output.suffix.lower())), None)
     if cut:
-        depth = f"{pixels.channels} × {pixels.bits} bits a pixel"
+        depth = f"{pixels.channels} × {pixels.bits} bits per pixel"
         raise UsageError(f"{cut}: a file of this kind does not hold {depth}. Write .tif or .npy.")
     codec, how = Codec(tokenizer, find_context_model(arguments, tokenizer)), sampling(arguments, tokenizer)
 

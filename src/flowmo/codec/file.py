@@ -332,7 +332,7 @@ def context_beside(source: str | Path, tokenizer: FlowMo) -> ContextModel | Plan
 
 
 def context_path(weights: Path) -> Path:
-    """Where the context model of a tokenizer's file is."""
+    """Return the path of the context model of a tokenizer's file."""
     return weights.with_name(weights.name.removesuffix(weights.suffix) + CONTEXT_SUFFIX)
 
 

@@ -130,7 +130,7 @@ def weight_shapes(planes: int, digits: int, bits: int, neighbours: int, hidden: 
 
 
 def cell_steps(rows: int, columns: int, order: np.ndarray) -> np.ndarray:
-    """The step of every cell of an image."""
+    """Return the step of every cell of an image."""
     row, column = np.indices((rows, columns)).reshape(2, -1)
     return order[row % order.shape[0], column % order.shape[1]]
 

@@ -83,7 +83,7 @@ class Config(Sections):
         return "posttrain" if self.model.posttrain_sample else "pretrain"
 
     def architecture(self) -> dict[str, Any]:
-        """The tokenizer's settings that define its function. Models of different training can share them.
+        """Return the tokenizer's settings that define its function. Models of different training can share them.
 
         A windowed network takes images of any size, so ``code_length`` is left out.
         """
@@ -93,7 +93,7 @@ class Config(Sections):
         return settings
 
     def generator_architecture(self) -> dict[str, Any]:
-        """The generator's settings that define its function."""
+        """Return the generator's settings that define its function."""
         return _architecture(self.generator)
 
     @property

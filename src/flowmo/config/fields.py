@@ -100,7 +100,7 @@ training = partial(setting, training=True)
 
 
 def shown(value: object) -> str:
-    """A value in a message, on one line of at most 200 characters."""
+    """Format a value for a message, on one line of at most 200 characters."""
     try:
         return one_line(repr(str(value) if isinstance(value, Duration) else value), 200)
     except (ValueError, RecursionError):  # Python prints at most 4300 digits

@@ -55,11 +55,15 @@ ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "data.imagenet_val_tar": _renamed("data.val"),
     "data.imagenet_val_index": _renamed("data.val_index"),
     "data.eval_batch_size": _renamed("eval.batch_size"),
+    "eval.pictures": _renamed("eval.images"),
     "eval.sampling.cfg": _renamed("eval.sampling.guidance"),
     "eval.sampling.schedule": _schedule,
     "eval.sampling.cfg_interval": _interval,
 }
-"""The release's spellings of settings that have another name or form here."""
+"""The release's spellings of settings that have another name or form here, and a former name."""
+
+IMAGE_IS_A_VALUE = ("model.prediction", "opt.loss_space", "opt.distill_towards")
+"""Files of earlier versions write ``picture`` for this value of these settings."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -99,9 +103,9 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def translate(name: str, value: Any) -> dict[str, Any]:
-    """Return real name and value of a setting that may have the release's spelling."""
+    """Return real name and value of a setting that may have the release's spelling or a former one."""
     if name in FIELDS:
-        return {name: value}
+        return {name: "image" if value == "picture" and name in IMAGE_IS_A_VALUE else value}
     if name in ALIASES:
         try:
             return ALIASES[name](value)

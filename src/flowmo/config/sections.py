@@ -24,7 +24,7 @@ from flowmo.config.fields import (
     training,
 )
 
-PREDICTIONS = ("velocity", "picture")
+PREDICTIONS = ("velocity", "image")
 SOLVERS = ("euler", "midpoint", "heun", "multistep")
 MASK_SCHEDULES = ("arccos", "cosine", "linear")
 UNMASKING_ORDERS = ("confidence", "halton", "random")
@@ -50,8 +50,8 @@ class DataConfig:
     value_range: str = setting("", "file values of black and white, as 0,4095; empty is the type's range", VALUES)
     image_size: int = setting(256, "side of the square training images, in pixels", between(1, 10_000))
     global_batch_size: int = setting(0, "images per step over all ranks; 0 is data.batch_size, or 128", at_least(0))
-    batch_size: int = setting(0, "images per step and rank; given together, data.global_batch_size counts", at_least(0))
-    max_microbatch: int = setting(0, "largest micro-batch of a rank; 0 is what the memory holds", at_least(0))
+    batch_size: int = setting(0, "images per step and rank; ignored if data.global_batch_size is set, too", at_least(0))
+    max_microbatch: int = setting(0, "largest micro-batch of a rank; 0: the most that fits in memory", at_least(0))
     num_workers: int = setting(2, "processes that decode images; 0 decodes in the training process", at_least(0))
     max_bad_share: float = setting(0.01, "share of unreadable images that ends the run if exceeded", between(0, 1))
     read_timeout: float = setting(120.0, "seconds before an image counts as unreadable; 0 disables", at_least(0))
@@ -117,7 +117,9 @@ class ModelConfig:
         0.9999, "decay of the EMA, per 128 images; in stage 1B and with ema_update=release, per step", between(0, 1)
     )
     ema_update: str = training("every_step", "when the EMA is updated", one_of("every_step", "release"))
-    train: str = training("all", "what a run trains; ids stay if the encoder does", one_of("all", "encoder", "decoder"))
+    train: str = training(
+        "all", "networks that a run trains; ids stay unless it is the encoder", one_of("all", "encoder", "decoder")
+    )
     base: str = training("", "identity and encoder of the tokenizer that a run started from; runs write it", IDENTITIES)
 
     @property
@@ -172,7 +174,7 @@ class OptConfig:
     teacher: str = setting("", "stage 1C: preset or file of the tokenizer whose samples are distilled")
     teacher_steps: int = setting(0, "Euler steps of the teacher's path; 0 is its own number", at_least(0))
     jumps: int = setting(4, "stage 1C: jumps along each path; the first two end in the sample", at_least(2))
-    distill_towards: str = setting("sample", "target of the jumps' perceptual loss", one_of("sample", "picture"))
+    distill_towards: str = setting("sample", "target of the jumps' perceptual loss", one_of("sample", "image"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,9 @@ class TrainerConfig:
     parallel: str = setting("ddp", "how several ranks share the work", one_of("ddp", "fsdp"))
     activation_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, more time")
     checkpoint_keeps: str = setting(
-        "inputs", "what stays in memory, each with those before", one_of("inputs", "attention", "products")
+        "inputs",
+        "activations that are kept; each choice includes the ones before it",
+        one_of("inputs", "attention", "products"),
     )
     enable_bfloat16: bool = setting(True, "matrix products in bfloat16 if the device can; the rest stays float32")
     compile: bool = setting(False, "torch.compile the blocks; pays off on a GPU, and on a CPU with a C++ compiler")
@@ -219,11 +223,11 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    pictures: int = setting(200, "held-out images, evenly spread, on which a checkpoint is evaluated", at_least(1))
+    images: int = setting(200, "held-out images, evenly spread, on which a checkpoint is evaluated", at_least(1))
     eval_dir: str = setting("", "folder of a training run whose checkpoints are evaluated")
     continuous: bool = setting(False, "evaluate every checkpoint of eval.eval_dir as it comes, not only the newest")
     force_ckpt_path: str = setting("", "evaluate this checkpoint and no other")
-    subsample_rate: int = setting(1, "evaluate one held-out image in so many", at_least(1))
+    subsample_rate: int = setting(1, "evaluate every n-th held-out image", at_least(1))
     batch_size: int = setting(16, "images evaluated at a time; does not change any metric", at_least(1))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 

@@ -27,7 +27,7 @@ def token_ids(bits: Bits, id_bits: int) -> np.ndarray:
 
 
 def packed_size(count: int, id_bits: int) -> int:
-    """Number of bytes of ``count`` packed ids."""
+    """Return the number of bytes of ``count`` packed ids."""
     return (count * id_bits + 7) // 8
 
 

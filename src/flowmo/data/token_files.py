@@ -201,7 +201,7 @@ class Part:
         return MANIFEST if self.count == 1 else f"part-{self.number:05d}-of-{self.count:05d}.json"
 
     def owner(self, shard: int, total: int) -> "Part":
-        """The part that writes a shard, if there are as many as of this one."""
+        """Return the part that writes a shard, if there are as many as of this one."""
         return Part(-(-(shard + 1) * self.count // total), self.count)
 
     def shards(self, total: int) -> range:

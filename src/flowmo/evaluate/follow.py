@@ -123,7 +123,7 @@ class Follower:
             waiting = new is None
 
     def _evaluated(self) -> set[str]:
-        """Names of the checkpoints that this folder's log has, of the same run and with the same settings."""
+        """Return names of the checkpoints that this folder's log has, of the same run and with the same settings."""
         log, names = self.folder / LOG, []
         for line in log.read_text().splitlines() if self.world.main and log.is_file() else []:
             with suppress(json.JSONDecodeError):  # a kill cut the line off

@@ -91,7 +91,7 @@ def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
 
 @torch.no_grad()
 def parts(tokenizer: FlowMo, images: int = 1) -> dict[str, Callable[[], torch.Tensor]]:
-    """The parts of the work as functions, on random images and codes."""
+    """Return the parts of the work as functions, on random images and codes."""
     config, device, side = tokenizer.config, tokenizer.device, tokenizer.config.data.image_size
     generator = stream(0, Stream.BENCHMARK)
     x = (torch.rand(images, config.model.channels, side, side, generator=generator) * 2 - 1).to(device)

@@ -21,7 +21,7 @@ LEGACY_GROUP = 5
 
 
 def metric(heading: str, digits: int, missing: Any = None, other: str = "") -> Any:
-    """A field that tables show. ``other`` is its heading if the features are not FID's."""
+    """Declare a field that tables show. ``other`` is its heading if the features are not FID's."""
     return field(default=missing, metadata={"headings": (other or heading, heading), "digits": digits})
 
 

@@ -22,12 +22,12 @@ def imagenet_names() -> dict[str, str]:
 
 
 def _names(name: str) -> list[str]:
-    """All names of a class: its own, and ImageNet's if it is a WordNet id."""
+    """Return all names of a class: its own, and ImageNet's if it is a WordNet id."""
     return [name, *filter(None, imagenet_names().get(name, "").split(", "))]
 
 
 def _display_name(name: str) -> str:
-    """The first ImageNet name of a WordNet id, else the name itself."""
+    """Return the first ImageNet name of a WordNet id, else the name itself."""
     return (*_names(name)[1:], name)[0]
 
 

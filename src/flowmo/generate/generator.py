@@ -207,7 +207,7 @@ class Generator(InferenceModel):
     # Shared by sampling and likelihood
 
     def _ranks(self, order: str, generators: Sequence[torch.Generator]) -> Tensor:
-        """The rank of each position in a fixed order, ``halton`` or ``random``: int64 b × n."""
+        """Return the rank of each position in a fixed order, ``halton`` or ``random``: int64 b × n."""
         if order == "random":
             return torch.stack([torch.randperm(self.vocabulary.ids, generator=g) for g in generators])
         ranks = halton_order(self.vocabulary.tokens, self.vocabulary.sub_tokens).argsort()

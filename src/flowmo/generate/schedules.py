@@ -23,7 +23,7 @@ MEAN_MASK_RATIO = {"arccos": 2 / math.pi, "cosine": 2 / math.pi, "linear": 0.5}
 
 
 def masked_counts(ids: int, steps: int, schedule: str) -> list[int]:
-    """Number of masked ids after each step. Each step unmasks at least one until none is left.
+    """Return the number of masked ids after each step. Each step unmasks at least one until none is left.
 
     Raises:
         ValueError: fewer than one step or id.
@@ -39,7 +39,7 @@ def masked_counts(ids: int, steps: int, schedule: str) -> list[int]:
 
 
 def halton_order(tokens: int, sub_tokens: int) -> Tensor:
-    """A permutation of the tokens × sub-tokens positions whose every prefix is evenly spread: int64.
+    """Return a permutation of the tokens × sub-tokens positions whose every prefix is evenly spread: int64.
 
     The Halton sequence (Besnier et al. 2025), with base 2 over tokens and base 3 over sub-tokens.
     """

@@ -121,7 +121,7 @@ def distill_loss(
     distances = {}
     if perceptual is not None:
         final = (x_start - span * velocity).unflatten(0, (b, num_jumps))[:, :2].flatten(0, 1)
-        target = images if opt.distill_towards == "picture" else path.states[-1]
+        target = images if opt.distill_towards == "image" else path.states[-1]
         crops = None if noise.crops is None else [crop for crop in noise.crops for _ in range(2)]
         target = target.repeat_interleave(2, dim=0)
         distances["jump_distance"] = perceptual_loss(perceptual, tokenizer, target, final, crops)
@@ -225,7 +225,7 @@ def crop_images(images: Tensor, crops: Sequence[Crop] | None) -> Tensor:
 
 
 def _weighting(opt: OptConfig, t: Tensor) -> Tensor | None:
-    return t if opt.loss_space == "picture" else None
+    return t if opt.loss_space == "image" else None
 
 
 def _sum(terms: dict[str, Tensor], distances: dict[str, Tensor], opt: OptConfig, quantized: Quantized) -> Loss:

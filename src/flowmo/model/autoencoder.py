@@ -75,7 +75,7 @@ class Autoencoder(InferenceModel):
         return tuple(bits * count / (height * width) for count in range(fewest, sub_tokens + 1))
 
     def sub_tokens_at(self, bits_per_pixel: float, height: int, width: int) -> int:
-        """The most sub-tokens per token within ``bits_per_pixel`` for an image of this true size.
+        """Return the largest number of sub-tokens per token within ``bits_per_pixel`` for an image of this true size.
 
         Raises:
             RateError: the model has a single rate, or no rate so low.

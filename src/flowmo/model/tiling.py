@@ -43,7 +43,7 @@ class Tiling:
     tile: int
 
     def _along(self, length: int) -> int:
-        """Number of tiles along a side."""
+        """Return the number of tiles along a side."""
         overlap = self.tile // 8
         return max(math.ceil((length - overlap) / (self.tile - overlap)), 1)
 

@@ -48,7 +48,7 @@ def code_positions(code_length: int, rows: int, columns: int, layout: str) -> Te
 
 
 def rotary_table(config: ModelConfig, head_dim: int, height: int, width: int, device: torch.device) -> Tensor:
-    """The cached ``rotary_angles`` for images of ``height`` × ``width`` pixels."""
+    """Return the cached ``rotary_angles`` for images of ``height`` × ``width`` pixels."""
     rows, columns = height // config.patch_size, width // config.patch_size
     return rotary_angles(config.code_length, rows, columns, head_dim, config.code_layout, device)
 
@@ -94,7 +94,7 @@ def space_to_depth(x: Tensor, factor: int) -> Tensor:
 
 
 def depth_to_space(x: Tensor, factor: int) -> Tensor:
-    """The inverse of ``space_to_depth``."""
+    """Invert ``space_to_depth``."""
     b, r, c, d = x.shape
     x = x.reshape(b, r, c, factor, factor, d // factor**2).transpose(2, 3)
     return x.reshape(b, r * factor, c * factor, d // factor**2)
@@ -106,7 +106,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch: int, height: int) -> Tensor:
-    """The inverse of ``patchify`` for images of ``height`` pixels."""
+    """Invert ``patchify`` for images of ``height`` pixels."""
     rows = patches.unflatten(1, (height // patch, -1))
     return depth_to_space(rows, patch).permute(0, 3, 1, 2).contiguous()
 
@@ -257,7 +257,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Equation 3: the velocity of the noised image x_t given the code and the timestep.
 
-    With ``config.prediction`` "picture" the last layer estimates the image x̂, and the velocity is (x_t − x̂) / t. Loss
+    With ``config.prediction`` "image" the last layer estimates the image x̂, and the velocity is (x_t − x̂) / t. Loss
     and sampler are the same, but a narrow network need not reproduce the noise.
 
     With ``config.mean_velocity`` the output is the mean velocity over a step, (x_t − x_end) / (t − t_end), which stage

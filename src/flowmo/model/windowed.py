@@ -119,7 +119,7 @@ class WindowedBlock(nn.Module):
         return space_to_depth(x, self.window).unflatten(-1, (self.window**2, -1)).flatten(1, 2)
 
     def merge(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """The inverse of ``partition``."""
+        """Invert ``partition``."""
         cells = x.flatten(2).unflatten(1, self.window_counts(rows, columns))
         x = depth_to_space(cells, self.window)
         return x[:, self.offset : self.offset + rows, self.offset : self.offset + columns]

@@ -150,7 +150,7 @@ class GeneratorTask(Task):
         if self.held_out is None:
             return {}
         device, batch_size = self.world.device, self.config.eval.batch_size
-        chosen = evenly_spread(self.config.eval.pictures, len(self.held_out))
+        chosen = evenly_spread(self.config.eval.images, len(self.held_out))
         total = count = 0.0
         for start in range(0, len(chosen), batch_size):
             indices = chosen[start : start + batch_size]

@@ -61,8 +61,8 @@ class TokenizerTask(Task):
         self.report_unreadable = cache(lambda message: report(f"left out of the held-out images: {message}"))
         images = self.open_source("train")
         self.pixels = PixelFormat.of(config)
-        views = (data.random_crop, data.random_flip, data.draft, data.read_timeout, self.pixels)
-        self.source = ImageDataset(images, data.image_size, *views)
+        transforms = (data.random_crop, data.random_flip, data.draft, data.read_timeout, self.pixels)
+        self.source = ImageDataset(images, data.image_size, *transforms)
         self.held_out = self._held_out(images) if world.main else torch.empty(0)
         self.perceptual = None
         if opt.lpips_weight:
@@ -137,11 +137,11 @@ class TokenizerTask(Task):
             return Evaluators(lpips_alex=LPIPS("alex")).to(device)
         if metric != "rfid":
             return Evaluators()
-        count = min(self.config.eval.pictures, len(self.open_source("val")))
+        count = min(self.config.eval.images, len(self.open_source("val")))
         if count < MIN_IMAGES_FOR_RFID:
             raise TrainingError(
                 f"trainer.best_metric=rfid needs {MIN_IMAGES_FOR_RFID} held-out images, not {count}. Raise "
-                "eval.pictures, or name more images by data.val."
+                "eval.images, or name more images by data.val."
             )
         return Evaluators(features=build_features("inception")).to(device)
 
@@ -237,7 +237,7 @@ class TokenizerTask(Task):
                 self.open_source("val"),
                 size,
                 self.evaluators,
-                limit=self.config.eval.pictures,
+                limit=self.config.eval.images,
                 batch_size=count,
                 device=self.world.device,
                 enlarge=True,

@@ -164,7 +164,7 @@ def check_page(tokenizer: FlowMo) -> None:
 
 
 def describe(tokenizer: FlowMo, name: str) -> dict[str, Any]:
-    """What a program needs beside the graphs: the layout of ids and files, and how to sample."""
+    """Describe, for programs that use the graphs, the layout of ids and files, and how to sample."""
     codec, config = Codec(tokenizer), tokenizer.config
     sampling = config.eval.sampling
     return {
@@ -188,7 +188,7 @@ def describe(tokenizer: FlowMo, name: str) -> dict[str, Any]:
 
 
 def file_names(kind: str, examples: Sequence[str] = ()) -> list[str]:
-    """Names of all files that ``export`` writes into its folder."""
+    """Return the names of all files that ``export`` writes into its folder."""
     names = ["model.json", *(f"{name}.{'pt2' if kind == 'torch' else 'onnx'}" for name in NETWORKS)]
     if kind == "page":
         names += [path.name for path in PAGE.iterdir()] + [f"runtime/{name}" for name in RUNTIME_FILES]

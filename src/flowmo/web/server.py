@@ -90,7 +90,7 @@ class Demo:
         return description
 
     def encode(self, body: bytes, height: int, width: int) -> bytes:
-        """The packed .flowmo file of RGBA pixels."""
+        """Encode RGBA pixels as a packed .flowmo file."""
         return self.packed.pack(self.tokenizer.encode_image(image_of(body, height, width)))
 
     def decode(self, body: bytes, seed: int, steps: int, guidance: float) -> bytes:
@@ -99,17 +99,17 @@ class Demo:
         return rgba_of(self.tokenizer.decode_image(codes, min(steps, MAX_STEPS), seed, guidance=guidance))
 
     def pack(self, body: bytes) -> bytes:
-        """The same ids as a file to save, coded if there is a context model."""
+        """Return the same ids as a file to save, coded if there is a context model."""
         return self.codec.pack(self.codec.unpack(body, MAX_PIXELS))
 
     def unpack(self, body: bytes) -> tuple[bytes, dict[str, int]]:
-        """The same ids as a packed file, and the number of planes that are missing as a header."""
+        """Return the same ids as a packed file, and the number of planes that are missing as a header."""
         missing: list[MissingPlanes] = []
         content = self.packed.pack(self.codec.unpack(body, MAX_PIXELS, missing.append))
         return content, {"Missing": sum(warning.total - warning.planes for warning in missing)}
 
     def codecs(self, body: bytes, height: int, width: int, bytes: int) -> list[dict[str, Any]]:
-        """The same image by other codecs, in at most ``bytes`` bytes or their least."""
+        """Return the same image by other codecs, in at most ``bytes`` bytes or their least."""
         original, found = image_of(body, height, width), []
         if height * width > MAX_PIXELS_FOR_CODECS:
             raise DemoError(f"Codecs are compared up to {MAX_PIXELS_FOR_CODECS:,} pixels. Choose a smaller size.")

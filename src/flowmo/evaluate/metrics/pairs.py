@@ -50,7 +50,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def per_channel(metric: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """A metric of each channel of pairs of images b × c × h × w: b × c."""
+    """Compute a metric of each channel of pairs of images b × c × h × w: b × c."""
     x_planes, y_planes = (images.flatten(0, 1)[:, None] for images in (x, y))
     return metric(x_planes, y_planes).unflatten(0, x.shape[:2])
 

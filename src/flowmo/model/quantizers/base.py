@@ -13,7 +13,7 @@ WholeBatch = Callable[[Tensor], Tensor]
 
 
 def local_statistic(statistic: Tensor) -> Tensor:
-    """The ``WholeBatch`` of a global batch that is a single micro-batch: its own statistic."""
+    """Return a statistic as it is: the ``WholeBatch`` of a global batch that is a single micro-batch."""
     return statistic
 
 

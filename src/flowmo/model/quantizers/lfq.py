@@ -89,7 +89,7 @@ def binary_entropy(logit: Tensor) -> Tensor:
 
 
 def mean_over_batch(mean: Tensor, whole_batch: WholeBatch) -> Tensor:
-    """The global batch's mean with this micro-batch's gradient."""
+    """Return the global batch's mean with this micro-batch's gradient."""
     return mean + (whole_batch(mean.detach()) - mean.detach())
 
 

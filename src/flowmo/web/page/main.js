@@ -85,7 +85,7 @@ async function bitmapOf(file) {
 
 async function start() {
   for (const id of ["viewer", "files", "more"]) $(id).hidden = true;
-  $("facts").replaceChildren();
+  $("details").replaceChildren();
   decodings = new Map();
   codes = image = null; // or a change of settings would decode the last image
   if (source.codes) {
@@ -177,12 +177,12 @@ async function showCodes() {
   $("left").textContent = image ? "original" : "decoded";
   $("side").textContent = `decoded, ${number(bytes)} bytes`;
   $("viewer").hidden = $("files").hidden = $("more").hidden = false;
-  const facts = { file: `${number(bytes)} bytes`, "bits per pixel": ((8 * bytes) / pixels).toFixed(3), image: size(codes) };
-  if (source.bytes) facts["your file"] = `${number(source.bytes)} bytes`;
-  if (image) facts.PSNR = `${psnr(image, decoded).toFixed(2)} dB`;
-  facts.decoded = `in ${decoded.seconds.toFixed(1)} s`;
-  $("facts").replaceChildren(
-    ...Object.entries(facts).map(([name, value]) => {
+  const details = { file: `${number(bytes)} bytes`, "bits per pixel": ((8 * bytes) / pixels).toFixed(3), image: size(codes) };
+  if (source.bytes) details["your file"] = `${number(source.bytes)} bytes`;
+  if (image) details.PSNR = `${psnr(image, decoded).toFixed(2)} dB`;
+  details.decoded = `in ${decoded.seconds.toFixed(1)} s`;
+  $("details").replaceChildren(
+    ...Object.entries(details).map(([name, value]) => {
       const row = document.createElement("div");
       row.append(element("dt", name), element("dd", value));
       return row;
