@@ -183,6 +183,69 @@ def test_tiffs_that_pillow_misreads_are_refused_or_put_right(tmp_path):
         assert (shown == np.round((top - grey) * (255 / top))).all()
 
 
+def write_12_bit_tiff(path, values):
+    """Values h × w below 4096, w even, packed without compression. Pillow writes no such file."""
+    height, width = values.shape
+    pairs = values.reshape(-1, 2).astype(np.uint32)
+    packed = (pairs[:, 0] << 12 | pairs[:, 1]).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: height}
+    tags[279] = len(packed)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + packed)
+
+
+def test_white_is_4095_in_a_tiff_of_12_bits(tmp_path):
+    path, values = tmp_path / "twelve.tif", np.array([[0, 1024], [2048, 4095]])
+    write_12_bit_tiff(path, values)
+    read = flowmo.read_tensor(path, 1)[0]
+    assert torch.allclose(read, torch.tensor(values / 4095 * 2 - 1).float(), atol=4e-5)
+    assert np.array_equal(np.asarray(flowmo.read_image(path))[..., 0], [[0, 64], [128, 255]])
+    assert torch.allclose(flowmo.read_tensor(path, 1, (0, 4095)), unit(values[None], 0, 4095), atol=1e-6)
+
+
+@pytest.mark.parametrize("subfiletype", [0, 1])
+def test_every_page_of_a_tiff_counts_against_the_limit(subfiletype, tmp_path):
+    """A large page behind a small one that is a channel, too, or a smaller copy."""
+    tifffile = pytest.importorskip("tifffile")
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(np.zeros((4, 4), np.uint16), photometric="minisblack", subfiletype=subfiletype)
+        tiff.write(np.zeros((40, 40), np.uint16), photometric="minisblack")
+    with pytest.raises(ImageError, match="40×40 is more than 100 pixels"):
+        flowmo.read_tensor(tmp_path / "a.tif", 2 - subfiletype, max_pixels=100)
+
+
+def test_a_pil_image_is_what_its_file_is(tmp_path):
+    """Files that Pillow reads in its own way, opened by the user and by us."""
+    white = Image.fromarray(np.full((4, 6), 65535, np.uint16))
+    white.save(tmp_path / "inverted.tif", tiffinfo={262: 0})
+    write_png16(tmp_path / "deep.png", np.arange(4 * 6 * 3, dtype=np.uint16).reshape(4, 6, 3) * 811)
+    write_12_bit_tiff(tmp_path / "twelve.tif", np.full((4, 6), 4095))
+    for name, pixels in (
+        ("inverted.tif", PixelFormat()),
+        ("inverted.tif", PixelFormat(1, 16)),
+        ("deep.png", PixelFormat(3, 16)),
+        ("deep.png", PixelFormat()),
+        ("twelve.tif", PixelFormat()),
+    ):
+        with Image.open(tmp_path / name) as image:
+            ours, file = pixels.prepare(image), pixels.read(tmp_path / name)
+        assert torch.equal(to_tensor(ours), to_tensor(file)), (name, pixels)
+    for value in (65536, -1):
+        with pytest.raises(ImageError, match="no known range"):
+            PixelFormat(1, 16).prepare(Image.new("I", (4, 4), value))
+    half = torch.zeros(3, 4, 6, dtype=torch.float16)
+    assert PixelFormat().prepare(half).dtype == torch.float32
+
+
+def test_a_transparent_colour_is_a_fourth_channel(tmp_path):
+    image = Image.new("RGB", (4, 4), (10, 20, 30))
+    image.putpixel((1, 0), (1, 2, 3))
+    image.save(tmp_path / "keyed.png", transparency=(1, 2, 3))
+    read = flowmo.read_tensor(tmp_path / "keyed.png", 4)
+    assert read.shape == (4, 4, 4)
+    assert read[3, 0].tolist() == [1, -1, 1, 1]
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_a_smaller_copy_in_a_tiff_is_no_channel(first, tmp_path):
     tifffile = pytest.importorskip("tifffile")

@@ -118,7 +118,7 @@ class ModelConfig:
     )
     ema_update: str = training("every_step", "when the EMA is updated", one_of("every_step", "release"))
     train: str = training(
-        "all", "networks that a run trains; ids stay unless it is the encoder", one_of("all", "encoder", "decoder")
+        "all", "networks that a run trains; ids stay only with decoder", one_of("all", "encoder", "decoder")
     )
     base: str = training("", "identity and encoder of the tokenizer that a run started from; runs write it", IDENTITIES)
 

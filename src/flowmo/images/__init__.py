@@ -34,6 +34,7 @@ UPRIGHT = {
 """EXIF orientation -> the operation that turns the image upright. ``ImageOps.exif_transpose`` fails on odd tags."""
 ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """Keys of Pillow's metadata that may hold an orientation. They are removed once an image is upright."""
+WHITE_16 = 65535
 COLOUR_MAP = 320
 """TIFF tag of a palette: all red values, all green, all blue."""
 WHITE_IS_ZERO, LAB, SIGNED = 0, 8, 2
@@ -219,11 +220,12 @@ def misread(image: Image.Image) -> str:
     return ""
 
 
-def reinterpreted(image: Image.Image) -> Image.Image:
-    """Read three kinds of file as browsers and libtiff do, unlike Pillow.
+def reinterpreted(image: Image.Image, full_range: bool = True) -> Image.Image:
+    """Read four kinds of file as browsers and libtiff do, unlike Pillow.
 
     A BMP with zero alpha everywhere is opaque: its writer left the fourth byte unused. A TIFF palette without a value
     above 255 has 8-bit colours, not nearly black 16-bit ones. 0 is white in a 16-bit TIFF that says so, as in others.
+    White is 4095 in a 12-bit TIFF; ``full_range`` scales it to 65535.
     """
     if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
         return image.convert("RGB")
@@ -232,10 +234,16 @@ def reinterpreted(image: Image.Image) -> Image.Image:
         colours = np.array(tags.get(COLOUR_MAP, ()))
         if colours.size and colours.max() <= 255:
             image.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
-    if image.mode.startswith("I;16") and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
-        white = 2 ** max(tags[TiffImagePlugin.BITSPERSAMPLE]) - 1
-        return Image.fromarray(white - np.asarray(upright(image)).astype(np.uint16))
-    return image
+    if not (tags and image.mode.startswith("I;16")):
+        return image
+    white = 2 ** max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))) - 1
+    inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+    scaled = full_range and white < WHITE_16
+    if not (inverted or scaled):
+        return image
+    values = np.asarray(upright(image)).astype(np.uint32)
+    values = white - values if inverted else values
+    return Image.fromarray((values * WHITE_16 // white if scaled else values).astype(np.uint16))
 
 
 def check_pixels(width: int, height: int, name: str = "image", max_pixels: int = MAX_PIXELS) -> None:
@@ -285,12 +293,18 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def check_16_bits(values: np.ndarray) -> None:
+    """Raise ``ValueError`` for 32-bit values that are not 16-bit ones."""
+    if values.size and not 0 <= values.min() <= values.max() <= WHITE_16:
+        raise ValueError("its 32-bit values have no known range")
+
+
 def _to_8_bits(values: np.ndarray, floating: bool) -> np.ndarray:
     """Scale 16-bit or floating-point values to 8 bits. Infinities are clipped; NaN becomes black."""
-    top = 65535.0
-    if not floating and values.size and not 0 <= values.min() <= values.max() <= top:
-        raise ValueError("its 32-bit values have no known range")
-    if floating:
+    top = float(WHITE_16)
+    if not floating:
+        check_16_bits(values)
+    else:
         finite = values[np.isfinite(values)]
         if values.size and not finite.size:
             raise ValueError("none of its values is finite")

@@ -21,10 +21,12 @@ from flowmo.images import (
     MAX_PIXELS,
     TIFF_MAGICS,
     ImageError,
+    check_16_bits,
     check_pixels,
     is_deep,
     is_planar,
     is_signed,
+    misread,
     open_file,
     open_image,
     read_image,
@@ -135,7 +137,7 @@ class PixelFormat:
         try:
             with open_image(file, path, side, max_pixels) as image:
                 if not self._loses_bands(image):
-                    return self.tensor(self._values(image, path), path)
+                    return self.tensor(self._values(image, path, max_pixels), path)
         except (UnidentifiedImageError, ValueError) as error:
             if isinstance(error, ImageError) or not start.startswith(TIFF_MAGICS):
                 raise
@@ -183,21 +185,26 @@ class PixelFormat:
             plural = "s" * (found != 1)
             raise ChannelsError(f"{path}: has {found} channel{plural}, but the model takes {self.channels}.")
 
-    def _values(self, image: Image.Image, path: str) -> np.ndarray:
+    def _values(self, image: Image.Image, path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Values h × w × c of an open image file."""
         if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
             pages = full_pages(image)
+            for size in pages.values():
+                check_pixels(*size, path, max_pixels)
             if len(pages) > 1:
                 return self._stacked(image, pages, path)
             image.seek(next(iter(pages), 0))
-        image = reinterpreted(image)
+        image = reinterpreted(image, self.value_range is None)
         values = high_bit_depth_values(image)
         if values is None and self.channels in (1, 3):
             values = np.asarray(to_rgb(image))
         elif values is None:
             image = upright(image)
-            plain = image.mode in ("L", "LA", "RGB", "RGBA")
-            values = np.asarray(image if plain else image.convert("RGBA" if image.has_transparency_data else "RGB"))
+            if image.has_transparency_data:
+                image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
+            elif image.mode not in ("L", "RGB"):
+                image = image.convert("RGB")
+            values = np.asarray(image)
         values = values.reshape(*values.shape[:2], -1)
         if self.channels == 1 and (values == values[..., :1]).all():
             values = values[..., :1]
@@ -211,7 +218,7 @@ class PixelFormat:
         pages = []
         for index in indices:
             image.seek(index)
-            page = reinterpreted(image)
+            page = reinterpreted(image, self.value_range is None)
             values = high_bit_depth_values(page)
             if values is None:
                 values = np.asarray(page.convert("L") if page.mode in ("1", "P") else page)
@@ -247,18 +254,21 @@ class PixelFormat:
             ImageError: no pixels, too many, another number of channels, or a PIL image that cannot be decoded.
         """
         check_pixels(*size_of(image))
-        if isinstance(image, Image.Image):
-            try:
-                image.load()
-                if self.is_rgb:
-                    return to_rgb(image)
-            except ImageError:
-                raise
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ImageError(f"image: cannot be decoded ({one_line(error)}).") from None
+        if isinstance(image, Tensor):
+            self._check_channels(len(image), "image")
+            return image.float() if image.is_floating_point() else image
+        try:
+            if reason := misread(image):
+                raise ValueError(f"{reason}; give the file instead")
+            if self.is_rgb:
+                return to_rgb(reinterpreted(image))
+            if self._loses_bands(image):
+                raise ValueError("PIL loses bands of it; give the file instead")
             return self.tensor(self._values(image, "image"), "image")
-        self._check_channels(len(image), "image")
-        return image
+        except ImageError:
+            raise
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ImageError(f"image: cannot be decoded ({one_line(error)}).") from None
 
     def visible(self, images: Tensor) -> Tensor:
         """Select the RGB channels: b × c × h × w -> b × 3 × h × w."""
@@ -325,7 +335,10 @@ def high_bit_depth_values(image: Image.Image) -> np.ndarray | None:
     """Values h × w or h × w × c of more than 8 bits, upright; ``None`` for an 8-bit image."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(upright(image))
-        return values.astype(np.uint16) if image.mode == "I" and image.format != "TIFF" else values
+        if image.mode == "I" and image.format != "TIFF":
+            check_16_bits(values)
+            return values.astype(np.uint16)
+        return values
     raw = raw_mode(image)
     if raw == "LA;16B":  # grey with alpha: four bytes a pixel, like RGBA
         return np.ascontiguousarray(_decoded_as("RGBA", image)).view(">u2").astype(np.uint16)
