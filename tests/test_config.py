@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from flowmo import Config, ConfigError, preset
 from flowmo.config import FIELDS, PRESETS
+from flowmo.config.fields import Duration
 from flowmo.model.flow import DISTRIBUTIONS
 
 
@@ -204,3 +205,13 @@ def test_files_of_earlier_versions_are_read():
     assert config.eval.images == 3
     assert Config.from_dict(config.to_dict()) == config
     assert Config.from_dict({"data": {"train": "picture"}}).data.train == "picture"
+
+
+def test_settings_go_through_json_and_yaml_unchanged(tmp_path):
+    """Characters beyond 16 bits, which JSON writes as two, names that are not UTF-8, and short periods."""
+    words = ("data.train=/data/😀 é/x", "data.val=/data/\udce9", "trainer.log_every=0.00005 epochs")
+    config = Config().override(*words)
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert Config.from_yaml(tmp_path / "config.json") == config
+    assert config.trainer.log_every.images(1, 10**6) == 50
+    assert Duration("1e+3 steps") == Duration("1000")

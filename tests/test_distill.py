@@ -215,6 +215,8 @@ def test_teachers_that_do_not_fit_are_refused(settings, tmp_path):
     of_a_student = sorted((tmp_path / "b" / "checkpoints").glob("*.pth"))[-1]
     with pytest.raises(TrainingError, match=r"other settings: model\.mean_velocity True -> False"):
         Trainer(settings.override(f"opt.teacher={of_a_student}"), tmp_path / "c", report=quiet)
+    with pytest.raises(TrainingError, match=r"other settings: data\.image_size 32 -> 64"):
+        Trainer(settings.override("data.image_size=64"), tmp_path / "e", report=quiet)
     with pytest.raises(Exception, match=r"none\.pth"):
         Trainer(settings.override("opt.teacher=none.pth"), tmp_path / "d", report=quiet)
 

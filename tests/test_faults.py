@@ -1,5 +1,6 @@
 """What can happen to a training run: kills, full and read-only disks, data that go away or hang, clocks that jump."""
 
+import errno
 import os
 import shutil
 import signal
@@ -14,12 +15,13 @@ from conftest import TINY
 
 from flowmo import CheckpointError, Config
 from flowmo.checkpoint import files as checkpoint
-from flowmo.checkpoint.run_folder import listing
+from flowmo.checkpoint.run_folder import best_checkpoint, listing
 from flowmo.data import DataError, FolderSource, ImageDataset, TarSource, batches
 from flowmo.data.transforms import time_limit
 from flowmo.images import ImageError
 from flowmo.train.failures import plain_errors
 from flowmo.train.schedule import BatchPlan
+from flowmo.train.state import FolderLock, tidy
 from flowmo.train.trainer import Trainer, TrainingError
 
 HERE = Path(__file__).parent
@@ -218,3 +220,64 @@ def test_clocks_that_jump_change_nothing(config, monkeypatch, tmp_path):
     Trainer(config, tmp_path / "broken", report=quiet).train()
     assert same(last(tmp_path / "broken"), last(tmp_path / "whole"))
     assert [path.stem for path in listing(tmp_path / "broken" / "checkpoints")] == ["00000002", "00000004"]
+
+
+def test_a_second_sigterm_does_not_interrupt_the_last_checkpoint(config, monkeypatch, tmp_path):
+    """torchrun sends SIGTERM to a process and to its group."""
+    run = Trainer(config.override("trainer.checkpoint_every=40"), tmp_path / "run", report=quiet)
+    save, step = run.save, run._step
+
+    def interrupted_step(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    def interrupted_save():
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save()
+
+    monkeypatch.setattr(run, "_step", interrupted_step)
+    monkeypatch.setattr(run, "save", interrupted_save)
+    run.train()
+    assert [path.stem for path in run.checkpoints()] == ["00000001"]
+
+
+def test_the_best_checkpoint_of_a_former_stage_is_not_that_of_the_run(config, tmp_path):
+    judged = (f"data.val={config.data.train}", "trainer.best_metric=psnr", "eval.images=2")
+    Trainer(config.override(*judged), tmp_path / "run", report=quiet).train()
+    assert (tmp_path / "run" / "best").is_file()
+    later = config.override("model.train=decoder", "trainer.max_steps=6", "trainer.keep_last=1")
+    Trainer(later, tmp_path / "run", report=quiet).train()
+    assert best_checkpoint(tmp_path / "run").stem == "00000006"
+
+
+def test_copies_of_checkpoints_are_left_alone(config, tmp_path):
+    Trainer(config, tmp_path / "run", report=quiet).train()
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("00000004_backup.pth", "00000004.copy.pth", "9.old.pth"):
+        shutil.copy(folder / "00000004.pth", folder / name)
+    again = Trainer(config.override("trainer.max_steps=8", "trainer.keep_last=1"), tmp_path / "run", report=quiet)
+    assert again.step == 4
+    again.train()
+    names = ["00000004.copy.pth", "00000004_backup.pth", "00000008.pth", "9.old.pth"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOLCK, False)])
+def test_a_file_system_without_locks_is_no_other_run(number, refused, monkeypatch, tmp_path):
+    def lockf(descriptor, kind):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("flowmo.train.state.fcntl.lockf", lockf)
+    if not refused:
+        FolderLock(tmp_path)
+        return
+    with pytest.raises(TrainingError, match="another run is writing there"):
+        FolderLock(tmp_path)
+
+
+def test_files_that_nfs_keeps_for_a_reader_stay(tmp_path):
+    for name in (".nfs0000000000a1", ".00000004.pth.ab12"):
+        (tmp_path / name).touch()
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".nfs0000000000a1"]

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, open_gates, run_command
+from conftest import CLASSES, TINY_NATIVE, open_gates, run_command
 from PIL import Image
 from processes import command as flowmo_command
 from processes import run_ranks
@@ -35,10 +35,11 @@ from flowmo.generate.generator import (
     load_generator,
     save_generator,
 )
-from flowmo.generate.samples import parse_positions, write_samples
+from flowmo.generate.samples import parse_positions, sample_images, write_samples
 from flowmo.generate.schedules import MEAN_MASK_RATIO, halton_order, mask_ratio, masked_counts, random_mask
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import resize_and_crop, to_tensor
+from flowmo.train.cost import training_memory
 from flowmo.train.generator import GeneratorNoise, GeneratorStage
 from flowmo.train.trainer import Trainer, TrainingError
 
@@ -954,3 +955,57 @@ def test_the_commands(class_folder, tokenizer, trained, tmp_path, capsys):
     assert (told["tokenizer"], told["sampling_steps"]) == (trained.vocabulary.tokenizer, 3)
     assert command("info", generator, "generator.hidden_size=12") == 2
     assert "holds weights of another architecture" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_native_size_decodes_at_the_size_of_the_tokens(class_folder, tmp_path):
+    """Its identity is the same at every size: the ids of another size are refused, and images have the tokens' size."""
+    torch.manual_seed(0)
+    tokenizer = open_gates(FlowMo(Config.from_dict(TINY_NATIVE))).eval()
+    other = load_resized(tokenizer, 32)
+    assert other.identity() == tokenizer.identity()
+    for name, model in (("small", other), ("large", tokenizer)):
+        tokenize(model, open_source(class_folder), tmp_path / name, model="native")
+    save(tokenizer, tmp_path / "native.safetensors")
+    config = preset("maskgit_nano").override(*SMALL, f"data.train={tmp_path / 'small'}", "data.global_batch_size=2")
+    config = config.override("data.num_workers=0", "trainer.duration=2 steps", "trainer.sample_every=1 step")
+    config = config.override(f"generator.tokenizer={tmp_path / 'native.safetensors'}", "trainer.tensorboard=false")
+    run = Trainer(config, tmp_path / "run", report=quiet)
+    run.train()
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
+    generator = load_generator(run.checkpoints()[-1])
+    assert sample_images(generator, tokenizer, [0, 1], [0, 1], decode_steps=1).shape == (2, 3, 32, 32)
+    with pytest.raises(TrainingError, match=r"ids an image of 64 pixels, .*ids an image of 32 pixels"):
+        Trainer(config.override(f"data.val={tmp_path / 'large'}"), tmp_path / "other", report=quiet)
+    with pytest.raises(TrainingError, match=r"was trained on .* of 32 pixels, .* of 64 pixels"):
+        Trainer(config.override(f"data.train={tmp_path / 'large'}"), tmp_path / "run", report=quiet)
+
+
+def load_resized(tokenizer, side):
+    resized = FlowMo(tokenizer.config.override(f"data.image_size={side}", f"model.code_length={(side // 16) ** 2}"))
+    resized.load_state_dict(tokenizer.state_dict())
+    return resized.eval()
+
+
+def test_the_loss_leaves_out_ids_that_do_not_exist():
+    """Of 11 ids, which take 4 bits, the network's other five logits count neither in the loss nor in its metric."""
+    torch.manual_seed(0)
+    generator = Generator(Config().override(*SMALL), dataclasses.replace(VOCABULARY, id_count=11)).eval()
+    ids, mask = torch.randint(11, (3, 12)), torch.rand(3, 12) < 0.5
+    labels = torch.zeros(3, dtype=torch.int64)
+    loss = GeneratorStage(generator)(ids, labels, mask)
+    logits = generator.network(ids, mask, labels)[..., :11]
+    ratio = MEAN_MASK_RATIO[generator.config.generator.schedule]
+    smoothing = generator.config.generator.label_smoothing
+    log_p = logits.log_softmax(-1)
+    own = log_p.gather(-1, ids[..., None])[..., 0]
+    expected = -((1 - smoothing) * own + smoothing * log_p.mean(-1))[mask].sum() / (ratio * ids.numel())
+    assert smoothing > 0
+    assert loss.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_memory_forecast_counts_the_loss():
+    """Logits of 2^12 ids outweigh a network of width 32."""
+    config = preset("maskgit_nano").override(*SMALL, "trainer.enable_bfloat16=false")
+    many = dataclasses.replace(VOCABULARY, id_bits=12)
+    logits = many.ids * 4096 * 4  # bytes of float32
+    assert training_memory(config, vocabulary=many).activation_bytes > 3 * logits

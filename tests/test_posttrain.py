@@ -294,11 +294,12 @@ def test_checkpoints_are_judged_by_rfid(settings, tmp_path, monkeypatch):
     """The paper stops stage 1B by rFID: here by SciPy's root over the same features, and the least one wins."""
     linalg = pytest.importorskip("scipy.linalg")
     asked = []
-    monkeypatch.setattr("flowmo.train.tokenizer.build_features", lambda kind: asked.append(kind) or Colours())
+    monkeypatch.setattr("flowmo.train.tokenizer.build_features", lambda *words: asked.append(words) or Colours())
     held_out = (f"data.val={settings.data.train}", "eval.images=5", "trainer.best_metric=rfid")
+    held_out += ("opt.perceptual_weights=/some/folder",)
     run = Trainer(settings.override(*held_out, "trainer.max_steps=1"), tmp_path / "run", report=quiet)
     run.train()
-    assert asked == ["inception"], "no stand-in is called rFID"
+    assert asked == [("inception", "/some/folder")], "no stand-in is called rFID"
     source = open_source(settings.data.train)
     chosen = evenly_spread(5, len(source))
     x = read_crops(source, chosen, settings.data.image_size, enlarge=True)

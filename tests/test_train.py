@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -585,6 +586,10 @@ def test_muon_takes_the_steps_of_pytorchs(monkeypatch):
         monkeypatch.setattr("flowmo.train.muon.multiplies_bfloat16", lambda device, can=bfloat16: can)
         for mine, theirs in zip(trained(Muon), expected, strict=True):
             assert torch.allclose(mine, theirs, rtol=0, atol=tolerance)
+    in_float32 = trained(Muon)
+    monkeypatch.setattr("flowmo.train.muon.multiplies_bfloat16", lambda device: True)
+    asked = trained(partial(Muon, bfloat16=False))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(asked, in_float32, strict=True))
 
 
 def test_muon_needs_whole_matrices(tiny_config):

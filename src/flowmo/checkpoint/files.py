@@ -242,12 +242,13 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
-    # with the permissions of any new file, which tempfile's lack
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    # with the permissions of any new file, which tempfile's and those of safetensors lack
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    os.close(descriptor)
     try:
         write(temporary)
-        if path.is_file():
-            os.chmod(temporary, path.stat().st_mode & 0o777)
+        os.chmod(temporary, (path.stat().st_mode if path.is_file() else mode) & 0o777)
         with open(temporary, "rb") as file:  # fsync, else a power cut can leave it empty
             os.fsync(file.fileno())
         os.replace(temporary, path)

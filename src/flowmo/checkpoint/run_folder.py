@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
@@ -21,8 +22,9 @@ def is_sharded(path: Path) -> bool:
 
 
 def listing(folder: Path) -> list[Path]:
-    """List the complete checkpoints in a folder, oldest first."""
-    return sorted((p for p in folder.glob("[0-9]*") if p.suffix == ".pth" or is_sharded(p)), key=lambda p: p.stem)
+    """List the complete checkpoints in a folder, oldest first. Files of other names, such as copies, are not listed."""
+    found = (path for path in folder.glob("[0-9]*") if re.fullmatch(r"\d+(\.pth)?", path.name))
+    return sorted((p for p in found if p.suffix or is_sharded(p)), key=lambda p: int(p.stem))
 
 
 def has_ended(run: Path) -> bool:

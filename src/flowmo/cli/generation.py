@@ -87,7 +87,7 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
     from flowmo.generate.generator import load_generator
     from flowmo.generate.samples import check_pair, parse_positions, sample_images, write_samples
 
-    out, as_grid = arguments.output, arguments.output.suffix == ".png"
+    out, as_grid = arguments.output, arguments.output.suffix.lower() == ".png"
     if arguments.edit and not as_grid:
         raise UsageError("--edit writes one image. Name it with --output PICTURE.png.")
     if arguments.keep != arguments.parser.get_default("keep") and not arguments.edit:

@@ -142,7 +142,7 @@ def _finite_number(value: Any) -> float:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
-    return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")  # YAML reads JSON's 😀 as a pair
 
 
 TYPES: dict[type, tuple[Callable[[Any], Any], str]] = {

@@ -108,7 +108,9 @@ class ModelConfig:
     prediction: str = setting("velocity", "output of the decoder's last layer", one_of(*PREDICTIONS))
     mean_velocity: bool = setting(False, "the decoder sees where its step ends and gives the mean velocity (1C)")
     initial_gate: float = training(0.0, "residual gates of a fresh double-stream decoder; windowed ones start at 1")
-    enable_mup: bool = setting(True, "scale attention logits by 8 / head size; otherwise by 1 / sqrt(head size)")
+    enable_mup: bool = setting(
+        True, "scale attention logits by 8 / head size, else by 1 / sqrt(head size); not in windowed"
+    )
     fix_initial_norms: bool = training(True, "reset the norms of the blocks' weight matrices after each step")
     posttrain_sample: bool = training(False, "stage 1B: perceptual loss on samples of the whole chain, frozen encoder")
     posttrain_sample_k: int = training(8, "random steps of that chain", at_least(1))

@@ -91,6 +91,11 @@ class Vocabulary:
         """Ids per image."""
         return self.tokens * self.sub_tokens
 
+    @property
+    def shape(self) -> str:
+        """Ids and size of an image, in words. A tokenizer of native size has one identity at all sizes."""
+        return f"{self.tokens} × {self.sub_tokens} ids an image of {self.image_size} pixels"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMetadata(Vocabulary):

@@ -29,7 +29,10 @@ def image_seeds(seed: int, indices: Iterable[int]) -> list[int]:
 
 
 def check_pair(generator: Generator, tokenizer: FlowMo) -> None:
-    """Raise ``GenerationError`` if the generator was trained on another tokenizer's ids."""
+    """Raise ``GenerationError`` if the generator was trained on another tokenizer's ids.
+
+    A tokenizer of native size has one identity at every size; images then have the size of the generator's tokens.
+    """
     given, needed = tokenizer.identity(), generator.vocabulary.tokenizer
     if given != needed:
         raise GenerationError(
@@ -57,7 +60,8 @@ def sample_images(
     """
     seeds = image_seeds(seed, indices)
     ids = generator.sample(labels, seeds, **sampling)
-    return tokenizer.decode(ids, decode_steps, seeds, guidance=decode_guidance)
+    size = (generator.vocabulary.image_size,) * 2
+    return tokenizer.decode(ids, decode_steps, seeds, guidance=decode_guidance, size=size)
 
 
 def write_samples(
@@ -84,9 +88,10 @@ def write_samples(
     """
     check_pair(generator, tokenizer)
     pixels = tokenizer.pixels
-    if out.suffix == ".npz" and not pixels.is_rgb:
+    packed = out.suffix.lower() == ".npz"
+    if packed and not pixels.is_rgb:
         raise GenerationError(f"{out}: an .npz holds 8-bit RGB, unlike these images. Name a folder.")
-    folder = out.with_name(f"{out.name}.pictures") if out.suffix == ".npz" else out
+    folder = out.with_name(f"{out.name}.pictures") if packed else out
     paths = [folder / f"{index:06d}{pixels.suffix}" for index in range(len(labels))]
     if world.main:
         # tokenizers that differ only in the decoder share their identity
@@ -105,7 +110,7 @@ def write_samples(
         if progress:
             progress(start + len(batch), len(mine))
     world.barrier()
-    if out.suffix == ".npz" and world.main:
+    if packed and world.main:
         images = (to_bytes(to_tensor(read_image(path)))[None] for path in paths)
         write_whole(out, lambda temporary: write_npz(temporary, images, len(paths)))
         shutil.rmtree(folder)

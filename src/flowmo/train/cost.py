@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowmo.config import Config, TrainerConfig
 from flowmo.data.tokens import Vocabulary
 from flowmo.evaluate.speed import PEAK_TFLOPS, UNCOUNTED
-from flowmo.generate.network import build_network
+from flowmo.generate.generator import Generator
 from flowmo.losses.noise import Chain, Jumps, TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage
@@ -26,6 +26,7 @@ from flowmo.model import transformer
 from flowmo.model.quantizers import local_statistic
 from flowmo.model.quantizers.infill import HUB_NAMES
 from flowmo.tokenizer import FlowMo
+from flowmo.train.generator import GeneratorStage
 from flowmo.train.parallel import recompute
 from flowmo.train.schedule import PAPER_BATCH, Schedule
 
@@ -164,10 +165,10 @@ def _step(
     """Return a function that computes the loss of ``count`` images, and the modules in use, the trained one first."""
     if vocabulary is not None:
         ids = torch.empty(count, vocabulary.ids, dtype=torch.int64)
-        network = build_network(config.generator, vocabulary.id_bits, vocabulary.ids, len(vocabulary.classes))
-        _checkpoint_blocks([network], config.trainer)
+        module = GeneratorStage(Generator(config, vocabulary))
+        _checkpoint_blocks(module.networks, config.trainer)
         mask = torch.empty_like(ids, dtype=torch.bool)
-        return lambda: network(ids, mask, ids[:, 0]).float().sum(), [network]
+        return lambda: module(ids, ids[:, 0], mask).loss, [module.generator]
     settings: dict[str, Any] = {"model.posttrain_sample_k": chain}
     if config.model.quantization_type in HUB_NAMES:  # its language model is not counted
         settings["model.quantization_type"] = "noop"

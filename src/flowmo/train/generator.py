@@ -75,6 +75,7 @@ class GeneratorStage(nn.Module):
         """
         settings = self.generator.config.generator
         logits = self.generator.network(ids, mask, labels).flatten(0, 1).float()  # (b n) v
+        logits = logits[:, : self.generator.vocabulary.vocab_size]  # a network has all values of an id's bits
         ratio, weight = MEAN_MASK_RATIO[settings.schedule], settings.visible_weight
         targets = torch.where(mask, ids, IGNORED).flatten()  # boolean indexing would sync the host
         summed = partial(F.cross_entropy, logits, label_smoothing=settings.label_smoothing, reduction="sum")
@@ -102,6 +103,11 @@ class GeneratorTask(Task):
         self.vocabulary = self.source.metadata.vocabulary
         self.held_out = TokenDataset(config.data.val, self.vocabulary.tokenizer) if config.data.val else None
         if self.held_out is not None:
+            theirs, ours = self.held_out.metadata.vocabulary.shape, self.vocabulary.shape
+            if theirs != ours:
+                raise TrainingError(
+                    f"{config.data.val} has {theirs}, {config.data.train} has {ours}. Tokenize both at one size."
+                )
             difference = class_difference(self.held_out.classes, self.vocabulary.classes)
             if difference:
                 raise TrainingError(
@@ -158,7 +164,7 @@ class GeneratorTask(Task):
             noise = GeneratorNoise.of(self.config, self.vocabulary.ids, indices, device, 0, Stream.HELD_OUT)
             labels = self._labels(rows[:, 0], torch.ones_like(noise.keep))
             with torch.no_grad(), autocast(self.config, device):
-                logits = model.network(rows[:, 1:], noise.mask, labels)
+                logits = model.network(rows[:, 1:], noise.mask, labels)[..., : self.vocabulary.vocab_size]
             targets = rows[:, 1:][noise.mask]
             total += float(F.cross_entropy(logits[noise.mask].float(), targets, reduction="sum"))
             count += len(targets)
@@ -173,7 +179,8 @@ class GeneratorTask(Task):
         labels = evenly_spread(min(SAMPLES, classes), classes) if classes else [-1] * SAMPLES
         with autocast(self.config, self.world.device):
             ids = model.sample(labels)
-            images = self.tokenizer.decode(ids, seed=list(range(len(ids))))
+            size = (self.vocabulary.image_size,) * 2
+            images = self.tokenizer.decode(ids, seed=list(range(len(ids))), size=size)
         return to_pil(grid([self.tokenizer.pixels.visible(images)])), metrics
 
     # Checkpoints
@@ -188,6 +195,11 @@ class GeneratorTask(Task):
         if tokenizer != self.vocabulary.tokenizer:
             raise TrainingError(
                 f"{path} was trained on ids of tokenizer {tokenizer}, the tokens are of {self.vocabulary.tokenizer}."
+            )
+        theirs = Vocabulary(**metadata["vocabulary"]).shape
+        if theirs != self.vocabulary.shape:
+            raise TrainingError(
+                f"{path} was trained on {theirs}, {self.config.data.train} has {self.vocabulary.shape}."
             )
         difference = class_difference(self.vocabulary.classes, classes)
         if difference:

@@ -40,10 +40,19 @@ class Muon(torch.optim.Optimizer):
         params: as for any optimizer of PyTorch.
         lr: learning rate.
         weight_decay: decoupled, as in AdamW.
+        bfloat16: multiply in it where the device can.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        bfloat16: bool = True,
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.bfloat16 = bfloat16
         for parameter in (p for group in self.param_groups for p in group["params"]):
             self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
@@ -55,7 +64,10 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[parameter]["momentum_buffer"]
                 buffer.lerp_(parameter.grad, 1 - momentum)
                 update = parameter.grad.lerp(buffer, momentum)
-                dtype = torch.bfloat16 if multiplies_bfloat16(parameter.device) else torch.float32
+                half = self.bfloat16 and multiplies_bfloat16(parameter.device)
                 parameter.mul_(1 - lr * group["weight_decay"])
                 rows, columns = parameter.shape
-                parameter.add_(orthogonalize(update.to(dtype)), alpha=-lr * math.sqrt(max(1, rows / columns)))
+                parameter.add_(
+                    orthogonalize(update.to(torch.bfloat16 if half else torch.float32)),
+                    alpha=-lr * math.sqrt(max(1, rows / columns)),
+                )

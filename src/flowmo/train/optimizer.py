@@ -93,7 +93,8 @@ def build_optimizers(model: nn.Module) -> list[Optimizer]:
     if not matrices:
         return [adam]
     group = {"params": matrices, "scale": opt.muon_lr / opt.lr}
-    return [adam, Muon([group], lr=opt.muon_lr, weight_decay=opt.weight_decay)]
+    half = config.trainer.enable_bfloat16
+    return [adam, Muon([group], lr=opt.muon_lr, weight_decay=opt.weight_decay, bfloat16=half)]
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

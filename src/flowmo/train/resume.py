@@ -300,7 +300,9 @@ class ResumableRun:
         path = state.save(self.checkpoint_folder, self.step, self.tensors(), metadata, self.world)
         self.saved_at, self.saved_images = self.step, self.images
         if self.world.main:
-            if self.early_stopping.step is not None:  # each time, in case a kill came between the two files
+            if self.early_stopping.step is None:  # the best one of another stage is not this stage's
+                (self.folder / BEST).unlink(missing_ok=True)
+            else:  # each time, in case a kill came between the two files
                 write_content(self.folder / BEST, f"{self.early_stopping.step:08d}")
             kept = {*self.kept_steps, self.early_stopping.step}
             for old in self.checkpoints()[: -self.config.trainer.keep_last]:

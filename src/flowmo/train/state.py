@@ -4,6 +4,7 @@ Both hold the same named tensors, and either resumes on any number of ranks. The
 because every random number follows from the seed and a position in the run.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -43,8 +44,10 @@ class FolderLock:
         self._descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TrainingError(f"{folder}: another run is writing there. End it, or use another name.") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise TrainingError(f"{folder}: another run is writing there. End it, or use another name.") from None
+            # some file systems have no locks; a run works without
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os may be gone when the interpreter exits
         if self._descriptor >= 0:
@@ -52,9 +55,13 @@ class FolderLock:
 
 
 def tidy(folder: Path) -> None:
-    """Remove the incomplete files and folders that a killed run left."""
+    """Remove the incomplete files and folders that a killed run left.
+
+    NFS keeps a deleted file that another process reads as ``.nfs…``, which cannot be removed until then.
+    """
     for path in folder.glob(".*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not path.name.startswith(".nfs"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], metadata: Mapping[str, Any], world: World) -> Path:
@@ -101,7 +108,7 @@ def _save_shards(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
     world.barrier()
     sharded.write(temporary, tensors)
     if world.main:
-        (temporary / METADATA).write_text(json.dumps(metadata))
+        checkpoint.write_content(temporary / METADATA, json.dumps(metadata))
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)

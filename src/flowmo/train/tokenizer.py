@@ -106,6 +106,9 @@ class TokenizerTask(Task):
         expected = {**self.config.architecture(), "mean_velocity": False}
         advice = "Give the student the teacher's settings."
         check_same_settings(teacher.config.architecture(), expected, path, "model", advice=advice)
+        names = ("bit_depth", "value_range", *(() if teacher.native_size else ("image_size",)))
+        images, own = ({name: getattr(c.data, name) for name in names} for c in (teacher.config, self.config))
+        check_same_settings(images, own, path, "data", advice=advice)
         self.model.load_state_dict(teacher.state_dict(), strict=False)  # it has no layers for a step's end time
         self.config = self.config.override(f"model.base={teacher.as_base()}")  # their ids are the same
         return teacher.to(self.world.device).eval().requires_grad_(False)
@@ -131,10 +134,11 @@ class TokenizerTask(Task):
             FeatureNetworkError, WeightsNotFoundError: the network is not available.
         """
         metric, device = self.config.trainer.best_metric, self.world.device
+        weights = self.config.opt.perceptual_weights or None
         if metric == "lpips":
             side = self.config.data.image_size
             check_side("trainer.best_metric=lpips", (side, side), SMALLEST_SIDE["alex"])
-            return Evaluators(lpips_alex=LPIPS("alex")).to(device)
+            return Evaluators(lpips_alex=LPIPS("alex", weights)).to(device)
         if metric != "rfid":
             return Evaluators()
         count = min(self.config.eval.images, len(self.open_source("val")))
@@ -143,7 +147,7 @@ class TokenizerTask(Task):
                 f"trainer.best_metric=rfid needs {MIN_IMAGES_FOR_RFID} held-out images, not {count}. Raise "
                 "eval.images, or name more images by data.val."
             )
-        return Evaluators(features=build_features("inception")).to(device)
+        return Evaluators(features=build_features("inception", weights)).to(device)
 
     def forecast_arguments(self) -> tuple[Config, bool, None]:
         config = self.config

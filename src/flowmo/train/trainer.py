@@ -55,9 +55,10 @@ class Trainer(ResumableRun):
         try:
             # close the loader after an error too: its workers ignore signals, and exiting would wait for them
             errors = plain_errors(self.plan, self._max_microbatch)
-            with stop_on_signals(self._ask_to_stop), errors, closing(self._batches()) as rank_batches:
-                self._loop(rank_batches)
-            self._finish()
+            with stop_on_signals(self._ask_to_stop):  # to the last save: torchrun sends SIGTERM twice
+                with errors, closing(self._batches()) as rank_batches:
+                    self._loop(rank_batches)
+                self._finish()
         finally:
             self.logger.close()
 
@@ -218,7 +219,8 @@ class Trainer(ResumableRun):
         rate, means = meter.take()
         self.unreadable.update(*self.world.gather(self.unreadable))
         self._check_unreadable()
-        mfu, memory = self._utilisation(rate), used_memory(self.device) / 2**30
+        with meter.paused():  # the first forecast takes seconds
+            mfu, memory = self._utilisation(rate), used_memory(self.device) / 2**30
         values = {
             "images_per_second": rate,
             "flop_utilisation": mfu,
