@@ -183,3 +183,24 @@ def test_completion_in_a_real_shell(capsys, tmp_path):
     )
     offered = subprocess.run([shell, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert offered.stdout.split() == ["encode"], offered.stderr
+
+
+def test_two_files_of_codes_are_not_input_and_output(capsys, tmp_path, weights, picture_files):
+    """`encode *.flowmo --packed --force` would write the first over the second."""
+    files = [tmp_path / name for name in ("a.flowmo", "b.flowmo")]
+    for file, picture in zip(files, picture_files, strict=False):
+        run(capsys, "encode", picture, file, "--model", weights)
+    before = files[1].read_bytes()
+    status, _, err = run(capsys, "encode", *files, "--packed", "--force", "--model", weights)
+    assert status == 2
+    assert "b.flowmo could be an input or the output. Name the output with --output." in err
+    assert files[1].read_bytes() == before
+    assert run(capsys, "encode", *files, "--packed", "--output", f"{tmp_path}/new/", "--model", weights)[0] == 0
+    assert run(capsys, "encode", files[0], tmp_path / "c.flowmo", "--packed", "--model", weights)[0] == 0
+
+
+def test_a_file_whose_name_looks_like_a_setting(capsys, tmp_path, weights, photo, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(photo, "shot.v=2.jpg")
+    assert run(capsys, "encode", "shot.v=2.jpg", "o.flowmo", "--model", weights)[0] == 0
+    assert Path("o.flowmo").read_bytes()[:3] == b"FLM"

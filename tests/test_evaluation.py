@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import os
 import shutil
 import weakref
 from fractions import Fraction
@@ -20,6 +22,7 @@ from flowmo.distributed import join
 from flowmo.errors import SmallImageError
 from flowmo.evaluate import measurement, reconstruction
 from flowmo.evaluate.codecs import CodecReconstructor
+from flowmo.evaluate.comparison import Comparison
 from flowmo.evaluate.measurement import Measurement
 from flowmo.evaluate.metrics.features import Features, ResNetFeatures
 from flowmo.evaluate.metrics.fid import StatisticsError
@@ -618,3 +621,66 @@ def test_the_heat_maps_colours():
     assert colours[:, 0, 0].max() < -0.9
     assert torch.isfinite(heat_map(torch.zeros(2, 2))).all()
     assert heat_map(torch.zeros(2, 2, device="meta")).device.type == "meta", "another device than the CPU's"
+
+
+@pytest.mark.parametrize("side", [32, 64, 96])
+def test_codecs_get_the_bytes_of_a_native_models_ids(side, native, source):
+    """One token a cell of 16 pixels, four ids of 9 bits each, at any size."""
+    made = Comparison(
+        model=FlowMoReconstructor(native, steps=1), source=source, evaluators=Evaluators(), side=side, peers=["jpeg"]
+    )
+    assert made.budget == math.ceil((side // 16) ** 2 * 36 / 8)
+
+
+def test_a_replaced_image_is_measured_again(tiny, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.effect_noise((40, 40), 80).convert("RGB").save(folder / name)
+    Image.new("RGB", (20, 20)).save(folder / "small.png")
+    candidate, settings = FlowMoReconstructor(tiny, steps=1), {"side": 32, "folder": tmp_path / "kept"}
+    source = open_source(str(folder))
+    assert measure(candidate, source, evaluators=Evaluators(), **settings).unreadable == 1
+    assert measure(candidate, source, evaluators=Evaluators(), **settings).unreadable == 1
+    with pytest.raises(EvaluationError, match="another"):
+        measure(candidate, source, evaluators=Evaluators(), enlarge=True, **settings)
+    Image.new("RGB", (40, 40), "red").save(folder / "a.png")
+    with pytest.raises(EvaluationError, match="another"):
+        measure(candidate, open_source(str(folder)), evaluators=Evaluators(), **settings)
+
+
+def test_an_image_that_cannot_be_enlarged_is_named_and_left_out(tiny_model, tmp_path, capsys):
+    Image.effect_noise((40, 40), 80).convert("RGB").save(tmp_path / "sound.png")
+    Image.new("RGB", (120_000, 1)).save(tmp_path / "thin.png")
+    words = ["evaluate", tmp_path, "--model", tiny_model, "--no-lpips", "--features", "none", "--enlarge", "--json"]
+    status, out, _ = run_command(capsys, *words)
+    assert status == 0
+    assert json.loads(out)["unreadable"] == 1
+
+
+def test_names_that_are_not_utf_8_are_in_a_report(tiny_model, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/\xe9.png", "wb") as file:
+        Image.effect_noise((40, 40), 80).convert("RGB").save(file, "PNG")
+    words = ["evaluate", os.fsdecode(folder), "--model", tiny_model, "--no-lpips", "--features", "none"]
+    assert run_command(capsys, *words, "--report", tmp_path / "report")[0] == 0
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["header"]["images"].startswith("caf\udce9")
+    assert r"\udce9.png" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_evaluation_warns_as_reconstruction_does(tiny_model, tmp_path, capsys):
+    Image.effect_noise((40, 40), 80).convert("RGB").save(tmp_path / "a.png")
+    words = ["evaluate", tmp_path, "--model", tiny_model, "--no-lpips", "--features", "none"]
+    status, _, error = run_command(capsys, *words, "--steps", 1, "--guidance", 3)
+    assert (status, "--guidance changes nothing" in error) == (0, True)
+    status, _, error = run_command(capsys, *words, "--fit", "whole", "--enlarge")
+    assert (status, "--enlarge is for crops" in error) == (2, True)
+
+
+def test_a_large_image_is_decoded_in_the_blocks_of_decode(native):
+    """Whole cells of more than 48 a side, whose activations would grow with the area."""
+    image = torch.rand(3, 16, 800, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ours = FlowMoReconstructor(native, seed=3).reconstruct(image[None], [5]).images[0]
+    assert torch.equal(ours, native.decode_tensor(native.encode_image(image), seed=image_seed(3, 5)))

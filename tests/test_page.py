@@ -182,10 +182,10 @@ def test_lengths_that_are_no_numbers(held, length):
     assert not held.errors
 
 
-@pytest.mark.parametrize("path", ["/%00", "/examples/%00", "http://["])
-def test_addresses_that_are_none(held, path):
+@pytest.mark.parametrize("request_line", ["GET /%00", "GET /examples/%00", "GET http://[", "POST http://["])
+def test_addresses_that_are_none(held, request_line):
     with socket.create_connection(("127.0.0.1", held.port), timeout=30) as client:
-        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        client.sendall(f"{request_line} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         answer = client.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"Connection: close" in answer

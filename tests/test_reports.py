@@ -16,6 +16,7 @@ from torch import nn
 
 from flowmo import Config, FlowMo
 from flowmo.checkpoint import CheckpointError
+from flowmo.data import Source
 from flowmo.data.loader import ResumableSampler
 from flowmo.data.token_files import Vocabulary, read_token_metadata
 from flowmo.evaluate.codecs import QUALITIES, CodecReconstructor
@@ -247,7 +248,7 @@ class Same:
         return Reconstruction(images, torch.full((len(images),), 8.0))
 
 
-class Files:
+class Files(Source):
     """A source of files that are not square."""
 
     classes = ()

@@ -21,6 +21,7 @@ from flowmo.errors import one_line
 MODEL_FILE = "model.safetensors"
 CONTEXT_FILE = "model.context.safetensors"
 CARD_FILE = "README.md"
+FILES = (MODEL_FILE, CONTEXT_FILE, CARD_FILE)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w][\w./-]{0,95})?", re.ASCII)
 
 
@@ -61,8 +62,7 @@ def push(folder: Path, name: str, private: bool = False, message: str = "Upload 
         address = api.create_repo(name, private=private, exist_ok=True)
         if private and not api.repo_info(name).private:  # it exists, and stays as it is
             raise CheckpointError(f"{name} exists and is public. Make it private on the Hub, or choose another name.")
-        files = [MODEL_FILE, CONTEXT_FILE, CARD_FILE]
-        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message=message)
+        api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=[*FILES], commit_message=message)
     return str(address)
 
 

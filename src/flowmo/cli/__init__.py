@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def build_parser() -> Parser:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse the words of a command line. ``settings`` holds its section.name=value words."""
-    settings = [word for word in words if SETTING.fullmatch(word)]
+    settings = [word for word in words if SETTING.fullmatch(word) and not os.path.exists(word)]
     arguments, rest = build_parser().parse_known_args([word for word in words if word not in settings])
     arguments.settings = settings
     if settings and not arguments.command.configurable:

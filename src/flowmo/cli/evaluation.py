@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowmo.cli.options import load, prepare
+from flowmo.cli.options import load, prepare, sampling
 from flowmo.cli.output import Progress, UsageError, require
 from flowmo.codec.file import Codec, find_context
 from flowmo.data import Source, open_source
@@ -119,7 +119,11 @@ def compare(arguments: argparse.Namespace, source: Source, evaluators: Evaluator
 
     if arguments.fit == "whole" and arguments.size:
         raise UsageError("--fit whole takes every image at its own size. Leave out --size.")
+    if arguments.fit == "whole" and arguments.enlarge:
+        raise UsageError("--enlarge is for crops. --fit whole takes every image at its own size.")
     tokenizer = load(arguments, str(world.device))
+    if world.main:
+        sampling(arguments, tokenizer)  # warns of guidance without effect
     config, name = tokenizer.config, Path(arguments.model).stem
     model = FlowMoReconstructor(
         tokenizer,

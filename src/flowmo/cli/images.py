@@ -71,7 +71,9 @@ def reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    jobs = pair_outputs(arguments.images, arguments.output, SUFFIX, is_code)
+    jobs, last = pair_outputs(arguments.images, arguments.output, SUFFIX, is_code), arguments.images[-1]
+    if len(jobs) < len(arguments.images) and all(map(is_code, arguments.images)) and last.exists():
+        raise UsageError(f"{last} could be an input or the output. Name the output with --output.")
     check_outputs([output for _, output in jobs], arguments.force, inputs=[path for path, _ in jobs])
     named = next((output for _, output in jobs if output.suffix.lower() in (*IMAGE_FORMATS, *EXTENSIONS)), None)
     if named:
@@ -209,7 +211,7 @@ def run_all(jobs: Sequence[Job], run: RunJob, as_json: bool) -> list[dict]:
             if single or isinstance(error, BrokenPipeError):
                 raise
             failed.append(str(source))
-            warn(error)
+            warn(error if source.name in str(error) else f"{source}: {error}")
             continue
         seconds = round(time.perf_counter() - start, 4)
         rows.append({"input": str(source), "output": str(output), **row, "seconds": seconds})

@@ -168,7 +168,7 @@ def push(arguments: argparse.Namespace) -> tuple[str, dict]:
     from flowmo.checkpoint import hub
 
     if arguments.output:
-        check_outputs([arguments.output / name for name in (hub.CARD_FILE, hub.MODEL_FILE)], arguments.force)
+        check_outputs([arguments.output / name for name in hub.FILES], arguments.force)
     else:
         require("huggingface_hub", "The Hub", "'flowmo[hub]'")
     metrics = read_metrics(arguments.evaluation) if arguments.evaluation else None
@@ -177,7 +177,9 @@ def push(arguments: argparse.Namespace) -> tuple[str, dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.output or Path(temporary)
         tokenizer.save_pretrained(folder, arguments.name, None if context is None else context.save(), metrics)
-        files = sorted(path.name for path in folder.iterdir())
+        if context is None:  # one that --force overwrites is of another model
+            (folder / hub.CONTEXT_FILE).unlink(missing_ok=True)
+        files = sorted(name for name in hub.FILES if (folder / name).is_file())
         if arguments.output:
             return f"{folder}: {', '.join(files)}", {"folder": str(folder), "files": files}
         address = hub.push(folder, arguments.name, arguments.private)
@@ -188,7 +190,7 @@ def read_metrics(path: Path) -> dict:
     """Read the output of ``flowmo evaluate --json``; of several rows, the first."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not the output of flowmo evaluate --json ({error}).") from None
     row = content[0] if isinstance(content, list) and content else content
     if not isinstance(row, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -66,9 +67,11 @@ class Comparison:
                 "Codecs beside whole images need a model that writes files. This one has a continuous code."
             )
         self.precision = describe(tokenizer.precision, tokenizer.device)
-        self.tiles = len(Tiling(side, side, tokenizer.config.data.image_size).corners)
+        native = tokenizer.native_size
+        self.tiles = 1 if native else len(Tiling(side, side, tokenizer.config.data.image_size).corners)
         bits = tokenizer.config.bits_per_image or 32 * model.code_length * model.context_dim
-        self.budget = math.ceil(self.tiles * bits / 8)  # bytes of the ids of a square crop
+        tokens = self.tiles * tokenizer.tokens(side, side)
+        self.budget = math.ceil(tokens * bits / model.code_length / 8)  # bytes of the ids of a square crop
         square = f"Short side resized to {side} (bilinear, antialiased), central square of {side} × {side}."
         self.protocol = square if self.side else "Each image whole, at its own size."
         self.evaluators.cache_originals = bool(self.peers) or len(self.rates) > 1
@@ -114,6 +117,8 @@ class Comparison:
         model, tokenizer = self.model, self.model.tokenizer
         sampling = {"steps": model.steps, "seed": model.seed, "guidance": model.guidance, "precision": self.precision}
         sampling |= {"identity": tokenizer.weights_identity(), "settings": str(tokenizer.config.eval.sampling)}
+        if model.codec and model.codec.context:
+            sampling["context"] = hashlib.sha256(model.codec.context.save()).hexdigest()
         for rate in self.rates or (None,):
             suffix = "" if rate is None else f" at {rate:g}"
             settings = sampling | {"bits_per_pixel": rate}
@@ -135,7 +140,7 @@ class Comparison:
             "images": f"{source}: {count} of {len(self.source)}, evenly spread",
             "protocol": self.protocol,
             "model": f"{model}, tokenizer {self.model.tokenizer.weights_identity()}",
-            **({"tiles per image": str(self.tiles)} if side else {}),
+            **({"tiles per image": str(self.tiles)} if side and not self.model.tokenizer.native_size else {}),
             "sampling": f"{self.model.steps} steps, seed {self.model.seed}, guidance {self.model.guidance}",
             "precision": self.precision,
             "networks of the metrics": ", ".join(self.evaluators.describe().values()),

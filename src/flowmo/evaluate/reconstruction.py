@@ -26,7 +26,7 @@ from flowmo.images import ImageError, resize_and_crop, size_of, to_bytes, to_ten
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.perceptual import LPIPS
 from flowmo.model.sampler import image_seed
-from flowmo.model.tiling import Tiling
+from flowmo.model.tiling import LARGEST, Tiling
 from flowmo.tokenizer import FlowMo
 
 SMALLEST_WHOLE = 32
@@ -85,7 +85,9 @@ class FlowMoReconstructor:
         height, width = images.shape[-2:]
         one_batch = height == width == config.data.image_size
         if tokenizer.native_size:
-            one_batch = height % config.model.patch_size == 0 == width % config.model.patch_size
+            patch = config.model.patch_size
+            # larger images are decoded in blocks, as by decode_image
+            one_batch = height % patch == 0 == width % patch and max(height, width) <= LARGEST * patch
         settings: dict[str, Any] = {"guidance": self.guidance, "noise_scale": self.noise_scale}
         if one_batch:
             batch = tokenizer.encode(images, self.bits_per_pixel)
@@ -234,9 +236,10 @@ def measure(
             evaluation.
     """
     chosen = evenly_spread(limit or len(source), len(source))
-    names = hashlib.sha256("\n".join(map(source.name, chosen)).encode(errors="surrogateescape")).hexdigest()
-    identity = {"version": 3, "candidate": candidate.name, "images": len(chosen), "of": len(source), "names": names}
-    identity |= {"side": side, **evaluators.describe(), **(metadata or {})}
+    files = "\n".join(f"{source.name(index)} {source.version(index)}" for index in chosen)
+    digest = hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()
+    identity = {"version": 4, "candidate": candidate.name, "images": len(chosen), "of": len(source), "files": digest}
+    identity |= {"side": side, "enlarge": enlarge, **evaluators.describe(), **(metadata or {})}
     identity |= {} if pixels.is_rgb else {"pixels": str(pixels)}
     key = json.dumps(identity, sort_keys=True)
     earlier = [part if world.main else part.without_features() for part in (read_parts(folder, key) if folder else ())]
@@ -307,10 +310,9 @@ def read_crops(
                 raise ImageError(f"{size}, smaller than the crop of {side}×{side}. --enlarge takes such images.")
             if side is None and min(width, height) < SMALLEST_WHOLE:
                 raise ImageError(f"{size}. Metrics need at least {SMALLEST_WHOLE} pixels a side.")
+            crops.append(to_tensor(resize_and_crop(image, side, source.name(index)) if side else image))
         except ImageError as error:
             if unreadable is None:
                 raise
             unreadable[index] = str(error)
-        else:
-            crops.append(to_tensor(resize_and_crop(image, side) if side else image))
     return torch.stack(crops) if crops else torch.empty(0, pixels.channels, side or 0, side or 0)

@@ -72,7 +72,7 @@ def write_report(
         "rows": [row.as_dict() for row in rows],
         "published": [row._asdict() | {"bits_per_pixel": row.bits_per_pixel} for row in TABLE_1 + TABLE_3],
     }
-    write_content(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False))
+    write_content(out / "report.json", _encoded(json.dumps(content, indent=1, ensure_ascii=False)))
     page = {
         "header": header,
         "results": results_table(rows),
@@ -84,7 +84,12 @@ def write_report(
     loader = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=loader, autoescape=select_autoescape(), trim_blocks=True, keep_trailing_newline=True)
     for name, template in PAGES.items():
-        write_content(out / name, templates.get_template(template).render(page))
+        write_content(out / name, _encoded(templates.get_template(template).render(page)))
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; bytes of file names that are none are written as ``\\udc…``, which JSON reads, too."""
+    return text.encode(errors="backslashreplace")
 
 
 def results_table(rows: Sequence[Summary]) -> Table:

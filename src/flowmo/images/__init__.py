@@ -352,7 +352,7 @@ def crop(image: AnyImage, left: int, top: int, width: int, height: int) -> AnyIm
     return image.crop((left, top, left + width, top + height))
 
 
-def resize_and_crop(image: AnyImage, side: int) -> AnyImage:
+def resize_and_crop(image: AnyImage, side: int, name: str = "image") -> AnyImage:
     """Resize the short side to ``side`` (bilinear, antialiased) and crop the central square, as the release.
 
     Raises:
@@ -360,7 +360,7 @@ def resize_and_crop(image: AnyImage, side: int) -> AnyImage:
     """
     size = size_of(image)
     width, height = (side * length // min(size) for length in size)  # rounds as torchvision
-    check_pixels(width, height, "resized image")
+    check_pixels(width, height, f"{name}, resized")
     if size != (width, height):
         if isinstance(image, Tensor):
             image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]

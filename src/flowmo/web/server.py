@@ -37,6 +37,7 @@ from flowmo.web.export import PAGE, check_page, describe
 
 MAX_PIXELS = 16_000_000
 MAX_PIXELS_FOR_CODECS = 600_000
+NO_ADDRESS = "This is no address."
 """Larger images take too long, because each codec searches for its quality."""
 MAX_BODY = 4 * MAX_PIXELS
 MAX_REQUESTS = 4
@@ -208,10 +209,13 @@ class Handler(SimpleHTTPRequestHandler):
             else:
                 of_page()
         except ValueError:
-            self.refuse(400, "This is no address.")
+            self.refuse(400, NO_ADDRESS)
 
     def do_POST(self) -> None:
-        url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
+        try:
+            url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
+        except ValueError:
+            return self.refuse(400, NO_ADDRESS)
         origin = self.headers.get("Origin")
         if origin is not None and origin.partition("://")[2] != self.headers.get("Host"):
             return self.refuse(403, "Another site may not ask this server.")

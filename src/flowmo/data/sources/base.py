@@ -43,6 +43,10 @@ class Source:
         """Path or content of image ``index``. Raises ``ImageError``."""
         raise NotImplementedError
 
+    def version(self, index: int) -> str:
+        """Text that changes when the file of image ``index`` is replaced; empty if that is not known."""
+        return ""
+
     def read(self, index: int, side: int | None = None, pixels: PixelFormat = PixelFormat()) -> Image.Image | Tensor:
         """Read image ``index`` as ``pixels.read`` does, by default as RGB. Raises ``ImageError``."""
         return pixels.read(self.file(index), self.name(index), side)
@@ -52,6 +56,15 @@ class Source:
 
     def label(self, index: int) -> int | None:
         return self.labels[index]
+
+
+def file_version(path: Path) -> str:
+    """Size and time of change of a file; empty if it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def is_hidden(name: str) -> bool:

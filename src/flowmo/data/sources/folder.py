@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
+from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, file_version, is_hidden
 from flowmo.images import EXTENSIONS
 from flowmo.images.pixels import ARRAY, is_array
 
@@ -30,6 +30,8 @@ class FolderSource(Source):
             found |= {path: "" for path in arrays if os.path.isfile(path)}
         self.files = sorted(path for path, reason in found.items() if not reason)
         left_out = {str(path): reason for path, reason in found.items() if reason}
+        if root in found:
+            raise DataError(f"{folder}: {found[root]}.")
         if not self.files:
             raise DataError(f"{folder}: contains no images ({', '.join((*EXTENSIONS, ARRAY))}).")
         parts = [path.relative_to(root).parts for path in self.files]
@@ -42,6 +44,9 @@ class FolderSource(Source):
 
     def file(self, index: int) -> Path:
         return self.files[index]
+
+    def version(self, index: int) -> str:
+        return file_version(self.files[index])
 
 
 def walk(root: Path) -> Iterator[tuple[Path, str]]:

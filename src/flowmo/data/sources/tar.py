@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, is_hidden
+from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, file_version, is_hidden
 from flowmo.errors import one_line
 from flowmo.images import EXTENSIONS, ImageError
 from flowmo.images.pixels import ARRAY, is_array
@@ -357,6 +357,10 @@ class TarSource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.entries[index].tar}:{self.entries[index].name}"
+
+    def version(self, index: int) -> str:
+        entry = self.entries[index]
+        return f"{entry.offset} {file_version(entry.tar)}"
 
     def file(self, index: int) -> io.BytesIO:
         entry = self.entries[index]

@@ -5,7 +5,7 @@
 
 import { tileStarts } from "./layout.js";
 
-const MAX_PIXELS = 100e6;
+const MAX_PIXELS = 16e6; // as for images: decoding takes some hundred bytes a pixel
 
 export class CodecError extends Error {}
 
