@@ -83,7 +83,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
-    print("pictures a second on one core    plain Pillow    flowmo   with draft   over Pillow   draft against whole")
+    print("images per second on one core    plain Pillow    flowmo   with draft   over Pillow   draft against whole")
     for row in rows:
         ratio = row["draft"] / row["plain_pillow"]
         same = "the same" if row["draft_psnr"] >= 99 else f"{row['draft_psnr']:.1f} dB"

@@ -7,7 +7,7 @@
 Four policies of training are compared: every activation kept for the backward pass, or of each block (with
 ``trainer.activation_checkpointing``) its inputs and what ``trainer.checkpoint_keeps`` names: the results of all matrix
 products, those of attention, or nothing more. The rest is computed again. Arithmetic counts the state (weights,
-gradients, Adam's moments, averaged weights) and the peak of forward and backward pass on tensors without contents.
+gradients, Adam's moments, EMA) and the peak of forward and backward pass on tensors without contents.
 Each measurement is the peak of a process of its own: resident set on a CPU, allocated memory on a GPU.
 """
 

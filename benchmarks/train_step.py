@@ -1,4 +1,4 @@
-"""Speed, memory and FLOP utilisation of whole training steps: loss, gradients, Adam, norm control, averaged weights.
+"""Speed, memory and FLOP utilisation of whole training steps: loss, gradients, Adam, norm control, EMA.
 
     python benchmarks/train_step.py                                             # nano on a CPU
     python benchmarks/train_step.py --device cuda --presets small lo --compile  # on one large GPU

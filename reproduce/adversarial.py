@@ -53,8 +53,8 @@ class PeerTrainer:
         flowmo = isinstance(tokenizer, FlowMo)
         self.norm_control = NormControl(tokenizer.networks if flowmo else {})
         own = build_optimizers(tokenizer) if flowmo else [adam(tokenizer, opt)]
-        judge = self.model.discriminator
-        self.parts = ((tokenizer, own), (judge, [adam(judge, opt, discriminator_rate)]))
+        discriminator = self.model.discriminator
+        self.parts = ((tokenizer, own), (discriminator, [adam(discriminator, opt, discriminator_rate)]))
         self.images, self.seconds = 0, 0.0
         self.discriminator_rate = discriminator_rate
         if path.is_file():

@@ -463,7 +463,7 @@ def candidates(tokenizer: flowmo.FlowMo, side: int, few: bool) -> Iterator[Candi
 
 
 def finish(job: Job) -> None:
-    """Metrics of the averaged weights on held-out images, a grid of samples, and the weights."""
+    """Metrics of the EMA weights on held-out images, a grid of samples, and the weights."""
     side, device = job.recipe().data.image_size, job.device
     tokenizer = flowmo.load(job.state / "train", device=device)
     tokenizer.set_precision("auto")
@@ -471,12 +471,12 @@ def finish(job: Job) -> None:
     _, held_out, _ = load_packs(job.packs, side, only_held_out=True)
     chosen = range(min(2 if job.dry_run else 8, len(held_out)))
     limit = min(len(held_out), 2 if job.dry_run else 256)
-    judges, missing = Evaluators.find(features="none", download=False)
-    judges.to(device)
+    evaluators, missing = Evaluators.find(features="none", download=False)
+    evaluators.to(device)
     rows: list[dict[str, Any]] = []
     shown = [read_crops(held_out, chosen, side)]
     for candidate in candidates(tokenizer, side, few=job.dry_run):
-        summary = Summary.of("", measure(candidate, held_out, side, judges, limit=limit, device=device))
+        summary = Summary.of("", measure(candidate, held_out, side, evaluators, limit=limit, device=device))
         names = ("bits_per_pixel", "psnr", "ssim", "lpips_alex", "lpips_vgg")
         metrics = {name: getattr(summary, name) for name in names}
         rows.append({"steps": candidate.steps, "images": summary.images, **rounded(metrics)})
