@@ -347,7 +347,7 @@ def test_samples_and_labels_as_webdataset_groups_them(tmp_path):
         (["a.1.png", "a.2.png"], [("a.1.png", None), ("a.2.png", None)]),  # no WebDataset
         (["a.png", "a.jpg", "readme.txt"], [("a.jpg", None), ("a.png", None)]),
         (["0.png", "0.jpg", "0.seg.png"], [("0.jpg", None), ("0.png", None), ("0.seg.png", None)]),
-        (["0.png", "0.cls", "0.png", "0.cls"], "0.png and 0.png are of one sample, '0'"),
+        (["0.png", "0.cls", "0.png", "0.cls"], "0.png is there twice"),
         (["0.png", "0.jpg", "0.cls"], "0.png and 0.jpg are of one sample, '0'"),
         (["0.left.png", "0.right.png", "0.json"], "are of one sample, '0': in a WebDataset a key ends at"),
         (["0.png", "0.fine.cls", "0.coarse.cls"], "0.fine.cls and 0.coarse.cls are of one sample"),
@@ -506,3 +506,74 @@ def test_data_index_names_what_it_leaves_out(tmp_path, capsys):
     assert status == 0
     assert "left out: 0.seg.png (beside 0.png" in out
     assert "left out: ._0.png (hidden)" in out
+
+
+def packed(path, names, folder=None, links=()):
+    """A tar of PNGs, each of its own size."""
+    with tarfile.open(path, "w") as tar:
+        for i, name in enumerate(names):
+            stream = io.BytesIO()
+            Image.new("RGB", (40 + i, 40)).save(stream, "PNG")
+            member = tarfile.TarInfo(name)
+            member.size = len(stream.getvalue())
+            tar.addfile(member, io.BytesIO(stream.getvalue()))
+        for name, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, target
+            tar.addfile(member)
+    return path
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "hole", "concatenated"])
+def test_a_tar_that_ends_early_is_refused(damage, nested, tmp_path):
+    """tarfile takes any header that it cannot read for the end of the archive."""
+    path = packed(tmp_path / "set.tar", [f"{i}.png" for i in range(6)])
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[3].offset
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[third + 5] ^= 1
+    elif damage == "cut":
+        del data[third + 100 :]
+    elif damage == "hole":
+        data[third : third + 512] = bytes(512)
+    else:
+        data += bytes(data)
+    path.write_bytes(data)
+    if nested:
+        with tarfile.open(tmp_path / "outer.tar", "w") as tar:
+            tar.add(path, "class.tar")
+        path = tmp_path / "outer.tar"
+    with pytest.raises(DataError, match="damaged header at byte" if damage in ("flipped", "cut") else "behind the end"):
+        open_source(path)
+
+
+def test_a_tar_without_a_mark_of_its_end_is_read(tmp_path):
+    path = packed(tmp_path / "set.tar", ["0.png", "1.png"])
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset_data + -(-last.size // 512) * 512])
+    assert len(open_source(path)) == 2
+
+
+def test_the_index_of_another_tar_is_refused(tmp_path):
+    names = [f"c{i}/{i}.png" for i in range(8)]
+    path = packed(tmp_path / "set.tar", names)
+    default_index(path).write_text(json.dumps(build_index(path)[0]))
+    assert len(open_source(path)) == 8
+    packed(path, names[::-1])
+    with pytest.raises(DataError, match="Make it again with: flowmo data index"):
+        open_source(path)
+
+
+def test_hard_links_and_replaced_members(tmp_path):
+    """As tar extracts them: a link is a file, and of two members of one name the last counts."""
+    path = packed(tmp_path / "set.tar", ["a/1.png", "a/2.png", "a/1.png"], links=[("b/1.png", "a/2.png")])
+    source = open_source(path)
+    assert source.classes == ("a", "b")
+    assert [source.entries[i].name for i in range(3)] == ["a/1.png", "b/1.png", "a/2.png"]
+    assert [source.read(i).width for i in range(3)] == [42, 41, 41]
+    default_index(path).write_text(json.dumps(build_index(path)[0]))
+    assert len(open_source(path)) == 3
+    assert open_source(packed(tmp_path / "absolute.tar", ["/1.png", "/2.png"])).classes == ()

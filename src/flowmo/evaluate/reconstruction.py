@@ -236,14 +236,15 @@ def measure(
             evaluation.
     """
     chosen = evenly_spread(limit or len(source), len(source))
-    files = "\n".join(f"{source.name(index)} {source.version(index)}" for index in chosen)
-    digest = hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()
-    identity = {"version": 4, "candidate": candidate.name, "images": len(chosen), "of": len(source), "files": digest}
+    names = hashlib.sha256("\n".join(map(source.name, chosen)).encode(errors="surrogateescape")).hexdigest()
+    identity = {"version": 4, "candidate": candidate.name, "images": len(chosen), "of": len(source), "names": names}
     identity |= {"side": side, "enlarge": enlarge, **evaluators.describe(), **(metadata or {})}
     identity |= {} if pixels.is_rgb else {"pixels": str(pixels)}
     key = json.dumps(identity, sort_keys=True)
     earlier = [part if world.main else part.without_features() for part in (read_parts(folder, key) if folder else ())]
     world.barrier()  # no rank writes a file that another still reads
+    for part in earlier:
+        _check_unchanged(part, source, folder)
     done = {index for part in earlier for index in part.rows["index"].tolist()}
     remaining = [index for index in chosen if index not in done][world.rank :: world.size]
     batch_size, network_batch = (batch_size, BATCH) if side else (1, 1)  # whole images differ in size
@@ -265,7 +266,8 @@ def measure(
                 columns = evaluators.compare(x.to(device), result, network_batch, pixels)
                 ids = torch.empty(0, dtype=torch.int64) if result.ids is None else result.ids.flatten().cpu()
                 usage = torch.bincount(ids, minlength=candidate.id_count or 0)
-                yield Measurement({"index": torch.tensor(indices), **columns}, usage)
+                versions = torch.tensor([_version(source, index) for index in indices])
+                yield Measurement({"index": torch.tensor(indices), "version": versions, **columns}, usage)
             if progress:
                 progress(min(start + batch_size, len(remaining)), len(remaining))
 
@@ -282,6 +284,19 @@ def measure(
     if shared is None:
         raise EvaluationError(f"None of the {len(chosen)} images can be used.")
     return measured or shared
+
+
+def _version(source: Source, index: int) -> int:
+    """``Source.version`` as a number of 63 bits."""
+    digest = hashlib.blake2b(source.version(index).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _check_unchanged(part: Measurement, source: Source, folder: Path | None) -> None:
+    """Raise ``EvaluationError`` if an image was replaced after its measurement."""
+    for index, version in zip(part.rows["index"].tolist(), part.rows["version"].tolist(), strict=True):
+        if version != _version(source, index):
+            raise EvaluationError(f"{source.name(index)} has changed since {folder} was written. Remove that folder.")
 
 
 def read_crops(

@@ -21,13 +21,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from flowmo.data.sources.base import HIDDEN, NO_IMAGE, DataError, Source, class_labels, file_version, is_hidden
+from flowmo.data.sources.base import (
+    HIDDEN,
+    NO_IMAGE,
+    DataError,
+    Source,
+    class_labels,
+    evenly_spread,
+    file_version,
+    is_hidden,
+)
 from flowmo.errors import one_line
 from flowmo.images import EXTENSIONS, ImageError
 from flowmo.images.pixels import ARRAY, is_array
 
 MAX_NESTING = 3
 MAX_LABEL_BYTES = 200
+CHECKED_HEADERS = 5
+STALE_INDEX = "The index belongs to another file. Make it again with: flowmo data index"
 MAX_LABELS = 1_000_000
 MAX_HEADER_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 28
@@ -112,30 +123,45 @@ class _LimitedReader:
 
 
 def _members(file: _LimitedReader, start: int, prefix: str, depth: int) -> Iterator[Member]:
-    last = -1
+    last, files = -1, dict[str, tuple[int, int]]()
     with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
         for member in tar:
             if member.size < 0 or member.offset_data <= last:  # tarfile would read it forever
                 raise tarfile.ReadError(f"{member.name} has a negative size")
             last = member.offset_data
-            name, offset, label, reason = prefix + member.name, start + member.offset_data, None, ""
+            name, label, reason = prefix + member.name, None, ""
+            linked = files.get(member.linkname) if member.islnk() else None  # a file that was packed before
+            place, size = linked or (member.offset_data, member.size)
+            offset, files[member.name] = start + place, (place, size)
             if member.isdir():
                 continue
             if is_hidden(name):
                 reason = HIDDEN
-            elif not member.isreg() or member.issparse():  # the bytes of a sparse file are not contiguous
+            elif not (member.isreg() or linked) or member.issparse():  # a sparse file's bytes are not contiguous
                 reason = "a link or another member without bytes of its own"
-            elif name.endswith(".tar") and depth < MAX_NESTING:
+            elif name.endswith(".tar") and depth < MAX_NESTING and not linked:
                 inner = _LimitedReader(cast(IO[bytes], tar.extractfile(member)))
                 yield from _members(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1)
                 continue
-            elif name.lower().endswith(".cls") and member.size <= MAX_LABEL_BYTES:
+            elif name.lower().endswith(".cls") and size <= MAX_LABEL_BYTES:
                 label = cast(IO[bytes], tar.extractfile(member)).read().decode("utf-8", "replace").strip()
             elif not name.lower().endswith((*EXTENSIONS, ARRAY)):
                 reason = NO_IMAGE
-            elif member.size > MAX_IMAGE_BYTES:
-                reason = f"has {member.size} bytes, more than {MAX_IMAGE_BYTES}"
-            yield Member(start, {"name": name, "offset": offset, "size": member.size}, label, reason)
+            elif size > MAX_IMAGE_BYTES:
+                reason = f"has {size} bytes, more than {MAX_IMAGE_BYTES}"
+            yield Member(start, {"name": name, "offset": offset, "size": size}, label, reason)
+        _check_end(file, tar.offset, start)
+
+
+def _check_end(file: _LimitedReader, offset: int, start: int) -> None:
+    """Raise ``ReadError`` unless an archive ends at ``offset``. ``tarfile`` takes any damaged header for its end."""
+    file.seek(offset)
+    header = file.read(tarfile.BLOCKSIZE)
+    if header.strip(b"\0") or 0 < len(header) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"a damaged header at byte {start + offset}")
+    while piece := file.read(MAX_HEADER_BYTES):
+        if piece.strip(b"\0"):
+            raise tarfile.ReadError(f"data behind the end of the archive at byte {start + offset}")
 
 
 def _items(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -157,12 +183,18 @@ def _items(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, s
 
 
 def _items_of_one_tar(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    last = {member.row["name"]: member for member in members}
+    twice = [member.row["name"] for member in members if last[member.row["name"]] is not member]
+    members = list(last.values())  # as tar, which extracts the last of a name
     labels = {member.row["name"]: member.label for member in members if member.label is not None}
     left_out = {member.row["name"]: member.reason for member in members if member.reason}
     images = [member.row for member in members if member.label is None and not member.reason]
     others = [*labels, *(name for name, reason in left_out.items() if reason == NO_IMAGE)]
     names = [row["name"] for row in images]
-    not_items = extra_images(names, webdataset=not {*map(_key, others)}.isdisjoint(map(_key, names)))
+    webdataset = not {*map(_key, others)}.isdisjoint(map(_key, names))
+    if webdataset and twice:
+        raise DataError(f"{one_line(twice[0])} is there twice. In a WebDataset, give each sample a key of its own.")
+    not_items = extra_images(names, webdataset)
     left_out |= not_items | extra_files(list(labels), webdataset=True)
     label_of = {_key(name): _as_label(text) for name, text in labels.items() if name not in left_out and text}
     images = [row for row in images if row["name"] not in not_items]
@@ -250,6 +282,8 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
         message = f"{name}: not an index, a list of name, offset and size ({one_line(repr(error))})."
         raise DataError(message) from None
     _check_offsets(entries, tar, name)
+    if name == path:
+        _check_headers(entries, tar, name)
     # An index may be older than these rules, or not ours.
     entries = [entry for entry in entries if not is_hidden(entry.name)]
     if not entries:
@@ -283,6 +317,27 @@ def _check_offsets(entries: Sequence[Entry], tar: Path, name: Path) -> None:
         # The same image twice is allowed: it is drawn more often.
         if b.offset < a.offset + a.size and (a.offset, a.size) != (b.offset, b.size):
             raise DataError(f"{name}: {one_line(a.name)} and {one_line(b.name)} overlap. The index is damaged.")
+
+
+def _check_headers(entries: Sequence[Entry], tar: Path, name: Path) -> None:
+    """Compare some entries, spread over a tar, with the headers before their bytes."""
+    in_order = sorted(entries, key=lambda e: e.offset)
+    chosen = [in_order[i] for i in evenly_spread(CHECKED_HEADERS, len(in_order))]
+    others = []
+    for entry in chosen:
+        try:
+            with open(tar, "rb") as file:
+                file.seek(max(entry.offset - tarfile.BLOCKSIZE, 0))
+                header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        except (OSError, tarfile.HeaderError):
+            header = tarfile.TarInfo()
+        last, found = (text.rpartition("/")[2] for text in (entry.name, header.name))
+        if header.size != entry.size:
+            raise DataError(f"{name}: {one_line(entry.name)} is not at byte {entry.offset} of {tar}. {STALE_INDEX}")
+        # a long or special name is in another header
+        others += [entry] if last != found and last.isascii() and len(header.name) < tarfile.LENGTH_NAME else []
+    if 2 * len(others) > len(chosen):  # a hard link has the name of another file
+        raise DataError(f"{name}: {one_line(others[0].name)} has another name in {tar}. {STALE_INDEX}")
 
 
 class TarSource(Source):
@@ -328,7 +383,7 @@ class TarSource(Source):
             return tuple(map(str, range(max(n for n in numbers if n is not None) + 1))), numbers
         if str in example:
             return class_labels(cast(list[str | None], labels))
-        parts = [[part for part in entry.name.split("/") if part != "."] or [""] for entry in self.entries]
+        parts = [[part for part in entry.name.split("/") if part not in ("", ".")] or [""] for entry in self.entries]
         while len({first for first, *_ in parts}) == 1 and all(len(path) > 2 for path in parts):
             parts = [path[1:] for path in parts]  # `tar cf train.tar train` puts one folder around everything
         wordnet = [WORDNET.match(first) for first, *_ in parts]
