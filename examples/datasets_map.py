@@ -58,10 +58,10 @@ def tokenize_part(tokenizer: flowmo.FlowMo, table: datasets.Dataset, column: str
     )
 
 
-def check_folder(out: Path, parts: int, identity: str) -> None:
-    """Make the folder, or refuse one with the ids of another tokenizer or another number of parts."""
+def check_folder(out: Path, about: str) -> None:
+    """Make the folder, or refuse one with other ids: of another dataset, tokenizer, precision or number of parts."""
     (out / "data").mkdir(parents=True, exist_ok=True)
-    note, content = out / "tokenizer.txt", f"{identity}, {parts} parts\n"
+    note, content = out / "tokenizer.txt", f"{about}\n"
     if not note.exists():
         write_content(note, content)  # whole or not at all: other jobs may read it
     if note.read_text() != content:
@@ -92,9 +92,13 @@ def main(words: list[str] | None = None) -> None:
         raise SystemExit(f"{arguments.dataset}: {one_line(error)}") from None
     column = next(name for name, feature in table.features.items() if isinstance(feature, datasets.Image))
     tokenizer = flowmo.load(arguments.model, device=arguments.device).set_precision("auto")
-    check_folder(arguments.out, arguments.parts, tokenizer.identity())
+    if arguments.parts > len(table):
+        raise SystemExit(f"{arguments.dataset} has {len(table)} images, fewer than --parts {arguments.parts}.")
+    name = Path(arguments.dataset).resolve().name if Path(arguments.dataset).is_dir() else arguments.dataset
+    about = [tokenizer.identity(), f"{arguments.parts} parts", f"{name}, {arguments.split}, {len(table)} images"]
+    check_folder(arguments.out, ", ".join([*about, tokenizer.precision]))
     for number in numbers:
-        name = f"train-{number - 1:05d}-of-{arguments.parts:05d}.parquet"
+        name = f"{arguments.split}-{number - 1:05d}-of-{arguments.parts:05d}.parquet"
         path, unfinished = arguments.out / "data" / name, arguments.out / f".{name}"
         if path.is_file():
             print(f"{path}: is there already")

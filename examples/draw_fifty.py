@@ -31,6 +31,7 @@ parser.add_argument("--scale", type=int, default=2)
 arguments = parser.parse_args()
 arguments.out.mkdir(parents=True, exist_ok=True)
 source, tokenizer = open_source(arguments.images), flowmo.load(arguments.model)
+written = set()
 for index in evenly_spread(arguments.limit, len(source)):
     image = source.read(index)
     seed = image_seed(0, index)
@@ -40,4 +41,7 @@ for index in evenly_spread(arguments.limit, len(source)):
     rows = [torch.stack(shown[i : i + arguments.columns]) for i in range(0, len(shown), arguments.columns)]
     sheet = to_pil(grid(rows))
     size = (sheet.width * arguments.scale, sheet.height * arguments.scale)
-    sheet.resize(size, Image.Resampling.NEAREST).save(arguments.out / f"{Path(source.name(index)).stem}.png")
+    stem = Path(source.name(index)).stem
+    stem = stem if stem not in written else f"{stem}-{index}"  # of another folder
+    written.add(stem)
+    sheet.resize(size, Image.Resampling.NEAREST).save(arguments.out / f"{stem}.png")

@@ -226,7 +226,9 @@ def sample(a: argparse.Namespace) -> None:
     tokenizer = flowmo.load(a.model or model.vocabulary.model, device=a.device)
     if tokenizer.identity() != model.vocabulary.tokenizer:
         raise SystemExit(f"{a.gpt} is for the ids of {model.vocabulary.model}. Name that tokenizer with --model.")
-    labels = torch.tensor([find_class(name, model.vocabulary.classes) for name in a.classes or range(model.no_class)])
+    labels = torch.tensor(
+        [find_class(name, model.vocabulary.classes) for name in a.classes or [*range(model.no_class)] or [-1]]
+    )
     labels = labels.where(labels >= 0, model.no_class).repeat_interleave(a.count).to(a.device)
     ids = model.sample(labels, torch.Generator(a.device).manual_seed(a.seed), a.guidance, a.temperature, a.top_k)
     images = tokenizer.decode(ids, seed=list(range(len(ids)))).cpu()

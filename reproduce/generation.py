@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -62,8 +63,8 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        return iter(self.images.split(size))
+    def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, Tensor]]:
+        return itertools.islice(enumerate(self.images.split(size)), rank, None, ranks)
 
 
 class GenerationEvaluator:
@@ -101,9 +102,11 @@ class GenerationEvaluator:
 
     @cached_property
     def reference(self) -> SetFeatures:
-        return extract_features(
-            InMemory("training images", self.originals.images), self.network, world=self.study.world
-        )
+        return self.features("training images", self.originals.images)
+
+    def features(self, name: str, images: Tensor) -> SetFeatures:
+        world = self.study.world
+        return extract_features(InMemory(name, images), self.network, device=world.device, world=world)
 
     def once(self, run: str, label: str, make: Callable[[], LabelledImages], **about: Any) -> dict[str, Any]:
         """A row of the table, computed once. Saves the first images of each class in the run's folder."""
@@ -116,8 +119,8 @@ class GenerationEvaluator:
         return self.study.once(run, measure)
 
     def measure(self, name: str, drawn: LabelledImages) -> dict[str, Any]:
-        world, names = self.study.world, (name, "training pictures")
-        sets = extract_features(InMemory(name, drawn.images), self.network, world=world), self.reference
+        world, names = self.study.world, (name, "training images")
+        sets = self.features(name, drawn.images), self.reference
         metrics = world.broadcast(GenerationSummary.of(*sets, self.network, names).as_dict() if world.main else {})
         metrics["pictures"] = metrics.pop("images")  # "images" of a row are those of training
         accuracy = None

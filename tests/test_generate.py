@@ -1009,3 +1009,42 @@ def test_the_memory_forecast_counts_the_loss():
     many = dataclasses.replace(VOCABULARY, id_bits=12)
     logits = many.ids * 4096 * 4  # bytes of float32
     assert training_memory(config, vocabulary=many).activation_bytes > 3 * logits
+
+
+def test_editing_at_the_size_of_the_tokens(class_folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    tokenizer = FlowMo(Config.from_dict(TINY_NATIVE)).eval()
+    save(tokenizer, tmp_path / "native.safetensors")
+    vocabulary = Vocabulary(
+        tokenizer=tokenizer.identity(),
+        model="native",
+        image_size=32,
+        tokens=4,
+        sub_tokens=4,
+        id_bits=9,
+        classes=CLASSES,
+    )
+    save_generator(Generator(Config().override(*SMALL), vocabulary), tmp_path / "generator.safetensors")
+    image = next((class_folder / CLASSES[0]).iterdir())
+    words = ["generate", tmp_path / "generator.safetensors", "--model", tmp_path / "native.safetensors", "--class", "0"]
+    words += ["--per-class", 1, "--edit", image, "--keep", "0-1", "--output", tmp_path / "edited.PNG"]
+    status, _, error = run_command(capsys, *words)
+    assert (status, error) == (0, "")
+    with Image.open(tmp_path / "edited.PNG") as edited:
+        assert edited.size == (32, 32)
+
+
+def test_arguments_of_sampling(generator):
+    """Settings that change nothing are refused; NumPy's numbers are numbers."""
+    for words in ({"hidden_size": 64}, {"dropout": 0.9}, {"sample_steps": 3}):
+        with pytest.raises(GenerationError, match=f"no setting '{next(iter(words))}'"):
+            generator.sample([0], **words)
+    assert torch.equal(generator.sample([0, 1], np.int64(5)), generator.sample([0, 1], [5, 6]))
+    assert generator.label(np.int64(1)) == 1
+    with pytest.raises(GenerationError, match=r"1\.0 is no class"):
+        generator.label(1.0)
+
+
+def test_the_papers_length_does_not_grow_with_mirrored_images():
+    for name in ("uvit", "maskgit"):
+        assert preset(name).trainer.duration.images(128, 2 * 1_281_167) == 384_000_000

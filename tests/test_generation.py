@@ -17,6 +17,7 @@ from flowmo.data.npz import NpzFile, write_npz
 from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_features, open_image_set
 from flowmo.evaluate.metrics.features import Features, ResNetFeatures
 from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError, shuffled
+from flowmo.evaluate.metrics.pairs import grid
 from flowmo.evaluate.metrics.sets import inception_score, precision_and_recall
 from flowmo.model.torchvision_import import import_torchvision
 
@@ -243,8 +244,8 @@ def test_equals_torch_fidelity():
         def __len__(self):
             return len(self.rows)
 
-        def batches(self, size):
-            yield from torch.zeros(len(self.rows), 3, 2, 2, dtype=torch.uint8).split(size)
+        def batches(self, size, rank=0, ranks=1):
+            yield from enumerate(torch.zeros(len(self.rows), 3, 2, 2, dtype=torch.uint8).split(size))
 
     seen = []
     for rows in (a, b):
@@ -330,3 +331,36 @@ def test_damaged_and_hostile_npz(tmp_path):
         extract_features(open_image_set(npz_of(path, other=good)), Colours())
     with pytest.raises(DataError, match="2 images were given, not 3"):
         write_npz(path, [random_pictures(2)], 3)
+
+
+def test_statistics_count_for_the_reference_alone(tmp_path):
+    """A generated set that holds images is compared by its images; without any, its statistics are named."""
+    draw = np.random.default_rng(0)
+    rows = [Features(torch.from_numpy(draw.normal(size=(60, 4))).float(), None, None) for _ in range(2)]
+    other = {"pooled": Gaussian.of(torch.from_numpy(draw.normal(3, 2, (60, 4))))}
+    plain = GenerationSummary.of(SetFeatures(rows[0]), SetFeatures(rows[1]), Colours())
+    both = GenerationSummary.of(SetFeatures(rows[0], other), SetFeatures(rows[1]), Colours())
+    assert both.frechet_distance == plain.frechet_distance
+    reference = GenerationSummary.of(SetFeatures(rows[0]), SetFeatures(rows[1], other), Colours())
+    assert reference.frechet_distance > 10 * plain.frechet_distance
+    alone = GenerationSummary.of(SetFeatures(None, other), SetFeatures(rows[1]), Colours())
+    assert any("the generated set has statistics only" in line for line in alone.missing)
+    assert not any("no classifier" in line or "reference has" in line for line in alone.missing)
+
+
+def test_ranks_read_their_own_batches(tmp_path):
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 4, 4)
+    write_npz(tmp_path / "A.NPZ", [images], 10)
+    for size, ranks in ((3, 2), (4, 3), (16, 2)):
+        parts = [open_image_set(tmp_path / "A.NPZ").batches(size, rank, ranks) for rank in range(ranks)]
+        found = dict(pair for part in parts for pair in part)
+        assert torch.equal(torch.cat([found[number] for number in sorted(found)]), images)
+    for i in range(5):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
+    source = open_image_set(tmp_path)
+    found = dict(pair for rank in range(2) for pair in source.batches(2, rank, 2))
+    assert [int(batch[0, 0, 0, 0]) for _, batch in sorted(found.items())] == [0, 2, 4]
+
+
+def test_a_grid_without_a_gap():
+    assert grid([[torch.zeros(3, 4, 5)] * 2] * 3, gap=0).shape == (3, 12, 10)

@@ -577,3 +577,11 @@ def test_hard_links_and_replaced_members(tmp_path):
     default_index(path).write_text(json.dumps(build_index(path)[0]))
     assert len(open_source(path)) == 3
     assert open_source(packed(tmp_path / "absolute.tar", ["/1.png", "/2.png"])).classes == ()
+
+
+def test_a_range_with_wildcards(tmp_path):
+    for name in ("s-0-x.tar", "s-1-y.tar", "s-2-z.tar"):
+        packed(tmp_path / name, [f"{name}.png"])
+    assert len(open_source(tmp_path / "s-{0..1}-*.tar")) == 2
+    with pytest.raises(DataError, match=r"s-3-\*\.tar: no file matches"):
+        open_source(tmp_path / "s-{2..3}-*.tar")

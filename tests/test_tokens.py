@@ -321,7 +321,7 @@ def test_the_command_writes_a_part(class_folder, tiny_model, tmp_path, capsys):
     status, out, err = run_command(capsys, *words, "--part", "1/2")
     assert "part 1/2, 4 samples, 1 unreadable" in out
     assert "missing" not in out
-    assert "0.jpg cannot be read" in err
+    assert "0.jpg: not an image" in err
     assert len(TokenDataset(tmp_path / "out")) == 6
     status, _, err = run_command(capsys, *words, "--part", "0/2")
     assert (status, err) == (2, "flowmo: There is no part 0/2. The parts of 2 run from 1 to 2.\n")
@@ -333,7 +333,7 @@ def test_the_command_writes_a_part(class_folder, tiny_model, tmp_path, capsys):
     for image in class_folder.rglob("*.jpg"):
         image.write_bytes(b"no image")
     status, _, err = run_command(capsys, "tokenize", class_folder, "--out", tmp_path / "none", "--model", tiny_model)
-    assert (status, err.splitlines()[-1]) == (2, f"flowmo: {tmp_path}/none: none of its images could be read.")
+    assert (status, "flowmo: 7 of the 7 images of a shard cannot be read" in err) == (2, True)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file .*tar:ResourceWarning")  # by webdataset
@@ -429,3 +429,48 @@ def test_datasets_map(class_folder, tiny, tiny_model, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         datasets_map.main([*words, "--part", "0"])
     assert "--part is a number from 1 to 2" in capsys.readouterr().err
+
+
+def test_what_becomes_readable_is_tokenized_by_the_next_call(class_folder, tiny, tmp_path):
+    bad = min((class_folder / CLASSES[0]).iterdir())
+    content = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    for _ in range(2):
+        tokenize(tiny, open_source(class_folder), tmp_path / "out", shard_size=3)
+        assert len(TokenDataset(tmp_path / "out")) == 5
+    bad.write_bytes(content)
+    tokenize(tiny, open_source(class_folder), tmp_path / "out", shard_size=3)
+    assert len(TokenDataset(tmp_path / "out")) == 6
+
+
+def test_a_source_that_goes_away_is_no_shard(class_folder, tiny, tmp_path):
+    for name in CLASSES[1:]:
+        for path in (class_folder / name).iterdir():
+            path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"4 of the 6 images of a shard cannot be read.*One is .*the file is empty"):
+        tokenize(tiny, open_source(class_folder), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_a_folder_of_tokens_holds_one_source(class_folder, tiny, tmp_path):
+    """Of the same name and size, on any machine: names below the root, and their labels, in order."""
+    tokenize(tiny, open_source(class_folder), tmp_path / "out", shard_size=3)
+    shutil.copytree(class_folder, tmp_path / "copy")
+    tokenize(tiny, open_source(tmp_path / "copy"), tmp_path / "out", shard_size=3)
+    first = min((tmp_path / "copy" / CLASSES[0]).iterdir())
+    first.rename(first.with_name("z.jpg"))
+    with pytest.raises(DataError, match="other images, or in another order"):
+        tokenize(tiny, open_source(tmp_path / "copy"), tmp_path / "out", shard_size=3)
+    tree = json.loads((tmp_path / "out" / "tokens.json").read_text())
+    assert len(tree.pop("items")) == 16
+    (tmp_path / "out" / "tokens.json").write_text(json.dumps(tree))  # of an earlier version
+    tokenize(tiny, open_source(tmp_path / "copy"), tmp_path / "out", shard_size=3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_workers_are_one_line(workers, tiny_model, tmp_path, capsys):
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "0.npy", np.zeros((40, 40, 1), np.uint8))
+    words = ["tokenize", tmp_path / "arrays", "--output", tmp_path / "out", "--model", tiny_model]
+    status, _, error = run_command(capsys, *words, "--workers", workers)
+    assert (status, error) == (2, f"flowmo: {tmp_path}/arrays/0.npy: has 1 channel, but the model takes 3.\n")

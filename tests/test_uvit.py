@@ -258,7 +258,7 @@ def test_learning_rate_is_a_cosine_after_the_warm_up():
     """TiTok's schedule with the paper's rate: 10 000 steps up to 1e-4, then half a cosine to 1e-5."""
     config = preset("uvit")
     times = Schedule.of(config, 128, 1_281_167)
-    total, warm = 300 * 1_281_167, 1_280_000
+    total, warm = 384_000_000, 1_280_000  # 300 epochs of ImageNet, of tokens with mirrored images 150
 
     def expected(images):
         if images < warm:

@@ -329,7 +329,7 @@ class NpzTarget(Target):
         for kind in ("pooled", "spatial"):
             with contextlib.suppress(DataError):
                 file.statistics(kind)
-        for batch in file.batches(4):
+        for _, batch in file.batches(4):
             assert batch.dtype == torch.uint8
 
 

@@ -16,7 +16,8 @@ from flowmo.data import DataError, Source, TokenDataset, open_source
 from flowmo.data.export import export as write_export
 from flowmo.data.token_files import UNREADABLE, Part, TokenMetadata, missing_shards, read_labels
 from flowmo.evaluate.metrics.pairs import grid
-from flowmo.images import to_pil
+from flowmo.images import ImageError, resize_and_crop, to_pil, to_tensor
+from flowmo.images.pixels import PixelFormat
 
 MAX_GRID_IMAGES = 1000
 GRID_COLUMNS = 8
@@ -48,19 +49,26 @@ def tokenize(arguments: argparse.Namespace) -> tuple[str, dict] | None:
             progress=Progress("tokenizing"),
             **{name: getattr(arguments, name) for name in ("crops", "flip", "seed", "shard_size", "workers")},
         )
-        return describe_tokens(arguments.output, written, part, source) if world.main else None
+        return describe_tokens(arguments.output, written, part, source, tokenizer.pixels) if world.main else None
 
 
-def describe_tokens(out: Path, written: TokenMetadata, part: Part, source: Source) -> tuple[str, dict]:
-    """Describe what a job wrote. Prints the names of images that cannot be read."""
+def describe_tokens(
+    out: Path, written: TokenMetadata, part: Part, source: Source, pixels: PixelFormat
+) -> tuple[str, dict]:
+    """Describe what a job wrote. Prints why images are left out."""
     shards = part.shards(written.shards)
     labels = [read_labels(out, written, number) for number in shards]
     count, missing = sum(map(len, labels)), len(missing_shards(out, written))
     first = shards.start * written.shard_size
     unreadable = [first + int(i) for i in np.flatnonzero(np.concatenate([*labels, []]) == UNREADABLE)]
     for index in sorted({sample % len(source) for sample in unreadable}):
-        print(f"left out: {source.name(index)} cannot be read", file=sys.stderr)
-    if part.count == 1 and len(unreadable) == count:
+        try:
+            source.read(index, pixels=pixels)
+        except ImageError as error:
+            print(f"left out: {error}", file=sys.stderr)
+        else:
+            print(f"left out: {source.name(index)} could not be read before. Run the command again.", file=sys.stderr)
+    if count and len(unreadable) == count:
         raise DataError(f"{out}: none of its images could be read.")
     size, classes = count * written.item_bytes, len(written.classes)
     text = f"{out}: " + (f"part {part}, " if part.count > 1 else "") + f"{count} samples"
@@ -120,7 +128,8 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         if count > MAX_GRID_IMAGES:
             raise UsageError(f"{count} images are too many for one .png. Name a folder or an .npz with --output.")
         if arguments.edit:
-            codes = tokenizer.encode_image(tokenizer.pixels.read(arguments.edit), fit="crop")
+            image = resize_and_crop(tokenizer.pixels.read(arguments.edit), generator.vocabulary.image_size)
+            codes = tokenizer.encode(to_tensor(image)[None])
             assert codes.ids is not None  # a generator's tokenizer has ids
             ids = codes.ids.expand(count, -1, -1)
             keep = parse_positions(arguments.keep, generator.vocabulary.tokens)[:, None].expand(ids.shape[1:])

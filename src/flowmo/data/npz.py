@@ -76,8 +76,12 @@ class NpzFile:
         except Exception as error:  # NumPy evaluates a header as Python, and raises as Python does
             raise self._error(f"{name} is damaged ({one_line(error, 100)})") from None
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the images in order, uint8 b × 3 × h × w. Raises ``DataError`` if there are none or the file ends."""
+    def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Yield (number, images uint8 b × 3 × h × w) of every ``ranks``-th batch, from the one of ``rank`` on.
+
+        Raises:
+            DataError: there are no images, or the file ends.
+        """
         if not len(self):
             raise self._error(f"it holds no images ({IMAGES})")
         count, *image = self.shape
@@ -88,8 +92,9 @@ class NpzFile:
                 content = data.read(wanted * length)
                 if len(content) < wanted * length:
                     raise self._error(f"it ends within image {start + len(content) // length} of {count}")
-                batch = np.frombuffer(bytearray(content), np.uint8).reshape(wanted, *image)
-                yield torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+                if start // size % ranks == rank:
+                    batch = np.frombuffer(bytearray(content), np.uint8).reshape(wanted, *image)
+                    yield start // size, torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
 
     def statistics(self, kind: str) -> tuple[Tensor, Tensor] | None:
         """Read mean and covariance, float64, of the ``pooled`` or ``spatial`` features; ``None`` if there are none.

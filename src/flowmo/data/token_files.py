@@ -103,6 +103,7 @@ class TokenMetadata(Vocabulary):
 
     Attributes:
         count: samples: images × crops, × 2 with ``flip``.
+        items: hash of the images' file names and labels, in order. Older folders have none.
         precision: in which the ids were computed, such as ``float32 (cpu)``. Older folders can have none, or several
             joined by " and ".
 
@@ -117,6 +118,7 @@ class TokenMetadata(Vocabulary):
     flip: bool = False
     seed: int = 0
     precision: str = ""
+    items: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,6 +171,8 @@ class TokenMetadata(Vocabulary):
         found = [class_difference(mine.pop("classes"), expected.pop("classes"))]
         if {self.dtype, other.dtype} != {"float32", "bfloat16"}:  # their ids differ in a few bits
             del mine["precision"]
+        if mine.pop("items") != expected["items"] and self.items and other.items:
+            found.append("other images, or in another order")
         names = [name for name in mine if mine[name] != expected[name]]
         found += [f"{name} {mine[name]!r}, not {expected[name]!r}" for name in names]
         return ", ".join(filter(None, found))[:200]

@@ -25,14 +25,17 @@ from flowmo.images import ImageError, read_image, to_bytes, to_tensor
 
 
 class ImageSet(Protocol):
-    """Images of one size in a fixed order; ``batches`` yields uint8 b × 3 × h × w."""
+    """Images of one size in a fixed order.
+
+    ``batches`` yields (number, uint8 b × 3 × h × w) of this rank's part of the batches.
+    """
 
     @property
     def name(self) -> str: ...
 
     def __len__(self) -> int: ...
 
-    def batches(self, size: int) -> Iterator[Tensor]: ...
+    def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, Tensor]]: ...
 
 
 class SourceImages:
@@ -44,10 +47,10 @@ class SourceImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the readable images. Raises ``DataError`` if their sizes differ."""
+    def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Yield the readable images of this rank. Raises ``DataError`` if their sizes differ."""
         first = None
-        for start in range(0, len(self.source), size):
+        for start in range(rank * size, len(self.source), ranks * size):
             batch = []
             for index in range(start, min(start + size, len(self.source))):
                 try:
@@ -62,12 +65,12 @@ class SourceImages:
                     )
                 batch.append(to_tensor(image))
             if batch:
-                yield to_bytes(torch.stack(batch))
+                yield start // size, to_bytes(torch.stack(batch))
 
 
 def open_image_set(path: str | Path) -> ImageSet:
     """Open an ADM ``.npz``, or anything that ``flowmo.data.open_source`` takes."""
-    return NpzFile(path) if str(path).endswith(".npz") else SourceImages(open_source(path), str(path))
+    return NpzFile(path) if str(path).lower().endswith(".npz") else SourceImages(open_source(path), str(path))
 
 
 @dataclass
@@ -86,9 +89,13 @@ class SetFeatures:
     def count(self) -> int:
         return 0 if self.features is None else len(self.features.pooled)
 
-    def distribution(self, kind: str) -> Tensor | Gaussian | None:
-        """``pooled`` or ``spatial`` statistics of the file, else features; ``None`` without either."""
-        return self.statistics.get(kind, getattr(self.features, kind, None))
+    def distribution(self, kind: str, as_reference: bool) -> Tensor | Gaussian | None:
+        """``pooled`` or ``spatial`` features, or the statistics of the file; ``None`` without either.
+
+        A reference file has statistics of more images than it holds, so they come first there.
+        """
+        found = [getattr(self.features, kind, None), self.statistics.get(kind)]
+        return next((one for one in (found[::-1] if as_reference else found) if one is not None), None)
 
 
 def extract_features(
@@ -102,8 +109,8 @@ def extract_features(
 ) -> SetFeatures:
     """Extract the features of an image set. All ranks call this together and share the batches; rank 0 has the result.
 
-    Statistics in an ``.npz`` replace those of its images: ADM's reference files hold some images, for precision and
-    recall, and the statistics of the full set. They must come from the same network, which a file does not name.
+    An ``.npz`` also gives its statistics: ADM's reference files hold some images, for precision and recall, and the
+    statistics of the full set. They must come from the same network, which a file does not name.
 
     Raises:
         StatisticsError: there is only one readable image.
@@ -117,17 +124,20 @@ def extract_features(
         raise DataError(f"{images.name} holds neither images nor statistics of pooled features.")
     if not count:
         return SetFeatures(None, statistics)
-    done = 0
+    done, sizes = 0, set[torch.Size]()
     mine: dict[int, Features] = {}
-    for number, batch in enumerate(images.batches(batch_size)):
+    for number, batch in images.batches(batch_size, world.rank, world.size):
         done += len(batch)
-        if number % world.size == world.rank:
-            features = in_fixed_batches(network, batch.to(device).float() / 127.5 - 1)
-            mine[number] = Features(*(None if column is None else column.float().cpu() for column in features))
+        sizes.add(batch.shape[1:])
+        features = in_fixed_batches(network, batch.to(device).float() / 127.5 - 1)
+        mine[number] = Features(*(None if column is None else column.float().cpu() for column in features))
         if progress:
-            progress(done, count)
+            progress(done, -(-count // world.size))
+    done = sum(world.gather(done))
     if done < 2:
         raise StatisticsError(f"{images.name}: {done} of {count} images can be read. A covariance needs two or more.")
+    if len(set[torch.Size]().union(*world.gather(sizes))) > 1:
+        raise DataError(f"{images.name} has images of several sizes. Give images of one size.")
     batches = {number: features for part in world.gather(mine) for number, features in part.items()}
     return SetFeatures(Features.cat(batches[number] for number in sorted(batches)) if batches else None, statistics)
 
@@ -163,7 +173,9 @@ class GenerationSummary(Metrics):
         """Compare two sets."""
         metrics: dict[str, Any] = {}
         missing = []
-        pooled, spatial = ([one.distribution(kind) for one in (generated, reference)] for kind in STATISTICS)
+        pooled, spatial = (
+            [generated.distribution(kind, False), reference.distribution(kind, True)] for kind in STATISTICS
+        )
         metrics["frechet_distance"], metrics["frechet_bias"] = distance_and_bias(*pooled)
         if any(distribution is None for distribution in spatial):
             missing.append("no sFID: it needs a network with spatial features, of both sets")
@@ -171,14 +183,17 @@ class GenerationSummary(Metrics):
             metrics["spatial_frechet_distance"] = frechet_distance(*map(Gaussian.of, spatial))
         features, real = generated.features, reference.features
         if features is None or real is None:
-            missing.append("no kernel distance, precision and recall: the reference has statistics only, no images")
+            which = "reference has" if real is None else "generated set has"
+            missing.append(f"no kernel distance, precision and recall: the {which} statistics only, no images")
         else:
             metrics["kernel_distance"] = kernel_distance(features.pooled, real.pooled)
             try:
                 metrics["precision"], metrics["recall"] = precision_and_recall(real.pooled, features.pooled)
             except StatisticsError as error:
                 missing.append(f"no precision and recall: {error}")
-        if features is None or features.logits is None:
+        if features is None:
+            missing.append("no Inception Score: the generated set has statistics only, no images")
+        elif features.logits is None:
             missing.append("no Inception Score: these weights have no classifier")
         else:
             metrics["inception_score"], metrics["inception_score_spread"] = inception_score(features.logits)

@@ -1,6 +1,7 @@
 """Classes by name. A WordNet id also has ImageNet's names."""
 
 import difflib
+import operator
 import re
 from functools import cache
 from pathlib import Path
@@ -69,6 +70,11 @@ def find_class(wanted: str | int, classes: tuple[str, ...]) -> int:
     Raises:
         GenerationError: there is no such class, or several classes have this name.
     """
+    if not isinstance(wanted, str):
+        try:
+            wanted = operator.index(wanted)
+        except TypeError:
+            raise GenerationError(f"{wanted!r} is no class. Give a name or an index.") from None
     text = str(wanted).strip()
     if not classes and text != "-1":
         raise GenerationError("This generator has no classes. Give -1, or leave out --class.")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,12 @@ from flowmo.model.inference import InferenceModel
 from flowmo.precision import computing
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import identity_of
+
+OVERRIDES = {
+    *("steps", "guidance", "guided_from", "schedule", "drawing", "order"),
+    *("temperature", "last_temperature", "choice_temperature"),
+}
+"""Settings that ``Generator.sample`` takes."""
 
 
 class Generator(InferenceModel):
@@ -97,11 +104,15 @@ class Generator(InferenceModel):
             GenerationError: a label or an id is out of range.
             ConfigError: a setting is.
         """
+        unknown = overrides.keys() - OVERRIDES
+        if unknown:
+            raise GenerationError(f"Sampling has no setting {min(unknown)!r}. It takes {', '.join(sorted(OVERRIDES))}.")
         overrides["sample_steps"] = overrides.pop("steps", None)
         given = {f"generator.{name}": value for name, value in overrides.items() if value is not None}
         settings = self.config.updated(given).generator
         labels = self._labels(labels)
-        seeds = list(seeds) if not isinstance(seeds, int) else [seeds + i for i in range(len(labels))]
+        first: Any = seeds
+        seeds = list(first) if np.ndim(first) else [int(first) + i for i in range(len(labels))]
         if len(seeds) != len(labels):
             raise GenerationError(
                 f"There are {len(seeds)} seeds for {len(labels)} images. Give one each, or the first."

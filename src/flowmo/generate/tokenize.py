@@ -4,10 +4,12 @@ Every sample has a number: image i with crop c, plain or mirrored. A shard holds
 when it is whole, so interruptions neither lose nor repeat a sample.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +20,7 @@ from flowmo.data import token_files as files
 from flowmo.data.sources.base import require_labels
 from flowmo.data.token_files import WHOLE, Part, TokenMetadata
 from flowmo.distributed import World
+from flowmo.errors import one_line
 from flowmo.images import ImageError
 from flowmo.images.pixels import ChannelsError, PixelFormat
 from flowmo.precision import describe
@@ -27,8 +30,20 @@ from flowmo.tokenizer import FlowMo
 SHARD_SIZE = 4096
 
 
+class Sample(NamedTuple):
+    """Image c × side × side and label. An unreadable one is grey, its label ``UNREADABLE``, and it has a reason.
+
+    Errors are values: a DataLoader would wrap an exception in its own traceback.
+    """
+
+    image: Tensor
+    label: int
+    reason: str = ""
+    wrong_channels: bool = False
+
+
 class Samples(Dataset):
-    """Samples of a source by number: (image c × side × side, label). An unreadable one is (grey, ``UNREADABLE``)."""
+    """Samples of a source by number."""
 
     def __init__(self, source: Source, metadata: TokenMetadata, pixels: PixelFormat):
         self.source, self.metadata = source, metadata
@@ -37,19 +52,17 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return self.metadata.count
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+    def __getitem__(self, number: int) -> Sample:
         metadata = self.metadata
         epoch, index = divmod(number, len(self.source))
         crop, mirrored = (epoch // 2, epoch % 2 == 1) if metadata.flip else (epoch, False)
         try:
             image = self.crops[index, stream_seed(metadata.seed, Stream.TOKENIZED, index, crop)]
-        except ChannelsError:
-            raise
-        except ImageError:
+        except ImageError as error:
             grey = torch.zeros(self.crops.pixels.channels, metadata.image_size, metadata.image_size)
-            return grey, files.UNREADABLE
+            return Sample(grey, files.UNREADABLE, str(error), isinstance(error, ChannelsError))
         label = self.source.label(index) if metadata.classes else None
-        return image.flip(-1) if mirrored else image, files.NO_CLASS if label is None else label
+        return Sample(image.flip(-1) if mirrored else image, files.NO_CLASS if label is None else label)
 
 
 def tokenize(
@@ -72,7 +85,8 @@ def tokenize(
 ) -> TokenMetadata:
     """Write the ids of every image of a source to a folder, as far as they are missing.
 
-    All ranks call this together; each takes whole shards. Unreadable images are marked in the folder.
+    All ranks call this together; each takes whole shards. Unreadable images are marked in the folder. The next call
+    tries them again.
 
     Args:
         tokenizer: a ``FlowMo``, or any object with its ``quantizer``, ``config``, ``identity`` and ``encode``.
@@ -84,7 +98,8 @@ def tokenize(
         progress: called with (samples done, total samples) of this rank.
 
     Raises:
-        DataError: the folder holds something else, the tokenizer has no ids, or only some images have a label.
+        DataError: the folder holds something else, the tokenizer has no ids, only some images have a label, more
+            images of a shard than one and than ``data.max_bad_share`` are unreadable, or a worker died.
         ImageError: an image has other channels than the tokenizer takes.
     """
     metadata = _metadata(
@@ -93,22 +108,26 @@ def tokenize(
     if world.main:
         _record_metadata(out, metadata, part)
     world.barrier()
-    shards = part.shards(metadata.shards) if world.main else ()
-    missing = world.broadcast([shard for shard in shards if not _is_intact(out, metadata, shard)])
-    mine = missing[world.rank :: world.size]
     samples, done = Samples(source, metadata, PixelFormat.of(tokenizer.config)), 0
+    shards = part.shards(metadata.shards) if world.main else ()
+    missing = world.broadcast([shard for shard in shards if not _is_intact(out, samples, shard)])
+    mine = missing[world.rank :: world.size]
     total = sum(len(metadata.shard(shard)[1]) for shard in mine)
     for shard in mine:
         path, numbers = metadata.shard(shard)
-        ids, found = [], []
-        for images, batch_labels in DataLoader(samples, batch_size, sampler=numbers, num_workers=workers):
-            codes = tokenizer.encode(images)
+        ids: list[Tensor] = []
+        found: list[int] = []
+        reasons: dict[int, str] = {}
+        for batch in _loaded(DataLoader(samples, batch_size, sampler=numbers, num_workers=workers)):
+            codes = tokenizer.encode(batch.image)
             assert codes.ids is not None, "its bottleneck has ids"
             ids.append(codes.ids.cpu())
-            found += batch_labels.tolist()
-            done += len(batch_labels)
+            reasons |= {(len(found) + i): reason for i, reason in enumerate(batch.reason) if reason}
+            found += batch.label.tolist()
+            done += len(batch.label)
             if progress:
                 progress(done, total)
+        _check_unreadable(reasons, numbers, len(source), tokenizer.config.data.max_bad_share)
         write_content(out / path, files.pack_shard(metadata, shard, torch.cat(ids).numpy(), found))
     world.barrier()
     if world.main:
@@ -119,13 +138,40 @@ def tokenize(
     return metadata
 
 
+def _loaded(loader: DataLoader) -> Iterator[Any]:
+    """Yield a loader's batches. An image of other channels, or a worker that died, is an error of one line."""
+    try:
+        for batch in loader:
+            wrong = [reason for reason, is_wrong in zip(batch.reason, batch.wrong_channels, strict=True) if is_wrong]
+            if wrong:
+                raise ChannelsError(wrong[0])
+            yield batch
+    except (RuntimeError, OSError, EOFError) as error:
+        if "DataLoader worker" not in str(error) and isinstance(error, RuntimeError):
+            raise
+        raise DataError(f"Data loading failed: {one_line(error)}. Run the same command again to resume.") from None
+
+
+def _check_unreadable(reasons: Mapping[int, str], numbers: Sequence[int], count: int, share: float) -> None:
+    """Raise ``DataError`` if too many of a shard's images are unreadable: a server may have gone away."""
+    bad, images = ({numbers[i] % count for i in positions} for positions in (reasons, range(len(numbers))))
+    if len(bad) > max(1, share * len(images)):
+        raise DataError(
+            f"{len(bad)} of the {len(images)} images of a shard cannot be read, more than data.max_bad_share={share:g} "
+            f"of them. One is {next(iter(reasons.values()))}"
+        )
+
+
 def _metadata(tokenizer: FlowMo, images: Source, labels: bool, **options: Any) -> TokenMetadata:
     sub_tokens, id_count = tokenizer.quantizer.sub_tokens, tokenizer.quantizer.id_count
     if sub_tokens is None or id_count is None:
         raise DataError("This tokenizer is continuous and has no ids.")
     if labels:
         require_labels(images)
-    precision = getattr(tokenizer, "precision", "")
+    precision, items = getattr(tokenizer, "precision", ""), hashlib.sha256()
+    for index in range(len(images)):  # names without folders, which can be others on another machine
+        name = f"{images.name(index).rpartition('/')[2]} {images.label(index) if labels else ''}\n"
+        items.update(name.encode(errors="surrogateescape"))
     try:
         return TokenMetadata(
             tokenizer=tokenizer.identity(),
@@ -137,6 +183,7 @@ def _metadata(tokenizer: FlowMo, images: Source, labels: bool, **options: Any) -
             count=len(images) * options["crops"] * (2 if options["flip"] else 1),
             classes=tuple(images.classes) if labels else (),
             precision=precision and describe(precision, tokenizer.device),
+            items=items.hexdigest()[:16],
             **options,
         )
     except ValueError as error:
@@ -155,9 +202,11 @@ def _record_metadata(out: Path, metadata: TokenMetadata, part: Part) -> None:
             write_content(out / name, files.manifest(metadata, complete=False))
 
 
-def _is_intact(out: Path, metadata: TokenMetadata, shard: int) -> bool:
+def _is_intact(out: Path, samples: Samples, shard: int) -> bool:
+    """True if a shard is whole, and its unreadable images still are."""
     try:
-        files.read_shard(out, metadata, shard)
+        labels = files.read_labels(out, samples.metadata, shard, verify=True)
     except DataError:
         return False
-    return True
+    numbers = samples.metadata.shard(shard)[1]
+    return all(samples[numbers[i]].reason for i in np.flatnonzero(labels == files.UNREADABLE))

@@ -34,7 +34,7 @@ def open_source(path: str | Path, index: str | Path | None = None) -> Source:
         return TarSource(shards, index or None)
     if not os.path.isfile(path):
         return FolderSource(path)
-    if path.suffix == ".tar":
+    if path.suffix.lower() == ".tar":
         return TarSource([path], index or None)
     raise DataError(f"{path}: neither a folder of images nor a .tar file.")
 

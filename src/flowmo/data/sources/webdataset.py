@@ -14,6 +14,7 @@ from flowmo.data.sources.folder import walk
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
+WILDCARDS = "*?["
 
 
 def find_shards(path: str | Path) -> list[Path]:
@@ -37,7 +38,7 @@ def find_shards(path: str | Path) -> list[Path]:
         return []
     if RANGE.search(text):
         return expand(text)
-    if any(wildcard in text for wildcard in "*?["):
+    if any(wildcard in text for wildcard in WILDCARDS):
         shards = sorted(map(Path, glob.glob(text)))
         if not shards:
             raise DataError(f"{text}: no file matches this pattern.")
@@ -46,7 +47,7 @@ def find_shards(path: str | Path) -> list[Path]:
 
 
 def expand(pattern: str) -> list[Path]:
-    """``train-{000..002}.tar`` -> its three files; several ranges give every combination."""
+    """``train-{000..002}.tar`` -> its three files; several ranges give every combination. Wildcards are matched."""
     text, *rest = RANGE.split(pattern)  # text, first, last, text, first, last, …, text
     names = [text]
     for first, last, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
@@ -56,4 +57,10 @@ def expand(pattern: str) -> list[Path]:
             raise DataError(f"{pattern[:100]}: names more than {MAX_SHARDS} shards.")
         numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
         names = [name + number + text for name in names for number in numbers]
-    return [Path(name) for name in names]
+    shards = []
+    for name in names:
+        found = sorted(map(Path, glob.glob(name))) if any(wildcard in name for wildcard in WILDCARDS) else [Path(name)]
+        if not found:
+            raise DataError(f"{name}: no file matches this pattern.")
+        shards += found
+    return shards

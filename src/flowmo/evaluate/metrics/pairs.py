@@ -64,4 +64,5 @@ def grid(rows: Sequence[Tensor | Sequence[Tensor]], gap: int = 2) -> Tensor:
     for row in rows:
         padded = [F.pad(image.clamp(-1, 1), (0, gap, 0, gap), value=1.0) for image in row]
         lines.append(torch.cat(padded, dim=-1))
-    return torch.cat(lines, dim=-2)[:, :-gap, :-gap]
+    sheet = torch.cat(lines, dim=-2)
+    return sheet[:, : sheet.shape[1] - gap, : sheet.shape[2] - gap]
