@@ -153,6 +153,8 @@ def main() -> None:
     rows = []
     for preset in arguments.presets:
         for policy in ("all", *reversed(KEPT)):
+            if "model.posttrain_sample=true" in arguments.settings and policy not in ("all", "inputs"):
+                continue  # refused, since the chain's steps are computed again as it is
             checkpointing = ("true", policy) if policy != "all" else ("false", "inputs")
             config = flowmo.preset(preset).override(
                 f"trainer.compile={str(arguments.compile).lower()}",

@@ -92,9 +92,12 @@ def rows(study: Study, metadata: Row) -> Rows:
             suffix = suffix_of(length, seed)
             for arm in arms_of(base):
                 run = f"{arm.name}-{suffix}"
+                study.settings(seeded.override(*arm.training), run)  # refuses a row of other settings
                 yield study.once(run, partial(train_and_measure, arm, seeded, suffix, study))
                 if arm.name not in KEPT:
                     study.delete_checkpoints(run)
+                if arm.name == "mse":
+                    study.delete_checkpoints(f"autoencoder-{suffix}")
         if study.world.main:
             figure_7(study, length)
 
@@ -129,8 +132,6 @@ def mse_encoder(base: Config, suffix: str, study: Study) -> Callable[[Trainer], 
         model.encoder.load_state_dict(autoencoder.encoder.state_dict())
         trainer.ema = EMA(model, trainer.plan.total)
         trainer.norm_control.remember()
-        study.world.barrier()  # all ranks have loaded it
-        study.delete_checkpoints(run)
 
     return prepare
 

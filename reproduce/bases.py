@@ -52,8 +52,9 @@ SMOKE_ABLATION = SMOKE_BASE.override(*PAPERS_SAMPLER, "eval.sampling.sample_step
 TINY_LONG = TINY_BASE.override("trainer.duration=900 steps")
 GPU_SHORT = GPU_BASE.override(*PAPERS_SAMPLER, "trainer.duration=2500 steps", "trainer.sample_every=0")
 GPU_LONG = GPU_BASE.override(*PAPERS_SAMPLER, "trainer.duration=6000 steps", "model.code_length=64")
-PAPER_LO = preset("lo").override("data.global_batch_size=128")
-PAPER_SMALL = preset("small").override("trainer.duration=40 epochs", "data.global_batch_size=128")
+PAPER_SPEED = ("trainer.compile=true", "data.num_workers=8")
+PAPER_LO = preset("lo").override("data.global_batch_size=128", *PAPER_SPEED)
+PAPER_SMALL = preset("small").override("trainer.duration=40 epochs", "data.global_batch_size=128", *PAPER_SPEED)
 
 NESTED_BASE = preset("native").override(
     *("data.image_size=64", "data.global_batch_size=32", "data.max_microbatch=32", "data.random_flip=true"),

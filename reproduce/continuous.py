@@ -33,6 +33,7 @@ DITO = (
     *("model.quantization_type=layernorm", "model.network=windowed", "model.patch_size=16", "model.enable_cfg=false"),
     *("model.prediction=velocity", "opt.lpips_weight=0", "opt.anchor=0", "opt.schedule=uniform"),
     *("opt.loss_space=velocity", "eval.sampling.rho=1", "eval.sampling.guidance=1"),
+    *("opt.freeze_encoder_after=1000 epochs", "model.fix_initial_norms=false"),
 )
 """DiTo's recipe. Our decoder of this kind mixes convolutions with attention in windows."""
 HEAD = 64

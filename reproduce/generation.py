@@ -244,6 +244,6 @@ def generated(
         seeds = image_seeds(seed, numbers)
         with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
             ids = generator.sample(labels[numbers.start : numbers.stop], seeds, **sampling)
-            made = tokenizer.decode(ids, seed=seeds)
+        made = tokenizer.decode(ids, seed=seeds)  # as the reconstructions that it is compared with
         images[numbers.start : numbers.stop] = to_bytes(made.float()).cpu().int()
     return LabelledImages(study.world.sum(images).to(torch.uint8), labels)

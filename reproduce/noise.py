@@ -49,11 +49,12 @@ def rows(study: Study, metadata: Row) -> Rows:
             study.report(f"{name} is skipped: it is continuous and has no rate.")
             continue
         for noise in SCALES[study.scale].scales:
-            yield study.once(f"{name}-noise{noise:g}", partial(measure, tokenizer, seed, noise, study))
+            model = f"{name}, " if study.scale == "paper" else ""  # models of one rate are no seeds of one another
+            yield study.once(f"{name}-noise{noise:g}", partial(measure, tokenizer, seed, noise, study, model))
 
 
-def measure(tokenizer: FlowMo, seed: int, noise: float, study: Study) -> Row:
-    rate = f"{tokenizer.config.bits_per_pixel:.4g} bits per pixel"
+def measure(tokenizer: FlowMo, seed: int, noise: float, study: Study, model: str = "") -> Row:
+    rate = f"{model}{tokenizer.config.bits_per_pixel:.4g} bits per pixel"
     about = {"arm": f"{rate}, {noise:g}", "label": f"{rate}, scale {noise:g}", "seed": seed, "rate": rate}
     return {**about, "noise": noise, **study.measure(tokenizer, SCALES[study.scale].images, noise)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -146,13 +147,21 @@ class Study:
         return config
 
     def once(self, run: str, make: Callable[[], Row]) -> Row:
-        """Return a run's row: the one kept in its folder, else the result of ``make``, which is kept."""
+        """Return a run's row: the one kept in its folder, else the result of ``make``, which is kept.
+
+        Raises:
+            StudyError: the kept row is of other images.
+        """
         path = self.folder(run) / ROW_FILE
+        images = hashlib.sha256(f"{self.data}\n{self.held_out}".encode(errors="surrogateescape")).hexdigest()[:16]
         if path.is_file():
-            return json.loads(path.read_text())
+            row = json.loads(path.read_text())
+            if row.pop("images_from", images) != images:
+                raise StudyError(f"{path.parent} has a row of other images. Remove it, or name another --results-dir.")
+            return row
         row = {"run": run, **make()}
         if self.world.main:
-            write_content(path, json.dumps(row, indent=1))
+            write_content(path, json.dumps({**row, "images_from": images}, indent=1))
         return row
 
     def trained_row(self, run: str, config: Config, limit: int, start: Path | None = None, **about: Any) -> Row:
@@ -169,7 +178,7 @@ class Study:
         return self.once(run, make)
 
     def load(self, model: str | Path, *settings: str) -> FlowMo:
-        return flowmo.load(model, *settings, device=str(self.world.device))
+        return flowmo.load(model, *settings, device=str(self.world.device)).set_precision("auto")
 
     def load_models(self, distilled: bool = True) -> Iterator[tuple[str, str, FlowMo]]:
         """Yield (model, unique name, tokenizer) for ``models``, without students unless ``distilled``.

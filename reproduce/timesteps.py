@@ -25,6 +25,7 @@ from flowmo.checkpoint.run_folder import CHECKPOINTS
 from flowmo.config import OptConfig
 from flowmo.model import flow
 from flowmo.model.sampler import image_seed, seeded_noise
+from flowmo.precision import computing
 from flowmo.streams import Stream, stream
 from flowmo.tokenizer import FlowMo
 from flowmo.train.state import read_metadata
@@ -78,9 +79,13 @@ def measure(tokenizer: FlowMo, study: Study) -> Row:
         part = images[batch]
         noise = seeded_noise([image_seed(0, indices[i]) for i in batch], *part.shape[-2:])
         x, z = part.to(tokenizer.device), noise.to(tokenizer.device)
-        code = decoder.embed_code(tokenizer.quantizer.code_from_ids(tokenizer.encode(part).ids))
+        ids = tokenizer.encode(part).ids
+        with computing(tokenizer.precision, tokenizer.device):
+            code = decoder.embed_code(tokenizer.quantizer.code_from_ids(ids))
         for i, t in enumerate(times[:, batch].to(x.device)):
-            error = (decoder(flow.interpolate(x, z, t), code, t).float() - (z - x)).square().flatten(1).mean(dim=1)
+            with computing(tokenizer.precision, tokenizer.device):
+                velocity = decoder(flow.interpolate(x, z, t), code, t).float()
+            error = (velocity - (z - x)).square().flatten(1).mean(dim=1)
             errors["velocity_error"][i] += float(error.sum()) / len(images)
             errors["image_error"][i] += float((t.square() * error).sum()) / len(images)
     return {"probability": probabilities(opt), **{key: found.tolist() for key, found in errors.items()}}

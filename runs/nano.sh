@@ -29,10 +29,12 @@ stage() { # NAME CONFIG ...
         --experiment-name "$name" --results-dir "$out/results" --device "${DEVICE:-cpu}" \
         data.train="$out/pictures" data.val="$held_out" "$@" ${SETTINGS:-}
 }
+ended() { [ -f "$out/results/$1/ended" ] || { echo "$1 was stopped. Run the same command again to resume." >&2; exit 1; }; }
 newest() { find "$out/results/$1/checkpoints" -name '*.pth' | sort | tail -n 1; }
 
 if [ ! -f "$out/pictures.txt" ]; then
     mkdir -p "$out"
+    rm -rf "$out/pictures" # of an interrupted call
     # shellcheck disable=SC2086  # several folders
     python "$here/runs/nano_pictures.py" "$out/pictures" "$@" --without "$held_out" ${WITHOUT:-} > "$out/pictures.partial"
     mv "$out/pictures.partial" "$out/pictures.txt"
@@ -40,7 +42,9 @@ fi
 if [ "${DEVICE:-cpu}" = cuda ]; then recipe=nano_gpu images=6000000; else recipe=nano images=112000; fi
 if command -v c++ > /dev/null; then compile=true; else compile=false; fi
 stage nano "$recipe" trainer.duration="${IMAGES:-$images} images" trainer.compile=$compile
+ended nano
 stage nano_posttrain nano_posttrain --resume-from-ckpt "$(newest nano)" \
     trainer.duration="$((${IMAGES:-$images} + ${POSTTRAIN_IMAGES:-2000})) images"
+ended nano_posttrain
 flowmo convert "$out/results/nano_posttrain" "$out/nano.safetensors" --dtype float16 --force
 flowmo evaluate "$held_out" --model "$out/nano.safetensors" --limit 500

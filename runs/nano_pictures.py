@@ -84,12 +84,19 @@ def write(job: tuple[int, Path, Path]) -> None:
         view.save(place / f"{number:06}_{i}.jpg", quality=QUALITY, subsampling=0)
 
 
+def check_empty(folder: Path) -> None:
+    """Refuse a folder with files: those of a former call could be held out now."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} is not empty. Remove it, or name another folder.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("pictures", type=Path, nargs="+", help="folders of photographs")
     parser.add_argument("--without", type=Path, nargs="*", default=[], help="folders of held-out photographs")
     arguments = parser.parse_args()
+    check_empty(arguments.out)
     photographs, held_out = files(arguments.pictures), files(arguments.without)
     if not photographs:
         raise SystemExit(f"no photographs in {' '.join(map(str, arguments.pictures))}")

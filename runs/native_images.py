@@ -15,7 +15,7 @@ import string
 from pathlib import Path
 
 import numpy as np
-from nano_pictures import files, unlike
+from nano_pictures import check_empty, files, unlike
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 256
@@ -75,6 +75,7 @@ def main() -> None:
     fonts = sorted(f for f in arguments.fonts.rglob("*.ttf") if f.name.startswith(LATIN))
     if arguments.text and not fonts:
         raise SystemExit(f"no fonts named {', '.join(LATIN)} below {arguments.fonts}; give --fonts FOLDER or --text 0")
+    check_empty(arguments.out)
     chosen = unlike(files(arguments.photographs), files(arguments.without))
     for number, path in enumerate(chosen):
         folder = arguments.out / f"{number % 100:02}"

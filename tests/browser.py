@@ -68,11 +68,11 @@ class Page:
 
     def open(self, file):
         """Choose a file and wait until it is shown or refused."""
-        self.do("document.getElementById('facts').replaceChildren()")
+        self.do("document.getElementById('details').replaceChildren()")
         self.at("#file").send_keys(str(file))
-        until(lambda: self.text("#facts") or self.at("#message.error").is_displayed())
+        until(lambda: self.text("#details") or self.at("#message.error").is_displayed())
         self.idle()
-        return self.text("#facts"), self.text("#message")
+        return self.text("#details"), self.text("#message")
 
     def set(self, name, value, event="change"):
         self.do(

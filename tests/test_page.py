@@ -316,7 +316,7 @@ def test_static_page_of_a_bad_server(page, tiled, png):
         until(lambda: page.do("return self.crossOriginIsolated") and "Loading" in page.text("#message"))
         page.at("#file").send_keys(str(png))
         go.set()
-        until(lambda: "70 × 50" in page.text("#facts"))
+        until(lambda: "70 × 50" in page.text("#details"))
         assert page.text("#left") == "original"
         page.visit(f"{address}moved")
     whole = network.read_bytes()
@@ -365,9 +365,9 @@ def test_the_demo_command(page, tiny, tiny_model, tmp_path, png, generator_file)
     with serving(tiny_model, "--generator", generator_file, "--examples", png) as address:
         page.visit(address)
         page.do("document.querySelector('#examples button').click()")
-        until(lambda: "70 × 50" in page.text("#facts"))
+        until(lambda: "70 × 50" in page.text("#details"))
         codes = tiny.encode_image(read_image(png))
-        assert f"{len(codec.pack(codes))} bytes" in page.text("#facts")
+        assert f"{len(codec.pack(codes))} bytes" in page.text("#details")
         assert abs(page.shown() - pixels(tiny.decode_image(codes))).max() <= 1
         page.click("compare")
         assert {"JPEG", "WebP", "AVIF"} == {*re.findall(r"(JPEG|WebP|AVIF): [\d,]+ bytes", page.text("#codecs"))}

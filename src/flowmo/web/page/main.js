@@ -7,6 +7,7 @@ import { deviation, drawPixels, first, pixelsOf, psnr } from "./pixels.js";
 const MAX_PIXELS = 16e6;
 const MAX_SIDE = 32767; // of a canvas
 const MAX_IDS_SHOWN = 4096;
+const MAX_KEPT = 128e6; // bytes of decoded images
 const $ = (id) => document.getElementById(id);
 const number = (value) => value.toLocaleString("en");
 const size = ({ width, height }) => `${number(width)} × ${number(height)}`;
@@ -20,12 +21,21 @@ let decodings = new Map();
 let showing = Promise.resolve(); // until what was chosen last is on the page
 let latest = 0;
 let running = Promise.resolve();
+let pressed = null; // what had the focus before a task
 
 // Text of the task that runs. Buttons wait for it, because a newer task would cancel it.
 function busy(text) {
   if (text) document.body.dataset.busy = text;
   else delete document.body.dataset.busy;
+  if (text) announce(`${text} …`);
+  pressed = text ? (document.activeElement ?? pressed) : pressed;
   for (const id of ["compare", "draw", "make", "decode-ids"]) $(id).disabled = Boolean(text);
+  if (!text && document.activeElement === document.body) pressed?.focus(); // a disabled button loses the focus
+}
+
+// For screen readers: a region that is always there.
+function announce(text) {
+  $("status").textContent = text;
 }
 
 // Tasks run one after another. One ends without a result when a newer one comes.
@@ -59,6 +69,7 @@ function say(text, kind = "") {
   $("message").textContent = text;
   $("message").className = kind;
   $("message").hidden = !text;
+  if (text) announce(text);
 }
 
 // Opening
@@ -71,6 +82,7 @@ async function open(file) {
     return { name, codes: await engine.unpack(new Uint8Array(await file.arrayBuffer())) };
   });
   if (!opened) return;
+  source?.bitmap?.close();
   source = opened;
   await start();
 }
@@ -152,6 +164,8 @@ async function decode(planes, change = {}) {
   if (!result) return null;
   result.seconds = (performance.now() - start) / 1000;
   known.set(key, result);
+  let bytes = 0; // a phone has no room for every rate of a large image
+  for (const [old, { pixels }] of [...known].reverse()) if ((bytes += pixels.length) > MAX_KEPT && old !== key) known.delete(old);
   return result;
 }
 
@@ -181,6 +195,7 @@ async function showCodes() {
   if (source.bytes) details["your file"] = `${number(source.bytes)} bytes`;
   if (image) details.PSNR = `${psnr(image, decoded).toFixed(2)} dB`;
   details.decoded = `in ${decoded.seconds.toFixed(1)} s`;
+  announce(`decoded: ${Object.entries(details).map(([name, value]) => `${name} ${value}`).join(", ")}`);
   $("details").replaceChildren(
     ...Object.entries(details).map(([name, value]) => {
       const row = document.createElement("div");
@@ -231,7 +246,8 @@ async function compare() {
   const mine = decoded;
   const { bytes } = mine;
   const others = await task("compressing", () => compareCodecs(image, bytes, engine));
-  if (!others || mine !== decoded) return;
+  if (!others) return;
+  if (mine !== decoded) return others.forEach((other) => URL.revokeObjectURL(other.url));
   const own = figure(canvasOf(mine), `FlowMo: ${number(bytes)} bytes, ${psnr(image, mine).toFixed(2)} dB`);
   clearGalleries();
   $("codecs").replaceChildren(
