@@ -228,8 +228,9 @@ def test_a_pil_image_is_what_its_file_is(tmp_path):
         ("twelve.tif", PixelFormat()),
     ):
         with Image.open(tmp_path / name) as image:
-            ours, file = pixels.prepare(image), pixels.read(tmp_path / name)
-        assert torch.equal(to_tensor(ours), to_tensor(file)), (name, pixels)
+            first, second, file = pixels.prepare(image), pixels.prepare(image), pixels.read(tmp_path / name)
+        for ours in (first, second):
+            assert torch.equal(to_tensor(ours), to_tensor(file)), (name, pixels)
     for value in (65536, -1):
         with pytest.raises(ImageError, match="no known range"):
             PixelFormat(1, 16).prepare(Image.new("I", (4, 4), value))

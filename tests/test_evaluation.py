@@ -644,6 +644,9 @@ def test_a_replaced_image_is_measured_again(tiny, tmp_path):
     assert measure(candidate, source, evaluators=Evaluators(), **settings).unreadable == 1
     with pytest.raises(EvaluationError, match="another"):
         measure(candidate, source, evaluators=Evaluators(), enlarge=True, **settings)
+    (folder / "a.png").write_bytes((folder / "a.png").read_bytes())  # copied once more
+    os.utime(folder / "a.png", (1, 1))
+    assert measure(candidate, source, evaluators=Evaluators(), **settings).unreadable == 1
     Image.new("RGB", (40, 40), "red").save(folder / "a.png")
     with pytest.raises(EvaluationError, match=r"a\.png has changed since"):
         measure(candidate, open_source(str(folder)), evaluators=Evaluators(), **settings)

@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import PICTURES, run_command
 from PIL import Image
+from processes import run_ranks
 
 from flowmo.data import DataError
 from flowmo.data.npz import NpzFile, write_npz
+from flowmo.distributed import join
+from flowmo.errors import FlowMoError
 from flowmo.evaluate.generation import GenerationSummary, SetFeatures, extract_features, open_image_set
 from flowmo.evaluate.metrics.features import Features, ResNetFeatures
 from flowmo.evaluate.metrics.fid import Gaussian, StatisticsError, shuffled
@@ -364,3 +367,30 @@ def test_ranks_read_their_own_batches(tmp_path):
 
 def test_a_grid_without_a_gap():
     assert grid([[torch.zeros(3, 4, 5)] * 2] * 3, gap=0).shape == (3, 12, 10)
+
+
+def compare_on_a_rank(folder, out):
+    """Features of a folder's images, or the error that a rank raises."""
+    with join("cpu", group=True) as world:
+        try:
+            found = extract_features(open_image_set(folder), Colours(), batch_size=2, world=world)
+            text = str(found.count)
+        except FlowMoError as error:
+            text = str(error)
+    (out / f"{world.rank}.txt").write_text(text)
+
+
+@pytest.mark.parametrize("case", ["equal", "sizes", "one"])
+def test_two_ranks_share_the_images(case, tmp_path):
+    """All images are on rank 0, and both ranks end with the same error."""
+    (tmp_path / "images").mkdir()
+    for i in range({"one": 1}.get(case, 5)):
+        side = 10 if (case, i) == ("sizes", 2) else 8
+        Image.new("RGB", (side, side), (i, i, i)).save(tmp_path / "images" / f"{i}.png")
+    run_ranks(compare_on_a_rank, tmp_path / "images", tmp_path)
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    if case == "equal":
+        assert (first, second) == ("5", "0")
+    else:
+        assert first == second
+        assert {"sizes": "size", "one": "1 of 1 images can be read"}[case] in first

@@ -326,3 +326,4 @@ def test_patience_needs_a_metric(settings):
     with pytest.raises(ConfigError, match=r"trainer\.patience=3 needs a metric\. Set trainer\.best_metric"):
         check_start(impatient, has_weights=True)
     check_start(impatient.override("trainer.best_metric=psnr"), has_weights=True)
+    check_start(impatient, has_weights=True, resumes=True)  # of an earlier version

@@ -585,3 +585,41 @@ def test_a_range_with_wildcards(tmp_path):
     assert len(open_source(tmp_path / "s-{0..1}-*.tar")) == 2
     with pytest.raises(DataError, match=r"s-3-\*\.tar: no file matches"):
         open_source(tmp_path / "s-{2..3}-*.tar")
+
+
+def test_the_own_index_of_a_tar_of_links_is_read(tmp_path):
+    """As a store of files by content packs them: each name is a link to another."""
+    links = [(f"train/c{i}/{i}.png", f"blobs/{i % 2}.png") for i in range(6)]
+    path = packed(tmp_path / "set.tar", ["blobs/0.png", "blobs/1.png"], links=links)
+    default_index(path).write_text(json.dumps(build_index(path)[0]))
+    source = open_source(path)
+    assert len(source) == 8
+    assert {source.read(i).width for i in range(8)} == {40, 41}
+
+
+def test_a_link_to_what_is_no_file_is_left_out(tmp_path):
+    with tarfile.open(packed(tmp_path / "set.tar", ["0.png"]), "a") as tar:
+        for name, kind, target in (("l.png", tarfile.SYMTYPE, "0.png"), ("m.png", tarfile.LNKTYPE, "l.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    source = open_source(tmp_path / "set.tar")
+    assert len(source) == 1
+    assert len(source.left_out) == 2
+
+
+def test_a_note_that_is_there_twice_is_no_sample(tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name in ("README.md", "0.png", "0.cls", "README.md", "1.png", "1.cls"):
+            content = png() if name.endswith("png") else b"3"
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert len(open_source(tmp_path / "set.tar")) == 2
+
+
+def test_a_range_in_a_folder_with_brackets(tmp_path):
+    (tmp_path / "d[1]").mkdir()
+    for i in range(2):
+        packed(tmp_path / "d[1]" / f"s-{i}.tar", [f"{i}.png"])
+    assert len(open_source(tmp_path / "d[1]" / "s-{0..1}.tar")) == 2

@@ -248,7 +248,10 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
     os.close(descriptor)
     try:
         write(temporary)
-        os.chmod(temporary, (path.stat().st_mode if path.is_file() else mode) & 0o777)
+        wanted = (path.stat().st_mode if path.is_file() else mode) & 0o777
+        if os.stat(temporary).st_mode & 0o777 != wanted:
+            with suppress(OSError):  # some file systems have no permissions
+                os.chmod(temporary, wanted)
         with open(temporary, "rb") as file:  # fsync, else a power cut can leave it empty
             os.fsync(file.fileno())
         os.replace(temporary, path)

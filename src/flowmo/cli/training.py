@@ -86,7 +86,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     if torch.device(arguments.device).type == "cpu":
         keep_freed_memory()
-    check_start(config, bool(source or started))
+    check_start(config, bool(source or started), bool(started))
     with join(arguments.device, group=config.trainer.parallel == "fsdp") as world:
         if assumed and world.main:
             print("Images in the working directory:", *(f"{name}={value}" for name, value in assumed.items()))

@@ -5,7 +5,7 @@ The reference is a set of images, or the statistics of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from flowmo.evaluate.metrics.sets import inception_score, kernel_distance, preci
 from flowmo.evaluate.reconstruction import print_unreadable
 from flowmo.evaluate.summary import Metrics, metric
 from flowmo.images import ImageError, read_image, to_bytes, to_tensor
+
+SEVERAL_SIZES = "it has images of several sizes. Give images of one size."
 
 
 class ImageSet(Protocol):
@@ -124,22 +126,32 @@ def extract_features(
         raise DataError(f"{images.name} holds neither images nor statistics of pooled features.")
     if not count:
         return SetFeatures(None, statistics)
-    done, sizes = 0, set[torch.Size]()
+    done, share, sizes, problem = 0, -(-count // world.size), set[torch.Size](), ""
     mine: dict[int, Features] = {}
-    for number, batch in images.batches(batch_size, world.rank, world.size):
-        done += len(batch)
-        sizes.add(batch.shape[1:])
-        features = in_fixed_batches(network, batch.to(device).float() / 127.5 - 1)
-        mine[number] = Features(*(None if column is None else column.float().cpu() for column in features))
-        if progress:
-            progress(done, -(-count // world.size))
-    done = sum(world.gather(done))
+    try:
+        for number, batch in images.batches(batch_size, world.rank, world.size):
+            done += len(batch)
+            sizes.add(batch.shape[1:])
+            features = in_fixed_batches(network, batch.to(device).float() / 127.5 - 1)
+            mine[number] = Features(*(None if column is None else column.float().cpu() for column in features))
+            if progress:
+                progress(min(done, share), share)
+    except DataError as error:  # of this rank: the others wait for it
+        problem = str(error)
+    every = world.gather((done, sizes, problem))
+    done, problem = world.broadcast((sum(part[0] for part in every), _problem(every)) if every else (0, ""))
+    if problem:
+        raise DataError(problem if problem != SEVERAL_SIZES else f"{images.name}: {problem}")
     if done < 2:
         raise StatisticsError(f"{images.name}: {done} of {count} images can be read. A covariance needs two or more.")
-    if len(set[torch.Size]().union(*world.gather(sizes))) > 1:
-        raise DataError(f"{images.name} has images of several sizes. Give images of one size.")
     batches = {number: features for part in world.gather(mine) for number, features in part.items()}
     return SetFeatures(Features.cat(batches[number] for number in sorted(batches)) if batches else None, statistics)
+
+
+def _problem(every: Sequence[tuple[int, set[torch.Size], str]]) -> str:
+    """What is wrong with the images of all ranks; empty if nothing is."""
+    several = len(set[torch.Size]().union(*(sizes for _, sizes, _ in every))) > 1
+    return next((problem for *_, problem in every if problem), SEVERAL_SIZES if several else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,8 +243,9 @@ def measure(
     key = json.dumps(identity, sort_keys=True)
     earlier = [part if world.main else part.without_features() for part in (read_parts(folder, key) if folder else ())]
     world.barrier()  # no rank writes a file that another still reads
-    for part in earlier:
-        _check_unchanged(part, source, folder)
+    changed = world.broadcast(_changed(earlier, source) if world.main else "")
+    if changed:
+        raise EvaluationError(f"{changed} has changed since {folder} was written. Remove that folder.")
     done = {index for part in earlier for index in part.rows["index"].tolist()}
     remaining = [index for index in chosen if index not in done][world.rank :: world.size]
     batch_size, network_batch = (batch_size, BATCH) if side else (1, 1)  # whole images differ in size
@@ -266,8 +267,10 @@ def measure(
                 columns = evaluators.compare(x.to(device), result, network_batch, pixels)
                 ids = torch.empty(0, dtype=torch.int64) if result.ids is None else result.ids.flatten().cpu()
                 usage = torch.bincount(ids, minlength=candidate.id_count or 0)
-                versions = torch.tensor([_version(source, index) for index in indices])
-                yield Measurement({"index": torch.tensor(indices), "version": versions, **columns}, usage)
+                kept = {"index": torch.tensor(indices)}
+                for name, number in {"version": _version, "content": _content}.items() if folder else ():
+                    kept[name] = torch.tensor([number(source, index) for index in indices])
+                yield Measurement(kept | columns, usage)
             if progress:
                 progress(min(start + batch_size, len(remaining)), len(remaining))
 
@@ -286,17 +289,31 @@ def measure(
     return measured or shared
 
 
+def _number(data: bytes) -> int:
+    """A hash of 63 bits."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
 def _version(source: Source, index: int) -> int:
-    """``Source.version`` as a number of 63 bits."""
-    digest = hashlib.blake2b(source.version(index).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return _number(source.version(index).encode())
 
 
-def _check_unchanged(part: Measurement, source: Source, folder: Path | None) -> None:
-    """Raise ``EvaluationError`` if an image was replaced after its measurement."""
-    for index, version in zip(part.rows["index"].tolist(), part.rows["version"].tolist(), strict=True):
-        if version != _version(source, index):
-            raise EvaluationError(f"{source.name(index)} has changed since {folder} was written. Remove that folder.")
+def _content(source: Source, index: int) -> int:
+    try:
+        file = source.file(index)
+        return _number(file.read_bytes() if isinstance(file, Path) else file.read())
+    except (ImageError, OSError):  # it is gone
+        return 0
+
+
+def _changed(parts: Sequence[Measurement], source: Source) -> str:
+    """Name of an image that was replaced after its measurement. A file may be copied again, with the same content."""
+    for part in parts:
+        columns = (part.rows[name].tolist() for name in ("index", "version", "content"))
+        for index, version, content in zip(*columns, strict=True):
+            if version != _version(source, index) and content != _content(source, index):
+                return source.name(index)
+    return ""
 
 
 def read_crops(

@@ -127,7 +127,8 @@ def tokenize(
             done += len(batch.label)
             if progress:
                 progress(done, total)
-        _check_unreadable(reasons, numbers, len(source), tokenizer.config.data.max_bad_share)
+        most = tokenizer.config.data.max_bad_share * min(metadata.shard_size, len(source))
+        _check_unreadable(reasons, numbers, len(source), most)
         write_content(out / path, files.pack_shard(metadata, shard, torch.cat(ids).numpy(), found))
     world.barrier()
     if world.main:
@@ -152,13 +153,13 @@ def _loaded(loader: DataLoader) -> Iterator[Any]:
         raise DataError(f"Data loading failed: {one_line(error)}. Run the same command again to resume.") from None
 
 
-def _check_unreadable(reasons: Mapping[int, str], numbers: Sequence[int], count: int, share: float) -> None:
-    """Raise ``DataError`` if too many of a shard's images are unreadable: a server may have gone away."""
+def _check_unreadable(reasons: Mapping[int, str], numbers: Sequence[int], count: int, most: float) -> None:
+    """Raise ``DataError`` if more than one and than ``most`` of a shard's images are unreadable."""
     bad, images = ({numbers[i] % count for i in positions} for positions in (reasons, range(len(numbers))))
-    if len(bad) > max(1, share * len(images)):
+    if len(bad) > max(1, most):
         raise DataError(
-            f"{len(bad)} of the {len(images)} images of a shard cannot be read, more than data.max_bad_share={share:g} "
-            f"of them. One is {next(iter(reasons.values()))}"
+            f"{len(bad)} of the {len(images)} images of a shard cannot be read, more than data.max_bad_share allows. "
+            f"One is {next(iter(reasons.values()))}"
         )
 
 

@@ -250,6 +250,8 @@ class PixelFormat:
     def prepare(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         """Convert a PIL image, or a tensor c × h × w in [−1, 1], to the form that ``read`` returns.
 
+        An image that PIL has opened and not loaded gives what its file gives.
+
         Raises:
             ImageError: no pixels, too many, another number of channels, or a PIL image that cannot be decoded.
         """
@@ -258,6 +260,7 @@ class PixelFormat:
             self._check_channels(len(image), "image")
             return image.float() if image.is_floating_point() else image
         try:
+            image = unloaded_copy(image)
             if reason := misread(image):
                 raise ValueError(f"{reason}; give the file instead")
             if self.is_rgb:
@@ -313,6 +316,25 @@ class PixelFormat:
             first, *more = (Image.fromarray(page) for page in np.moveaxis(self.stored(image), 2, 0))
             first.save(stream, "TIFF", save_all=True, append_images=more, compression="tiff_adobe_deflate")
         return stream.getvalue()
+
+
+def unloaded_copy(image: Image.Image) -> Image.Image:
+    """Open the file of an image that PIL has opened but not loaded once more, at the same page.
+
+    Its depth and kind are known until PIL loads it. The caller's object stays as it is, so that a second call sees the
+    same. A loaded image is what PIL made of it.
+    """
+    file = getattr(image, "fp", None)
+    if file is None or not getattr(image, "tile", None):
+        return image
+    position = file.tell()
+    file.seek(0)
+    content = io.BytesIO(file.read())
+    file.seek(position)
+    copy = Image.open(content, formats=[image.format] if image.format else None)
+    if page := image.tell():
+        copy.seek(page)
+    return copy
 
 
 def full_pages(image: Any) -> dict[int, tuple[int, int]]:

@@ -16,11 +16,12 @@ POSTTRAIN_STEPS = 25_000
 """Length of the release's stage 1B. The paper's is about an epoch: 20 018 steps of 64 images."""
 
 
-def check_start(config: Config, has_weights: bool) -> None:
+def check_start(config: Config, has_weights: bool, resumes: bool = False) -> None:
     """Refuse to train with a frozen random network, a stage that a model lacks, or for another stage's default length.
 
     Args:
         has_weights: the run starts from a checkpoint.
+        resumes: the run has begun, perhaps with an earlier version.
 
     Raises:
         ConfigError: the settings contradict each other, or need a checkpoint.
@@ -42,7 +43,7 @@ def check_start(config: Config, has_weights: bool) -> None:
             f"trainer.duration={config.trainer.duration} is the length of stage 1A. Set it to the total length, "
             f"including the checkpoint's steps: trainer.duration='STEPS steps', STEPS = those + {POSTTRAIN_STEPS}."
         )
-    if config.trainer.patience and not config.trainer.best_metric:
+    if config.trainer.patience and not config.trainer.best_metric and not resumes:
         raise ConfigError(
             f"trainer.patience={config.trainer.patience} needs a metric. "
             "Set trainer.best_metric, or write trainer.patience=0."

@@ -1,7 +1,8 @@
 """Images inside uncompressed tars, read in place through an index of their offsets.
 
 ImageNet's training set is a tar with one tar per class. The index points through both, so nothing is unpacked. It has
-the authors' format: a JSON list of ``{"name", "offset", "size"}``, with a ``"label"`` if the tar has one.
+the authors' format: a JSON list of ``{"name", "offset", "size"}``, with a ``"label"`` if the tar has one, and a
+``"link"`` if the member is a hard link.
 
 A tar whose images share keys with other files is a WebDataset. A key ends at the first dot of the base name, and the
 files of one key are a sample. The image of sample ``000`` is ``000.jpg``; ``000.seg.png`` is not. Each inner tar is
@@ -38,6 +39,8 @@ from flowmo.images.pixels import ARRAY, is_array
 MAX_NESTING = 3
 MAX_LABEL_BYTES = 200
 CHECKED_HEADERS = 5
+SHORTENED = 90
+"""Names of so many bytes may be shortened in a header."""
 STALE_INDEX = "The index belongs to another file. Make it again with: flowmo data index"
 MAX_LABELS = 1_000_000
 MAX_HEADER_BYTES = 1 << 20
@@ -132,24 +135,28 @@ def _members(file: _LimitedReader, start: int, prefix: str, depth: int) -> Itera
             name, label, reason = prefix + member.name, None, ""
             linked = files.get(member.linkname) if member.islnk() else None  # a file that was packed before
             place, size = linked or (member.offset_data, member.size)
-            offset, files[member.name] = start + place, (place, size)
+            offset = start + place
+            if linked or (member.isreg() and not member.issparse()):  # a sparse file's bytes are not contiguous
+                files[member.name] = place, size
             if member.isdir():
                 continue
             if is_hidden(name):
                 reason = HIDDEN
-            elif not (member.isreg() or linked) or member.issparse():  # a sparse file's bytes are not contiguous
+            elif member.name not in files:
                 reason = "a link or another member without bytes of its own"
             elif name.endswith(".tar") and depth < MAX_NESTING and not linked:
                 inner = _LimitedReader(cast(IO[bytes], tar.extractfile(member)))
                 yield from _members(inner, offset, f"{name.removesuffix('.tar')}/", depth + 1)
                 continue
             elif name.lower().endswith(".cls") and size <= MAX_LABEL_BYTES:
-                label = cast(IO[bytes], tar.extractfile(member)).read().decode("utf-8", "replace").strip()
+                file.seek(place)
+                label = file.read(size).decode("utf-8", "replace").strip()
             elif not name.lower().endswith((*EXTENSIONS, ARRAY)):
                 reason = NO_IMAGE
             elif size > MAX_IMAGE_BYTES:
                 reason = f"has {size} bytes, more than {MAX_IMAGE_BYTES}"
-            yield Member(start, {"name": name, "offset": offset, "size": size}, label, reason)
+            row = {"name": name, "offset": offset, "size": size, **({"link": True} if linked else {})}
+            yield Member(start, row, label, reason)
         _check_end(file, tar.offset, start)
 
 
@@ -184,7 +191,8 @@ def _items(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, s
 
 def _items_of_one_tar(members: Sequence[Member]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     last = {member.row["name"]: member for member in members}
-    twice = [member.row["name"] for member in members if last[member.row["name"]] is not member]
+    items = [member for member in members if not member.reason]
+    twice = [member.row["name"] for member in items if last[member.row["name"]] is not member]
     members = list(last.values())  # as tar, which extracts the last of a name
     labels = {member.row["name"]: member.label for member in members if member.label is not None}
     left_out = {member.row["name"]: member.reason for member in members if member.reason}
@@ -275,7 +283,9 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
         raise DataError(f"{path}: no such index of {tar}. Make it with: flowmo data index {tar}")
     name, rows = (path, None) if os.path.isfile(path) else (tar, build_index(tar)[0])
     try:
+        links = set[int]()
         for row in json.loads(path.read_bytes()) if rows is None else rows:
+            links |= {int(row["offset"])} if row.get("link") else set()
             label = None if row.get("label") is None else _as_label(row["label"])
             entries.append(Entry(tar, str(row["name"]), int(row["offset"]), int(row["size"]), label))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError) as error:
@@ -283,7 +293,7 @@ def load_index(tar: Path, index: str | Path | None) -> list[Entry]:
         raise DataError(message) from None
     _check_offsets(entries, tar, name)
     if name == path:
-        _check_headers(entries, tar, name)
+        _check_headers(entries, links, tar, name)
     # An index may be older than these rules, or not ours.
     entries = [entry for entry in entries if not is_hidden(entry.name)]
     if not entries:
@@ -319,8 +329,12 @@ def _check_offsets(entries: Sequence[Entry], tar: Path, name: Path) -> None:
             raise DataError(f"{name}: {one_line(a.name)} and {one_line(b.name)} overlap. The index is damaged.")
 
 
-def _check_headers(entries: Sequence[Entry], tar: Path, name: Path) -> None:
-    """Compare some entries, spread over a tar, with the headers before their bytes."""
+def _check_headers(entries: Sequence[Entry], links: set[int], tar: Path, name: Path) -> None:
+    """Compare some entries, spread over a tar, with the headers before their bytes.
+
+    Args:
+        links: offsets of hard links, which have the names of other files.
+    """
     in_order = sorted(entries, key=lambda e: e.offset)
     chosen = [in_order[i] for i in evenly_spread(CHECKED_HEADERS, len(in_order))]
     others = []
@@ -334,9 +348,10 @@ def _check_headers(entries: Sequence[Entry], tar: Path, name: Path) -> None:
         last, found = (text.rpartition("/")[2] for text in (entry.name, header.name))
         if header.size != entry.size:
             raise DataError(f"{name}: {one_line(entry.name)} is not at byte {entry.offset} of {tar}. {STALE_INDEX}")
-        # a long or special name is in another header
-        others += [entry] if last != found and last.isascii() and len(header.name) < tarfile.LENGTH_NAME else []
-    if 2 * len(others) > len(chosen):  # a hard link has the name of another file
+        # a long or special name is in another header, and shortened in this one
+        known = last.isascii() and len(header.name) < SHORTENED and entry.offset not in links
+        others += [entry] if last != found and known else []
+    if 2 * len(others) > len(chosen):
         raise DataError(f"{name}: {one_line(others[0].name)} has another name in {tar}. {STALE_INDEX}")
 
 

@@ -59,7 +59,8 @@ def expand(pattern: str) -> list[Path]:
         names = [name + number + text for name in names for number in numbers]
     shards = []
     for name in names:
-        found = sorted(map(Path, glob.glob(name))) if any(wildcard in name for wildcard in WILDCARDS) else [Path(name)]
+        plain = os.path.isfile(name) or not any(wildcard in name for wildcard in WILDCARDS)
+        found = [Path(name)] if plain else sorted(map(Path, glob.glob(name)))
         if not found:
             raise DataError(f"{name}: no file matches this pattern.")
         shards += found

@@ -28,9 +28,9 @@ function busy(text) {
   if (text) document.body.dataset.busy = text;
   else delete document.body.dataset.busy;
   if (text) announce(`${text} …`);
-  pressed = text ? (document.activeElement ?? pressed) : pressed;
+  if (text && document.activeElement !== document.body) pressed = document.activeElement;
   for (const id of ["compare", "draw", "make", "decode-ids"]) $(id).disabled = Boolean(text);
-  if (!text && document.activeElement === document.body) pressed?.focus(); // a disabled button loses the focus
+  if (!text && document.activeElement === document.body) pressed?.focus({ preventScroll: true }); // a disabled button loses it
 }
 
 // For screen readers: a region that is always there.
@@ -77,11 +77,12 @@ function say(text, kind = "") {
 async function open(file) {
   say("");
   const name = file.name.replace(/\.[^.]*$/, "");
+  let bitmap = null;
   const opened = await task("opening", async () => {
-    if (!/\.flowmo$/i.test(file.name)) return { name, bytes: file.size, bitmap: await bitmapOf(file) };
+    if (!/\.flowmo$/i.test(file.name)) return { name, bytes: file.size, bitmap: (bitmap = await bitmapOf(file)) };
     return { name, codes: await engine.unpack(new Uint8Array(await file.arrayBuffer())) };
   });
-  if (!opened) return;
+  if (!opened) return bitmap?.close(); // another file was chosen meanwhile
   source?.bitmap?.close();
   source = opened;
   await start();
