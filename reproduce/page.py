@@ -337,7 +337,7 @@ def line_plots(panels: Sequence[Panel], columns: int, path: Path) -> None:
             measured = sorted({point[0] for points in panel.curves.values() for point in points})
             axis.xaxis.set_major_formatter("{x:g}")
             if len(measured) <= MOST_TICKS:
-                axis.set_xticks(measured, [f"{round(x, 3):g}" for x in measured])
+                axis.set_xticks(measured, [f"{x:.3g}" for x in measured])
                 axis.minorticks_off()
         axis.set_xlabel(panel.xlabel)
         axis.set_title(panel.title, fontsize=10)

@@ -122,11 +122,11 @@ def test_a_metric_that_some_rows_lack_is_left_out(tmp_path):
     complete, incomplete = {"psnr": 20.0, "lpips_alex": 0.3}, {"psnr": 21.0, "lpips_alex": None}
 
     def row(kind, values):
-        return {"kind": kind, "label": kind, "weight": 0.1, **values}
+        return {"kind": kind, "label": kind, "weight": 0.1, "base": "tiny", "images": 1, "pictures": 1, **values}
 
     rows = [[row("base", complete)], *([row(kind, incomplete)] for kind in ("more", "one-step", "sample"))]
     results = {"rows": [row for group in rows for row in group], "settings": [], "pictures": 1}
-    results |= {"base_images": 0, "images": 0, "distance": ""}
+    results |= {"images": 0, "distance": ""}
     for found in results["rows"]:
         found |= {"arm": found["label"], "seconds": 1, "weight": 0.1 * (found["kind"] in ("one-step", "sample"))}
     assert "- LPIPS" not in posttrain.body(results, plot)

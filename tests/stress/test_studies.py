@@ -23,8 +23,8 @@ def test_posttrain_smoke(trained_weights, tmp_path, monkeypatch):
     assert "(a) sample, weight 0.01" in text
     runs = tmp_path / "results" / "posttrain-smoke"
     assert (runs / "pictures.png").stat().st_size > 5000
-    assert (runs / "base" / "checkpoints").is_dir()
-    assert not (runs / "sample-0.01-seed1" / "checkpoints").exists(), "what was measured gives back its room"
+    assert (runs / "smoke-base-seed1" / "checkpoints").is_dir()
+    assert not (runs / "smoke-sample-0.01-seed1" / "checkpoints").exists(), "what was measured gives back its room"
 
 
 def test_generate_smoke(trained_weights, class_folder, tiny_model, tmp_path, monkeypatch):
