@@ -566,7 +566,8 @@ def test_the_command(native, native_file, class_folder, tmp_path, capsys, pictur
     for how, before, after in ((["--packed"], content, packed), ([], packed, content)):
         file.write_bytes(before)
         assert (
-            run_command(capsys, "encode", file, tmp_path / "b.flowmo", "--model", native_file, *how, "--force")[0] == 0
+            run_command(capsys, "encode", file, "-o", tmp_path / "b.flowmo", "--model", native_file, *how, "--force")[0]
+            == 0
         )
         assert (tmp_path / "b.flowmo").read_bytes() == after, "a file is written anew without the image"
     lower = ["--bpp", 0.08, "--model", native_file, "--force"]

@@ -223,9 +223,9 @@ class Means(nn.Module):
 class Pictures(list):
     name = "set"
 
-    def batches(self, size):
+    def batches(self, size, rank=0, ranks=1):
         for start in range(0, len(self), size):
-            yield torch.stack(self[start : start + size])
+            yield start // size, torch.stack(self[start : start + size])
 
 
 def test_the_last_partial_batch_counts():

@@ -268,7 +268,7 @@ def measure(
                 ids = torch.empty(0, dtype=torch.int64) if result.ids is None else result.ids.flatten().cpu()
                 usage = torch.bincount(ids, minlength=candidate.id_count or 0)
                 kept = {"index": torch.tensor(indices)}
-                for name, number in {"version": _version, "content": _content}.items() if folder else ():
+                for name, number in VERSIONS.items() if folder else ():
                     kept[name] = torch.tensor([number(source, index) for index in indices])
                 yield Measurement(kept | columns, usage)
             if progress:
@@ -283,6 +283,8 @@ def measure(
     if every and world.main:
         measured = Measurement.join([part.rows for part in every], torch.stack([part.usage for part in every]).sum(0))
         measured.unreadable = len(chosen) - len(measured.rows["index"])
+        for name in VERSIONS:
+            measured.rows.pop(name, None)
     shared = world.broadcast(measured.without_features() if measured else None)
     if shared is None:
         raise EvaluationError(f"None of the {len(chosen)} images can be used.")
@@ -304,6 +306,10 @@ def _content(source: Source, index: int) -> int:
         return _number(file.read_bytes() if isinstance(file, Path) else file.read())
     except (ImageError, OSError):  # it is gone
         return 0
+
+
+VERSIONS = {"version": _version, "content": _content}
+"""Columns of kept rows by which a replaced image is found."""
 
 
 def _changed(parts: Sequence[Measurement], source: Source) -> str:

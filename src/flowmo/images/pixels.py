@@ -319,13 +319,13 @@ class PixelFormat:
 
 
 def unloaded_copy(image: Image.Image) -> Image.Image:
-    """Open the file of an image that PIL has opened but not loaded once more, at the same page.
+    """Open the file of an image once more, at the same page, if PIL has opened it and would lose something of it.
 
-    Its depth and kind are known until PIL loads it. The caller's object stays as it is, so that a second call sees the
-    same. A loaded image is what PIL made of it.
+    Once PIL has loaded an image, values of another depth or kind than its mode are lost. So the caller's object stays
+    as it is, and a second call sees the same. An image that is loaded already is what PIL made of it.
     """
     file = getattr(image, "fp", None)
-    if file is None or not getattr(image, "tile", None):
+    if file is None or raw_mode(image) in ("", image.mode):
         return image
     position = file.tell()
     file.seek(0)
