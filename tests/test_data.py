@@ -22,7 +22,7 @@ from flowmo.data import (
     epoch_order,
     open_source,
 )
-from flowmo.data.sources.tar import MAX_UNINDEXED_BYTES
+from flowmo.data.sources.tar_index import MAX_UNINDEXED_BYTES
 from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.images import ImageError, read_image
 

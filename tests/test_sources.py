@@ -195,7 +195,7 @@ def test_a_huge_member_of_a_tar_is_left_out(tmp_path, monkeypatch):
         huge = tarfile.TarInfo("3.png")
         huge.size = 70_000
         more.addfile(huge, io.BytesIO(bytes(70_000)))
-    monkeypatch.setattr("flowmo.data.sources.tar.MAX_IMAGE_BYTES", 65_536)
+    monkeypatch.setattr("flowmo.data.sources.tar_index.MAX_IMAGE_BYTES", 65_536)
     source = open_source(tar)
     assert len(source) == 2
     assert list(source.left_out.values()) == ["has 70000 bytes, more than 65536"]

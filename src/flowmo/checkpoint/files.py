@@ -242,7 +242,7 @@ def write_whole(path: str | Path, write: Callable[[str], object]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
-    # with the permissions of any new file, which tempfile's and those of safetensors lack
+    # files of tempfile and safetensors lack the permissions of any new file
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     mode = os.fstat(descriptor).st_mode
     os.close(descriptor)

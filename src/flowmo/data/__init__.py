@@ -4,7 +4,8 @@ from flowmo.data.loader import batches, epoch_order
 from flowmo.data.sources import open_source, release_source
 from flowmo.data.sources.base import DataError, Source, evenly_spread
 from flowmo.data.sources.folder import FolderSource
-from flowmo.data.sources.tar import TarSource, build_index, default_index
+from flowmo.data.sources.tar import TarSource
+from flowmo.data.sources.tar_index import build_index, default_index
 from flowmo.data.tokens import TokenDataset
 from flowmo.data.transforms import ImageDataset
 

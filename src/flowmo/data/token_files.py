@@ -93,7 +93,7 @@ class Vocabulary:
 
     @property
     def shape(self) -> str:
-        """Ids and size of an image, in words. A tokenizer of native size has one identity at all sizes."""
+        """Ids and size of an image, in words. One native-size tokenizer can have several."""
         return f"{self.tokens} × {self.sub_tokens} ids an image of {self.image_size} pixels"
 
 
