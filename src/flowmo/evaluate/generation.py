@@ -149,7 +149,7 @@ def extract_features(
 
 
 def _problem(every: Sequence[tuple[int, set[torch.Size], str]]) -> str:
-    """What is wrong with the images of all ranks; empty if nothing is."""
+    """Return the first error of any rank, or that the sizes differ; empty if all is well."""
     several = len(set[torch.Size]().union(*(sizes for _, sizes, _ in every))) > 1
     return next((problem for *_, problem in every if problem), SEVERAL_SIZES if several else "")
 

@@ -292,7 +292,7 @@ def measure(
 
 
 def _number(data: bytes) -> int:
-    """A hash of 63 bits."""
+    """Hash bytes to 63 bits."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
@@ -313,7 +313,7 @@ VERSIONS = {"version": _version, "content": _content}
 
 
 def _changed(parts: Sequence[Measurement], source: Source) -> str:
-    """Name of an image that was replaced after its measurement. A file may be copied again, with the same content."""
+    """Return the name of an image that was replaced after its measurement. A copy with the same content is none."""
     for part in parts:
         columns = (part.rows[name].tolist() for name in ("index", "version", "content"))
         for index, version, content in zip(*columns, strict=True):

@@ -88,7 +88,7 @@ def write_report(
 
 
 def _encoded(text: str) -> bytes:
-    """UTF-8; bytes of file names that are none are written as ``\\udc…``, which JSON reads, too."""
+    """Encode as UTF-8. Bytes of file names that are none are written as ``\\udc…``, which JSON reads, too."""
     return text.encode(errors="backslashreplace")
 
 

@@ -44,7 +44,7 @@ class Source:
         raise NotImplementedError
 
     def version(self, index: int) -> str:
-        """Text that changes when the file of image ``index`` is replaced; empty if that is not known."""
+        """Return a text that changes when the file of image ``index`` is replaced; empty if that is not known."""
         return ""
 
     def read(self, index: int, side: int | None = None, pixels: PixelFormat = PixelFormat()) -> Image.Image | Tensor:
@@ -59,7 +59,7 @@ class Source:
 
 
 def file_version(path: Path) -> str:
-    """Size and time of change of a file; empty if it is gone."""
+    """Return size and time of change of a file; empty if it is gone."""
     try:
         found = path.stat()
     except OSError:
