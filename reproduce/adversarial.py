@@ -18,7 +18,7 @@ from flowmo.streams import Stream, seed_global
 from flowmo.tokenizer import FlowMo
 from flowmo.train.ema import EMA
 from flowmo.train.optimizer import NormControl, build_optimizers, clip_gradients, set_learning_rate
-from flowmo.train.schedule import Schedule
+from flowmo.train.schedule import BatchPlan, Schedule
 from flowmo.train.task import autocast
 from reproduce import StudyError
 from reproduce.convolutional import ADVERSARIAL_START, AdversarialModel, ConvolutionalTokenizer
@@ -55,6 +55,7 @@ class PeerTrainer:
         own = build_optimizers(tokenizer) if flowmo else [adam(tokenizer, opt)]
         discriminator = self.model.discriminator
         self.parts = ((tokenizer, own), (discriminator, [adam(discriminator, opt, discriminator_rate)]))
+        self.microbatch = BatchPlan.of(self.config, 1).microbatch
         self.images, self.seconds = 0, 0.0
         self.discriminator_rate = discriminator_rate
         if path.is_file():
@@ -65,15 +66,22 @@ class PeerTrainer:
         return [optimizer for _, optimizers in self.parts for optimizer in optimizers]
 
     def step(self, batch: torch.Tensor, rate: float, adversarial: bool) -> torch.Tensor:
-        """Train the tokenizer and, if ``adversarial``, the discriminator on a batch. Returns the tokenizer's loss."""
-        batch = batch.to(self.device)
-        noise = TrainingNoise.of(self.config, batch, range(self.images, self.images + len(batch)))
-        with autocast(self.config, self.device):
-            losses = self.model.losses(batch, adversarial, noise)
-        for (part, optimizers), loss in zip(self.parts, losses, strict=False):
-            parameters = [p for p in part.parameters() if p.requires_grad]
-            part.zero_grad(set_to_none=True)
-            loss.backward(inputs=parameters)
+        """Train the tokenizer and, if ``adversarial``, the discriminator on a batch. Returns the tokenizer's loss.
+
+        Micro-batches of ``data.max_microbatch`` accumulate. Each has its own entropy and adapted weight.
+        """
+        parts = self.parts if adversarial else self.parts[:1]
+        learning = [[p for p in part.parameters() if p.requires_grad] for part, _ in parts]
+        self.model.zero_grad(set_to_none=True)
+        first, total = self.images, torch.zeros((), device=self.device)
+        for images in batch.to(self.device).split(self.microbatch):
+            noise = TrainingNoise.of(self.config, images, range(first, first + len(images)))
+            with autocast(self.config, self.device):
+                losses = [loss * (len(images) / len(batch)) for loss in self.model.losses(images, adversarial, noise)]
+            for loss, parameters in zip(losses, learning, strict=True):
+                loss.backward(inputs=parameters)
+            first, total = first + len(images), total + losses[0].detach()
+        for (_, optimizers), parameters in zip(parts, learning, strict=True):
             clip_gradients(parameters, self.config.opt.max_grad_norm)
             for optimizer in optimizers:
                 set_learning_rate(optimizer, rate)
@@ -81,7 +89,7 @@ class PeerTrainer:
         self.norm_control.apply(torch.ones((), device=self.device))
         self.ema.update(self.images // len(batch))
         self.images += len(batch)
-        return losses[0]
+        return total
 
     def save(self) -> None:
         content = {"weights": self.model.state_dict(), "average": self.ema.state, "norms": self.norm_control.state}

@@ -8,7 +8,7 @@ FlowMo is measured in one pass, for which its recipe is made.
 
 Cost: smoke half a minute. cpu eight trainings of 20 to 90 minutes on one core. gpu 10 minutes on one
 H100, by arithmetic at a fifth of its peak. paper 30 hours per training of FlowMo and 100 of the convolutional one, by
-arithmetic on one H100 at 40 % of its peak; it trains each batch at once, which takes more than 120 GiB.
+arithmetic on one H100 at 40 % of its peak.
 Expect: (written before the first run) with convolutions in FlowMo's decoder, and two and a half times the training of
 ``peer``, the convolutional tokenizer is ahead by 0.5 to 1 dB instead of 2.9. The gap shrinks from a quarter of the
 training to its end. Discriminators lower the Fréchet distance of both by a tenth and cost 0.5 dB. (Written before the

@@ -27,8 +27,7 @@ from flowmo.data import open_source
 from flowmo.evaluate.reconstruction import FlowMoReconstructor
 from flowmo.losses.perceptual import build_distance
 from flowmo.tokenizer import FlowMo
-from flowmo.train.cost import training_flops
-from flowmo.train.schedule import Schedule
+from flowmo.train.cost import run_flops
 from reproduce import StudyError, page
 from reproduce.adversarial import STATE, train_peer
 from reproduce.bases import GPU_LONG, PAPER_LO, SMOKE_ABLATION, TINY_LONG
@@ -40,7 +39,7 @@ SCALES = {
     "smoke": Scale(base=SMOKE_ABLATION, images=4, rates=(1e-3,), trial=1.0),
     "cpu": Scale(base=TINY_LONG, seeds=2, images=200, rates=(5e-4, 1e-3, 2e-3), trial=0.2),
     "gpu": Scale(base=GPU_LONG, seeds=2, images=1000, rates=(3e-4, 1e-3), trial=0.2),
-    "paper": Scale(base=PAPER_LO, images=50_000, rates=(1e-4, 2e-4), trial=0.02),
+    "paper": Scale(base=PAPER_LO.override("data.max_microbatch=32"), images=50_000, rates=(1e-4, 2e-4), trial=0.02),
 }
 """Both try the learning ``rates`` for the share ``trial`` of the training."""
 KINDS = {"flowmo": "FlowMo", "convolutional": "convolutional, adversarial"}
@@ -64,19 +63,14 @@ def match(config: Config, study: Study) -> Row:
     width = fitting_width(config, parameters)
     theirs = sum(p.numel() for p in ConvolutionalTokenizer(config, width).parameters())
     perceptual = build_distance(config.opt.lpips_mode) if config.opt.lpips_weight else None
-    costs = {
-        "flowmo": training_flops(config),
-        "convolutional": step_flops(ConvolutionalTokenizer(config, width), perceptual),
-    }
+    own, flops = run_flops(config, len(open_source(study.data)))
+    their_cost = step_flops(ConvolutionalTokenizer(config, width), perceptual)
     batch = config.data.global_batch_size
-    own = Schedule.of(config, batch, len(open_source(study.data))).duration
-    equal = max(round(own * costs["flowmo"] / costs["convolutional"] / batch), 1) * batch
-    images = {"flowmo": own, "convolutional": equal}
-    flops = {kind: images[kind] * costs[kind] for kind in KINDS}
+    equal = max(round(flops / their_cost / batch), 1) * batch
     return {
         "width": width,
-        "images": images,
-        "flops": flops,
+        "images": {"flowmo": own, "convolutional": equal},
+        "flops": {"flowmo": flops, "convolutional": equal * their_cost},
         "parameters": {"flowmo": parameters, "convolutional": theirs},
     }
 

@@ -15,7 +15,7 @@ from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import build_distance
 from flowmo.losses.stages import Stage, pretrain_loss
 from flowmo.train import cost
-from flowmo.train.cost import Memory, PeakMemory, training_flops, training_memory
+from flowmo.train.cost import Memory, PeakMemory, run_flops, training_flops, training_memory
 from flowmo.train.failures import plain_errors, plain_evaluation_errors
 from flowmo.train.optimizer import build_optimizers, clip_gradients, scale_initial_weights
 from flowmo.train.parallel import KEPT, prepare
@@ -268,7 +268,11 @@ def test_cost_of_lo():
 
 def test_flops_are_fewer_with_a_frozen_encoder_and_more_with_lpips(tiny_config):
     config = tiny_config.override("opt.lpips_weight=0")
-    assert training_flops(config, freeze_encoder=True) < training_flops(config)
+    early, late = training_flops(config), training_flops(config, freeze_encoder=True)
+    assert late < early
+    run = config.override("trainer.duration=100 images", "opt.freeze_encoder_after=25 images")
+    assert run_flops(run, 10) == (100, 25 * early + 75 * late)
+    assert run_flops(run.override("opt.freeze_encoder_after=1k images"), 10) == (100, 100 * early)
     assert training_flops(tiny_config.override("opt.lpips_weight=1")) > 2 * training_flops(config)
 
 

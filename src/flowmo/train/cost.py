@@ -72,10 +72,7 @@ def describe_training(config: Config) -> dict[str, Any]:
     checkpointing = replace(config, trainer=replace(config.trainer, activation_checkpointing=True))
     whole: dict[str, Any] = {}
     if config.stage == "pretrain":
-        schedule = Schedule.of(config, config.data.global_batch_size or PAPER_BATCH, IMAGENET_IMAGES)
-        images = schedule.duration
-        learning = min(schedule.freeze_encoder_after, images)
-        flops = learning * early + (images - learning) * late
+        images, flops = run_flops(config, IMAGENET_IMAGES)
         hours = flops / (8 * 0.4 * PEAK_TFLOPS["H100"] * 1e12) / 3600
         whole = {"training_images": images, "exaflop_of_the_run": round(flops / 1e18, 1)}
         whole["hours_on_8_h100_at_40_percent"] = round(hours, 1)
@@ -87,6 +84,14 @@ def describe_training(config: Config) -> dict[str, Any]:
         "gib_with_activation_checkpointing": round(training_memory(checkpointing).activation_bytes / 2**30, 3),
         **whole,
     }
+
+
+def run_flops(config: Config, dataset: int) -> tuple[int, float]:
+    """Forecast the images and FLOPs of a run of stage 1A on ``dataset`` images; its encoder may freeze on the way."""
+    schedule = Schedule.of(config, config.data.global_batch_size or PAPER_BATCH, dataset)
+    images, frozen = schedule.duration, max(schedule.duration - schedule.freeze_encoder_after, 0)
+    late = frozen * training_flops(config, freeze_encoder=True) if frozen else 0.0
+    return images, (images - frozen) * training_flops(config) + late
 
 
 @cache
