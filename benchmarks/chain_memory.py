@@ -97,17 +97,21 @@ def main() -> None:
         print(two_steps(size, int(steps), int(batch), torch.device(arguments.device)))
         return
 
-    def measure(size: str, steps: int, batch: int) -> int:
+    def measure(size: str, steps: int, batch: int) -> int | None:
         # Freed blocks go back to the system at once, so that the resident set is what is in use.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         command = [sys.executable, __file__, "--device", arguments.device, "--one", size, str(steps), str(batch)]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        return None if done.returncode else int(done.stdout)
 
     rows = []
     print("| model | chain | forecast, MiB per image | measured | ratio |\n|---|---|---|---|---|")
     for size in SIZES:
         for steps in STEPS:
             few, many = (measure(size, steps, batch) for batch in BATCHES)
+            if few is None or many is None:
+                print(f"| {size} | {steps} | failed, see above |", flush=True)
+                continue
             measured = (many - few) / (BATCHES[1] - BATCHES[0]) / MIB
             forecast = training_memory(settings(size, steps)).activation_bytes / MIB
             rows.append({"model": size, "steps": steps, "forecast_mib": forecast, "measured_mib": measured})

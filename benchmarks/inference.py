@@ -25,6 +25,7 @@ import copy
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -38,6 +39,8 @@ import flowmo
 from flowmo import Config, FlowMo
 from flowmo.evaluate.speed import Timing, count_work, matrix_rate, parts, timed
 from flowmo.precision import computing
+
+sys.path.append(str(Path(__file__).parent.parent))
 from reproduce.runner import machine
 
 AGREEMENT = 1e-4
@@ -95,7 +98,7 @@ def compare(name: str, arguments: argparse.Namespace) -> list[dict]:
             tokenizer, theirs = authors.both(arguments.authors, config)
         else:
             tokenizer, theirs = opened(FlowMo(config).eval().requires_grad_(False)), None
-    tokenizer.to(device)
+    tokenizer.to(device).chunk_size = 1  # a GPU's default would decode 16 images for one
     ways = {"plain": plain_parts(tokenizer)}
     if theirs and device.type == "cpu":
         ways["authors"] = authors_parts(tokenizer, theirs, "force_eager")

@@ -133,28 +133,39 @@ def decode_once(preset: str, batch: int, device: torch.device) -> None:
         tokenizer.decode(tokenizer.encode(torch.zeros(batch, 3, side, side)), 2)
 
 
-def measure(what: str, preset: str, policy: str, batch: int, device: str) -> float:
-    """GiB at most, beyond those of a process that does nothing with the same libraries."""
+def measure(what: str, preset: str, policy: str, batch: int, device: str) -> float | None:
+    """GiB at most of a process of its own; ``None`` if it fails, as out of memory."""
     # Freed blocks go back to the system at once, so that the resident set is what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--device", device, "--one", what, preset, policy, str(batch)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout) / GIB
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    return None if done.returncode else int(done.stdout) / GIB
 
 
 def measured(presets: list[str], batches: list[int], device: str) -> list[dict]:
+    """Rows of GiB at most, beyond those of a process that does nothing with the same libraries."""
     nothing = measure("nothing", "nano", "all", 0, device)
+    if nothing is None:
+        raise SystemExit(f"No memory can be measured on {device}.")
     rows = []
     for preset in presets:
         for what, policy in (*(("training", policy) for policy in POLICIES), ("decoding", "all")):
-            found = [measure(what, preset, policy, batch, device) - nothing for batch in batches]
+            peaks = [measure(what, preset, policy, batch, device) for batch in batches]
+            found = [None if peak is None else peak - nothing for peak in peaks]
             row = {"what": what, "preset": preset, "policy": policy, "gib": dict(zip(batches, found, strict=True))}
             row["expected_picture"] = None
             if what == "training":
                 more = "opt.lpips_weight=0", f"trainer.enable_bfloat16={str(device != 'cpu').lower()}"
                 row["expected_picture"] = expected(preset, policy, more)[1]
-            row["picture"] = (found[-1] - found[0]) / (batches[-1] - batches[0])
+            fitting = [(batch, gib) for batch, gib in zip(batches, found, strict=True) if gib is not None]
+            (few, least), (many, most) = (fitting[0], fitting[-1]) if len(fitting) > 1 else ((0, 0.0), (0, 0.0))
+            row["picture"] = (most - least) / (many - few) if many > few else None
             rows.append(row)
     return rows
+
+
+def number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def tables(found: dict) -> str:
@@ -180,10 +191,10 @@ def tables(found: dict) -> str:
             "|" + "---|" * (5 + len(batches)),
         ]
         for row in found["measured"]:
-            arithmetic_ = "–" if row["expected_picture"] is None else f"{row['expected_picture']:.3f}"
             cells = [row["what"], row["preset"], row["policy"] if row["what"] == "training" else "–"]
-            cells += [f"{value:.2f}" for value in row["gib"].values()]
-            lines.append("| " + " | ".join([*cells, f"{row['picture']:.3f}", arithmetic_]) + " |")
+            cells += [number(value, 2) for value in row["gib"].values()]
+            cells += [number(row["picture"], 3), number(row["expected_picture"], 3)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

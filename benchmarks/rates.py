@@ -13,13 +13,14 @@ IMAGES     folder, tar … of held-out images whose sides are multiples of 16
 --passes   passes of the decoder, for the first model at its middle rate
 
 Writes rates.json, rates.md, curves.png and, unless --redraw, images.jpg: twelve images, evenly spread over IMAGES, at
-three rates. Rows that rates.json already has for the same weights and images are not measured again. All bytes are of
-whole files. The metrics are those of ``flowmo evaluate --fit whole``.
+three rates. Rows that rates.json already has for the same weights and images are kept, and not measured again. All
+bytes are of whole files. The metrics are those of ``flowmo evaluate --fit whole``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -203,25 +204,33 @@ def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     source = open_source(arguments.images)
     indices = evenly_spread(arguments.limit or len(source), len(source))
     images = {index: to_tensor(source.read(index)) for index in indices}
+    measured = hashlib.sha256(b"".join(to_bytes(image).numpy().tobytes() for image in images.values())).hexdigest()
     content: dict[str, Any] = {"images": len(images), "source": Path(arguments.images).name, "rows": []}
+    content["images_sha256"] = measured
     earlier = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    if earlier["rows"] and earlier.get("images_sha256", measured) != measured:
+        raise SystemExit(f"{path} was measured on other images. Name another --out.")
     evaluator = Evaluator(arguments.dists, sets=not arguments.pairs)
+    wanted = {*evaluator.pairs, *(() if arguments.pairs else ("rfid", "rkid"))}
     for identity, candidate in candidates(
         arguments.models, arguments.passes, content["rows"], arguments.rates, arguments.codecs
     ):
         key = identity | {"name": candidate.name, "rate": candidate.rate, "images": len(images)}
-        row = next((row for row in earlier["rows"] if key.items() <= row.items()), None)
+        row = next((row for row in earlier["rows"] if key.items() <= row.items() and wanted <= row.keys()), None)
         if row is None:
             row = identity | evaluator.evaluate(candidate, images)
         content["rows"].append(row)
-        write_content(path, json.dumps(content | {"rows": union(content["rows"], earlier["rows"])}, indent=1))
+        rows = union(content["rows"], earlier["rows"])
+        write_content(path, json.dumps(content | {"rows": rows}, indent=1) + "\n")
         print(f"{row['name']:20} {row['bytes']:8.1f} bytes", *(f"{k} {row[k]:.4f}" for k in METRICS if k in row))
+    weights = {row["weights"] for row in content["rows"]}
+    content["rows"] = [row for row in union(content["rows"], earlier["rows"]) if row["weights"] in weights]
     write_content(path, json.dumps(content, indent=1) + "\n")
     return content
 
 
 def union(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return this call's rows, then rows of an interrupted call which this one has not reached yet."""
+    """Return this call's rows, then those of earlier calls that are not among them."""
     keys = [(row["weights"], row["name"], row["rate"]) for row in rows]
     return rows + [row for row in earlier if (row["weights"], row["name"], row["rate"]) not in keys]
 

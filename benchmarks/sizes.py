@@ -82,8 +82,10 @@ def table(results: dict[str, Any]) -> str:
     for method in methods:
         cells = []
         for side in sides:
-            row = rows[method, side]
-            cells.append(f"{row['encode']:.3g}, {row['decode']:.3g} s, {row['peak'] / 2**30:.1f} GiB")
+            if row := rows.get((method, side)):
+                cells.append(f"{row['encode']:.3g}, {row['decode']:.3g} s, {row['peak'] / 2**30:.1f} GiB")
+            else:
+                cells.append("–")
         name = FORMATS[method].name if method in FORMATS else f"`{method}`"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -108,13 +110,14 @@ def main() -> None:
         for side in arguments.sides:
             for method in (*arguments.models, *FORMATS):
                 words = [__file__, str(arguments.photograph), "--threads", str(arguments.threads)]
-                done = subprocess.run(
-                    [sys.executable, *words, "--one", method, str(side)], check=True, stdout=subprocess.PIPE
-                )
+                done = subprocess.run([sys.executable, *words, "--one", method, str(side)], stdout=subprocess.PIPE)
+                if done.returncode:
+                    print(f"{method} at {side} pixels failed, see above.", flush=True)
+                    continue
                 rows.append(json.loads(done.stdout))
                 print(rows[-1], flush=True)
-        results = {"threads": arguments.threads, "torch": torch.__version__, "rows": rows}
-        write_content(arguments.out, json.dumps(results, indent=1))
+                results = {"threads": arguments.threads, "torch": torch.__version__, "rows": rows}
+                write_content(arguments.out, json.dumps(results, indent=1))
     print(table(json.loads(arguments.out.read_text())))
 
 

@@ -19,10 +19,11 @@ set -euo pipefail
 config=$1
 name=$2
 shift 2
+case " $* " in *" --results-dir"*) echo "The stop file is in results/$name. Leave out --results-dir." >&2 && exit 2 ;; esac
 
 finish() {
-    touch "results/$name/stop"
-    wait "$run"
+    touch "results/$name/stop" || true # a run that has not begun has no folder, and nothing to save
+    wait "$run" || true
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }

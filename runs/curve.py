@@ -10,10 +10,11 @@ describes a constant learning rate; a cooldown at the end gains on top. The expo
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
+
+from flowmo.train.logging import read_metrics
 
 METRICS = {"held_out_psnr": "held-out PSNR (dB)", "held_out_distance": "held-out LPIPS", "loss": "training loss"}
 EXPONENTS = np.linspace(0.05, 1, 96)
@@ -23,8 +24,7 @@ PARTS = 10
 
 def read(path: Path, metric: str, skip: float) -> tuple[np.ndarray, np.ndarray]:
     """Images and values of a metric after ``skip`` images; the training loss as means over parts of equal ratio."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    points = [(row["images"], row[metric]) for row in rows if metric in row and row["images"] > skip]
+    points = [(row["images"], row[metric]) for row in read_metrics(path) if metric in row and row["images"] > skip]
     images, values = np.array(points, dtype=float).reshape(-1, 2).T
     if metric.startswith("held_out") or len(values) < 2 * FEWEST:
         return images, values

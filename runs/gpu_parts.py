@@ -48,8 +48,8 @@ from flowmo.train.trainer import Trainer
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "results.json"
 PIECE = 16 << 20
-MOST_PIECES = 5
-"""Pieces of the weights: with results.json, metrics.jsonl and samples.png there are at most 8 files."""
+MOST_PIECES = 3
+"""Pieces of the weights: with results.json, metrics.jsonl and samples.png at most 8 files and 64 MiB."""
 
 PERIODS = {"log": 10.0, "checkpoint": 60.0, "sample": 120.0}
 """Seconds of training between two lines of the log, two checkpoints and two sample grids."""
@@ -109,6 +109,15 @@ class Job:
             fixed += ["data.global_batch_size=4", "data.max_microbatch=4", "trainer.compile=false"]
         return Config.from_yaml(self.config).override(*fixed, *self.settings)
 
+    def earlier(self) -> dict[str, Any]:
+        """This part's results of an earlier call with the same code and device; empty if there are none."""
+        found = read_results(self).get(self.part, {})
+        return found if found.get("measured_with") == self.measured_with() else {}
+
+    def measured_with(self) -> list[Any]:
+        """What results of several calls must have in common: code, device, size."""
+        return [describe_sources(), describe_device(self.device), self.dry_run]
+
     def record(self, **values: Any) -> None:
         """Put values under this part's name in ``results.json``."""
         write_results(self, {**read_results(self).get(self.part, {}), **values})
@@ -137,9 +146,8 @@ def run_part(job: Job) -> None:
     fcntl.lockf(lock, fcntl.LOCK_EX)  # waits for the end of a part whose call was killed
     torch.set_float32_matmul_precision("high")
     began = time.time()
-    on_gpu = job.device.type == "cuda"
-    name = torch.cuda.get_device_name(job.device) if on_gpu else f"CPU, {os.cpu_count()} cores"
-    job.record(device=name, torch=torch.__version__, dry_run=job.dry_run)
+    torch.backends.cudnn.benchmark = True
+    job.record(device=describe_device(job.device), torch=torch.__version__, dry_run=job.dry_run)
     try:
         PARTS[job.part](job)
         job.record(status="done", seconds=round(time.time() - began, 1), traceback=None)
@@ -147,6 +155,10 @@ def run_part(job: Job) -> None:
         job.record(status="failed", seconds=round(time.time() - began, 1), traceback=traceback.format_exc())
         traceback.print_exc()
         sys.exit(1)
+
+
+def describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
 
 
 def end_with_parent() -> None:
@@ -161,11 +173,11 @@ def end_with_parent() -> None:
 
 
 class Recorder:
-    """A pytest plugin that records each test as soon as it ends."""
+    """A pytest plugin that records each test as soon as it ends, beside those of an earlier call."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.tests: dict[str, dict[str, Any]] = {}
+        self.tests: dict[str, dict[str, Any]] = job.earlier().get("tests", {})
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -181,7 +193,7 @@ class Recorder:
             outcome: sum(t["outcome"] == outcome for t in self.tests.values())
             for outcome in ("passed", "failed", "skipped")
         }
-        self.job.record(**counts, tests=self.tests)
+        self.job.record(**counts, tests=self.tests, measured_with=self.job.measured_with())
 
 
 def check(job: Job) -> None:
@@ -198,33 +210,38 @@ def check(job: Job) -> None:
 
 
 def measure_part(job: Job) -> None:
-    """Speed and memory of training steps, encoding and decoding, row by row, while the time lasts."""
+    """Speed and memory of training steps, encoding and decoding, row by row, while the time lasts.
+
+    A later call goes on where an earlier one ended.
+    """
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from train_step import measure_largest
 
     device = job.device
+    for _ in range(10 if device.type == "cuda" else 0):  # an idle GPU's clock is low
+        matrix_rate(device, True)
     rates = {"bfloat16_tflops": matrix_rate(device, True) / 1e12}
     torch.set_float32_matmul_precision("highest")
     rates["float32_tflops"] = matrix_rate(device, False) / 1e12
     torch.set_float32_matmul_precision("high")
     rates["tf32_tflops"] = matrix_rate(device, False) / 1e12
-    job.record(matrix_rates=rounded(rates), rows=[], left_out=[])
-    rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    for name, work in measurements(job, measure_largest):
-        if job.left < 5:
-            left_out.append(name)
-        else:
-            torch._dynamo.reset()
-            began = time.time()
-            try:
-                rows += [{"name": name, **rounded(row)} for row in work()]
-            except Exception:
-                rows.append({"name": name, "traceback": traceback.format_exc()})
-            print(f"{name}: {time.time() - began:.1f} s", flush=True)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    rows = [row for row in job.earlier().get("rows", []) if "traceback" not in row]
+    wanted = dict(measurements(job, measure_largest))
+    left_out = [name for name in wanted if name not in {row["name"] for row in rows}]
+    about = {"matrix_rates": rounded(rates), "measured_with": job.measured_with()}
+    job.record(**about, rows=rows, left_out=left_out)
+    while left_out and job.left >= 5:
+        name, began = left_out[0], time.time()
+        torch._dynamo.reset()
+        try:
+            rows += [{"name": name, **rounded(row)} for row in wanted[name]()]
+        except Exception:
+            rows.append({"name": name, "traceback": traceback.format_exc()})
+        print(f"{name}: {time.time() - began:.1f} s", flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        del left_out[0]
         job.record(rows=rows, left_out=left_out)
 
 
@@ -254,17 +271,12 @@ def measurements(job: Job, measure_largest: Any) -> Iterator[tuple[str, Any]]:
         size = () if not little else LITTLE_GENERATOR if preset == "maskgit" else LITTLE
         return flowmo.preset(preset).override(*size, *more)
 
-    order = [("small", "1A"), ("lo", "1A"), ("lo", "1B"), ("maskgit", "2"), ("small", "1B"), ("hi", "1A"), ("hi", "1B")]
-    for compiled in (False, True):
-        for preset, stage in order:
-            if little and (compiled or preset == "hi"):  # a CPU compiles for minutes
-                continue
-            more = CHAIN if stage == "1B" else ()
-            settings = config(preset, f"trainer.compile={str(compiled).lower()}", *more)
-            yield f"{preset}, stage {stage}{', compiled' * compiled}", partial(train, settings)
-        for preset in ("lo", "small"):
-            if not (little and compiled):
-                yield f"{preset}, inference{', compiled' * compiled}", partial(infer, preset, compiled)
+    order = [("small", "1A"), ("lo", "1A"), ("small", ""), ("lo", ""), ("maskgit", "2"), ("small", "1B"), ("lo", "1B")]
+    for preset, stage in order:  # hi costs what lo does
+        for compiled in (False,) if little else (False, True):  # a CPU compiles for minutes
+            title = f"{preset}, {f'stage {stage}' if stage else 'inference'}{', compiled' * compiled}"
+            settings = config(preset, f"trainer.compile={str(compiled).lower()}", *(CHAIN if stage == "1B" else ()))
+            yield title, partial(train, settings) if stage else partial(infer, preset, compiled)
 
 
 def rounded(values: dict[str, Any]) -> dict[str, Any]:
@@ -316,6 +328,8 @@ class TimedTrainer(Trainer):
         self.begun = time.time()
         self.end = job.until - min(10.0, 0.05 * job.left)
         self.last = dict.fromkeys(PERIODS, self.begun)
+        # a resumed run may be longer than the recipe's; the first step estimates its length
+        self.schedule = replace(self.schedule, duration=max(self.schedule.duration, self.images + 1))
 
     def build_task(self) -> PackTask:
         train, held_out = self.packs
@@ -404,11 +418,14 @@ def write_weights(tokenizer: flowmo.FlowMo, job: Job) -> dict[str, Any]:
     flowmo.save(tokenizer, whole, torch.float16)
     content = whole.read_bytes()
     pieces = [content[start : start + PIECE] for start in range(0, len(content), PIECE)]
+    job.out.mkdir(parents=True, exist_ok=True)
     for old in job.out.glob("weights.[0-9]"):
         if int(old.suffix[1:]) >= len(pieces):
             old.unlink()
     for number, piece in enumerate(pieces):
-        checkpoint.write_content(job.out / f"weights.{number}", piece)
+        (job.out / f".weights.{number}").write_bytes(piece)
+    for number in range(len(pieces)):  # after all are written: pieces of two checkpoints do not join
+        (job.out / f".weights.{number}").replace(job.out / f"weights.{number}")
     return {"bytes": len(content), "pieces": len(pieces), "sha256": hashlib.sha256(content).hexdigest()}
 
 

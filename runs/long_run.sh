@@ -17,6 +17,8 @@ out=$1 held_out=$2 images=$3
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
 mkdir -p "$out"
+exec 9>"$out/lock"
+flock -n 9 || { echo "$out: another run is writing there. End it, or use another folder." >&2 && exit 1; }
 if [ ! -d "$out/code" ] || [ -n "${UPDATE:-}" ]; then
     rm -rf "$out/code.partial"
     mkdir "$out/code.partial"

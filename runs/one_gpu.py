@@ -40,7 +40,8 @@ from pack_images import MIB, pack
 from flowmo.errors import FlowMoError
 
 SHARES = {"check": (0.3, 120), "measure": (0.25, 240), "finish": (0.15, 180)}
-"""Share of the time and most seconds of each part; ``train``, else the last part, takes what remains."""
+"""Share of the time and most seconds of each part beside ``train``, which takes what remains; without it, the shares
+divide all of the time."""
 GRACE = 10
 """Seconds after its time in which a part may end by itself."""
 START_METHOD = "spawn"
@@ -56,6 +57,8 @@ def end_of(part: str, parts: list[str], minutes: float, now: float, deadline: fl
         deadline: when the last part should end.
     """
     most = {name: min(share * 60 * minutes, seconds) for name, (share, seconds) in SHARES.items() if name in parts}
+    if "train" not in parts:  # it would take what the others leave
+        most = {name: 60 * minutes * SHARES[name][0] / sum(SHARES[other][0] for other in parts) for name in parts}
     if part == "train":
         return deadline - most.get("finish", 0)
     return deadline if part == parts[-1] else min(now + most[part], deadline)

@@ -56,6 +56,8 @@ DECISIONS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Name: the settings that differ from the base, and what was expected before measuring."""
 
+SECONDS = "seconds"
+
 
 def train(name: str, arguments: argparse.Namespace) -> tuple[Path, float]:
     """Train one variant, or find it trained; its checkpoint and the seconds that training took."""
@@ -64,16 +66,21 @@ def train(name: str, arguments: argparse.Namespace) -> tuple[Path, float]:
     data = (f"data.train={arguments.train}", "data.num_workers=1")
     length = (f"trainer.duration={arguments.images} images", f"trainer.checkpoint_every={arguments.images} images")
     config = config.override(*SMALL, *data, *length, *DECISIONS[name][0])
-    seconds_file = folder / "seconds"
-    if not seconds_file.is_file():
-        start = time.process_time()
+    if not (folder / ENDED).is_file():
+        start = time.process_time() - cpu_seconds(folder)
         Trainer(config, folder, report=lambda line: print(f"{name}: {line}", flush=True)).train()
+        write_content(folder / SECONDS, f"{time.process_time() - start:.0f}")
         if not (folder / ENDED).is_file():
             raise SystemExit(f"{name} was stopped. Run the same command again to resume.")
-        write_content(seconds_file, f"{time.process_time() - start:.0f}")
     checkpoint = best_checkpoint(folder)
     assert checkpoint is not None
-    return checkpoint, float(seconds_file.read_text())
+    return checkpoint, cpu_seconds(folder)
+
+
+def cpu_seconds(folder: Path) -> float:
+    """Seconds that training has taken so far, up to the last call that was not killed."""
+    path = folder / SECONDS
+    return float(path.read_text()) if path.is_file() else 0.0
 
 
 def evaluate(checkpoint: Path, arguments: argparse.Namespace, evaluators: Evaluators) -> list[dict[str, Any]]:
@@ -114,7 +121,8 @@ def main() -> None:
     rows = found["rows"]
     write_content(path, json.dumps(found, indent=1) + "\n")
     evaluators, missing = Evaluators.find(features="none")
-    print("\n".join(missing))
+    if missing:
+        raise SystemExit("\n".join(missing))
     for name in arguments.only:
         if name not in rows:
             checkpoint, seconds = train(name, arguments)

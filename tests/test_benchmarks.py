@@ -123,6 +123,10 @@ def test_rates_of_a_variable_model(native, tmp_path, monkeypatch, trained_weight
     rates.main()
     assert (tmp_path / "out" / "rates.md").read_text() == first
     assert (tmp_path / "out" / "images.jpg").is_file()
+    (tmp_path / "images" / "1.png").unlink()
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    with pytest.raises(SystemExit, match="measured on other images"):
+        rates.main()
 
 
 def test_the_plain_network_is_ours(tiny):

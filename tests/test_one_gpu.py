@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 import sys
+import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +283,41 @@ def test_a_second_call_goes_on_along_the_schedule_that_the_first_was_told(job, c
     assert third.images > second.images
 
 
+def test_a_later_call_trains_beyond_the_recipes_length(job, clock):
+    job = Job(**{**job.__dict__, "settings": ("trainer.duration=8 images",)})
+    first, _ = timed_run(job, clock, 10)
+    second, rates = timed_run(job, clock, 10)
+    assert first.images > 8
+    assert second.images == first.images + 4 * len(rates) > first.images
+
+
+def test_a_later_call_measures_what_the_first_left_out(job, monkeypatch):
+    job = Job(**{**job.__dict__, "part": "measure", "until": time.time() + 60})
+    done = []
+
+    def row(name):
+        if name == "second" and not done.count("cut"):
+            done.append("cut")
+            raise KeyboardInterrupt
+        done.append(name)
+        return [{"images_per_second": len(done)}]
+
+    names = ("first", "second", "third")
+    monkeypatch.setattr(gpu_parts, "measurements", lambda *_: [(name, partial(row, name)) for name in names])
+    monkeypatch.setattr(gpu_parts, "matrix_rate", lambda *_: 1e12)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_parts.measure_part(job)
+    assert gpu_parts.read_results(job)["measure"]["left_out"] == ["second", "third"]
+    gpu_parts.measure_part(job)
+    assert done == ["first", "cut", "second", "third"]
+    found = gpu_parts.read_results(job)["measure"]
+    assert [row["name"] for row in found["rows"]] == list(names)
+    assert not found["left_out"]
+    monkeypatch.setattr(gpu_parts, "describe_sources", lambda: "other code")
+    gpu_parts.measure_part(job)
+    assert done[4:] == list(names), "rows of other code do not count"
+
+
 def test_a_run_starts_from_weights(job, clock, tmp_path):
     torch.manual_seed(5)
     tokenizer = FlowMo(job.recipe())
@@ -301,6 +338,7 @@ def test_each_part_gets_its_share_and_training_the_rest():
     assert one_gpu.end_of("train", ["train"], 9, 0, 540) == 540
     assert one_gpu.end_of("measure", parts, 3, 0.0, 170) == 45
     assert one_gpu.end_of("measure", ["check", "measure"], 8, 120, 470) == 470, "no time is left over"
+    assert one_gpu.end_of("check", ["check", "measure"], 8, 0.0, 470) == pytest.approx(480 * 0.3 / 0.55)
 
 
 # Files

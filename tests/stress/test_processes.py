@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from conftest import PICTURES
+from conftest import PICTURES, ROOT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 LEAVE = """
@@ -29,6 +29,19 @@ def test_processes_end_while_the_group_is_kept(tmp_path):
     script.write_text(LEAVE)
     done = run("--nproc-per-node=8", script)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_script_starts():
+    """Each in a process of its own, from another folder."""
+    scripts = [path for folder in ("benchmarks", "runs") for path in sorted((ROOT / folder).glob("*.py"))]
+    scripts = [path for path in scripts if "ArgumentParser(" in path.read_text()]
+    assert len(scripts) > 20
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    for script in scripts:
+        words = [sys.executable, script, "--help"]
+        done = subprocess.run(words, env=environment, cwd="/", capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{script.name}: {done.stderr}"
+        assert "usage: " in done.stdout
 
 
 def test_a_batch_that_does_not_divide(tiny_config, tmp_path):

@@ -25,8 +25,8 @@ UNCOUNTED = {
 """FLOPs of attention on CPUs, which PyTorch's counter does not know: two matrix products forward, four backward."""
 
 PEAK_TFLOPS = {
-    **{"H200": 989, "H100": 989, "B200": 2250, "A100": 312},
-    **{"L40S": 362, "L4": 121, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71},
+    **{"H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312},
+    **{"L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71},
 }
 """Dense bfloat16 TFLOP/s with float32 accumulation, from data sheets. The first name that matches counts."""
 

@@ -23,9 +23,10 @@ PROGRESS_INTERVAL = 0.25
 CLEAR_LINE = "\r\033[K"
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read a run's ``metrics.jsonl``, all but a last line that a kill cut off."""
-    lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).is_file() else []
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the ``metrics.jsonl`` of a run's folder, or this file, all but a last line that a kill cut off."""
+    path = path / METRICS if path.is_dir() else path
+    lines = path.read_text().splitlines() if path.is_file() else []
     rows = []
     for line in lines:
         with suppress(ValueError):
