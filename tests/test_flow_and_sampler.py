@@ -15,6 +15,7 @@ from flowmo.model.sampler import (
     seeded_noise,
     shifted_times,
 )
+from flowmo.model.transformer import velocity_from
 
 
 def test_path_and_estimate_are_inverse():
@@ -30,6 +31,43 @@ def test_loss_of_the_picture_is_that_of_the_one_step_estimate():
     x, noise, t, velocity = torch.randn(3, 3, 2, 2), torch.randn(3, 3, 2, 2), torch.rand(3), torch.randn(3, 3, 2, 2)
     estimate = flow.denoise(flow.interpolate(x, noise, t), velocity, t)
     torch.testing.assert_close(flow.flow_loss(velocity, noise - x, t), (estimate - x).square().mean())
+
+
+@pytest.mark.parametrize("t", [1e-4, 0.003, 0.05, 0.3, 1.0])
+def test_loss_of_a_predicted_image(t):
+    """By hand: an image that is off by 0.01 has the loss (0.01 / t)², below t = 0.05 (0.01 / 0.05)²; the image's 0.01²."""
+    x, noise, times = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.full((2,), t)
+    x_t = flow.interpolate(x, noise, times)
+    for error in (0.0, 0.01):
+        velocity = velocity_from(x + error, x_t, times, "image")
+        for space, expected in {"velocity": (error / max(t, 0.05)) ** 2, "image": error**2}.items():
+            loss = flow.flow_loss(velocity, noise - x, flow.error_weight(times, space, "image"))
+            assert loss.item() == pytest.approx(expected, rel=2e-3, abs=1e-9), (space, error)
+    assert flow.error_weight(times, "velocity", "velocity") is None
+
+
+@pytest.mark.parametrize("space", ["velocity", "image"])
+def test_loss_of_a_predicted_image_is_finite_at_the_image(space):
+    out, x = torch.zeros(1, 3, 4, 4, requires_grad=True), torch.ones(1, 3, 4, 4)
+    velocity = velocity_from(out, x, torch.zeros(1), "image")
+    loss = flow.flow_loss(velocity, torch.randn_like(x) - x, flow.error_weight(torch.zeros(1), space, "image"))
+    loss.backward()
+    assert loss.isfinite()
+    assert out.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("rho", [1.0, 4.0])
+@pytest.mark.parametrize("steps", [1, 8, 25])
+def test_a_sample_ends_at_the_predicted_image(solver, rho, steps):
+    """Whatever the last steps, none of the noise is left."""
+    image, noise = torch.rand(1, 3, 4, 4), torch.randn(1, 3, 4, 4)
+
+    def velocity(x, t):
+        return velocity_from(image, x, torch.full((1,), t), "image")
+
+    sample = SOLVERS[solver](velocity, noise, shifted_times(steps, rho))
+    torch.testing.assert_close(sample, image, rtol=0, atol=2e-6)
 
 
 def test_random_steps_lead_from_noise_to_picture():

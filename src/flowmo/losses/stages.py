@@ -117,7 +117,7 @@ def distill_loss(
     code = decoder.embed_code(quantized.code).repeat_interleave(num_jumps, dim=0)
     velocity = decoder(x_start, code, starts, ends).float()
     span = (starts - ends)[:, None, None, None]
-    flow_loss = flow.flow_loss(velocity, (x_start - x_end) / span, _weighting(opt, starts))
+    flow_loss = flow.flow_loss(velocity, (x_start - x_end) / span, _error_weight(tokenizer, opt, starts))
     distances = {}
     if perceptual is not None:
         final = (x_start - span * velocity).unflatten(0, (b, num_jumps))[:, :2].flatten(0, 1)
@@ -149,7 +149,7 @@ def one_step(
     decoder, t = tokenizer.decoder, noise.t
     x_t = flow.interpolate(x, noise.noise, t)
     velocity = decoder(x_t, decoder.embed_code(code, noise.cfg_keep), t).float()
-    return flow.flow_loss(velocity, noise.noise - x, _weighting(opt, t)), x_t, velocity
+    return flow.flow_loss(velocity, noise.noise - x, _error_weight(tokenizer, opt, t)), x_t, velocity
 
 
 def sample_chain(tokenizer: Autoencoder, code: Tensor, chain: Chain) -> Tensor:
@@ -224,8 +224,8 @@ def crop_images(images: Tensor, crops: Sequence[Crop] | None) -> Tensor:
     return torch.stack([image[:, rows, columns] for image, (rows, columns) in zip(images, crops, strict=True)])
 
 
-def _weighting(opt: OptConfig, t: Tensor) -> Tensor | None:
-    return t if opt.loss_space == "image" else None
+def _error_weight(tokenizer: Autoencoder, opt: OptConfig, t: Tensor) -> Tensor | None:
+    return flow.error_weight(t, opt.loss_space, tokenizer.decoder.config.prediction)
 
 
 def _sum(terms: dict[str, Tensor], distances: dict[str, Tensor], opt: OptConfig, quantized: Quantized) -> Loss:

@@ -12,6 +12,9 @@ from torch import Tensor
 DISTRIBUTIONS = {"fat_lognormal": 0.1, "lognormal": 0.0, "uniform": 1.0}
 """Share of uniform timesteps, by name; the rest is logit-normal."""
 
+MIN_LOSS_TIME = 0.05
+"""Least t by which the velocity loss divides the error of a predicted image."""
+
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Equation 4: the noised image x_t. x and noise: b × c × h × w; t: b, in [0, 1]."""
@@ -24,15 +27,27 @@ def denoise(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     return x_t - t[:, None, None, None] * velocity
 
 
-def flow_loss(velocity: Tensor, target: Tensor, t: Tensor | None = None) -> Tensor:
+def flow_loss(velocity: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Equation 5: mean squared error of the velocity against its target, z − x.
 
     Args:
-        t: b; if given, the error is the one-step estimate's, which is t times the velocity's. This gives noisy
-            images more weight; there the code matters most.
+        weight: b, factors of the errors; see ``error_weight``.
     """
     error = velocity - target
-    return (error if t is None else t[:, None, None, None] * error).square().mean()
+    return (error if weight is None else weight[:, None, None, None] * error).square().mean()
+
+
+def error_weight(t: Tensor, loss_space: str, prediction: str) -> Tensor | None:
+    """Return the factors of velocity errors at timesteps t, b, in the loss; ``None`` is the paper's, 1.
+
+    The error of the one-step estimate of the image is t times the velocity's. ``loss_space`` "image" means that one: it
+    gives noisy images more weight, where the code matters most. A decoder that predicts images has velocity errors of
+    its image's over t, which grow without limit as t falls to 0; below ``MIN_LOSS_TIME`` they are divided by that (Li
+    and He 2025, *Back to basics*).
+    """
+    if loss_space == "image":
+        return t
+    return t / t.clamp(min=MIN_LOSS_TIME) if prediction == "image" else None
 
 
 def random_steps(uniform: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from flowmo.config.sections import ModelConfig, rotary_axes
 NORM_EPS = 1e-6
 ROTARY_BASE = 10_000
 TIMESTEP_SINUSOIDS = 256
-MIN_PREDICTION_TIME = 0.05
-"""Lower bound of t in the division that turns an image prediction into a velocity."""
+MIN_PREDICTION_TIME = 1e-12
+"""Lower bound of t in the division that turns an image prediction into a velocity, so that t = 0 divides by no 0."""
 
 
 def code_lattice(code_length: int) -> tuple[int, int]:
@@ -257,8 +257,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Equation 3: the velocity of the noised image x_t given the code and the timestep.
 
-    With ``config.prediction`` "image" the last layer estimates the image x̂, and the velocity is (x_t − x̂) / t. Loss
-    and sampler are the same, but a narrow network need not reproduce the noise.
+    With ``config.prediction`` "image" the last layer estimates the image x̂, and the velocity is (x_t − x̂) / t, so that
+    a narrow network need not reproduce the noise. A sampler's last step, to t = 0, gives x̂ itself.
 
     With ``config.mean_velocity`` the output is the mean velocity over a step, (x_t − x_end) / (t − t_end), which stage
     1C teaches. A fresh decoder ignores the end, and so starts as its teacher.
@@ -321,7 +321,7 @@ class Decoder(nn.Module):
 
 
 def velocity_from(out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
-    """Convert a decoder's output b × c × h × w, a ``velocity`` or a ``picture``, to the velocity; t: b or 1."""
+    """Convert a decoder's output b × c × h × w, a ``velocity`` or an ``image``, to the velocity; t: b or 1."""
     if prediction == "velocity":
         return out
     return (x_t - out) / t.clamp(min=MIN_PREDICTION_TIME)[:, None, None, None]
