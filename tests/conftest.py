@@ -24,7 +24,7 @@ from flowmo.losses.perceptual import ResNetLogits
 from flowmo.model.quantizers import Quantizer, build_quantizer
 from flowmo.model.torchvision_import import before_importing
 from flowmo.train.trainer import Trainer
-from flowmo.web.export import ExportError, vendor
+from flowmo.web.export import ExportError, npm_package
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -226,14 +226,12 @@ def page(tmp_path_factory) -> Iterator[Page]:
 @pytest.fixture(scope="session")
 def runtime(tmp_path_factory) -> Path:
     """The unpacked npm package; FLOWMO_ONNXRUNTIME_WEB names a copy."""
-    named = os.environ.get("FLOWMO_ONNXRUNTIME_WEB")
-    folder = Path(named) if named else tmp_path_factory.mktemp("runtime")
-    if not named:
-        try:
-            vendor(folder / "dist", None)
-        except ExportError as error:
-            pytest.skip(str(error))
-    return folder
+    if named := os.environ.get("FLOWMO_ONNXRUNTIME_WEB"):
+        return Path(named)
+    try:
+        return npm_package(tmp_path_factory.mktemp("runtime"))
+    except ExportError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_loss_of_the_picture_is_that_of_the_one_step_estimate():
 
 @pytest.mark.parametrize("t", [1e-4, 0.003, 0.05, 0.3, 1.0])
 def test_loss_of_a_predicted_image(t):
-    """By hand: an image that is off by 0.01 has the loss (0.01 / t)², below t = 0.05 (0.01 / 0.05)²; the image's 0.01²."""
+    """By hand: an image that is off by 0.01 has the loss (0.01 / t)², below t = 0.05 (0.01 / 0.05)²."""
     x, noise, times = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.full((2,), t)
     x_t = flow.interpolate(x, noise, times)
     for error in (0.0, 0.01):

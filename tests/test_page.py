@@ -5,6 +5,7 @@ import functools
 import http.client
 import http.server
 import json
+import os
 import re
 import select
 import shutil
@@ -23,7 +24,7 @@ from typing import ClassVar
 import pytest
 import torch
 from browser import pixels, static, until
-from conftest import make_once, open_gates
+from conftest import PICTURES, make_once, open_gates
 from PIL import Image
 from processes import run_program
 from test_planes import low_model
@@ -235,6 +236,25 @@ def test_a_client_that_sends_slowly_keeps_no_slot(held, monkeypatch):
         assert b" 408 " in slow.recv(100)
 
 
+def test_a_client_that_reads_slowly_keeps_no_slot(held, monkeypatch):
+    monkeypatch.setattr(Handler, "slots", threading.BoundedSemaphore(1), raising=False)
+    held.go.set()
+    body = bytes(30_000_000)  # more than the buffers of a connection
+    with socket.create_connection(("127.0.0.1", held.port)) as slow:
+        slow.sendall(b"POST /pack HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert slow.recv(12) == b"HTTP/1.1 200"
+        assert ask(held.port, body=b"next") == (200, "next")
+
+
+def test_the_page_of_an_earlier_version_is_not_kept(held):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", held.port, timeout=60)) as connection:
+        for path in ("/main.js", "/model.json"):
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.headers["Cache-Control"] == "no-cache"
+
+
 def test_examples_of_any_name(tiny, tmp_path):
     names = ("my cat.png", "é #1?.png")
     paths = [tmp_path / name for name in names]
@@ -291,14 +311,19 @@ def tiled(tiny_config, runtime, tmp_path_factory, tmp_path):
     shallow = ("model.enc_depth=1", "model.dec_depth=1")
     sampling = ("eval.sampling.sample_steps=2", "eval.sampling.guidance_high=1")
     tiny = open_gates(FlowMo(tiny_config.override(*shallow, *sampling))).eval().requires_grad_(False)
-    site = make_once(tmp_path_factory, "tiled", lambda folder: export(tiny, folder, "page", "tiny", "float32", runtime))
+    site = make_once(
+        tmp_path_factory,
+        "tiled",
+        lambda folder: export(tiny, folder, "page", "tiny", "float32", runtime, [next(PICTURES.glob("*.jpg"))]),
+    )
     return tiny, shutil.copytree(site, tmp_path / "site")
 
 
 def test_static_page_of_a_bad_server(page, tiled, png):
-    """A file that is chosen while the networks load, a network cut short and mended, a redirect."""
+    """A file that is chosen while the networks load, a network cut short, damaged and mended, a redirect."""
     _, site = tiled
     go, network = threading.Event(), site / "encoder.onnx"
+    os.utime(site / "main.js", (1e9, 1e9))  # so old that a browser would keep its copy for years
 
     def answers(request):
         if "encoder.onnx" in request.path:
@@ -315,17 +340,26 @@ def test_static_page_of_a_bad_server(page, tiled, png):
         page.browser.get(address)
         until(lambda: page.do("return self.crossOriginIsolated") and "Loading" in page.text("#message"))
         page.at("#file").send_keys(str(png))
+        example = "return document.querySelector('#examples button').disabled"
+        assert page.do(example), "it would end the loading"
         go.set()
         until(lambda: "70 × 50" in page.text("#details"))
         assert page.text("#left") == "original"
+        assert not page.do(example)
         page.visit(f"{address}moved")
     whole = network.read_bytes()
     network.write_bytes(whole[:-100])
     with static(site, answers) as address:
         page.browser.get(address)
         until(lambda: "encoder.onnx cannot be loaded (another length). Reload the page." in page.text("#message"))
+        network.write_bytes(whole[:-100] + bytes(100))
+        page.browser.refresh()
+        until(lambda: "encoder.onnx cannot be loaded (another content)" in page.text("#message"))
         network.write_bytes(whole)
         page.visit(address)
+        (site / "main.js").write_text((site / "main.js").read_text() + "document.body.dataset.newer = 'yes';")
+        page.visit(address)
+        assert page.do("return document.body.dataset.newer") == "yes"
 
 
 def test_static_page_in_tiles(page, tiled, png):
@@ -345,7 +379,10 @@ def test_static_page_in_tiles(page, tiled, png):
         assert re.search(r"differ by \d+\.\d\d of 255", page.text("#samples-note"))
         page.set("ids", "1 2 3")
         page.click("decode-ids")
-        assert "Type 12 numbers from 0 to 15; here are 3" in page.text("#message")
+        assert "Type 12 numbers; here are 3" in page.text("#message")
+        page.set("ids", " ".join(["5"] * 11 + ["99"]))
+        page.click("decode-ids")
+        assert "Number 12 is no id. Ids run from 0 to 15." in page.text("#message")
         page.set("ids", " ".join(["5"] * 12))
         page.click("decode-ids")
         same = tiny.decode(torch.full((1, 6, 2), 5))[0]

@@ -26,7 +26,17 @@ NOT_SENT = -1
 """Id of a sub-token that is not sent, for tokenizers of variable rate."""
 PAGE = Path(__file__).parent / "page"
 RUNTIME = "onnxruntime-web@1.30.0"
-RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+RUNTIME_FILES = {
+    "ort.wasm.min.mjs": "ort.wasm.min.js",
+    "ort-wasm-simd-threaded.mjs": "ort-wasm-simd-threaded.js",
+    "ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
+}
+"""Files of the runtime and their names on the page. Few web servers know ``.mjs``, and browsers then refuse it."""
+BYTES = {"float32": 4, "float16": 2, "int8": 1}
+MAX_ONNX_BYTES = 2**31 - 2**24
+"""Of an ONNX file, which is one protobuf message, without what its nodes take."""
+MAX_PAGE_BYTES = 3 * 2**30
+"""Of all weights in float32, which have to leave room in the 4 GiB of WebAssembly."""
 
 
 class ExportError(FlowMoError):
@@ -137,7 +147,7 @@ def shrink(model: Any, dtype: torch.dtype) -> None:
     from onnx import TensorProto, helper, numpy_helper
 
     widen = []
-    for weight in model.graph.initializer:
+    for weight in list(model.graph.initializer):  # scales join them
         array = numpy_helper.to_array(weight)
         if weight.data_type != TensorProto.FLOAT or array.ndim != 2 or array.size < eight_bit.SMALLEST:
             continue
@@ -180,6 +190,7 @@ def describe(tokenizer: FlowMo, name: str) -> dict[str, Any]:
         "bits": codec.bits,
         "meanVelocity": config.model.mean_velocity,
         "steps": sampling.sample_steps,
+        "solver": sampling.solver,
         "rho": sampling.rho,
         "guidance": 1.0 if config.model.mean_velocity else sampling.guidance,
         "guidanceLow": sampling.guidance_low,
@@ -191,7 +202,7 @@ def file_names(kind: str, examples: Sequence[str] = ()) -> list[str]:
     """Return the names of all files that ``export`` writes into its folder."""
     names = ["model.json", *(f"{name}.{'pt2' if kind == 'torch' else 'onnx'}" for name in NETWORKS)]
     if kind == "page":
-        names += [path.name for path in PAGE.iterdir()] + [f"runtime/{name}" for name in RUNTIME_FILES]
+        names += [path.name for path in PAGE.iterdir()] + [f"runtime/{name}" for name in RUNTIME_FILES.values()]
         names += [f"examples/{name}" for name in examples]
     return names
 
@@ -205,7 +216,7 @@ def export(
     runtime: Path | None = None,
     examples: Sequence[Path] = (),
 ) -> list[Path]:
-    """Write the networks and ``model.json`` into a folder. Returns the files.
+    """Write the networks and ``model.json`` into a folder, when all are made. Returns the files.
 
     Args:
         kind: ``onnx``, ``torch``, or ``page``: a static web page that runs the ONNX files in the browser.
@@ -215,25 +226,47 @@ def export(
         examples: images to offer on the page.
 
     Raises:
-        ExportError: the tokenizer has no ids or images that the page cannot show; an example or a package is missing.
+        ExportError: the tokenizer has no ids or images that the page cannot show, or is too large; an example or a
+            package is missing.
     """
     if missing := [path for path in examples if not path.is_file()]:
         raise ExportError(f"{missing[0]}: no such file.")
+    check_size(tokenizer, kind, dtype)
     if kind == "page":
         check_page(tokenizer)
+        if (solver := tokenizer.config.eval.sampling.solver) != "euler":
+            raise ExportError(f"The page takes Euler's steps, and not {solver}'s. Add eval.sampling.solver=euler.")
     description = describe(tokenizer, name)
     output.mkdir(parents=True, exist_ok=True)
-    if kind == "page":
-        vendor(output / "runtime", runtime)
-        shutil.copytree(PAGE, output, dirs_exist_ok=True)
-        (output / "examples").mkdir(exist_ok=True)
-        description["examples"] = [Path(shutil.copy(path, output / "examples")).name for path in examples]
-    files = {name: output / f"{name}.{'pt2' if kind == 'torch' else 'onnx'}" for name in NETWORKS}
-    for name, graph in graphs(tokenizer).items():
-        write_graph(graph, files[name], dtype)
-    description["files"] = {name: about(file) for name, file in files.items()}
-    (output / "model.json").write_text(json.dumps(description, indent=1))
-    return sorted(path for path in output.rglob("*") if path.is_file())
+    with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as temporary:
+        new = Path(temporary)
+        if kind == "page":
+            vendor(new / "runtime", runtime)
+            shutil.copytree(PAGE, new, dirs_exist_ok=True)
+            (new / "examples").mkdir()
+            description["examples"] = [Path(shutil.copy(path, new / "examples")).name for path in examples]
+        files = {name: new / f"{name}.{'pt2' if kind == 'torch' else 'onnx'}" for name in NETWORKS}
+        for name, graph in graphs(tokenizer).items():
+            write_graph(graph, files[name], dtype)
+        description["files"] = {name: about(file) for name, file in files.items()}
+        (new / "model.json").write_text(json.dumps(description, indent=1))
+        made = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
+        for path in sorted(made, key=lambda path: path.name == "model.json"):  # last: it names the others' content
+            (output / path).parent.mkdir(exist_ok=True)
+            (new / path).replace(output / path)
+    return [output / path for path in made]
+
+
+def check_size(tokenizer: FlowMo, kind: str, dtype: str) -> None:
+    """Raise ``ExportError`` if an ONNX file or a browser cannot hold the weights."""
+    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in tokenizer.networks.items()}
+    name, most = max(sizes.items(), key=lambda item: item[1])
+    if kind != "torch" and most * BYTES[dtype] > MAX_ONNX_BYTES:
+        wide = f"The {name} takes {most * BYTES[dtype] / 1e9:.1f} GB in {dtype}, and an ONNX file at most 2.1."
+        raise ExportError(f"{wide} Choose a narrower --dtype, or --torch.")
+    if kind == "page" and 4 * sum(sizes.values()) > MAX_PAGE_BYTES:
+        wide = f"The networks take {4 * sum(sizes.values()) / 1e9:.1f} GB in float32, in which browsers compute"
+        raise ExportError(f"{wide}; a page has room for {MAX_PAGE_BYTES / 1e9:.1f}. Export them without --page.")
 
 
 def about(file: Path) -> dict[str, Any]:
@@ -243,6 +276,18 @@ def about(file: Path) -> dict[str, Any]:
     return {"name": file.name, "bytes": file.stat().st_size, "hash": digest[:16]}
 
 
+def npm_package(folder: Path) -> Path:
+    """Get the runtime by ``npm pack`` into a folder. Returns the unpacked package."""
+    try:
+        command = ["npm", "pack", "--silent", RUNTIME]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = one_line(getattr(error, "stderr", "") or error)
+        raise ExportError(f"npm cannot get {RUNTIME}: {reason}. Name a copy with --runtime.") from None
+    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, filter="data")
+    return folder / "package"
+
+
 def vendor(folder: Path, package: Path | None) -> None:
     """Copy the runtime's files from an unpacked npm package, or from the archive of ``npm pack``.
 
@@ -250,18 +295,10 @@ def vendor(folder: Path, package: Path | None) -> None:
         ExportError: npm is missing or fails, or the package lacks a file.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        if package is None:
-            try:
-                command = ["npm", "pack", "--silent", RUNTIME]
-                subprocess.run(command, cwd=temporary, check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                reason = one_line(getattr(error, "stderr", "") or error)
-                raise ExportError(f"npm cannot get {RUNTIME}: {reason}. Name a copy with --runtime.") from None
-            shutil.unpack_archive(next(Path(temporary).glob("*.tgz")), temporary, filter="data")
-            package = Path(temporary) / "package"
+        package = package or npm_package(Path(temporary))
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            for file in RUNTIME_FILES:
-                shutil.copyfile(package / "dist" / file, folder / file)
+            for file, name in RUNTIME_FILES.items():
+                shutil.copyfile(package / "dist" / file, folder / name)
         except OSError as error:
             raise ExportError(f"{package} is not onnxruntime-web: {error}.") from None

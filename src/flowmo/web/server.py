@@ -37,8 +37,8 @@ from flowmo.web.export import PAGE, check_page, describe
 
 MAX_PIXELS = 16_000_000
 MAX_PIXELS_FOR_CODECS = 600_000
-NO_ADDRESS = "This is no address."
 """Larger images take too long, because each codec searches for its quality."""
+NO_ADDRESS = "This is no address."
 MAX_BODY = 4 * MAX_PIXELS
 MAX_REQUESTS = 4
 """Requests whose bodies are in memory. One is computed, the others are read meanwhile."""
@@ -180,6 +180,10 @@ class Handler(SimpleHTTPRequestHandler):
         with suppress(ConnectionError):  # the browser has left
             super().handle()
 
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "no-cache")  # or a browser keeps the page of an earlier version
+        super().end_headers()
+
     def parse_request(self) -> bool:
         if not super().parse_request():
             return False
@@ -233,26 +237,26 @@ class Handler(SimpleHTTPRequestHandler):
                 body = self.read(int(length))
             except TimeoutError:
                 return self.refuse(408, "The request took too long to arrive.")
-            self.run(url.path.strip("/"), url.query, body)
+            send = self.run(url.path.strip("/"), url.query, body)
         finally:
             self.slots.release()
+        send()  # without a slot, which a slow reader would keep
 
-    def run(self, name: str, query: str, body: bytes) -> None:
-        """Run an operation and send its answer."""
+    def run(self, name: str, query: str, body: bytes) -> Callable[[], None]:
+        """Run an operation. Returns what sends its answer."""
         operation: Callable[..., Any] = getattr(self.demo, name)
         try:
             arguments = {name: (float if name == "guidance" else int)(value) for name, value in parse_qsl(query)}
             with self.lock:  # a request takes all cores
                 result = operation(body, **arguments)
         except Exception as error:  # the page shows it, and the server goes on
-            return self.refuse(
-                400 if isinstance(error, FlowMoError | ValueError | TypeError) else 500, one_line(error, 1000)
-            )
+            status = 400 if isinstance(error, FlowMoError | ValueError | TypeError) else 500
+            return partial(self.refuse, status, one_line(error, 1000))
         headers: dict[str, int] = {}
         if isinstance(result, tuple):
             result, headers = result
         content = result if isinstance(result, bytes) else json.dumps(result).encode()
-        self.answer(200, content, headers)
+        return partial(self.answer, 200, content, headers)
 
     def read(self, length: int) -> bytes:
         """Read a body, or raise ``TimeoutError`` if it comes at less than ``SLOWEST``: it would keep its slot."""

@@ -67,10 +67,10 @@ export function unpack(model, bytes) {
   const reader = { bytes, position: 8 };
   const height = readVarint(reader) + 1;
   const width = readVarint(reader) + 1;
-  if (height * width > MAX_PIXELS) throw damaged(`${width} x ${height} pixels`);
+  if (height * width > MAX_PIXELS) throw tooLarge(width, height);
   const tokens = codesShape(model, height, width);
   if (tokens > 1 && (model.native ? tokens * model.cell ** 2 : (tokens / model.tokens) * model.tile ** 2) > 4 * MAX_PIXELS) {
-    throw damaged("it needs too many tiles or cells");
+    throw tooLarge(width, height);
   }
   const read = model.native ? readPlanes : readTiles;
   return { height, width, missing: 0, ...read(model, reader, tokens) };
@@ -107,6 +107,12 @@ function readPlanes(model, reader, tokens) {
   const ids = new Int32Array(tokens * planes.length);
   planes.forEach((plane, p) => plane.forEach((id, i) => (ids[i * planes.length + p] = id)));
   return { planes: planes.length, ids, missing: total - planes.length };
+}
+
+function tooLarge(width, height) {
+  return new CodecError(
+    `The image has ${width} × ${height} pixels, or so its header says. This page takes ${MAX_PIXELS / 1e6} million. Use flowmo decode.`,
+  );
 }
 
 function damaged(reason) {

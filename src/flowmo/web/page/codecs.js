@@ -2,7 +2,8 @@
 
 import { psnr, readPixels } from "./pixels.js";
 
-// The codecs that this browser can write, and those of the server behind the page, if there is one.
+// The codecs that this browser can write, or those of the server behind the page, if there is one. Each has the `url` of
+// its file, or the file in `blob`.
 export async function compareCodecs(image, bytes, engine) {
   if (engine.codecs) return engine.codecs(image, bytes);
   const canvas = new OffscreenCanvas(image.width, image.height);
@@ -11,7 +12,7 @@ export async function compareCodecs(image, bytes, engine) {
   for (const [name, type] of [["JPEG", "image/jpeg"], ["WebP", "image/webp"], ["AVIF", "image/avif"]]) {
     const blob = await best((quality) => canvas.convertToBlob({ type, quality }), bytes);
     if (blob.type !== type) continue; // the browser writes PNG instead
-    out.push({ name, bytes: blob.size, psnr: psnr(image, await readPixels(blob)), url: URL.createObjectURL(blob) });
+    out.push({ name, bytes: blob.size, psnr: psnr(image, await readPixels(blob)), blob });
   }
   return out;
 }

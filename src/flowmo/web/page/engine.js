@@ -20,7 +20,7 @@ export class LocalEngine {
       const call = this.waiting.get(id);
       if (progress !== undefined) return call.report(progress);
       this.waiting.delete(id);
-      if (error) call.reject(new Error(error));
+      if (error !== undefined) call.reject(new Error(error));
       else call.resolve(result);
     };
   }

@@ -22,6 +22,8 @@ let showing = Promise.resolve(); // until what was chosen last is on the page
 let latest = 0;
 let running = Promise.resolve();
 let pressed = null; // what had the focus before a task
+let opening = 0; // files that are being opened; their image replaces the one that is shown
+let asked = 0; // changes of what is to be shown
 
 // Text of the task that runs. Buttons wait for it, because a newer task would cancel it.
 function busy(text) {
@@ -69,7 +71,6 @@ function say(text, kind = "") {
   $("message").textContent = text;
   $("message").className = kind;
   $("message").hidden = !text;
-  if (text) announce(text);
 }
 
 // Opening
@@ -78,10 +79,12 @@ async function open(file) {
   say("");
   const name = file.name.replace(/\.[^.]*$/, "");
   let bitmap = null;
+  opening++;
   const opened = await task("opening", async () => {
     if (!/\.flowmo$/i.test(file.name)) return { name, bytes: file.size, bitmap: (bitmap = await bitmapOf(file)) };
     return { name, codes: await engine.unpack(new Uint8Array(await file.arrayBuffer())) };
   });
+  opening--;
   if (!opened) return bitmap?.close(); // another file was chosen meanwhile
   source?.bitmap?.close();
   source = opened;
@@ -102,6 +105,9 @@ async function start() {
   decodings = new Map();
   codes = image = null; // or a change of settings would decode the last image
   if (source.codes) {
+    if (Math.max(source.codes.width, source.codes.height) > MAX_SIDE) {
+      return say(`The image has ${size(source.codes)} pixels, and a side has at most ${number(MAX_SIDE)} here. Use flowmo decode.`, "error");
+    }
     codes = source.codes;
     if (codes.missing) {
       say(`The file is cut or damaged. ${codes.planes} of ${codes.planes + codes.missing} planes give a coarser image.`);
@@ -170,16 +176,20 @@ async function decode(planes, change = {}) {
   return result;
 }
 
-function show() {
-  showing = showCodes();
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+// Shows the codes with the settings of the page, after a pause in which the next change may come.
+function show(wait = 0) {
+  const mine = ++asked;
+  showing = pause(wait).then(() => (mine === asked ? showCodes() : undefined));
   return showing;
 }
 
 async function showCodes() {
-  if (!codes) return;
+  if (!codes || opening) return;
   clearGalleries();
   const [shownCodes, planes] = [codes, Number($("rate").value)];
-  const current = () => shownCodes === codes && planes === Number($("rate").value);
+  const current = () => !opening && shownCodes === codes && planes === Number($("rate").value);
   const bytes = await engine.size(codes, planes);
   if (!current()) return;
   const pixels = codes.height * codes.width;
@@ -225,8 +235,10 @@ function figure(node, caption) {
   return out;
 }
 
-function canvasOf(pixels) {
+function canvasOf(pixels, label = "Decoded image") {
   const canvas = document.createElement("canvas");
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", label);
   drawPixels(canvas, pixels);
   return canvas;
 }
@@ -248,14 +260,14 @@ async function compare() {
   const { bytes } = mine;
   const others = await task("compressing", () => compareCodecs(image, bytes, engine));
   if (!others) return;
-  if (mine !== decoded) return others.forEach((other) => URL.revokeObjectURL(other.url));
+  if (mine !== decoded) return;
   const own = figure(canvasOf(mine), `FlowMo: ${number(bytes)} bytes, ${psnr(image, mine).toFixed(2)} dB`);
   clearGalleries();
   $("codecs").replaceChildren(
     own,
     ...others.map((other) => {
       const shown = new Image();
-      shown.src = other.url;
+      shown.src = other.url ?? URL.createObjectURL(other.blob);
       shown.alt = other.name;
       const least = other.bytes > bytes ? ", its least" : "";
       return figure(shown, `${other.name}: ${number(other.bytes)} bytes${least}, ${(other.psnr ?? Infinity).toFixed(2)} dB`);
@@ -301,9 +313,9 @@ function idsText() {
 async function decodeIds() {
   const typed = ($("ids").value.match(/\d+|[^\s\d,;]+/g) ?? []).map(Number);
   const count = shownTokens() * codes.planes;
-  if (typed.length !== count || !typed.every((id) => id < model.idCount)) {
-    return say(`Type ${number(count)} numbers from 0 to ${model.idCount - 1}; here are ${number(typed.length)}.`, "error");
-  }
+  if (typed.length !== count) return say(`Type ${number(count)} numbers; here are ${number(typed.length)}.`, "error");
+  const wrong = typed.findIndex((id) => !(id < model.idCount));
+  if (wrong >= 0) return say(`Number ${number(wrong + 1)} is no id. Ids run from 0 to ${model.idCount - 1}.`, "error");
   say("");
   codes = { ...codes, ids: Int32Array.from(codes.ids) };
   codes.ids.set(typed);
@@ -312,8 +324,9 @@ async function decodeIds() {
 }
 
 async function generate() {
+  await showing; // or the new decoding would end it
   const images = await task("generating", () => engine.generate($("class").value, settings().seed));
-  $("generated").replaceChildren(...(images ?? []).map((made) => figure(canvasOf(made), "")));
+  $("generated").replaceChildren(...(images ?? []).map((made) => figure(canvasOf(made, "Generated image"), "")));
 }
 
 // Setting up
@@ -351,8 +364,8 @@ function connect() {
     };
     document.addEventListener(event, shown(dropped));
   }
-  on("fit", "change", () => source?.bitmap && (say(""), start()));
-  on("rate", "input", show);
+  on("fit", "change", () => source?.bitmap && !opening && (say(""), start()));
+  on("rate", "input", () => show(150)); // while the slider moves
   for (const id of ["steps", "seed", "guidance"]) on(id, "change", () => codes && show());
   on("divider", "input", () => divide($("divider").value / 100));
   const move = (event) => {
@@ -365,7 +378,12 @@ function connect() {
     const bytes = await engine.pack(first(codes, decoded.planes));
     download(new Blob([bytes]), `${source.name}.flowmo`);
   });
-  on("save-image", "click", () => $("decoded").toBlob((blob) => download(blob, `${source.name}.flowmo.png`)));
+  on("save-image", "click", () =>
+    $("decoded").toBlob((blob) => {
+      if (!blob) return say("This browser cannot save so large an image. Use flowmo decode.", "error");
+      download(blob, `${source.name}.flowmo.png`);
+    }),
+  );
   on("compare", "click", compare);
   on("draw", "click", draw);
   on("shuffle", "click", () => {
@@ -385,7 +403,7 @@ function describe() {
   $("codecs-note").textContent = engine.codecsNote;
   $("steps").value = model.steps;
   $("guidance").value = model.guidance;
-  $("guidance").disabled = model.meanVelocity;
+  $("guidance").disabled = model.meanVelocity || model.guidance === 1;
   $("rate").min = model.fewestSubTokens;
   for (const name of model.examples ?? []) {
     const preview = Object.assign(new Image(), { src: `examples/${encodeURIComponent(name)}`, alt: name });
@@ -395,6 +413,7 @@ function describe() {
       const content = await (await fetch(`examples/${encodeURIComponent(name)}`)).blob();
       await open(new File([content], name));
     };
+    button.disabled = true; // until the networks are loaded
     button.addEventListener("click", shown(choose));
     $("examples").append(button);
     $("examples").hidden = false;
@@ -414,11 +433,11 @@ async function secure() {
   if (self.crossOriginIsolated || sessionStorage[reloaded]) return;
   sessionStorage[reloaded] = "yes";
   location.reload();
-  await new Promise(() => {});
+  await pause(5000); // after a forced reload, Chromium ignores this one
 }
 
 async function main() {
-  model = await (await fetch("model.json")).json();
+  model = await (await fetch("model.json", { cache: "no-cache" })).json();
   if (model.files) await secure().catch(() => {}); // private windows have no service worker
   engine = model.files ? new LocalEngine(model) : new RemoteEngine(model);
   describe();
@@ -428,6 +447,7 @@ async function main() {
   if (!loaded) return;
   say("");
   connect();
+  for (const button of $("examples").children) button.disabled = false;
   if ($("file").files.length) $("file").dispatchEvent(new Event("change")); // chosen while the networks were loading
   document.body.dataset.ready = "yes";
 }

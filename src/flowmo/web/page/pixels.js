@@ -28,14 +28,17 @@ export function psnr(one, other) {
 export function deviation(images) {
   const { height, width } = images[0];
   const values = new Float32Array(height * width);
+  const count = images.length;
   for (let i = 0; i < values.length; i++) {
-    let sum = 0;
     for (let c = 0; c < 3; c++) {
-      const levels = images.map(({ pixels }) => pixels[4 * i + c]);
-      const mean = levels.reduce((a, b) => a + b) / levels.length;
-      sum += Math.sqrt(levels.reduce((a, b) => a + (b - mean) ** 2, 0) / (levels.length - 1));
+      let [sum, squares] = [0, 0];
+      for (const { pixels } of images) {
+        const level = pixels[4 * i + c];
+        sum += level;
+        squares += level * level;
+      }
+      values[i] += Math.sqrt(Math.max(squares - (sum * sum) / count, 0) / (count - 1)) / 3;
     }
-    values[i] = sum / 3;
   }
   const largest = values.reduce((a, b) => Math.max(a, b), 0);
   const pixels = new Uint8ClampedArray(4 * values.length).fill(255);

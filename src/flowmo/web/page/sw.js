@@ -18,11 +18,12 @@ async function answer(event) {
   try {
     response ||= await keep(cache, event);
   } catch (error) {
-    response = await cache.match(request);
+    response = await cache.match(request, { ignoreSearch: !named });
     if (!response) throw error;
   }
   if (response.status === 0) return response; // a redirect, which the browser follows
   const headers = new Headers(response.headers);
+  if (!named) headers.set("Cache-Control", "no-cache"); // for the browser's memory, which does not ask this worker
   headers.set("Cross-Origin-Opener-Policy", "same-origin");
   headers.set("Cross-Origin-Embedder-Policy", "require-corp");
   return new Response(response.body, { status: response.status, statusText: response.statusText, headers });
@@ -30,7 +31,10 @@ async function answer(event) {
 
 // Fetches a file. Keeps it while the page reads it, or not at all if there is no room.
 async function keep(cache, event) {
-  const response = await fetch(event.request);
+  const { url, redirect } = event.request;
+  const named = new URL(url).searchParams.has("v");
+  // servers seldom say how long a file lasts, and browsers then guess
+  const response = await (named ? fetch(event.request) : fetch(url, { cache: "no-cache", redirect }));
   const store = async (copy) => {
     await cache.delete(event.request, { ignoreSearch: true });
     await cache.put(event.request, copy);

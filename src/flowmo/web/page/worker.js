@@ -1,11 +1,12 @@
 // Runs encoder and decoder with onnxruntime-web, off the page's thread.
 // Messages: {id, call, args} in, {id, result} or {id, error} or {id, progress} out.
 
-import * as ort from "./runtime/ort.wasm.min.mjs";
+import * as ort from "./runtime/ort.wasm.min.js"; // renamed: few servers know .mjs
 import { canvasSize, parts } from "./layout.js";
 import { seededNoise } from "./noise.js";
 
-ort.env.wasm.wasmPaths = new URL("runtime/", import.meta.url).href;
+const runtime = (ending) => new URL(`runtime/ort-wasm-simd-threaded.${ending}`, import.meta.url).href;
+ort.env.wasm.wasmPaths = { mjs: runtime("js"), wasm: runtime("wasm") };
 ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
 
 let model;
@@ -21,12 +22,13 @@ async function load(description, report) {
     const address = new URL(`${file.name}?v=${file.hash}`, import.meta.url).href;
     const open = async (cache) => {
       const content = await read(address, cache, file.bytes, (position) => report((done + position) / total));
+      if (!(await hash(content)).startsWith(file.hash)) throw new Error("another content");
       sessions[name] = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
     };
     try {
       await open("default").catch(() => open("reload")); // the kept copy can be of a download that was cut short
     } catch (error) {
-      throw new Error(`${file.name} cannot be loaded (${error.message}). Reload the page.`);
+      throw new Error(`${file.name} cannot be loaded (${told(error)}). Reload the page.`);
     }
     done += file.bytes;
   }
@@ -47,6 +49,12 @@ async function read(address, cache, size, report) {
     position += value.length;
     report(position);
   }
+}
+
+// SHA-256 in hexadecimal; what was expected where the browser cannot tell, without https.
+async function hash(content) {
+  if (!crypto.subtle) return { startsWith: () => true };
+  return [...new Uint8Array(await crypto.subtle.digest("SHA-256", content))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 async function run(name, inputs) {
@@ -173,12 +181,17 @@ async function decode({ codes, planes, seed, steps, guidance }, report) {
   return { pixels, height, width };
 }
 
+// The runtime throws bare numbers for errors of its own, which are nearly always those of memory.
+function told(error) {
+  return typeof error === "number" ? "The memory is short. Choose a smaller size, and reload the page." : String(error?.message || error);
+}
+
 const calls = { load, encode, decode };
 
 self.onmessage = async ({ data: { id, call, args } }) => {
   try {
     self.postMessage({ id, result: await calls[call](args, (progress) => self.postMessage({ id, progress })) });
   } catch (error) {
-    self.postMessage({ id, error: error.message });
+    self.postMessage({ id, error: told(error) });
   }
 };
