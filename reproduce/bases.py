@@ -78,12 +78,13 @@ GPU_NESTED = NESTED_BASE.override(
         "trainer.duration=384k images",
         "trainer.checkpoint_every=32k images",
         "trainer.compile=true",
+        "model.ema_decay=0.99",
     ),
 )
 PAPER_NESTED = GPU_NESTED.override(
     *("data.image_size=256", "model.code_length=256", "model.hidden_size=1152", "model.num_heads=9", "model.window=8"),
     *("model.enc_hidden_size=768", "model.enc_num_heads=6", "model.dec_depth=12", "data.global_batch_size=128"),
-    *("data.max_microbatch=32",),
+    *("data.max_microbatch=32", "model.ema_decay=0.9999", "opt.warmup=640k images"),
     *("trainer.duration=51.2M images", "trainer.checkpoint_every=1.28M images", "opt.lpips_mode=vgg"),
 )
 SMOKE_NESTED = NESTED_BASE.override(

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo.config import Config
 from flowmo.evaluate.reconstruction import Reconstruction
+from flowmo.evaluate.speed import UNCOUNTED
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.perceptual import LPIPS
 from flowmo.losses.stages import pretrain_loss
@@ -180,7 +181,7 @@ def step_flops(tokenizer: ConvolutionalTokenizer | FlowMo, perceptual: LPIPS | N
     images = torch.zeros(1, 3, config.data.image_size, config.data.image_size)
     model, found = AdversarialModel(tokenizer, perceptual), []
     for joined in (False, adversarial):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
             parts: tuple[nn.Module, ...] = (model.tokenizer, model.discriminator)
             losses = model.losses(images, joined, TrainingNoise.of(config, images, [0]))
             for part, loss in zip(parts, losses, strict=False):

@@ -45,10 +45,11 @@ CPU = (
 GPU = (
     *("data.global_batch_size=64", "trainer.duration=400k images", "trainer.log_every=6400 images"),
     *("trainer.checkpoint_every=64k images", "opt.warmup=6400 images", "opt.lr=3e-4", "trainer.compile=true"),
+    *("opt.lpips_mode=alex", "opt.lpips_weight=0.1", "model.ema_decay=0.998"),
 )
 PAPER = (
     *("data.global_batch_size=128", "trainer.duration=20 epochs", "opt.lr=1e-4", "trainer.compile=true"),
-    "opt.lpips_mode=vgg",
+    *("opt.lpips_mode=vgg", "opt.lpips_weight=0.1", "model.ema_decay=0.9999"),
 )
 TARGETS = ("sample", "image")
 """Values of ``opt.distill_towards``, a student each."""

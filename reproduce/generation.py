@@ -44,7 +44,9 @@ COLUMNS = (
 )
 Tokenizer = FlowMo | ConvolutionalTokenizer
 BATCH = 16
-SHOWN_PER_CLASS = 8
+SHOWN_PER_CLASS, SHOWN_CLASSES = 8, 10
+FREQUENCIES = 50_000
+"""Most images whose ids give the frequencies."""
 
 
 class LabelledImages(NamedTuple):
@@ -134,11 +136,11 @@ class GenerationEvaluator:
         return torch.tensor([i * len(self.classes) // self.count for i in range(self.count)])
 
     def save_grid(self, drawn: LabelledImages, run: str) -> None:
-        """Save ``classes.png``, one row of images per class."""
+        """Save ``classes.png``, one row of images for each of ten classes at most."""
         if not self.study.world.main:
             return
         rows = []
-        for label in range(len(self.classes)):
+        for label in evenly_spread(min(SHOWN_CLASSES, len(self.classes)), len(self.classes)):
             some = to_float(drawn.images[drawn.labels == label][:SHOWN_PER_CLASS])
             blank = torch.ones(SHOWN_PER_CLASS - len(some), *drawn.images.shape[1:])
             rows.append(torch.cat((some, blank)))
@@ -225,7 +227,8 @@ def reconstructions(tokenizer: Tokenizer, evaluator: GenerationEvaluator) -> Lab
 
 def independent_ids(tokenizer: Tokenizer, tokens: TokenDataset, labels: Tensor) -> LabelledImages:
     """Images of ids that are drawn independently, each from its frequency at its position."""
-    every = torch.stack([tokens.ids(index) for index in range(len(tokens))])
+    some = evenly_spread(min(FREQUENCIES, len(tokens)), len(tokens))
+    every = torch.stack([tokens.ids(index) for index in some])
     picks = torch.randint(len(every), (len(labels), *every.shape[1:]), generator=stream(0, Stream.STUDY))
     return LabelledImages(decode(tokenizer, every.gather(0, picks), range(len(labels))), labels)
 

@@ -53,6 +53,9 @@ def rows(study: Study, metadata: Row) -> Rows:
     metadata |= {"steps": scale.steps, "probes": scale.probes}
     for _, name, tokenizer in study.load_models(distilled=False):
         for kind in KINDS:
+            if kind == "null" and not tokenizer.config.model.enable_cfg:
+                study.report(f"{name} without a code is skipped: its training has no null code.")
+                continue
             yield study.once(f"{name}-{kind}", partial(measure, name, kind, tokenizer, study))
 
 

@@ -44,6 +44,8 @@ def tokenizers(study: Study) -> Iterator[tuple[str, int, FlowMo]]:
 
 
 def rows(study: Study, metadata: Row) -> Rows:
+    if study.scale == "paper":
+        metadata["models"] = list(study.models)
     for name, seed, tokenizer in tokenizers(study):
         if tokenizer.config.bits_per_pixel is None:
             study.report(f"{name} is skipped: it is continuous and has no rate.")

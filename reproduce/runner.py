@@ -335,7 +335,7 @@ def write_page(recipe: Recipe, study: Study) -> None:
     """Write ``NAME-SCALE.md`` and its plot from the results in ``study.out``."""
     results, title = read_results(study), (recipe.__doc__ or "").splitlines()[0].rstrip(".")
     models = ""
-    if getattr(recipe, "TAKES_MODELS", False):
+    if "models" in results or getattr(recipe, "TAKES_MODELS", False):
         models = " --models " + " ".join(results.get("models", ["MODEL", "..."]))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     unfinished = "**Unfinished: more rows follow.**\n\n" if results.get("unfinished") else ""

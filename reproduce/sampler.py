@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from flowmo.config import SamplingConfig
+from flowmo.config import Config, SamplingConfig
 from flowmo.model.sampler import network_passes
 from flowmo.tokenizer import FlowMo
 from reproduce import page
@@ -72,14 +72,16 @@ def resampled(tokenizer: FlowMo, sampling: SamplingConfig) -> FlowMo:
     return other
 
 
-def settings_of(scale: Scale, own: SamplingConfig) -> Iterator[Setting]:
+def settings_of(scale: Scale, config: Config) -> Iterator[Setting]:
+    """Yield the ways to sample; with guidance only where training has taught the null code."""
+    own, guided = config.eval.sampling, config.model.enable_cfg
     euler, most = replace(own, solver="euler"), max(scale.steps)
     for rho, steps in itertools.product(scale.rhos, scale.steps):
         sampling = replace(euler, rho=rho, sample_steps=steps)
         yield Setting("shift", f"ρ = {rho:g}", network_passes(sampling), sampling)
-    for guidance in scale.guidances:
+    for guidance in scale.guidances if guided else ():
         yield Setting("guidance", "guidance", guidance, replace(euler, sample_steps=most, guidance=guidance))
-    for low, high in itertools.product(LOW_ENDS, scale.high_ends):
+    for low, high in itertools.product(LOW_ENDS, scale.high_ends) if guided else ():
         ends = {"guidance_low": low, "guidance_high": high}
         sampling = replace(euler, sample_steps=most, guidance=INTERVAL_GUIDANCE, **ends)
         yield Setting("interval", f"guidance {INTERVAL_GUIDANCE:g} from t = {low:g}", high, sampling)
@@ -90,7 +92,7 @@ def settings_of(scale: Scale, own: SamplingConfig) -> Iterator[Setting]:
 
 def rows(study: Study, metadata: Row) -> Rows:
     for _, name, tokenizer in study.load_models(distilled=False):
-        for setting in settings_of(SCALES[study.scale], tokenizer.config.eval.sampling):
+        for setting in settings_of(SCALES[study.scale], tokenizer.config):
             run = f"{name}-{setting.name}"
             about = {"model": name, "part": setting.part, "curve": setting.curve, "arm": run, "label": setting.label}
             about |= {"passes": network_passes(setting.sampling), "x": setting.x}

@@ -109,7 +109,7 @@ class ModelConfig:
     mean_velocity: bool = setting(False, "the decoder sees where its step ends and gives the mean velocity (1C)")
     initial_gate: float = training(0.0, "residual gates of a fresh double-stream decoder; windowed ones start at 1")
     enable_mup: bool = setting(
-        True, "scale attention logits by 8 / head size, else by 1 / sqrt(head size); not in windowed"
+        True, "scale attention logits by 8 / head size, else by 1 / sqrt(head size); windowed: 8 / sqrt(head size)"
     )
     fix_initial_norms: bool = training(True, "reset the norms of the blocks' weight matrices after each step")
     posttrain_sample: bool = training(False, "stage 1B: perceptual loss on samples of the whole chain, frozen encoder")
