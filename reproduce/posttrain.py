@@ -6,12 +6,13 @@ images at the same learning rate: (a) the perceptual loss on samples, and (b) on
 weights; (c) more of stage 1A.
 
 Cost: smoke half a minute. cpu on one core: per seed of the tiny base 25 minutes for stage 1A, which is the longer
-baseline of ``ablations``, and 80 minutes for the arms; 4 hours and 2 for the small base. gpu 25 minutes on one H100, by
+baseline of ``ablations``, and 100 minutes for the arms; 4 hours and 3 for the small base. gpu 25 minutes on one H100, by
 arithmetic at a fifth of its peak. paper, by arithmetic on 8 H100 at 40 % of their peak: stage 1A 8 hours, the sample
 arm 90 minutes, the others 9 minutes each.
 Expect: from the tiny base (written before its first run), (a) at the paper's weight is better than (c) by 12 in the
 Fréchet distance and 0.4 dB, and worse by 0.02 in LPIPS (AlexNet), which (c) trains on; it is better than (b) at its
 best weight by 6 in the Fréchet distance, 0.3 dB and 0.01. The best weight of (b) for the distance is 0.01 or 0.1.
+(Written after two seeds, before the first row of weight 1) at 1 both are worse than at 0.1, by 6 and 10.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ SCALES = {
     "cpu": Scale(
         bases={"tiny": (TINY_BASE.override("trainer.duration=2400 steps"), 3), "small": (SMALL_BASE, 1)},
         shared=(*SHORT, "model.ema_decay=0.7"),
-        weights={"one-step": (0.0001, 0.001, 0.01, 0.1), "sample": (0.001, 0.01, 0.1)},
+        weights={"one-step": (0.0001, 0.001, 0.01, 0.1, 1.0), "sample": (0.001, 0.01, 0.1, 1.0)},
         **{"arm_images": 1024, "images": 200},
     ),
     "gpu": Scale(
         bases={"gpu": (GPU_BASE.override("trainer.duration=4000 steps"), 3)},
         shared=(*SHORT, "model.ema_decay=0.97"),
-        weights={"one-step": (0.0001, 0.001, 0.01, 0.1), "sample": (0.001, 0.01, 0.1)},
+        weights={"one-step": (0.0001, 0.001, 0.01, 0.1, 1.0), "sample": (0.001, 0.01, 0.1, 1.0)},
         **{"arm_images": 16384, "images": 1000},
     ),
     "paper": Scale(

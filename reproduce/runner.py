@@ -339,11 +339,12 @@ def write_page(recipe: Recipe, study: Study) -> None:
         models = " --models " + " ".join(results.get("models", ["MODEL", "..."]))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     unfinished = "**Unfinished: more rows follow.**\n\n" if results.get("unfinished") else ""
+    note = f"{results['note']}\n\n" if "note" in results else ""  # written by hand into published results
     text = f"""# Study: {title}, at scale `{study.scale}`
 
     python -m reproduce {study.name} --scale {study.scale} --data IMAGES --held-out HELD_OUT{models}
 
-{unfinished}{recipe.body(results, study.out / f"{study.stem}.png").strip()}
+{unfinished}{note}{recipe.body(results, study.out / f"{study.stem}.png").strip()}
 
 ![metrics]({study.stem}.png)
 

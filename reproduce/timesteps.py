@@ -47,6 +47,8 @@ NEARLY_KNOWN = 0.2
 """The table says how much of a loss lies below this edge."""
 BATCH = 25
 LOSSES = {"velocity_error": "velocity loss", "image_error": "image loss"}
+SPACES = {"velocity_error": "velocity", "image_error": "image"}
+"""Their ``opt.loss_space``."""
 
 
 def rows(study: Study, metadata: Row) -> Rows:
@@ -86,8 +88,10 @@ def measure(tokenizer: FlowMo, study: Study) -> Row:
             with computing(tokenizer.precision, tokenizer.device):
                 velocity = decoder(flow.interpolate(x, z, t), code, t).float()
             error = (velocity - (z - x)).square().flatten(1).mean(dim=1)
-            errors["velocity_error"][i] += float(error.sum()) / len(images)
-            errors["image_error"][i] += float((t.square() * error).sum()) / len(images)
+            for key, space in SPACES.items():
+                weight = flow.error_weight(t, space, tokenizer.config.model.prediction)
+                weighted = error if weight is None else weight.square() * error
+                errors[key][i] += float(weighted.sum()) / len(images)
     return {"probability": probabilities(opt), **{key: found.tolist() for key, found in errors.items()}}
 
 
