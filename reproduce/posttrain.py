@@ -6,8 +6,8 @@ images at the same learning rate: (a) the perceptual loss on samples, and (b) on
 weights; (c) more of stage 1A.
 
 Cost: smoke half a minute. cpu on one core: per seed of the tiny base 25 minutes for stage 1A, which is the longer
-baseline of ``ablations``, and 100 minutes for the arms; 4 hours and 3 for the small base. gpu 25 minutes on one H100, by
-arithmetic at a fifth of its peak. paper, by arithmetic on 8 H100 at 40 % of their peak: stage 1A 8 hours, the sample
+baseline of ``ablations``, and 100 minutes for the arms; 4 hours and 3 for the small base. gpu 25 minutes on one H100,
+by arithmetic at a fifth of its peak. paper, by arithmetic on 8 H100 at 40 % of their peak: stage 1A 8 hours, the sample
 arm 90 minutes, the others 9 minutes each.
 Expect: from the tiny base (written before its first run), (a) at the paper's weight is better than (c) by 12 in the
 Fréchet distance and 0.4 dB, and worse by 0.02 in LPIPS (AlexNet), which (c) trains on; it is better than (b) at its
