@@ -50,7 +50,12 @@ SCALES = {
         **{"generator": GPU, "steps": 64, "images": 2000, "seeds": 2},
     ),
     "paper": Scale(
-        **{"base": PAPER_LO, "peer_rate": 1e-4, "posttraining": 1_281_167, "stage_1b": PAPER_STAGE_1B},
+        **{
+            "base": PAPER_LO.override("data.max_microbatch=32"),
+            "peer_rate": 1e-4,
+            "posttraining": 1_281_167,
+            "stage_1b": PAPER_STAGE_1B,
+        },
         **{"generator": preset("uvit"), "steps": 64, "images": 50_000},
     ),
 }

@@ -116,7 +116,8 @@ class Job:
 
     def measured_with(self) -> list[Any]:
         """What results of several calls must have in common: code, device, size."""
-        return [describe_sources(), describe_device(self.device), self.dry_run]
+        measuring = [describe_sources(ROOT / folder) for folder in ("runs", "benchmarks", "tests/gpu")]
+        return [describe_sources(), *measuring, torch.__version__, describe_device(self.device), self.dry_run]
 
     def record(self, **values: Any) -> None:
         """Put values under this part's name in ``results.json``."""

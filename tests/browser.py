@@ -80,6 +80,8 @@ class Page:
             "e.dispatchEvent(new Event(arguments[2], {bubbles: true}))",
             *(name, value, event),
         )
+        if event == "input":
+            time.sleep(0.3)  # the page waits for the next move of a slider
         self.idle()
 
     def click(self, name):

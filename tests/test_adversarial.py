@@ -176,20 +176,21 @@ def test_without_a_discriminator_a_flowmo_trains_as_ever(study):
 
 
 @pytest.mark.parametrize("kind", ["convolutional", "flowmo"])
-def test_microbatches_give_the_gradient_of_the_batch(kind, tmp_path):
+def test_microbatches_give_the_gradient_of_the_batch(kind, tmp_path, monkeypatch):
     """Without the entropy of a micro-batch and the adapted weight, which depend on the split."""
     batch, gradients = torch.rand(4, 3, 32, 32) * 2 - 1, []
     for microbatch in (4, 2):
         config = CONFIG.override(
             f"data.max_microbatch={microbatch}", "model.entropy_loss_weight=0", "opt.max_grad_norm=0"
         )
-        seed_global(0, Stream.WEIGHTS)
+        seed_global(0, Stream.WEIGHTS)  # of the discriminator, too
         tokenizer = FlowMo(config) if kind == "flowmo" else ConvolutionalTokenizer(config, WIDTH)
         trainer = PeerTrainer(tokenizer, tmp_path / STATE, torch.device("cpu"))
         trainer.step(batch, 0.0, adversarial=False)
         gradients.append([p.grad for p in tokenizer.parameters()])
+        monkeypatch.setattr(AdversarialModel, "_adapted_weight", lambda *_: 0.0)
         trainer.step(batch, 0.0, adversarial=True)
-        assert all(p.grad is not None for p in trainer.model.discriminator.parameters())
+        gradients[-1] += [p.grad for p in trainer.model.discriminator.parameters()]
     for whole, half in zip(*gradients, strict=True):
         torch.testing.assert_close(half, whole, rtol=1e-4, atol=1e-6)
 

@@ -189,6 +189,7 @@ def describe(tokenizer: FlowMo, name: str) -> dict[str, Any]:
         "idCount": codec.id_count,
         "bits": codec.bits,
         "meanVelocity": config.model.mean_velocity,
+        "guided": config.model.enable_cfg and not config.model.mean_velocity,
         "steps": sampling.sample_steps,
         "solver": sampling.solver,
         "rho": sampling.rho,
@@ -234,7 +235,8 @@ def export(
     check_size(tokenizer, kind, dtype)
     if kind == "page":
         check_page(tokenizer)
-        if (solver := tokenizer.config.eval.sampling.solver) != "euler":
+        solver = tokenizer.config.eval.sampling.solver
+        if solver != "euler" and not tokenizer.config.model.mean_velocity:
             raise ExportError(f"The page takes Euler's steps, and not {solver}'s. Add eval.sampling.solver=euler.")
     description = describe(tokenizer, name)
     output.mkdir(parents=True, exist_ok=True)

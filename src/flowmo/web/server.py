@@ -238,6 +238,7 @@ class Handler(SimpleHTTPRequestHandler):
             except TimeoutError:
                 return self.refuse(408, "The request took too long to arrive.")
             send = self.run(url.path.strip("/"), url.query, body)
+            del body  # a slow reader would keep it
         finally:
             self.slots.release()
         send()  # without a slot, which a slow reader would keep

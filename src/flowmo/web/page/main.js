@@ -85,7 +85,11 @@ async function open(file) {
     return { name, codes: await engine.unpack(new Uint8Array(await file.arrayBuffer())) };
   });
   opening--;
-  if (!opened) return bitmap?.close(); // another file was chosen meanwhile
+  if (!opened) {
+    bitmap?.close();
+    if (!opening && codes) await show(); // it was no image, and settings may have changed meanwhile
+    return;
+  }
   source?.bitmap?.close();
   source = opened;
   await start();
@@ -403,7 +407,7 @@ function describe() {
   $("codecs-note").textContent = engine.codecsNote;
   $("steps").value = model.steps;
   $("guidance").value = model.guidance;
-  $("guidance").disabled = model.meanVelocity || model.guidance === 1;
+  $("guidance").disabled = !model.guided;
   $("rate").min = model.fewestSubTokens;
   for (const name of model.examples ?? []) {
     const preview = Object.assign(new Image(), { src: `examples/${encodeURIComponent(name)}`, alt: name });
