@@ -258,7 +258,7 @@ class Decoder(nn.Module):
     """Equation 3: the velocity of the noised image x_t given the code and the timestep.
 
     With ``config.prediction`` "image" the last layer estimates the image x̂, and the velocity is (x_t − x̂) / t, so that
-    a narrow network need not reproduce the noise. A sampler's last step, to t = 0, gives x̂ itself.
+    a narrow network need not reproduce the noise. Euler's last step, to t = 0, gives x̂ itself.
 
     With ``config.mean_velocity`` the output is the mean velocity over a step, (x_t − x_end) / (t − t_end), which stage
     1C teaches. A fresh decoder ignores the end, and so starts as its teacher.

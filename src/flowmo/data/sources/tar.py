@@ -1,4 +1,4 @@
-"""Images inside uncompressed tars, read in place through an index of their offsets, see ``tar_index``.
+"""Images inside uncompressed tars, which are not unpacked: ``tar_index`` has the offset of each.
 
 A tar whose images share keys with other files is a WebDataset. A key ends at the first dot of the base name, and the
 files of one key are a sample. The image of sample ``000`` is ``000.jpg``; ``000.seg.png`` is not. Each inner tar is
