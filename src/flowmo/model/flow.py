@@ -40,10 +40,11 @@ def flow_loss(velocity: Tensor, target: Tensor, weight: Tensor | None = None) ->
 def error_weight(t: Tensor, loss_space: str, prediction: str) -> Tensor | None:
     """Return the factors of velocity errors at timesteps t, b, in the loss; ``None`` is the paper's, 1.
 
-    The error of the one-step estimate of the image is t times the velocity's. ``loss_space`` "image" means that one: it
-    gives noisy images more weight, where the code matters most. A decoder that predicts images has velocity errors of
-    its image's over t, which grow without limit as t falls to 0; below ``MIN_LOSS_TIME`` they are divided by that (Li
-    and He 2025, *Back to basics*).
+    ``loss_space`` "image" takes the error of the one-step estimate, which is t times the velocity's. It gives noisy
+    images more weight, where the code matters most.
+
+    If the decoder predicts images, the velocity's error is the image's error divided by t, which has no bound. The
+    velocity loss therefore divides by at least ``MIN_LOSS_TIME`` (Li and He 2025, *Back to basics*).
     """
     if loss_space == "image":
         return t
