@@ -215,3 +215,5 @@ def test_settings_go_through_json_and_yaml_unchanged(tmp_path):
     assert Config.from_yaml(tmp_path / "config.json") == config
     assert config.trainer.log_every.images(1, 10**6) == 50
     assert Duration("1e+3 steps") == Duration("1000")
+    with pytest.raises(ValueError, match="'30s' is not a length"):
+        Duration("30s")

@@ -230,6 +230,18 @@ def test_a_student_has_its_teachers_ids(settings, tiny, tmp_path):
     assert student.weights_identity() != tiny.weights_identity()
 
 
+def test_a_student_does_not_resume_with_another_encoder(settings, tiny, tmp_path):
+    """Its decoder would learn codes of one encoder, and the run would save another."""
+    path = tmp_path / "teacher.safetensors"
+    save(tiny, path)
+    settings = settings.override(f"opt.teacher={path}", "trainer.max_steps=1", "trainer.checkpoint_every=1")
+    Trainer(settings, tmp_path / "a", report=quiet).train()
+    other = FlowMo(tiny.config)
+    save(other, path)
+    with pytest.raises(TrainingError, match=rf"of a student of {tiny.identity()}.*is {other.identity()}"):
+        Trainer(settings, tmp_path / "a", report=quiet)
+
+
 def test_a_teacher_of_another_solver_needs_a_number_of_steps(settings, tiny, tmp_path):
     heun = FlowMo(tiny.config.override("eval.sampling.solver=heun"))
     heun.load_state_dict(tiny.state_dict())

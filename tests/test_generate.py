@@ -36,7 +36,7 @@ from flowmo.generate.generator import (
     save_generator,
 )
 from flowmo.generate.samples import parse_positions, sample_images, write_samples
-from flowmo.generate.schedules import MEAN_MASK_RATIO, halton_order, mask_ratio, masked_counts, random_mask
+from flowmo.generate.schedules import expected_masked, halton_order, mask_ratio, masked_counts, random_mask
 from flowmo.generate.tokenize import tokenize
 from flowmo.images import resize_and_crop, to_tensor
 from flowmo.train.cost import training_memory
@@ -226,14 +226,24 @@ def test_halton_order_spreads_any_first_part():
 
 @pytest.mark.parametrize("schedule", MASK_SCHEDULES)
 def test_training_masks_as_the_schedule_says(schedule):
-    """The share's mean is the schedule's integral, and no place is preferred."""
+    """The mean share is the schedule's integral and half an id, which is rounded up; no position is preferred."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.stack([random_mask(64, generator, schedule) for _ in range(4000)]).double()
-    integral = MEAN_MASK_RATIO[schedule]
+    integral = {"arccos": 2 / math.pi, "cosine": 2 / math.pi, "linear": 0.5}[schedule]
     assert mask_ratio(torch.linspace(0, 1, 10001), schedule).mean() == pytest.approx(integral, abs=1e-3)
-    assert mask.mean() == pytest.approx(integral + 0.5 / 64, abs=0.015)  # half an id is rounded up
+    assert expected_masked(64, schedule) / 64 == pytest.approx(integral + 0.5 / 64, abs=1e-3)
+    assert mask.mean() == pytest.approx(expected_masked(64, schedule) / 64, abs=0.015)
     assert mask.sum(dim=1).min() >= 1
     assert mask.mean(dim=0).std() < 0.02
+
+
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+@pytest.mark.parametrize("ids", [1, 2, 7])
+def test_the_expected_number_of_masked_ids(ids, schedule):
+    """Against every progress of a fine grid, of which ``random_mask`` draws one."""
+    ratios = mask_ratio((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000, schedule)
+    counts = (ratios * ids).ceil().clamp(min=1)
+    assert expected_masked(ids, schedule) == pytest.approx(counts.mean().item(), abs=1e-3)
 
 
 def test_masks_depend_on_the_position_alone():
@@ -574,6 +584,44 @@ def test_generate_refuses_options_that_it_would_ignore(generator_of_numbers, tin
     for more, message in ((("--keep", "0-1"), "--edit"), (("--count", 2, "--per-class", 3), "Write one of them")):
         status, _, error = run_command(capsys, *words, *more)
         assert (status, message in error) == (2, True)
+    for more, message in (
+        (("--order", "halton", "--choice-temperature", 2), "nothing in the order halton"),
+        (("generator.order=random", "--choice-temperature", 2), "nothing in the order random"),
+    ):
+        status, _, error = run_command(capsys, *words, *more)
+        assert (status, message in error) == (2, True), error
+
+
+def test_a_generator_without_classes_takes_no_guidance(tiny_model, tiny, tmp_path, capsys):
+    code = tiny.quantizer
+    shape = {"image_size": 32, "tokens": tiny.code_length, "sub_tokens": code.sub_tokens}
+    vocabulary = Vocabulary(
+        tokenizer=tiny.identity(), model="", id_bits=(code.id_count - 1).bit_length(), classes=(), **shape
+    )
+    generator = Generator(Config().override(*SMALL), vocabulary).eval()
+    sizes = []
+    generator.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    generator.sample([-1], 0, steps=2, guidance=3.0)
+    assert set(sizes) == {4}, "one pass of a batch, none for the null class"
+    save_generator(generator, tmp_path / "g.safetensors")
+    words = ("generate", tmp_path / "g.safetensors", "--model", tiny_model, "--output", tmp_path / "x.png")
+    status, _, error = run_command(capsys, *words, "--guidance", 2)
+    assert (status, "--guidance changes nothing: this generator has no classes" in error) == (2, True), error
+
+
+def test_no_pass_follows_the_last_id(generator):
+    """Of more steps than ids, each sets one until none is left."""
+    passes = []
+    handle = generator.network.register_forward_pre_hook(lambda *_: passes.append(1))
+    generator.sample([0], 0, steps=40)
+    handle.remove()
+    assert len(passes) == 12, "12 ids"
+
+
+@pytest.mark.parametrize("steps", [0, 10**9])
+def test_likelihood_takes_the_steps_that_sampling_takes(generator, steps):
+    with pytest.raises(ConfigError, match=r"generator\.sample_steps"):
+        generator.log_prob(torch.zeros(1, 6, 2, dtype=torch.int64), steps=steps)
 
 
 def test_generate_passes_settings_on(generator_of_numbers, tiny_model, tmp_path, capsys):
@@ -681,7 +729,7 @@ def test_the_loss_is_that_of_the_masked_ids(config):
         plain -= true
         total -= 0.8 * true + 0.2 * log_p[b, i].mean()
         right += int(logits[b, i].argmax()) == int(ids[b, i])
-    expected = ids.numel() * MEAN_MASK_RATIO[config.generator.schedule]
+    expected = len(ids) * expected_masked(ids.shape[1], config.generator.schedule)
     assert float(loss.loss.detach()) == pytest.approx(total / expected, rel=1e-5)
     assert float(loss.parts["cross_entropy"]) == pytest.approx(plain / expected, rel=1e-5)
     assert float(loss.parts["accuracy"]) == pytest.approx(right / expected, rel=1e-5)
@@ -994,11 +1042,11 @@ def test_the_loss_leaves_out_ids_that_do_not_exist():
     labels = torch.zeros(3, dtype=torch.int64)
     loss = GeneratorStage(generator)(ids, labels, mask)
     logits = generator.network(ids, mask, labels)[..., :11]
-    ratio = MEAN_MASK_RATIO[generator.config.generator.schedule]
+    masked = 3 * expected_masked(12, generator.config.generator.schedule)
     smoothing = generator.config.generator.label_smoothing
     log_p = logits.log_softmax(-1)
     own = log_p.gather(-1, ids[..., None])[..., 0]
-    expected = -((1 - smoothing) * own + smoothing * log_p.mean(-1))[mask].sum() / (ratio * ids.numel())
+    expected = -((1 - smoothing) * own + smoothing * log_p.mean(-1))[mask].sum() / masked
     assert smoothing > 0
     assert loss.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 

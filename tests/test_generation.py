@@ -117,7 +117,7 @@ def test_statistics_of_a_file_win_over_its_pictures(tmp_path):
     assert found.frechet_distance != pytest.approx(by_images.frechet_distance, rel=0.02)
     for name in ("precision", "recall", "kernel_distance", "inception_score", "reference_images"):
         assert getattr(found, name) == getattr(by_images, name)
-    assert "the distances are to the statistics" in found.lines()[0]
+    assert "the Fréchet distance is to the statistics" in found.lines()[0]
     assert not by_images.reference_statistics
     halves = np.mean([distance(statistics(shuffled(ours)[i::2])[0], (mu, sigma)) for i in range(2)])
     assert found.frechet_bias == pytest.approx(halves - distance(pooled, (mu, sigma)), rel=1e-2), "of ours alone"

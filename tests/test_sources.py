@@ -474,6 +474,18 @@ def test_an_image_outside_the_class_folders_costs_no_label(tmp_path):
     assert sorted(seen(source)) == [("1.png", "cat"), ("2.png", "dog"), ("3.png", None)]
 
 
+def test_a_stray_image_in_a_tars_only_folder_costs_no_label(tmp_path):
+    members = dict.fromkeys(("train/cat/1.png", "train/dog/2.png", "train/cover.png"))
+    source = open_source(write_tar(tmp_path / "set.tar", members))
+    assert sorted(seen(source)) == [("1.png", "cat"), ("2.png", "dog"), ("cover.png", None)]
+
+
+def test_a_label_of_minus_one_is_no_class(tmp_path):
+    members = {"0.png": None, "0.cls": b"cat", "1.png": None, "1.cls": b"-1"}
+    source = open_source(write_tar(tmp_path / "set.tar", members))
+    assert [source.label(index) for index in range(2)] == [0, None]
+
+
 def test_labels_in_words_and_in_numbers_do_not_mix(tmp_path):
     members = {"0.png": None, "0.cls": b"3", "1.png": None, "1.cls": b"cat"}
     with pytest.raises(DataError, match=r"0\.png has the label 3, .*1\.png has 'cat'"):

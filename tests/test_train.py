@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from conftest import open_gates
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowmo import Config, FlowMo, load
+from flowmo.checkpoint import CheckpointError
 from flowmo.checkpoint import files as checkpoint
 from flowmo.config import ConfigError
 from flowmo.data import DataError, ImageDataset, batches, epoch_order, open_source
@@ -418,6 +420,51 @@ def test_a_run_that_started_elsewhere_is_not_resumed(config, tmp_path):
     assert any("is not used: this run began without it" in line for line in lines)
 
 
+def test_other_images_and_another_batch_are_reported_at_a_resume(config, folder, tmp_path, picture_files):
+    Trainer(config.override("trainer.max_steps=1"), tmp_path / "run", report=quiet).train()
+    shutil.copy(picture_files[0], folder / "new.jpg")
+    lines = []
+    Trainer(config.override("data.global_batch_size=2"), tmp_path / "run", report=lines.append)
+    assert any(line.startswith("the training set has other files than at the checkpoint") for line in lines)
+    assert "the batch differs from the checkpoint's: 4 -> 2 images" in lines
+
+
+def test_ranks_with_other_images_do_not_start(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, "another"] if isinstance(value, str) else [value])
+    with pytest.raises(TrainingError, match=r"Process 1 finds other files in .*pictures than process 0"):
+        Trainer(config, tmp_path / "run", report=quiet)
+
+
+def test_a_checkpoint_that_the_system_cannot_read_is_not_called_damaged(config, tmp_path, monkeypatch):
+    Trainer(config, tmp_path / "run", report=quiet).train()
+
+    def broken(*arguments, **settings):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", broken)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(.*Input/output error\)\.$"):
+        Trainer(config, tmp_path / "run", report=quiet)
+
+
+def test_a_stop_file_made_while_a_run_starts_ends_it(config, tmp_path):
+    run = Trainer(config, tmp_path / "run", report=quiet)
+    (tmp_path / "run" / "stop").touch()
+    run.train()
+    assert run.step == 1
+
+
+def test_the_logged_learning_rate_is_that_of_the_step(config, tmp_path, monkeypatch):
+    """At the end of a cooldown the last step does not have the final rate yet."""
+    used = []
+    monkeypatch.setattr("flowmo.train.trainer.set_learning_rate", lambda _, rate: used.append(rate))
+    words = config.override("opt.cooldown=0.7", "opt.final_lr=0", "trainer.log_every=1")
+    Trainer(words, tmp_path / "run", report=quiet).train()
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    logged = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert len(set(logged)) > 3
+    assert logged == used
+
+
 def test_another_optimizer_does_not_resume(config, tmp_path):
     """The advice is to write the former one, not to delete the checkpoint."""
     config = config.override("trainer.max_steps=1")
@@ -478,7 +525,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(config, tmp_path, number
 
 def test_ranks_take_equally_many_microbatches(config, tmp_path, monkeypatch):
     """Another rank has memory for one image, this one for all."""
-    monkeypatch.setattr(World, "gather", lambda self, value: [value, 1])
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, 1 if isinstance(value, int) else value])
     run = Trainer(config.override("data.max_microbatch=0"), tmp_path, report=quiet)
     assert (run.plan.microbatch, run.plan.accumulation_steps) == (1, 4)
     monkeypatch.undo()

@@ -101,13 +101,16 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
         group: make a process group even for a single process, as FSDP2 needs.
 
     Raises:
-        DistributedError: a rank has no GPU, the ranks do not find each other, or another rank has ended.
+        DistributedError: a rank has no GPU, several ranks would share one, the ranks do not find each other, or
+            another rank has ended.
     """
     size, rank, local_rank, local_size = (
         int(os.environ.get(name, default))
         for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
     chosen = torch.device(device)
+    if chosen.index is not None and local_size > 1:
+        raise DistributedError(f"--device {device} would put {local_size} processes on one GPU. Write --device cuda.")
     if chosen.type == "cuda" and chosen.index is None:
         if local_rank >= torch.cuda.device_count():
             raise DistributedError(

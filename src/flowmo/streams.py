@@ -15,8 +15,8 @@ import torch
 class Stream(StrEnum):
     """Purpose of a stream."""
 
-    # index: position in the run. CODE_DROP … CROP_LEFT are drawn per image. BOTTLENECK (KL, LayerNorm) and DROPOUT seed
-    # a micro-batch by its first image, so there another split of the batch draws other numbers.
+    # index: position in the run. CODE_DROP … CROP_LEFT are drawn per image. BOTTLENECK (KL, LayerNorm, infill) and
+    # DROPOUT seed a micro-batch by its first image, so there another split of the batch draws other numbers.
     ITEM = "item"
     TIMESTEP = "timestep"
     NOISE = "noise"

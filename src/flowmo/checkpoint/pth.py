@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint import CheckpointError, CheckpointReadError
 from flowmo.errors import one_line
 
 MAX_DEPTH = 16
@@ -90,6 +90,7 @@ def read_pth(path: str | Path) -> dict[str, Any]:
     """Read a file of ``torch.save``, memory-mapped if its format allows.
 
     Raises:
+        CheckpointReadError: the system cannot read it.
         CheckpointError: it is damaged, holds more than tensors and plain values, or a tensor larger than the file.
     """
     try:
@@ -101,6 +102,10 @@ def read_pth(path: str | Path) -> dict[str, Any]:
             f"{path} is refused: it is damaged or holds something other than tensors and plain values, "
             "which could run code when loaded."
         ) from None
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # not the system's
+            raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({one_line(error)}).") from None
+        raise CheckpointReadError(f"{path} cannot be read ({one_line(error)}).") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({one_line(error)}).") from None
     if not isinstance(content, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from flowmo.data.token_files import UNREADABLE, Part, TokenMetadata, missing_sha
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.images import ImageError, resize_and_crop, to_pil, to_tensor
 from flowmo.images.pixels import PixelFormat
+
+if TYPE_CHECKING:
+    from flowmo.generate.generator import Generator
 
 MAX_GRID_IMAGES = 1000
 GRID_COLUMNS = 8
@@ -90,6 +94,16 @@ def export(arguments: argparse.Namespace) -> tuple[str, dict]:
     return f"{out}: {len(dataset)} samples in {len(files)} files", data
 
 
+def refuse_without_effect(generator: Generator, arguments: argparse.Namespace) -> None:
+    """Raise ``UsageError`` for options of sampling that this generator would ignore."""
+    settings = generator.config.generator
+    order = arguments.order or settings.order
+    if arguments.choice_temperature is not None and order != "confidence" and settings.drawing == "categorical":
+        raise UsageError(f"--choice-temperature changes nothing in the order {order}. Leave it out.")
+    if arguments.guidance is not None and not generator.null_class:
+        raise UsageError("--guidance changes nothing: this generator has no classes. Leave it out.")
+
+
 def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
     from flowmo.distributed import join
     from flowmo.generate.generator import load_generator
@@ -110,6 +124,7 @@ def generate(arguments: argparse.Namespace) -> tuple[str, dict] | None:
         generator = prepare(generator, arguments)
         tokenizer = prepare(flowmo.load(arguments.model, *of_tokenizer, device=str(world.device)), arguments)
         check_pair(generator, tokenizer)
+        refuse_without_effect(generator, arguments)
         names = arguments.classes or [*range(len(generator.vocabulary.classes))] or [-1]
         classes = [generator.label(name) for name in names][: arguments.count or None]
         shown = ", ".join(class_names := [generator.class_name(label) for label in classes])

@@ -28,7 +28,7 @@ class Duration(str):
     unit: str
 
     def __new__(cls, text: str | int | float) -> Self:
-        match = re.fullmatch(r"([\d_.]+(?:e[-+]?\d+)?) *([kM]?) *(step|image|epoch|)s?", str(text).strip())
+        match = re.fullmatch(r"([\d_.]+(?:e[-+]?\d+)?) *([kM]?) *(?:(step|image|epoch)s?)?", str(text).strip())
         if match is None:
             raise ValueError(f"{text!r} is not a length of training")
         number, scale, unit = match.groups()

@@ -74,7 +74,7 @@ class ImageDataset(Dataset):
             short = min(size)
             left, top = (int(offset * (length - short + 1)) for length in size)
             image = crop(image, left, top, short, short)
-        tensor = to_tensor(resize_and_crop(image, self.side))
+        tensor = to_tensor(resize_and_crop(image, self.side, self.source.name(index)))
         return tensor.flip(-1) if self.random_flip and flip < 0.5 else tensor
 
     def load(self, index: int, seed: int) -> tuple[Tensor, dict[str, str]]:

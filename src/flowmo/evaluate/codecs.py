@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmo.errors import FlowMoError
+from flowmo.errors import FlowMoError, one_line
+from flowmo.evaluate.measurement import EvaluationError
 from flowmo.evaluate.reconstruction import Reconstruction
 from flowmo.images import to_pil, to_tensor
 
@@ -132,7 +133,11 @@ class CodecReconstructor:
             stream, settings = io.BytesIO(), codec.settings
             if codec.pillow == "JXL" and quality == 100:  # which its encoder refuses otherwise
                 settings = settings | {"lossless": True}
-            image.save(stream, codec.pillow, quality=quality, **settings)
+            try:
+                image.save(stream, codec.pillow, quality=quality, **settings)
+            except (OSError, ValueError) as error:  # WebP ends at 16 383 pixels a side
+                size = f"{image.width}×{image.height}"
+                raise EvaluationError(f"{codec.name} cannot write {size} pixels ({one_line(error)}).") from None
             return stream.getvalue()
 
         def size(quality: int) -> int:

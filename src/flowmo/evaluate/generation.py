@@ -224,5 +224,5 @@ class GenerationSummary(Metrics):
     def lines(self) -> list[str]:
         reference = str(self.reference_images or "statistics")
         if self.reference_images and self.reference_statistics:
-            reference += "; the distances are to the statistics in the reference's file"
+            reference += "; the Fréchet distance is to the statistics in the reference's file"
         return [f"{self.images} images against {reference}", *super().lines(), str(self.feature_network), *self.missing]

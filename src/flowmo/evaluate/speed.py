@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ UNCOUNTED = {
 """FLOPs of attention on CPUs, which PyTorch's counter does not know: two matrix products forward, four backward."""
 
 PEAK_TFLOPS = {
-    **{"H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312},
+    **{"GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312},
     **{"L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71},
 }
 """Dense bfloat16 TFLOP/s with float32 accumulation, from data sheets. The first name that matches counts."""
@@ -78,12 +79,17 @@ def matrix_rate(device: torch.device, bfloat16: bool) -> float:
     return 2 * side**3 / min(timed(lambda: a @ a, device) for _ in range(5))
 
 
+def sheet_tflops(name: str) -> int | None:
+    """Look a GPU up in ``PEAK_TFLOPS``. A laptop's GPU is not the desktop's of its name."""
+    known = (tflops for part, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name))
+    return None if "Laptop" in name else next(known, None)
+
+
 @cache
 def peak_flops(device: torch.device, bfloat16: bool) -> tuple[float, str]:
     """Return the device's peak FLOP/s and its source: the data sheet, or a measurement (CPUs, other GPUs, float32)."""
     if device.type == "cuda" and bfloat16:
-        name = torch.cuda.get_device_name(device)
-        sheet = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+        sheet = sheet_tflops(torch.cuda.get_device_name(device))
         if sheet:
             return sheet * 1e12, "data sheet"
     return matrix_rate(device, bfloat16), "measured"

@@ -93,9 +93,9 @@ class Generator(InferenceModel):
             ids: int64 b × tokens × sub-tokens to start from; requires ``keep``.
             keep: bool of the same shape, or tokens × sub-tokens for all images; these ids stay, the others are sampled.
             progress: called with (steps done, total steps).
-            overrides: ``steps``, ``guidance`` in the convention of ``generator.guided_from``, ``temperature``,
-                ``last_temperature``, ``choice_temperature`` and ``order``; see ``flowmo info --settings``. ``None``
-                and absent ones are the generator's own.
+            overrides: ``steps``, ``guidance`` in the convention of ``guided_from``, ``temperature``,
+                ``last_temperature``, ``choice_temperature``, ``order``, ``schedule`` and ``drawing``; see
+                ``flowmo info --settings``. ``None`` and absent ones are the generator's own.
 
         Returns:
             int64 b × tokens × sub-tokens, as ``FlowMo.decode`` takes them.
@@ -137,6 +137,9 @@ class Generator(InferenceModel):
         ranks = None if s.order == "confidence" else self._ranks(s.order, generators).to(self.device, torch.float32)
         scale = s.guidance + (s.guided_from == "class")  # class + g (class - null) = null + (g + 1) (class - null)
         for step, left in enumerate(zip(*counts, strict=True)):
+            if step and not any(count[step - 1] for count in counts):  # all ids are set
+                yield ids
+                continue
             # TiTok starts its temperature schedule at 1/n, not 0
             share = (step + 1) / s.sample_steps if s.drawing == "gumbel" else step / max(s.sample_steps - 1, 1)
             temperature = s.temperature + (s.last_temperature - s.temperature) * share
@@ -156,13 +159,15 @@ class Generator(InferenceModel):
             yield ids
 
     def guided_logits(self, ids: Tensor, mask: Tensor, labels: Tensor, guidance: float = 1.0) -> Tensor:
-        """Logits b × n × v in float32: null + guidance · (class − null). Guidance 1 needs no null pass.
+        """Logits b × n × v in float32: null + guidance · (class − null).
+
+        Guidance 1, and a generator without classes, need no null pass.
 
         The network has a logit for every id of ``id_bits`` bits; the logits of ids beyond the vocabulary are −∞.
         """
         labels = labels.to(self.device)
         with computing(self.precision, self.device):
-            if guidance == 1:
+            if guidance == 1 or not self.null_class:
                 logits = self.network(ids, mask, labels).float()
             else:
                 null = torch.full_like(labels, self.null_class)
@@ -188,7 +193,10 @@ class Generator(InferenceModel):
 
         Raises:
             GenerationError: ids or labels out of range.
+            ConfigError: a number of steps that ``sample`` does not take, either.
         """
+        given = {} if steps is None else {"generator.sample_steps": steps}
+        steps = self.config.updated(given).generator.sample_steps
         classes = self._labels(labels if labels is not None else [-1] * len(ids))
         flat = self._flat(ids)
         if len(flat) != len(classes):

@@ -1,6 +1,8 @@
 """Mask schedules of MaskGIT (Chang et al. 2022): how many ids are masked at each step, and the unmasking order."""
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,8 +20,18 @@ def mask_ratio(progress: Tensor, schedule: str) -> Tensor:
     return torch.cos(progress * (math.pi / 2)) if schedule == "cosine" else 1 - progress
 
 
-MEAN_MASK_RATIO = {"arccos": 2 / math.pi, "cosine": 2 / math.pi, "linear": 0.5}
-"""The integral of ``mask_ratio`` over progress."""
+@cache
+def expected_masked(ids: int, schedule: str) -> float:
+    """Expected number of ids that ``random_mask`` masks: Σ P(count > k) for k = 0 … ids − 1.
+
+    The count exceeds k where the ratio exceeds k / ids: before the progress at which the ratio has this value.
+    """
+    progress_at: Callable[[float], float] = {
+        "arccos": lambda ratio: math.cos(ratio * math.pi / 2),
+        "cosine": lambda ratio: math.acos(ratio) * 2 / math.pi,
+        "linear": lambda ratio: 1 - ratio,
+    }[schedule]
+    return math.fsum(progress_at(k / ids) for k in range(ids))
 
 
 def masked_counts(ids: int, steps: int, schedule: str) -> list[int]:

@@ -4,7 +4,6 @@ Every sample has a number: image i with crop c, plain or mirrored. A shard holds
 when it is whole, so interruptions neither lose nor repeat a sample.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,10 +168,7 @@ def _metadata(tokenizer: FlowMo, images: Source, labels: bool, **options: Any) -
         raise DataError("This tokenizer is continuous and has no ids.")
     if labels:
         require_labels(images)
-    precision, items = getattr(tokenizer, "precision", ""), hashlib.sha256()
-    for index in range(len(images)):  # names without folders, which can be others on another machine
-        name = f"{images.name(index).rpartition('/')[2]} {images.label(index) if labels else ''}\n"
-        items.update(name.encode(errors="surrogateescape"))
+    precision = getattr(tokenizer, "precision", "")
     try:
         return TokenMetadata(
             tokenizer=tokenizer.identity(),
@@ -184,7 +180,7 @@ def _metadata(tokenizer: FlowMo, images: Source, labels: bool, **options: Any) -
             count=len(images) * options["crops"] * (2 if options["flip"] else 1),
             classes=tuple(images.classes) if labels else (),
             precision=precision and describe(precision, tokenizer.device),
-            items=items.hexdigest()[:16],
+            items=images.identity(labels),
             **options,
         )
     except ValueError as error:

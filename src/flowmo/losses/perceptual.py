@@ -76,7 +76,7 @@ def find_weights(names: tuple[str, ...], url: str, folder: str | Path | None = N
             reason = f"the download failed ({error})"
     raise WeightsNotFoundError(
         f"There is no {' or '.join(names)} in {', '.join(map(str, folders))}, and {reason}. "
-        f"Fetch {url} and put it into a folder named by FLOWMO_WEIGHTS. Training goes without it by opt.lpips_weight=0."
+        f"Fetch {url} and put it into a folder named by FLOWMO_WEIGHTS."
     )
 
 

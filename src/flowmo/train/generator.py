@@ -1,5 +1,6 @@
 """Training task of stage 2: tokens in, a masked-token generator out."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +19,7 @@ from flowmo.data.tokens import NO_CLASS, TokenDataset, Vocabulary
 from flowmo.distributed import World
 from flowmo.evaluate.metrics.pairs import grid
 from flowmo.generate.generator import Generator, build_generator, load_generator
-from flowmo.generate.schedules import MEAN_MASK_RATIO, random_mask
+from flowmo.generate.schedules import expected_masked, random_mask
 from flowmo.images import to_pil
 from flowmo.losses.noise import to_device
 from flowmo.losses.stages import Loss
@@ -76,16 +77,16 @@ class GeneratorStage(nn.Module):
         settings = self.generator.config.generator
         logits = self.generator.network(ids, mask, labels).flatten(0, 1).float()  # (b n) v
         logits = logits[:, : self.generator.vocabulary.vocab_size]  # a network has all values of an id's bits
-        ratio, weight = MEAN_MASK_RATIO[settings.schedule], settings.visible_weight
+        weight, masked = settings.visible_weight, len(ids) * expected_masked(ids.shape[1], settings.schedule)
         targets = torch.where(mask, ids, IGNORED).flatten()  # boolean indexing would sync the host
         summed = partial(F.cross_entropy, logits, label_smoothing=settings.label_smoothing, reduction="sum")
         total = summed(targets)
         if weight:
             total = total + weight * summed(torch.where(mask, IGNORED, ids).flatten())
-        loss, expected = total / (ids.numel() * (ratio + weight * (1 - ratio))), ids.numel() * ratio
+        loss = total / (masked + weight * (ids.numel() - masked))
         with torch.no_grad():
-            nll = F.cross_entropy(logits, targets, reduction="sum") / expected
-            accuracy = (logits.argmax(dim=-1) == targets).float().sum() / expected
+            nll = F.cross_entropy(logits, targets, reduction="sum") / masked
+            accuracy = (logits.argmax(dim=-1) == targets).float().sum() / masked
         return Loss(loss, None, None, {"loss": loss.detach(), "cross_entropy": nll, "accuracy": accuracy})
 
 
@@ -96,6 +97,8 @@ class GeneratorTask(Task):
         DataError: the tokens are missing or damaged, or the held-out ones are another tokenizer's.
         TrainingError: ``generator.tokenizer`` did not make the tokens, or the held-out tokens have other classes.
     """
+
+    source: TokenDataset
 
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         super().__init__(config, world, report)
@@ -132,6 +135,9 @@ class GeneratorTask(Task):
                 f"({vocabulary.model})."
             )
         return tokenizer
+
+    def source_identity(self) -> str:
+        return hashlib.sha256(repr(self.source.metadata).encode()).hexdigest()[:16]
 
     def forecast_arguments(self) -> tuple[Config, bool, Vocabulary]:
         return self.config, False, self.vocabulary

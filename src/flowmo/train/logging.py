@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from flowmo.config import ConfigError
 from flowmo.distributed import World
 
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_id"
 PROGRESS_INTERVAL = 0.25
 CLEAR_LINE = "\r\033[K"
 
@@ -83,8 +85,10 @@ class MetricLogger:
         if self._project:
             import wandb
 
-            name = self.folder.name
-            options = {"id": name, "dir": str(self.folder), "resume": "allow", "config": dict(settings)}
+            name, identity = self.folder.name, self.folder / WANDB_ID
+            if not identity.is_file():  # a run of the same name in another folder is another run
+                write_content(identity, secrets.token_hex(8))
+            options = {"id": identity.read_text(), "dir": str(self.folder), "resume": "allow", "config": dict(settings)}
             self._wandb = wandb.init(project=self._project, name=name, **options)
 
     def report(self, line: str, everywhere: bool = False) -> None:

@@ -53,6 +53,8 @@ def draw_curves(curves: dict[str, Curve], path: Path, best: EarlyStopping) -> No
     wanted = {"training": losses, **{name: (name,) for name in held_out}, **PANELS}
     known = {title: [name for name in names if name in curves] for title, names in wanted.items()}
     panels = {title: names for title, names in known.items() if names}
+    if not panels:
+        return
     figure = Figure(figsize=(12, 3 * math.ceil(len(panels) / 2)), layout="constrained")
     for number, (title, names) in enumerate(panels.items(), 1):
         axis = figure.add_subplot(math.ceil(len(panels) / 2), 2, number)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint import CheckpointError, CheckpointReadError
 from flowmo.checkpoint.files import find, write_content
 from flowmo.checkpoint.run_folder import BEST, CHECKPOINTS, listing
 from flowmo.config import Config, ConfigError
@@ -31,6 +31,8 @@ from flowmo.train.schedule import PAPER_BATCH, BatchPlan, Position, Schedule
 from flowmo.train.task import Task, TrainingError, changed_settings, in_bfloat16
 from flowmo.train.tokenizer import TokenizerTask
 
+STOP = "stop"
+"""A file of this name in the run's folder ends it."""
 START_WEIGHTS = {"model": "the raw weights, as the release", "ema": "the EMA of the weights"}
 
 
@@ -63,10 +65,13 @@ class ResumableRun:
         trainer = config.trainer
         if trainer.best_metric and not config.data.val:  # optional in a settings file, required in a run
             raise ConfigError("trainer.best_metric needs held-out images. Write data.val=IMAGES.")
-        self._lock = state.FolderLock(folder) if world.main else None
+        if world.main:
+            self._lock = state.FolderLock(folder)
+            (folder / STOP).unlink(missing_ok=True)  # one of an earlier start; from now on it is for this one
         self.logger = MetricLogger(folder, world.main, report, trainer.tensorboard, trainer.wandb_project)
         self.task = self.build_task()
         self.config = self.task.config  # a student's names its teacher as base
+        self.source_identity = self._same_source()
         limits = [] if config.data.max_microbatch else world.gather(self._max_microbatch())
         limit = world.broadcast(min(limits, default=None))  # all ranks must take equally many micro-batches
         self.plan = BatchPlan.of(config, world.size, limit)
@@ -87,6 +92,17 @@ class ResumableRun:
         """Build the task that the settings name, with initial weights on the rank's device."""
         task: type[Task] = GeneratorTask if self.config.generator.train else TokenizerTask
         return task(self.config, self.world, self.logger.report)
+
+    def _same_source(self) -> str:
+        """Return the hash of the training set. Raises ``TrainingError`` if another rank has another set."""
+        found = self.world.gather(self.task.source_identity())
+        others = self.world.broadcast([rank for rank, identity in enumerate(found) if identity != found[0]])
+        if others:
+            raise TrainingError(
+                f"Process {others[0]} finds other files in {self.config.data.train} than process 0. Give all machines "
+                "the same files."
+            )
+        return self.world.broadcast(found[0] if found else "")
 
     def _max_microbatch(self) -> int:
         """Forecast the largest micro-batch that fits on the device, or in this process's part of the machine."""
@@ -176,6 +192,8 @@ class ResumableRun:
             metadata = state.read_metadata(found[-1])
             new_stage = self._begins_stage(metadata)
             self._restore(found[-1], metadata, optimizer=not new_stage)
+        except CheckpointReadError:
+            raise
         except CheckpointError as error:
             advice = f"Delete it to resume from {found[-2]}" if len(found) > 1 else "It is the only one of this run"
             raise TrainingError(f"{str(error).rstrip('.')}. {advice}.") from None
@@ -189,6 +207,18 @@ class ResumableRun:
                 self.kept_steps = [*self.kept_steps, metadata["best_step"]]
         else:
             self.early_stopping.load_state_dict(metadata)
+            self._report_differences(metadata)
+
+    def _report_differences(self, metadata: dict) -> None:
+        """Report a training set or a batch that is not the checkpoint's; ``_restore`` reports settings."""
+        if metadata.get("source", self.source_identity) != self.source_identity:
+            self.logger.report(
+                "the training set has other files than at the checkpoint: the rest of this epoch repeats images or "
+                "leaves some out"
+            )
+        batch = metadata.get("batch", self.plan.total)
+        if batch != self.plan.total:
+            self.logger.report(f"the batch differs from the checkpoint's: {batch} -> {self.plan.total} images")
 
     def _start_from(self, path: Path) -> None:
         """Start at the position of another run's or the authors' checkpoint, or at step 0 from bare weights.
@@ -262,6 +292,12 @@ class ResumableRun:
             raise TrainingError(f"{path} is not a training checkpoint of this version of flowmo.")
         self.task.check(path, metadata)
         before = Config.from_dict(metadata["config"])
+        if self.config.opt.teacher and before.opt.teacher and before.model.base != self.config.model.base:
+            raise TrainingError(
+                f"{path} is of a student of {before.model.base.partition('-')[0]}, and opt.teacher="
+                f"{self.config.opt.teacher} is {self.config.model.base.partition('-')[0]} or has another encoder. Name "
+                "the student's teacher, or start another run."
+            )
         optimizer = optimizer and before.model.train == self.config.model.train
         if optimizer and before.opt.optimizer != self.config.opt.optimizer:
             raise TrainingError(f"{path} has another optimizer's state. Write opt.optimizer={before.opt.optimizer}.")
@@ -290,6 +326,8 @@ class ResumableRun:
             "stage": self.config.stage,
             "step": self.step,
             "images": self.images,
+            "batch": self.plan.total,
+            "source": self.source_identity,
             "started_from": self.started_from,
             "stage_begin": self.stage_begin,
             "kept_steps": self.kept_steps,

@@ -39,10 +39,13 @@ def check_start(config: Config, has_weights: bool, resumes: bool = False) -> Non
             f"{why} trains with a frozen {frozen}, which is random here. Add --resume-from-ckpt CHECKPOINT."
         )
     if config.stage != "pretrain" and config.trainer.duration == FIELDS["trainer.duration"].default:
-        raise ConfigError(
-            f"trainer.duration={config.trainer.duration} is the length of stage 1A. Set it to the total length, "
-            f"including the checkpoint's steps: trainer.duration='STEPS steps', STEPS = those + {POSTTRAIN_STEPS}."
-        )
+        advice = "Set it, such as trainer.duration='10 epochs'."
+        if config.stage == "posttrain":
+            advice = (
+                "Set it to the total length, including the checkpoint's steps: trainer.duration='STEPS steps', "
+                f"STEPS = those + {POSTTRAIN_STEPS}."
+            )
+        raise ConfigError(f"trainer.duration={config.trainer.duration} is the length of stage 1A. {advice}")
     if config.trainer.patience and not config.trainer.best_metric and not resumes:
         raise ConfigError(
             f"trainer.patience={config.trainer.patience} needs a metric. "

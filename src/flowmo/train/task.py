@@ -98,6 +98,10 @@ class Task:
 
     # Checkpoints
 
+    def source_identity(self) -> str:
+        """Return a hash of the training set's items and their order."""
+        raise NotImplementedError
+
     def metadata(self) -> dict[str, Any]:
         """Return plain values that checkpoints need besides settings and weights."""
         return {}

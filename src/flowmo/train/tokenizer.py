@@ -21,7 +21,7 @@ from flowmo.evaluate.summary import Summary
 from flowmo.images import to_pil
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.noise import TrainingNoise
-from flowmo.losses.perceptual import LPIPS, SMALLEST_SIDE, build_distance
+from flowmo.losses.perceptual import LPIPS, SMALLEST_SIDE, WeightsNotFoundError, build_distance
 from flowmo.losses.stages import Loss, Stage, crop_images
 from flowmo.model.quantizers import WholeBatch, local_statistic
 from flowmo.streams import Stream, seed_global, stream_seed
@@ -53,6 +53,7 @@ class TokenizerTask(Task):
     """
 
     samples_show_originals = True
+    source: ImageDataset
 
     def __init__(self, config: Config, world: World, report: Callable[[str], None]):
         super().__init__(config, world, report)
@@ -67,7 +68,10 @@ class TokenizerTask(Task):
         self.perceptual = None
         if opt.lpips_weight:
             dtype = lpips_dtype(config, world.device)
-            distance = build_distance(opt.lpips_mode, opt.perceptual_weights or None, dtype=dtype)
+            try:
+                distance = build_distance(opt.lpips_mode, opt.perceptual_weights or None, dtype=dtype)
+            except WeightsNotFoundError as error:
+                raise WeightsNotFoundError(f"{error} opt.lpips_weight=0 trains without it.") from None
             self.perceptual = distance.to(world.device)
             report(f"perceptual loss: {self.perceptual.name}")
         seed_global(config.trainer.seed, Stream.WEIGHTS)
@@ -90,6 +94,9 @@ class TokenizerTask(Task):
         """Open the images of ``data.train`` or ``data.val``."""
         data = self.config.data
         return open_source(data.train, data.train_index) if part == "train" else open_source(data.val, data.val_index)
+
+    def source_identity(self) -> str:
+        return self.source.source.identity(labels=False)
 
     def _load_teacher(self, path: Path) -> FlowMo:
         """Load stage 1C's teacher and copy its weights into the student.
@@ -117,7 +124,7 @@ class TokenizerTask(Task):
         """Read the images of the sample grids, evenly spread over the held-out set, or else over the training set."""
         data = self.config.data
         source = self.open_source("val") if data.val else training_images
-        source = ImageDataset(source, data.image_size, pixels=self.pixels)
+        source = ImageDataset(source, data.image_size, timeout=data.read_timeout, pixels=self.pixels)
         images = []
         for index in evenly_spread(GRID_IMAGES, len(source)):
             image, errors = source.load(index, 0)

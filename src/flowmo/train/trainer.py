@@ -23,12 +23,10 @@ from flowmo.train.memory import used_memory
 from flowmo.train.optimizer import clip_gradients, set_learning_rate, step_if
 from flowmo.train.parallel import accumulating, wrap_ddp
 from flowmo.train.plots import draw
-from flowmo.train.resume import ResumableRun
+from flowmo.train.resume import STOP, ResumableRun
 from flowmo.train.task import TrainingError, in_bfloat16
 
 __all__ = ["Trainer", "TrainingError"]
-
-STOP = "stop"
 
 
 class Trainer(ResumableRun):
@@ -45,7 +43,6 @@ class Trainer(ResumableRun):
         """Train to the end, or until a signal, the stop file or early stopping; save a checkpoint in any case."""
         self.unreadable: set[str] = set()  # names of images
         if self.world.main:
-            (self.folder / STOP).unlink(missing_ok=True)
             (self.folder / ENDED).unlink(missing_ok=True)
             write_content(self.folder / SETTINGS, self.config.to_json())
         self.world.barrier()
@@ -225,7 +222,7 @@ class Trainer(ResumableRun):
             "images_per_second": rate,
             "flop_utilisation": mfu,
             "memory_gib": memory,
-            "learning_rate": self.schedule.learning_rate(self.config.opt, self.images),
+            "learning_rate": self.schedule.learning_rate(self.config.opt, max(self.images - self.plan.total, 0)),
             "skipped_steps": meter.skipped,
             "unreadable_images": len(self.unreadable),
             **means,

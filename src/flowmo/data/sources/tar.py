@@ -67,8 +67,9 @@ class TarSource(Source):
         if str in example:
             return class_labels(cast(list[str | None], labels))
         parts = [[part for part in entry.name.split("/") if part not in ("", ".")] or [""] for entry in self.entries]
-        while len({first for first, *_ in parts}) == 1 and all(len(path) > 2 for path in parts):
-            parts = [path[1:] for path in parts]  # `tar cf train.tar train` puts one folder around everything
+        # `tar cf train.tar train` puts one folder around everything
+        while len({first for first, *_ in parts}) == 1 and max(map(len, parts)) > 2 and min(map(len, parts)) > 1:
+            parts = [path[1:] for path in parts]
         wordnet = [WORDNET.match(first) for first, *_ in parts]
         names = [path[0] if path[1:] else match and match.group() for path, match in zip(parts, wordnet, strict=True)]
         return class_labels(names)

@@ -32,6 +32,8 @@ SHORTENED = 90
 """Names of so many bytes may be shortened in a header."""
 STALE_INDEX = "The index belongs to another file. Make it again with: flowmo data index"
 MAX_LABELS = 1_000_000
+NO_LABEL = ("", "-1")
+"""Contents of a ``.cls`` file that name no class."""
 MAX_HEADER_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 28
 MAX_UNINDEXED_BYTES = 1 << 34
@@ -191,7 +193,8 @@ def _items_of_one_tar(members: Sequence[Member]) -> tuple[list[dict[str, Any]], 
         raise DataError(f"{one_line(twice[0])} is there twice. In a WebDataset, give each sample a key of its own.")
     not_items = extra_images(names, webdataset)
     left_out |= not_items | extra_files(list(labels), webdataset=True)
-    label_of = {_key(name): _as_label(text) for name, text in labels.items() if name not in left_out and text}
+    known = {name: text for name, text in labels.items() if name not in left_out and text not in NO_LABEL}
+    label_of = {_key(name): _as_label(text) for name, text in known.items()}
     images = [row for row in images if row["name"] not in not_items]
     for row in images:
         if _key(row["name"]) in label_of:
