@@ -99,7 +99,7 @@ class PeerTrainer:
         write_whole(self.path, lambda temporary: torch.save(content, temporary))
 
     def restore(self) -> None:
-        content = torch.load(self.path, weights_only=True)
+        content = torch.load(self.path, map_location=self.device, weights_only=True)
         saved = dict(content["settings"])
         rate = saved.pop("discriminator_rate")
         if rate != self.discriminator_rate:

@@ -70,7 +70,7 @@ class ConvolutionalTokenizer(nn.Module):
     def decode_continuous(self, code: Tensor) -> Tensor:
         return self.decoder(code.transpose(1, 2).unflatten(2, (self.side, self.side)))  # b tokens channels -> b 3 h w
 
-    # The interface of flowmo.generate.tokenize.Tokenizer
+    # What flowmo.generate.tokenize.tokenize needs
 
     @property
     def device(self) -> torch.device:

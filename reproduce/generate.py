@@ -70,7 +70,7 @@ def tokenizer_rows(
     make = partial(generation.reconstructions, tokenizer, evaluator)
     yield row("floor", "reconstructions of training pictures", make)
     make = partial(generation.independent_ids, tokenizer, ids, originals.labels)
-    yield row("ceiling", "each id by its frequency at its place", make)
+    yield row("ceiling", "each id by its frequency at its position", make)
 
     def drawn(trained: tuple[Generator, float], kind: str, label: str, **settings: Any) -> Row:
         generator, nats = trained
@@ -118,5 +118,5 @@ def cross_entropies(rows: Sequence[Row]) -> str:
         if "cross_entropy" in row:
             variant = "bit tokens" if row["kind"] == "bits" else "a table of ids"
             found[row["tokenizer"], variant] = f"{row['cross_entropy']:.3f}"
-    header = ("tokenizer", "generator", "held-out nats a hidden id ↓")
+    header = ("tokenizer", "generator", "held-out nats a masked id ↓")
     return page.markdown_table(header, [(*key, value) for key, value in found.items()])

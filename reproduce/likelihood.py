@@ -37,12 +37,12 @@ SCALES = {
     "paper": Scale(images=1000, steps=100, probes=4),
 }
 START = 0.05
-"""Below this time a decoder that predicts images divides its errors by less, and its velocity is stiff."""
+"""The velocity of a decoder that predicts images is its error divided by t, which is stiff below this time."""
 BATCH = 4
 KINDS = {
-    "own": "pictures, their own code",
-    "other": "pictures, another picture's code",
-    "null": "pictures, no code",
+    "own": "images, their own code",
+    "other": "images, another image's code",
+    "null": "images, no code",
     "sample": "samples, their own code",
 }
 COLUMNS = (Column("bits", "bits a number ↓", 3), Column("spread", "spread over images ↓", 3))

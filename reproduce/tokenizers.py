@@ -6,7 +6,7 @@ the ids of each from several seeds. What it draws is compared with the training 
 reconstructions.
 
 Cost: smoke half a minute. cpu an hour and a half on one core. gpu 25 minutes on one H100, by arithmetic. paper two
-tokenizers of 1600 hours on one H100 and three generators of 320 hours, by arithmetic at 40 % of its peak.
+tokenizers of 1600 hours on one H100 and three generators of 350 hours, by arithmetic at 40 % of its peak.
 Expect: stage 1B improves what is drawn; at scale cpu, the convolutional tokenizer stays ahead in Fréchet distance.
 """
 
@@ -30,7 +30,7 @@ KINDS = {
     "posttrained": "FlowMo, stages 1A and 1B",
     "convolutional": "convolutional, adversarial",
 }
-BITS = page.Column("cross_entropy", "bits to predict a hidden id ↓", 2, 1 / math.log(2))
+BITS = page.Column("cross_entropy", "bits to predict a masked id ↓", 2, 1 / math.log(2))
 CPU = CPU_GENERATOR.override("trainer.duration=19200 images")
 GPU = GPU_GENERATOR.override("generator.depth=8", "trainer.duration=500k images")
 STAGE_1B = ("opt.lr=1e-4", "model.ema_decay=0.987")
