@@ -247,6 +247,32 @@ def test_pictures_are_not_measured_with_the_settings_of_a_run(capsys):
         assert f"{setting} is for runs" in error
 
 
+def test_a_report_replaces_no_other_page(capsys, tmp_path):
+    """A folder that ``--report`` made may be written again; the index of a site may not."""
+    (tmp_path / "index.html").write_text("a site")
+    status, _, error = run(capsys, "evaluate", "pictures", "--report", tmp_path)
+    assert (status, error.count("\n")) == (2, 1)
+    assert "index.html is not of a report" in error
+    (tmp_path / "measured").mkdir()
+    assert "no such folder" in run(capsys, "evaluate", tmp_path / "none", "--report", tmp_path)[2]
+    assert "is a file" in run(capsys, "evaluate", "pictures", "--report", tmp_path / "index.html" / "out")[2]
+
+
+def test_no_network_is_looked_for_before_model_and_peers_are_checked(capsys, monkeypatch, tiny_model, tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr("flowmo.evaluate.reconstruction.Evaluators.find", lambda *_: pytest.fail("too early"))
+    for words, message in ((("--model", "nothere"), "nothere"), (("--peers", "jpeg=90"), "jpeg takes no value")):
+        status, _, error = run(capsys, "evaluate", tmp_path, "--model", tiny_model, *words)
+        assert (status, error.count("\n"), message in error) == (2, 1, True), error
+
+
+def test_words_out_of_order_are_explained(capsys):
+    with pytest.raises(SystemExit):
+        main(["encode", "cat.jpg", "--model", "native", "out.flowmo"])
+    assert "before the options" in capsys.readouterr().err
+    assert "Write PICTURES before --peers" in run(capsys, "evaluate", "--peers", "jpeg", "webp", "pictures")[2]
+
+
 def test_evaluate_asks_for_images_before_it_looks_for_networks(capsys, monkeypatch):
     monkeypatch.setattr("flowmo.evaluate.reconstruction.Evaluators.find", lambda *_: pytest.fail("too early"))
     status, _, error = run(capsys, "evaluate")

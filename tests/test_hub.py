@@ -68,6 +68,22 @@ def test_a_card_holds_the_evaluation_as_the_hub_reads_it(tiny, native):
         hub.card(tiny, "someone/tiny", {"psnr": None})
 
 
+@pytest.mark.parametrize("is_fid", [True, False])
+def test_only_features_of_inception_make_an_rfid(tiny, is_fid):
+    row = {"frechet_distance": 12.5, "is_fid": is_fid, "feature_network": "a network", "images": 9}
+    content = hub.card(tiny, "someone/tiny", row)
+    assert ("| rFID | 12.5 |" in content, "| Fréchet distance | 12.5 |" in content) == (is_fid, not is_fid)
+    assert "9 images, one sample each. Features: a network." in content
+
+
+def test_a_card_that_exists_is_kept(tiny, tmp_path):
+    (tmp_path / hub.CARD_FILE).write_text("edited")
+    tiny.save_pretrained(tmp_path)
+    assert (tmp_path / hub.CARD_FILE).read_text() == "edited"
+    tiny.save_pretrained(tmp_path, evaluation={"psnr": 20.0, "images": 1})
+    assert "20" in (tmp_path / hub.CARD_FILE).read_text()
+
+
 def test_the_cache_without_a_network(folder, tiny, tmp_path):
     """As huggingface_hub lays it out: refs name a commit, snapshots hold its files."""
     pytest.importorskip("huggingface_hub")

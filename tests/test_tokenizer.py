@@ -43,6 +43,17 @@ def test_batch_size_changes_neither_ids_nor_samples(tiny, images, chunk_size):
     assert torch.equal(tiny.decode(together[order], steps=4, seed=7), samples[order])
 
 
+@pytest.mark.parametrize(("side", "batch"), [(64, 4), (128, 1)])
+def test_a_lone_large_image_is_computed_once(native, monkeypatch, side, batch):
+    """A device whose batches have four images of 64 × 64 pixels takes a larger one alone."""
+    monkeypatch.setattr(type(native), "default_chunk_sizes", (4, 4))
+    sizes = []
+    for network in (native.encoder, native.decoder):
+        network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    native.decode(native.encode(torch.rand(1, 3, side, side) * 2 - 1), steps=1)
+    assert sizes == [batch, batch]
+
+
 def test_a_picture_is_a_function_of_its_ids_and_seed(tiny, images):
     codes = tiny.encode(images[:2])
     same = codes[[0, 0, 1]]

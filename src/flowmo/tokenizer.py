@@ -63,12 +63,16 @@ class FlowMo(Autoencoder):
     ) -> None:
         """Write ``model.safetensors`` and a model card for ``name`` into a folder, which ``from_pretrained`` reads.
 
+        A ``README.md`` that exists is kept, unless there is an ``evaluation`` for a new one.
+
         Args:
             context: content of a context model's file, which goes beside the weights.
             evaluation: output of ``flowmo evaluate --json``, for the card.
         """
         save(self, Path(folder) / hub.MODEL_FILE)
-        files.write_content(Path(folder) / hub.CARD_FILE, hub.card(self, name, evaluation))
+        card = Path(folder) / hub.CARD_FILE
+        if evaluation is not None or not card.exists():
+            files.write_content(card, hub.card(self, name, evaluation))
         if context is not None:
             files.write_content(Path(folder) / hub.CONTEXT_FILE, context)
 
@@ -123,7 +127,8 @@ class FlowMo(Autoencoder):
         Args:
             images: as in ``encode``, which raises the same errors.
             perceptual: distance of two batches, such as ``flowmo.losses.perceptual.LPIPS("vgg")``; ``None`` omits it.
-            seed: of timesteps and noise; ``None`` draws one from PyTorch's global generator.
+            seed: of timesteps and noise; ``None`` draws one from PyTorch's global generator, which the noise of a KL,
+                LayerNorm or infill bottleneck always uses.
         """
         self.check_images(images)
         images = images.to(self.device, torch.float32)
@@ -189,7 +194,7 @@ class FlowMo(Autoencoder):
         by_image, by_block = (None, progress) if count == 1 else (progress, None)
         parts: list[Any] = []
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            for rows in self.chunks(count, by_image):
+            for rows in self.chunks(count, by_image, self._largest_chunk(*size)):
                 chunk = images[rows].to(self.device, torch.float32)
                 with computing(self.precision, self.device):
                     if self.native_size:
@@ -267,7 +272,7 @@ class FlowMo(Autoencoder):
         times = sampler.shifted_times(s.sample_steps, s.rho)
         out = [noise[:0].to(self.device)]
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            for rows in self.chunks(len(noise), progress):
+            for rows in self.chunks(len(noise), progress, self._largest_chunk(*noise.shape[-2:])):
                 z, c = noise[rows].to(self.device), code[rows]
                 with computing(self.precision, self.device):
                     if self.config.model.mean_velocity:
@@ -283,6 +288,13 @@ class FlowMo(Autoencoder):
                 "weights may be damaged."
             )
         return images
+
+    def _largest_chunk(self, height: int, width: int) -> int:
+        """Number of images of this size that have the pixels of the largest batch of trained size; at least 1.
+
+        A lone large image would otherwise be computed as often as a batch has images.
+        """
+        return max(max(self.default_chunk_sizes) * self.config.data.image_size**2 // (height * width), 1)
 
     def _code_and_size(self, codes: Codes | Tensor, size: tuple[int, int] | None) -> tuple[Tensor, int, int]:
         """Return the decoder's code, and the size of the images to make."""

@@ -71,11 +71,13 @@ METRICS = {
     "ssim": "SSIM",
     "lpips_alex": "LPIPS (AlexNet)",
     "lpips_vgg": "LPIPS (VGG)",
-    "frechet_distance": "rFID",
-    "kernel_distance": "rKID",
+    "frechet_distance": "Fréchet distance",
+    "kernel_distance": "kernel distance",
     "bits_per_pixel": "bits per pixel",
 }
 """Keys of ``flowmo evaluate --json`` that a card shows, and their names."""
+OF_INCEPTION = {"frechet_distance": "rFID", "kernel_distance": "rKID"}
+"""Names of metrics whose features are those of FID's Inception."""
 
 
 def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None) -> str:
@@ -99,9 +101,12 @@ def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None)
         if not values:
             raise CheckpointError("The evaluation holds no metric. Use the output of flowmo evaluate --json.")
         count = evaluation.get("images", evaluation.get("pictures"))  # pictures: a former name
-        rows = [f"| {METRICS[key]} | {value:.4g} |" for key, value in values.items()]
-        results = "\n".join([f"{count} images, one sample each.", "", "| metric | mean |", "|---|--:|", *rows])
-        metrics = [{"type": key, "name": METRICS[key], "value": value} for key, value in values.items()]
+        names = METRICS | (OF_INCEPTION if evaluation.get("is_fid") else {})
+        network = f" Features: {evaluation['feature_network']}." if evaluation.get("feature_network") else ""
+        rows = [f"| {names[key]} | {value:.4g} |" for key, value in values.items()]
+        about = f"{count} images, one sample each.{network}"
+        results = "\n".join([about, "", "| metric | mean |", "|---|--:|", *rows])
+        metrics = [{"type": key, "name": names[key], "value": value} for key, value in values.items()]
         task, dataset = {"type": "image-to-image"}, {"name": "held-out images", "type": "held-out"}
         result = {"task": task, "dataset": dataset, "metrics": metrics}
         model_index = yaml.safe_dump({"model-index": [{"name": title, "results": [result]}]}, sort_keys=False)

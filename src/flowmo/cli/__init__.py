@@ -74,8 +74,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         word = rest[0].partition("=")[0]
         options = arguments.command.options
         flags = [flag for each in options if each.settings["help"] != argparse.SUPPRESS for flag in each.flags]
-        kind = "option" if word.startswith("-") else "argument"
-        arguments.parser.reject(f"There is no {kind} {word!r} here", word, flags)
+        if word.startswith("-"):
+            arguments.parser.reject(f"There is no option {word!r} here", word, flags)
+        advice = ". Write names of files before the options" if any(each.startswith("-") for each in words) else ""
+        arguments.parser.reject(f"There is no argument {word!r} here{advice}")
     return arguments
 
 

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowmo.cli.options import load, prepare, sampling
-from flowmo.cli.output import Progress, UsageError, require
+from flowmo.cli.output import Progress, UsageError, check_outputs, require
 from flowmo.codec.file import Codec, find_context
-from flowmo.data import Source, open_source
+from flowmo.data import open_source
 from flowmo.distributed import World, join
 from flowmo.evaluate.reconstruction import Evaluators, FlowMoReconstructor
 from flowmo.evaluate.summary import notes
@@ -23,55 +23,78 @@ if TYPE_CHECKING:
 
 Log = Callable[..., None]
 """Prints a line on the main rank, to standard output or ``file``."""
-
-
-FOR_PICTURES = ("limit", "fit", "bpp", "size", "peers", "report", "enlarge", "steps", "seed", "guidance")
-"""Options of ``compare``."""
-OF_MODELS = ("model", "precision", "compile", "no_lpips")
-"""Options of models, which ``--reference`` has none of."""
-OF_RUNS = ("results_dir", "experiment_name")
-FOR_RUNS = ("eval.eval_dir=", "eval.force_ckpt_path=", "eval.continuous=", "eval.subsample_rate=", "data.val=")
-"""Starts of settings that ``compare`` does not read."""
+PICTURE_OPTIONS = ("limit", "fit", "bpp", "size", "peers", "report", "enlarge", "steps", "seed", "guidance")
+"""Options of reconstructions of PICTURES."""
+MODEL_OPTIONS = ("model", "precision", "compile", "no_lpips")
+"""Options of models, which --reference has none of."""
+RUN_OPTIONS = ("results_dir", "experiment_name")
+RUN_SETTINGS = ("eval.eval_dir=", "eval.force_ckpt_path=", "eval.continuous=", "eval.subsample_rate=", "data.val=")
+"""Starts of settings that only the evaluation of a run reads."""
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    check_options(arguments)
+    with join(arguments.device) as world:
+        log = partial(print, flush=True) if world.main else lambda *_, **__: None
+        if arguments.reference:
+            evaluate_generated(arguments, world, log)
+        elif arguments.images:
+            compare(arguments, world, log)
+        else:
+            follower = run_follower(arguments, world, log)
+            follower.evaluators = find_evaluators(arguments, world, log)
+            follower.evaluate()
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that do not belong together, and a report that cannot be written. Raises ``UsageError``."""
 
     def given(*names: str) -> str:
         changed = [name for name in names if getattr(arguments, name) != arguments.parser.get_default(name)]
         return ", ".join(f"--{name.replace('_', '-')}" for name in changed)
 
-    if words := given(*FOR_PICTURES) if arguments.reference or not arguments.images else "":
+    if words := given(*PICTURE_OPTIONS) if arguments.reference or not arguments.images else "":
+        order = " Write PICTURES before --peers and --bpp." if arguments.peers or arguments.bpp else ""
         raise UsageError(
-            f"{words}: only for reconstructions of PICTURES. For a run, change settings, such as "
+            f"{words}: only for reconstructions of PICTURES.{order} For a run, change settings, such as "
             "eval.subsample_rate=10 or eval.sampling.sample_steps=25."
         )
-    if arguments.reference and (words := given(*OF_MODELS, *OF_RUNS) or ", ".join(arguments.settings)):
+    if arguments.reference and (words := given(*MODEL_OPTIONS, *RUN_OPTIONS) or ", ".join(arguments.settings)):
         raise UsageError(f"{words}: not with --reference, which compares two sets of images.")
     if not arguments.images and (words := given("model")):
         raise UsageError(f"{words}: a run has its own model. Leave it out, or name PICTURES.")
-    if arguments.images and (words := given(*OF_RUNS)):
+    if arguments.images and (words := given(*RUN_OPTIONS)):
         raise UsageError(f"{words}: only for runs. Reconstructions of PICTURES are kept with --report.")
-    of_a_run = [setting for setting in arguments.settings if setting.startswith(FOR_RUNS)]
-    if arguments.images and of_a_run:
-        raise UsageError(f"{of_a_run[0]} is for runs. Leave out PICTURES, or write --model RUN.")
+    run_settings = [setting for setting in arguments.settings if setting.startswith(RUN_SETTINGS)]
+    if arguments.images and run_settings:
+        raise UsageError(f"{run_settings[0]} is for runs. Leave out PICTURES, or write --model RUN.")
+    if arguments.fit == "whole" and arguments.size:
+        raise UsageError("--fit whole takes every image at its own size. Leave out --size.")
+    if arguments.fit == "whole" and arguments.enlarge:
+        raise UsageError("--enlarge is for crops. --fit whole takes every image at its own size.")
     if arguments.report:
         require("matplotlib", "--report", "'flowmo[studies]'")
-    with join(arguments.device) as world:
-        log = partial(print, flush=True) if world.main else lambda *_, **__: None
-        if arguments.reference:
-            evaluate_generated(arguments, world, log)
-            return
-        source = open_source(arguments.images) if arguments.images else None
-        follower = run_follower(arguments, world, log) if source is None else None
-        evaluators, missing = Evaluators.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
-        for line in missing:
-            log(line, file=sys.stderr)
-        evaluators.to(world.device)
-        if follower is not None:
-            follower.evaluators = evaluators
-            follower.evaluate()
-        elif source is not None:
-            compare(arguments, source, evaluators, world, log)
+        check_report(arguments.report)
+
+
+def check_report(folder: Path) -> None:
+    """Refuse a folder whose pages are not of an earlier report, or in which nothing can be written."""
+    from flowmo.evaluate.comparison import MEASURED
+    from flowmo.evaluate.report import PAGES, RESULTS
+
+    pages = [folder / name for name in (*PAGES, RESULTS)]
+    others = [page for page in pages if page.exists()]
+    if others and not (folder / MEASURED).is_dir():
+        raise UsageError(f"{others[0]} is not of a report that --report made. Name another folder.")
+    check_outputs(pages, force=True)
+
+
+def find_evaluators(arguments: argparse.Namespace, world: World, log: Log) -> Evaluators:
+    """Find the networks of the metrics, or download them. Log those that are missing."""
+    evaluators, missing = Evaluators.find(() if arguments.no_lpips else ("alex", "vgg"), arguments.features)
+    for line in missing:
+        log(f"{line} --no-lpips and --features none leave such metrics out.", file=sys.stderr)
+    return evaluators.to(world.device)
 
 
 def evaluate_generated(arguments: argparse.Namespace, world: World, log: Log) -> None:
@@ -113,14 +136,11 @@ def run_follower(arguments: argparse.Namespace, world: World, log: Log) -> Follo
     return follower
 
 
-def compare(arguments: argparse.Namespace, source: Source, evaluators: Evaluators, world: World, log: Log) -> None:
+def compare(arguments: argparse.Namespace, world: World, log: Log) -> None:
     """Measure reconstructions of a model and its peers."""
     from flowmo.evaluate.comparison import Comparison
 
-    if arguments.fit == "whole" and arguments.size:
-        raise UsageError("--fit whole takes every image at its own size. Leave out --size.")
-    if arguments.fit == "whole" and arguments.enlarge:
-        raise UsageError("--enlarge is for crops. --fit whole takes every image at its own size.")
+    source = open_source(arguments.images)
     tokenizer = load(arguments, str(world.device))
     if world.main:
         sampling(arguments, tokenizer)  # warns of guidance without effect
@@ -136,7 +156,6 @@ def compare(arguments: argparse.Namespace, source: Source, evaluators: Evaluator
     comparison = Comparison(
         model=model,
         source=source,
-        evaluators=evaluators,
         side=None if arguments.fit == "whole" else arguments.size or config.data.image_size,
         rates=arguments.bpp or (),
         peers=arguments.peers,
@@ -146,13 +165,18 @@ def compare(arguments: argparse.Namespace, source: Source, evaluators: Evaluator
         world=world,
         progress=Progress,
     )
+    comparison.evaluators = find_evaluators(arguments, world, log)  # downloads come after all that can be refused
     for entry in comparison.measure():
         if not arguments.json:
             log("\n".join((entry.summary.name, *entry.summary.lines(), "")))
     summaries = [entry.summary for entry in comparison.entries]
     if arguments.json:
-        settings = {"steps": model.steps, "seed": model.seed, "precision": comparison.precision}
-        rows = [summary.as_dict() | settings for summary in summaries]
+        settings: dict[str, Any] = {"steps": model.steps, "seed": model.seed, "guidance": model.guidance}
+        settings |= {"precision": comparison.precision}
+        rows = [
+            entry.summary.as_dict() | (settings if isinstance(entry.candidate, FlowMoReconstructor) else {})
+            for entry in comparison.entries
+        ]
         log(json.dumps(rows[0] if len(rows) == 1 else rows, indent=1))
     else:
         log("\n".join((comparison.protocol, *notes(summaries), f"Precision of {name}: {comparison.precision}.")))

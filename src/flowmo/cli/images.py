@@ -81,7 +81,8 @@ def encode(arguments: argparse.Namespace) -> None:
     if arguments.fit == "crop" and any(is_code(path) for path, _ in jobs):
         raise UsageError("--fit crop takes images, not .flowmo files, whose ids are of the whole image.")
     tokenizer = load(arguments)
-    reader = Codec(tokenizer, find_context_model(arguments, tokenizer))
+    needs_context = not arguments.packed or any(is_code(path) for path, _ in jobs)
+    reader = Codec(tokenizer, find_context_model(arguments, tokenizer) if needs_context else None)
     codec = Codec(tokenizer) if arguments.packed else reader
 
     def run(path: Path, output: Path, progress: Progress | None) -> tuple[dict, str]:

@@ -103,8 +103,8 @@ def device(text: str) -> str:
         if torch.device(text).type == "cuda":  # no allocation: every rank would create a context on the first GPU
             found = torch.cuda.is_available() and (torch.device(text).index or 0) < torch.cuda.device_count()
         else:
-            found = torch.empty(0, device=text) is not None
-    except (RuntimeError, AssertionError):
+            found = torch.empty(0, device=text).device.type != "meta"  # whose tensors have no values
+    except (RuntimeError, AssertionError, ImportError):
         found = False
     if not found:
         raise argparse.ArgumentTypeError(f"this machine has no device {text!r}")

@@ -194,8 +194,10 @@ class Codec:
             ContextError: the file is entropy-coded, but constriction is not installed.
         """
         content = bytes(content)
-        if content[:3] != MAGIC or len(content) < MIN_BYTES:
+        if content[:3] != MAGIC:
             raise CodecError("This is not a .flowmo file.")
+        if len(content) < MIN_BYTES:
+            raise _damaged("it ends early")
         reader, version, coding = Reader(content, len(MAGIC) + 1), content[3] & 15, content[3] >> 4
         if version not in (VERSION, PLANES_VERSION) or coding not in (PACKED, CONTEXT):
             raise CodecError(

@@ -21,6 +21,8 @@ from flowmo.evaluate.summary import Summary
 from flowmo.model.tiling import Tiling
 from flowmo.precision import describe
 
+MEASURED = "measured"
+"""Folder of the measurements within that of the report."""
 PEERS = "reproduce.peers"
 """Module of the published tokenizers, in a checkout of the repository."""
 
@@ -32,6 +34,7 @@ class Comparison:
     Attributes:
         model: the FlowMo. Its ``steps`` and ``guidance`` are numbers, for the report.
         side: side of the central square crops; ``None`` takes each image at its own size.
+        evaluators: the networks of the metrics, by default none. They can be set until ``measure``.
         rates: bits per pixel to encode at, by a variable-rate model; none is the full rate.
         peers: names of ``FORMATS``, or tokenizers as ``open_peer`` takes them. Codecs get the bytes of the ids; without
             a ``side``, at least the bytes of the model's file of the same image.
@@ -46,8 +49,8 @@ class Comparison:
 
     model: FlowMoReconstructor
     source: Source
-    evaluators: Evaluators
     side: int | None
+    evaluators: Evaluators = field(default_factory=Evaluators)
     rates: Sequence[float] = ()
     peers: Sequence[str] = ()
     limit: int | None = None
@@ -74,12 +77,13 @@ class Comparison:
         self.budget = math.ceil(tokens * bits / model.code_length / 8)  # bytes of the ids of a square crop
         square = f"Short side resized to {side} (bilinear, antialiased), central square of {side} × {side}."
         self.protocol = square if self.side else "Each image whole, at its own size."
-        self.evaluators.cache_originals = bool(self.peers) or len(self.rates) > 1
         self.others = [other for peer in self.peers for other in self._open(peer)]  # any error before hours of work
 
     def _open(self, peer: str) -> Iterator[tuple[Reconstructor, dict[str, Any]]]:
         """Yield the candidates of a peer, with the settings that their metrics depend on."""
         name, _, weights = peer.partition("=")
+        if name in FORMATS and weights:
+            raise EvaluationError(f"{peer}: {name} takes no value, for its quality follows from the bytes.")
         if name in FORMATS and self.side:
             for headers in (True, False):
                 yield CodecReconstructor(name, self.budget, headers), {"budget": self.budget}
@@ -91,46 +95,51 @@ class Comparison:
             raise EvaluationError(f"{name} does not stand beside whole images. Choose from {', '.join(FORMATS)}.")
 
     def measure(self) -> Iterator[Entry]:
-        """Measure one candidate after another."""
-        for candidate, metadata in self._candidates():
-            measured = measure(
-                candidate,
-                self.source,
-                self.side,
-                self.evaluators,
-                limit=self.limit,
-                batch_size=self.model.tokenizer.config.eval.batch_size,
-                device=self.world.device,
-                world=self.world,
-                enlarge=self.enlarge,
-                folder=self.out / "measured" / candidate.name if self.out else None,
-                metadata=metadata,
-                progress=self.progress(candidate.name),
-                pixels=self.model.tokenizer.pixels,
-            )
-            summary = Summary.of(candidate.name, measured, self.evaluators.features)
-            self.entries.append(Entry(candidate, measured.without_features(), summary))
-            yield self.entries[-1]
+        """Measure the model at each rate, for whole images with the codecs at its bytes, then all other candidates."""
+        self.evaluators.cache_originals = bool(self.peers) or len(self.rates) > 1
+        for rate in self.rates or (None,):
+            suffix = "" if rate is None else f" at {rate:g}"
+            settings = self._sampling() | {"bits_per_pixel": rate}
+            entry = self._measure(replace(self.model, name=self.model.name + suffix, bits_per_pixel=rate), settings)
+            yield entry
+            if not self.side and self.others:
+                rows = entry.measurement.rows
+                budgets = dict(zip(rows["index"].tolist(), rows["file_bits"].div(8).int().tolist(), strict=True))
+                for codec, metadata in self.others:
+                    assert isinstance(codec, CodecReconstructor)
+                    yield self._measure(replace(codec, budget=budgets, suffix=suffix), metadata | settings)
+        for candidate, metadata in self.others if self.side else ():
+            yield self._measure(candidate, metadata)
 
-    def _candidates(self) -> Iterator[tuple[Reconstructor, dict[str, Any]]]:
-        """Yield each candidate with the settings that its metrics depend on."""
+    def _sampling(self) -> dict[str, Any]:
+        """Settings that the model's metrics depend on, but for the rate."""
         model, tokenizer = self.model, self.model.tokenizer
         sampling = {"steps": model.steps, "seed": model.seed, "guidance": model.guidance, "precision": self.precision}
         sampling |= {"identity": tokenizer.weights_identity(), "settings": str(tokenizer.config.eval.sampling)}
         if model.codec and model.codec.context:
             sampling["context"] = hashlib.sha256(model.codec.context.save()).hexdigest()
-        for rate in self.rates or (None,):
-            suffix = "" if rate is None else f" at {rate:g}"
-            settings = sampling | {"bits_per_pixel": rate}
-            yield replace(model, name=model.name + suffix, bits_per_pixel=rate), settings
-            if not self.side and self.others:
-                rows = self.entries[-1].measurement.rows
-                budgets = dict(zip(rows["index"].tolist(), rows["file_bits"].div(8).int().tolist(), strict=True))
-                for codec, metadata in self.others:
-                    assert isinstance(codec, CodecReconstructor)
-                    yield replace(codec, budget=budgets, suffix=suffix), metadata | settings
-        if self.side:
-            yield from self.others
+        return sampling
+
+    def _measure(self, candidate: Reconstructor, metadata: dict[str, Any]) -> Entry:
+        """Measure a candidate, and keep its entry. ``metadata``: settings that its metrics depend on."""
+        measured = measure(
+            candidate,
+            self.source,
+            self.side,
+            self.evaluators,
+            limit=self.limit,
+            batch_size=self.model.tokenizer.config.eval.batch_size,
+            device=self.world.device,
+            world=self.world,
+            enlarge=self.enlarge,
+            folder=self.out / MEASURED / candidate.name if self.out else None,
+            metadata=metadata,
+            progress=self.progress(candidate.name),
+            pixels=self.model.tokenizer.pixels,
+        )
+        summary = Summary.of(candidate.name, measured, self.evaluators.features)
+        self.entries.append(Entry(candidate, measured.without_features(), summary))
+        return self.entries[-1]
 
     def report(self, source: str, model: str) -> None:
         """Write the report to ``out``. ``source`` and ``model`` are names for its header."""

@@ -25,6 +25,7 @@ from flowmo.evaluate.metrics.pairs import per_channel, squared_error, ssim
 from flowmo.images import ImageError, resize_and_crop, size_of, to_bytes, to_tensor
 from flowmo.images.pixels import PixelFormat
 from flowmo.losses.perceptual import LPIPS
+from flowmo.model.autoencoder import RateError
 from flowmo.model.sampler import image_seed
 from flowmo.model.tiling import LARGEST, Tiling
 from flowmo.tokenizer import FlowMo
@@ -171,7 +172,7 @@ class Evaluators(nn.Module):
         for name, network in self.named_children():
             if name != "features":
                 rows[name] = in_fixed_batches(network, x, y, batch_size=batch_size)
-        rows = {name: column.double().cpu() for name, column in rows.items()}
+        rows = {name: column.cpu().double() for name, column in rows.items()}
         if self.features is not None:
             rows["originals"] = self._features_of_originals(self.features, x, batch_size)
             rows["results"] = in_fixed_batches(self.features, y, batch_size=batch_size).pooled.float().cpu()
@@ -259,7 +260,12 @@ def measure(
                 on_unreadable(reason)
             indices = [index for index in indices if index not in unreadable]
             if indices:
-                result = candidate.reconstruct(x, indices)
+                try:
+                    result = candidate.reconstruct(x, indices)
+                except (EvaluationError, ImageError, RateError) as error:
+                    more = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
+                    name = source.name(indices[0])
+                    raise EvaluationError(f"{candidate.name} cannot reconstruct {name}{more}: {error}") from None
                 finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
                 if not all(finite):
                     name = source.name(indices[finite.index(False)])

@@ -32,6 +32,7 @@ GRID_HEIGHT = 256
 LABEL_SIZE = 14
 PAGES = {"index.html": "page.html", "report.md": "page.md"}
 """Files of a report and their templates."""
+RESULTS = "report.json"
 
 Table = list[list[str]]
 """Rows of cells; the first row is the heading."""
@@ -72,7 +73,7 @@ def write_report(
         "rows": [row.as_dict() for row in rows],
         "published": [row._asdict() | {"bits_per_pixel": row.bits_per_pixel} for row in TABLE_1 + TABLE_3],
     }
-    write_content(out / "report.json", _encoded(json.dumps(content, indent=1, ensure_ascii=False)))
+    write_content(out / RESULTS, _encoded(json.dumps(content, indent=1, ensure_ascii=False)))
     page = {
         "header": header,
         "results": results_table(rows),

@@ -38,9 +38,13 @@ class InferenceModel(nn.Module):
         """The networks made of blocks, by name."""
         return {name: child for name, child in self.named_children() if hasattr(child, "blocks")}
 
-    def chunks(self, count: int, progress: Progress | None = None) -> Iterator[list[int]]:
-        """Split indices into batches of one size, which repeat the last index: rounding depends on the batch size."""
-        size = self.chunk_size or self.default_chunk_sizes[self.device.type != "cpu"]
+    def chunks(self, count: int, progress: Progress | None = None, most: int | None = None) -> Iterator[list[int]]:
+        """Split indices into batches of one size, which repeat the last index: rounding depends on the batch size.
+
+        ``most`` bounds the default size.
+        """
+        default = self.default_chunk_sizes[self.device.type != "cpu"]
+        size = self.chunk_size or min(default, most or default)
         for start in range(0, count, size):
             yield [min(i, count - 1) for i in range(start, start + size)]
             if progress:

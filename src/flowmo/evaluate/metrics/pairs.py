@@ -17,7 +17,12 @@ SSIM_K = 0.01, 0.03
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared error of each pair of 8-bit images b × c × h × w, on the scale 0 … 255: float64 b."""
-    return (x.double() - y.double()).square().flatten(1).mean(dim=1)
+    return (_double(x) - _double(y)).square().flatten(1).mean(dim=1)
+
+
+def _double(x: Tensor) -> Tensor:
+    """Convert to float64, which Apple's GPUs do not have: on the CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def decibels(error: Tensor) -> Tensor:
@@ -38,7 +43,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     ``SmallImageError``.
     """
     check_side("SSIM", x.shape, SSIM_WINDOW)
-    x, y = x.double(), y.double()
+    x, y = _double(x), _double(y)
     c1, c2 = ((k * 255) ** 2 for k in SSIM_K)
     mean_x, mean_y, xx, yy, xy = (F.avg_pool2d(z, SSIM_WINDOW, 1) for z in (x, y, x * x, y * y, x * y))
     unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
