@@ -10,7 +10,8 @@ improves, and PSNR falls. ρ = 4 is ahead of ρ = 1 by 1 dB at eight steps, as i
 Guidance changes PSNR by less than 0.1 dB and is best in the Fréchet distance at 1.5. At equal passes, above four,
 second-order solvers have a lower Fréchet distance and a lower PSNR than Euler's, for they follow the flow more closely.
 The interval (written before its first run): a guidance of 2 from t = 0 to 1 takes 0.3 dB of PSNR more than within the
-paper's 0.145 to 0.505; the upper end matters, the lower one does not.
+paper's 0.145 to 0.505; the upper end matters, the lower one does not. With whole last steps (written before their
+first row): from one to 16 steps of ρ = 4 the Fréchet distance falls from 305 to 245 and PSNR from 18.3 to 15.0 dB.
 """
 
 from __future__ import annotations
