@@ -52,8 +52,8 @@ def midpoint(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tenso
 def heun(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Tensor:
     """Second order, two velocities per step. It follows their mean; the step to 0 is Euler's, as in EDM.
 
-    Where the decoder predicts images, take a ρ near 1: a step from t to a much smaller t' multiplies the difference of
-    two predictions by (t / t' − 1) / 2.
+    Where the decoder predicts images, a step from t to a much smaller t' multiplies the difference of two predictions
+    by (t / t' − 1) / 2. So ρ = 4 costs it more PSNR than other solvers.
     """
     x = noise
     for t, t_next in itertools.pairwise(times):
