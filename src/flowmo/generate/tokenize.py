@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from flowmo.checkpoint.files import write_content
 from flowmo.data import DataError, ImageDataset, Source
 from flowmo.data import token_files as files
-from flowmo.data.sources.base import require_labels
+from flowmo.data.sources.base import identity_of, require_labels
 from flowmo.data.token_files import WHOLE, Part, TokenMetadata
 from flowmo.distributed import World
 from flowmo.errors import one_line
@@ -180,7 +180,7 @@ def _metadata(tokenizer: FlowMo, images: Source, labels: bool, **options: Any) -
             count=len(images) * options["crops"] * (2 if options["flip"] else 1),
             classes=tuple(images.classes) if labels else (),
             precision=precision and describe(precision, tokenizer.device),
-            items=images.identity(labels),
+            items=identity_of(images, labels),
             **options,
         )
     except ValueError as error:

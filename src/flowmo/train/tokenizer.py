@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowmo.checkpoint.files import read
 from flowmo.config import OWN, Config
 from flowmo.data import ImageDataset, Source, evenly_spread, open_source
+from flowmo.data.sources.base import identity_of
 from flowmo.distributed import World
 from flowmo.errors import check_side
 from flowmo.evaluate.metrics import build_features
@@ -96,7 +97,7 @@ class TokenizerTask(Task):
         return open_source(data.train, data.train_index) if part == "train" else open_source(data.val, data.val_index)
 
     def source_identity(self) -> str:
-        return self.source.source.identity(labels=False)
+        return identity_of(self.source.source, labels=False)
 
     def _load_teacher(self, path: Path) -> FlowMo:
         """Load stage 1C's teacher and copy its weights into the student.

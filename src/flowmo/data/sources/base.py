@@ -58,13 +58,14 @@ class Source:
     def label(self, index: int) -> int | None:
         return self.labels[index]
 
-    def identity(self, labels: bool = True) -> str:
-        """Hash the images' names and labels to 16 hex digits. Folders do not count: another machine may have others."""
-        items = hashlib.sha256()
-        for index in range(len(self)):
-            name = f"{self.name(index).rpartition('/')[2]} {self.label(index) if labels else ''}\n"
-            items.update(name.encode(errors="surrogateescape"))
-        return items.hexdigest()[:16]
+
+def identity_of(source: Source, labels: bool) -> str:
+    """Hash the images' names, and labels, to 16 hex digits. Folders do not count: another machine may have others."""
+    items = hashlib.sha256()
+    for index in range(len(source)):
+        name = f"{source.name(index).rpartition('/')[2]} {source.label(index) if labels else ''}\n"
+        items.update(name.encode(errors="surrogateescape"))
+    return items.hexdigest()[:16]
 
 
 def file_version(path: Path) -> str:
