@@ -254,15 +254,17 @@ def test_the_command_puts_an_evaluation_into_the_card(tiny_model, tmp_path, caps
         assert "flowmo evaluate --json" in capsys.readouterr().err
 
 
-def test_a_folder_keeps_no_context_model_of_another(tiny_model, tmp_path, capsys):
+def test_a_folder_keeps_no_context_model_or_card_of_another(tiny_model, tmp_path, capsys):
     words, folder = ("push", tiny_model, "me/tiny", "--output", tmp_path / "out"), tmp_path / "out"
     folder.mkdir()
     (folder / "model.context.safetensors").write_bytes(b"of another model")
+    (folder / "README.md").write_text("of another model")
     (folder / "notes.txt").touch()
     status, _, error = run_command(capsys, *words)
-    assert (status, "model.context.safetensors" in error) == (2, True)
+    assert (status, "and 1 more exist already" in error) == (2, True)
     status, out, _ = run_command(capsys, *words, "--force")
     assert (status, out.strip()) == (0, f"{folder}: README.md, model.safetensors")
+    assert "me/tiny" in (folder / "README.md").read_text()
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model.safetensors", "notes.txt"]
     (tmp_path / "deep.json").write_text("[" * 100_000)
     status, _, error = run_command(capsys, *words, "--force", "--evaluation", tmp_path / "deep.json")

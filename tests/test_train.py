@@ -14,7 +14,7 @@ from conftest import open_gates
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowmo import Config, FlowMo, load
-from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint import CheckpointError, CheckpointReadError, reading_error
 from flowmo.checkpoint import files as checkpoint
 from flowmo.config import ConfigError
 from flowmo.data import DataError, ImageDataset, batches, epoch_order, open_source
@@ -433,6 +433,16 @@ def test_ranks_with_other_images_do_not_start(config, tmp_path, monkeypatch):
     monkeypatch.setattr(World, "gather", lambda self, value: [value, "another"] if isinstance(value, str) else [value])
     with pytest.raises(TrainingError, match=r"Process 1 finds other files in .*pictures than process 0"):
         Trainer(config, tmp_path / "run", report=quiet)
+
+
+@pytest.mark.parametrize(
+    ("error", "missing"),
+    [(PermissionError(errno.EACCES, "no"), False), (MemoryError("no"), False), (FileNotFoundError(2, "no"), True)],
+)
+def test_a_reading_error_blames_the_file_or_the_system(error, missing):
+    found = reading_error("a.pth", error, "damaged")
+    assert isinstance(found, CheckpointReadError) == (not missing)
+    assert str(found).startswith("a.pth is damaged (" if missing else "a.pth cannot be read (")
 
 
 def test_a_checkpoint_that_the_system_cannot_read_is_not_called_damaged(config, tmp_path, monkeypatch):

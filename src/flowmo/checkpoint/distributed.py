@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from flowmo.checkpoint import CheckpointError
+from flowmo.checkpoint import CheckpointError, reading_error
 from flowmo.checkpoint.pth import CountingUnpickler, check_pickles
 from flowmo.checkpoint.run_folder import TABLE
 from flowmo.errors import one_line
@@ -137,5 +137,6 @@ def _one_error(damaged: Path | None = None) -> Iterator[None]:
         raise
     except (Exception, CheckpointException) as error:
         inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = one_line(inner)
-        raise CheckpointError(f"{damaged} is damaged or unsafe ({reason})." if damaged else reason) from None
+        if damaged:
+            raise reading_error(damaged, inner, "damaged or unsafe") from None
+        raise CheckpointError(one_line(inner)) from None

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from flowmo.checkpoint import CheckpointError, eight_bit, hub, run_folder
+from flowmo.checkpoint import CheckpointError, eight_bit, hub, reading_error, run_folder
 from flowmo.checkpoint.authors import convert_release, is_release, release_config
 from flowmo.checkpoint.pth import read_pth
 from flowmo.config import PRESETS, Config, ConfigError
@@ -128,7 +128,7 @@ def read_raw_metadata(path: Path) -> dict[str, Any]:
             return metadata
         raise ValueError("its metadata is not a table")
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or not a training checkpoint of flowmo ({error}).") from None
+        raise reading_error(path, error, "damaged or not a training checkpoint of flowmo") from None
 
 
 def read_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -178,7 +178,7 @@ def _read_safetensors(path: Path, weights: bool = True) -> tuple[dict[str, Any],
     except CheckpointError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file ({one_line(error, 200)}).") from None
+        raise reading_error(path, error, "damaged or not a safetensors file") from None
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ METRICS = {
 }
 """Keys of ``flowmo evaluate --json`` that a card shows, and their names."""
 OF_INCEPTION = {"frechet_distance": "rFID", "kernel_distance": "rKID"}
-"""Names of metrics whose features are those of FID's Inception."""
+"""Names of these metrics if they use features of FID's Inception."""
 
 
 def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None) -> str:

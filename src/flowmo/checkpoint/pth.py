@@ -16,8 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from flowmo.checkpoint import CheckpointError, CheckpointReadError
-from flowmo.errors import one_line
+from flowmo.checkpoint import CheckpointError, reading_error
 
 MAX_DEPTH = 16
 MAX_LEAVES = 1_000_000
@@ -102,12 +101,8 @@ def read_pth(path: str | Path) -> dict[str, Any]:
             f"{path} is refused: it is damaged or holds something other than tensors and plain values, "
             "which could run code when loaded."
         ) from None
-    except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno is None:  # not the system's
-            raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({one_line(error)}).") from None
-        raise CheckpointReadError(f"{path} cannot be read ({one_line(error)}).") from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({one_line(error)}).") from None
+        raise reading_error(path, error, "damaged or not a PyTorch checkpoint") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
     _check_tensors(content, path, MAX_DEPTH, set())

@@ -22,7 +22,7 @@ from flowmo.model.tiling import Tiling
 from flowmo.precision import describe
 
 MEASURED = "measured"
-"""Folder of the measurements within that of the report."""
+"""Folder of the measurements, inside the report's folder."""
 PEERS = "reproduce.peers"
 """Module of the published tokenizers, in a checkout of the repository."""
 
