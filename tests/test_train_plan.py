@@ -208,6 +208,16 @@ def test_the_log_names_muons_rate(native):
     assert "learning rate 0.0001;" in describe(adam, Position(), Schedule.of(adam, 4, 10))
 
 
+def test_the_log_warns_of_guidance_by_an_untrained_null_code():
+    def warns(*settings):
+        config = preset("nano").override("eval.sampling.guidance=1.5", "model.enable_cfg=false", *settings)
+        return "the null code does not learn" in describe(config, Position(), Schedule.of(config, 4, 10))
+
+    assert warns()
+    for setting in ("model.enable_cfg=true", "eval.sampling.guidance=1", "model.posttrain_sample=true"):
+        assert not warns(setting), setting
+
+
 def test_inputs_of_the_windowed_decoder_keep_their_rate(native):
     config = native.config.override("opt.mup_base_width=8")
     tokenizer = FlowMo(config)

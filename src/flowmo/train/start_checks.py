@@ -77,4 +77,11 @@ def describe(config: Config, start: Position, schedule: Schedule) -> str:
         parts.append(f"encoder frozen from image {freeze}" if freeze < schedule.duration else "encoder learns")
     target = PERCEPTUAL_INPUT[stage].format(config.model.posttrain_sample_k)
     distance = f"{opt.lpips_mode} distance × {opt.lpips_weight:g} of {target}"
-    return "; ".join([*parts, distance if opt.lpips_weight else "no perceptual loss"])
+    parts.append(distance if opt.lpips_weight else "no perceptual loss")
+    guidance = config.eval.sampling.guidance
+    if stage == "pretrain" and guidance != 1 and not config.model.enable_cfg:
+        parts.append(
+            f"samples have guidance {guidance:g}, but the null code does not learn: set model.enable_cfg=true or "
+            "eval.sampling.guidance=1"
+        )
+    return "; ".join(parts)
