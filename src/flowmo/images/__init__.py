@@ -6,46 +6,27 @@ import contextlib
 import io
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from flowmo.errors import FlowMoError, one_line
+from flowmo.images.corrections import TIFF_MAGICS, WHITE_16, misread, reinterpreted, upright
 
 MAX_PIXELS = 100_000_000
 DRAFT_MARGIN = 2
-ORIENTATION = 0x0112
-"""EXIF tag."""
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> the operation that turns the image upright. ``ImageOps.exif_transpose`` fails on odd tags."""
-ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-"""Keys of Pillow's metadata that may hold an orientation. They are removed once an image is upright."""
-WHITE_16 = 65535
-COLOUR_MAP = 320
-"""TIFF tag of a palette: all red values, all green, all blue."""
-WHITE_IS_ZERO, LAB, SIGNED = 0, 8, 2
-"""Values of the TIFF tags PhotometricInterpretation, twice, and SampleFormat."""
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF")
 """The allowed Pillow readers. Others are unsafe: EPS starts another program."""
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
 )
-TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 """Chunks with text or a colour profile. Pillow refuses a PNG if one of them inflates to more than a megabyte."""
@@ -190,62 +171,6 @@ def _whole_files_only() -> Iterator[None]:
                 _Readers.quiet.__exit__(None, None, None)
 
 
-def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
-    """Tags of a TIFF's page; none of another image."""
-    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-
-
-def is_deep(tags: Mapping[int, Any]) -> bool:
-    """True for a TIFF of more than 8 bits a value."""
-    return max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
-
-
-def is_planar(tags: Mapping[int, Any]) -> bool:
-    """True for a TIFF that stores its bands one after another."""
-    return tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > 1
-
-
-def is_signed(tags: Mapping[int, Any]) -> bool:
-    """True for a TIFF of signed 8-bit values, which Pillow takes for unsigned ones."""
-    return SIGNED in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()) and not is_deep(tags)
-
-
-def misread(image: Image.Image) -> str:
-    """Say why Pillow would get the colours of a TIFF wrong; empty if it does not."""
-    tags = tiff_tags(image)
-    if is_signed(tags):
-        return "its values are signed"
-    if is_planar(tags) and (is_deep(tags) or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == LAB):
-        return "its bands are stored one after another, not pixel by pixel"
-    return ""
-
-
-def reinterpreted(image: Image.Image, full_range: bool = True) -> Image.Image:
-    """Read four kinds of file as browsers and libtiff do, unlike Pillow.
-
-    A BMP with zero alpha everywhere is opaque: its writer left the fourth byte unused. A TIFF palette without a value
-    above 255 has 8-bit colours, not nearly black 16-bit ones. 0 is white in a 16-bit TIFF that says so, as in others.
-    White is 4095 in a 12-bit TIFF; ``full_range`` scales it to 65535.
-    """
-    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
-        return image.convert("RGB")
-    tags = tiff_tags(image)
-    if tags and image.mode == "P":
-        colours = np.array(tags.get(COLOUR_MAP, ()))
-        if colours.size and colours.max() <= 255:
-            image.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
-    if not (tags and image.mode.startswith("I;16")):
-        return image
-    white = 2 ** max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))) - 1
-    inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
-    scaled = full_range and white < WHITE_16
-    if not (inverted or scaled):
-        return image
-    values = np.asarray(upright(image)).astype(np.uint32)
-    values = white - values if inverted else values
-    return Image.fromarray((values * WHITE_16 // white if scaled else values).astype(np.uint16))
-
-
 def check_pixels(width: int, height: int, name: str = "image", max_pixels: int = MAX_PIXELS) -> None:
     """Raise ``ImageError`` for an image without pixels or with too many."""
     if width < 1 or height < 1:
@@ -273,24 +198,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Load an image and turn it as its metadata says."""
-    image.load()  # turns a TIFF
-    turn = UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
-        image.info = {key: value for key, value in image.info.items() if key not in ORIENTED}
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation; 1 if it cannot be read."""
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged metadata makes Pillow raise anything
-        return 1
 
 
 def check_16_bits(values: np.ndarray) -> None:

@@ -12,31 +12,32 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from flowmo.config import Config
 from flowmo.errors import one_line
 from flowmo.images import (
     MAX_PIXELS,
-    TIFF_MAGICS,
     ImageError,
     check_16_bits,
     check_pixels,
-    is_deep,
-    is_planar,
-    is_signed,
-    misread,
     open_file,
     open_image,
     read_image,
-    reinterpreted,
     select_channels,
     size_of,
-    tiff_tags,
     to_pil,
     to_rgb,
     to_tensor,
+)
+from flowmo.images.corrections import (
+    TIFF_MAGICS,
+    full_pages,
+    loses_bands,
+    misread,
+    raw_mode,
+    reinterpreted,
     upright,
 )
 
@@ -47,8 +48,6 @@ RAW_FORMATS = (".tif", ".tiff", ARRAY)
 STORED = {8: "uint8", 16: "uint16", 32: "float32"}
 """Bits per value -> type of an array."""
 WHITE = {"bool": 1.0, "uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
-REDUCED = 254
-"""TIFF tag; bit 0 marks a smaller copy of another page."""
 
 
 class ChannelsError(ImageError):
@@ -136,7 +135,7 @@ class PixelFormat:
             return self.tensor(self._read_npy(file, path, max_pixels), path)
         try:
             with open_image(file, path, side, max_pixels) as image:
-                if not self._loses_bands(image):
+                if not loses_bands(image, self.channels):
                     return self.tensor(self._values(image, path, max_pixels), path)
         except (UnidentifiedImageError, ValueError) as error:
             if isinstance(error, ImageError) or not start.startswith(TIFF_MAGICS):
@@ -150,16 +149,6 @@ class PixelFormat:
         axis = self._channel_axis(read(file)[0], path, max_pixels)
         file.seek(0)
         return np.moveaxis(np.atleast_3d(np.load(file, allow_pickle=False)), axis, 2)
-
-    def _loses_bands(self, image: Image.Image) -> bool:
-        """True for a TIFF whose bands Pillow would drop, mix up, or divide by one another."""
-        tags = tiff_tags(image)
-        if is_planar(tags):  # Pillow mixes up such bands, unless they are 8-bit RGB
-            return is_deep(tags) or tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) != 2
-        if is_signed(tags):
-            return True
-        # Pillow drops bands X, and divides premultiplied colours ("RGBa") by alpha
-        return re.match("RGB(A?X|a)", raw_mode(image)) is not None and (is_deep(tags) or self.channels not in (1, 3))
 
     def _read_bands(self, file: BinaryIO, path: str, max_pixels: int) -> np.ndarray:
         try:
@@ -265,7 +254,7 @@ class PixelFormat:
                 raise ValueError(f"{reason}; give the file instead")
             if self.is_rgb:
                 return to_rgb(reinterpreted(image))
-            if self._loses_bands(image):
+            if loses_bands(image, self.channels):
                 raise ValueError("PIL loses bands of it; give the file instead")
             return self.tensor(self._values(image, "image"), "image")
         except ImageError:
@@ -335,22 +324,6 @@ def unloaded_copy(image: Image.Image) -> Image.Image:
     if page := image.tell():
         copy.seek(page)
     return copy
-
-
-def full_pages(image: Any) -> dict[int, tuple[int, int]]:
-    """Indices and sizes of a TIFF's pages, without smaller copies of others."""
-    pages = {}
-    for index in range(image.n_frames):
-        image.seek(index)
-        if not image.tag_v2.get(REDUCED, 0) & 1:
-            pages[index] = image.size
-    return pages
-
-
-def raw_mode(image: Image.Image) -> str:
-    """Pillow's name of the values in an open file, such as ``RGB;16B``; empty for an image without a file."""
-    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
-    return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
 
 
 def high_bit_depth_values(image: Image.Image) -> np.ndarray | None:
