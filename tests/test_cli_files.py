@@ -199,6 +199,13 @@ def test_two_files_of_codes_are_not_input_and_output(capsys, tmp_path, weights, 
     assert run(capsys, "encode", files[0], tmp_path / "c.flowmo", "--packed", "--model", weights)[0] == 0
 
 
+def test_a_context_model_without_effect_is_refused(capsys, tmp_path, weights, picture_files):
+    for option in ("--context", "--generator"):
+        words = ("encode", picture_files[0], tmp_path / "a.flowmo", "--packed", option, "none.safetensors")
+        status, _, error = run(capsys, *words, "--model", weights)
+        assert (status, "none.safetensors changes nothing: --packed" in error) == (2, True), error
+
+
 def test_a_file_whose_name_looks_like_a_setting(capsys, tmp_path, weights, photo, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(photo, "shot.v=2.jpg")

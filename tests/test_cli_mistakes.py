@@ -253,6 +253,11 @@ def test_a_report_replaces_no_other_page(capsys, tmp_path):
     status, _, error = run(capsys, "evaluate", "pictures", "--report", tmp_path)
     assert (status, error.count("\n")) == (2, 1)
     assert "index.html is not of a report" in error
+    (tmp_path / "report.json").write_text("[]")
+    assert "index.html is not of a report" in run(capsys, "evaluate", "pictures", "--report", tmp_path)[2]
+    (tmp_path / "report.json").write_text('{"header": {}, "rows": [], "published": []}')
+    assert "no such folder" in run(capsys, "evaluate", tmp_path / "none", "--report", tmp_path)[2]
+    (tmp_path / "report.json").unlink()
     (tmp_path / "measured").mkdir()
     assert "no such folder" in run(capsys, "evaluate", tmp_path / "none", "--report", tmp_path)[2]
     assert "is a file" in run(capsys, "evaluate", "pictures", "--report", tmp_path / "index.html" / "out")[2]
@@ -267,9 +272,15 @@ def test_no_network_is_looked_for_before_model_and_peers_are_checked(capsys, mon
 
 
 def test_words_out_of_order_are_explained(capsys):
-    with pytest.raises(SystemExit):
-        main(["encode", "cat.jpg", "--model", "native", "out.flowmo"])
-    assert "before the options" in capsys.readouterr().err
+    def rejection(*words):
+        with pytest.raises(SystemExit):
+            main([*words])
+        return capsys.readouterr().err
+
+    assert "before the options" in rejection("encode", "cat.jpg", "--model", "native", "out.flowmo")
+    assert "before the options" not in rejection("info", "nano", "extra", "--json")
+    unset = rejection("train", "data.train=pictures", "opt.lr", "3", "--results-dir", "out")
+    assert "There is no argument 'opt.lr' here. A setting is one word: opt.lr=VALUE." in unset
     assert "Write PICTURES before --peers" in run(capsys, "evaluate", "--peers", "jpeg", "webp", "pictures")[2]
 
 

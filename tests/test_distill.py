@@ -242,6 +242,22 @@ def test_a_student_does_not_resume_with_another_encoder(settings, tiny, tmp_path
         Trainer(settings, tmp_path / "a", report=quiet)
 
 
+def test_a_student_does_not_start_from_another_encoder(settings, tiny, tmp_path):
+    save(tiny, tmp_path / "a.safetensors")
+    other = FlowMo(tiny.config)
+    save(other, tmp_path / "b.safetensors")
+    first = settings.override(f"opt.teacher={tmp_path / 'a.safetensors'}", "trainer.max_steps=1")
+    run = Trainer(first, tmp_path / "a", report=quiet)
+    run.train()
+    student = load(run.checkpoints()[-1])
+    save(student, tmp_path / "student.safetensors")
+    again = Trainer(first, tmp_path / "c", resume_from=tmp_path / "student.safetensors", report=quiet)
+    assert again.config.model.base == tiny.as_base()
+    second = settings.override(f"opt.teacher={tmp_path / 'b.safetensors'}", "trainer.max_steps=1")
+    with pytest.raises(TrainingError, match=r"student\.safetensors has another encoder than opt\.teacher=.*b\.safe"):
+        Trainer(second, tmp_path / "b", resume_from=tmp_path / "student.safetensors", report=quiet)
+
+
 def test_a_teacher_of_another_solver_needs_a_number_of_steps(settings, tiny, tmp_path):
     heun = FlowMo(tiny.config.override("eval.sampling.solver=heun"))
     heun.load_state_dict(tiny.state_dict())

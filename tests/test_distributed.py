@@ -377,3 +377,13 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(DistributedError, match="has no GPU of its own"), join("cuda"):
         pass
+
+
+def test_one_device_is_not_for_several_processes(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(DistributedError, match=r"names one device for 2 processes. Write --device cuda\."),
+        join("cuda:0"),
+    ):
+        pass

@@ -77,11 +77,25 @@ def test_only_features_of_inception_make_an_rfid(tiny, is_fid):
 
 
 def test_a_card_that_exists_is_kept(tiny, tmp_path):
-    (tmp_path / hub.CARD_FILE).write_text("edited")
-    tiny.save_pretrained(tmp_path)
-    assert (tmp_path / hub.CARD_FILE).read_text() == "edited"
-    tiny.save_pretrained(tmp_path, evaluation={"psnr": 20.0, "images": 1})
-    assert "20" in (tmp_path / hub.CARD_FILE).read_text()
+    card = tmp_path / hub.CARD_FILE
+    tiny.save_pretrained(tmp_path, "me/first")
+    edited = card.read_text() + "edited"
+    card.write_text(edited)
+    tiny.save_pretrained(tmp_path, "me/first")
+    assert card.read_text() == edited
+    with pytest.raises(flowmo.CheckpointError, match="holds no metric"):
+        tiny.save_pretrained(tmp_path, "me/first", evaluation={"psnr": None})
+    assert card.read_text() == edited
+    tiny.save_pretrained(tmp_path, "me/first", evaluation={"psnr": 20.0, "images": 1})
+    assert "| PSNR (dB) | 20 |" in card.read_text()
+
+
+def test_a_card_of_other_weights_is_replaced(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path, "me/first")
+    other = flowmo.FlowMo(tiny.config)
+    other.save_pretrained(tmp_path, "me/second")
+    assert "me/second" in (tmp_path / hub.CARD_FILE).read_text()
+    assert other.weights_identity() in (tmp_path / hub.CARD_FILE).read_text()
 
 
 def test_the_cache_without_a_network(folder, tiny, tmp_path):

@@ -1,6 +1,8 @@
 """What a run tells: metrics that plot without a service, TensorBoard, Weights & Biases, code usage."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +49,22 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     journal.record(1, 4, {"loss": 0.25})
     journal.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_run_keeps_its_id_of_weights_and_biases(tmp_path, monkeypatch):
+    """One that began with an earlier version has its folder's name."""
+    seen = []
+    stub = SimpleNamespace(init=lambda **options: seen.append(options["id"]))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    folders = [tmp_path / "one" / "run", tmp_path / "two" / "run", tmp_path / "old" / "run"]
+    folders[2].mkdir(parents=True)
+    (folders[2] / "metrics.jsonl").write_text('{"step": 1, "images": 4}\n')
+    for folder in (*folders, *folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        MetricLogger(folder, True, lambda line: None, tensorboard=False, wandb_project="test").open(1, 4, {})
+    assert seen[:3] == seen[3:]
+    assert len({*seen}) == 3
+    assert seen[2] == "run"
 
 
 def test_weights_and_biases_that_is_not_there(tmp_path, monkeypatch):

@@ -165,9 +165,10 @@ def exact_precision_and_recall(reference, generated, k=3):
     return covered(generated, reference), covered(reference, generated)
 
 
-def test_an_image_that_a_codec_cannot_hold_is_an_error_that_names_it():
-    with pytest.raises(EvaluationError, match=r"WebP cannot write 16400×8 pixels"):
-        CodecReconstructor("webp", 100).encode(Image.new("RGB", (16400, 8)), 100)
+@pytest.mark.parametrize(("codec", "name", "width"), [("webp", "WebP", 16400), ("avif", "AVIF", 70000)])
+def test_an_image_that_a_codec_cannot_hold_is_an_error_that_names_it(codec, name, width):
+    with pytest.raises(EvaluationError, match=rf"{name} cannot write {width}×8 pixels"):
+        CodecReconstructor(codec, 100).encode(Image.new("RGB", (width, 8)), 100)
 
 
 def test_a_gpu_of_a_similar_name_has_no_peak():

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import tarfile
 from collections import Counter
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from flowmo.cli import main
 from flowmo.data import DataError, build_index, default_index, open_source
+from flowmo.data.sources.base import identity_of
 from flowmo.model.torchvision_import import before_importing
 
 
@@ -478,6 +480,37 @@ def test_a_stray_image_in_a_tars_only_folder_costs_no_label(tmp_path):
     members = dict.fromkeys(("train/cat/1.png", "train/dog/2.png", "train/cover.png"))
     source = open_source(write_tar(tmp_path / "set.tar", members))
     assert sorted(seen(source)) == [("1.png", "cat"), ("2.png", "dog"), ("cover.png", None)]
+
+
+def test_folders_inside_a_tars_classes_are_no_classes(tmp_path):
+    source = open_source(write_tar(tmp_path / "set.tar", dict.fromkeys(("cat/1.png", "cat/2.png", "cat/close/3.png"))))
+    assert sorted(seen(source)) == [("1.png", "cat"), ("2.png", "cat"), ("3.png", "cat")]
+
+
+def test_a_copy_has_the_identity_of_its_original(tmp_path):
+    """Training compares it between machines, and at a resume."""
+    names = ("shard0/0.png", "shard0/1.png")
+    folders = [write_folder(tmp_path / name, *names) for name in "ab"]
+    tars = [write_tar(tmp_path / f"{name}.tar", dict.fromkeys(names)) for name in "ab"]
+    found = {identity_of(open_source(source), labels=True) for source in (*folders, *tars)}
+    assert len(found) == 1
+    other = write_folder(tmp_path / "c", "shard1/0.png", "shard1/1.png")
+    assert identity_of(open_source(other), labels=False) not in found
+    assert identity_of(open_source(other), labels=False) != identity_of(open_source(folders[0]), labels=False)
+
+
+def test_a_copy_of_a_hugging_face_dataset_has_its_identity(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(image=datasets.Image())
+    for name, shade in (("a", 1), ("b", 2)):
+        rows = {"image": [{"bytes": png(shade + i), "path": None} for i in range(2)]}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / name)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    first, *same, other = (
+        identity_of(open_source(f"hf:{tmp_path / name}"), labels=True) for name in ("a", "copy", "a:train", "b")
+    )
+    assert same == [first, first]
+    assert other != first
 
 
 def test_a_label_of_minus_one_is_no_class(tmp_path):

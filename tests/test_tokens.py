@@ -75,6 +75,13 @@ def assert_same(items, expected):
         assert label == wanted
 
 
+def test_the_identity_of_tokens_is_that_of_their_samples():
+    elsewhere = replace(ABOUT, precision="float32 (cuda)", source="moved", shard_size=2)
+    assert elsewhere.samples_identity() == replace(ABOUT, precision="float32 (cpu)").samples_identity()
+    for change in ({"items": "cd" * 8}, {"seed": 1}, {"tokenizer": "cd" * 8}, {"count": 10}):
+        assert replace(ABOUT, **change).samples_identity() != ABOUT.samples_identity(), change
+
+
 # As a PyTorch dataset
 
 

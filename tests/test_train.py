@@ -429,6 +429,23 @@ def test_other_images_and_another_batch_are_reported_at_a_resume(config, folder,
     assert "the batch differs from the checkpoint's: 4 -> 2 images" in lines
 
 
+def test_a_moved_training_set_or_an_older_checkpoint_is_reported_in_nothing(config, folder, tmp_path):
+    Trainer(config.override("trainer.max_steps=1"), tmp_path / "run", report=quiet).train()
+    (path,) = (tmp_path / "run" / "checkpoints").glob("*.pth")
+    shutil.copytree(folder, tmp_path / "moved")
+
+    def differences(config):
+        lines = []
+        Trainer(config, tmp_path / "run", report=lines.append)
+        return [line for line in lines if "than at the checkpoint" in line or line.startswith("the batch differs")]
+
+    assert not differences(config.override(f"data.train={tmp_path / 'moved'}"))
+    content = torch.load(path, weights_only=True)
+    del content["source"], content["batch"]  # as before they were recorded
+    torch.save(content, path)
+    assert not differences(config.override("data.global_batch_size=2"))
+
+
 def test_ranks_with_other_images_do_not_start(config, tmp_path, monkeypatch):
     monkeypatch.setattr(World, "gather", lambda self, value: [value, "another"] if isinstance(value, str) else [value])
     with pytest.raises(TrainingError, match=r"Process 1 finds other files in .*pictures than process 0"):
@@ -436,13 +453,16 @@ def test_ranks_with_other_images_do_not_start(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "missing"),
-    [(PermissionError(errno.EACCES, "no"), False), (MemoryError("no"), False), (FileNotFoundError(2, "no"), True)],
+    ("error", "damaged"),
+    [
+        *((PermissionError(errno.EACCES, "no"), False), (OSError(errno.EIO, "no"), False), (MemoryError("no"), False)),
+        *((FileNotFoundError(errno.ENOENT, "no"), True), (OSError(errno.EINVAL, "no"), True), (OSError("no"), True)),
+    ],
 )
-def test_a_reading_error_blames_the_file_or_the_system(error, missing):
+def test_a_reading_error_blames_the_file_or_the_system(error, damaged):
     found = reading_error("a.pth", error, "damaged")
-    assert isinstance(found, CheckpointReadError) == (not missing)
-    assert str(found).startswith("a.pth is damaged (" if missing else "a.pth cannot be read (")
+    assert isinstance(found, CheckpointReadError) == (not damaged)
+    assert str(found).startswith("a.pth is damaged (" if damaged else "a.pth cannot be read (")
 
 
 def test_a_checkpoint_that_the_system_cannot_read_is_not_called_damaged(config, tmp_path, monkeypatch):

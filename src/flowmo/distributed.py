@@ -110,7 +110,9 @@ def join(device: str = "cpu", group: bool = False) -> Iterator[World]:
     )
     chosen = torch.device(device)
     if chosen.index is not None and local_size > 1:
-        raise DistributedError(f"--device {device} would put {local_size} processes on one GPU. Write --device cuda.")
+        raise DistributedError(
+            f"--device {device} names one device for {local_size} processes. Write --device {chosen.type}."
+        )
     if chosen.type == "cuda" and chosen.index is None:
         if local_rank >= torch.cuda.device_count():
             raise DistributedError(

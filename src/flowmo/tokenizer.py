@@ -63,16 +63,20 @@ class FlowMo(Autoencoder):
     ) -> None:
         """Write ``model.safetensors`` and a model card for ``name`` into a folder, which ``from_pretrained`` reads.
 
-        A ``README.md`` that exists is kept, unless there is an ``evaluation`` for a new one.
+        A ``README.md`` that names these weights is kept, perhaps edited, unless there is an ``evaluation``.
 
         Args:
             context: content of a context model's file, which goes beside the weights.
             evaluation: output of ``flowmo evaluate --json``, for the card.
+
+        Raises:
+            CheckpointError: the evaluation holds no metric. Nothing is written.
         """
+        path, card = Path(folder) / hub.CARD_FILE, hub.card(self, name, evaluation)
+        keep = evaluation is None and path.exists() and hub.is_card_of(path, self)
         save(self, Path(folder) / hub.MODEL_FILE)
-        card = Path(folder) / hub.CARD_FILE
-        if evaluation is not None or not card.exists():
-            files.write_content(card, hub.card(self, name, evaluation))
+        if not keep:
+            files.write_content(path, card)
         if context is not None:
             files.write_content(Path(folder) / hub.CONTEXT_FILE, context)
 

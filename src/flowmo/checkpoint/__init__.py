@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from flowmo.errors import FlowMoError, one_line
+
+OF_SYSTEM = {
+    *(errno.EIO, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY),
+    *(errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH),
+}
+"""Errors of disk, network, permissions or memory. A damaged file gives others, such as EINVAL."""
 
 
 class CheckpointError(FlowMoError, ValueError):
@@ -16,11 +23,7 @@ class CheckpointReadError(CheckpointError):
 
 
 def reading_error(path: str | Path, error: BaseException, problem: str) -> CheckpointError:
-    """Turn an error of reading weights into ours. ``problem`` completes "PATH is" if the file itself is to blame.
-
-    A file that is missing in a checkpoint's folder makes the checkpoint damaged, not unreadable.
-    """
-    of_system = isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
-    if of_system or isinstance(error, MemoryError):
+    """Turn an error of reading weights into ours. ``problem`` completes "PATH is" if the file itself is to blame."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OF_SYSTEM):
         return CheckpointReadError(f"{path} cannot be read ({one_line(error)}).")
     return CheckpointError(f"{path} is {problem} ({one_line(error, 200)}).")

@@ -124,11 +124,17 @@ def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None)
             parameters=sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6,
             steps=f"{steps} step{'s' * (steps > 1)}",
             identity=tokenizer.identity(),
+            weights=tokenizer.weights_identity(),
             training=f"Optimizer {opt.optimizer}, learning rate {opt.lr:g}, perceptual loss {opt.lpips_mode} × "
             f"{opt.lpips_weight:g}, bottleneck {m.quantization_type}.",
             evaluation=results,
         )
     )
+
+
+def is_card_of(path: Path, tokenizer: Any) -> bool:
+    """Return whether a card's table names these weights."""
+    return f"| {tokenizer.weights_identity()} |" in path.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from flowmo.cli import threads
 from flowmo.cli.commands import COMMANDS, DATA_COMMANDS
 from flowmo.cli.options import choose_device
 from flowmo.cli.output import status_of
+from flowmo.config import FIELDS
 
 EXIT_STATUSES = (
     "Exit status: 0 success; 1 broken pipe; 2 an error that you can fix, in one line on standard "
@@ -76,7 +77,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         flags = [flag for each in options if each.settings["help"] != argparse.SUPPRESS for flag in each.flags]
         if word.startswith("-"):
             arguments.parser.reject(f"There is no option {word!r} here", word, flags)
-        advice = ". Write names of files before the options" if any(each.startswith("-") for each in words) else ""
+        before, advice = words[: words.index(rest[0])], ""
+        if word in FIELDS:
+            advice = f". A setting is one word: {word}=VALUE"
+        elif any(each.startswith("-") for each in before):
+            advice = ". Write names of files before the options"
         arguments.parser.reject(f"There is no argument {word!r} here{advice}")
     return arguments
 

@@ -80,11 +80,11 @@ def check_options(arguments: argparse.Namespace) -> None:
 def check_report(folder: Path) -> None:
     """Refuse a folder whose pages are not of an earlier report, or in which nothing can be written."""
     from flowmo.evaluate.comparison import MEASURED
-    from flowmo.evaluate.report import PAGES, RESULTS
+    from flowmo.evaluate.report import PAGES, RESULTS, is_report
 
     pages = [folder / name for name in (*PAGES, RESULTS)]
     others = [page for page in pages if page.exists()]
-    if others and not (folder / MEASURED).is_dir():
+    if others and not (folder / MEASURED).is_dir() and not is_report(folder):
         raise UsageError(f"{others[0]} is not of a report that --report made. Name another folder.")
     check_outputs(pages, force=True)
 

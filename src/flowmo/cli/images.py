@@ -82,6 +82,9 @@ def encode(arguments: argparse.Namespace) -> None:
         raise UsageError("--fit crop takes images, not .flowmo files, whose ids are of the whole image.")
     tokenizer = load(arguments)
     needs_context = not arguments.packed or any(is_code(path) for path, _ in jobs)
+    named_model = arguments.context or arguments.generator
+    if named_model and not needs_context:
+        raise UsageError(f"{named_model} changes nothing: --packed writes ids without a context model. Leave out one.")
     reader = Codec(tokenizer, find_context_model(arguments, tokenizer) if needs_context else None)
     codec = Codec(tokenizer) if arguments.packed else reader
 

@@ -176,7 +176,6 @@ def push(arguments: argparse.Namespace) -> tuple[str, dict]:
     context = context_beside(arguments.source, tokenizer)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.output or Path(temporary)
-        (folder / hub.CARD_FILE).unlink(missing_ok=True)  # with --force one of another model may be there
         tokenizer.save_pretrained(folder, arguments.name, None if context is None else context.save(), metrics)
         if context is None:  # one that --force overwrites is of another model
             (folder / hub.CONTEXT_FILE).unlink(missing_ok=True)

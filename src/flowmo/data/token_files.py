@@ -14,6 +14,7 @@ A folder holds the metadata in ``tokens.json`` and the shards ``tokens-00000.bin
     4         CRC-32 of everything before it
 """
 
+import hashlib
 import json
 import re
 import struct
@@ -103,7 +104,7 @@ class TokenMetadata(Vocabulary):
 
     Attributes:
         count: samples: images × crops, × 2 with ``flip``.
-        items: hash of the images' file names and labels, in order. Older folders have none.
+        items: hash of the images' keys and labels, in order, see ``Source.key``. Older folders have none.
         precision: in which the ids were computed, such as ``float32 (cpu)``. Older folders can have none, or several
             joined by " and ".
 
@@ -164,6 +165,11 @@ class TokenMetadata(Vocabulary):
     def dtype(self) -> str:
         """``float32`` or ``bfloat16``. Empty if ``precision`` names none or several."""
         return "" if " and " in self.precision else self.precision.partition(" ")[0]
+
+    def samples_identity(self) -> str:
+        """16 hex digits that name the samples and their order, whatever device has computed them."""
+        content = (self.tokenizer, self.classes, self.items, self.count, self.crops, self.flip, self.seed, self.dtype)
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def difference(self, other: Self) -> str:
         """Describe how ``other`` differs. Empty if it does not, or only in the device."""

@@ -135,7 +135,7 @@ class CodecReconstructor:
                 settings = settings | {"lossless": True}
             try:
                 image.save(stream, codec.pillow, quality=quality, **settings)
-            except (OSError, ValueError) as error:  # WebP ends at 16 383 pixels a side
+            except (OSError, ValueError, RuntimeError) as error:  # WebP ends at 16 383 pixels a side, AVIF at 65 536
                 size = f"{image.width}×{image.height}"
                 raise EvaluationError(f"{codec.name} cannot write {size} pixels ({one_line(error)}).") from None
             return stream.getvalue()

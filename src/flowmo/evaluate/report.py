@@ -88,6 +88,15 @@ def write_report(
         write_content(out / name, _encoded(templates.get_template(template).render(page)))
 
 
+def is_report(folder: Path) -> bool:
+    """Return whether a folder holds the results of ``write_report``."""
+    try:
+        content = json.loads((folder / RESULTS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"header", "rows", "published"}
+
+
 def _encoded(text: str) -> bytes:
     """Encode as UTF-8. Bytes of file names that are none are written as ``\\udc…``, which JSON reads, too."""
     return text.encode(errors="backslashreplace")

@@ -1,6 +1,5 @@
 """Training task of stage 2: tokens in, a masked-token generator out."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -137,7 +136,7 @@ class GeneratorTask(Task):
         return tokenizer
 
     def source_identity(self) -> str:
-        return hashlib.sha256(repr(self.source.metadata).encode()).hexdigest()[:16]
+        return self.source.metadata.samples_identity()
 
     def forecast_arguments(self) -> tuple[Config, bool, Vocabulary]:
         return self.config, False, self.vocabulary

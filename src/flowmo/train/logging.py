@@ -87,7 +87,8 @@ class MetricLogger:
 
             name, identity = self.folder.name, self.folder / WANDB_ID
             if not identity.is_file():  # a run of the same name in another folder is another run
-                write_content(identity, secrets.token_hex(8))
+                begun = bool(kept)  # perhaps by a version that took the name
+                write_content(identity, name if begun else secrets.token_hex(8))
             options = {"id": identity.read_text(), "dir": str(self.folder), "resume": "allow", "config": dict(settings)}
             self._wandb = wandb.init(project=self._project, name=name, **options)
 

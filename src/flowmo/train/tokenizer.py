@@ -121,6 +121,15 @@ class TokenizerTask(Task):
         self.config = self.config.override(f"model.base={teacher.as_base()}")  # their ids are the same
         return teacher.to(self.world.device).eval().requires_grad_(False)
 
+    def _check_same_encoder(self, path: Path, teacher: FlowMo, weights: Mapping[str, Tensor]) -> None:
+        """Refuse a student whose ids are not its teacher's."""
+        for name, value in teacher.state_dict().items():
+            if not name.startswith("decoder.") and not torch.equal(value.cpu(), weights[name].to(value.dtype)):
+                raise TrainingError(
+                    f"{path} has another encoder than opt.teacher={self.config.opt.teacher}. Name its own teacher, or "
+                    "leave out --resume-from-ckpt to start from the teacher's weights."
+                )
+
     def _held_out(self, training_images: Source) -> Tensor:
         """Read the images of the sample grids, evenly spread over the held-out set, or else over the training set."""
         data = self.config.data
@@ -298,5 +307,8 @@ class TokenizerTask(Task):
             changed = changed_settings(config, self.config, IMAGES_AND_LOSS)
             if changed and part == "model":
                 self.report(f"settings that differ from the model's own: {changed}")
-            self.config = self.config.override(f"model.base={config.model.base}")
+            if self.teacher is None:
+                self.config = self.config.override(f"model.base={config.model.base}")
+            else:
+                self._check_same_encoder(path, self.teacher, weights)
             yield part, weights

@@ -24,7 +24,7 @@ class DataError(FlowMoError, ValueError):
 
 
 class Source:
-    """Images in a fixed order, identical in every process. A source sets the attributes and writes the two methods.
+    """Images in a fixed order, identical in every process. A source sets the attributes, and has ``name`` and ``file``.
 
     Attributes:
         classes: class names by label; empty if no image has a class.
@@ -39,6 +39,10 @@ class Source:
     def name(self, index: int) -> str:
         """Human-readable name of image ``index``, for messages."""
         raise NotImplementedError
+
+    def key(self, index: int) -> str:
+        """Name of image ``index`` that stays when the source is moved, or copied to another machine."""
+        return self.name(index)
 
     def file(self, index: int) -> Path | BinaryIO:
         """Path or content of image ``index``. Raises ``ImageError``."""
@@ -60,11 +64,11 @@ class Source:
 
 
 def identity_of(source: Source, labels: bool) -> str:
-    """Hash the images' names, and labels, to 16 hex digits. Folders do not count: another machine may have others."""
+    """Hash the images' keys, and labels, to 16 hex digits."""
     items = hashlib.sha256()
     for index in range(len(source)):
-        name = f"{source.name(index).rpartition('/')[2]} {source.label(index) if labels else ''}\n"
-        items.update(name.encode(errors="surrogateescape"))
+        item = f"{source.key(index)} {source.label(index) if labels else ''}\n"
+        items.update(item.encode(errors="surrogateescape"))
     return items.hexdigest()[:16]
 
 

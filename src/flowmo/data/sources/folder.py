@@ -21,7 +21,7 @@ class FolderSource(Source):
     """
 
     def __init__(self, folder: str | Path):
-        root = Path(folder)
+        self.root = root = Path(folder)
         if not os.path.isdir(root):  # Path.is_dir raises for a name that is too long
             raise DataError(f"{folder}: no such folder of images.")
         found = dict(walk(root))
@@ -41,6 +41,9 @@ class FolderSource(Source):
 
     def name(self, index: int) -> str:
         return str(self.files[index])
+
+    def key(self, index: int) -> str:
+        return self.files[index].relative_to(self.root).as_posix()
 
     def file(self, index: int) -> Path:
         return self.files[index]

@@ -36,6 +36,7 @@ class HuggingFaceSource(Source):
             raise DataError(f"{spec}: has no column of images. Its columns are {', '.join(table.column_names)}.")
         if not len(table):
             raise DataError(f"{spec}: contains no images.")
+        self.fingerprint = table._fingerprint  # the library's, which a copy keeps
         labels = table[label_column] if label_column else [None] * len(table)
         self.labels = [None if label is None or label < 0 else int(label) for label in labels]
         self.classes = tuple(table.features[label_column].names) if any(n is not None for n in self.labels) else ()
@@ -44,6 +45,9 @@ class HuggingFaceSource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.spec}[{index}]"
+
+    def key(self, index: int) -> str:
+        return f"{self.fingerprint}[{index}]"
 
     def file(self, index: int) -> Path | io.BytesIO:
         stored = self.table[index][self.column]

@@ -67,8 +67,12 @@ class TarSource(Source):
         if str in example:
             return class_labels(cast(list[str | None], labels))
         parts = [[part for part in entry.name.split("/") if part not in ("", ".")] or [""] for entry in self.entries]
-        # `tar cf train.tar train` puts one folder around everything
-        while len({first for first, *_ in parts}) == 1 and max(map(len, parts)) > 2 and min(map(len, parts)) > 1:
+        # `tar cf train.tar train` puts one folder around all classes, and perhaps around some images without a class
+        while (
+            len({first for first, *_ in parts}) == 1
+            and min(map(len, parts)) > 1
+            and sum(len(path) > 2 for path in parts) > len(parts) / 2
+        ):
             parts = [path[1:] for path in parts]
         wordnet = [WORDNET.match(first) for first, *_ in parts]
         names = [path[0] if path[1:] else match and match.group() for path, match in zip(parts, wordnet, strict=True)]
@@ -96,6 +100,11 @@ class TarSource(Source):
 
     def name(self, index: int) -> str:
         return f"{self.entries[index].tar}:{self.entries[index].name}"
+
+    def key(self, index: int) -> str:
+        """Path inside the tar, whose own name counts only among several."""
+        entry = self.entries[index]
+        return f"{entry.tar.name}:{entry.name}" if len(self.tars) > 1 else entry.name
 
     def version(self, index: int) -> str:
         entry = self.entries[index]
