@@ -305,11 +305,20 @@ def test_every_study_is_on_the_reproduction_page():
         assert f"`python -m reproduce {name} " in text, name
 
 
+def anchors(page):
+    """Names of a page's headings in links, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
 def test_links_and_names_lead_somewhere(page):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([\w-]+))?\)", text):
+        path = page.parent / target if target else page
+        assert target.startswith("https://") or path.exists(), target
+        assert not anchor or path.suffix != ".md" or anchor in anchors(path), f"{target}#{anchor}"
     known = {action.dest: action for action in build_parser()._actions}
     for command in re.findall(r"`flowmo (\w+)", text):
         assert command in next(a.choices for a in known.values() if a.choices), command
