@@ -27,7 +27,8 @@ from pathlib import Path
 from nano_pictures import files, unlike
 from PIL import Image, ImageFile
 
-from flowmo.images import ORIENTATION, read_image
+from flowmo.images import read_image
+from flowmo.images.corrections import ORIENTATION
 
 QUALITY = 92
 MIB = 1 << 20
