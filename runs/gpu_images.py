@@ -14,7 +14,7 @@ from nano_pictures import files
 from PIL import Image
 from torch import Tensor
 
-from flowmo.data import DataError, epoch_order
+from flowmo.data import DataError, Source, epoch_order
 from flowmo.images import ImageError, read_image
 from flowmo.images.pixels import PixelFormat
 from flowmo.streams import Stream, stream
@@ -23,8 +23,8 @@ HELD_OUT_EVERY = 64
 """One of so many images of each pack is held out. A pack that arrives later changes nothing about the earlier ones."""
 
 
-class MemoryImages:
-    """Decoded images as a ``flowmo.data.Source``.
+class MemoryImages(Source):
+    """Decoded images without classes.
 
     Args:
         images: uint8 arrays h × w × 3.
