@@ -96,6 +96,10 @@ def test_a_card_of_other_weights_is_replaced(tiny, tmp_path):
     other.save_pretrained(tmp_path, "me/second")
     assert "me/second" in (tmp_path / hub.CARD_FILE).read_text()
     assert other.weights_identity() in (tmp_path / hub.CARD_FILE).read_text()
+    other.save_pretrained(tmp_path)
+    assert "me/second" in (tmp_path / hub.CARD_FILE).read_text(), "no other name was given"
+    other.save_pretrained(tmp_path, "me/third")
+    assert "me/third" in (tmp_path / hub.CARD_FILE).read_text()
 
 
 def test_the_cache_without_a_network(folder, tiny, tmp_path):

@@ -57,23 +57,24 @@ class FlowMo(Autoencoder):
     def save_pretrained(
         self,
         folder: str | Path,
-        name: str = "owner/name",
+        name: str | None = None,
         context: bytes | None = None,
         evaluation: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write ``model.safetensors`` and a model card for ``name`` into a folder, which ``from_pretrained`` reads.
+        """Write ``model.safetensors`` and a model card into a folder, which ``from_pretrained`` reads.
 
         A ``README.md`` that names these weights is kept, perhaps edited, unless there is an ``evaluation``.
 
         Args:
+            name: ``owner/name`` of the repository. A card that does not name it is replaced.
             context: content of a context model's file, which goes beside the weights.
             evaluation: output of ``flowmo evaluate --json``, for the card.
 
         Raises:
             CheckpointError: the evaluation holds no metric. Nothing is written.
         """
-        path, card = Path(folder) / hub.CARD_FILE, hub.card(self, name, evaluation)
-        keep = evaluation is None and path.exists() and hub.is_card_of(path, self)
+        path, card = Path(folder) / hub.CARD_FILE, hub.card(self, name or "owner/name", evaluation)
+        keep = evaluation is None and path.exists() and hub.is_card_of(path, self, name or "")
         save(self, Path(folder) / hub.MODEL_FILE)
         if not keep:
             files.write_content(path, card)

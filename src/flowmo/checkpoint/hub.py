@@ -132,9 +132,10 @@ def card(tokenizer: Any, name: str, evaluation: Mapping[str, Any] | None = None)
     )
 
 
-def is_card_of(path: Path, tokenizer: Any) -> bool:
-    """Return whether a card's table names these weights."""
-    return f"| {tokenizer.weights_identity()} |" in path.read_text(encoding="utf-8", errors="replace")
+def is_card_of(path: Path, tokenizer: Any, name: str = "") -> bool:
+    """Return whether a card names a tokenizer's weights, in its table, and the repository, if one is given."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return f"| {tokenizer.weights_identity()} |" in text and name in text
 
 
 @contextmanager
