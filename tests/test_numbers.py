@@ -12,7 +12,7 @@ import flowmo
 from flowmo import CheckpointError
 from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.images import to_bytes
-from flowmo.model.sampler import SOLVERS, NotFiniteError
+from flowmo.model.sampler import SOLVERS, NotFiniteError, seeded_noise
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -76,9 +76,30 @@ def test_guidance_beyond_all_numbers_is_told(tiny, images):
     codes = tiny.encode(images[:1])
     with pytest.raises(NotFiniteError, match="not finite with guidance 1e"):
         tiny.decode(codes, steps=4, guidance=1e38)
+    with pytest.raises(NotFiniteError, match="not finite with this noise"):
+        tiny.decode(codes, steps=1, guidance=1.0, noise_scale=1e38)
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="Write a finite number"):
             tiny.decode(codes, steps=4, guidance=bad)
+
+
+@pytest.mark.parametrize("damage", [float("inf"), float("nan")])
+def test_a_sample_of_damaged_weights_is_told(tiny_config, images, damage):
+    damaged = flowmo.FlowMo(tiny_config)
+    with torch.no_grad():
+        damaged.decoder.picture_out.bias[0] = damage
+    with pytest.raises(NotFiniteError, match="weights may be damaged"):
+        damaged.decode(damaged.encode(images[:1]).ids, steps=1, guidance=1.0)
+
+
+def test_other_defaults_of_pytorch_change_no_noise():
+    expected = seeded_noise([3], 8, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(seeded_noise([3], 8, 8), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_one_to_a_thousand_steps(tiny, images):

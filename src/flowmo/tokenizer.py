@@ -166,6 +166,8 @@ class FlowMo(Autoencoder):
         sequence = torch.as_tensor(sequence)
         if sequence.ndim != 2 or sequence.shape[1] % tokens or not sequence.shape[1]:
             raise ValueError(f"sequence has shape {tuple(sequence.shape)}; give (batch, {tokens} tokens · sub-tokens).")
+        if sequence.dtype == torch.bool:
+            raise TypeError("sequence must hold whole numbers, not torch.bool.")
         ids, step = sequence.unflatten(1, (tokens, -1)), (self.vocab_size or 0) if distinct else 0
         ids = ids - (offset + step * torch.arange(ids.shape[2], device=ids.device))  # int64, where uint8 would wrap
         return Codes(self.check_ids(ids, tokens), (height, width), self.vocab_size, image_size=image_size)
@@ -196,7 +198,7 @@ class FlowMo(Autoencoder):
         self.check_images(images)
         count, size = len(images), (images.shape[-2], images.shape[-1])
         kept = None if bits_per_pixel is None else self.sub_tokens_at(bits_per_pixel, *size)
-        by_image, by_block = (None, progress) if count == 1 else (progress, None)
+        by_image, by_block = (None, progress) if count == 1 and self.native_size else (progress, None)
         parts: list[Any] = []
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             for rows in self.chunks(count, by_image, self._largest_chunk(*size)):
@@ -285,14 +287,16 @@ class FlowMo(Autoencoder):
                     else:
                         velocity = sampler.guided_velocity(self.decoder, c, s.guidance, s.guidance_low, s.guidance_high)
                         x = sampler.SOLVERS[s.solver](velocity, z, times)
-                out.append(x.float().clamp(-1, 1))
+                out.append(x.float())
         images = torch.cat(out)[: len(noise)]
-        if not torch.isfinite(images).all():
+        if not torch.isfinite(images).all():  # before the clamp, which would make an infinite value a valid one
+            guided = any(sampler.is_guided(t, s.guidance, s.guidance_low, s.guidance_high) for t in times[:-1])
+            cause = f"guidance {s.guidance:g}" if guided and not self.config.model.mean_velocity else "this noise"
             raise sampler.NotFiniteError(
-                f"The sample is not finite with guidance {s.guidance:g}. Take a guidance nearer to 1. If it is 1, the "
-                "weights may be damaged."
+                f"The sample is not finite with {cause}. Take a guidance nearer to 1 and a noise_scale of at most 1. "
+                "If they are, the weights may be damaged."
             )
-        return images
+        return images.clamp(-1, 1)
 
     def _largest_chunk(self, height: int, width: int) -> int:
         """Number of images of this size that have the pixels of the largest batch of trained size; at least 1.

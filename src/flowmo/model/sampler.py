@@ -2,7 +2,7 @@
 
 A velocity is any function ``velocity(x, t)`` of images b × c × h × w and one timestep t in [0, 1]. A solver carries
 noise at t = 1 to an image at t = 0. Each image has its own seed and its noise is drawn on the CPU, so a sample depends
-on its code and its seed alone, not on its batch, its index there, or the device.
+on its code and its seed, not on its batch or its index there; on the device only by rounding.
 """
 
 import itertools
@@ -132,7 +132,7 @@ def seeded_noise(seeds: Sequence[int], height: int, width: int, scale: float = 1
     """
     if not 0 <= scale < math.inf:
         raise ValueError(f"noise_scale {scale} must be finite and at least 0.")
-    noise = torch.empty(len(seeds), channels, height, width)
+    noise = torch.empty(len(seeds), channels, height, width, dtype=torch.float32, device="cpu")
     for image, seed in zip(noise, map(operator.index, seeds), strict=True):
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed} is not from 0 to 2^63 − 1.")

@@ -110,7 +110,8 @@ def ramp(extent: Extent, cells: int, cell: int) -> Tensor:
 
     The ramp is ``HALO`` cells wide. The outer half of the halo lacks context and has weight 0.
     """
-    position = (torch.arange(extent.start * cell, extent.stop * cell) + 0.5) / cell
+    pixels = torch.arange(extent.start * cell, extent.stop * cell, dtype=torch.float32, device="cpu")
+    position = (pixels + 0.5) / cell
     weight = torch.ones_like(position)
     if extent.first > 0:
         weight = weight.minimum((position - extent.first) / HALO + 0.5)
@@ -149,7 +150,8 @@ def decode_blocks(
     channels, height, width = noise.shape[1:]
     rows, columns = height // cell, width // cell
     code = code.unflatten(1, (rows, columns))
-    total, weights = torch.zeros(channels, height, width), torch.zeros(height, width)
+    total = torch.zeros(channels, height, width, dtype=torch.float32, device="cpu")
+    weights = torch.zeros_like(total[0])
     todo = list(itertools.product(extents(rows), extents(columns)))
     for done, (down, across) in enumerate(todo, 1):
         y, x = slice(down.start * cell, down.stop * cell), slice(across.start * cell, across.stop * cell)
