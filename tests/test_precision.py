@@ -95,15 +95,23 @@ def test_bfloat16_is_near_and_leaves_no_trace(tiny, images):
     assert torch.equal(tiny.decode(ids, size=(32, 32)), decoded)
 
 
-def test_tf32_lasts_as_long_as_the_call(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "products", "convolutions"), [("bfloat16", "high", True), ("float32", "highest", False)]
+)
+def test_tf32_lasts_as_long_as_the_call(monkeypatch, name, products, convolutions):
     monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
-    before = torch.get_float32_matmul_precision()
-    with precision.computing("bfloat16", torch.device("cuda")):
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
-    with pytest.raises(KeyError), precision.computing("bfloat16", torch.device("cuda")):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def state():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = state()
+    with precision.computing(name, torch.device("cuda")):
+        assert state() == (products, convolutions)
+    assert state() == before
+    with pytest.raises(KeyError), precision.computing(name, torch.device("cuda")):
         raise KeyError
-    assert torch.get_float32_matmul_precision() == before
+    assert state() == before
 
 
 def test_compiling_needs_a_compiler(tiny, monkeypatch):

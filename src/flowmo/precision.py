@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -47,22 +47,33 @@ def describe(precision: str, device: torch.device) -> str:
 def computing(precision: str, device: torch.device) -> Iterator[None]:
     """Context of inference in a resolved precision. ``float32`` leaves an outer autocast as it is.
 
-    ``bfloat16`` and ``float16`` are autocast; on a GPU the remaining float32 products use TF32.
+    ``bfloat16`` and ``float16`` are autocast; on a GPU the remaining float32 products use TF32. ``float32`` forbids it.
+    The choice of TF32 is the process's: threads that compute in different precisions at once change it for each other.
 
     Raises:
         TypeError: weights of another type, after ``.double()``.
     """
     if precision not in ("float32", "bfloat16", "float16"):
         raise TypeError(f"The weights are {precision}. Call .float(), .bfloat16() or .half() on the model.")
-    if precision == "float32":
+    context = nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
+    with tf32(precision != "float32") if device.type == "cuda" else nullcontext(), context:
+        yield
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32, whose factors have 10 fraction bits, in an NVIDIA GPU's float32 products and convolutions.
+
+    By default PyTorch allows it in convolutions only. Without such a GPU this does nothing.
+    """
+    if not torch.cuda.is_available():
         yield
         return
-    before = torch.get_float32_matmul_precision()
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     try:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        with torch.autocast(device.type, getattr(torch, precision)):
-            yield
+        torch.backends.cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        yield
     finally:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)

@@ -26,6 +26,7 @@ from flowmo.evaluate.metrics.pairs import psnr
 from flowmo.generate.generator import Generator
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import Stage
+from flowmo.precision import tf32
 from flowmo.train.generator import GeneratorNoise, GeneratorStage
 from flowmo.train.parallel import KEPT, prepare
 from flowmo.train.trainer import Trainer
@@ -110,10 +111,8 @@ def _alone():
     """A fresh compiler, and products in float32: TF32 would differ from the CPU's by a thousandth."""
     torch._dynamo.reset()
     counters.clear()
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(precision)
+    with tf32(False):
+        yield
     torch._dynamo.reset()
 
 

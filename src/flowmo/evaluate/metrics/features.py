@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from flowmo.errors import FlowMoError
 from flowmo.losses.perceptual import ResNetLogits, in_float32
+from flowmo.precision import tf32
 
 BATCH = 8
 
@@ -66,23 +66,7 @@ class ResNetFeatures(FeatureNetwork):
         return Features(pooled, self.resnet.network.fc(pooled))
 
 
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Compute float32 convolutions and matrix products in float32.
-
-    The default of cuDNN on NVIDIA GPUs is TF32, whose factors have 10 fraction bits.
-    """
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    try:
-        torch.backends.cudnn.allow_tf32 = False
-        torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
-
-
-@without_tf32()
+@tf32(False)
 def in_fixed_batches(network: Callable[..., Any], *images: Tensor, batch_size: int = BATCH) -> Any:
     """Run a network on images b × 3 × h × w, or on pairs of them, in batches of one size; the last is padded.
 
