@@ -8,6 +8,7 @@ weight is adapted so that its gradient at the last layer is as long as that of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from flowmo.losses.stages import pretrain_loss
 from flowmo.model.quantizers import build_quantizer
 from flowmo.model.torchvision_import import before_importing
 from flowmo.model.transformer import code_lattice
+from flowmo.precision import computing, resolve
 from flowmo.tokenizer import Codes, FlowMo, identity_of
 from reproduce import StudyError
 
@@ -85,8 +87,10 @@ class ConvolutionalTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Codes:
-        """Encode images (b 3 h w in [−1, 1])."""
-        ids = self.quantizer.quantize(self.encode_continuous(images.to(self.device)))[1]
+        """Encode images (b 3 h w in [−1, 1]), in the precision that a FlowMo of a study has on this device."""
+        with self.computing():
+            code = self.encode_continuous(images.to(self.device)).float()
+        ids = self.quantizer.quantize(code)[1]
         return Codes(ids, (images.shape[-2], images.shape[-1]), self.quantizer.id_count)
 
     @torch.no_grad()
@@ -94,7 +98,12 @@ class ConvolutionalTokenizer(nn.Module):
         """Decode codes or bare ids to images (b 3 h w in [−1, 1]). The seed has no effect."""
         ids = codes.ids if isinstance(codes, Codes) else codes
         assert ids is not None, "its bottleneck has ids"
-        return self.decode_continuous(self.quantizer.code_from_ids(ids.to(self.device))).clamp(-1, 1)
+        with self.computing():
+            images = self.decode_continuous(self.quantizer.code_from_ids(ids.to(self.device)))
+        return images.float().clamp(-1, 1)
+
+    def computing(self) -> AbstractContextManager[None]:
+        return computing(resolve("auto", self.device), self.device)
 
 
 def diffusers_vae() -> Any:

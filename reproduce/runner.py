@@ -150,18 +150,25 @@ class Study:
         """Return a run's row: the one kept in its folder, else the result of ``make``, which is kept.
 
         Raises:
-            StudyError: the kept row is of other images.
+            StudyError: the kept row is of other images, or was measured by other networks.
         """
         path = self.folder(run) / ROW_FILE
         images = hashlib.sha256(f"{self.data}\n{self.held_out}".encode(errors="surrogateescape")).hexdigest()[:16]
+        networks = self.evaluators.describe()
         if path.is_file():
             row = json.loads(path.read_text())
             if row.pop("images_from", images) != images:
                 raise StudyError(f"{path.parent} has a row of other images. Remove it, or name another --results-dir.")
+            kept = row.pop("evaluators", networks)
+            if kept != networks:
+                raise StudyError(
+                    f"{path.parent} has a row measured with {kept or 'no networks'}, not {networks or 'none'}. "
+                    "Provide the same networks, remove the row's folder, or name another --results-dir."
+                )
             return row
         row = {"run": run, **make()}
         if self.world.main:
-            write_content(path, json.dumps({**row, "images_from": images}, indent=1))
+            write_content(path, json.dumps({**row, "images_from": images, "evaluators": networks}, indent=1))
         return row
 
     def trained_row(self, run: str, config: Config, limit: int, start: Path | None = None, **about: Any) -> Row:

@@ -16,6 +16,7 @@ from conftest import PICTURES, open_gates
 from studies import run_study, study_of
 
 from flowmo import Config, FlowMo, save
+from flowmo.evaluate.reconstruction import Evaluators
 from flowmo.losses.noise import TrainingNoise
 from flowmo.losses.stages import frozen_code, one_step
 from flowmo.model import flow
@@ -411,6 +412,17 @@ def test_directions_against_the_paper():
     directions = [line.split(" | ")[-1] for line in text.splitlines()[2:]]
     assert directions == ["holds |", "does not hold |", "– |"], "the last has one seed"
     assert "| UP | PSNR (dB) | +2 | +1.00 (spread 0.20) | holds |" in text
+
+
+def test_a_row_of_other_images_or_networks_is_refused(tmp_path):
+    study = study_of("variance", tmp_path, Evaluators())
+    assert study.once("row", lambda: {"psnr": 20.0}) == study.once("row", dict) == {"run": "row", "psnr": 20.0}
+    with pytest.raises(StudyError, match="row of other images"):
+        dataclasses.replace(study, held_out="elsewhere").once("row", dict)
+    network = torch.nn.Identity()
+    network.name = "another network"
+    with pytest.raises(StudyError, match=r"measured with .*, not .*another network"):
+        dataclasses.replace(study, evaluators=Evaluators(features=network)).once("row", dict)
 
 
 def test_models_have_names_of_their_own(tiny_model, tmp_path):
