@@ -6,7 +6,8 @@
 Pictures are noise and the perceptual network's weights are random, which changes no time. The microbatch is the
 largest power of two that the memory holds by arithmetic, at most ``--most``, and is halved where that was too much.
 Every row gives what ``flowmo info PRESET --training`` predicted beside what was measured, and the perceptual network's
-share of a step, which is timed again without it. Stage 1B: ``model.posttrain_sample=true opt.lpips_mode=resnet``.
+share of a step, which is timed again without it. On a CPU the memory is the most that this process has ever held, so
+only the first row of a call shows it. Stage 1B: ``model.posttrain_sample=true opt.lpips_mode=resnet``.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def measure_largest(config: Config, device: torch.device, most: int, steps: int)
 
     The first try follows the forecast; the batch is halved while it does not fit. ``None`` if nothing fits.
     """
-    flops, expected = forecast(config)
+    flops, expected = forecast(config.override(f"trainer.enable_bfloat16={str(in_bfloat16(config, device)).lower()}"))
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
     batch = 2 ** (min(expected.max_images(memory), most).bit_length() - 1)
     while batch:

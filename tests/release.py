@@ -89,6 +89,8 @@ def try_out(programs: Path, file: Path, expected: Path) -> None:
 
 
 def main(torch: str, *pythons: str) -> None:
+    if missing := [python for python in pythons if shutil.which(python) is None]:
+        sys.exit(f"Not installed: {', '.join(missing)}.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         archive, wheel = build(folder)
