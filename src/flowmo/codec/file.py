@@ -126,6 +126,7 @@ class Codec:
             )
         if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self.id_count:
             raise CodecError(f"Ids must be whole numbers from 0 to {self.id_count - 1}.")
+        ids = ids.astype(np.int64)
         if math.prod(size) > MAX_PIXELS or self._too_large(*size, MAX_PIXELS):
             raise CodecError(f"An image of {size[0]}×{size[1]} pixels is too large for a file, or too thin.")
         write = self._pack_planes if self.native else self._pack_tiles

@@ -4,6 +4,7 @@ LPIPS is stage 1A's distance and a metric; the logits of a ResNet-50 are stage 1
 defined here because the ``lpips`` package needs torchvision, which the base install does without.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,9 +89,11 @@ def in_float32(method: Callable[..., Result]) -> Callable[..., Result]:
     """
 
     @wraps(method)
-    def run(self: nn.Module, *images: Tensor) -> Result:
-        with torch.autocast(images[0].device.type, enabled=False):
-            return method(self, *(x.float() for x in images))
+    def run(self: nn.Module, *images: Tensor, **named: Tensor) -> Result:
+        floats, named_floats = [x.float() for x in images], {name: x.float() for name, x in named.items()}
+        device = next(itertools.chain(floats, named_floats.values())).device
+        with torch.autocast(device.type, enabled=False):
+            return method(self, *floats, **named_floats)
 
     return run
 

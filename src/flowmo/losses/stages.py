@@ -31,7 +31,8 @@ class Loss(NamedTuple):
         loss: scalar to minimise, with gradient.
         images: b × c × h × w with gradient, stage 1A's one-step estimates (equation 6); ``None`` in other stages.
         ids: int64 b × tokens × sub-tokens, or ``None`` for a continuous bottleneck.
-        parts: terms of the loss and statistics of the bottleneck, detached float32 scalars for a log.
+        parts: for a log, detached float32 scalars: terms of the loss, perceptual ones before their weights, and
+            statistics of the bottleneck.
     """
 
     loss: Tensor

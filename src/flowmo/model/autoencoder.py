@@ -64,9 +64,10 @@ class Autoencoder(InferenceModel):
         return height * width // self.config.model.patch_size**2
 
     def rates(self, height: int, width: int) -> tuple[float, ...]:
-        """Possible bits per pixel of images of this true size, ascending; empty for a continuous model.
+        """Possible bits per pixel of images of this true size in one code, ascending; empty for a continuous model.
 
-        They are values of ``Codes.bits_per_pixel``: an id takes whole bits.
+        They are values of ``Codes.bits_per_pixel``: an id takes whole bits. A large image may have a
+        code for each of its tiles, which overlap: then give the size of a tile.
         """
         id_count, sub_tokens = self.quantizer.id_count, self.quantizer.sub_tokens
         if id_count is None or sub_tokens is None:

@@ -56,7 +56,7 @@ class Codes:
 
     def __repr__(self) -> str:
         height, width = self.output_size
-        count, tiles = (1, f" in {len(self)} tiles") if self.tiling else (len(self), "")
+        count, tiles = (1, f" in {len(self)} tile{'s' * (len(self) != 1)}") if self.tiling else (len(self), "")
         images = f"{count} image{'s' * (count != 1)} of {height} × {width} pixels{tiles}"
         values, unit = self._values, "channels" if self.ids is None else f"ids below {self.id_count}"
         return f"Codes({images}, {values.shape[1]} tokens × {values.shape[2]} {unit} each, {values.device})"

@@ -61,7 +61,7 @@ class InferenceModel(nn.Module):
 
         Raises ``FlowMoError`` if a CPU finds no C++ compiler.
         """
-        if self.device.type == "cpu" and shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is None:
+        if self.device.type == "cpu" and shutil.which((shlex.split(os.environ.get("CXX", "")) or ["g++"])[0]) is None:
             raise FlowMoError("Compiling for a CPU takes a C++ compiler. Install g++, or name another in CXX.")
         torch.compiler.assume_constant_result(rotary_table)
         for network in self.networks.values():

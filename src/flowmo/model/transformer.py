@@ -112,7 +112,7 @@ def unpatchify(patches: Tensor, patch: int, height: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a learned scale, in float32 even under autocast."""
+    """Root-mean-square norm over the last axis with a learned scale, in the scale's type even under autocast."""
 
     def __init__(self, channels: int):
         super().__init__()

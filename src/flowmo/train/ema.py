@@ -25,7 +25,7 @@ def decay_per_step(config: Config, batch: int) -> float:
 class EMA:
     """Exponential moving average of a model's weights and buffers, which is evaluated and shipped.
 
-    ``every_step`` updates after each step and, except in stage 1B, decays faster early on, to forget the random start.
+    ``every_step`` updates after each step and, except in stage 1B, decays faster early on, to forget the start.
     ``release`` updates after every 10th step with the decay of ten steps. ``torch.optim.swa_utils.AveragedModel`` does
     not serve: each update reads its step count on the host, and a device flag cannot skip an update.
     """

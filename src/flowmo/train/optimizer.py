@@ -155,7 +155,8 @@ class NormControl:
         weights = {name: weight for name, weight in self.weights.items() if weight.grad is not None}
         if weights:
             targets = torch.stack([self.state[name] for name in weights])
-            factors = torch.where(finite > 0, targets / squared_norms(weights.values()).sqrt(), 1.0)
+            norms = squared_norms(weights.values()).sqrt()
+            factors = torch.where((finite > 0) & (norms > 0), targets / norms, 1.0)
             torch._foreach_mul_([local(weight) for weight in weights.values()], list(factors.unbind()))
 
 

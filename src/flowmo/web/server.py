@@ -207,6 +207,8 @@ class Handler(SimpleHTTPRequestHandler):
 
     def send_file(self, of_page: Callable[[], None]) -> None:
         """Answer with ``model.json``, or with a file of the page."""
+        if {"Content-Length", "Transfer-Encoding"} & {*self.headers}:
+            self.close_connection = True  # an unread body would be taken for the next request
         try:
             if urlsplit(self.path).path == "/model.json":
                 self.answer(200, json.dumps(self.demo.model).encode(), kind="application/json")
