@@ -36,7 +36,7 @@ from reproduce.runner import Results, Row, Rows, Scale, Study
 
 PASSES, SHARES = (1, 2, 4, 8, 25), (0.25, 0.5, 1.0)
 SECOND_SEED = {
-    "flow": 0.5,
+    **dict.fromkeys(("flow", "anchored"), 1.0),
     **dict.fromkeys(("mixed", "image-loss", "image-loss-less", "image-loss-lpips"), 0.25),
     **dict.fromkeys(("lpips-more", "velocity", "guided"), 0.25),
     **dict.fromkeys(("seek-early", "one-step", "more"), 1.0),
