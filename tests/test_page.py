@@ -203,6 +203,16 @@ def test_heads_have_no_body(held):
         client.close()
 
 
+def test_the_body_of_a_get_is_no_request(held):
+    with socket.create_connection(("127.0.0.1", held.port), timeout=30) as client:
+        length = b"Host: localhost\r\nContent-Length: 5\r\n\r\n"
+        client.sendall(b"GET /model.json HTTP/1.1\r\n" + length + b"hello" + b"GET /main.js HTTP/1.1\r\n\r\n")
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert not held.errors
+
+
 def test_few_bodies_are_in_memory(held, monkeypatch):
     monkeypatch.setattr(Handler, "slots", threading.BoundedSemaphore(1), raising=False)
     monkeypatch.setattr(Handler, "patience", 0.05, raising=False)
