@@ -171,9 +171,9 @@ def body(results: Results, plot: Path) -> str:
     return f"""\
 Every row changes one decision of the baseline and trains on equally many images. Means ± standard deviations over
 seeds, on {results["pictures"]} held-out images. {page.feature_note(results)}
-Colour error: distance of a reconstruction's mean colour from its image's (figure 7). s: median seconds of training, of
-the row with an MSE-trained encoder without those of its autoencoder; the last two rows are sampled from the baseline's
-weights.
+Colour error: distance of a reconstruction's mean colour from its image's (figure 7). s: median seconds of training.
+The row with an MSE-trained encoder leaves out the training of that encoder. The last two rows are sampled from the
+baseline's weights.
 
 {tables}
 Against the paper's table 4, as improvements over the baseline. A direction needs more than two spreads; for rows of the

@@ -326,7 +326,7 @@ class TimedTrainer(Trainer):
         data = config.data
         self.crops = DeviceCrops(train.images, data.image_size, config.trainer.seed, data.random_flip, world.device)
         self.before = self.task.seconds if self.images > self.stage_begin else 0.0
-        self.begun, self.first = time.time(), self.images
+        self.begun, self.images_before = time.time(), self.images
         self.end = job.until - min(10.0, 0.05 * job.left)
         self.last = dict.fromkeys(PERIODS, self.begun)
         # a resumed run may be longer than the recipe's; the first step estimates its length
@@ -366,7 +366,7 @@ class TimedTrainer(Trainer):
         checkpoint.write_content(self.job.out / METRICS, self._metrics())
         seconds = self.task.seconds
         progress = {"images": self.images, "steps": self.step, "train_seconds": seconds}
-        rate = (self.images - self.first) / max(time.time() - self.begun, 1e-6)  # of this call
+        rate = (self.images - self.images_before) / max(time.time() - self.begun, 1e-6)  # of this call
         self.job.record(**rounded({**progress, "images_per_second": rate}), weights=weights)
         return path
 
